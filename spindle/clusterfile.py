@@ -1,0 +1,115 @@
+"""Clusters as users write them: `4x8`, `4x8:a100-80g`, or a YAML file, in; a checked Cluster out."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from spindle.cluster import Cluster, Device, Link
+from spindle.errors import ClusterError, FormatError
+from spindle.formats import StrictModel, explain_validation, read_text
+
+DEFAULT_DEVICE = "a100-80g"
+
+
+class _DeviceModel(StrictModel):
+    name: str
+    memory_gib: float
+    peak_tflops: float
+    memory_bandwidth_gbps: float
+
+    def value(self) -> Device:
+        return Device(
+            name=self.name,
+            memory_bytes=self.memory_gib * 2**30,
+            peak_flops=self.peak_tflops * 1e12,
+            memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
+        )
+
+
+class _LinkModel(StrictModel):
+    bandwidth_gbps: float
+    latency_us: float = 0.0
+
+    def value(self) -> Link:
+        return Link(bytes_per_s=self.bandwidth_gbps * 1e9, latency_s=self.latency_us * 1e-6)
+
+
+class _DeviceTypeModel(StrictModel):
+    """A built-in device type: the device, and the links it usually comes with."""
+
+    device: _DeviceModel
+    intra_node: _LinkModel
+    inter_node: _LinkModel
+
+
+class _ClusterModel(StrictModel):
+    nodes: int = 1
+    devices_per_node: int
+    device: _DeviceModel | str
+    intra_node: _LinkModel | None = None
+    inter_node: _LinkModel | None = None
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Cluster from `4x8` (nodes x devices per node), `4x8:a100-80g`, `8` (one node), or the path of a YAML file.
+
+    Raises ClusterError when the text is none of these, FormatError when the file is malformed.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return _read_cluster(text)
+    shape, _, device = text.partition(":")
+    nodes, _, per_node = shape.rpartition("x")
+    try:
+        counts = (int(nodes or 1), int(per_node))
+    except ValueError:
+        raise ClusterError(
+            f"cluster {text!r} is not NODESxDEVICES; write 4x8, 4x8:{DEFAULT_DEVICE}, or the name of a .yaml file"
+        ) from None
+    kind = _device_type(device or DEFAULT_DEVICE)
+    return Cluster(
+        nodes=counts[0],
+        devices_per_node=counts[1],
+        device=kind.device.value(),
+        intra_node=kind.intra_node.value(),
+        inter_node=kind.inter_node.value(),
+    )
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Parse a YAML file with the safe loader; raises FormatError when it is not YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise FormatError(f"{path}: not YAML ({' '.join(str(error).split())}); mend that line") from None
+
+
+def _device_type(name: str) -> _DeviceTypeModel:
+    types = read_yaml(Path(__file__).with_name("devices.yaml"))
+    if name not in types:
+        raise ClusterError(f"device type {name!r} is not known; the types are {', '.join(sorted(types))}")
+    return _DeviceTypeModel.model_validate(types[name])
+
+
+def _read_cluster(path: str) -> Cluster:
+    data = read_yaml(path)
+    try:
+        model = _ClusterModel.model_validate(data)
+    except ValidationError as error:
+        raise FormatError(f"{path}: {explain_validation(error)}") from None
+    if isinstance(model.device, str):
+        kind = _device_type(model.device)
+        device, intra, inter = kind.device, model.intra_node or kind.intra_node, model.inter_node or kind.inter_node
+    elif model.intra_node is None:
+        raise FormatError(f"{path}: intra_node is missing; add intra_node: {{bandwidth_gbps: ..., latency_us: ...}}")
+    else:
+        device, intra, inter = model.device, model.intra_node, model.inter_node or model.intra_node
+    return Cluster(
+        nodes=model.nodes,
+        devices_per_node=model.devices_per_node,
+        device=device.value(),
+        intra_node=intra.value(),
+        inter_node=inter.value(),
+    )

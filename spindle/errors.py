@@ -1,0 +1,77 @@
+"""Errors that are the user's to mend; a broken invariant of ours is an AssertionError instead.
+
+    SpindleError
+    +-- InputError (ValueError)     a value or file that breaks a rule
+    |   +-- FormatError             a file that cannot be read, or is of an unknown version or field
+    |   +-- GraphError              a task graph or MetaGraph
+    |   +-- ClusterError            a cluster description
+    |   +-- ProfileError            measured times
+    |   +-- WorkloadError           a model, task function, loader or batch
+    |   +-- PlanError               a plan that breaks a rule
+    |   `-- ProgramError            a lowered program that breaks a law of the runtime
+    +-- InfeasibleError             no plan exists for this input
+    +-- MismatchError               checked and found different: parity, prediction
+    `-- RunError                    a worker raised, died or stalled
+
+Each message names the value, the rule and the remedy, in that order. `exit_code` is what the command line returns.
+"""
+
+
+class SpindleError(Exception):
+    """Base of every error that a user can mend."""
+
+    exit_code = 2
+
+
+class InputError(SpindleError, ValueError):
+    """A value or file that breaks a rule."""
+
+
+class FormatError(InputError):
+    """A file that cannot be read: not of its format, of an unknown version, or with unknown fields."""
+
+
+class GraphError(InputError):
+    """A task graph or MetaGraph that breaks a rule: a cycle, a missing end of a flow, layers below one."""
+
+
+class ClusterError(InputError):
+    """A cluster description that breaks a rule."""
+
+
+class ProfileError(InputError):
+    """Measured times that break a rule, or do not cover what is asked of them."""
+
+
+class WorkloadError(InputError):
+    """A model, task function, loader or batch that Spindle cannot take."""
+
+
+class PlanError(InputError):
+    """A plan that breaks a rule of plans."""
+
+    exit_code = 1
+
+
+class ProgramError(InputError):
+    """A lowered program that breaks a law of the runtime; it is refused before it starts."""
+
+    exit_code = 1
+
+
+class InfeasibleError(SpindleError):
+    """No plan exists for this input; the message says what would make one possible."""
+
+    exit_code = 3
+
+
+class MismatchError(SpindleError):
+    """Two results that must agree do not."""
+
+    exit_code = 1
+
+
+class RunError(SpindleError):
+    """A worker raised, died or stalled; the message carries rank, wave and instruction."""
+
+    exit_code = 1

@@ -1,0 +1,299 @@
+"""Files: JSON text in, checked values out, and back. With `clusterfile`, the only door for bytes from outside.
+
+Every format carries its name and version; unknown formats, versions and fields are refused by name. Files are data:
+nothing is ever unpickled.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from spindle.errors import FormatError, InputError
+from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.plan import Memory, Plan, Slice, Wave, sorted_pairs
+from spindle.profile import Profile, ProfileEntry
+from spindle.trace import Span, SpanKind, Trace
+
+Value = MetaGraph | Plan | Profile | Trace
+ValueT = TypeVar("ValueT", MetaGraph, Plan, Profile, Trace)
+
+
+class StrictModel(BaseModel):
+    """What all file models share: unknown fields and loose types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, from_attributes=True)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON objects with one key twice would lose a value silently."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise FormatError(f"key {key!r} stands twice in one object; keep one")
+        found[key] = value
+    return found
+
+
+CountTable = Annotated[  # values hold it as pairs; JSON keys are strings
+    dict[Annotated[int, Field(strict=False)], float], BeforeValidator(dict)
+]
+NameTable = Annotated[dict[str, float], BeforeValidator(dict)]
+
+
+class _MetaOpModel(StrictModel):
+    name: str
+    task: str
+    component: str
+    layers: int
+    layer_time_s: CountTable
+    memory_bytes: CountTable = {}
+    layer_param_bytes: float = 0.0
+    output_bytes: float = 0.0
+    parameters: str = ""
+    forward_fraction: float = 1 / 3
+
+    def value(self) -> MetaOp:
+        if not self.layer_time_s:
+            raise FormatError(f"MetaOp {self.name!r}: layer_time_s is empty; give a time for at least one device count")
+        tables = {"layer_time_s": points(self.layer_time_s), "memory_bytes": points(self.memory_bytes)}
+        return MetaOp(**{**dict(self), **tables})
+
+
+class _MetaGraphModel(StrictModel):
+    format: Literal["spindle.metagraph"] = "spindle.metagraph"
+    version: Literal[1] = 1
+    metaops: tuple[_MetaOpModel, ...]
+    flows: tuple[tuple[str, str], ...] = ()
+    flow_bytes: tuple[float | None, ...] = ()
+
+    @classmethod
+    def of(cls, graph: MetaGraph) -> "_MetaGraphModel":
+        return cls(
+            metaops=tuple(_MetaOpModel.model_validate(metaop) for metaop in graph.metaops),
+            flows=tuple((flow.source, flow.target) for flow in graph.flows),
+            flow_bytes=tuple(flow.num_bytes for flow in graph.flows),
+        )
+
+    def value(self) -> MetaGraph:
+        payloads = self.flow_bytes or (None,) * len(self.flows)
+        if len(payloads) != len(self.flows):
+            raise FormatError(f"flow_bytes has {len(payloads)} values for {len(self.flows)} flows; give one each")
+        flows = (Flow(*pair, payload) for pair, payload in zip(self.flows, payloads, strict=True))
+        return MetaGraph(tuple(metaop.value() for metaop in self.metaops), tuple(flows))
+
+
+class _SliceModel(StrictModel):
+    metaop: str
+    first_layer: int
+    num_layers: int
+    devices: tuple[int, ...]
+    start_s: float
+    end_s: float
+
+
+class _WaveModel(StrictModel):
+    index: int
+    start_s: float
+    end_s: float
+    slices: tuple[_SliceModel, ...]
+
+    def value(self) -> Wave:
+        return Wave(**{**dict(self), "slices": tuple(Slice(**dict(s)) for s in self.slices)})
+
+
+class _MemoryModel(StrictModel):
+    peak_bytes_per_device: tuple[float, ...] = ()
+    fits: bool = True
+
+
+class _PlanModel(StrictModel):
+    format: Literal["spindle.plan"] = "spindle.plan"
+    version: Literal[1] = 1
+    num_devices: int
+    devices_per_node: int
+    method: str
+    makespan_s: float
+    lower_bound_s: float = 0.0
+    planner_s: float = 0.0
+    baselines_s: NameTable = {}
+    memory: _MemoryModel = _MemoryModel()
+    waves: tuple[_WaveModel, ...]
+    metagraph: _MetaGraphModel | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> "_PlanModel":
+        names = [name for name in cls.model_fields if name not in ("format", "version", "metagraph")]
+        metagraph = _MetaGraphModel.of(plan.metagraph) if plan.metagraph else None
+        return cls(**{name: getattr(plan, name) for name in names}, metagraph=metagraph)
+
+    def value(self) -> Plan:
+        fields = {name: value for name, value in self if name not in ("format", "version")}
+        fields |= {
+            "baselines_s": sorted_pairs(self.baselines_s),
+            "memory": Memory(**dict(self.memory)),
+            "waves": tuple(wave.value() for wave in self.waves),
+            "metagraph": self.metagraph.value() if self.metagraph else None,
+        }
+        return Plan(**fields)
+
+
+class _EntryModel(StrictModel):
+    kind: str
+    num_devices: int
+    forward_s: float
+    backward_s: float
+    peak_bytes: float = 0.0
+
+
+class _ProfileModel(StrictModel):
+    format: Literal["spindle.profile"] = "spindle.profile"
+    version: Literal[1] = 1
+    device: str
+    versions: Annotated[dict[str, str], BeforeValidator(dict)] = {}
+    entries: tuple[_EntryModel, ...]
+
+    @classmethod
+    def of(cls, profile: Profile) -> "_ProfileModel":
+        return cls.model_validate(profile)
+
+    def value(self) -> Profile:
+        entries = tuple(ProfileEntry(**dict(entry)) for entry in self.entries)
+        return Profile(self.device, tuple(sorted(self.versions.items())), entries)
+
+
+class _SpanModel(StrictModel):
+    rank: int
+    kind: SpanKind
+    name: str
+    start_s: float
+    end_s: float
+    task: str = ""
+    component: str = ""
+    metaop: str = ""
+    wave: int = -1
+    num_bytes: int = 0
+    step: int = 0
+
+
+class _TraceModel(StrictModel):
+    format: Literal["spindle.trace"] = "spindle.trace"
+    version: Literal[1] = 1
+    num_ranks: int
+    source: str
+    spans: tuple[_SpanModel, ...]
+
+    @classmethod
+    def of(cls, trace: Trace) -> "_TraceModel":
+        return cls.model_validate(trace)
+
+    def value(self) -> Trace:
+        spans = tuple(Span(**dict(span)) for span in self.spans)
+        return Trace(num_ranks=self.num_ranks, source=self.source, spans=spans)
+
+
+_Models = type[_MetaGraphModel] | type[_PlanModel] | type[_ProfileModel] | type[_TraceModel]
+_MODEL_BY_TYPE: Mapping[type, _Models] = {
+    MetaGraph: _MetaGraphModel,
+    Plan: _PlanModel,
+    Profile: _ProfileModel,
+    Trace: _TraceModel,
+}
+_MODEL_BY_FORMAT: Mapping[str, _Models] = {
+    str(model.model_fields["format"].default): model for model in _MODEL_BY_TYPE.values()
+}
+
+
+def to_dict(value: Value) -> dict[str, Any]:
+    """The JSON object of a value."""
+    return _MODEL_BY_TYPE[type(value)].of(value).model_dump(mode="json")  # type: ignore[arg-type]
+
+
+def dumps(value: Value) -> str:
+    """The JSON text of a value; `loads` gives an equal value back."""
+    return json.dumps(to_dict(value), indent=1)
+
+
+def loads(text: str, expect: type[ValueT], *, source: str = "text") -> ValueT:
+    """Read a value of type `expect` from JSON text; `source` names the text in errors.
+
+    Raises FormatError unless the text is well formed, of that format and of a known version.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{source}: not JSON ({error}); the file may be cut off, write it again") from None
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+    value = _checked(data, source)
+    if not isinstance(value, expect):
+        raise FormatError(f"{source}: is a {data['format']} file; here a {expect.__name__} is needed")
+    return value
+
+
+def _checked(data: Any, source: str) -> Value:
+    name = data.get("format") if isinstance(data, dict) else None
+    model = _MODEL_BY_FORMAT.get(name) if isinstance(name, str) else None
+    if model is None:
+        raise FormatError(f"{source}: format is {name!r}; this Spindle reads {', '.join(_MODEL_BY_FORMAT)}")
+    if data.get("version") != 1:
+        raise FormatError(
+            f"{source}: {name} version {data.get('version')!r}; this Spindle reads version 1, write the file again"
+        )
+    try:
+        return model.model_validate_json(json.dumps(data)).value()
+    except ValidationError as error:
+        raise FormatError(f"{source}: {explain_validation(error)}") from None
+    except InputError as error:
+        raise type(error)(f"{source}: {error}") from None
+
+
+def explain_validation(error: ValidationError, limit: int = 2) -> str:
+    """Pydantic's findings in one line: where, what was found, and the rule."""
+    found = []
+    for item in error.errors()[:limit]:
+        where = ".".join(str(part) for part in item["loc"]) or "the file"
+        if item["type"] == "extra_forbidden":
+            found.append(f"{where} is not a known field; remove it")
+        elif item["type"] == "missing":
+            found.append(f"{where} is missing; add it")
+        else:
+            found.append(f"{where} is {str(item['input'])[:60]!r}: {item['msg'].lower()}")
+    more = error.error_count() - limit
+    return "; ".join(found) + (f"; and {more} more" if more > 0 else "")
+
+
+def read(path: str | Path, expect: type[ValueT]) -> ValueT:
+    """Read a value from a JSON file; errors as `loads`, and FormatError when the file cannot be read."""
+    return loads(read_text(path), expect, source=str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a file; raises FormatError naming the path when it is missing, a folder or not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise FormatError(f"{path}: cannot be read ({reason}); check the path") from None
+
+
+def write(value: Value, path: str | Path) -> None:
+    """Write a value as JSON; the file appears whole or not at all."""
+    write_text(dumps(value) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text file; it appears whole or not at all. Raises FormatError when the path cannot be written."""
+    target = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be written ({error.strerror}); check the folder") from None

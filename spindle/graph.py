@@ -1,0 +1,190 @@
+"""TaskGraph: every operator of every task of a workload, and which tensors they hand each other.
+
+- An operator is one repeated block (a Transformer layer) or one piece of glue between blocks (paper, section 2.1).
+- Data flow is not stored twice: an operator names the tensors it reads; one operator writes each tensor.
+- Operators of different tasks are different even when they hold the same parameters (equal parameter names).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+from spindle.errors import GraphError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+BYTES_BY_DTYPE = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor that one operator hands to others.
+
+    `shape` is that of the whole batch. `rows` is how many rows of dimension 0 belong to one sample; 0 marks a tensor
+    whose rows are not those of samples, which only exists whole. `needs_grad`: a gradient comes back for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: int = 1
+    needs_grad: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES_BY_DTYPE:
+            raise GraphError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
+        if any(size < 0 for size in self.shape):
+            raise GraphError(f"tensor {self.name!r}: shape {self.shape} has a negative size")
+        if self.rows and not self.shape:
+            raise GraphError(f"tensor {self.name!r}: a scalar has no rows; give it rows=0")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A parameter tensor under the user's own name; equal names are one shared parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool = True
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter in its own dtype."""
+        return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """One computation of one task.
+
+    `kind` is the operator type: equal kinds do the same work on inputs of the same shape. FLOPs and bytes are those of
+    the whole batch; a multiply-add counts as two. `activation_bytes` is what backward keeps. A `splittable` operator
+    may run on parts of the batch (data parallel); one that is not mixes samples and runs whole on one device.
+    """
+
+    name: str
+    task: str
+    component: str
+    kind: str
+    batch_size: int
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    input_bytes: int = 0  # all it reads, batch fields included
+    activation_bytes: int = 0
+    splittable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise GraphError(f"operator {self.name!r}: batch size is {self.batch_size}; it must be at least one")
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all it hands to others, whole batch."""
+        return sum(tensor.num_bytes for tensor in self.outputs)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of its parameters, frozen ones included."""
+        return sum(parameter.num_bytes for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class TaskGraph:
+    """All operators of a workload; flows follow from the tensors they read and write."""
+
+    operators: tuple[Operator, ...]
+
+    def __post_init__(self) -> None:
+        if not self.operators:
+            raise GraphError("the task graph has no operators; add a task to the workload")
+        self._check_names()
+        self._check_acyclic()
+
+    def __iter__(self) -> Iterator[Operator]:
+        return iter(self.operators)
+
+    def __len__(self) -> int:
+        return len(self.operators)
+
+    @cached_property
+    def by_name(self) -> dict[str, Operator]:
+        """Operators by name."""
+        return {operator.name: operator for operator in self.operators}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Tensors by name."""
+        return {tensor.name: tensor for operator in self.operators for tensor in operator.outputs}
+
+    @cached_property
+    def producers(self) -> dict[str, str]:
+        """Name of the operator that writes each tensor."""
+        return {tensor.name: operator.name for operator in self.operators for tensor in operator.outputs}
+
+    @cached_property
+    def flows(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Tensors that pass from one operator straight to another, by (source, destination)."""
+        tensors_by_pair: dict[tuple[str, str], list[str]] = {}
+        for operator in self.operators:
+            for name in operator.inputs:
+                tensors_by_pair.setdefault((self.producers[name], operator.name), []).append(name)
+        return {pair: tuple(names) for pair, names in tensors_by_pair.items()}
+
+    @cached_property
+    def digraph(self) -> "nx.DiGraph[str]":
+        """The operators' names as a networkx graph, an edge for each flow."""
+        import networkx as nx
+
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        graph.add_nodes_from(operator.name for operator in self.operators)
+        graph.add_edges_from(self.flows)
+        return graph
+
+    def _check_names(self) -> None:
+        if len(self.by_name) != len(self.operators):
+            names = [operator.name for operator in self.operators]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise GraphError(f"operator {twice!r} stands twice in the task graph; names must be unique")
+        written: dict[str, str] = {}
+        for operator in self.operators:
+            for tensor in operator.outputs:
+                if tensor.name in written:
+                    raise GraphError(
+                        f"tensor {tensor.name!r} is written by {written[tensor.name]!r} and by {operator.name!r}; "
+                        "one operator writes a tensor"
+                    )
+                written[tensor.name] = operator.name
+        for operator in self.operators:
+            for name in operator.inputs:
+                if name not in written:
+                    raise GraphError(f"operator {operator.name!r} reads tensor {name!r}, which no operator writes")
+
+    def _check_acyclic(self) -> None:
+        import networkx as nx
+
+        if not nx.is_directed_acyclic_graph(self.digraph):
+            cycle = " -> ".join(source for source, _ in nx.find_cycle(self.digraph))
+            raise GraphError(f"operators {cycle} depend on each other in a circle; a task graph has no cycles")

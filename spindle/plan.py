@@ -1,0 +1,154 @@
+"""Plan: which layers of which MetaOp run on which devices, and when. All that crosses from planner to runtime.
+
+- A slice is a run of consecutive layers of one MetaOp on one set of devices (the paper's ASL-tuple, placed).
+- A wave is the set of slices that start together; waves stand in order of start. No barrier stands between waves.
+- Times are those of forward and backward together; `forward_fraction` of each MetaOp tells the share of forward.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from spindle.errors import PlanError
+from spindle.metagraph import MetaGraph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Layers `first_layer` .. `first_layer + num_layers - 1` of a MetaOp on `devices` from start_s to end_s."""
+
+    metaop: str
+    first_layer: int
+    num_layers: int
+    devices: tuple[int, ...]
+    start_s: float
+    end_s: float
+
+    def __post_init__(self) -> None:
+        if self.first_layer < 0 or self.num_layers < 1:
+            raise PlanError(
+                f"slice of {self.metaop!r}: layers {self.first_layer}..+{self.num_layers}; "
+                "the first is 0 or more and there is at least one"
+            )
+        if not self.devices or min(self.devices) < 0 or len(set(self.devices)) != len(self.devices):
+            raise PlanError(
+                f"slice of {self.metaop!r} names devices {list(self.devices)}; name at least one, each once, from 0 up"
+            )
+        if not 0 <= self.start_s <= self.end_s < float("inf"):
+            raise PlanError(f"slice of {self.metaop!r} runs from {self.start_s!r} to {self.end_s!r}; give rising times")
+
+    @property
+    def last_layer(self) -> int:
+        """Index of its last layer."""
+        return self.first_layer + self.num_layers - 1
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from start to end."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """Slices that start together, in order of their first device; ends when the last of them ends."""
+
+    index: int
+    start_s: float
+    end_s: float
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Predicted peak bytes of each device, and whether every device holds its share."""
+
+    peak_bytes_per_device: tuple[float, ...] = ()
+    fits: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A schedule of a whole MetaGraph.
+
+    makespan_s      end of the last slice
+    lower_bound_s   no schedule of this MetaGraph on these devices is shorter
+    baselines_s     makespans of the usual ways, by name, in the same cost model
+    metagraph       what was planned (without operators), so that a plan can be checked and explained by itself
+    """
+
+    num_devices: int
+    devices_per_node: int
+    method: str
+    waves: tuple[Wave, ...]
+    makespan_s: float
+    lower_bound_s: float = 0.0
+    planner_s: float = 0.0
+    baselines_s: tuple[tuple[str, float], ...] = ()
+    memory: Memory = Memory()
+    metagraph: MetaGraph | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_devices < 1 or self.devices_per_node < 1:
+            raise PlanError(
+                f"the plan names {self.num_devices} devices, {self.devices_per_node} a node; both are at least 1"
+            )
+        if not self.waves:
+            raise PlanError("the plan has no waves; plan a workload with at least one MetaOp")
+
+    @cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """All slices in order of start."""
+        return tuple(self)
+
+    def __iter__(self) -> Iterator[Slice]:
+        for wave in self.waves:
+            yield from wave.slices
+
+    @property
+    def gap(self) -> float:
+        """Distance from the bound: makespan / bound - 1; 0 when no bound is known."""
+        return self.makespan_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of device time in which no slice runs."""
+        busy = sum(s.span_s * len(s.devices) for s in self.slices)
+        return 1 - busy / (self.makespan_s * self.num_devices) if self.makespan_s else 0.0
+
+    def wave_of(self, slice_: Slice) -> int:
+        """Index of the wave in which `slice_` starts."""
+        return self._wave_by_slice[slice_]
+
+    @cached_property
+    def _wave_by_slice(self) -> dict[Slice, int]:
+        return {s: wave.index for wave in self.waves for s in wave.slices}
+
+
+def make_waves(slices: Iterable[Slice], *, tolerance_s: float = 1e-12) -> tuple[Wave, ...]:
+    """Group slices into waves: those that start within `tolerance_s` of a wave's first slice belong to it."""
+    ordered = sorted(slices, key=lambda s: (s.start_s, s.devices, s.metaop, s.first_layer))
+    groups: list[list[Slice]] = []
+    for slice_ in ordered:
+        if groups and slice_.start_s - groups[-1][0].start_s <= tolerance_s:
+            groups[-1].append(slice_)
+        else:
+            groups.append([slice_])
+    return tuple(
+        Wave(
+            index=index,
+            start_s=min(s.start_s for s in group),
+            end_s=max(s.end_s for s in group),
+            slices=tuple(sorted(group, key=lambda s: (s.devices, s.metaop, s.first_layer))),
+        )
+        for index, group in enumerate(groups)
+    )
+
+
+def without_operators(metagraph: MetaGraph) -> MetaGraph:
+    """The MetaGraph as a plan carries it: costs and flows, not what was contracted."""
+    return MetaGraph(tuple(replace(metaop, operators=()) for metaop in metagraph.metaops), metagraph.flows)
+
+
+def sorted_pairs(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """A mapping as the sorted pairs that frozen values hold."""
+    return tuple(sorted(values.items()))

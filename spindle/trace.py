@@ -1,0 +1,68 @@
+"""Trace: what each rank did and when, predicted or measured; one type for both, so that they compare.
+
+Names are those of the program: a span of a measured trace bears the name of the instruction that made it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from spindle.errors import InputError
+
+
+class SpanKind(StrEnum):
+    """What a rank was doing."""
+
+    LOAD = "load"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    TRANSFER = "transfer"
+    REDUCE = "reduce"
+    STEP = "step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One piece of work of one rank; times count from the start of the step."""
+
+    rank: int
+    kind: SpanKind
+    name: str
+    start_s: float
+    end_s: float
+    task: str = ""
+    component: str = ""
+    metaop: str = ""
+    wave: int = -1
+    num_bytes: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.end_s < self.start_s:
+            raise InputError(f"span {self.name!r}: rank {self.rank}, {self.start_s} to {self.end_s}; times must rise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Spans of all ranks, in order of start; `source` tells whether they were predicted or measured."""
+
+    num_ranks: int
+    source: str
+    spans: tuple[Span, ...] = ()
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self.spans)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the trace covers."""
+        return max((span.step for span in self.spans), default=-1) + 1
+
+    def step_s(self, step: int = 0) -> float:
+        """Seconds from the first to the last moment of one step."""
+        spans = [span for span in self.spans if span.step == step]
+        return max((s.end_s for s in spans), default=0.0) - min((s.start_s for s in spans), default=0.0)
+
+    def busy_s(self, kind: SpanKind, *, step: int | None = None) -> float:
+        """Rank-seconds that went into one kind of work, in one step or in all."""
+        return sum(s.end_s - s.start_s for s in self.spans if s.kind is kind and step in (None, s.step))
