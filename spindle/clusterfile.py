@@ -77,13 +77,33 @@ def parse_cluster(text: str) -> Cluster:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Parse a YAML file with the safe loader; raises FormatError when it is not YAML."""
+    """Parse a YAML file; errors as `parse_yaml`, and FormatError when the file cannot be read."""
+    return parse_yaml(read_text(path), source=str(path))
+
+
+def parse_yaml(text: str, *, source: str = "text") -> Any:
+    """Parse YAML with the safe loader; raises FormatError when it is not YAML or gives one key twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:  # YAML would keep the last value and say nothing
+            raise FormatError(f"{source}: key {twice[0]!r} stands twice {_place(node)}; keep one")
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.load(text, Loader)  # Loader is a SafeLoader
     except yaml.YAMLError as error:
-        raise FormatError(f"{path}: not YAML ({' '.join(str(error).split())}); mend that line") from None
+        raise FormatError(f"{source}: not YAML ({' '.join(str(error).split())}); mend that line") from None
+
+
+def _place(node: Any) -> str:
+    return f"in the mapping that begins at line {node.start_mark.line + 1}"
 
 
 def _device_type(name: str) -> _DeviceTypeModel:

@@ -1,0 +1,136 @@
+"""Cost: a contracted MetaGraph and a cluster in, the same MetaGraph with T_m(n) and memory per device out.
+
+- A count n is valid for data parallelism when it divides the batch; a MetaOp that mixes samples runs on one device.
+- `tensor_parallel` allows (dp, tp) layouts with dp * tp = n, tp inside a node; T_m(n) is the least over them (paper.md
+  section 5). The runtime executes data parallelism only, so that is the default.
+- Where a Profile has measured a MetaOp's operator kind, measured counts are taken as they are. Between two measured
+  counts T = a + b/n through both (paper, section 3.2); outside them the nearest measured time is scaled by the ratio
+  that the analytic model predicts. Kinds that were not measured are predicted (`spindle.planner.cost_roofline`).
+- Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
+  the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
+  trainable bytes of a layer.
+- Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from spindle.cluster import Cluster
+from spindle.errors import InfeasibleError
+from spindle.graph import Operator
+from spindle.metagraph import MetaGraph, MetaOp, points
+from spindle.planner.cost_links import tensor_parallel_s
+from spindle.planner.cost_memory import MemoryRule, chain_bytes
+from spindle.planner.cost_roofline import OperatorTime, chain_rows, operator_work, time_operator
+from spindle.profile import Profile, ProfileEntry
+
+
+def price(
+    metagraph: MetaGraph,
+    cluster: Cluster,
+    profile: Profile | None = None,
+    *,
+    tensor_parallel: int = 1,
+    memory: MemoryRule | None = None,
+) -> MetaGraph:
+    """Fill layer_time_s, memory_bytes, layer_param_bytes, output_bytes and forward_fraction of every MetaOp.
+
+    MetaOps without operators (read from a file) keep what they have. `tensor_parallel` is the largest degree allowed.
+    """
+    rule = memory or MemoryRule()
+    measured = profile.by_kind if profile else {}
+    metaops = tuple(
+        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), tensor_parallel, rule)
+        if metaop.operators
+        else metaop
+        for metaop in metagraph
+    )
+    return MetaGraph(metaops, metagraph.flows)
+
+
+def valid_layouts(operators: Sequence[Operator], cluster: Cluster, tensor_parallel: int = 1) -> dict[int, list[int]]:
+    """Degrees of tensor parallelism by device count: dp = n / tp divides the batch, tp divides a node's devices."""
+    batch = operators[0].batch_size
+    splittable = all(operator.splittable for operator in operators)
+    layouts: dict[int, list[int]] = {}
+    for tp in range(1, min(tensor_parallel, cluster.devices_per_node) + 1 if splittable else 2):
+        if cluster.devices_per_node % tp:
+            continue
+        for dp in range(1, min(batch, cluster.num_devices // tp) + 1 if splittable else 2):
+            if batch % dp == 0:
+                layouts.setdefault(dp * tp, []).append(tp)
+    return dict(sorted(layouts.items()))
+
+
+def _price(
+    metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], tensor_parallel: int, rule: MemoryRule
+) -> MetaOp:
+    operators = metaop.operators
+    layouts = valid_layouts(operators, cluster, tensor_parallel)
+    if not layouts:
+        raise InfeasibleError(
+            f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
+        )
+    predicted, degrees = _predict(operators, cluster, layouts)
+    times = {n: _measured_or(predicted, n, measured) for n in layouts}
+    first = next(iter(times.values()))
+    trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
+    return replace(
+        metaop,
+        layer_time_s=points({n: time.total_s for n, time in times.items()}),
+        memory_bytes=points(
+            {n: chain_bytes(operators, rule, data_parallel=n // tp, tensor_parallel=tp) for n, tp in degrees.items()}
+        ),
+        layer_param_bytes=trainable / len(operators),
+        output_bytes=float(operators[0].output_bytes),
+        forward_fraction=first.forward_s / first.total_s,
+    )
+
+
+def _predict(
+    operators: Sequence[Operator], cluster: Cluster, layouts: Mapping[int, Sequence[int]]
+) -> tuple[dict[int, OperatorTime], dict[int, int]]:
+    """Mean time of a layer and the degree of tensor parallelism that gives it, by count.
+
+    The mean, since the first and last layer may carry a stem or a projection: the whole chain then has its true time.
+    """
+    rows = chain_rows(operators)
+    alike: dict[tuple[float, float, int], list[Operator]] = {}
+    for operator in operators:  # layers that differ in nothing the model looks at are timed once
+        key = (operator.forward_flops, operator.backward_flops, operator.output_bytes)
+        alike.setdefault(key, []).append(operator)
+    works = [(operator_work(group[0], rows), group[0], len(group)) for group in alike.values()]
+    times: dict[int, OperatorTime] = {}
+    degrees: dict[int, int] = {}
+    for n, options in layouts.items():
+        for tp in options:
+            forward = backward = 0.0
+            for work, operator, count in works:
+                time = time_operator(work, cluster.device, data_parallel=n // tp, tensor_parallel=tp)
+                traffic = tensor_parallel_s(operator, cluster, data_parallel=n // tp, tensor_parallel=tp)
+                forward += count * (time.forward_s + traffic)
+                backward += count * (time.backward_s + (traffic if time.backward_s else 0.0))
+            mean = OperatorTime(forward / len(operators), backward / len(operators))
+            if n not in times or mean.total_s < times[n].total_s:
+                times[n], degrees[n] = mean, tp
+    return times, degrees
+
+
+def _measured_or(predicted: Mapping[int, OperatorTime], n: int, measured: Mapping[int, ProfileEntry]) -> OperatorTime:
+    """Measured at n, else interpolated, else predicted and scaled to the nearest measured count, else predicted."""
+    if n in measured:
+        return OperatorTime(measured[n].forward_s, measured[n].backward_s)
+    counts = sorted(count for count in measured if count in predicted)
+    for low, high in pairwise(counts):
+        if low < n < high:
+            share = (1 / n - 1 / high) / (1 / low - 1 / high)  # of the way from T(high) to T(low), linear in 1/n
+            a, b = measured[low], measured[high]
+            return OperatorTime(
+                b.forward_s + share * (a.forward_s - b.forward_s), b.backward_s + share * (a.backward_s - b.backward_s)
+            )
+    if not counts:
+        return predicted[n]
+    nearest = min(counts, key=lambda count: abs(count - n))
+    ratio = predicted[n].total_s / predicted[nearest].total_s
+    return OperatorTime(measured[nearest].forward_s * ratio, measured[nearest].backward_s * ratio)

@@ -1,0 +1,442 @@
+"""Workload spec in, TaskGraph out: layers with parameters, FLOPs, bytes and gradients due; no model code is needed.
+
+- Every layer is an operator `task.component.<index>`; `spindle.contract` merges a stack into the MetaOp
+  `task.component`. Lookup tables and vocabulary projections are operators of their own (`.embed`, `.head`), since their
+  parameters and traffic are unlike a layer's; linear stems and output projections ride with the first and last layer.
+- Tasks that use a component share its parameters by name.
+- A loss is an operator of its own only where it joins components: `contrastive` mixes samples, so it runs whole.
+- Backward follows what learns: a frozen part with nothing trained before it has none; with something trained before it,
+  the input gradient only; forward-only tasks have none at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from math import prod
+
+from spindle.errors import WorkloadError
+from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph, TensorSpec
+from spindle.specblocks import (
+    Block,
+    Component,
+    Embedding,
+    LmHead,
+    Mlp,
+    Other,
+    Transformer,
+    Weight,
+    mlp_block,
+    other_block,
+    transformer_block,
+)
+from spindle.specvalues import LOSS, Edge, Task, WorkloadSpec
+
+
+def build_graph(spec: WorkloadSpec) -> TaskGraph:
+    """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec."""
+    return TaskGraph(tuple(operator for task in spec.tasks for operator in task_operators(spec, task)))
+
+
+def task_operators(spec: WorkloadSpec, task: Task) -> tuple[Operator, ...]:
+    """All operators of one task, each after those it reads from."""
+    builder = _Builder(spec, task)
+    for name in _in_flow_order(task):
+        builder.add(name)
+    builder.add_loss()
+    return tuple(builder.operators)
+
+
+def _in_flow_order(task: Task) -> list[str]:
+    """Components, each after all that feed it (Kahn 1962), ties as given; raises WorkloadError on a circle."""
+    waiting = {name: {edge.source for edge in task.edges if edge.target == name} for name in task.components}
+    order: list[str] = []
+    while waiting:
+        free = next((name for name, sources in waiting.items() if not sources), None)
+        if free is None:
+            raise WorkloadError(f"task {task.name!r}: {', '.join(waiting)} feed each other in a circle; remove an edge")
+        order.append(free)
+        del waiting[free]
+        for sources in waiting.values():
+            sources.discard(free)
+    return order
+
+
+@dataclass(slots=True)
+class _Part:
+    """Weights that run one after another in an operator, and the elements per sample it keeps for backward."""
+
+    weights: Sequence[Weight]
+    trained: bool
+    lora_rank: int = 0
+    attention_flops: float = 0.0
+    kept_trained: float = 0.0
+    kept_frozen: float = 0.0
+    inner: bool = False  # has products between its own, so learning needs input gradients inside
+
+
+@dataclass(slots=True)
+class _Cost:
+    parameters: list[Parameter] = field(default_factory=list)
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    kept_elements: float = 0.0
+    needs_grad: bool = False
+
+
+class _Builder:
+    def __init__(self, spec: WorkloadSpec, task: Task) -> None:
+        self.spec, self.task = spec, task
+        self.operators: list[Operator] = []
+        self.tensors: dict[str, TensorSpec] = {}
+        self.output_by_edge: dict[tuple[str, str], TensorSpec] = {}
+        self.output_by_component: dict[str, TensorSpec] = {}
+        self.tokens_by_component: dict[str, int] = {}
+
+    # One component -----------------------------------------------------------------------------------------------
+
+    def add(self, name: str) -> None:
+        """Append the operators of component `name`; all that feed it were added before."""
+        task = self.task
+        component = self.spec.component(name)
+        changes = {
+            label: dict(values)[name]
+            for label, values in (("tokens", task.tokens), ("instances", task.instances))
+            if name in dict(values)
+        }
+        if changes:
+            component = _resized(component, changes)
+        sources = [edge for edge in task.edges if edge.target == name]
+        inputs = [self.output_by_edge[edge.source, name].name for edge in sources]
+        handed = sum(self.tokens_by_component[edge.source] for edge in sources)
+        context = dict(task.context_tokens).get(name, handed)
+        self.tokens_by_component[name] = (component.output_tokens or component.tokens) * component.instances
+        outputs = self._outputs(component)
+        match component:
+            case Transformer():
+                self._add_transformer(component, inputs, outputs, context)
+            case Mlp():
+                part = _part(mlp_block(component), component)
+                self._append(component, "", mlp_block(component).kind, [part], inputs, outputs)
+            case Other():
+                self._add_other(component, inputs, outputs)
+            case Embedding():
+                self._add_embedding(component, inputs, outputs)
+            case LmHead():
+                self._check_last(component)
+                weight = Weight("weight", (component.vocab, component.hidden), float(_rows(component)))
+                owner = component.tied_to or component.name
+                self._add_head(component, "", weight, f"{owner}.embedding", inputs, used=name in task.sinks)
+
+    def _check_last(self, component: Component) -> None:
+        if component.name not in self.task.sinks:
+            raise WorkloadError(
+                f"task {self.task.name!r}: {component.name!r} is an lm_head, which ends in the loss, but it feeds "
+                "another component; let its source feed that one"
+            )
+
+    def _outputs(self, component: Component) -> tuple[TensorSpec, ...]:
+        """What the last operator of a component writes: its output, and a tensor for each edge of another payload."""
+        shape = (component.output_tokens or component.tokens, _output_width(component))
+        main = self._tensor(f"{self.task.name}.{component.name}", shape, component)
+        self.output_by_component[component.name] = main
+        outputs = [main]
+        for edge in self.task.edges:
+            if edge.source == component.name:
+                tensor = main if edge.payload_bytes_per_sample is None else self._payload(edge, component)
+                self.output_by_edge[edge.source, edge.target] = tensor
+                outputs += [tensor] if tensor is not main else []
+        return tuple(outputs)
+
+    def _payload(self, edge: Edge, component: Component) -> TensorSpec:
+        assert edge.payload_bytes_per_sample is not None, "only edges that state a payload come here"
+        dtype = component.dtype or self.spec.dtype
+        elements = max(round(edge.payload_bytes_per_sample / BYTES_BY_DTYPE[dtype]), 1)
+        return TensorSpec(
+            name=f"{self.task.name}.{component.name}:{edge.target}",
+            shape=(self.task.batch_size, elements),
+            dtype=dtype,
+        )
+
+    def _tensor(self, name: str, shape: tuple[int, ...], component: Component) -> TensorSpec:
+        sequences = self.task.batch_size * component.instances
+        dtype = component.dtype or self.spec.dtype
+        return TensorSpec(name=name, shape=(sequences, *shape), dtype=dtype, rows=component.instances)
+
+    # Kinds of components -----------------------------------------------------------------------------------------
+
+    def _add_transformer(
+        self, component: Transformer, inputs: list[str], outputs: tuple[TensorSpec, ...], context_tokens: int
+    ) -> None:
+        c, base = component, f"{self.task.name}.{component.name}"
+        width = (c.tokens, c.hidden)
+        reads = list(inputs)
+        if c.vocab:
+            self._add_table(c, self._tensor(f"{base}.embed", width, c))
+            reads.append(f"{base}.embed")
+        block = transformer_block(c, context_tokens=context_tokens)
+        context = inputs if c.cross_attention != "none" else []
+        for index in range(c.layers):
+            last = index == c.layers - 1
+            written = outputs if last else (self._tensor(f"{base}.{index}", width, c),)
+            parts = [_part(block, c, trained=c.trained == "all", prefix=f"{index}.")]
+            if index == 0 and c.input_features:
+                parts.insert(0, _stem(c))
+            if last:
+                parts += _tail(c)
+            suffix = f".{index}" if c.layers > 1 else ""
+            self._append(c, suffix, block.kind, parts, reads, written)
+            reads = [written[0].name, *context]
+        if c.logits:
+            used = c.name in self.task.sinks and self.task.loss == "cross_entropy"
+            name = f"{c.name}.embedding" if c.tied else f"{c.name}.head"
+            weight = Weight("head", (c.vocab, c.hidden), float(_rows(c)))
+            self._add_head(c, ".head", weight, name, [outputs[0].name], used=used)
+
+    def _add_other(self, component: Other, inputs: list[str], outputs: tuple[TensorSpec, ...]) -> None:
+        c, base = component, f"{self.task.name}.{component.name}"
+        block = other_block(c)
+        reads = list(inputs)
+        for index in range(c.layers):
+            last = index == c.layers - 1
+            written = outputs if last else (self._tensor(f"{base}.{index}", (c.tokens, c.hidden), c),)
+            suffix = f".{index}" if c.layers > 1 else ""
+            self._append(c, suffix, block.kind, [_part(block, c, prefix=f"{index}.")], reads, written)
+            reads = [written[0].name]
+
+    def _add_embedding(self, component: Embedding, inputs: list[str], outputs: tuple[TensorSpec, ...]) -> None:
+        c = component
+        extra = [Weight("extra", (c.extra_parameters,))] if c.extra_parameters else []
+        table = Weight("embedding", (c.vocab, c.hidden))
+        kind = f"embedding {c.vocab}x{c.hidden} t{c.tokens}x{c.instances}"
+        self._append(c, "", kind, [_Part([table, *extra], c.trained == "all")], inputs, outputs)
+
+    def _add_table(self, c: Transformer, output: TensorSpec) -> None:
+        table = Weight(f"{c.name}.embedding", (c.vocab, c.hidden))
+        kind = f"embedding {c.vocab}x{c.hidden} t{c.tokens}x{c.instances}"
+        self._append(c, ".embed", kind, [_Part([table], c.trained == "all")], [], (output,), own_names=True)
+
+    def _add_head(
+        self, c: Component, suffix: str, weight: Weight, parameter: str, inputs: list[str], *, used: bool
+    ) -> None:
+        """Projection to the vocabulary with the loss behind it; when no loss reads it, it only runs forward."""
+        vocab, hidden = weight.shape
+        part = _Part(
+            [replace(weight, name=parameter)],
+            trained=c.trained in ("all", "ends"),
+            kept_trained=weight.rows * (hidden + 3 * vocab),  # its input; logits in two bytes, their softmax in four
+            kept_frozen=weight.rows * 3 * vocab,
+        )
+        kind = f"lm_head {vocab}x{hidden} t{c.tokens}x{c.instances}{'' if used else ' unused'}"
+        self._append(c, suffix, kind, [part], inputs, (), own_names=True, forward_only=not used)
+
+    # The loss ----------------------------------------------------------------------------------------------------
+
+    def add_loss(self) -> None:
+        """Append the loss where it joins components or mixes samples; others ride with what they read."""
+        sinks = [self.output_by_component[name] for name in self.task.sinks if self._has_output(name)]
+        if len(sinks) < 2:
+            return
+        batch = self.task.batch_size
+        mixes = self.task.loss == "contrastive"
+        read = sum(tensor.num_bytes for tensor in sinks)
+        forward = 0.0
+        if mixes:
+            self._check_alike(sinks)
+            width = prod(sinks[0].shape) // batch
+            forward = sum(2.0 * batch * batch * width for _ in combinations(sinks, 2))
+        learns = any(tensor.needs_grad for tensor in sinks) and not self.task.forward_only
+        shapes = ",".join("x".join(map(str, tensor.shape)) for tensor in sinks)
+        self.operators.append(
+            Operator(
+                name=f"{self.task.name}.{LOSS}",
+                task=self.task.name,
+                component=LOSS,
+                kind=f"loss {self.task.loss} {shapes}",
+                batch_size=batch,
+                inputs=tuple(tensor.name for tensor in sinks),
+                forward_flops=forward,
+                backward_flops=2 * forward if learns else 0.0,
+                input_bytes=read,
+                activation_bytes=read + (4 * batch * batch if mixes else 0) if learns else 0,
+                splittable=not mixes,
+            )
+        )
+
+    def _has_output(self, name: str) -> bool:
+        return self.output_by_component[name].name in self.tensors
+
+    def _check_alike(self, sinks: list[TensorSpec]) -> None:
+        widths = {tensor.name: prod(tensor.shape) // self.task.batch_size for tensor in sinks}
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{name.partition('.')[2]} {width}" for name, width in widths.items())
+            raise WorkloadError(
+                f"task {self.task.name!r}: its contrastive loss compares vectors of different width ({listed}); "
+                "give the components equal output_features and output_tokens: 1"
+            )
+
+    # One operator ------------------------------------------------------------------------------------------------
+
+    def _append(
+        self,
+        component: Component,
+        suffix: str,
+        kind: str,
+        parts: Sequence[_Part],
+        inputs: Sequence[str],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        own_names: bool = False,
+        forward_only: bool = False,
+    ) -> None:
+        c, task = component, self.task
+        frozen = task.forward_only or forward_only
+        due = any(self.tensors[name].needs_grad for name in inputs)
+        cost = _cost(parts, c, self.spec, due=due, frozen=frozen, own_names=own_names)
+        written = tuple(replace(tensor, needs_grad=cost.needs_grad and not frozen) for tensor in outputs)
+        self.tensors.update({tensor.name: tensor for tensor in written})
+        itemsize = BYTES_BY_DTYPE[c.dtype or self.spec.dtype]
+        batch = task.batch_size * c.repeats
+        read = sum(self.tensors[name].num_bytes for name in inputs if not self._is_own(name, c))
+        width = c.hidden if isinstance(c, Transformer | Other | Embedding | LmHead) else 0
+        kept = cost.kept_elements
+        if self.spec.recompute and cost.backward_flops:
+            kept = min(kept, float(_rows(c) * max(width, 1)))
+        self.operators.append(
+            Operator(
+                name=f"{task.name}.{c.name}{suffix}",
+                task=task.name,
+                component=c.name,
+                kind=f"{kind} b{task.batch_size}{f' r{c.repeats}' if c.repeats > 1 else ''} {_mode(c, cost, itemsize)}",
+                batch_size=task.batch_size,
+                inputs=tuple(inputs),
+                outputs=written,
+                parameters=tuple(cost.parameters),
+                forward_flops=batch * cost.forward_flops,
+                backward_flops=batch * (cost.backward_flops + self._again(cost)),
+                input_bytes=_input_bytes(c, task.batch_size, itemsize, read),
+                activation_bytes=round(batch * kept * itemsize),
+            )
+        )
+
+    def _again(self, cost: _Cost) -> float:
+        """FLOPs of running forward once more before backward."""
+        return cost.forward_flops if self.spec.recompute and cost.backward_flops else 0.0
+
+    def _is_own(self, tensor: str, component: Component) -> bool:
+        return tensor.startswith(f"{self.task.name}.{component.name}.")
+
+
+def _input_bytes(c: Component, batch_size: int, itemsize: int, read: int) -> int:
+    """Equal for all layers of a stack: the hidden state, and a context where every layer reads one."""
+    if not isinstance(c, Transformer | Other):
+        return max(read, batch_size * _rows(c) * 8)  # token numbers are of eight bytes
+    context = read if isinstance(c, Transformer) and c.cross_attention != "none" else 0
+    return batch_size * _rows(c) * c.hidden * itemsize + context
+
+
+def _mode(c: Component, cost: _Cost, itemsize: int) -> str:
+    if not cost.backward_flops and not cost.needs_grad:
+        return f"{8 * itemsize}bit forward"
+    return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}"
+
+
+def _resized(component: Component, changes: dict[str, int]) -> Component:
+    """The component with a task's own tokens or instances; what it hands on grows with its tokens."""
+    if "tokens" in changes and component.output_tokens is not None and component.output_tokens > 1:
+        ratio = changes["tokens"] / component.tokens
+        changes = {**changes, "output_tokens": max(round(component.output_tokens * ratio), 1)}
+    if "tokens" in changes and component.tokens_p99 is not None:
+        ratio = changes["tokens"] / component.tokens
+        changes = {**changes, "tokens_p99": max(round(component.tokens_p99 * ratio), changes["tokens"])}
+    return replace(component, **changes)  # type: ignore[arg-type]
+
+
+def _rows(c: Component) -> int:
+    return c.tokens * c.instances
+
+
+def _part(block: Block, c: Component, *, trained: bool | None = None, prefix: str = "") -> _Part:
+    return _Part(
+        weights=[replace(weight, name=f"{prefix}{weight.name}") for weight in block.weights],
+        trained=c.trained == "all" if trained is None else trained,
+        lora_rank=c.lora_rank,
+        attention_flops=block.attention_flops,
+        kept_trained=block.kept_trained,
+        kept_frozen=block.kept_frozen,
+        inner=True,
+    )
+
+
+def _stem(c: Transformer) -> _Part:
+    """Linear patch embedding and learned positions."""
+    rows = float(_rows(c))
+    weights = [Weight("stem", (c.hidden, c.input_features), rows), Weight("positions", (c.tokens, c.hidden))]
+    return _Part(weights, c.trained in ("all", "ends"), kept_trained=rows * c.input_features)
+
+
+def _tail(c: Transformer) -> list[_Part]:
+    """Output projection and what else stands once in a component."""
+    parts = []
+    if c.output_features:
+        rows = float((c.output_tokens or c.tokens) * c.instances)
+        weight = Weight("projection", (c.output_features, c.hidden), rows)
+        parts.append(_Part([weight], c.trained in ("all", "ends"), kept_trained=rows * c.hidden))
+    if c.extra_parameters:
+        parts.append(_Part([Weight("extra", (c.extra_parameters,))], c.trained in ("all", "ends")))
+    return parts
+
+
+def _cost(
+    parts: Sequence[_Part], c: Component, spec: WorkloadSpec, *, due: bool, frozen: bool, own_names: bool
+) -> _Cost:
+    """Sum over parts in order; `due`: a gradient is due for the operator's input."""
+    cost = _Cost(needs_grad=due)
+    dtype = c.dtype or spec.dtype
+    for part in parts:
+        linear = sum(weight.flops for weight in part.weights)
+        adapters = _adapters(part)
+        learns = part.trained or bool(adapters)
+        cost.forward_flops += linear + part.attention_flops + sum(weight.flops for weight in adapters)
+        if not frozen:
+            if part.trained:
+                cost.backward_flops += linear
+            if cost.needs_grad or (learns and part.inner):
+                cost.backward_flops += linear + 2 * part.attention_flops
+            cost.backward_flops += 2 * sum(weight.flops for weight in adapters)
+            if learns:
+                cost.kept_elements += part.kept_trained
+            elif cost.needs_grad:
+                cost.kept_elements += part.kept_frozen
+        cost.needs_grad = cost.needs_grad or learns
+        for weight, trainable in [*((w, part.trained) for w in part.weights), *((w, True) for w in adapters)]:
+            name = weight.name if own_names else f"{c.name}.{weight.name}"
+            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=dtype, trainable=trainable))
+    return cost
+
+
+def _adapters(part: _Part) -> list[Weight]:
+    """LoRA (Hu et al. 2021): beside each matrix two of rank r."""
+    adapters: list[Weight] = []
+    for weight in part.weights:
+        if part.lora_rank and weight.adaptable and len(weight.shape) == 2:
+            wide, narrow = weight.shape
+            adapters.append(Weight(f"{weight.name}.lora_a", (part.lora_rank, narrow), weight.rows))
+            adapters.append(Weight(f"{weight.name}.lora_b", (wide, part.lora_rank), weight.rows))
+    return adapters
+
+
+def _output_width(c: Component) -> int:
+    match c:
+        case Transformer():
+            if c.payload == "per_layer_kv":
+                return 2 * c.kv_heads * c.head_dim * c.layers
+            if c.payload == "per_layer_hidden":
+                return c.hidden * c.layers
+            return c.output_features or c.hidden
+        case Mlp():
+            return c.widths[-1]
+        case LmHead():
+            return 1
+        case Embedding() | Other():
+            return c.hidden
+    raise AssertionError(f"component {c.name!r} is of no kind that hands on a width")

@@ -1,0 +1,257 @@
+"""Workload specs as users write them: YAML in (`read_workload`), a checked WorkloadSpec out.
+
+    from spindle.specfile import read_workload
+    from spindle.spec import build_graph
+    graph = build_graph(read_workload("benchmarks/workloads/multitask_clip.yaml"))
+
+Stable names: `read_workload(path)`, `parse_workload(text)`. docs/cost-model.md describes every field; units stand in
+the names. Unknown fields, kinds and versions are refused by name.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
+
+from spindle.clusterfile import parse_yaml, read_yaml
+from spindle.errors import FormatError, InputError
+from spindle.formats import StrictModel, explain_validation
+from spindle.specblocks import (
+    Component,
+    CrossAttention,
+    Embedding,
+    LmHead,
+    Mlp,
+    Other,
+    Payload,
+    Trained,
+    Transformer,
+)
+from spindle.specvalues import Edge, LossKind, Optimizer, Task, WorkloadSpec, stages_to_edges
+
+FORMAT = "spindle.workload"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _ComponentModel(StrictModel):
+    tokens: int = 1
+    instances: int = 1
+    repeats: int = 1
+    trained: Trained = "all"
+    lora_rank: int = 0
+    dtype: str | None = None
+    output_tokens: int | None = None
+    tokens_p99: int | None = None
+
+
+class _TransformerModel(_ComponentModel):
+    kind: Literal["transformer"] = "transformer"
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn: int | None = None
+    gated: bool = False
+    causal: bool = False
+    vocab: int = 0
+    tied: bool = True
+    logits: bool = False
+    input_features: int = 0
+    output_features: int = 0
+    extra_parameters: int = 0
+    layer_extra_parameters: int = 0
+    cross_attention: CrossAttention = "none"
+    context_hidden: int = 0
+    payload: Payload = "last_hidden"
+
+    def value(self, name: str) -> Component:
+        fields = dict(self)
+        del fields["kind"]
+        if self.head_dim is None and self.heads > 0 and self.hidden % self.heads:
+            raise FormatError(
+                f"component {name!r}: {self.heads} heads do not divide hidden {self.hidden}; give head_dim"
+            )
+        fields["kv_heads"] = self.heads if self.kv_heads is None else self.kv_heads
+        fields["head_dim"] = self.hidden // max(self.heads, 1) if self.head_dim is None else self.head_dim
+        fields["ffn"] = 4 * self.hidden if self.ffn is None else self.ffn
+        return Transformer(name=name, **fields)
+
+
+class _MlpModel(_ComponentModel):
+    kind: Literal["mlp"]
+    widths: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+
+    def value(self, name: str) -> Component:
+        return Mlp(name=name, **{key: value for key, value in self if key != "kind"})
+
+
+class _EmbeddingModel(_ComponentModel):
+    kind: Literal["embedding"]
+    vocab: int
+    hidden: int
+    extra_parameters: int = 0
+
+    def value(self, name: str) -> Component:
+        return Embedding(name=name, **{key: value for key, value in self if key != "kind"})
+
+
+class _LmHeadModel(_ComponentModel):
+    kind: Literal["lm_head"]
+    vocab: int
+    hidden: int
+    tied_to: str = ""
+
+    def value(self, name: str) -> Component:
+        return LmHead(name=name, **{key: value for key, value in self if key != "kind"})
+
+
+class _OtherModel(_ComponentModel):
+    kind: Literal["other"]
+    layers: int = 1
+    hidden: int
+    parameters_millions: float
+    forward_gflops_per_sample: float
+
+    def value(self, name: str) -> Component:
+        renamed = ("kind", "parameters_millions", "forward_gflops_per_sample")
+        return Other(
+            name=name,
+            parameters=self.parameters_millions * 1e6,
+            forward_flops=self.forward_gflops_per_sample * 1e9,
+            **{key: value for key, value in self if key not in renamed},
+        )
+
+
+def _kind(data: Any) -> str:
+    return str(data.get("kind", "transformer")) if isinstance(data, dict) else "transformer"
+
+
+_AnyComponent = Annotated[
+    Annotated[_TransformerModel, Tag("transformer")]
+    | Annotated[_MlpModel, Tag("mlp")]
+    | Annotated[_EmbeddingModel, Tag("embedding")]
+    | Annotated[_LmHeadModel, Tag("lm_head")]
+    | Annotated[_OtherModel, Tag("other")],
+    Discriminator(_kind),
+]
+
+
+def _as_stage(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+_Stage = Annotated[tuple[str, ...], BeforeValidator(_as_stage)]
+_Stages = Annotated[tuple[_Stage, ...], BeforeValidator(_as_tuple)]
+
+
+class _EdgeModel(StrictModel):
+    source: str
+    target: str
+    payload_kib_per_sample: float | None = None
+
+    def value(self) -> Edge:
+        kib = self.payload_kib_per_sample
+        return Edge(self.source, self.target, None if kib is None else kib * 1024)
+
+
+def _as_edge(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2:
+        return {"source": value[0], "target": value[1]}
+    return value
+
+
+_Edges = Annotated[
+    tuple[Annotated[_EdgeModel, BeforeValidator(_as_edge)], ...],
+    BeforeValidator(_as_tuple),
+]
+
+
+class _TaskModel(StrictModel):
+    batch_size: int
+    flow: _Stages | None = None
+    edges: _Edges | None = None
+    loss: LossKind = "other"
+    weight: float = 1.0
+    probability: float = 1.0
+    forward_only: bool = False
+    tokens: dict[str, int] = Field(default_factory=dict)
+    instances: dict[str, int] = Field(default_factory=dict)
+    context_tokens: dict[str, int] = Field(default_factory=dict)
+
+    def value(self, name: str) -> Task:
+        if (self.flow is None) == (self.edges is None):
+            raise FormatError(
+                f"task {name!r}: give either flow (stages in order) or edges (pairs), not both or neither"
+            )
+        if self.flow is not None:
+            components, edges = stages_to_edges(self.flow)
+        else:
+            edges = tuple(edge.value() for edge in self.edges or ())
+            components = tuple(dict.fromkeys(end for edge in edges for end in (edge.source, edge.target)))
+        return Task(
+            name=name,
+            components=components,
+            edges=edges,
+            tokens=tuple(self.tokens.items()),
+            instances=tuple(self.instances.items()),
+            context_tokens=tuple(self.context_tokens.items()),
+            **{key: getattr(self, key) for key in ("batch_size", "loss", "weight", "probability", "forward_only")},
+        )
+
+
+class _WorkloadModel(StrictModel):
+    format: Literal["spindle.workload"]
+    version: Literal[1]
+    name: str
+    title: str = ""
+    source: Annotated[str, Field(description="where shapes and batches come from; for readers only")] = ""
+    dtype: str = "bfloat16"
+    optimizer: Optimizer = "adamw"
+    recompute: bool = False
+    components: dict[str, _AnyComponent]
+    tasks: dict[str, _TaskModel]
+
+    def value(self) -> WorkloadSpec:
+        return WorkloadSpec(
+            name=self.name,
+            title=self.title,
+            dtype=self.dtype,
+            optimizer=self.optimizer,
+            recompute=self.recompute,
+            components=tuple(model.value(name) for name, model in self.components.items()),
+            tasks=tuple(model.value(name) for name, model in self.tasks.items()),
+        )
+
+
+def read_workload(path: str | Path) -> WorkloadSpec:
+    """Read a workload spec from a YAML file.
+
+    Raises FormatError when the file is malformed or of another version, WorkloadError when a value breaks a rule; both
+    name the file.
+    """
+    return _checked(read_yaml(path), str(path))
+
+
+def parse_workload(text: str, *, source: str = "text") -> WorkloadSpec:
+    """Read a workload spec from YAML text; `source` names the text in errors, which are those of `read_workload`."""
+    return _checked(parse_yaml(text, source=source), source)
+
+
+def _checked(data: Any, source: str) -> WorkloadSpec:
+    name = data.get("format") if isinstance(data, dict) else None
+    if name != FORMAT:
+        raise FormatError(f"{source}: format is {name!r}; a workload spec begins with format: {FORMAT}")
+    if data.get("version") != 1:
+        raise FormatError(
+            f"{source}: {FORMAT} version {data.get('version')!r}; this Spindle reads version 1, write the spec for it"
+        )
+    try:
+        return _WorkloadModel.model_validate(data).value()
+    except ValidationError as error:
+        raise FormatError(f"{source}: {explain_validation(error)}") from None
+    except InputError as error:
+        raise type(error)(f"{source}: {error}") from None

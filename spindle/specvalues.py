@@ -1,0 +1,169 @@
+"""WorkloadSpec: components (spindle.specblocks) and the tasks that run them, as values with their rules.
+
+`spindle.specfile.read_workload` reads one from YAML; `spindle.spec.build_graph` makes its TaskGraph.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+from spindle.errors import WorkloadError
+from spindle.graph import BYTES_BY_DTYPE
+from spindle.specblocks import Component
+
+LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
+Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
+LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Component `source` hands its output to `target`; None: as many bytes as the output has."""
+
+    source: str
+    target: str
+    payload_bytes_per_sample: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One task: which components it runs, in which order, on how many samples a step.
+
+    weight         factor of its loss
+    probability    share of the steps in which it takes part
+    forward_only   nothing of it is trained (a teacher, an evaluation)
+    tokens, instances, context_tokens   (component, value): what differs from the component's own
+    """
+
+    name: str
+    batch_size: int
+    components: tuple[str, ...]
+    edges: tuple[Edge, ...] = ()
+    loss: LossKind = "other"
+    weight: float = 1.0
+    probability: float = 1.0
+    forward_only: bool = False
+    tokens: tuple[tuple[str, int], ...] = ()
+    instances: tuple[tuple[str, int], ...] = ()
+    context_tokens: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise WorkloadError(f"task {self.name!r}: batch_size is {self.batch_size}; it must be at least one")
+        if not self.components:
+            raise WorkloadError(f"task {self.name!r} runs no component; give it a flow")
+        if not 0 < self.probability <= 1:
+            raise WorkloadError(f"task {self.name!r}: probability is {self.probability!r}; give 0 < probability <= 1")
+        if not 0 <= self.weight < float("inf"):
+            raise WorkloadError(f"task {self.name!r}: weight is {self.weight!r}; it must be zero or more")
+        self._check_members()
+        self._check_loss()
+
+    def _check_members(self) -> None:
+        if len(set(self.components)) != len(self.components):
+            twice = next(name for name in self.components if self.components.count(name) > 1)
+            raise WorkloadError(
+                f"task {self.name!r} names component {twice!r} twice; a component runs once in a task, "
+                "give it instances: 2 to run it on two inputs"
+            )
+        pairs = [(edge.source, edge.target) for edge in self.edges]
+        for pair in pairs:
+            if pairs.count(pair) > 1:
+                raise WorkloadError(f"task {self.name!r}: edge {pair[0]} -> {pair[1]} is given twice; give it once")
+        named = [("flow", end) for edge in self.edges for end in (edge.source, edge.target)]
+        for label in ("tokens", "instances", "context_tokens"):
+            named += [(label, name) for name, _ in getattr(self, label)]
+        for label, name in named:
+            if name not in self.components:
+                raise WorkloadError(
+                    f"task {self.name!r}: {label} names {name!r}, which is not in its flow; "
+                    f"the flow has {', '.join(self.components)}"
+                )
+
+    def _check_loss(self) -> None:
+        if self.loss == "contrastive" and len(self.sinks) < 2:
+            raise WorkloadError(
+                f"task {self.name!r}: a contrastive loss compares at least two components, the flow ends in "
+                f"{', '.join(self.sinks) or 'none'}; end it in two, as in flow: [[image, text]]"
+            )
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Components that hand nothing to another: the loss reads them."""
+        sources = {edge.source for edge in self.edges}
+        return tuple(name for name in self.components if name not in sources)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSpec:
+    """Components and the tasks that run them.
+
+    dtype        of parameters and activations where a component does not say otherwise
+    recompute    backward runs each layer's forward again; a layer keeps its input only
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    tasks: tuple[Task, ...]
+    title: str = ""
+    dtype: str = "bfloat16"
+    optimizer: Optimizer = "adamw"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        _check_names("component", (component.name for component in self.components))
+        _check_names("task", (task.name for task in self.tasks))
+        known = {component.name for component in self.components}
+        if LOSS in known:
+            raise WorkloadError(f"a component is named {LOSS!r}, as are a task's losses; choose another name")
+        for task in self.tasks:
+            for name in task.components:
+                if name not in known:
+                    raise WorkloadError(
+                        f"task {task.name!r} runs component {name!r}, which is not given; "
+                        f"the components are {', '.join(sorted(known))}"
+                    )
+        for owner, dtype in [("workload", self.dtype), *((c.name, c.dtype or self.dtype) for c in self.components)]:
+            if dtype not in BYTES_BY_DTYPE:
+                raise WorkloadError(f"{owner}: dtype {dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
+
+    def component(self, name: str) -> Component:
+        """The component of that name."""
+        return next(component for component in self.components if component.name == name)
+
+    def only(self, tasks: Iterable[str]) -> "WorkloadSpec":
+        """The same workload with some of its tasks, in the order of the spec; WorkloadError on an unknown one."""
+        wanted = set(tasks)
+        unknown = wanted - {task.name for task in self.tasks}
+        if unknown:
+            raise WorkloadError(
+                f"task {sorted(unknown)[0]!r} is not in workload {self.name!r}; "
+                f"its tasks are {', '.join(task.name for task in self.tasks)}"
+            )
+        return replace(self, tasks=tuple(task for task in self.tasks if task.name in wanted))
+
+
+def stages_to_edges(stages: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], tuple[Edge, ...]]:
+    """Components and edges of a flow in stages: every component of a stage feeds every one of the next.
+
+    >>> stages_to_edges([["image", "text"], ["llm"]])[1]
+    (Edge(source='image', target='llm', payload_bytes_per_sample=None), \
+Edge(source='text', target='llm', payload_bytes_per_sample=None))
+    """
+    listed = [tuple(stage) for stage in stages]
+    names = tuple(name for stage in listed for name in stage)
+    pairs = ((a, b) for before, after in pairwise(listed) for a in before for b in after)
+    return names, tuple(Edge(a, b) for a, b in pairs)
+
+
+def _check_names(label: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if not name or not all(part.isalnum() for part in name.replace("_", "-").split("-")):
+            raise WorkloadError(f"{label} name {name!r}: use letters, digits, - and _ (dots separate operator names)")
+        if name in seen:
+            raise WorkloadError(f"{label} {name!r} is given twice; names must be unique")
+        seen.add(name)
+    if not seen:
+        raise WorkloadError(f"the workload has no {label}s; give at least one")

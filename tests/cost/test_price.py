@@ -1,0 +1,126 @@
+"""Pricing: valid counts, measured points, interpolation, and what the analytic model must never do."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from spindle.cluster import Cluster
+from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
+from spindle.metagraph import MetaGraph
+from spindle.planner.cost import price
+from spindle.planner.cost_memory import MemoryRule
+from spindle.profile import Profile, ProfileEntry
+from spindle.spec import build_graph
+from spindle.specfile import parse_workload
+
+SPEC = """
+format: spindle.workload
+version: 1
+name: towers
+components:
+  image: {layers: 4, hidden: 256, heads: 4, tokens: 64, input_features: 48, output_tokens: 1, output_features: 32}
+  text: {layers: 3, hidden: 128, heads: 2, tokens: 16, vocab: 100, output_tokens: 1, output_features: 32}
+tasks:
+  pair: {batch_size: 12, flow: [[image, text]], loss: contrastive}
+"""
+
+
+@pytest.fixture(scope="module")
+def metagraph() -> MetaGraph:
+    return contract(build_graph(parse_workload(SPEC)))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    return parse_cluster("2x4:a100-80g")
+
+
+def test_counts_divide_the_batch(metagraph: MetaGraph, cluster: Cluster) -> None:
+    priced = price(metagraph, cluster)
+    assert tuple(priced["pair.image"].times) == (1, 2, 3, 4, 6)
+    assert tuple(priced["pair.loss"].times) == (1,)
+    assert tuple(priced["pair.image"].memory) == (1, 2, 3, 4, 6)
+
+
+def test_tensor_parallel_adds_counts_inside_a_node(metagraph: MetaGraph, cluster: Cluster) -> None:
+    priced = price(metagraph, cluster, tensor_parallel=4)
+    assert tuple(priced["pair.image"].times) == (1, 2, 3, 4, 6, 8)
+    plain = price(metagraph, cluster)["pair.image"].times
+    assert all(priced["pair.image"].times[n] <= plain[n] for n in plain)
+
+
+def test_more_work_takes_longer(cluster: Cluster) -> None:
+    small = contract(build_graph(parse_workload(SPEC.replace("batch_size: 12", "batch_size: 1200"))))
+    large = contract(build_graph(parse_workload(SPEC.replace("batch_size: 12", "batch_size: 2400"))))
+    for n in (1, 2, 4):
+        assert price(large, cluster)["pair.image"].times[n] > price(small, cluster)["pair.image"].times[n]
+
+
+def test_time_falls_with_devices_and_device_time_rises(cluster: Cluster) -> None:
+    heavy = SPEC.replace("tokens: 64", "tokens: 1024").replace("batch_size: 12", "batch_size: 48")
+    times = price(contract(build_graph(parse_workload(heavy))), cluster)["pair.image"].layer_time_s
+    for (few, slow), (many, fast) in pairwise(times):
+        assert fast < slow
+        assert many * fast >= few * slow * (1 - 1e-9)
+
+
+def test_measured_counts_are_taken_as_they_are(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Non-monotone points stay; between measured counts T = a + b/n; outside the prediction's ratio is kept."""
+    kind = metagraph["pair.image"].operators[0].kind
+    entries = tuple(
+        ProfileEntry(kind=kind, num_devices=n, forward_s=f, backward_s=2 * f) for n, f in ((1, 0.4), (3, 0.2), (4, 0.3))
+    )
+    times = price(metagraph, cluster, Profile("test", entries=entries))["pair.image"].times
+    predicted = price(metagraph, cluster)["pair.image"].times
+    assert (times[1], times[3], times[4]) == pytest.approx((1.2, 0.6, 0.9))
+    b = (1.2 - 0.6) / (1 - 1 / 3)
+    assert times[2] == pytest.approx((1.2 - b) + b / 2)
+    assert times[6] / times[4] == pytest.approx(predicted[6] / predicted[4])
+
+
+def test_forward_fraction_is_measured(metagraph: MetaGraph, cluster: Cluster) -> None:
+    kind = metagraph["pair.text"].operators[0].kind
+    entry = ProfileEntry(kind=kind, num_devices=1, forward_s=0.1, backward_s=0.4)
+    assert price(metagraph, cluster, Profile("t", entries=(entry,)))["pair.text"].forward_fraction == pytest.approx(0.2)
+
+
+def test_frozen_layers_have_no_backward_and_no_gradients_to_reduce(cluster: Cluster) -> None:
+    spec = SPEC.replace("image: {layers: 4", "image: {trained: none, layers: 4")
+    frozen = price(contract(build_graph(parse_workload(spec))), cluster)["pair.image"]
+    assert frozen.forward_fraction == 1.0
+    assert frozen.layer_param_bytes == 0.0
+
+
+def test_memory_counts_what_a_step_holds(cluster: Cluster) -> None:
+    """Sixteen-bit training with Adam: 2 + 2 + 12 bytes a parameter, sharded ones divided, activations by devices."""
+    metagraph = contract(build_graph(parse_workload(SPEC)))
+    text = metagraph["pair.text"]
+    parameters = sum(p.num_bytes // 2 for op in text.operators for p in op.parameters)
+    kept = sum(op.activation_bytes for op in text.operators)
+    boundary = 2 * max(op.output_bytes for op in text.operators)
+    whole = price(metagraph, cluster)["pair.text"].memory
+    sharded = price(metagraph, cluster, memory=MemoryRule(shard_optimizer=True))["pair.text"].memory
+    plain_sgd = price(metagraph, cluster, memory=MemoryRule(optimizer="sgd"))["pair.text"].memory
+    for n in (1, 2, 4):
+        assert whole[n] == pytest.approx(16 * parameters + (kept + boundary) / n)
+        assert sharded[n] == pytest.approx((4 + 12 / n) * parameters + (kept + boundary) / n)
+        assert plain_sgd[n] == pytest.approx(8 * parameters + (kept + boundary) / n)
+
+
+def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Cluster) -> None:
+    from spindle.plan import without_operators
+
+    priced = without_operators(price(metagraph, cluster))
+    assert price(priced, cluster) == priced
+
+
+def test_pricing_loads_no_torch_and_no_ray() -> None:
+    code = (
+        "import sys, spindle.specfile, spindle.spec, spindle.contract, spindle.planner.cost; "
+        "print(sorted({'torch', 'ray', 'transformers', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
