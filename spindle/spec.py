@@ -100,7 +100,7 @@ class _Builder:
         component = self.spec.component(name)
         changes = {
             label: dict(values)[name]
-            for label, values in (("tokens", task.tokens), ("instances", task.instances))
+            for label, values in _overrides(task)
             if name in dict(values)
         }
         if changes:
@@ -340,12 +340,16 @@ def _mode(c: Component, cost: _Cost, itemsize: int) -> str:
     return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}"
 
 
+def _overrides(task: Task) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+    return ("tokens", task.tokens), ("tokens_p99", task.tokens_p99), ("instances", task.instances)
+
+
 def _resized(component: Component, changes: dict[str, int]) -> Component:
     """The component with a task's own tokens or instances; what it hands on grows with its tokens."""
     if "tokens" in changes and component.output_tokens is not None and component.output_tokens > 1:
         ratio = changes["tokens"] / component.tokens
         changes = {**changes, "output_tokens": max(round(component.output_tokens * ratio), 1)}
-    if "tokens" in changes and component.tokens_p99 is not None:
+    if "tokens" in changes and component.tokens_p99 is not None and "tokens_p99" not in changes:
         ratio = changes["tokens"] / component.tokens
         changes = {**changes, "tokens_p99": max(round(component.tokens_p99 * ratio), changes["tokens"])}
     return replace(component, **changes)  # type: ignore[arg-type]

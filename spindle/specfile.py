@@ -179,6 +179,7 @@ class _TaskModel(StrictModel):
     probability: float = 1.0
     forward_only: bool = False
     tokens: dict[str, int] = Field(default_factory=dict)
+    tokens_p99: dict[str, int] = Field(default_factory=dict)
     instances: dict[str, int] = Field(default_factory=dict)
     context_tokens: dict[str, int] = Field(default_factory=dict)
 
@@ -197,6 +198,7 @@ class _TaskModel(StrictModel):
             components=components,
             edges=edges,
             tokens=tuple(self.tokens.items()),
+            tokens_p99=tuple(self.tokens_p99.items()),
             instances=tuple(self.instances.items()),
             context_tokens=tuple(self.context_tokens.items()),
             **{key: getattr(self, key) for key in ("batch_size", "loss", "weight", "probability", "forward_only")},

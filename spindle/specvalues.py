@@ -33,7 +33,7 @@ class Task:
     weight         factor of its loss
     probability    share of the steps in which it takes part
     forward_only   nothing of it is trained (a teacher, an evaluation)
-    tokens, instances, context_tokens   (component, value): what differs from the component's own
+    tokens, tokens_p99, instances, context_tokens   (component, value): what differs from the component's own
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task:
     probability: float = 1.0
     forward_only: bool = False
     tokens: tuple[tuple[str, int], ...] = ()
+    tokens_p99: tuple[tuple[str, int], ...] = ()
     instances: tuple[tuple[str, int], ...] = ()
     context_tokens: tuple[tuple[str, int], ...] = ()
 
@@ -72,7 +73,7 @@ class Task:
             if pairs.count(pair) > 1:
                 raise WorkloadError(f"task {self.name!r}: edge {pair[0]} -> {pair[1]} is given twice; give it once")
         named = [("flow", end) for edge in self.edges for end in (edge.source, edge.target)]
-        for label in ("tokens", "instances", "context_tokens"):
+        for label in ("tokens", "tokens_p99", "instances", "context_tokens"):
             named += [(label, name) for name, _ in getattr(self, label)]
         for label, name in named:
             if name not in self.components:
