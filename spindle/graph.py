@@ -34,14 +34,15 @@ BYTES_BY_DTYPE = {
 class TensorSpec:
     """A tensor that one operator hands to others.
 
-    `shape` is that of the whole batch. `rows` is how many rows of dimension 0 belong to one sample; 0 marks a tensor
-    whose rows are not those of samples, which only exists whole. `needs_grad`: a gradient comes back for it.
+    `shape` is that of the whole batch. `rows` is how many entries of dimension `row_dim` belong to one sample; 0 marks
+    a tensor that cannot be cut by samples and only exists whole. `needs_grad`: a gradient comes back for it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     rows: int = 1
+    row_dim: int = 0
     needs_grad: bool = True
 
     def __post_init__(self) -> None:
@@ -49,8 +50,14 @@ class TensorSpec:
             raise GraphError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
         if any(size < 0 for size in self.shape):
             raise GraphError(f"tensor {self.name!r}: shape {self.shape} has a negative size")
-        if self.rows and not self.shape:
-            raise GraphError(f"tensor {self.name!r}: a scalar has no rows; give it rows=0")
+        if self.rows and not 0 <= self.row_dim < len(self.shape):
+            raise GraphError(f"tensor {self.name!r}: shape {self.shape} has no dimension {self.row_dim} to hold rows")
+
+    def shape_of(self, samples: int) -> tuple[int, ...]:
+        """Shape of the part that belongs to so many samples; the whole shape when it cannot be cut."""
+        if not self.rows:
+            return self.shape
+        return (*self.shape[: self.row_dim], samples * self.rows, *self.shape[self.row_dim + 1 :])
 
     @property
     def num_bytes(self) -> int:

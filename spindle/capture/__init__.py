@@ -1,0 +1,40 @@
+"""Capture: a Workload in; its TaskGraph and the code of every operator out. The data passes through in this order:
+
+blocks      repeated layers are found, and traced around
+tracing     the user's task function becomes a graph, on fake tensors
+rewrite     reductions over all samples go by sample first
+partition   the graph falls into groups: blocks, glue, and what any rank can compute by itself
+rows        each group shows, by running, whether it goes by samples
+extract     groups become torch modules
+costs       which are measured on fake tensors at the full batch
+operators   and put together, named by naming, as codes
+"""
+
+from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
+from spindle.capture.naming import Namer
+from spindle.capture.operators import Memo, build_operators
+from spindle.capture.partition import partition
+from spindle.capture.tracing import blocks_of, trace
+from spindle.graph import TaskGraph
+from spindle.workload import Workload
+
+__all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
+
+
+def capture(workload: Workload) -> Captured:
+    """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason."""
+    workload.require_tasks()
+    namer, memo = Namer(blocks_of(workload)), Memo()
+    results = []
+    for task in workload.tasks.values():
+        batch = task.first_batch()
+        traced = trace(workload, task, batch)
+        results.append(build_operators(workload, traced, partition(traced), batch, namer, memo))
+    return Captured(
+        graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
+        codes={code.name: code for result in results for code in result.codes},
+        aux={code.name: code for result in results for code in result.aux},
+        losses={task: result.loss for task, result in zip(workload.tasks, results, strict=True)},
+        weights={task.name: task.weight for task in workload.tasks.values()},
+        parameters=dict(workload.named_parameters()),
+    )

@@ -1,0 +1,187 @@
+"""Blocks: a model in, its repeated layers out, and a way to trace around them.
+
+- A block is a child of the top-most list (ModuleList, Sequential) whose children are of one class and hold parameters.
+- While a task is exported each block call becomes one opaque operator, so that blocks may do what export cannot trace
+  and stay the user's own eager modules at run time. The operator's fake kernel runs the block on fake tensors, which
+  yields the output shapes without computing anything.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from spindle.errors import WorkloadError
+
+MIN_SUBMODULES = 4  # a list of plain Linear or Conv layers is not a list of blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One repeated layer: its dotted path below the component, and the module."""
+
+    path: str
+    module: nn.Module
+
+
+def find_blocks(component: str, module: nn.Module, layers: str | Iterable[str] | None = None) -> list[Block]:
+    """The blocks of a component, in order; `layers` names their lists (dotted paths) when they are not found by rule.
+
+    Raises WorkloadError when a named list does not exist.
+    """
+    if layers is None:
+        return list(_search(module, ""))
+    paths = [layers] if isinstance(layers, str) else list(layers)
+    found: list[Block] = []
+    for path in paths:
+        try:
+            container = module.get_submodule(path)
+        except AttributeError:
+            lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList | nn.Sequential)]
+            raise WorkloadError(
+                f"component {component!r} has no list {path!r}; its lists are {', '.join(lists) or 'none'}"
+            ) from None
+        found.extend(Block(f"{path}.{name}", child) for name, child in container.named_children())
+    return found
+
+
+def _search(module: nn.Module, prefix: str) -> Iterator[Block]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if _is_block_list(child):
+            yield from (Block(f"{path}.{index}", block) for index, block in child.named_children())
+        else:
+            yield from _search(child, f"{path}.")
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+        return False
+    children = list(module)
+    return (
+        len({type(child) for child in children}) == 1
+        and all(next(child.parameters(), None) is not None for child in children)
+        and sum(1 for _ in children[0].modules()) >= MIN_SUBMODULES
+    )
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """One call of a block during export: how its tensors stand among its arguments and results.
+
+    `arguments` holds the constants, with None where a tensor goes (`is_tensor` tells which); `results` likewise.
+    """
+
+    path: str
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    argument_is_tensor: tuple[bool, ...]
+    argument_spec: pytree.TreeSpec
+    results: tuple[Any, ...] = ()
+    result_is_tensor: tuple[bool, ...] = ()
+    result_spec: pytree.TreeSpec | None = None
+
+    def run(self, tensors: Iterable[Tensor], forward: Callable[..., Any]) -> list[Tensor]:
+        """Call `forward` with these tensors among the recorded constants; the tensors among its results."""
+        feed = iter(tensors)
+        leaves = [
+            next(feed) if is_tensor else constant
+            for constant, is_tensor in zip(self.arguments, self.argument_is_tensor, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.argument_spec)
+        results, self.result_spec = pytree.tree_flatten(forward(*args, **kwargs))
+        self.result_is_tensor = tuple(isinstance(leaf, Tensor) for leaf in results)
+        self.results = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in results)
+        return [leaf for leaf in results if isinstance(leaf, Tensor)]
+
+
+@dataclass(slots=True)
+class _Session:
+    calls: list[BlockCall] = field(default_factory=list)
+    forward_by_module: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+
+
+_SESSION: ContextVar[_Session] = ContextVar("spindle_block_session")
+
+
+@torch.library.custom_op("spindle::block", mutates_args=())
+def opaque_block(tensors: list[Tensor], call: int) -> list[Tensor]:
+    """Stand-in for a block while a task is exported; it never runs on real tensors."""
+    raise AssertionError(f"opaque block {call} ran on real tensors; it exists only while a task is exported")
+
+
+@opaque_block.register_fake
+def _(tensors: list[Tensor], call: int) -> list[Tensor]:
+    session = _SESSION.get()
+    record = session.calls[call]
+    results = record.run(tensors, session.forward_by_module[record.module])
+    return [torch.empty_like(result, memory_format=torch.contiguous_format) for result in results]
+
+
+@contextlib.contextmanager
+def opaque_blocks(blocks: Iterable[Block]) -> Iterator[list[BlockCall]]:
+    """While open, calls of `blocks` are recorded and traced as one operator each. Yields the calls, by their number."""
+    session = _Session()
+    token = _SESSION.set(session)
+    try:
+        for block in blocks:
+            session.forward_by_module[block.module] = block.module.forward
+            block.module.forward = _recorder(block, session)
+        yield session.calls
+    finally:
+        for module, forward in session.forward_by_module.items():
+            if getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward  # it was the class's own; the instance attribute was ours
+            else:
+                module.forward = forward  # the user had patched the instance
+        _SESSION.reset(token)
+
+
+def _recorder(block: Block, session: _Session) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        call = BlockCall(
+            path=block.path,
+            module=block.module,
+            arguments=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
+            argument_is_tensor=is_tensor,
+            argument_spec=spec,
+        )
+        session.calls.append(call)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        outputs = iter(torch.ops.spindle.block(tensors, len(session.calls) - 1))
+        results = [
+            next(outputs) if is_tensor else constant
+            for constant, is_tensor in zip(call.results, call.result_is_tensor, strict=True)
+        ]
+        assert call.result_spec is not None
+        return pytree.tree_unflatten(results, call.result_spec)
+
+    return forward
+
+
+class BlockModule(nn.Module):
+    """A block behind the signature of its recorded call: tensors in, tuple of tensors out. What the runtime runs."""
+
+    def __init__(self, call: BlockCall) -> None:
+        super().__init__()
+        self.module = call.module
+        self.arguments = call.arguments
+        self.is_tensor = call.argument_is_tensor
+        self.spec = call.argument_spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the block on its tensors; constants are those of the recorded call."""
+        feed = iter(tensors)
+        leaves = [
+            next(feed) if is_tensor else constant
+            for constant, is_tensor in zip(self.arguments, self.is_tensor, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return tuple(leaf for leaf in pytree.tree_leaves(self.module(*args, **kwargs)) if isinstance(leaf, Tensor))

@@ -1,0 +1,82 @@
+"""Codes: what the runtime executes. Each is a torch module with named inputs and outputs.
+
+- An operator's code runs on any part of the batch, its own parameters inside under the module's own names.
+- An aux code computes, from batch fields alone, something operators read beside their data flow: the field itself, a
+  mask, rotary tables, the number of counted positions. It is cheap and holds no parameters, so each rank computes its
+  own instead of being sent it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spindle.graph import TaskGraph
+
+
+@dataclass(frozen=True, slots=True)
+class CodeInput:
+    """One argument of an operator: a tensor of another operator, an aux value, or the number of samples at hand."""
+
+    kind: Literal["tensor", "aux", "rows"]
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorCode:
+    """Code of one operator: `module(*inputs)` gives a tuple with a tensor for each of `outputs`.
+
+    `parameters` maps names inside the module to the workload's names.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[CodeInput, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuxCode:
+    """Code of one aux value: `module(rows, *fields)`.
+
+    `rows` entries of dimension `row_dim` belong to one sample (0: none do). `whole`: it must see the whole batch, and
+    is cut to the samples at hand afterwards.
+    """
+
+    name: str
+    task: str
+    module: nn.Module
+    fields: tuple[str, ...]
+    whole: bool
+    rows: int
+    row_dim: int = 0
+
+    def value(self, batch: Mapping[str, Tensor], low: int, high: int, batch_size: int) -> Tensor:
+        """The value for samples low..high-1 of the whole batch."""
+        with torch.no_grad():
+            if not self.whole:
+                return self._run([batch[name][low:high] for name in self.fields], high - low)
+            value = self._run([batch[name] for name in self.fields], batch_size)
+            return value.narrow(self.row_dim, low * self.rows, (high - low) * self.rows) if self.rows else value
+
+    def _run(self, fields: list[Tensor], rows: int) -> Tensor:
+        value: Tensor = self.module(rows, *fields)[0]
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A workload as captured: its task graph and the code of each operator in it.
+
+    `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names.
+    """
+
+    graph: TaskGraph
+    codes: Mapping[str, OperatorCode]
+    aux: Mapping[str, AuxCode]
+    losses: Mapping[str, str]
+    weights: Mapping[str, float]
+    parameters: Mapping[str, nn.Parameter]

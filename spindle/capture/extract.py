@@ -1,0 +1,170 @@
+"""Extraction: some nodes of a traced task in, a torch module that computes them out."""
+
+import itertools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from spindle.capture.blocks import BlockModule
+from spindle.capture.codes import CodeInput
+from spindle.capture.partition import Partition
+from spindle.capture.tracing import BLOCK, TracedTask
+from spindle.workload import Workload
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A module, and the nodes that its arguments and results stand for; `inputs` says what each argument is."""
+
+    module: fx.GraphModule
+    arguments: tuple[fx.Node, ...]
+    inputs: tuple[CodeInput, ...]
+    results: tuple[fx.Node, ...]
+
+
+class Extractor:
+    """Copies parts of one traced task into modules of their own, around the workload's own parameters."""
+
+    def __init__(self, workload: Workload, traced: TracedTask, partition: Partition) -> None:
+        """Everything extracted shares the modules of `workload`."""
+        self.traced = traced
+        self.partition = partition
+        self.components = {name: component.module for name, component in workload.components.items()}
+
+    def operator(self, results: Iterable[fx.Node], boundary: Collection[fx.Node]) -> Extracted:
+        """The module that computes `results` from `boundary` nodes, aux values and the number of samples."""
+        return _Copy(self, boundary, aux_are_inputs=True).run(tuple(results))
+
+    def aux(self, result: fx.Node) -> Extracted:
+        """The module that computes one aux value from batch fields and the number of samples (always its first)."""
+        return _Copy(self, (), aux_are_inputs=False).run((result,))
+
+    def attribute(self, node: fx.Node) -> torch.Tensor | nn.Module | None:
+        """The parameter, buffer, constant or nested graph that an input node of the trace stands for."""
+        traced = self.traced
+        path = traced.parameters.get(node.name) or traced.buffers.get(node.name)
+        if path is not None:
+            component, _, name = path.partition(".")
+            owner, _, leaf = name.rpartition(".")
+            value: torch.Tensor = getattr(self.components[component].get_submodule(owner), leaf)
+            return value
+        if node.name in traced.constants:
+            return traced.constants[node.name]
+        return traced.submodules[str(node.target)] if node.op == "get_attr" else None
+
+
+class _Copy:
+    """One extraction in progress."""
+
+    def __init__(self, extractor: Extractor, boundary: Collection[fx.Node], *, aux_are_inputs: bool) -> None:
+        self.extractor = extractor
+        self.partition = extractor.partition
+        self.boundary = boundary
+        self.aux_are_inputs = aux_are_inputs
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.arguments: list[tuple[fx.Node, CodeInput]] = []
+        self.anchor = self.graph.create_node("placeholder", "rows")
+
+    def run(self, results: tuple[fx.Node, ...]) -> Extracted:
+        """Copy all that `results` need, in the order of the trace."""
+        needed = self._needed(results)
+        for node in needed:
+            if self._input_kind(node) is not None:
+                self.copies[node] = self._copy(node)
+        for node in self.extractor.traced.graph.nodes:
+            if node in needed and node not in self.copies:
+                self.copies[node] = self._copy(node)
+        for node in results:
+            self._update_buffers(node)
+        self.graph.output(tuple(self.copies[node] for node in results))
+        for index, node in enumerate(self.graph.nodes):
+            node._rename(f"v{index}")
+        return Extracted(
+            fx.GraphModule(self.root, self.graph),
+            tuple(node for node, _ in self.arguments),
+            (CodeInput("rows"), *(kind for _, kind in self.arguments)),
+            results,
+        )
+
+    def _needed(self, results: Iterable[fx.Node]) -> dict[fx.Node, None]:
+        """Nodes to copy, those that are read first standing first: so equal layers take their inputs in one order."""
+        needed: dict[fx.Node, None] = {}
+        stack = list(reversed(list(results)))
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed[node] = None
+                if self._input_kind(node) is None and node not in self.extractor.traced.rows:
+                    stack.extend(reversed(node.all_input_nodes))
+        return needed
+
+    def _input_kind(self, node: fx.Node) -> CodeInput | None:
+        if node in self.boundary:
+            return CodeInput("tensor", node.name)
+        field = node.op == "placeholder" and node.name in self.extractor.traced.fields
+        if field or (self.aux_are_inputs and node in self.partition.aux):
+            return CodeInput("aux", node.name)
+        return None
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        kind = self._input_kind(node)
+        if kind is not None:
+            self.arguments.append((node, kind))
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                return self.graph.create_node("placeholder", f"input_{len(self.arguments)}")
+        if node in self.extractor.traced.rows:
+            return self.anchor
+        if node.op in ("placeholder", "get_attr"):
+            value = self.extractor.attribute(node)
+            assert value is not None, f"{node.format_node()} is no parameter, buffer, constant or field"
+            return self._attribute(value)
+        if node.target is BLOCK:
+            return self._block(node)
+        return self.graph.node_copy(node, self.copies.__getitem__)
+
+    def _attribute(self, value: torch.Tensor | nn.Module) -> fx.Node:
+        name = self._fresh("value")
+        if isinstance(value, nn.Module):
+            self.root.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            self.root.register_parameter(name, value)
+        else:
+            self.root.register_buffer(name, value)
+        return self.graph.create_node("get_attr", name)
+
+    def _fresh(self, prefix: str) -> str:
+        """Names count up from 0, so that equal pieces of code read the same."""
+        return next(name for i in itertools.count() if not hasattr(self.root, name := f"{prefix}_{i}"))
+
+    def _block(self, node: fx.Node) -> fx.Node:
+        tensors, call = node.args
+        assert isinstance(call, int)
+        assert isinstance(tensors, list | tuple)
+        name = self._fresh("block")
+        self.root.add_module(name, BlockModule(self.extractor.traced.calls[call]))
+        arguments = tuple(self.copies[tensor] for tensor in tensors if isinstance(tensor, fx.Node))
+        return self.graph.call_module(name, arguments)
+
+    def _update_buffers(self, node: fx.Node) -> None:
+        """Running statistics and the like: write the new value back where the module keeps it."""
+        buffer = self.extractor.traced.mutations.get(node)
+        if buffer is None:
+            return
+        holder = next(
+            n for n in self.extractor.traced.graph.nodes if self.extractor.traced.buffers.get(n.name) == buffer
+        )
+        value = self.extractor.attribute(holder)
+        assert value is not None
+        target = self.copies.get(holder) or self._attribute(value)
+        update = self.graph.call_function(torch.ops.aten.detach.default, (self.copies[node],))
+        self.graph.call_function(torch.ops.aten.copy_.default, (target, update))
+
+
+def parameter_names(module: nn.Module, name_by_id: dict[int, str]) -> tuple[tuple[str, str], ...]:
+    """Names of a module's parameters inside it, each with the workload's name for the same tensor."""
+    return tuple((name, name_by_id[id(p)]) for name, p in module.named_parameters(remove_duplicate=False))

@@ -1,0 +1,380 @@
+"""Operators of one task: its groups in, operators with code, shapes, costs and rows out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from spindle.capture import costs
+from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
+from spindle.capture.costs import Cost, ValueSpec
+from spindle.capture.extract import Extracted, Extractor, parameter_names
+from spindle.capture.naming import Namer
+from spindle.capture.partition import Group, Partition
+from spindle.capture.rows import (
+    PROBE_SAMPLES,
+    Finding,
+    Rows,
+    WithoutDropout,
+    both,
+    compare,
+    disturbed,
+    jittered,
+)
+from spindle.capture.tracing import TracedTask
+from spindle.errors import WorkloadError
+from spindle.graph import Operator, Parameter, TensorSpec
+from spindle.workload import Batch, Workload
+
+
+@dataclass
+class Memo:
+    """What was found for an operator kind, so that equal layers are looked at once. Shared by all tasks."""
+
+    costs: dict[str, Cost] = field(default_factory=dict)
+    findings: dict[str, tuple[list[Finding], list[list[Tensor]]]] = field(default_factory=dict)
+
+
+@dataclass
+class _Draft:
+    """An operator before it is known which of its outputs a gradient comes back for."""
+
+    name: str
+    component: str
+    code: Extracted
+    kind: str
+    splittable: bool
+
+
+@dataclass
+class TaskOperators:
+    """Everything that comes out of one task."""
+
+    operators: list[Operator] = field(default_factory=list)
+    codes: list[OperatorCode] = field(default_factory=list)
+    aux: list[AuxCode] = field(default_factory=list)
+    loss: str = ""
+
+
+def build_operators(
+    workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
+) -> TaskOperators:
+    """Build the operators of one traced task. Raises WorkloadError when its loss needs no gradient."""
+    return _Builder(workload, traced, partition, batch, namer, memo).run()
+
+
+class _Builder:
+    def __init__(
+        self, workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
+    ) -> None:
+        self.task = traced.task
+        self.traced = traced
+        self.partition = partition
+        self.extractor = Extractor(workload, traced, partition)
+        self.batch = batch
+        self.namer = namer
+        self.memo = memo
+        self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
+        self.samples = min(PROBE_SAMPLES, self.task.batch_size)
+        generator = torch.Generator().manual_seed(0)
+        probe = {name: value[: self.samples].cpu() for name, value in batch.items()}
+        self.trials = (probe, disturbed(probe, generator))
+        self.generator = generator
+        self.specs: dict[fx.Node, ValueSpec] = {}  # of tensors between operators, at the full batch
+        self.rows: dict[fx.Node, Rows | None] = {}
+        self.probes: dict[fx.Node, list[Tensor]] = {}  # the same tensors on the probe, one a trial
+        self.aux: dict[fx.Node, AuxCode] = {}
+        self.specs_of_aux: dict[fx.Node, ValueSpec] = {}
+        self.drafts: list[_Draft] = []
+
+    def run(self) -> TaskOperators:
+        for group in self.partition.groups:
+            if group.is_block:
+                self._add_block(group)
+            else:
+                self._add_glue(group)
+        loss = self.traced.loss
+        if loss not in self.specs or not self.specs[loss].needs_grad:
+            raise WorkloadError(
+                f"task {self.task.name!r}: its loss needs no gradient; let it depend on a trained parameter"
+            )
+        costs_by_draft = self._backward_pass()
+        return TaskOperators(
+            operators=[self._operator(draft, cost) for draft, cost in costs_by_draft],
+            codes=[self._code(draft) for draft in self.drafts],
+            aux=list(self.aux.values()),
+            loss=self._tensor_name(loss),
+        )
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    def _add_block(self, group: Group) -> None:
+        call = self.traced.calls[group.call or 0]
+        component, name = self.namer.block(self.task.name, group.component, call.path)
+        results = [node for node in group.outputs if isinstance(node.meta["val"], Tensor)]
+        code = self.extractor.operator(results, self.specs.keys())
+        kind = costs.kind_of(type(call.module).__name__, code.module, self.task.batch_size, self._input_specs(code))
+        if kind not in self.memo.findings:
+            self.memo.findings[kind] = self._probe(code)
+        findings, values = self.memo.findings[kind]
+        for index, node in enumerate(results):
+            self.probes[node] = [trial[index] for trial in values]
+        splittable = all(finding.independent for finding in findings)
+        self._add(name, component, code, kind, [finding.rows for finding in findings], splittable=splittable)
+
+    def _add_glue(self, group: Group) -> None:
+        """Split the group into the part that goes by samples and the part that mixes them, if there is one."""
+        nodes = [n for n in self._ancestors(group) if isinstance(n.meta.get("val"), Tensor)]
+        everything = self.extractor.operator(nodes, self.specs.keys())
+        findings, values = self._probe(everything)
+        found = dict(zip(nodes, findings, strict=True))
+        for index, node in enumerate(nodes):
+            self.probes[node] = [trial[index] for trial in values]
+        apart = [node for node in group.outputs if self._by_sample(found[node])]
+        mixed = [node for node in group.outputs if node not in apart]
+        cut = self._cut(mixed, found) if mixed else set()
+        by_sample = [node for node in nodes if node in apart or (node in cut and node not in self.specs)]
+        component = self.namer.component(group, self._parameters(everything))
+        if by_sample:
+            role = "pre" if not group.frontier else "post"
+            self._add_piece(group, by_sample, component, role, found, splittable=True)
+        if mixed:
+            is_loss = self.traced.loss in mixed
+            self._add_piece(
+                group, mixed, "loss" if is_loss else component, "" if is_loss else "mix", found, splittable=False
+            )
+
+    def _add_piece(
+        self,
+        group: Group,
+        results: list[fx.Node],
+        component: str,
+        role: str,
+        found: dict[fx.Node, Finding],
+        *,
+        splittable: bool,
+    ) -> None:
+        code = self.extractor.operator(results, self.specs.keys())
+        name = self.namer.glue(self.task.name, component, role)
+        kind = costs.kind_of(role or component, code.module, self.task.batch_size, self._input_specs(code))
+        self._add(name, component, code, kind, [found[node].rows for node in results], splittable=splittable)
+
+    def _ancestors(self, group: Group) -> list[fx.Node]:
+        """Nodes of the group that its outputs need, in the order of the trace."""
+        members, needed, stack = set(group.nodes), set(), list(group.outputs)
+        while stack:
+            node = stack.pop()
+            if node in members and node not in needed:
+                needed.add(node)
+                stack.extend(source for source in node.all_input_nodes if source not in self.partition.repeated)
+        return [node for node in group.nodes if node in needed]
+
+    @staticmethod
+    def _by_sample(finding: Finding) -> bool:
+        return finding.independent and finding.rows is not None
+
+    def _cut(self, mixed: list[fx.Node], found: dict[fx.Node, Finding]) -> set[fx.Node]:
+        """The last values made of rows on the way to `mixed`: what the mixing part must be given."""
+        cut, seen, stack = set(), set(mixed), [s for node in mixed for s in node.all_input_nodes]
+        while stack:
+            node = stack.pop()
+            if node in seen or node not in found:
+                continue
+            seen.add(node)
+            rows = found[node].rows
+            if found[node].independent and rows is not None and rows.dim == 0:
+                cut.add(node)
+            else:
+                stack.extend(node.all_input_nodes)
+        return cut
+
+    # -- one operator ---------------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        name: str,
+        component: str,
+        code: Extracted,
+        kind: str,
+        rows: Sequence[Rows | None],
+        *,
+        splittable: bool,
+    ) -> None:
+        cost = self._cost(kind, code, None)
+        for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
+            self.specs[node], self.rows[node] = spec, row
+        self.drafts.append(_Draft(name, component, code, kind, splittable))
+
+    def _cost(self, kind: str, code: Extracted, live: tuple[bool, ...] | None) -> Cost:
+        key = f"{kind}{live or ''}"
+        if key not in self.memo.costs:
+            specs = self._input_specs(code)
+            self.memo.costs[key] = costs.measure(code.module, self.task.batch_size, specs, live)
+        return self.memo.costs[key]
+
+    def _backward_pass(self) -> list[tuple[_Draft, Cost]]:
+        """Which tensors a gradient comes back for, from the loss up: what nothing trained depends on gets none."""
+        wanted = {self.traced.loss}
+        found: list[tuple[_Draft, Cost]] = []
+        for draft in reversed(self.drafts):
+            code = draft.code
+            live = tuple(node in wanted for node in code.results)
+            cost = self._cost(draft.kind, code, None if all(live) else live)
+            if not all(live):
+                draft.kind += "-" + "".join("gn"[not alive] for alive in live)
+            wanted |= {node for node, grad in zip(code.arguments, cost.input_grads, strict=True) if grad}
+            found.append((draft, cost))
+        for node in self.specs:
+            self.specs[node] = replace(self.specs[node], needs_grad=node in wanted)
+        return found[::-1]
+
+    def _operator(self, draft: _Draft, cost: Cost) -> Operator:
+        named = parameter_names(draft.code.module, self.parameter_by_id)
+        trained = {outer for inner, outer in named if inner in cost.trained}
+        return Operator(
+            name=draft.name,
+            task=self.task.name,
+            component=draft.component,
+            kind=draft.kind,
+            batch_size=self.task.batch_size,
+            inputs=tuple(self._tensor_name(node) for node, _ in self._tensor_inputs(draft.code)),
+            outputs=tuple(self._tensor_spec(node) for node in draft.code.results),
+            parameters=tuple(_parameters(draft.code.module, named, trained)),
+            forward_flops=cost.forward_flops,
+            backward_flops=cost.backward_flops,
+            input_bytes=sum(spec.num_bytes for spec in self._input_specs(draft.code)),
+            activation_bytes=cost.activation_bytes,
+            splittable=draft.splittable,
+        )
+
+    def _code(self, draft: _Draft) -> OperatorCode:
+        return OperatorCode(
+            name=draft.name,
+            module=draft.code.module,
+            inputs=tuple(self._code_inputs(draft.code)),
+            outputs=tuple(self._tensor_name(node) for node in draft.code.results),
+            parameters=parameter_names(draft.code.module, self.parameter_by_id),
+        )
+
+    def _code_inputs(self, code: Extracted) -> Iterator[CodeInput]:
+        yield code.inputs[0]
+        for node, given in zip(code.arguments, code.inputs[1:], strict=True):
+            yield CodeInput(
+                given.kind, self._tensor_name(node) if given.kind == "tensor" else self._aux_code(node).name
+            )
+
+    def _tensor_inputs(self, code: Extracted) -> Iterator[tuple[fx.Node, CodeInput]]:
+        pairs = zip(code.arguments, code.inputs[1:], strict=True)
+        return ((node, given) for node, given in pairs if given.kind == "tensor")
+
+    def _tensor_name(self, node: fx.Node) -> str:
+        return f"{self.task.name}/{node.name}"
+
+    def _tensor_spec(self, node: fx.Node) -> TensorSpec:
+        spec, rows = self.specs[node], self.rows[node]
+        return TensorSpec(
+            name=self._tensor_name(node),
+            shape=spec.shape,
+            dtype=str(spec.dtype).removeprefix("torch."),
+            rows=rows.count if rows else 0,
+            row_dim=rows.dim if rows else 0,
+            needs_grad=spec.needs_grad,
+        )
+
+    def _input_specs(self, code: Extracted) -> list[ValueSpec]:
+        return [
+            self.specs[node] if given.kind == "tensor" else self._aux_spec(node)
+            for node, given in zip(code.arguments, code.inputs[1:], strict=True)
+        ]
+
+    def _parameters(self, code: Extracted) -> dict[str, int]:
+        """Sizes of the parameters inside, by the workload's name."""
+        sizes = {name: parameter.numel() for name, parameter in code.module.named_parameters()}
+        return {
+            outer: sizes[inner] for inner, outer in parameter_names(code.module, self.parameter_by_id) if inner in sizes
+        }
+
+    # -- the probe ------------------------------------------------------------------------------------------------
+
+    def _probe(self, code: Extracted) -> tuple[list[Finding], list[list[Tensor]]]:
+        """Findings for the results of `code`, and their values on the whole probe in each trial."""
+        state = jittered(code.module, self.generator)
+        findings: list[Finding] = []
+        values: list[list[Tensor]] = []
+        for trial, batch in enumerate(self.trials):
+
+            def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> Sequence[Any]:
+                arguments = self._probe_inputs(code, trial, batch, low, high)
+                with torch.no_grad(), WithoutDropout():
+                    outputs: Sequence[Any] = functional_call(code.module, dict(state), (high - low, *arguments))
+                return outputs
+
+            found = compare(run, self.samples, known=len(code.results))
+            findings = found if not findings else [both(*pair) for pair in zip(findings, found, strict=True)]
+            values.append(list(run(0, self.samples)))
+        return findings, values
+
+    def _probe_inputs(self, code: Extracted, trial: int, batch: Batch, low: int, high: int) -> Iterator[Tensor]:
+        for node, given in zip(code.arguments, code.inputs[1:], strict=True):
+            if given.kind == "aux":
+                yield self._aux_code(node).value(batch, low, high, self.samples)
+            else:
+                value, rows = self.probes[node][trial], self.rows[node]
+                yield value.narrow(rows.dim, low * rows.count, (high - low) * rows.count) if rows else value
+
+    # -- aux ------------------------------------------------------------------------------------------------------
+
+    def _aux_code(self, node: fx.Node) -> AuxCode:
+        if node not in self.aux:
+            code = self.extractor.aux(node)
+            fields = tuple(self.traced.fields[argument.name] for argument in code.arguments)
+            name = f"batch.{fields[0]}" if node.op == "placeholder" else node.name
+            self.aux[node] = self._classified(f"{self.task.name}/{name}", code.module, fields)
+        return self.aux[node]
+
+    def _classified(self, name: str, module: nn.Module, fields: tuple[str, ...]) -> AuxCode:
+        def run_on(batch: Batch) -> Finding:
+            def run(low: int, high: int) -> Sequence[Any]:
+                value = module(high - low, *(batch[field][low:high] for field in fields))
+                return value if isinstance(value, tuple) else (value,)
+
+            with torch.no_grad():
+                return compare(run, self.samples, known=1)[0]
+
+        finding = both(*(run_on(batch) for batch in self.trials))
+        constant = finding.rows is None and finding.independent and not fields
+        rows = finding.rows or Rows(0, 0)
+        return AuxCode(
+            name=name,
+            task=self.task.name,
+            module=module,
+            fields=fields,
+            whole=not (constant or (finding.independent and finding.rows is not None)),
+            rows=rows.count,
+            row_dim=rows.dim,
+        )
+
+    def _aux_spec(self, node: fx.Node) -> ValueSpec:
+        if node not in self.specs_of_aux:
+            size = self.task.batch_size
+            value = self._aux_code(node).value(self.batch, 0, size, size)
+            self.specs_of_aux[node] = ValueSpec(tuple(value.shape), value.dtype)
+        return self.specs_of_aux[node]
+
+
+def _parameters(module: nn.Module, named: Sequence[tuple[str, str]], trained: set[str]) -> Iterator[Parameter]:
+    values = dict(module.named_parameters(remove_duplicate=False))
+    seen: set[str] = set()
+    for inner, outer in named:
+        if outer not in seen:
+            seen.add(outer)
+            value = values[inner]
+            yield Parameter(
+                name=outer,
+                shape=tuple(value.shape),
+                dtype=str(value.dtype).removeprefix("torch."),
+                trainable=outer in trained,
+            )

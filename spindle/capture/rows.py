@@ -1,0 +1,158 @@
+"""Rows: which values of a piece of code belong to single samples, found by running it, not by trusting a flag.
+
+- The piece runs on a few samples together and on parts of them. A value whose parts, put together, are the whole is
+  made of rows; a value that is not mixes samples, or counts them.
+- Two trials: on real samples, and on samples whose entries were shuffled, masked and jittered, because real ones can
+  hide mixing (equal lengths, all-ones masks). Parameters are jittered too: zeros hide everything.
+- Random functions are switched off meanwhile.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spindle.workload import Batch
+
+PROBE_SAMPLES = 5
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` entries of dimension `dim` belong to each sample."""
+
+    count: int
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is known of a value: its rows, if its shape has any, and whether they do not depend on other samples."""
+
+    rows: Rows | None
+    independent: bool
+
+
+class WithoutDropout(TorchFunctionMode):
+    """While open, dropout of every kind passes its input through."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Turn dropout functions into the identity, and attention's dropout off."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").split(".")[0]
+        if name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name == "native_dropout":
+            return args[0], torch.ones_like(args[0], dtype=torch.bool)
+        if name == "scaled_dot_product_attention":
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            elif "dropout_p" in kwargs:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = frozenset(
+    f.__name__ for f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+) | {"feature_dropout", "dropout_"}
+
+
+def split_sizes(samples: int) -> tuple[int, ...]:
+    """Uneven parts of the probe, so that a mean of means differs from the mean."""
+    return (samples,) if samples < 2 else (samples // 2, samples - samples // 2)
+
+
+def compare(run: Callable[[int, int], Sequence[Any]], samples: int, *, known: int) -> list[Finding]:
+    """Findings for `known` values that `run(low, high)` computes from samples low..high-1.
+
+    A run on a part that raises leaves nothing independent.
+    """
+    whole = run(0, samples)
+    try:
+        parts, low = [], 0
+        for size in split_sizes(samples):
+            parts.append((size, run(low, low + size)))
+            low += size
+    except (RuntimeError, IndexError, ValueError, AssertionError):
+        return [Finding(_rows_by_shape(value, samples), False) for value in whole[:known]]
+    return [
+        _finding(value, [(size, values[index]) for size, values in parts], samples)
+        for index, value in enumerate(whole[:known])
+    ]
+
+
+def both(first: Finding, second: Finding) -> Finding:
+    """What two trials agree on."""
+    return Finding(first.rows if first.rows == second.rows else None, first.independent and second.independent)
+
+
+def _finding(whole: Any, parts: Sequence[tuple[int, Any]], samples: int) -> Finding:
+    if not isinstance(whole, Tensor) or not all(isinstance(part, Tensor) for _, part in parts):
+        return Finding(None, False)
+    candidates = [
+        Rows(size // samples, dim)
+        for dim, size in enumerate(whole.shape)
+        if size and size % samples == 0 and _scales(whole, parts, dim, size // samples)
+    ]
+    for rows in candidates:
+        joined = torch.cat([part for _, part in parts], rows.dim)
+        if _close(joined, whole):
+            return Finding(rows, True)
+    if not candidates and all(part.shape == whole.shape and _close(part, whole) for _, part in parts):
+        return Finding(None, True)
+    return Finding(candidates[0] if candidates else None, False)
+
+
+def _scales(whole: Tensor, parts: Sequence[tuple[int, Any]], dim: int, count: int) -> bool:
+    """Whether the parts have the whole's shape but for dimension `dim`, which is as long as their samples ask."""
+    return all(part.shape == (*whole.shape[:dim], size * count, *whole.shape[dim + 1 :]) for size, part in parts)
+
+
+def _rows_by_shape(value: Any, samples: int) -> Rows | None:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == 0 or value.shape[0] % samples:
+        return None
+    return Rows(value.shape[0] // samples, 0)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = _TOLERANCE.get(b.dtype, 2e-4)
+    a, b = torch.nan_to_num(a.double(), nan=7.0), torch.nan_to_num(b.double(), nan=7.0)
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
+
+
+def disturbed(batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with its entries moved about: integers shuffled, masks cut short, floats jittered."""
+    return {name: _disturb(value, generator) for name, value in batch.items()}
+
+
+def _disturb(value: Tensor, generator: torch.Generator) -> Tensor:
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
+        return value + noise * (float(value.double().std(correction=0)) or 1.0)
+    if value.ndim > 1 and bool(((value == 0) | (value == 1)).all()) and bool((value == 1).any()):
+        lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
+        return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
+    order = torch.randperm(value.numel(), generator=generator)
+    return value.flatten()[order].reshape(value.shape)
+
+
+def jittered(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Stand-ins for a module's parameters and buffers: real where they are, moved off zeros and ones."""
+    by_id: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype) * 0.02
+        by_id[id(parameter)] = noise if parameter.is_meta else parameter.detach().cpu() + noise
+    for buffer in module.buffers():
+        by_id[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: by_id[id(value)] for name, value in named}

@@ -1,0 +1,207 @@
+"""Tracing: a task function in, one graph of glue and opaque blocks out.
+
+- `torch.export` runs the user's own function on fake tensors with a free batch size: no compute, no memory.
+- Regions under `torch.no_grad()` are opened up, their results detached, so that blocks inside them are seen.
+- Sizes that equal the batch size become one value, so that no part of the graph needs a tensor only to ask its length.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block, opaque_blocks
+from spindle.capture.rewrite import SplitReductions
+from spindle.errors import WorkloadError
+from spindle.workload import Batch, Task, Workload
+
+BLOCK = torch.ops.spindle.block.default
+_CHECKS = frozenset(
+    {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
+)
+
+
+@dataclass(frozen=True)
+class TracedTask:
+    """The graph of one task.
+
+    `parameters`, `buffers`, `constants`, `fields` map graph inputs by node name: to the names of parameters and buffers
+    (`component.path`), to tensors, to batch fields. `rows` are the nodes whose value is the batch size. `mutations`
+    maps nodes to the buffers that take their value. `submodules` are the graphs of regions kept closed.
+    """
+
+    task: Task
+    graph: fx.Graph
+    loss: fx.Node
+    calls: tuple[BlockCall, ...]
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    fields: Mapping[str, str]
+    rows: frozenset[fx.Node]
+    mutations: Mapping[fx.Node, str]
+    submodules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class _TaskModule(nn.Module):
+    """All components as children, so that export sees their parameters, and the user's function as forward."""
+
+    def __init__(self, workload: Workload, task: Task) -> None:
+        super().__init__()
+        for component in workload.components.values():
+            self.add_module(component.name, component.module)
+        self.task = task
+
+    def forward(self, batch: Batch) -> Tensor:
+        with SplitReductions(next(iter(batch.values())).shape[0]):
+            return self.task.function(batch)
+
+
+def blocks_of(workload: Workload) -> list[Block]:
+    """All blocks of all components, their paths beginning with the component's name."""
+    return [
+        Block(f"{component.name}.{block.path}", block.module)
+        for component in workload.components.values()
+        for block in find_blocks(component.name, component.module, component.layers)
+    ]
+
+
+def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
+    """Export `task` around the workload's blocks. Raises WorkloadError when the function cannot be traced."""
+    root = _TaskModule(workload, task)
+    with opaque_blocks(blocks_of(workload)) as calls, _caches_off(root):
+        program = _export(root, task, batch)
+    graph = program.graph
+    _open_no_grad_regions(program.graph_module)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "_opname", "") in _CHECKS:
+            graph.erase_node(node)
+    inputs: dict[InputKind, dict[str, str]] = {kind: {} for kind in InputKind}
+    user_inputs = iter(batch)
+    for spec in program.graph_signature.input_specs:
+        target = next(user_inputs) if spec.kind is InputKind.USER_INPUT else spec.target
+        assert target is not None
+        inputs[spec.kind][spec.arg.name] = target
+    loss, mutations = _outputs(program, task)
+    constants = {node: program.constants[name] for node, name in inputs[InputKind.CONSTANT_TENSOR].items()}
+    graph.eliminate_dead_code()
+    return TracedTask(
+        task=task,
+        graph=graph,
+        loss=loss,
+        calls=tuple(calls),
+        parameters=inputs[InputKind.PARAMETER],
+        buffers=inputs[InputKind.BUFFER],
+        constants=constants,
+        fields=inputs[InputKind.USER_INPUT],
+        rows=_row_counts(graph, inputs[InputKind.USER_INPUT]),
+        mutations=mutations,
+        submodules=dict(program.graph_module.named_children()),
+    )
+
+
+def _export(root: _TaskModule, task: Task, batch: Batch) -> torch.export.ExportedProgram:
+    shapes = {"batch": {name: {0: torch.export.Dim.AUTO} for name in batch}}
+    try:
+        return torch.export.export(root, (batch,), dynamic_shapes=shapes, strict=False)
+    except WorkloadError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise WorkloadError(
+            f"task {task.name!r} raised {type(error).__name__} while it was traced on fake tensors: {reason}. "
+            "Outside of blocks a task may not branch on tensor values; see the chained error for the line"
+        ) from error
+
+
+@contextlib.contextmanager
+def _caches_off(root: nn.Module) -> Iterator[None]:
+    """Decoders must not build key-value caches in training: their layers would pass objects, not tensors."""
+    configs = {id(config): config for module in root.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def _outputs(program: torch.export.ExportedProgram, task: Task) -> tuple[fx.Node, dict[fx.Node, str]]:
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    losses, mutations = [], {}
+    for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            mutations[node] = spec.target
+        elif spec.kind is OutputKind.USER_OUTPUT:
+            losses.append(node)
+        else:
+            raise WorkloadError(
+                f"task {task.name!r} changes {spec.target!r} in place; write to tensors it makes itself"
+            )
+    value = losses[0].meta.get("val") if len(losses) == 1 and isinstance(losses[0], fx.Node) else None
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{len(losses)} values"
+        raise WorkloadError(f"task {task.name!r} returned {got}; return the loss, one floating-point scalar")
+    return losses[0], mutations
+
+
+def _open_no_grad_regions(module: fx.GraphModule) -> None:
+    """Replace each `wrap_with_set_grad_enabled(False, body, ...)` by its body with detached results, innermost last."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+                enabled, body, *inputs = node.args
+                assert isinstance(body, fx.Node)
+                _inline(module, node, module.get_submodule(str(body.target)), inputs, detach=not enabled)
+                changed = True
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, body: nn.Module, inputs: list[Any], *, detach: bool) -> None:
+    assert isinstance(body, fx.GraphModule)
+    for name, child in body.named_children():  # regions inside the region
+        fresh = next(f"{name}_{i}" for i in itertools.count() if not hasattr(module, f"{name}_{i}"))
+        module.add_submodule(fresh, child)
+        for inner in body.graph.nodes:
+            if inner.op == "get_attr" and inner.target == name:
+                inner.target = fresh
+    names = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    environment = dict(zip(names, inputs, strict=True))
+    with module.graph.inserting_before(node):
+        results = module.graph.graph_copy(body.graph, environment)
+        assert isinstance(results, tuple | list)
+        if detach:
+            results = [_detached(module.graph, result) for result in results]
+    for user in list(node.users):
+        assert user.target.__name__ == "getitem", user.format_node()  # type: ignore[union-attr]
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def _detached(graph: fx.Graph, result: Any) -> Any:
+    if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), Tensor):
+        return result
+    node = graph.call_function(torch.ops.aten.detach.default, (result,))
+    node.meta = dict(result.meta)
+    return node
+
+
+def _row_counts(graph: fx.Graph, fields: Mapping[str, str]) -> frozenset[fx.Node]:
+    symbols = {str(n.meta["val"].shape[0]) for n in graph.nodes if n.op == "placeholder" and n.name in fields}
+    return frozenset(
+        node
+        for node in graph.nodes
+        if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) in symbols
+    )
+
+
+assert opaque_block  # registers the operator that BLOCK names

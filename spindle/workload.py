@@ -1,0 +1,160 @@
+"""Workload: a user's modules and task functions, as they are; nothing runs here.
+
+workload = spindle.Workload("clip")
+vision = workload.component("vision", vision_model)
+
+@workload.task("image-text", batch_size=64, data=loader)
+def image_text(batch): ...
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from spindle.errors import WorkloadError
+
+Batch = dict[str, Tensor]
+TaskFunction = Callable[[Batch], Tensor]
+FunctionT = TypeVar("FunctionT", bound=TaskFunction)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses."""
+
+    name: str
+    function: TaskFunction
+    batch_size: int
+    data: Iterable[Any] | Callable[[], Iterable[Any]]
+    weight: float = 1.0
+
+    def batches(self) -> Iterator[Any]:
+        """A fresh pass over the task's data. Raises WorkloadError when there is none to be had."""
+        source = self.data() if callable(self.data) else self.data
+        try:
+            iterator = iter(source)
+        except TypeError:
+            raise WorkloadError(
+                f"task {self.name!r}: data is a {type(source).__name__}; give an iterable of batches or a function "
+                "that returns one"
+            ) from None
+        if iterator is source and not callable(self.data):
+            raise WorkloadError(
+                f"task {self.name!r}: data is a one-time iterator ({type(source).__name__}); give a list, a loader, or "
+                "a function that returns a fresh iterator"
+            )
+        return iterator
+
+    def check(self, batch: Any) -> Batch:
+        """The batch, when it is a dict of tensors with `batch_size` rows each; else WorkloadError."""
+        if not isinstance(batch, Mapping) or not batch:
+            raise WorkloadError(
+                f"task {self.name!r}: a batch is a {type(batch).__name__}; the loader must give dicts of tensors"
+            )
+        for field, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise WorkloadError(
+                    f"task {self.name!r}: batch[{field!r}] is a {type(value).__name__}; make it a tensor with a row a "
+                    "sample, or leave it out"
+                )
+            if value.ndim == 0 or value.shape[0] != self.batch_size:
+                raise WorkloadError(
+                    f"task {self.name!r}: batch[{field!r}] has shape {tuple(value.shape)}; its first dimension must be "
+                    f"the batch size {self.batch_size} (drop_last=True makes a DataLoader keep to it)"
+                )
+        return dict(batch)
+
+    def first_batch(self) -> Batch:
+        """The first batch of a fresh pass, checked."""
+        for batch in self.batches():
+            return self.check(batch)
+        raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A named part of the model; `layers` names its lists of blocks when they are not found by rule."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[str, ...] | None = None
+
+
+class Workload:
+    """A model of several components, trained on several tasks at once."""
+
+    def __init__(self, name: str) -> None:
+        """An empty workload; add components, then tasks."""
+        self.name = name
+        self.components: dict[str, Component] = {}
+        self.tasks: dict[str, Task] = {}
+
+    def component(self, name: str, module: ModuleT, *, layers: str | Iterable[str] | None = None) -> ModuleT:
+        """Register a part of the model and return it unchanged; call it in task functions as ever.
+
+        `layers`: dotted path(s) of the lists of repeated blocks; None finds them. Tasks that use the component share
+        its parameters. Raises WorkloadError on a name taken or malformed, or a module registered before.
+        """
+        _check_name("component", name, self.components)
+        if not isinstance(module, nn.Module):
+            raise WorkloadError(f"component {name!r} is a {type(module).__name__}; give a torch.nn.Module")
+        for other in self.components.values():
+            if other.module is module:
+                raise WorkloadError(
+                    f"component {name!r} is the module of component {other.name!r}; register it once and use it twice"
+                )
+        paths = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
+        self.components[name] = Component(name, module, paths)
+        return module
+
+    def task(
+        self,
+        name: str,
+        *,
+        batch_size: int,
+        data: Iterable[Any] | Callable[[], Iterable[Any]],
+        weight: float = 1.0,
+    ) -> Callable[[FunctionT], FunctionT]:
+        """Decorator that registers a task function: a batch (dict of tensors) in, a scalar loss out.
+
+        `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
+        each process that needs them reads its own. `weight` multiplies the task's loss in the sum.
+        """
+        _check_name("task", name, self.tasks)
+        if batch_size < 1:
+            raise WorkloadError(f"task {name!r}: batch_size is {batch_size}; it must be at least 1")
+        if not 0 < weight < float("inf"):
+            raise WorkloadError(f"task {name!r}: weight is {weight!r}; it must be a positive number")
+
+        def register(function: FunctionT) -> FunctionT:
+            self.tasks[name] = Task(name=name, function=function, batch_size=batch_size, data=data, weight=weight)
+            return function
+
+        return register
+
+    def require_tasks(self) -> None:
+        """Raise WorkloadError when there is nothing to plan."""
+        if not self.tasks:
+            raise WorkloadError(f"workload {self.name!r} has no tasks; add one with @workload.task(...)")
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters as `component.path`; one that is tied under several names comes once, under the first."""
+        seen: set[int] = set()
+        for component in self.components.values():
+            for path, parameter in component.module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{component.name}.{path}", parameter
+
+
+def _check_name(what: str, name: str, taken: Mapping[str, object]) -> None:
+    if not _NAME.fullmatch(name):
+        raise WorkloadError(f"{what} {name!r}: a name starts with a letter; letters, digits, '_' and '-' follow")
+    if name in taken:
+        raise WorkloadError(f"{what} {name!r} is registered already; choose another name")
