@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from spindle.cluster import Cluster, Device, Link
 from spindle.errors import FormatError, InputError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Memory, Plan, Slice, Wave, sorted_pairs
+from spindle.plan import Certificate, Memory, Plan, Slice, Wave, sorted_pairs
 from spindle.profile import Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -111,6 +112,42 @@ class _MemoryModel(StrictModel):
     fits: bool = True
 
 
+class _CertificateModel(StrictModel):
+    area_price: float = 0.0
+    paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
+    through: str = ""
+    head: "_CertificateModel | None" = None
+    tail: "_CertificateModel | None" = None
+
+    def value(self) -> Certificate:
+        ends = {name: part.value() if part else None for name, part in (("head", self.head), ("tail", self.tail))}
+        return Certificate(**{**dict(self), **ends})
+
+
+class _DeviceModel(StrictModel):
+    name: str
+    memory_bytes: float
+    peak_flops: float
+    memory_bytes_per_s: float
+
+
+class _LinkModel(StrictModel):
+    bytes_per_s: float
+    latency_s: float
+
+
+class _ClusterModel(StrictModel):
+    nodes: int
+    devices_per_node: int
+    device: _DeviceModel
+    intra_node: _LinkModel
+    inter_node: _LinkModel
+
+    def value(self) -> Cluster:
+        links = {name: Link(**dict(getattr(self, name))) for name in ("intra_node", "inter_node")}
+        return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
+
+
 class _PlanModel(StrictModel):
     format: Literal["spindle.plan"] = "spindle.plan"
     version: Literal[1] = 1
@@ -121,8 +158,13 @@ class _PlanModel(StrictModel):
     lower_bound_s: float = 0.0
     planner_s: float = 0.0
     baselines_s: NameTable = {}
+    reduction_s: float = 0.0
+    step_s: float = 0.0
+    baseline_steps_s: NameTable = {}
     memory: _MemoryModel = _MemoryModel()
     waves: tuple[_WaveModel, ...]
+    certificate: _CertificateModel | None = None
+    cluster: _ClusterModel | None = None
     metagraph: _MetaGraphModel | None = None
 
     @classmethod
@@ -135,8 +177,11 @@ class _PlanModel(StrictModel):
         fields = {name: value for name, value in self if name not in ("format", "version")}
         fields |= {
             "baselines_s": sorted_pairs(self.baselines_s),
+            "baseline_steps_s": sorted_pairs(self.baseline_steps_s),
             "memory": Memory(**dict(self.memory)),
             "waves": tuple(wave.value() for wave in self.waves),
+            "certificate": self.certificate.value() if self.certificate else None,
+            "cluster": self.cluster.value() if self.cluster else None,
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)

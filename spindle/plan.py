@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
 
@@ -66,14 +67,41 @@ class Memory:
     fits: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Prices that prove a lower bound; whoever has the curves can verify it by arithmetic alone.
+
+    With area_price a, paths of weight w, and p(m) the weight of all paths through MetaOp m, every schedule on N devices
+    lasts at least  sum over m of layers(m) * min over n of T_m(n) * (a * n + p(m)),  divided by  a * N + sum of w.
+    A path names MetaOps that wait for each other, first to last.
+
+    With `through`, the bound is that of `head` over all that `through` waits for, plus its fastest time, plus that of
+    `tail` over all that waits for it; None where there is nothing.
+    """
+
+    area_price: float = 0.0
+    paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
+    through: str = ""
+    head: "Certificate | None" = None
+    tail: "Certificate | None" = None
+
+    def __post_init__(self) -> None:
+        if self.area_price < 0 or any(weight < 0 for weight, _ in self.paths):
+            raise PlanError("a certificate has a negative price; prices are 0 or more, plan again")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A schedule of a whole MetaGraph.
 
-    makespan_s      end of the last slice
-    lower_bound_s   no schedule of this MetaGraph on these devices is shorter
-    baselines_s     makespans of the usual ways, by name, in the same cost model
-    metagraph       what was planned (without operators), so that a plan can be checked and explained by itself
+    makespan_s        end of the last slice
+    lower_bound_s     no schedule of this MetaGraph on these devices is shorter; `certificate` proves it
+    baselines_s       makespans of the usual ways, by name, in the same cost model
+    reduction_s       gradient reductions after the last backward slice
+    step_s            a whole step: all forward slices, then backward in reverse, then reductions (0: not predicted)
+    baseline_steps_s  the same of the usual ways, by name
+    metagraph         what was planned (without operators), so that a plan can be checked and explained by itself
+    cluster           what it was planned for; with it the checker also verifies transfers and memory
     """
 
     num_devices: int
@@ -84,8 +112,13 @@ class Plan:
     lower_bound_s: float = 0.0
     planner_s: float = 0.0
     baselines_s: tuple[tuple[str, float], ...] = ()
+    reduction_s: float = 0.0
+    step_s: float = 0.0
+    baseline_steps_s: tuple[tuple[str, float], ...] = ()
     memory: Memory = Memory()
+    certificate: Certificate | None = None
     metagraph: MetaGraph | None = None
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
