@@ -1,0 +1,165 @@
+"""Baselines: a Problem in, the usual ways to run it out, each as waves of pieces for `place`.
+
+- sequential: every MetaOp takes the whole cluster (its fastest count), one after another (Megatron-LM, DeepSpeed).
+- task_split: devices are divided among the tasks, which run side by side on their own devices (after Optimus).
+- component_split: tasks one after another; inside a task the devices are divided among its components (after DistMM).
+- paper: `waves.paper_waves`.
+
+Devices are divided one valid step at a time, to whoever gains most by it, (T(n) - T(n')) / (n' - n), or to the slowest:
+a split takes the better of the two, and components that are faster one after another than side by side run so. The
+baselines are as good as their idea allows, lest the gain over them be flattery.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from spindle.planner.curves import Curve
+from spindle.planner.problem import Problem
+from spindle.planner.waves import Piece, Waves, paper_waves
+
+Baseline = Literal["sequential", "task_split", "component_split", "paper"]
+
+
+def sequential_waves(problem: Problem) -> Waves:
+    """Each MetaOp alone on the count that is fastest."""
+    return tuple((_whole(problem, op, problem.curves[op].counts[-1]),) for op in problem.order)
+
+
+def task_split_waves(problem: Problem) -> Waves:
+    """Each task on its own consecutive devices, its MetaOps one after another; ranks count within a task.
+
+    Where the tasks need more devices than there are, the lightest are bundled and take turns on one share.
+    """
+    bundles = _bundles(problem)
+    shares = _divide([_sequence_curve(problem, ops) for ops in bundles], problem.num_devices)[1]
+    pieces: list[tuple[int, Piece]] = []
+    first = 0
+    for share, ops in sorted(zip(shares, bundles, strict=True), key=lambda sb: -sb[0]):
+        for rank, op in enumerate(ops):
+            count = max(n for n in problem.curves[op].counts if n <= share)
+            devices = tuple(range(first, first + count))
+            pieces.append((rank, _whole(problem, op, count, devices)))
+        first += share
+    return tuple((piece,) for _, piece in sorted(pieces, key=lambda rp: rp[0]))
+
+
+def component_split_waves(problem: Problem) -> Waves:
+    """Task after task; what is ready in a task runs side by side, and a wave ends when all of it has ended."""
+    waves: list[tuple[Piece, ...]] = []
+    for ops in _task_steps(problem):
+        while ops:
+            now, ops = _first_fitting(problem, ops)
+            slowest_s, shares = _divide([_sequence_curve(problem, [op]) for op in now], problem.num_devices)
+            alone_s = sum(problem.layers[op] * problem.curves[op].times_s[-1] for op in now)
+            if alone_s < slowest_s:
+                waves += [(_whole(problem, op, problem.curves[op].counts[-1]),) for op in now]
+            else:
+                waves.append(tuple(_whole(problem, op, n) for op, n in zip(now, shares, strict=True)))
+    return tuple(waves)
+
+
+WAVES_BY_BASELINE: Mapping[Baseline, Callable[[Problem], Waves]] = {
+    "sequential": sequential_waves,
+    "task_split": task_split_waves,
+    "component_split": component_split_waves,
+    "paper": paper_waves,
+}
+ALIGNED_BASELINES: frozenset[Baseline] = frozenset({"sequential", "component_split", "paper"})
+"""Those that run their waves one after another; tasks on their own devices do not wait for each other."""
+
+
+def _whole(problem: Problem, op: int, count: int, devices: tuple[int, ...] = ()) -> Piece:
+    return Piece(op=op, first_layer=0, num_layers=problem.layers[op], count=count, devices=devices)
+
+
+def _sequence_curve(problem: Problem, ops: Sequence[int]) -> Curve:
+    """Seconds of MetaOps one after another on n devices, each on its best count; only counts that are faster."""
+    counts: list[int] = []
+    times: list[float] = []
+    for n in sorted({n for op in ops for n in problem.curves[op].counts}):
+        if n >= _least(problem, ops):
+            time_s = sum(problem.layers[op] * problem.curves[op].step(n) for op in ops)
+            if not times or time_s < times[-1]:
+                counts.append(n)
+                times.append(time_s)
+    return Curve(tuple(counts), tuple(times))
+
+
+def _least(problem: Problem, ops: Sequence[int]) -> int:
+    return max(problem.curves[op].counts[0] for op in ops)
+
+
+def _bundles(problem: Problem) -> list[list[int]]:
+    """MetaOps by task in topological order; the lightest tasks joined until their least counts fit the cluster."""
+    by_task: dict[str, list[int]] = {}
+    for op in problem.order:
+        by_task.setdefault(problem.metaops[op].task, []).append(op)
+    bundles = list(by_task.values())
+    position = {op: i for i, op in enumerate(problem.order)}
+    while sum(_least(problem, ops) for ops in bundles) > problem.num_devices:
+        bundles.sort(key=lambda ops: sum(problem.least_area_s[op] for op in ops))
+        bundles[:2] = [sorted(bundles[0] + bundles[1], key=position.__getitem__)]
+    return bundles
+
+
+def _divide(curves: Sequence[Curve], num_devices: int) -> tuple[float, list[int]]:
+    """(time of the slowest, devices for each): the better of two greedy divisions."""
+    divisions = (_divide_by_gain(curves, num_devices), _divide_to_slowest(curves, num_devices))
+    return min((max(c.step(n) for c, n in zip(curves, d, strict=True)), d) for d in divisions)
+
+
+def _divide_by_gain(curves: Sequence[Curve], num_devices: int) -> list[int]:
+    """From the least, the next step goes to the largest gain per device while any fits."""
+    at = [0] * len(curves)
+    free = num_devices - sum(curve.counts[0] for curve in curves)
+    while True:
+        steps = []
+        for i, curve in enumerate(curves):
+            if at[i] + 1 < len(curve.counts) and (more := curve.counts[at[i] + 1] - curve.counts[at[i]]) <= free:
+                steps.append(((curve.times_s[at[i]] - curve.times_s[at[i] + 1]) / more, -i, more))
+        if not steps:
+            return [curve.counts[k] for curve, k in zip(curves, at, strict=True)]
+        _, minus_i, more = max(steps)
+        at[-minus_i] += 1
+        free -= more
+
+
+def _divide_to_slowest(curves: Sequence[Curve], num_devices: int) -> list[int]:
+    """From the least, the slowest takes the next step while it fits."""
+    at = [0] * len(curves)
+    while True:
+        shares = [curve.counts[k] for curve, k in zip(curves, at, strict=True)]
+        slowest = max(range(len(curves)), key=lambda i: (curves[i].times_s[at[i]], -i))
+        wider = curves[slowest].counts[at[slowest] + 1 :]
+        if not wider or sum(shares) - shares[slowest] + wider[0] > num_devices:
+            return shares
+        at[slowest] += 1
+
+
+def _task_steps(problem: Problem) -> list[list[int]]:
+    """MetaOps in steps: all of one task that are ready together; a task runs on until it waits for another one."""
+    missing = [len(before) for before in problem.predecessors]
+    waiting = set(range(len(problem)))
+    steps: list[list[int]] = []
+    task = ""
+    while waiting:
+        ready = [op for op in problem.order if op in waiting and not missing[op]]
+        if all(problem.metaops[op].task != task for op in ready):
+            task = problem.metaops[ready[0]].task
+        step = [op for op in ready if problem.metaops[op].task == task]
+        steps.append(step)
+        waiting.difference_update(step)
+        for op in step:
+            for follower in problem.successors[op]:
+                missing[follower] -= 1
+    return steps
+
+
+def _first_fitting(problem: Problem, ops: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Split what is ready into what fits the cluster side by side and what comes after."""
+    used = 0
+    for i, op in enumerate(ops):
+        used += problem.curves[op].counts[0]
+        if used > problem.num_devices:
+            return list(ops[:i]), list(ops[i:])
+    return list(ops), []

@@ -1,0 +1,168 @@
+"""Problem: a priced MetaGraph and a cluster in, the tables that every maker of plans works on out.
+
+MetaOps are numbered in the MetaGraph's order; all makers use these numbers and only `assemble` (in `solve`) goes back
+to names. The checker does not use this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from spindle.cluster import Cluster
+from spindle.contract import meta_levels
+from spindle.errors import InfeasibleError
+from spindle.metagraph import MetaGraph, MetaOp
+from spindle.planner.curves import Curve, clean_curve
+from spindle.planner.memory import layer_memory_bytes, saved_bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned.
+
+    curves          seconds of one layer by count, by MetaOp; only counts whose single layer fits a device
+    predecessors    MetaOps that each waits for; `successors` the other way round
+    flow_bytes      bytes of each flow (source, target)
+    """
+
+    metagraph: MetaGraph
+    cluster: Cluster
+    curves: tuple[Curve, ...]
+    predecessors: tuple[tuple[int, ...], ...]
+    successors: tuple[tuple[int, ...], ...]
+    flow_bytes: dict[tuple[int, int], float]
+
+    def __len__(self) -> int:
+        return len(self.metagraph)
+
+    @cached_property
+    def metaops(self) -> tuple[MetaOp, ...]:
+        """MetaOps by number."""
+        return self.metagraph.metaops
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each MetaOp."""
+        return tuple(metaop.layers for metaop in self.metaops)
+
+    @cached_property
+    def num_devices(self) -> int:
+        """Devices of the cluster."""
+        return self.cluster.num_devices
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Number of each MetaOp by name."""
+        return {metaop.name: i for i, metaop in enumerate(self.metaops)}
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """A topological order of the numbers."""
+        return tuple(self.index[name] for name in self.metagraph.topological_order)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """MetaLevels (paper, section 3.1), first level first."""
+        return tuple(tuple(self.index[name] for name in level) for level in meta_levels(self.metagraph))
+
+    @cached_property
+    def ancestors(self) -> tuple[frozenset[int], ...]:
+        """All that each MetaOp waits for, directly or not."""
+        return self._closure(self.order, self.predecessors)
+
+    @cached_property
+    def descendants(self) -> tuple[frozenset[int], ...]:
+        """All that waits for each MetaOp, directly or not."""
+        return self._closure(self.order[::-1], self.successors)
+
+    def _closure(self, order: Sequence[int], near: Sequence[Sequence[int]]) -> tuple[frozenset[int], ...]:
+        reached: list[frozenset[int]] = [frozenset()] * len(self)
+        for op in order:
+            reached[op] = frozenset(near[op]).union(*(reached[other] for other in near[op]))
+        return tuple(reached)
+
+    @cached_property
+    def least_area_s(self) -> tuple[float, ...]:
+        """Device-seconds of each MetaOp at its most efficient count."""
+        return tuple(
+            layers * min(n * t for n, t in curve.time_by_count.items())
+            for layers, curve in zip(self.layers, self.curves, strict=True)
+        )
+
+    def time(self, op: int, count: int) -> float:
+        """Seconds of one layer of MetaOp `op` on `count` devices."""
+        return self.curves[op].time_by_count[count]
+
+    @cached_property
+    def has_memory(self) -> bool:
+        """Whether any MetaOp says what memory it needs."""
+        return any(metaop.memory_bytes for metaop in self.metaops)
+
+    @cached_property
+    def has_traffic(self) -> bool:
+        """Whether any transfer or gradient reduction takes time."""
+        return any(m.output_bytes or m.layer_param_bytes for m in self.metaops) or any(self.flow_bytes.values())
+
+    def layer_memory_bytes(self, op: int, count: int) -> float:
+        """Bytes that one layer takes on each of `count` devices."""
+        return layer_memory_bytes(self.metaops[op], count)
+
+    @cached_property
+    def saved_bytes(self) -> dict[str, float]:
+        """Bytes that a further MetaOp with the same parameters saves on a device, for each layer."""
+        return saved_bytes(self.metagraph)
+
+
+def make_problem(metagraph: MetaGraph, cluster: Cluster) -> Problem:
+    """Number and clean a MetaGraph; raises InfeasibleError when a MetaOp has no count that the cluster can hold."""
+    index = {metaop.name: i for i, metaop in enumerate(metagraph)}
+    neighbours = (metagraph.predecessors, metagraph.successors)
+    before, after = (tuple(tuple(sorted(index[n] for n in by[m.name])) for m in metagraph) for by in neighbours)
+    problem = Problem(
+        metagraph=metagraph,
+        cluster=cluster,
+        curves=tuple(_fitting_curve(metaop, cluster) for metaop in metagraph),
+        predecessors=before,
+        successors=after,
+        flow_bytes={(index[f.source], index[f.target]): metagraph.flow_bytes(f) for f in metagraph.flows},
+    )
+    _require_memory(problem)
+    return problem
+
+
+def _fitting_curve(metaop: MetaOp, cluster: Cluster) -> Curve:
+    """Drop counts on which not even one layer fits a device."""
+    capacity = cluster.device.memory_bytes
+    curve = clean_curve(metaop, cluster.num_devices)
+    fitting = [n for n in curve.counts if layer_memory_bytes(metaop, n) <= capacity]
+    if not fitting:
+        least = min(layer_memory_bytes(metaop, n) for n in curve.counts)
+        raise InfeasibleError(
+            f"MetaOp {metaop.name!r} needs {least / 2**30:.1f} GiB a device for one of its {metaop.layers} layers "
+            f"but {cluster.device.name!r} has {capacity / 2**30:.1f} GiB; "
+            "recompute activations, shard the optimiser, use more devices or a smaller batch"
+        )
+    return Curve(tuple(fitting), tuple(curve.time_by_count[n] for n in fitting))
+
+
+def _require_memory(problem: Problem) -> None:
+    """Raise InfeasibleError when even all devices together are too small, whatever is shared."""
+    if not problem.has_memory:
+        return
+    least = [_least_bytes(problem, op) for op in range(len(problem))]
+    capacity = problem.num_devices * problem.cluster.device.memory_bytes
+    if sum(least) > capacity:
+        heaviest = max(range(len(problem)), key=least.__getitem__)
+        raise InfeasibleError(
+            f"the MetaOps need {sum(least) / 2**30:.0f} GiB and all {problem.num_devices} devices have "
+            f"{capacity / 2**30:.0f} GiB; {problem.metaops[heaviest].name!r} alone needs "
+            f"{least[heaviest] / 2**30:.1f} GiB. Use {ceil(problem.num_devices * sum(least) / capacity)} devices or "
+            "more, recompute activations, shard the optimiser, or a smaller batch"
+        )
+
+
+def _least_bytes(problem: Problem, op: int) -> float:
+    """Bytes of a MetaOp over all its devices, at the count that needs least and with all sharable bytes shared."""
+    saved = problem.saved_bytes.get(problem.metaops[op].parameters, 0.0)
+    return problem.layers[op] * min(n * (problem.layer_memory_bytes(op, n) - saved) for n in problem.curves[op].counts)

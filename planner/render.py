@@ -1,0 +1,220 @@
+"""Render: a plan in, text for people out, at most 100 columns wide.
+
+- Gantt: one row for devices that do the same, time to the right, a letter for each MetaOp (or component, or task, when
+  there are many), `.` where a device idles. A cell shows what runs in the middle of its span of time.
+- When waves gain nothing over the best usual way, the summary says so.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from string import ascii_lowercase, ascii_uppercase, digits
+
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan, Slice
+
+WIDTH = 100
+MAX_ROWS = 40
+LEAST_GAIN = 1e-3  # below this share of the best usual way's makespan, waves are said to gain nothing
+SYMBOLS = ascii_uppercase + ascii_lowercase + digits
+BASELINE_TITLES = {
+    "sequential": "all devices, one after another",
+    "task_split": "devices split by task",
+    "component_split": "tasks in turn, split by component",
+    "paper": "the paper's planner",
+}
+
+
+def render(plan: Plan, *, width: int = WIDTH) -> str:
+    """Gantt, legend and summary."""
+    return f"{gantt(plan, width=width)}\n\n{summary(plan)}"
+
+
+def gantt(plan: Plan, *, width: int = WIDTH) -> str:
+    """The plan as rows of devices over time, with a scale and a legend."""
+    groups = _device_groups(plan)
+    label = max(len(_range(group)) for group in groups) + len("device ")
+    columns = width - label - 3
+    symbol_of, legend = _symbols(plan)
+    lines = [f"{'':{label}}  {_scale(plan.makespan_s, columns)}"]
+    for group in groups:
+        slices = [s for s in plan.slices if group[0] in s.devices]
+        lines.append(f"{'device ' + _range(group):{label}} |{_bar(plan, slices, columns, symbol_of)}|")
+    return "\n".join([*lines, *_wrapped(legend, width)])
+
+
+def table(plan: Plan) -> str:
+    """One row for each slice, wave by wave."""
+    names = max(len("MetaOp"), *(len(s.metaop) for s in plan.slices))
+    names = min(names, 44)
+    rows = [f"{'wave':>5} {'start s':>10} {'end s':>10}  {'MetaOp':{names}} {'layers':>9} {'n':>4}  devices"]
+    for wave in plan.waves:
+        for s in wave.slices:
+            layers = f"{s.first_layer}..{s.last_layer}" if s.num_layers > 1 else str(s.first_layer)
+            row = (
+                f"{wave.index:>5} {s.start_s:>10.6f} {s.end_s:>10.6f}  {_clip(s.metaop, names):{names}} {layers:>9} "
+                f"{len(s.devices):>4}  {_ranges(s.devices)}"
+            )
+            rows.append(_clip(row, WIDTH))
+    return "\n".join(rows)
+
+
+def summary(plan: Plan) -> str:
+    """Makespan, bound, gap, idle share, memory, and the gain over each usual way."""
+    nodes = -(-plan.num_devices // plan.devices_per_node)
+    num_slices = len(plan.slices)
+    num_metaops = len({s.metaop for s in plan.slices})
+    lines = [
+        f"plan       {plan.method} on {plan.num_devices} devices ({nodes} x {plan.devices_per_node}): "
+        f"{num_metaops} MetaOps, {len(plan.waves)} waves, {num_slices} slices, planned in {plan.planner_s:.2f} s",
+        f"makespan   {plan.makespan_s:.6f} s, idle {100 * plan.idle_fraction:.1f} % of device time",
+    ]
+    if plan.lower_bound_s:
+        lines.append(f"bound      {plan.lower_bound_s:.6f} s for any schedule: gap {100 * plan.gap:.2f} %")
+    if plan.step_s:
+        lines.append(
+            f"step       {plan.step_s:.6f} s: forward and backward {plan.step_s - plan.reduction_s:.6f} s, "
+            f"gradient reduction {plan.reduction_s:.6f} s"
+        )
+    lines += _memory(plan)
+    lines += _baselines(plan)
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> list[str]:
+    peaks = plan.memory.peak_bytes_per_device
+    if not peaks or not max(peaks):
+        return []
+    worst = max(range(len(peaks)), key=peaks.__getitem__)
+    verdict = "fits" if plan.memory.fits else "DOES NOT FIT"
+    room = f" of {plan.cluster.device.memory_bytes / 2**30:.1f} GiB" if plan.cluster else ""
+    average = sum(peaks) / len(peaks)
+    return [
+        f"memory     {verdict}: at most {peaks[worst] / 2**30:.2f} GiB{room} (device {worst}), "
+        f"{average / 2**30:.2f} GiB on average"
+    ]
+
+
+def _baselines(plan: Plan) -> list[str]:
+    if not plan.baselines_s:
+        return []
+    lines = ["against"]
+    for name, makespan_s in sorted(plan.baselines_s, key=lambda pair: -pair[1]):
+        lines.append(
+            f"  {name:<16} {makespan_s:>12.6f} s  {_gain(makespan_s, plan.makespan_s)}  {_title(name)}".rstrip()
+        )
+    usual = [(makespan_s, name) for name, makespan_s in plan.baselines_s if name != "paper"]
+    if usual and plan.makespan_s >= min(usual)[0] * (1 - LEAST_GAIN):
+        lines.append(f"waves gain nothing here: {min(usual)[1]} is as fast")
+    missing = [name for name in BASELINE_TITLES if name not in dict(plan.baselines_s)]
+    if missing:
+        lines.append(f"  does not fit in memory: {', '.join(missing)}")
+    return lines
+
+
+def _gain(other_s: float, own_s: float) -> str:
+    return (
+        f"{100 * (1 - own_s / other_s):>5.1f} % shorter"
+        if own_s <= other_s
+        else f"{100 * (own_s / other_s - 1):>5.1f} % longer "
+    )
+
+
+def _title(name: str) -> str:
+    return BASELINE_TITLES.get(name, "")
+
+
+# ------------------------------------------------------------------------------------------------- pieces of Gantt
+
+
+def _device_groups(plan: Plan) -> list[list[int]]:
+    """Neighbouring devices that run the same slices; neighbours are joined further when there are too many rows."""
+    runs: list[list[Slice]] = [[] for _ in range(plan.num_devices)]
+    for s in plan.slices:
+        for device in s.devices:
+            runs[device].append(s)
+    groups: list[list[int]] = []
+    for device in range(plan.num_devices):
+        if groups and runs[groups[-1][0]] == runs[device]:
+            groups[-1].append(device)
+        else:
+            groups.append([device])
+    if len(groups) > MAX_ROWS:
+        size = -(-plan.num_devices // MAX_ROWS)
+        groups = [list(range(i, min(i + size, plan.num_devices))) for i in range(0, plan.num_devices, size)]
+    return groups
+
+
+def _symbols(plan: Plan) -> tuple[Callable[[Slice], str], list[str]]:
+    """A letter for each slice, and the legend: by MetaOp while 26 letters do, else by component, else by task."""
+    metagraph = plan.metagraph
+    for key in (_by_metaop, _by_component, _by_task):
+        names = list(dict.fromkeys(key(s, metagraph) for s in plan.slices))
+        if len(names) <= (26 if key is _by_metaop else len(SYMBOLS)):
+            break
+    symbols = {name: SYMBOLS[i % len(SYMBOLS)] for i, name in enumerate(names)}
+    shown = names[: len(SYMBOLS)]
+    legend = [f"{symbols[name]} {name}" for name in shown]
+    if len(names) > len(shown):
+        legend.append(f"... and {len(names) - len(shown)} more, letters repeat")
+    chosen = key
+    return (lambda s: symbols[chosen(s, metagraph)]), legend
+
+
+def _by_metaop(s: Slice, metagraph: MetaGraph | None) -> str:
+    return s.metaop
+
+
+def _by_component(s: Slice, metagraph: MetaGraph | None) -> str:
+    return metagraph[s.metaop].component if metagraph else s.metaop.rpartition(".")[2]
+
+
+def _by_task(s: Slice, metagraph: MetaGraph | None) -> str:
+    return metagraph[s.metaop].task if metagraph else s.metaop.partition(".")[0]
+
+
+def _bar(plan: Plan, slices: Sequence[Slice], columns: int, symbol_of: Callable[[Slice], str]) -> str:
+    """A cell for each of `columns` equal spans of time: the slice that runs in its middle, `|` where one begins."""
+    cells = ["."] * columns
+    per_cell_s = plan.makespan_s / columns
+    for s in slices:
+        first = min(columns - 1, max(0, round(s.start_s / per_cell_s)))
+        last = min(columns, max(first + 1, round(s.end_s / per_cell_s)))
+        cells[first:last] = symbol_of(s) * (last - first)
+        if last - first > 2 and first > 0:
+            cells[first] = "|"
+    return "".join(cells)
+
+
+def _scale(makespan_s: float, columns: int) -> str:
+    """0, the middle and the end of time over the bars."""
+    unit, factor = ("s", 1.0) if makespan_s >= 1 else ("ms", 1e3)
+    middle, end = f"{makespan_s * factor / 2:.4g}", f"{makespan_s * factor:.4g} {unit}"
+    return f"0{middle:>{columns // 2}}{end:>{columns - columns // 2 - 1}}"
+
+
+def _wrapped(words: Iterable[str], width: int) -> list[str]:
+    lines = [""]
+    for word in words:
+        word = _clip(word, width - 2)
+        if len(lines[-1]) + len(word) + 2 > width:
+            lines.append("")
+        lines[-1] += ("   " if lines[-1] else " ") + word
+    return [line for line in lines if line]
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _range(devices: Sequence[int]) -> str:
+    return f"{devices[0]}-{devices[-1]}" if len(devices) > 1 else str(devices[0])
+
+
+def _ranges(devices: Sequence[int]) -> str:
+    """Devices as runs of neighbours: 0-3,8."""
+    runs: list[list[int]] = []
+    for device in sorted(devices):
+        if runs and runs[-1][-1] + 1 == device:
+            runs[-1].append(device)
+        else:
+            runs.append([device])
+    return ",".join(_range(run) for run in runs)
