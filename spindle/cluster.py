@@ -17,28 +17,69 @@ def _require_positive(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device type: memory, peak dense rate at the training precision, memory bandwidth."""
+    """One device type: memory, peak dense rate at the training precision, memory bandwidth, and what is reached of it.
+
+    matmul_efficiency      share of peak_flops that a large matrix product reaches
+    attention_efficiency   share of peak_flops that fused attention reaches on the scores it computes
+    elementwise_traffic    how many times what stands between matrix products moves their inputs and outputs
+    overlap_cost           seconds lost for each second of communication that runs beside computation
+    launch_s               seconds that starting one kernel takes
+    parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
+    """
 
     name: str
     memory_bytes: float
     peak_flops: float  # operations per second, a multiply-add counted as two
     memory_bytes_per_s: float
+    matmul_efficiency: float = 0.8
+    attention_efficiency: float = 0.3
+    elementwise_traffic: float = 5.0
+    overlap_cost: float = 1.0
+    launch_s: float = 5e-6
+    parallel_units: int = 108
 
     def __post_init__(self) -> None:
-        _require_positive(
-            f"device {self.name!r}",
-            memory_bytes=self.memory_bytes,
-            peak_flops=self.peak_flops,
-            memory_bytes_per_s=self.memory_bytes_per_s,
-        )
+        positive = ("memory_bytes", "peak_flops", "memory_bytes_per_s", "matmul_efficiency", "attention_efficiency")
+        _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
+        for name in ("elementwise_traffic", "overlap_cost", "launch_s", "parallel_units"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ClusterError(
+                    f"device {self.name!r}: {name} is {getattr(self, name)!r}; it must be zero or a positive number"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """One way in which a library runs collectives over a link (NCCL: LL, Simple, NVLS); the fastest is taken.
+
+    latency_s     fixed time
+    hop_s         time for each further member of the group
+    bytes_per_s   bus bandwidth: what each member sends, over the time
+    in_network    the switch reduces: each member sends its bytes once, however many members there are
+    """
+
+    latency_s: float
+    hop_s: float
+    bytes_per_s: float
+    in_network: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive("protocol", bytes_per_s=self.bytes_per_s)
+        for name, value in (("latency_s", self.latency_s), ("hop_s", self.hop_s)):
+            if not 0 <= value < float("inf"):
+                raise ClusterError(f"protocol: {name} is {value!r}; it must be zero or a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A link level: bytes per second in one direction, and the fixed time of one message."""
+    """A link level: bytes per second in one direction, the fixed time of one message, and how collectives run on it.
+
+    Without protocols, collectives run as rings at the link's own rate and latency.
+    """
 
     bytes_per_s: float
     latency_s: float
+    protocols: tuple[Protocol, ...] = ()
 
     def __post_init__(self) -> None:
         _require_positive("link", bytes_per_s=self.bytes_per_s)

@@ -1,15 +1,19 @@
 """Clusters as users write them: `4x8`, `4x8:a100-80g`, or a YAML file, in; a checked Cluster out."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
-from spindle.cluster import Cluster, Device, Link
+from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import ClusterError, FormatError
 from spindle.formats import StrictModel, explain_validation, read_text
 
 DEFAULT_DEVICE = "a100-80g"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # YAML has lists only
 
 
 class _DeviceModel(StrictModel):
@@ -17,22 +21,51 @@ class _DeviceModel(StrictModel):
     memory_gib: float
     peak_tflops: float
     memory_bandwidth_gbps: float
+    matmul_efficiency: float = 0.8
+    attention_efficiency: float = 0.3
+    elementwise_traffic: float = 5.0
+    overlap_cost: float = 1.0
+    launch_us: float = 5.0
+    parallel_units: int = 108
 
     def value(self) -> Device:
+        shares = ("matmul_efficiency", "attention_efficiency", "elementwise_traffic", "overlap_cost", "parallel_units")
         return Device(
             name=self.name,
             memory_bytes=self.memory_gib * 2**30,
             peak_flops=self.peak_tflops * 1e12,
             memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
+            launch_s=self.launch_us * 1e-6,
+            **{name: getattr(self, name) for name in shares},
+        )
+
+
+class _ProtocolModel(StrictModel):
+    latency_us: float
+    hop_us: float = 0.0
+    bandwidth_gbps: float
+    in_network: bool = False
+
+    def value(self) -> Protocol:
+        return Protocol(
+            latency_s=self.latency_us * 1e-6,
+            hop_s=self.hop_us * 1e-6,
+            bytes_per_s=self.bandwidth_gbps * 1e9,
+            in_network=self.in_network,
         )
 
 
 class _LinkModel(StrictModel):
     bandwidth_gbps: float
     latency_us: float = 0.0
+    protocols: Annotated[tuple[_ProtocolModel, ...], BeforeValidator(_as_tuple)] = ()
 
     def value(self) -> Link:
-        return Link(bytes_per_s=self.bandwidth_gbps * 1e9, latency_s=self.latency_us * 1e-6)
+        return Link(
+            bytes_per_s=self.bandwidth_gbps * 1e9,
+            latency_s=self.latency_us * 1e-6,
+            protocols=tuple(protocol.value() for protocol in self.protocols),
+        )
 
 
 class _DeviceTypeModel(StrictModel):

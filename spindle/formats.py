@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from spindle.cluster import Cluster, Device, Link
+from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import FormatError, InputError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.plan import Certificate, Memory, Plan, Slice, Wave, sorted_pairs
@@ -129,11 +129,28 @@ class _DeviceModel(StrictModel):
     memory_bytes: float
     peak_flops: float
     memory_bytes_per_s: float
+    matmul_efficiency: float = 0.8
+    attention_efficiency: float = 0.3
+    elementwise_traffic: float = 5.0
+    overlap_cost: float = 1.0
+    launch_s: float = 5e-6
+    parallel_units: int = 108
+
+
+class _ProtocolModel(StrictModel):
+    latency_s: float
+    hop_s: float
+    bytes_per_s: float
+    in_network: bool = False
 
 
 class _LinkModel(StrictModel):
     bytes_per_s: float
     latency_s: float
+    protocols: tuple[_ProtocolModel, ...] = ()
+
+    def value(self) -> Link:
+        return Link(**{**dict(self), "protocols": tuple(Protocol(**dict(p)) for p in self.protocols)})
 
 
 class _ClusterModel(StrictModel):
@@ -144,7 +161,7 @@ class _ClusterModel(StrictModel):
     inter_node: _LinkModel
 
     def value(self) -> Cluster:
-        links = {name: Link(**dict(getattr(self, name))) for name in ("intra_node", "inter_node")}
+        links = {"intra_node": self.intra_node.value(), "inter_node": self.inter_node.value()}
         return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
 
 
