@@ -20,7 +20,7 @@ from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.planner.cost_links import tensor_parallel_s
+from spindle.planner.cost_layout import tensor_parallel_s
 from spindle.planner.cost_memory import MemoryRule, chain_bytes
 from spindle.planner.cost_roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.profile import Profile, ProfileEntry
@@ -108,7 +108,8 @@ def _predict(
             forward = backward = 0.0
             for work, operator, count in works:
                 time = time_operator(work, cluster.device, data_parallel=n // tp, tensor_parallel=tp)
-                traffic = tensor_parallel_s(operator, cluster, data_parallel=n // tp, tensor_parallel=tp)
+                boundary = (operator.output_bytes or operator.input_bytes) / (n // tp)
+                traffic = tensor_parallel_s(boundary, cluster, tp)
                 forward += count * (time.forward_s + traffic)
                 backward += count * (time.backward_s + (traffic if time.backward_s else 0.0))
             mean = OperatorTime(forward / len(operators), backward / len(operators))

@@ -1,43 +1,48 @@
 """Roofline: one operator, a device and a share of the batch in, seconds of its forward and backward out.
 
-- Matrix products run at a share of the device's peak that falls with the local matrix size: `Work` keeps the shapes.
-- Everything between them (norms, activations, residuals) is bound by memory: bytes moved / bandwidth.
+- Matrix products run at `matmul_efficiency` of the peak when their result has many tiles; a result of few tiles leaves
+  units idle (`TILE`, `TAIL`), and every product reads its weights once, so small local batches are slow.
+- What stands between the products (norms, activations, residuals, casts) is bound by memory: it moves the products'
+  inputs and outputs `elementwise_traffic` times. Its share grows as matrices get narrow: one efficiency for all sizes
+  would be off by a factor of four between a layer of a language model and one of a small encoder.
+- Attention scores run at `attention_efficiency`; a causal kernel skips half of them.
+- Backward repeats the products as often as its FLOPs say: twice, once where only the input gradient is due (frozen),
+  not at all where nothing before it is trained, once more when activations are recomputed.
 - Each operator starts a number of kernels; when they are short, starting them is what takes time.
-- Backward repeats the products as many times as its FLOPs say (none for a frozen part with nothing trained before it).
+
+The five constants are the device's (spindle.cluster.Device); docs/cost-model.md says what each was fitted on.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from spindle.cluster import Device
 from spindle.graph import BYTES_BY_DTYPE, Operator
 
-ATTENTION_EFFICIENCY = 0.6  # of what a large matrix product reaches: fused attention does softmax between its products
-MATMUL_EFFICIENCY = 0.75  # of the peak, for large matrices
-HALF_ROWS = 128.0  # rows of a product at which half of that is reached: the height of one tile
-TRAFFIC = 2.0  # times that the inputs and outputs of products are moved by what stands between them
-KERNELS_PER_MATMUL = 3.0  # the product itself, and on average two small kernels
-LAUNCH_S = 5e-6  # one kernel, from PyTorch's eager mode
+TILE = 128  # rows and columns of a result that one unit computes at a time (cuBLAS's and CUTLASS's usual choice)
+TAIL = 0.25  # of a round of tiles is lost on average in the last round, partly hidden by smaller tiles and split sums
+KERNELS_PER_MATMUL = 3.5  # the product itself, and what stands between it and the next
+ATTENTION_BACKWARD = 2.5  # five products where forward has two (Dao et al. 2022)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What one operator does on the whole batch.
 
-    matmuls         (rows, wide, narrow) of each matrix product in forward; FLOPs are 2 * rows * wide * narrow
-    other_flops     of forward beyond those: attention scores, and products whose shape is not known
-    backward_ratio  FLOPs of backward / FLOPs of forward
-    moved_bytes     read and written by forward besides the products' operands
-    has_backward    whether any gradient passes
+    matmuls        (rows, wide, narrow) of each matrix product in forward; FLOPs are 2 * rows * wide * narrow
+    attention_flops   of forward: scores and weighted sums that are computed (half of all under a causal mask)
+    passes         how often backward repeats the products of forward: 2 trained, 1 frozen, 3 with recompute, 0 none
+    moved_bytes    read and written by forward besides the products' operands (a lookup's rows)
+    update_bytes   written by backward however small the local batch (a lookup table's dense gradient)
     """
 
     matmuls: tuple[tuple[float, int, int], ...] = ()
-    other_flops: float = 0.0
-    backward_ratio: float = 2.0
+    attention_flops: float = 0.0
+    passes: float = 2.0
     moved_bytes: float = 0.0
+    update_bytes: float = 0.0
     itemsize: int = 2
-    has_backward: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +62,35 @@ def operator_work(operator: Operator, rows: float) -> Work:
     """Shapes and bytes of an operator; `rows` is how many rows of the whole batch its matrices multiply at most.
 
     An operator knows its parameters and its FLOPs, not which multiplies what: each matrix is taken to multiply `rows`
-    rows, or fewer when the FLOPs do not allow that many; what is left are attention scores.
+    rows, or fewer when the FLOPs do not allow that many; what is left are attention scores. The kinds of a workload
+    spec say whether they are causal.
     """
     matrices = [p.shape for p in operator.parameters if len(p.shape) >= 2]
     elements = sum(prod(shape) for shape in matrices)
     multiplied = operator.forward_flops / (2.0 * elements) if elements else 0.0
     used = min(rows, multiplied) if rows else multiplied
-    itemsize = BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4
-    moved = float(operator.input_bytes + operator.output_bytes)
+    linear = 2.0 * used * elements
+    scores = max(operator.forward_flops - linear, 0.0)
+    lookup = not operator.forward_flops
+    trainable = [p for p in operator.parameters if p.trainable]
     return Work(
         matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) if used else (),
-        other_flops=max(operator.forward_flops - 2.0 * used * elements, 0.0),
-        backward_ratio=operator.backward_flops / operator.forward_flops if operator.forward_flops else 1.0,
-        moved_bytes=moved,
-        itemsize=itemsize,
-        has_backward=_has_backward(operator),
+        attention_flops=scores * (0.5 if "causal" in operator.kind.split() else 1.0),
+        passes=_passes(operator, linear, scores),
+        moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
+        update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
+        itemsize=BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4,
     )
 
 
-def _has_backward(operator: Operator) -> bool:
-    if operator.forward_flops:
-        return operator.backward_flops > 0
-    return any(p.trainable for p in operator.parameters) or operator.activation_bytes > 0
+def _passes(operator: Operator, linear: float, scores: float) -> float:
+    """Repetitions of forward's products in backward, from the FLOPs counted for it."""
+    if not operator.forward_flops:
+        learns = any(p.trainable for p in operator.parameters) or operator.activation_bytes > 0
+        return 2.0 if learns else 0.0
+    if not linear:
+        return operator.backward_flops / operator.forward_flops
+    return max(operator.backward_flops - 2.0 * scores, 0.0) / linear
 
 
 def chain_rows(operators: Sequence[Operator]) -> float:
@@ -89,19 +101,34 @@ def chain_rows(operators: Sequence[Operator]) -> float:
 
 def time_operator(work: Work, device: Device, *, data_parallel: int, tensor_parallel: int = 1) -> OperatorTime:
     """Seconds on each of data_parallel * tensor_parallel devices, communication left out."""
-    rate = device.peak_flops * MATMUL_EFFICIENCY
-    products = moved = 0.0
+    products, moved = _products(work, device, data_parallel, tensor_parallel)
+    share = data_parallel * tensor_parallel
+    scores = work.attention_flops / share / (device.peak_flops * device.attention_efficiency)
+    elementwise = (moved + work.moved_bytes / data_parallel) / device.memory_bytes_per_s
+    launches = (1.0 + KERNELS_PER_MATMUL * len(work.matmuls)) * device.launch_s
+    forward = max(products + scores + elementwise, launches)
+    if not work.passes:
+        return OperatorTime(forward, 0.0)
+    recomputed = 1.0 if work.passes > 2.01 else 0.0
+    backward = (
+        work.passes * (products + elementwise)
+        + (ATTENTION_BACKWARD + recomputed) * scores
+        + work.update_bytes / tensor_parallel / device.memory_bytes_per_s
+    )
+    return OperatorTime(forward, max(backward, work.passes * launches))
+
+
+def _products(work: Work, device: Device, data_parallel: int, tensor_parallel: int) -> tuple[float, float]:
+    """Seconds of forward's matrix products, and bytes that they and what stands between them move."""
+    rate = device.peak_flops * device.matmul_efficiency
+    # a single product (a vocabulary projection, glue) has no neighbour, so its operands are moved once
+    traffic = device.elementwise_traffic if len(work.matmuls) > 1 else 1.0
+    seconds = moved = 0.0
     for rows, wide, narrow in work.matmuls:
         local = rows / data_parallel
-        products += 2.0 * (local + HALF_ROWS) * wide * narrow / tensor_parallel / rate
-        moved += local * (wide / tensor_parallel + narrow) * work.itemsize
-    shards = data_parallel * tensor_parallel
-    products += work.other_flops / shards / (rate * ATTENTION_EFFICIENCY)
-    moved = TRAFFIC * moved + work.moved_bytes / data_parallel
-    elementwise = moved / device.memory_bytes_per_s
-    launches = (1.0 + KERNELS_PER_MATMUL * len(work.matmuls)) * LAUNCH_S
-    forward = max(products + elementwise, launches)
-    if not work.has_backward:
-        return OperatorTime(forward, 0.0)
-    ratio = work.backward_ratio
-    return OperatorTime(forward, max(ratio * products + 1.5 * elementwise, launches))
+        tiles = ceil(local / TILE) * ceil(wide / tensor_parallel / TILE)
+        idle = 1.0 + TAIL * device.parallel_units / tiles
+        seconds += 2.0 * local * wide * narrow / tensor_parallel / rate * idle
+        operands = local * (wide + narrow) / tensor_parallel
+        moved += (traffic * operands + wide * narrow / tensor_parallel) * work.itemsize
+    return seconds, moved

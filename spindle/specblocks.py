@@ -273,17 +273,18 @@ def mlp_block(component: Mlp) -> Block:
 def other_block(component: Other) -> Block:
     """One of the equal layers of a component given by totals.
 
-    Its parameters stand as one matrix as wide as `hidden`, so that the cost model sees a size; the rows that give the
+    Its parameters stand as two matrices as wide as `hidden`, so that the cost model sees sizes; the rows that give the
     stated FLOPs need not be the tokens (convolutions use a weight at many positions).
     """
     c = component
     per_layer = c.parameters / c.layers
-    columns = max(round(per_layer / c.hidden), 1)
-    rows = c.forward_flops / c.layers / (2.0 * columns * c.hidden)
+    half = max(int(per_layer / c.hidden / 2), 1)
+    rest = Weight("rest", (max(round(per_layer) - 2 * half * c.hidden, 0),), adaptable=False)
+    rows = c.forward_flops / c.layers / (4.0 * half * c.hidden)
     tokens = float(c.tokens * c.instances)
     return Block(
         kind=f"other h{c.hidden} p{round(per_layer)} f{c.forward_flops / c.layers:.6g} t{c.tokens}x{c.instances}",
-        weights=(Weight("weight", (columns, c.hidden), rows),),
+        weights=(Weight("into", (half, c.hidden), rows), Weight("out_of", (c.hidden, half), rows), rest),
         kept_trained=8.0 * tokens * c.hidden,
         kept_frozen=4.0 * tokens * c.hidden,
     )
