@@ -11,6 +11,7 @@ baselines are as good as their idea allows, lest the gain over them be flattery.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from spindle.planner.curves import Curve
@@ -26,21 +27,30 @@ def sequential_waves(problem: Problem) -> Waves:
 
 
 def task_split_waves(problem: Problem) -> Waves:
-    """Each task on its own consecutive devices, its MetaOps one after another; ranks count within a task.
+    """Each task on its own consecutive devices, its MetaOps one after another.
 
     Where the tasks need more devices than there are, the lightest are bundled and take turns on one share.
     """
     bundles = _bundles(problem)
     shares = _divide([_sequence_curve(problem, ops) for ops in bundles], problem.num_devices)[1]
-    pieces: list[tuple[int, Piece]] = []
+    pieces: dict[int, Piece] = {}
+    previous: dict[int, int] = {}  # what runs before on the same devices
     first = 0
     for share, ops in sorted(zip(shares, bundles, strict=True), key=lambda sb: -sb[0]):
-        for rank, op in enumerate(ops):
+        previous |= dict(pairwise(reversed(ops)))
+        for op in ops:
             count = max(n for n in problem.curves[op].counts if n <= share)
-            devices = tuple(range(first, first + count))
-            pieces.append((rank, _whole(problem, op, count, devices)))
+            pieces[op] = _whole(problem, op, count, tuple(range(first, first + count)))
         first += share
-    return tuple((piece,) for _, piece in sorted(pieces, key=lambda rp: rp[0]))
+    waves: list[list[Piece]] = []
+    wave_of: dict[int, int] = {}
+    for op in problem.order:
+        before = [*problem.predecessors[op], *([previous[op]] if op in previous else [])]
+        wave_of[op] = 1 + max((wave_of[b] for b in before), default=-1)
+        if wave_of[op] == len(waves):
+            waves.append([])
+        waves[wave_of[op]].append(pieces[op])
+    return tuple(map(tuple, waves))
 
 
 def component_split_waves(problem: Problem) -> Waves:
@@ -104,8 +114,12 @@ def _bundles(problem: Problem) -> list[list[int]]:
 
 def _divide(curves: Sequence[Curve], num_devices: int) -> tuple[float, list[int]]:
     """(time of the slowest, devices for each): the better of two greedy divisions."""
-    divisions = (_divide_by_gain(curves, num_devices), _divide_to_slowest(curves, num_devices))
-    return min((max(c.step(n) for c, n in zip(curves, d, strict=True)), d) for d in divisions)
+    divisions = []
+    for shares in (_divide_by_gain(curves, num_devices), _divide_to_slowest(curves, num_devices)):
+        times = [curve.step(n) for curve, n in zip(curves, shares, strict=True)]
+        divisions.append((max(times), sum(times), shares))
+    slowest_s, _, shares = min(divisions)
+    return slowest_s, shares
 
 
 def _divide_by_gain(curves: Sequence[Curve], num_devices: int) -> list[int]:

@@ -122,7 +122,7 @@ def allot_certificate(problem: Problem, ops: Collection[int]) -> Certificate:
     lp.solve(pulp.HiGHS(msg=False))
     if lp.status != pulp.LpStatusOptimal:
         raise AssertionError(f"the allot LP of {len(ops)} MetaOps ended {pulp.LpStatus[lp.status]}")
-    price = max(0.0, -float(lp.constraints[area].pi))
+    price = _price(lp, area)
     return Certificate(area_price=price, paths=_paths(problem, _dual_flow(lp, flows)))
 
 
@@ -172,11 +172,16 @@ def _sum(terms: "Iterable[pulp.LpVariable | pulp.LpAffineExpression]") -> "pulp.
     return pulp.lpSum(terms)
 
 
+def _price(lp: "pulp.LpProblem", row: str) -> float:
+    """What relaxing a `<=` row by one would take off the objective."""
+    return max(0.0, -float(lp.get_constraint_by_name(row).pi))
+
+
 def _dual_flow(lp: "pulp.LpProblem", rows: Mapping[tuple[int, int], str]) -> dict[int, dict[int, float]]:
     """Duals of the precedence rows as a flow from the start (-1) to the end: flow[p][m]."""
     flow: dict[int, dict[int, float]] = {}
     for (source, target), row in rows.items():
-        value = max(0.0, -float(lp.constraints[row].pi))
+        value = _price(lp, row)
         if value > 1e-9:
             flow.setdefault(source, {})[target] = value
     return flow

@@ -41,7 +41,8 @@ class Curve:
         kept: list[tuple[int, float]] = [(0, 0.0)]
         for n, t in zip(self.counts, self.times_s, strict=True):
             rate = 1 / t
-            while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-1], (n, rate)):
+            # counts of equal efficiency all stay: they are on the envelope, and small ones leave devices to others
+            while len(kept) > 1 and _slope(kept[-2], kept[-1]) < _slope(kept[-1], (n, rate)) * (1 - 1e-12):
                 kept.pop()
             kept.append((n, rate))
         counts = tuple(n for n, _ in kept[1:])

@@ -85,7 +85,7 @@ def _memory(plan: Plan) -> list[str]:
         return []
     worst = max(range(len(peaks)), key=peaks.__getitem__)
     verdict = "fits" if plan.memory.fits else "DOES NOT FIT"
-    room = f" of {plan.cluster.device.memory_bytes / 2**30:.1f} GiB" if plan.cluster else ""
+    room = f" of {plan.cluster.device.memory_bytes / 2**30:.2f} GiB" if plan.cluster else ""
     average = sum(peaks) / len(peaks)
     return [
         f"memory     {verdict}: at most {peaks[worst] / 2**30:.2f} GiB{room} (device {worst}), "
@@ -102,7 +102,9 @@ def _baselines(plan: Plan) -> list[str]:
             f"  {name:<16} {makespan_s:>12.6f} s  {_gain(makespan_s, plan.makespan_s)}  {_title(name)}".rstrip()
         )
     usual = [(makespan_s, name) for name, makespan_s in plan.baselines_s if name != "paper"]
-    if usual and plan.makespan_s >= min(usual)[0] * (1 - LEAST_GAIN):
+    if usual and plan.makespan_s > min(usual)[0] * (1 + LEAST_GAIN):
+        lines.append(f"this plan is slower than {min(usual)[1]}; method auto never is")
+    elif usual and plan.makespan_s >= min(usual)[0] * (1 - LEAST_GAIN):
         lines.append(f"waves gain nothing here: {min(usual)[1]} is as fast")
     missing = [name for name in BASELINE_TITLES if name not in dict(plan.baselines_s)]
     if missing:

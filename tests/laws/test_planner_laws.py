@@ -1,0 +1,116 @@
+"""Laws of every plan that any method makes of any MetaGraph."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from planner_strategies import clusters, metagraphs, times
+
+from spindle.cluster import Cluster
+from spindle.errors import InfeasibleError
+from spindle.formats import dumps, loads
+from spindle.metagraph import MetaGraph, MetaOp, points
+from spindle.plan import Plan
+from spindle.planner.allocate import allocate, optimum_by_bisection, optimum_by_lp
+from spindle.planner.baselines import WAVES_BY_BASELINE, Baseline
+from spindle.planner.check import check_plan
+from spindle.planner.curves import clean_curve
+from spindle.planner.place import place
+from spindle.planner.problem import make_problem
+from spindle.planner.render import WIDTH, render
+from spindle.planner.solve import evaluate, solve
+
+FIXED = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BASELINES: list[Baseline] = sorted(WAVES_BY_BASELINE)
+
+
+def findings(plan: Plan) -> list[str]:
+    return [str(finding) for finding in check_plan(plan)]
+
+
+@settings(FIXED, max_examples=100)
+@given(metagraphs(), clusters(), st.sampled_from(BASELINES), st.booleans())
+def test_every_baseline_keeps_the_rules_or_says_why_not(
+    metagraph: MetaGraph, cluster: Cluster, method: Baseline, aligned: bool
+) -> None:
+    """Counts above the cluster are infeasible; all else has a plan that the independent check accepts."""
+    too_wide = any(min(m.times) > cluster.num_devices for m in metagraph)
+    try:
+        plan = solve(metagraph, cluster, method=method, aligned=aligned)
+    except InfeasibleError:
+        assert too_wide
+        return
+    assert not too_wide
+    assert findings(plan) == []
+    assert plan.lower_bound_s <= plan.makespan_s
+    assert max(map(len, render(plan).splitlines())) <= WIDTH
+
+
+@settings(FIXED, max_examples=60)
+@given(metagraphs(plannable=1), clusters())
+def test_plans_survive_a_file(metagraph: MetaGraph, cluster: Cluster) -> None:
+    plan = solve(metagraph, cluster, method="paper")
+    assert loads(dumps(plan), Plan) == plan
+
+
+@settings(FIXED, max_examples=100)
+@given(
+    st.lists(st.tuples(times(), st.integers(1, 9)), min_size=1, max_size=6),
+    st.sampled_from((1, 2, 3, 8, 16)),
+)
+def test_lp_and_bisection_give_one_optimum(chains: list[tuple[dict[int, float], int]], num_devices: int) -> None:
+    """The relaxed problem of a MetaLevel has one optimum, whatever finds it."""
+    curves, layers = [], []
+    for seconds, num_layers in chains:
+        seconds.setdefault(1, 10.0)
+        metaop = MetaOp(name="a", task="t", component="a", layers=num_layers, layer_time_s=points(seconds))
+        curves.append(clean_curve(metaop, num_devices).hull)
+        layers.append(num_layers)
+    by_bisection = optimum_by_bisection(curves, layers, num_devices)
+    assert optimum_by_lp(curves, layers, num_devices) == pytest.approx(by_bisection, rel=1e-6)
+
+
+@settings(FIXED, max_examples=100)
+@given(
+    st.lists(st.tuples(times(), st.integers(1, 9)), min_size=1, max_size=6),
+    st.sampled_from((1, 2, 3, 8, 16)),
+)
+def test_allocations_keep_layers_and_devices(chains: list[tuple[dict[int, float], int]], num_devices: int) -> None:
+    """Tuples hold every layer, counts are valid, shares fit the devices."""
+    curves, layers = [], []
+    for seconds, num_layers in chains:
+        seconds.setdefault(1, 10.0)
+        metaop = MetaOp(name="a", task="t", component="a", layers=num_layers, layer_time_s=points(seconds))
+        curves.append(clean_curve(metaop, num_devices))
+        layers.append(num_layers)
+    allocation = allocate(curves, layers, num_devices)
+    assert sum(allocation.shares) <= num_devices * (1 + 1e-6)
+    for curve, num_layers, tuples in zip(curves, layers, allocation.tuples, strict=True):
+        assert sum(t.layers for t in tuples) == num_layers
+        assert {t.count for t in tuples} <= set(curve.counts)
+
+
+@settings(FIXED, max_examples=60)
+@given(metagraphs(traffic=False, plannable=1), clusters(), st.sampled_from(BASELINES))
+def test_simulation_agrees_with_the_plan(metagraph: MetaGraph, cluster: Cluster, method: Baseline) -> None:
+    """Without traffic and with one forward share, a plan whose slices start when they can takes its makespan."""
+    problem = make_problem(metagraph, cluster)
+    free = evaluate(problem, method, place(problem, WAVES_BY_BASELINE[method](problem), aligned=False))
+    assert free.step_s == pytest.approx(free.makespan_s, rel=1e-9)
+    strict = evaluate(problem, method, place(problem, WAVES_BY_BASELINE[method](problem), aligned=True))
+    assert strict.step_s <= strict.makespan_s * (1 + 1e-9)
+
+
+@settings(FIXED, max_examples=60)
+@given(metagraphs(plannable=1), clusters())
+def test_auto_is_never_slower_than_a_usual_way(metagraph: MetaGraph, cluster: Cluster) -> None:
+    plan = solve(metagraph, cluster)
+    assert plan.makespan_s <= min(seconds for _, seconds in plan.baselines_s) * (1 + 1e-9)
+
+
+@settings(FIXED, max_examples=60)
+@given(metagraphs(plannable=1), clusters())
+def test_metaops_do_not_care_for_their_order_in_the_file(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """The bound depends on the graph, not on how it is written down."""
+    turned = MetaGraph(metagraph.metaops[::-1], metagraph.flows[::-1])
+    bounds = [solve(g, cluster, method="sequential").lower_bound_s for g in (metagraph, turned)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)

@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import pytest
+from planner_graphs import cluster, graph, metaop, piece, plan
+
+from spindle.errors import PlanError
+from spindle.metagraph import MetaGraph
+from spindle.plan import Certificate, Memory, Plan, Slice
+from spindle.planner.check import check_plan, picture, require_plan
+
+# a: two layers of 1 s on devices 0 and 1, beside b: one layer of 1.5 s on 2 and 3; then loss: 0.5 s on all four
+GRAPH = graph(
+    metaop("a", 2, {1: 2.0, 2: 1.0}, memory={2: 40.0}),
+    metaop("b", 1, {2: 1.5, 4: 1.0}, memory={2: 30.0}),
+    metaop("loss", 1, {4: 0.5}),
+    flows="a>loss b>loss",
+)
+A = piece("a", range(2), (0, 1), 0.0, 2.0)
+B = piece("b", range(1), (2, 3), 0.0, 1.5)
+LOSS = piece("loss", range(1), range(4), 2.0, 2.5)
+
+
+def good(*slices: Slice) -> Plan:
+    return plan(*(slices or (A, B, LOSS)), metagraph=GRAPH)
+
+
+def test_a_good_plan_has_no_findings() -> None:
+    assert check_plan(good()) == ()
+    require_plan(good())
+
+
+BROKEN = [
+    (good(A, replace(B, devices=(1, 2)), LOSS), "device 1 runs a[0:2] from 0.0 s while b[0:1] holds it"),
+    (good(A, B, replace(LOSS, start_s=1.5, end_s=2.0)), "loss[0:1] starts at 1.5 s but needs 'a', which ends at 2.0"),
+    (good(replace(A, end_s=1.9), B, LOSS), "a[0:2] lasts 1.9 s but takes 2.0 s: 2 layers of 1.0 s"),
+    (good(A, replace(B, devices=(2,)), LOSS), "b[0:1] runs on 1 devices; valid counts are 2, 4"),
+    (good(replace(A, num_layers=1), B, LOSS), "'a' has 2 layers but the plan runs 1 of them"),
+    (good(replace(A, first_layer=1), B, LOSS), "a[1:3] comes when layer 0 of 'a' is due"),
+    (good(A, LOSS), "'b' has 1 layers but the plan runs 0 of them"),
+    (good(A, B, replace(LOSS, devices=(1, 2, 3, 4))), "loss[0:1] runs on device 4 but the plan has 4 devices"),
+    (good(A, B, replace(LOSS, metaop="gone")), "gone[0:1]: the MetaGraph has no MetaOp 'gone'"),
+    (replace(good(), makespan_s=2.4), "makespan_s is 2.4 but the last slice ends at 2.5 s"),
+    (replace(good(), lower_bound_s=2.6), "makespan_s is 2.5, below lower_bound_s 2.6"),
+    (replace(good(), waves=good().waves[::-1]), "wave 1 stands at place 0"),
+    (replace(good(), lower_bound_s=2.4, certificate=Certificate(area_price=1.0)), "its certificate proves only 2.25"),
+    (replace(good(), certificate=Certificate(paths=((1.0, ("b", "a")),))), "path b -> a is not a chain"),
+    (replace(good(), certificate=Certificate(through="gone")), "the certificate names 'gone'"),
+    (replace(good(), memory=Memory(peak_bytes_per_device=(40.0, 40.0, 30.0, 3.0))), "device 3 needs 30 bytes"),
+    (replace(good(), memory=Memory(peak_bytes_per_device=(40.0,))), "memory tells of 1 devices"),
+    (replace(good(), cluster=cluster(memory_bytes=35)), "device 0 needs 0.00 GiB but 'toy' has 0.00 GiB (2 devices"),
+    (replace(good(), memory=Memory(fits=False), cluster=cluster()), "memory.fits is false but 0 devices overflow"),
+    (replace(good(), cluster=cluster(2, 2)), "the plan is for 4 devices, 4 a node, but the cluster has 4, 2 a node"),
+]
+
+
+@pytest.mark.parametrize(("broken", "finding"), BROKEN)
+def test_each_broken_rule_is_found(broken: Plan, finding: str) -> None:
+    assert any(finding in str(f) for f in check_plan(broken)), [str(f) for f in check_plan(broken)]
+
+
+def test_layers_must_not_overlap_in_time() -> None:
+    """Layer 1 of a starts on other devices before layer 0 has ended."""
+    first = piece("a", range(0, 1), (0, 1), 0.0, 1.0)
+    second = piece("a", range(1, 2), (2, 3), 0.5, 1.5)
+    found = check_plan(plan(first, second, metagraph=MetaGraph(GRAPH.metaops[:1])))
+    assert str(found[0]) == "a[1:2] starts at 0.5 s, before the layers in front of it end"
+
+
+def test_transfers_count_when_the_cluster_is_known() -> None:
+    """8 bytes from two devices to four take 4 s each way, so the loss's half second is too short."""
+    sending = replace(GRAPH.metaops[0], output_bytes=8.0, memory_bytes=())
+    metagraph = MetaGraph((sending, *GRAPH.metaops[1:]), GRAPH.flows)
+    made = replace(good(), metagraph=metagraph)
+    assert check_plan(made) == ()
+    (found,) = check_plan(made, cluster=cluster())
+    assert "loss[0:1] lasts 0.5 s but takes 8.5 s: 1 layers of 0.5 s and 8.0 s of transfers" in str(found)
+
+
+def test_a_plan_cannot_beat_the_obvious_bounds() -> None:
+    """Without a certificate: six layers of 2 device-seconds do not fit four devices in 2.5 s."""
+    heavy = MetaGraph((replace(GRAPH.metaops[0], layers=6), *GRAPH.metaops[1:]), GRAPH.flows)
+    texts = [str(f) for f in check_plan(good(), heavy)]
+    assert "makespan_s is 2.5 but device time alone takes 4.25 s" in texts
+
+
+def test_slices_of_a_wave_start_together() -> None:
+    wave = replace(good().waves[0], slices=(A, replace(B, start_s=0.25, end_s=1.75)))
+    (found,) = check_plan(replace(good(), waves=(wave, *good().waves[1:])))
+    assert "b[0:1] starts at 0.25 s in wave 0, which starts at 0.0 s" in str(found)
+
+
+def test_the_error_shows_the_picture() -> None:
+    """The broken rows are marked."""
+    with pytest.raises(PlanError) as caught:
+        require_plan(good(A, B, replace(LOSS, start_s=1.5, end_s=2.0)))
+    rows = str(caught.value).splitlines()
+    assert rows[1] == "wave    0    0.000000 ..   2.000000 s  a[0:2] on 0-1, b[0:1] on 2-3 <-- here"
+    assert rows[2] == "wave    1    1.500000 ..   2.000000 s  loss[0:1] on 0-3 <-- here"
+
+
+def test_a_picture_without_marks_shows_the_first_waves() -> None:
+    assert picture(good(), ()).count("\n") == 1

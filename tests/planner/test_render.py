@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+from planner_graphs import cluster, graph, metaop, piece, plan
+
+from spindle.plan import Memory
+from spindle.planner.render import WIDTH, gantt, render, summary, table
+from spindle.planner.solve import solve
+
+GRAPH = graph(metaop("t.a", 2, {2: 1.0}), metaop("t.b", 1, {2: 1.5}), metaop("t.loss", 1, {4: 0.5}))
+MADE = plan(
+    piece("t.a", range(2), (0, 1), 0.0, 2.0),
+    piece("t.b", range(1), (2, 3), 0.0, 1.5),
+    piece("t.loss", range(1), range(4), 2.0, 2.5),
+    metagraph=GRAPH,
+)
+
+
+def test_gantt_text() -> None:
+    assert gantt(MADE, width=60) == (
+        "            0                   1.25                  2.5 s\n"
+        "device 0-1 |AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA|CCCCCCCC|\n"
+        "device 2-3 |BBBBBBBBBBBBBBBBBBBBBBBBBBBB..........|CCCCCCCC|\n"
+        " A t.a   B t.b   C t.loss"
+    )
+
+
+def test_table_text() -> None:
+    assert table(MADE) == (
+        " wave    start s      end s  MetaOp    layers    n  devices\n"
+        "    0   0.000000   2.000000  t.a         0..1    2  0-1\n"
+        "    0   0.000000   1.500000  t.b            0    2  2-3\n"
+        "    1   2.000000   2.500000  t.loss         0    4  0-3"
+    )
+
+
+def test_summary_text() -> None:
+    made = replace(
+        MADE,
+        lower_bound_s=2.0,
+        step_s=2.75,
+        reduction_s=0.25,
+        baselines_s=(("paper", 2.5), ("sequential", 5.0)),
+        memory=Memory(peak_bytes_per_device=(2.0**30, 2.0**31), fits=True),
+        cluster=cluster(memory_bytes=2.0**32),
+    )
+    assert summary(made) == (
+        "plan       hand on 4 devices (1 x 4): 3 MetaOps, 2 waves, 3 slices, planned in 0.00 s\n"
+        "makespan   2.500000 s, idle 10.0 % of device time\n"
+        "bound      2.000000 s for any schedule: gap 25.00 %\n"
+        "step       2.750000 s: forward and backward 2.500000 s, gradient reduction 0.250000 s\n"
+        "memory     fits: at most 2.00 GiB of 4.00 GiB (device 1), 1.50 GiB on average\n"
+        "against\n"
+        "  sequential           5.000000 s   50.0 % shorter  all devices, one after another\n"
+        "  paper                2.500000 s    0.0 % shorter  the paper's planner\n"
+        "  does not fit in memory: task_split, component_split"
+    )
+
+
+def test_it_says_when_waves_gain_nothing() -> None:
+    """One MetaOp that scales perfectly: all devices, one after another, is as good as anything."""
+    assert "waves gain nothing here: component_split is as fast" in render(solve(graph(metaop("a", 4)), cluster()))
+
+
+def test_large_plans_stay_within_the_page() -> None:
+    """Sixty-four devices and seventy MetaOps with long names."""
+    names = [f"task{i}.a-rather-long-component-name-{i}" for i in range(70)]
+    made = solve(graph(*(metaop(name, 3, {1: 1.0 + i % 7, 2: 0.9}) for i, name in enumerate(names))), cluster(8, 8))
+    for text in (render(made), table(made)):
+        assert max(map(len, text.splitlines())) <= WIDTH
+    assert len(gantt(made).splitlines()) < 90
