@@ -28,7 +28,7 @@ class CodeInput:
 class OperatorCode:
     """Code of one operator: `module(*inputs)` gives a tuple with a tensor for each of `outputs`.
 
-    `parameters` maps names inside the module to the workload's names.
+    `parameters` maps names inside the module to the workload's names; `buffers` likewise.
     """
 
     name: str
@@ -36,6 +36,7 @@ class OperatorCode:
     inputs: tuple[CodeInput, ...]
     outputs: tuple[str, ...]
     parameters: tuple[tuple[str, str], ...]
+    buffers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

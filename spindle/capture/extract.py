@@ -1,7 +1,7 @@
 """Extraction: some nodes of a traced task in, a torch module that computes them out."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +165,12 @@ class _Copy:
         self.graph.call_function(torch.ops.aten.copy_.default, (target, update))
 
 
-def parameter_names(module: nn.Module, name_by_id: dict[int, str]) -> tuple[tuple[str, str], ...]:
+def parameter_names(module: nn.Module, name_by_id: Mapping[int, str]) -> tuple[tuple[str, str], ...]:
     """Names of a module's parameters inside it, each with the workload's name for the same tensor."""
     return tuple((name, name_by_id[id(p)]) for name, p in module.named_parameters(remove_duplicate=False))
+
+
+def buffer_names(module: nn.Module, name_by_id: Mapping[int, str]) -> tuple[tuple[str, str], ...]:
+    """Names of those of a module's buffers that are the workload's own, as `parameter_names`."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return tuple((name, name_by_id[id(b)]) for name, b in buffers if id(b) in name_by_id)

@@ -11,14 +11,14 @@ from torch.func import functional_call
 from spindle.capture import costs
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.extract import Extracted, Extractor, parameter_names
+from spindle.capture.dropout import WithoutDropout
+from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
 from spindle.capture.partition import Group, Partition
 from spindle.capture.rows import (
     PROBE_SAMPLES,
     Finding,
     Rows,
-    WithoutDropout,
     both,
     compare,
     disturbed,
@@ -78,6 +78,7 @@ class _Builder:
         self.namer = namer
         self.memo = memo
         self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
+        self.buffer_by_id = {id(b): name for name, b in workload.named_buffers()}
         self.samples = min(PROBE_SAMPLES, self.task.batch_size)
         generator = torch.Generator().manual_seed(0)
         probe = {name: value[: self.samples].cpu() for name, value in batch.items()}
@@ -245,6 +246,7 @@ class _Builder:
             parameters=tuple(_parameters(draft.code.module, named, trained)),
             forward_flops=cost.forward_flops,
             backward_flops=cost.backward_flops,
+            batch_fields=self._fields(draft.code),
             input_bytes=sum(spec.num_bytes for spec in self._input_specs(draft.code)),
             activation_bytes=cost.activation_bytes,
             splittable=draft.splittable,
@@ -257,6 +259,7 @@ class _Builder:
             inputs=tuple(self._code_inputs(draft.code)),
             outputs=tuple(self._tensor_name(node) for node in draft.code.results),
             parameters=parameter_names(draft.code.module, self.parameter_by_id),
+            buffers=buffer_names(draft.code.module, self.buffer_by_id),
         )
 
     def _code_inputs(self, code: Extracted) -> Iterator[CodeInput]:
@@ -265,6 +268,11 @@ class _Builder:
             yield CodeInput(
                 given.kind, self._tensor_name(node) if given.kind == "tensor" else self._aux_code(node).name
             )
+
+    def _fields(self, code: Extracted) -> tuple[str, ...]:
+        pairs = zip(code.arguments, code.inputs[1:], strict=True)
+        read = {field for node, given in pairs if given.kind == "aux" for field in self._aux_code(node).fields}
+        return tuple(sorted(read))
 
     def _tensor_inputs(self, code: Extracted) -> Iterator[tuple[fx.Node, CodeInput]]:
         pairs = zip(code.arguments, code.inputs[1:], strict=True)

@@ -7,14 +7,12 @@
 - Random functions are switched off meanwhile.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from spindle.workload import Batch
 
@@ -36,32 +34,6 @@ class Finding:
 
     rows: Rows | None
     independent: bool
-
-
-class WithoutDropout(TorchFunctionMode):
-    """While open, dropout of every kind passes its input through."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Turn dropout functions into the identity, and attention's dropout off."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").split(".")[0]
-        if name in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if name == "native_dropout":
-            return args[0], torch.ones_like(args[0], dtype=torch.bool)
-        if name == "scaled_dot_product_attention":
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            elif "dropout_p" in kwargs:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-_DROPOUTS = frozenset(
-    f.__name__ for f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-) | {"feature_dropout", "dropout_"}
 
 
 def split_sizes(samples: int) -> tuple[int, ...]:

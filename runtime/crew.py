@@ -1,0 +1,60 @@
+"""Crew: all workers of a run behind one call. What is launched where is the launcher's business; here are threads.
+
+`call` runs one method on every worker at once and returns the results by rank. The first failure ends the crew: workers
+that wait for the failed one are released, and the failure is raised with its rank, wave and instruction.
+"""
+
+import concurrent.futures
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from spindle.errors import RunError, SpindleError
+from spindle.runtime.transport import ThreadTransport
+from spindle.runtime.worker import Job, Worker, separate
+
+
+class Crew(Protocol):
+    """All workers of a run."""
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `method` on every worker; the results by rank. Raises RunError for the first worker that fails."""
+
+    def close(self) -> None:
+        """End all workers."""
+
+
+class ThreadCrew:
+    """Workers as threads of this process."""
+
+    def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
+        """Start a thread for each job; each works on copies of the modules."""
+        self._transports = ThreadTransport.connect(len(jobs), timeout_s=timeout_s)
+        self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"rank{job.rank}") for job in jobs]
+        self._workers: list[Worker] = self._gather(
+            [
+                thread.submit(Worker, separate(job), transport)
+                for thread, job, transport in zip(self._threads, jobs, self._transports, strict=True)
+            ]
+        )
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """See Crew."""
+        pairs = zip(self._threads, self._workers, strict=True)
+        return self._gather([thread.submit(getattr(w, method), *args, **kwargs) for thread, w in pairs])
+
+    def _gather(self, futures: Sequence["concurrent.futures.Future[Any]"]) -> list[Any]:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        failed = next((future for future in futures if future in done and future.exception()), None)
+        if failed is not None:
+            self.close()
+            error = failed.exception()
+            assert error is not None
+            raise error if isinstance(error, SpindleError) else RunError(str(error)) from error
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """See Crew."""
+        for transport in self._transports:
+            transport.close()
+        for thread in self._threads:
+            thread.shutdown()

@@ -1,0 +1,302 @@
+"""Executor: interprets one rank's program. It does nothing that is not an instruction, and times each one.
+
+Every promise of the program is checked while it is kept: what an instruction reads is there, what it makes was not.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spindle.capture.codes import AuxCode, OperatorCode
+from spindle.errors import RunError, SpindleError
+from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
+from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
+from spindle.runtime.store import ParameterStore
+from spindle.runtime.transport import Transport, Wait
+from spindle.trace import Span, SpanKind
+from spindle.workload import Batch
+
+Fetch = Callable[[str], Batch]
+Observe = Callable[[ParameterStore], None]
+
+_KIND_BY_OP = {
+    Op.LOAD: SpanKind.LOAD,
+    Op.FORWARD: SpanKind.FORWARD,
+    Op.BACKWARD: SpanKind.BACKWARD,
+    Op.TRANSFER: SpanKind.TRANSFER,
+    Op.AWAIT: SpanKind.TRANSFER,
+    Op.REDUCE: SpanKind.REDUCE,
+    Op.STEP: SpanKind.STEP,
+}
+
+
+@dataclass(slots=True)
+class _Activations:
+    """A slice run's inputs as leaves of an autograd graph of its own, and its outputs."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one step leaves behind on a rank: losses of the tasks that end on it, and its spans."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+
+class Executor:
+    """One rank's program, ready to run steps."""
+
+    def __init__(
+        self,
+        program: Program,
+        transport: Transport,
+        codes: Mapping[str, OperatorCode],
+        aux: Mapping[str, AuxCode],
+        store: ParameterStore,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        """`codes` and `aux` hold what the rank runs; `optimizer` is over the store's trained parameters."""
+        self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
+        self.store, self.optimizer = store, optimizer
+        self.rank = transport.rank
+        self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
+        self.task_by_loss = {tensor: task for task, tensor in program.losses}
+        self.maker = {name: run for run in program.slices for name in run.outputs}
+        self.readers: dict[str, list[SliceRun]] = {name: [] for name in self.maker}
+        for run in program.slices:
+            for name in run.inputs:
+                self.readers[name].append(run)
+        self.perform = {
+            Op.LOAD: self._load,
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.TRANSFER: self._transfer,
+            Op.AWAIT: self._await,
+            Op.FREE: self._free,
+            Op.REDUCE: self._reduce,
+            Op.STEP: self._step,
+        }
+
+    def step(self, fetch: Fetch, *, observe: Observe | None = None, step: int = 0) -> StepRecord:
+        """Run the program once. `fetch` gives a task's next batch; `observe` sees the gradients before the update.
+
+        Raises RunError naming rank, wave and instruction, with the traceback of what went wrong.
+        """
+        self.fetch, self.observe = fetch, observe
+        self.buffers: dict[str, object] = {}
+        self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
+        self.departures: list[tuple[list[Tensor], Wait]] = []
+        self.batches: dict[str, Batch] = {}
+        self.aux_values: dict[tuple[str, int, int], Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
+        record = StepRecord()
+        for instruction in self.program.instructions[self.rank]:
+            start_s = time.perf_counter()
+            try:
+                self.perform[instruction.op](instruction.target)
+            except Exception as error:
+                raise self._explained(instruction, error) from error
+            if instruction.op is not Op.FREE:
+                record.spans.append(self._span(instruction, start_s, time.perf_counter(), step))
+        if self.buffers:
+            raise AssertionError(f"rank {self.rank} ends a step with buffers {sorted(self.buffers)}")
+        record.losses = {task: float(loss) for task, loss in self.losses.items()}
+        return record
+
+    def _explained(self, instruction: Instruction, error: Exception) -> Exception:
+        where = self.program.describe(self.rank, instruction)
+        if isinstance(error, SpindleError):
+            return type(error)(f"{where}: {error}")
+        text = "".join(traceback.format_exception(error))
+        return RunError(f"{where} raised {type(error).__name__}: {error}\n{text}")
+
+    def _span(self, instruction: Instruction, start_s: float, end_s: float, step: int) -> Span:
+        transfer = self.program.transfer_by_name.get(instruction.target)
+        run = self.program.slice_by_name.get(transfer.target if transfer else instruction.target)
+        num_bytes = 0
+        if transfer is not None:
+            mine = (m for m in transfer.messages if self.rank in (m.source, m.target))
+            num_bytes = sum(message_bytes(self.program.tensor_by_name[m.tensor], m) for m in mine)
+        elif instruction.op is Op.REDUCE:
+            num_bytes = self.store.bucket[instruction.target].nbytes
+        return Span(
+            rank=self.rank,
+            kind=_KIND_BY_OP[instruction.op],
+            name=str(instruction),
+            start_s=start_s,
+            end_s=end_s,
+            task=run.task if run else instruction.target if instruction.op is Op.LOAD else "",
+            component=run.component if run else "",
+            metaop=run.metaop if run else "",
+            wave=run.wave if run else -1,
+            num_bytes=num_bytes,
+            step=step,
+        )
+
+    # -- compute --------------------------------------------------------------------------------------------------
+
+    def _load(self, task: str) -> None:
+        wanted = {field for code in self.aux.values() if code.task == task for field in code.fields}
+        batch = self.fetch(task)
+        self.batches[task] = {name: value.to(self.transport.device) for name, value in batch.items() if name in wanted}
+
+    def _forward(self, name: str) -> None:
+        run = self.program.slice_by_name[name]
+        inputs = {}
+        for tensor in run.inputs:
+            spec = self.program.tensor_by_name[tensor]
+            value = joined(self._input_pieces(run, tensor), spec)
+            inputs[tensor] = value.detach().requires_grad_(spec.needs_grad and run.backward)
+        with torch.set_grad_enabled(run.backward):
+            values = self._compute(run, dict(inputs))
+        outputs = {tensor: values[tensor] for tensor in run.outputs}
+        self._put(activations(name), _Activations(inputs, outputs))
+        for tensor in outputs.keys() & self.task_by_loss.keys():
+            self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
+
+    def _compute(self, run: SliceRun, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        low, high = run.bounds_of(self.rank)
+        for operator in run.operators:
+            code = self.codes[operator]
+            arguments: list[Tensor | int] = []
+            for given in code.inputs:
+                if given.kind == "tensor":
+                    arguments.append(values[given.name])
+                elif given.kind == "aux":
+                    arguments.append(self._aux_value(given.name, low, high, run.bounds[-1][1]))
+                else:
+                    arguments.append(high - low)
+            values.update(zip(code.outputs, code.module(*arguments), strict=True))
+        return values
+
+    def _aux_value(self, name: str, low: int, high: int, batch_size: int) -> Tensor:
+        key = (name, low, high)
+        if key not in self.aux_values:
+            code = self.aux[name]
+            self.aux_values[key] = code.value(self.batches.get(code.task, {}), low, high, batch_size)
+        return self.aux_values[key]
+
+    def _backward(self, name: str) -> None:
+        run = self.program.slice_by_name[name]
+        held = self._activations(name)
+        ends, weights = [], []
+        for tensor, output in held.outputs.items():
+            spec = self.program.tensor_by_name[tensor]
+            if tensor in self.weight_by_loss:
+                ends.append(output)
+                weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
+            elif spec.needs_grad:
+                ends.append(output)
+                pieces = self._gradient_pieces(run, tensor)
+                weights.append(summed(pieces, spec, run.bounds_of(self.rank), output))
+        torch.autograd.backward(ends, weights)
+        leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
+        if leaves:
+            found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
+            self._put(gradients(name), found)
+
+    def _input_pieces(self, run: SliceRun, tensor: str) -> Iterator[Piece]:
+        """Parts of an input that lie on this rank, then those that arrived."""
+        spec, source = self.program.tensor_by_name[tensor], self.maker[tensor]
+        stays = self._staying(tensor, source, run)
+        if stays is not None:
+            value = self._activations(source.name).outputs[tensor].detach()
+            yield (*stays, cut(value, spec, source.bounds_of(self.rank), *stays))
+        yield from self._arrived(f"{source.name}>{run.name}", tensor)
+
+    def _gradient_pieces(self, run: SliceRun, tensor: str) -> Iterator[Piece]:
+        """Parts of an output's gradient from its readers on this rank, then those that arrived."""
+        spec = self.program.tensor_by_name[tensor]
+        for reader in self.readers[tensor]:
+            if not reader.backward:
+                continue
+            stays = self._staying(tensor, run, reader)
+            if stays is not None:
+                value = self._gradients(reader.name)[tensor]
+                yield (*stays, cut(value, spec, reader.bounds_of(self.rank), *stays))
+            yield from self._arrived(f"{run.name}<{reader.name}", tensor)
+
+    def _staying(self, tensor: str, source: SliceRun, target: SliceRun) -> tuple[int, int] | None:
+        """Samples that pass between two runs without leaving this rank; (0, 0) for a tensor that cannot be cut."""
+        if self.rank not in source.ranks or self.rank not in target.ranks:
+            return None
+        if not self.program.tensor_by_name[tensor].rows:
+            return (0, 0) if source.ranks[0] == self.rank else None
+        (first, last), (low, high) = source.bounds_of(self.rank), target.bounds_of(self.rank)
+        low, high = max(low, first), min(high, last)
+        return (low, high) if low < high else None
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def _transfer(self, name: str) -> None:
+        transfer = self.program.transfer_by_name[name]
+        sends: list[tuple[int, Tensor]] = []
+        pieces: list[tuple[Message, Tensor]] = []
+        for message in transfer.messages:
+            spec = self.program.tensor_by_name[message.tensor]
+            if message.source == self.rank:
+                run = self.program.slice_by_name[transfer.source]
+                made = self._gradients(run.name) if transfer.backward else self._activations(run.name).outputs
+                part = cut(made[message.tensor], spec, run.bounds_of(self.rank), message.low, message.high)
+                sends.append((message.target, part.detach().contiguous()))
+            if message.target == self.rank:
+                shape, dtype = spec.shape_of(message.high - message.low), getattr(torch, spec.dtype)
+                pieces.append((message, torch.empty(shape, dtype=dtype, device=self.transport.device)))
+        departed, arrived = self.transport.start(sends, [(message.source, value) for message, value in pieces])
+        if sends:
+            self.departures.append(([value for _, value in sends], departed))
+        if pieces:
+            self.pending[name] = (pieces, arrived)
+
+    def _await(self, name: str) -> None:
+        pieces, arrived = self.pending.pop(name)
+        arrived()
+        self._put(arrivals(name), pieces)
+
+    def _reduce(self, name: str) -> None:
+        self.transport.all_reduce(self.store.bucket[name], self.program.bucket_by_name[name].ranks)
+
+    def _step(self, target: str) -> None:
+        del target
+        if self.observe is not None:
+            self.observe(self.store)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.store.zero_gradients()
+        for _, departed in self.departures:
+            departed()
+        self.departures.clear()
+
+    # -- buffers --------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, value: object) -> None:
+        if name in self.buffers:
+            raise AssertionError(f"buffer {name!r} is made twice")
+        self.buffers[name] = value
+
+    def _free(self, name: str) -> None:
+        if name not in self.buffers:
+            raise AssertionError(f"buffer {name!r} is freed but not there")
+        del self.buffers[name]
+
+    def _activations(self, run: str) -> _Activations:
+        held = self.buffers.get(activations(run))
+        assert isinstance(held, _Activations), f"activations of {run} are read but not there"
+        return held
+
+    def _gradients(self, run: str) -> dict[str, Tensor]:
+        held = self.buffers.get(gradients(run))
+        assert isinstance(held, dict), f"gradients of {run} are read but not there"
+        return held
+
+    def _arrived(self, transfer: str, tensor: str) -> Iterator[Piece]:
+        held = self.buffers.get(arrivals(transfer), [])
+        assert isinstance(held, list)
+        yield from ((message.low, message.high, value) for message, value in held if message.tensor == tensor)

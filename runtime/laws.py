@@ -1,0 +1,307 @@
+"""Laws: a Program in, every law that it breaks out, in words. It runs first, and shares no code with what made it.
+
+What these checks find, a network would answer with a hang or a dead process. The simulation is stricter than any
+transport: a transfer or reduction goes on only when all its members stand at it.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from spindle.errors import ProgramError
+from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, Transfer
+
+
+def check_program(program: Program) -> None:
+    """Raise ProgramError naming the first broken laws, with the stuck ranks where there are any."""
+    findings = list(broken_laws(program))
+    if findings:
+        more = f"\n(and {len(findings) - 5} more)" if len(findings) > 5 else ""
+        raise ProgramError(
+            "the program breaks the runtime's laws, so it was not started; this is a bug of Spindle unless the program "
+            "was edited:\n" + "\n".join(findings[:5]) + more
+        )
+
+
+def broken_laws(program: Program) -> Iterator[str]:
+    """Everything wrong with a program, in words."""
+    findings = list(_targets_exist(program))
+    yield from findings
+    if findings:
+        return  # the rest looks targets up
+    places = _places(program)
+    yield from _runs_complete(program, places)
+    yield from _samples_covered(program)
+    yield from _transfers_complete(program, places)
+    yield from _parameters_reduced(program, places)
+    yield from _buffers_sound(program)
+    stuck = list(_stuck(program))
+    if stuck:
+        yield from _different_orders(program)
+        yield from stuck
+
+
+_TABLE_BY_OP = {
+    Op.FORWARD: "slice_by_name",
+    Op.BACKWARD: "slice_by_name",
+    Op.TRANSFER: "transfer_by_name",
+    Op.AWAIT: "transfer_by_name",
+    Op.REDUCE: "bucket_by_name",
+}
+
+
+Places = dict[Instruction, dict[int, list[int]]]
+"""Where each instruction stands: positions by rank."""
+
+
+def _places(program: Program) -> Places:
+    found: Places = {}
+    for rank, instructions in enumerate(program.instructions):
+        for position, instruction in enumerate(instructions):
+            found.setdefault(instruction, {}).setdefault(rank, []).append(position)
+    return found
+
+
+def _targets_exist(program: Program) -> Iterator[str]:
+    for rank, instructions in enumerate(program.instructions):
+        for instruction in instructions:
+            table = _TABLE_BY_OP.get(instruction.op)
+            if table is not None and instruction.target not in getattr(program, table):
+                yield f"rank {rank}, {instruction}: the program has no {instruction.target!r}"
+    for transfer in program.transfers:
+        for run in (transfer.source, transfer.target):
+            if run not in program.slice_by_name:
+                yield f"transfer {transfer.name!r} names slice run {run!r}, which the program does not have"
+        for message in transfer.messages:
+            if message.tensor not in program.tensor_by_name:
+                yield f"transfer {transfer.name!r} names tensor {message.tensor!r}, which the program does not have"
+
+
+def _runs_complete(program: Program, places: Places) -> Iterator[str]:
+    """Each run goes forward once on each of its ranks, and backward once if it has to; nowhere else."""
+    for run in program.slices:
+        for op, ranks in ((Op.FORWARD, run.ranks), (Op.BACKWARD, run.ranks if run.backward else ())):
+            yield from _exactly_once(Instruction(op, run.name), ranks, places)
+    yield from _exactly_once(Instruction(Op.STEP), range(program.num_ranks), places)
+    for rank, instructions in enumerate(program.instructions):
+        if not instructions or instructions[-1].op is not Op.STEP:
+            yield f"rank {rank} does not end with STEP"
+
+
+def _exactly_once(instruction: Instruction, ranks: Collection[int], places: Places) -> Iterator[str]:
+    found = places.get(instruction, {})
+    for rank in sorted({*ranks, *found}):
+        if len(found.get(rank, ())) != (rank in ranks):
+            yield f"rank {rank} does {instruction} {len(found.get(rank, ()))} times, not {int(rank in ranks)}"
+
+
+def _samples_covered(program: Program) -> Iterator[str]:
+    """The ranks of a run hold the batch between them, and are given exactly the samples that they hold."""
+    maker = {tensor: run for run in program.slices for tensor in run.outputs}
+    received: dict[tuple[str, str, int], list[Message]] = {}
+    for transfer in program.transfers:
+        if not transfer.backward:
+            for message in transfer.messages:
+                received.setdefault((message.tensor, transfer.target, message.target), []).append(message)
+    for run in program.slices:
+        ends = [0, *(high for _, high in run.bounds)]
+        if [low for low, _ in run.bounds] != ends[:-1] or any(low >= high for low, high in run.bounds):
+            yield f"slice run {run.name}: bounds {run.bounds} do not divide the batch"
+        for tensor in run.inputs:
+            if tensor not in maker:
+                yield f"slice run {run.name} reads {tensor!r}, which no run gives out"
+                continue
+            for rank in run.ranks:
+                yield from _covered(
+                    program, tensor, maker[tensor], run, rank, received.get((tensor, run.name, rank), [])
+                )
+
+
+def _covered(
+    program: Program, tensor: str, source: SliceRun, target: SliceRun, rank: int, messages: list[Message]
+) -> Iterator[str]:
+    spec = program.tensor_by_name[tensor]
+    where = f"{tensor!r} for {target.name} on rank {rank}"
+    if not spec.rows:
+        copies = len(messages) + (rank == source.ranks[0])
+        if copies != 1:
+            yield f"{where}: {copies} copies arrive, not 1"
+        return
+    pieces = [(message.low, message.high) for message in messages]
+    for message in messages:
+        held = source.bounds_of(message.source) if message.source in source.ranks else (0, 0)
+        if not held[0] <= message.low < message.high <= held[1]:
+            yield f"{where}: rank {message.source} sends samples {message.low}..{message.high} but holds {held}"
+    low, high = target.bounds_of(rank)
+    if rank in source.ranks:
+        first, last = source.bounds_of(rank)
+        if max(low, first) < min(high, last):
+            pieces.append((max(low, first), min(high, last)))
+    position = low
+    for begin, end in sorted(pieces):
+        if begin != position:
+            break
+        position = end
+    if position != high or sum(end - begin for begin, end in pieces) != high - low:
+        yield f"{where}: pieces {sorted(pieces)} do not make up samples {low}..{high}"
+
+
+def _transfers_complete(program: Program, places: Places) -> Iterator[str]:
+    """Both sides start each transfer once; who receives waits for it once, afterwards; no rank sends to itself."""
+    forward = {(t.source, t.target): t for t in program.transfers if not t.backward}
+    for transfer in program.transfers:
+        for message in transfer.messages:
+            if message.source == message.target:
+                yield f"transfer {transfer.name}: rank {message.source} sends {message.tensor!r} to itself"
+        start, wait = Instruction(Op.TRANSFER, transfer.name), Instruction(Op.AWAIT, transfer.name)
+        yield from _exactly_once(start, transfer.members(), places)
+        yield from _exactly_once(wait, {message.target for message in transfer.messages}, places)
+        for rank, positions in places.get(wait, {}).items():
+            if positions[0] < places.get(start, {}).get(rank, [-1])[0]:
+                yield f"rank {rank} waits for transfer {transfer.name} before it starts it"
+        if transfer.backward:
+            mirror = forward.get((transfer.target, transfer.source))
+            there = {(m.tensor, m.target, m.source, m.low, m.high) for m in mirror.messages} if mirror else set()
+            for m in transfer.messages:
+                if (m.tensor, m.source, m.target, m.low, m.high) not in there:
+                    yield f"transfer {transfer.name}: gradient of {m.tensor!r} goes back where it never came from"
+
+
+def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
+    """Each bucket is reduced once by exactly its ranks, after the last backward and before the step."""
+    seen: Counter[str] = Counter(name for bucket in program.buckets for name in bucket.parameters)
+    yield from (f"parameter {name!r} stands in {count} buckets" for name, count in seen.items() if count > 1)
+    last_backward = [
+        max((i for i, x in enumerate(instructions) if x.op is Op.BACKWARD), default=-1)
+        for instructions in program.instructions
+    ]
+    for bucket in program.buckets:
+        reduce = Instruction(Op.REDUCE, bucket.name)
+        yield from _exactly_once(reduce, bucket.ranks if len(bucket.ranks) > 1 else (), places)
+        for rank, positions in places.get(reduce, {}).items():
+            if positions[0] < last_backward[rank]:
+                yield f"rank {rank} reduces bucket {bucket.name} before its last BACKWARD"
+
+
+def _buffers_sound(program: Program) -> Iterator[str]:
+    """Each buffer is freed once, after it was made; nothing reads it afterwards, and nothing is left over."""
+    effects = _Effects(program)
+    for rank, instructions in enumerate(program.instructions):
+        live: set[str] = set()
+        gone: set[str] = set()
+        for instruction in instructions:
+            where = f"rank {rank}, {instruction}"
+            if instruction.op is Op.FREE:
+                if instruction.target not in live:
+                    yield f"{where}: {'it was freed before' if instruction.target in gone else 'it was never made'}"
+                live.discard(instruction.target)
+                gone.add(instruction.target)
+                continue
+            made, read = effects.of(rank, instruction)
+            yield from (f"{where}: reads {buffer}, which is not there" for buffer in sorted(read - live))
+            live |= made
+        yield from (f"rank {rank} never frees {buffer}" for buffer in sorted(live))
+
+
+class _Effects:
+    """Buffers that an instruction makes and reads on a rank."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        maker = {tensor: run for run in program.slices for tensor in run.outputs}
+        self.sources: dict[str, list[SliceRun]] = {run.name: [] for run in program.slices}
+        self.targets: dict[str, list[SliceRun]] = {run.name: [] for run in program.slices}
+        self.transfers: dict[str, list[Transfer]] = {run.name: [] for run in program.slices}
+        for run in program.slices:
+            for source in {maker[tensor].name for tensor in run.inputs if tensor in maker}:
+                self.sources[run.name].append(program.slice_by_name[source])
+                self.targets[source].append(run)
+        for transfer in program.transfers:
+            self.transfers[transfer.target].append(transfer)
+
+    def of(self, rank: int, instruction: Instruction) -> tuple[set[str], set[str]]:
+        name = instruction.target
+        if instruction.op is Op.AWAIT:
+            return {f"arrivals:{name}"}, set()
+        if instruction.op is Op.TRANSFER:
+            transfer = self.program.transfer_by_name[name]
+            sends = any(message.source == rank for message in transfer.messages)
+            return set(), {
+                f"{'gradients' if transfer.backward else 'activations'}:{transfer.source}"
+            } if sends else set()
+        if instruction.op is Op.FORWARD:
+            return {f"activations:{name}"}, self._read(rank, name, backward=False)
+        if instruction.op is Op.BACKWARD:
+            inputs = self.program.slice_by_name[name].inputs
+            gives = any(self.program.tensor_by_name[tensor].needs_grad for tensor in inputs)
+            return {f"gradients:{name}"} if gives else set(), self._read(rank, name, backward=True)
+        return set(), set()
+
+    def _read(self, rank: int, name: str, *, backward: bool) -> set[str]:
+        run = self.program.slice_by_name[name]
+        read = {f"activations:{name}"} if backward else set()
+        for transfer in self.transfers[name]:
+            if transfer.backward is backward and any(message.target == rank for message in transfer.messages):
+                read.add(f"arrivals:{transfer.name}")
+        for other in self.targets[name] if backward else self.sources[name]:
+            source, target = (run, other) if backward else (other, run)
+            if _passes_locally(self.program, source, target, rank, gradient=backward):
+                read.add(f"{'gradients' if backward else 'activations'}:{other.name}")
+        return read
+
+
+def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: int, *, gradient: bool) -> bool:
+    if rank not in source.ranks or rank not in target.ranks or (gradient and not target.backward):
+        return False
+    (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
+    overlap = max(low, first) < min(high, last)
+    for name in set(source.outputs) & set(target.inputs):
+        tensor = program.tensor_by_name[name]
+        if (overlap if tensor.rows else rank == source.ranks[0]) and (tensor.needs_grad or not gradient):
+            return True
+    return False
+
+
+def _different_orders(program: Program) -> Iterator[str]:
+    """Pairs of ranks that meet what they do together in different orders."""
+    members = {t.name: t.members() for t in program.transfers} | {b.name: frozenset(b.ranks) for b in program.buckets}
+    together = [
+        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE)] for instructions in program.instructions
+    ]
+    for a in range(program.num_ranks):
+        for b in range(a + 1, program.num_ranks):
+            of_a, of_b = ([name for name in together[r] if {a, b} <= members[name]] for r in (a, b))
+            for name_a, name_b in zip(of_a, of_b, strict=False):
+                if name_a != name_b:
+                    yield f"ranks {a} and {b} meet in different orders: {a} is at {name_a!r} when {b} is at {name_b!r}"
+                    break
+
+
+def _stuck(program: Program) -> Iterator[str]:
+    """Step all ranks together; name the instruction at which each stuck rank stands."""
+    members = {t.name: t.members() for t in program.transfers} | {b.name: frozenset(b.ranks) for b in program.buckets}
+    together = (Op.TRANSFER, Op.REDUCE)
+    position = [0] * program.num_ranks
+
+    def at(rank: int) -> Instruction | None:
+        instructions = program.instructions[rank]
+        return instructions[position[rank]] if position[rank] < len(instructions) else None
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(program.num_ranks):
+            while (instruction := at(rank)) is not None:
+                if instruction.op in together:
+                    if any(at(peer) != instruction for peer in members[instruction.target]):
+                        break
+                    for peer in members[instruction.target]:
+                        position[peer] += 1
+                    if rank not in members[instruction.target]:
+                        position[rank] += 1
+                else:
+                    position[rank] += 1
+                moved = True
+    for rank in range(program.num_ranks):
+        stuck = at(rank)
+        if stuck is not None:
+            yield f"stuck: {program.describe(rank, stuck)}"

@@ -1,0 +1,239 @@
+"""Lowering: a Plan and the captured task graph in, a Program out. Pure Python, no torch.
+
+- One global order of slice runs: dependencies first, then the plan's start times. Backward follows its reverse.
+- A transfer stands right after the run that makes what it carries, at the same place of the global order on both sides;
+  each rank's program is the global order restricted to it. So no two ranks can wait for each other in a circle.
+- Here the tables are made: slice runs, transfers, buckets. `passes` writes the instruction lists from them.
+"""
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from spindle.errors import PlanError
+from spindle.graph import TaskGraph, TensorSpec
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan, Slice
+from spindle.runtime.passes import run_passes
+from spindle.runtime.program import Bucket, Message, Program, SliceRun, Transfer
+
+
+def lower(
+    plan: Plan,
+    metagraph: MetaGraph,
+    graph: TaskGraph,
+    *,
+    losses: Mapping[str, str],
+    weights: Mapping[str, float],
+) -> Program:
+    """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
+
+    `losses`: the tensor that holds each task's loss; `weights`: what multiplies it. Raises PlanError when the plan does
+    not cover every layer of the MetaGraph exactly once, or splits an operator that mixes samples.
+    """
+    runs = _slice_runs(plan, metagraph, graph, losses)
+    edges = _edges(runs)
+    forward = [_transfer(graph, *edge) for edge in edges]
+    backward = [_reversed(t, graph) for t, (_, target, _) in zip(forward, edges, strict=True) if target.backward]
+    program = Program(
+        num_ranks=plan.num_devices,
+        tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
+        slices=tuple(runs),
+        transfers=tuple(t for t in (*forward, *backward) if t.messages),
+        buckets=tuple(_buckets(runs, graph)),
+        losses=tuple(losses.items()),
+        weights=tuple(weights.items()),
+        instructions=((),) * plan.num_devices,
+    )
+    readers = frozenset(run.name for run in runs if any(graph.by_name[name].batch_fields for name in run.operators))
+    return run_passes(program, readers)
+
+
+# -- slice runs -------------------------------------------------------------------------------------------------------
+
+
+def _slice_runs(plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapping[str, str]) -> list[SliceRun]:
+    slices = _dependency_order(plan, metagraph)
+    operators = [_operators(slice_, metagraph) for slice_ in slices]
+    _check_cover(operators, graph)
+    home = {name: index for index, names in enumerate(operators) for name in names}
+    outward = set(losses.values())
+    for op in graph:
+        outward.update(name for name in op.inputs if home[graph.producers[name]] != home[op.name])
+    return [
+        _slice_run(index, slice_, plan, names, metagraph, graph, outward)
+        for index, (slice_, names) in enumerate(zip(slices, operators, strict=True))
+    ]
+
+
+def _slice_run(
+    index: int,
+    slice_: Slice,
+    plan: Plan,
+    names: tuple[str, ...],
+    metagraph: MetaGraph,
+    graph: TaskGraph,
+    outward: set[str],
+) -> SliceRun:
+    ops = [graph.by_name[name] for name in names]
+    made = {tensor.name for op in ops for tensor in op.outputs}
+    if len(slice_.devices) > 1 and not all(op.splittable for op in ops):
+        raise PlanError(
+            f"slice of {slice_.metaop!r} runs on {len(slice_.devices)} devices, but it mixes samples and runs on one; "
+            "plan again with this MetaGraph"
+        )
+    return SliceRun(
+        name=f"s{index}",
+        metaop=slice_.metaop,
+        task=ops[0].task,
+        component=ops[0].component,
+        wave=plan.wave_of(slice_),
+        operators=names,
+        ranks=slice_.devices,
+        bounds=split_samples(ops[0].batch_size, len(slice_.devices)),
+        inputs=tuple(dict.fromkeys(name for op in ops for name in op.inputs if name not in made)),
+        outputs=tuple(name for op in ops for name in (t.name for t in op.outputs) if name in outward),
+        backward=any(tensor.needs_grad for op in ops for tensor in op.outputs),
+    )
+
+
+def split_samples(batch_size: int, parts: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive bounds of `parts` shares of a batch, as even as can be, the larger ones first."""
+    share, rest = divmod(batch_size, parts)
+    starts = [index * share + min(index, rest) for index in range(parts + 1)]
+    return tuple(pairwise(starts))
+
+
+def _operators(slice_: Slice, metagraph: MetaGraph) -> tuple[str, ...]:
+    metaop = metagraph.by_name.get(slice_.metaop)
+    if metaop is None:
+        raise PlanError(f"the plan runs MetaOp {slice_.metaop!r}, which this workload does not have; plan it again")
+    chosen = metaop.operators[slice_.first_layer : slice_.last_layer + 1]
+    if len(chosen) != slice_.num_layers:
+        raise PlanError(
+            f"slice of {slice_.metaop!r} runs layers {slice_.first_layer}..{slice_.last_layer}, but the MetaOp has "
+            f"{len(metaop.operators)} operators; plan this workload again"
+        )
+    return tuple(op.name for op in chosen)
+
+
+def _check_cover(operators: Sequence[tuple[str, ...]], graph: TaskGraph) -> None:
+    seen: set[str] = set()
+    for name in (name for names in operators for name in names):
+        if name in seen:
+            raise PlanError(f"the plan runs operator {name!r} twice; each layer runs exactly once")
+        seen.add(name)
+    missing = [op.name for op in graph if op.name not in seen]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PlanError(f"the plan leaves out operator {missing[0]!r}{more}; plan this workload again")
+
+
+def _dependency_order(plan: Plan, metagraph: MetaGraph) -> list[Slice]:
+    """Slices by start time, but never before one that they depend on."""
+    by_metaop: dict[str, list[Slice]] = {}
+    for slice_ in sorted(plan, key=lambda s: (s.metaop, s.first_layer)):
+        by_metaop.setdefault(slice_.metaop, []).append(slice_)
+    waits: dict[Slice, int] = {}
+    followers: dict[Slice, list[Slice]] = {slice_: [] for slice_ in plan}
+    for metaop, slices in by_metaop.items():
+        before = [by_metaop[p][-1] for p in metagraph.predecessors.get(metaop, ()) if p in by_metaop]
+        for index, slice_ in enumerate(slices):
+            needed = before if index == 0 else [slices[index - 1]]
+            waits[slice_] = len(needed)
+            for other in needed:
+                followers[other].append(slice_)
+    heap = [(_start_key(s), s) for s, count in waits.items() if count == 0]
+    heapq.heapify(heap)
+    order: list[Slice] = []
+    while heap:
+        _, slice_ = heapq.heappop(heap)
+        order.append(slice_)
+        for follower in followers[slice_]:
+            waits[follower] -= 1
+            if waits[follower] == 0:
+                heapq.heappush(heap, (_start_key(follower), follower))
+    return order
+
+
+def _start_key(slice_: Slice) -> tuple[float, tuple[int, ...], str, int]:
+    return slice_.start_s, slice_.devices, slice_.metaop, slice_.first_layer
+
+
+# -- data flow --------------------------------------------------------------------------------------------------------
+
+Edge = tuple[SliceRun, SliceRun, tuple[str, ...]]
+"""Source run, target run, tensors that pass."""
+
+
+def _edges(runs: Sequence[SliceRun]) -> list[Edge]:
+    maker = {tensor: run for run in runs for tensor in run.outputs}
+    found: list[Edge] = []
+    for target in runs:
+        sources = dict.fromkeys(maker[tensor].name for tensor in target.inputs)
+        for name in sources:
+            tensors = tuple(tensor for tensor in target.inputs if maker[tensor].name == name)
+            found.append((maker[tensors[0]], target, tensors))
+    order = {run.name: index for index, run in enumerate(runs)}
+    return sorted(found, key=lambda edge: (order[edge[0].name], order[edge[1].name]))
+
+
+def _transfer(graph: TaskGraph, source: SliceRun, target: SliceRun, tensors: tuple[str, ...]) -> Transfer:
+    messages = [m for tensor in tensors for m in _messages(graph.tensors[tensor], source, target)]
+    return Transfer(
+        name=f"{source.name}>{target.name}",
+        source=source.name,
+        target=target.name,
+        backward=False,
+        messages=tuple(m for m in messages if m.source != m.target),
+    )
+
+
+def _messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -> Iterator[Message]:
+    """The samples each target rank needs, from the ranks that hold them; what a rank holds itself included.
+
+    A tensor that cannot be cut comes from the source's first rank, which alone gets its gradients back.
+    """
+    for rank, (low, high) in zip(target.ranks, target.bounds, strict=True):
+        if not tensor.rows:
+            yield Message(tensor=tensor.name, source=source.ranks[0], target=rank, low=0, high=0)
+            continue
+        for holder, (first, last) in zip(source.ranks, source.bounds, strict=True):
+            if max(low, first) < min(high, last):
+                yield Message(tensor=tensor.name, source=holder, target=rank, low=max(low, first), high=min(high, last))
+
+
+def _reversed(transfer: Transfer, graph: TaskGraph) -> Transfer:
+    return Transfer(
+        name=f"{transfer.source}<{transfer.target}",
+        source=transfer.target,
+        target=transfer.source,
+        backward=True,
+        messages=tuple(
+            Message(tensor=m.tensor, source=m.target, target=m.source, low=m.low, high=m.high)
+            for m in transfer.messages
+            if graph.tensors[m.tensor].needs_grad
+        ),
+    )
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+def _buckets(runs: Sequence[SliceRun], graph: TaskGraph) -> list[Bucket]:
+    """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6)."""
+    holders: dict[str, set[int]] = {}
+    dtypes: dict[str, str] = {}
+    for run in runs:
+        for name in run.operators:
+            for parameter in graph.by_name[name].parameters:
+                holders.setdefault(parameter.name, set()).update(run.ranks)
+                if parameter.trainable:
+                    dtypes[parameter.name] = parameter.dtype
+    grouped: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for name, dtype in dtypes.items():
+        grouped.setdefault((tuple(sorted(holders[name])), dtype), []).append(name)
+    return [
+        Bucket(name=f"b{index}", dtype=dtype, ranks=ranks, parameters=tuple(sorted(names)))
+        for index, ((ranks, dtype), names) in enumerate(sorted(grouped.items()))
+    ]

@@ -1,0 +1,172 @@
+"""Parity: a planned run beside a single process; losses, gradients and updates of every parameter compared.
+
+The single process runs the user's own task functions on whole batches and on the user's own modules, which get their
+values back afterwards. Dropout is off on both sides, since its random numbers would differ.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spindle.capture.dropout import WithoutDropout
+from spindle.runtime.data import Feed
+from spindle.runtime.worker import OptimizerFactory, Report
+from spindle.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a single process did: losses and gradients of each step, and all parameters after the last."""
+
+    losses: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRow:
+    """One comparison: the loss of a task, or the gradient or value of a parameter, in one step."""
+
+    quantity: str
+    name: str
+    step: int
+    max_abs_error: float
+    max_rel_error: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All comparisons, and both runs' losses by step."""
+
+    rows: tuple[ParityRow, ...]
+    losses: tuple[dict[str, float], ...]
+    reference_losses: tuple[dict[str, float], ...]
+    rtol: float
+    atol: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute error of any comparison."""
+        return max((row.max_abs_error for row in self.rows), default=0.0)
+
+    @property
+    def max_rel_error(self) -> float:
+        """Largest error relative to the largest value of its tensor."""
+        return max((row.max_rel_error for row in self.rows), default=0.0)
+
+    def __str__(self) -> str:
+        counts = {q: sum(row.quantity == q for row in self.rows) for q in ("loss", "gradient", "value")}
+        wrong = [row for row in self.rows if not row.ok]
+        verdict = "agrees with one process" if self.ok else f"DIFFERS from one process in {len(wrong)} places"
+        lines = [
+            f"parity: {verdict}: {counts['loss']} losses, {counts['gradient']} gradients, {counts['value']} updated "
+            f"parameters; largest error {self.max_abs_error:.1e} absolute, {self.max_rel_error:.1e} relative "
+            f"(rtol {self.rtol:g}, atol {self.atol:g})"
+        ]
+        worst = sorted(wrong, key=lambda row: -row.max_rel_error)[:8]
+        lines += [
+            f"  {row.quantity:8} step {row.step}  {row.max_abs_error:9.2e} {row.max_rel_error:9.2e}  {row.name}"
+            for row in worst
+        ]
+        return "\n".join(lines)
+
+
+def run_reference(workload: Workload, steps: int, *, optimizer: OptimizerFactory, seed: int = 0) -> Reference:
+    """Train `steps` steps in this process, then give the modules their values back."""
+    parameters = dict(workload.named_parameters())
+    feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
+    losses: list[dict[str, float]] = []
+    gradients: list[dict[str, Tensor]] = []
+    with _restored(workload), WithoutDropout():
+        for parameter in parameters.values():
+            parameter.grad = None
+        stepper = optimizer([parameter for parameter in parameters.values() if parameter.requires_grad])
+        for _ in range(steps):
+            stepper.zero_grad(set_to_none=True)
+            losses.append({})
+            for name, task in workload.tasks.items():
+                loss = task.function(feeds[name].next())
+                losses[-1][name] = float(loss.detach())
+                torch.autograd.backward(loss * task.weight)
+            gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+            stepper.step()
+        final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return Reference(losses, gradients, final)
+
+
+@contextlib.contextmanager
+def _restored(workload: Workload) -> Iterator[None]:
+    tensors = [*(p for _, p in workload.named_parameters()), *(b for _, b in workload.named_buffers())]
+    values = [tensor.detach().clone() for tensor in tensors]
+    gradients = [tensor.grad for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value, gradient in zip(tensors, values, gradients, strict=True):
+                tensor.copy_(value)
+                tensor.grad = gradient
+
+
+def default_tolerances(parameters: Mapping[str, Tensor]) -> tuple[float, float]:
+    """rtol and atol: 1e-10 both when all parameters are float64, else those of float32."""
+    if all(parameter.dtype == torch.float64 for parameter in parameters.values()):
+        return 1e-10, 1e-10
+    return 1e-4, 1e-5
+
+
+def compare(
+    reference: Reference,
+    losses: Sequence[Mapping[str, float]],
+    reports: Sequence[Report],
+    final: Mapping[str, Tensor],
+    *,
+    rtol: float,
+    atol: float,
+) -> ParityReport:
+    """Compare a planned run with the reference. A gradient that only one side has is compared with zero.
+
+    `final`: parameters after the last step, as far as the run holds them.
+    """
+    rows: list[ParityRow] = []
+    for step, (ours, theirs) in enumerate(zip(losses, reference.losses, strict=True)):
+        for task, loss in theirs.items():
+            got, expected = (torch.tensor(x, dtype=torch.float64) for x in (ours.get(task, float("nan")), loss))
+            rows.append(_row("loss", task, step, got, expected, rtol, atol))
+    for step, gradients in enumerate(reference.gradients):
+        for report in reports:
+            for name, gradient in report.gradients[step].items():
+                label = f"{name} on rank {report.rank}"
+                wanted = gradients.get(name, torch.zeros_like(gradient))
+                rows.append(_row("gradient", label, step, gradient, wanted, rtol, atol))
+        held = {name for report in reports for name in report.gradients[step]}
+        for name in gradients.keys() - held:
+            rows.append(_row("gradient", name, step, torch.zeros_like(gradients[name]), gradients[name], rtol, atol))
+    last = len(reference.losses) - 1
+    for name, value in final.items():
+        rows.append(_row("value", name, last, value, reference.parameters[name], rtol, atol))
+    return ParityReport(tuple(rows), tuple(map(dict, losses)), tuple(reference.losses), rtol, atol)
+
+
+def _row(quantity: str, name: str, step: int, got: Tensor, expected: Tensor, rtol: float, atol: float) -> ParityRow:
+    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
+    error = (got - expected).abs()
+    largest = float(error.max()) if error.numel() else 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return ParityRow(
+        quantity=quantity,
+        name=name,
+        step=step,
+        max_abs_error=largest,
+        max_rel_error=largest / scale if scale > atol else 0.0,
+        ok=bool((error <= atol + rtol * expected.abs()).all()),
+    )

@@ -1,0 +1,168 @@
+"""Passes: a Program's tables in, its instruction lists out, one concern at a time.
+
+Compute and transfers come from the one global order of slice runs; loads and frees are then put in rank by rank.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from spindle.runtime.program import (
+    Instruction,
+    Op,
+    Program,
+    SliceRun,
+    Transfer,
+    activations,
+    arrivals,
+    gradients,
+)
+
+Lists = tuple[tuple[Instruction, ...], ...]
+
+
+def run_passes(program: Program, readers: frozenset[str]) -> Program:
+    """Fill in the instruction lists. `readers`: slice runs that read batch fields."""
+    for add in (add_compute, add_reductions, add_loads, add_frees):
+        program = replace(program, instructions=add(program, readers))
+    return program
+
+
+def add_compute(program: Program, readers: frozenset[str]) -> Lists:
+    """Forward in the global order, backward in its reverse; each transfer right after the run that it carries from."""
+    del readers
+    lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
+    for backward in (False, True):
+        transfers = [t for t in program.transfers if t.backward is backward]
+        incoming, outgoing = _grouped(transfers, "target"), _grouped(transfers, "source")
+        for run in reversed(program.slices) if backward else program.slices:
+            if backward and not run.backward:
+                continue
+            for rank in run.ranks:
+                brings = [t for t in incoming.get(run.name, ()) if any(m.target == rank for m in t.messages)]
+                lists[rank] += [Instruction(Op.AWAIT, t.name) for t in brings]
+                lists[rank].append(Instruction(Op.BACKWARD if backward else Op.FORWARD, run.name))
+            for transfer in outgoing.get(run.name, ()):
+                for rank in sorted(transfer.members()):
+                    lists[rank].append(Instruction(Op.TRANSFER, transfer.name))
+    return tuple(map(tuple, lists))
+
+
+def add_reductions(program: Program, readers: frozenset[str]) -> Lists:
+    """Sum each bucket over its ranks, in the order of the buckets on every rank; then step."""
+    del readers
+    return tuple(
+        (
+            *instructions,
+            *(Instruction(Op.REDUCE, b.name) for b in program.buckets if rank in b.ranks and len(b.ranks) > 1),
+            Instruction(Op.STEP),
+        )
+        for rank, instructions in enumerate(program.instructions)
+    )
+
+
+def add_loads(program: Program, readers: frozenset[str]) -> Lists:
+    """Fetch a task's batch before the first run on the rank that reads a field of it."""
+    return tuple(tuple(_with_loads(program, instructions, readers)) for instructions in program.instructions)
+
+
+def _with_loads(
+    program: Program, instructions: Iterable[Instruction], readers: frozenset[str]
+) -> Iterator[Instruction]:
+    loaded: set[str] = set()
+    for instruction in instructions:
+        if instruction.op is Op.FORWARD and instruction.target in readers:
+            task = program.slice_by_name[instruction.target].task
+            if task not in loaded:
+                loaded.add(task)
+                yield Instruction(Op.LOAD, task)
+        yield instruction
+
+
+def add_frees(program: Program, readers: frozenset[str]) -> Lists:
+    """Free every buffer right after the last instruction of its rank that touches it."""
+    del readers
+    return tuple(
+        tuple(_with_frees(instructions, _Buffers.of(program, rank)))
+        for rank, instructions in enumerate(program.instructions)
+    )
+
+
+def _with_frees(instructions: Sequence[Instruction], buffers: "_Buffers") -> Iterator[Instruction]:
+    last = {buffer: index for index, instruction in enumerate(instructions) for buffer in buffers.touched(instruction)}
+    ending: dict[int, list[str]] = {}
+    for buffer, index in last.items():
+        ending.setdefault(index, []).append(buffer)
+    for index, instruction in enumerate(instructions):
+        yield instruction
+        yield from (Instruction(Op.FREE, buffer) for buffer in sorted(ending.get(index, ())))
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Which buffers an instruction touches on one rank."""
+
+    program: Program
+    rank: int
+    local_sources: Mapping[str, frozenset[str]]  # runs from which a run takes tensors on this rank itself
+    local_targets: Mapping[str, frozenset[str]]  # runs from which it takes their gradients on this rank itself
+    arriving: Mapping[tuple[str, bool], frozenset[str]]  # buffers that transfers fill for a run, forward or backward
+
+    @classmethod
+    def of(cls, program: Program, rank: int) -> "_Buffers":
+        maker = {tensor: run for run in program.slices for tensor in run.outputs}
+        sources: dict[str, set[str]] = {}
+        targets: dict[str, set[str]] = {}
+        for target in program.slices:
+            for name in target.inputs:
+                source = maker[name]
+                if _stays(program, name, source, target, rank):
+                    sources.setdefault(target.name, set()).add(source.name)
+                    if program.tensor_by_name[name].needs_grad and target.backward:
+                        targets.setdefault(source.name, set()).add(target.name)
+        arriving: dict[tuple[str, bool], set[str]] = {}
+        for transfer in program.transfers:
+            if any(message.target == rank for message in transfer.messages):
+                arriving.setdefault((transfer.target, transfer.backward), set()).add(arrivals(transfer.name))
+        return cls(
+            program,
+            rank,
+            {name: frozenset(found) for name, found in sources.items()},
+            {name: frozenset(found) for name, found in targets.items()},
+            {key: frozenset(found) for key, found in arriving.items()},
+        )
+
+    def touched(self, instruction: Instruction) -> set[str]:
+        name = instruction.target
+        if instruction.op is Op.FORWARD:
+            taken = {activations(source) for source in self.local_sources.get(name, ())}
+            return {activations(name)} | taken | self.arriving.get((name, False), set())
+        if instruction.op is Op.BACKWARD:
+            made = {gradients(name)} if self._has_gradients(name) else set()
+            taken = {gradients(target) for target in self.local_targets.get(name, ())}
+            return {activations(name)} | made | taken | self.arriving.get((name, True), set())
+        if instruction.op is Op.TRANSFER:
+            transfer = self.program.transfer_by_name[name]
+            if any(message.source == self.rank for message in transfer.messages):
+                return {gradients(transfer.source) if transfer.backward else activations(transfer.source)}
+        return set()
+
+    def _has_gradients(self, run: str) -> bool:
+        inputs = self.program.slice_by_name[run].inputs
+        return any(self.program.tensor_by_name[name].needs_grad for name in inputs)
+
+
+def _stays(program: Program, tensor: str, source: SliceRun, target: SliceRun, rank: int) -> bool:
+    """Whether part of a tensor passes between two runs without leaving the rank."""
+    if rank not in source.ranks or rank not in target.ranks:
+        return False
+    if not program.tensor_by_name[tensor].rows:
+        return source.ranks[0] == rank
+    (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
+    return max(low, first) < min(high, last)
+
+
+def _grouped(transfers: Iterable[Transfer], end: str) -> dict[str, list[Transfer]]:
+    found: dict[str, list[Transfer]] = {}
+    for transfer in transfers:
+        found.setdefault(getattr(transfer, end), []).append(transfer)
+    return found

@@ -1,0 +1,41 @@
+"""Pieces: parts of a tensor by samples, cut out and put together again."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from spindle.graph import BYTES_BY_DTYPE, TensorSpec
+from spindle.runtime.program import Message
+
+Piece = tuple[int, int, Tensor]
+"""First sample, last sample + 1, and the tensor that holds them."""
+
+
+def cut(value: Tensor, spec: TensorSpec, held: tuple[int, int], low: int, high: int) -> Tensor:
+    """Samples low..high-1 of `value`, which holds samples held[0]..held[1]-1; all of it when it cannot be cut."""
+    if not spec.rows or held == (low, high):
+        return value
+    return value.narrow(spec.row_dim, (low - held[0]) * spec.rows, (high - low) * spec.rows)
+
+
+def joined(pieces: Iterable[Piece], spec: TensorSpec) -> Tensor:
+    """The pieces side by side, in the order of their samples."""
+    ordered = [value for _, _, value in sorted(pieces, key=lambda piece: piece[:2])]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, spec.row_dim)
+
+
+def summed(pieces: Iterable[Piece], spec: TensorSpec, held: tuple[int, int], like: Tensor) -> Tensor:
+    """Gradient of a tensor that several readers have read parts of: the sum of theirs, zero where nobody read."""
+    pieces = list(pieces)
+    if len(pieces) == 1 and (not spec.rows or pieces[0][:2] == held):
+        return pieces[0][2]
+    total = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    for low, high, value in pieces:
+        cut(total, spec, held, low, high).add_(value)
+    return total
+
+
+def message_bytes(spec: TensorSpec, message: Message) -> int:
+    """Bytes of one message."""
+    return torch.Size(spec.shape_of(message.high - message.low)).numel() * BYTES_BY_DTYPE[spec.dtype]

@@ -1,0 +1,184 @@
+"""Program: what every rank does in one step, as data; it prints and parses back.
+
+- A slice run is one slice of the plan: operators, ranks, and the samples that each rank holds.
+- A transfer moves the tensors that one slice run made for another, between ranks, all its messages at once; forward
+  ones carry activations, backward ones their gradients. What stays on a rank is no message.
+- A bucket holds the parameters that live on one set of ranks; their gradients are summed over it together.
+- `instructions[rank]` is the rank's program. It is all that the rank does.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from spindle.errors import ProgramError
+from spindle.graph import TensorSpec
+
+
+class Op(StrEnum):
+    """What an instruction does with its target."""
+
+    LOAD = "LOAD"  # a task: fetch its next batch
+    FORWARD = "FORWARD"  # a slice run: compute, keeping what backward needs
+    TRANSFER = "TRANSFER"  # a transfer: start its sends and receives; does not wait
+    AWAIT = "AWAIT"  # a transfer: wait until what it brings has arrived
+    BACKWARD = "BACKWARD"  # a slice run: gradients of its parameters and inputs
+    FREE = "FREE"  # a buffer: drop it
+    REDUCE = "REDUCE"  # a bucket: sum its gradients over its ranks
+    STEP = "STEP"  # apply the optimiser to all parameters of the rank
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction; `target` names a task, slice run, transfer, bucket or buffer."""
+
+    op: Op
+    target: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.target}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRun:
+    """A slice of the plan. Rank ranks[i] holds samples bounds[i][0] .. bounds[i][1]-1 of the task's batch.
+
+    `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `backward`: a gradient
+    comes back for an output, so the run keeps what its backward needs.
+    """
+
+    name: str
+    metaop: str
+    task: str
+    component: str
+    wave: int
+    operators: tuple[str, ...]
+    ranks: tuple[int, ...]
+    bounds: tuple[tuple[int, int], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    backward: bool
+
+    def bounds_of(self, rank: int) -> tuple[int, int]:
+        """Samples that `rank` holds."""
+        return self.bounds[self.ranks.index(rank)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Samples low..high-1 of a tensor (all of it when it cannot be cut) from one rank to another."""
+
+    tensor: str
+    source: int
+    target: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """All messages from slice run `source` to slice run `target`; `backward` ones carry gradients."""
+
+    name: str
+    source: str
+    target: str
+    backward: bool
+    messages: tuple[Message, ...]
+
+    def members(self) -> frozenset[int]:
+        """Ranks that send or receive."""
+        return frozenset(rank for m in self.messages for rank in (m.source, m.target))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Parameters of one dtype whose gradients are summed over exactly `ranks`."""
+
+    name: str
+    dtype: str
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One step of a whole workload on `num_ranks` ranks.
+
+    `losses` pairs each task with the tensor that holds its loss, `weights` with its weight in the sum.
+    """
+
+    num_ranks: int
+    tensors: tuple[TensorSpec, ...]
+    slices: tuple[SliceRun, ...]
+    transfers: tuple[Transfer, ...]
+    buckets: tuple[Bucket, ...]
+    losses: tuple[tuple[str, str], ...]
+    weights: tuple[tuple[str, float], ...]
+    instructions: tuple[tuple[Instruction, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.instructions) != self.num_ranks:
+            raise ProgramError(f"the program has {len(self.instructions)} instruction lists for {self.num_ranks} ranks")
+
+    @cached_property
+    def tensor_by_name(self) -> dict[str, TensorSpec]:
+        """Tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def slice_by_name(self) -> dict[str, SliceRun]:
+        """Slice runs by name."""
+        return {run.name: run for run in self.slices}
+
+    @cached_property
+    def transfer_by_name(self) -> dict[str, Transfer]:
+        """Transfers by name."""
+        return {transfer.name: transfer for transfer in self.transfers}
+
+    @cached_property
+    def bucket_by_name(self) -> dict[str, Bucket]:
+        """Buckets by name."""
+        return {bucket.name: bucket for bucket in self.buckets}
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of ranks that need a process group of their own, in the order in which all ranks make them."""
+        return tuple(sorted({bucket.ranks for bucket in self.buckets if len(bucket.ranks) > 1}))
+
+    def operators_of(self, rank: int) -> tuple[str, ...]:
+        """Operators that `rank` runs."""
+        return tuple(dict.fromkeys(op for run in self.slices if rank in run.ranks for op in run.operators))
+
+    def describe(self, rank: int, instruction: Instruction) -> str:
+        """An instruction in full, for messages: rank, wave, what it works on and with whom."""
+        run = self.slice_by_name.get(instruction.target)
+        if run is not None:
+            return f"rank {rank}, wave {run.wave}, {instruction} ({_layers(run)})"
+        transfer = self.transfer_by_name.get(instruction.target)
+        if transfer is not None:
+            wave = self.slice_by_name[transfer.target].wave
+            peers = sorted(transfer.members() - {rank})
+            return f"rank {rank}, wave {wave}, {instruction} (with rank {', '.join(map(str, peers))})"
+        bucket = self.bucket_by_name.get(instruction.target)
+        if bucket is not None:
+            return f"rank {rank}, {instruction} (with ranks {', '.join(map(str, bucket.ranks))})"
+        return f"rank {rank}, {instruction}"
+
+
+def activations(run: str) -> str:
+    """Buffer of a slice run's inputs, outputs and what backward needs."""
+    return f"activations:{run}"
+
+
+def gradients(run: str) -> str:
+    """Buffer of the gradients of a slice run's inputs."""
+    return f"gradients:{run}"
+
+
+def arrivals(transfer: str) -> str:
+    """Buffer of what a transfer brought to a rank."""
+    return f"arrivals:{transfer}"
+
+
+def _layers(run: SliceRun) -> str:
+    return run.operators[0] if len(run.operators) == 1 else f"{run.operators[0]} .. {run.operators[-1]}"

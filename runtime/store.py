@@ -1,0 +1,68 @@
+"""Store: the parameters that one rank holds, and flat buffers for their gradients.
+
+Gradients of a bucket lie side by side in one buffer: autograd adds into it, one reduction sums it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from spindle.capture.codes import OperatorCode
+from spindle.runtime.program import Program
+
+
+class ParameterStore:
+    """Parameters of one rank by the workload's names. `trained` lists those with a gradient, in a fixed order."""
+
+    def __init__(self, program: Program, rank: int, codes: Iterable[OperatorCode]) -> None:
+        """Takes the parameters out of the rank's codes, where tied ones are one tensor."""
+        codes = list(codes)
+        self.parameters = _collect_parameters(codes)
+        self.buffers = _collect_buffers(codes)
+        self.bucket: dict[str, Tensor] = {}
+        self.trained: list[str] = []
+        for bucket in program.buckets:
+            if rank in bucket.ranks:
+                self.bucket[bucket.name] = self._flat_gradients(bucket.parameters)
+                self.trained += bucket.parameters
+
+    def _flat_gradients(self, names: tuple[str, ...]) -> Tensor:
+        held = [self.parameters[name] for name in names]
+        flat = torch.zeros(sum(p.numel() for p in held), dtype=held[0].dtype, device=held[0].device)
+        for parameter, part in zip(held, torch.split(flat, [p.numel() for p in held]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        return flat
+
+    def zero_gradients(self) -> None:
+        """Clear all gradients in place."""
+        for flat in self.bucket.values():
+            flat.zero_()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies of all gradients, by parameter."""
+        found: dict[str, Tensor] = {}
+        for name in self.trained:
+            gradient = self.parameters[name].grad
+            assert gradient is not None
+            found[name] = gradient.detach().cpu().clone()
+        return found
+
+    def state(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of parameters and buffers of this rank, by name."""
+        held: Mapping[str, Tensor] = {**self.buffers, **self.parameters}
+        return {name: held[name].detach().cpu().clone() for name in names if name in held}
+
+
+def _collect_parameters(codes: Iterable[OperatorCode]) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for code in codes:
+        for inner, name in code.parameters:
+            parameter = code.module.get_parameter(inner)
+            if found.setdefault(name, parameter) is not parameter:
+                raise AssertionError(f"parameter {name!r} is two tensors on one rank; its operators were copied apart")
+    return found
+
+
+def _collect_buffers(codes: Iterable[OperatorCode]) -> dict[str, Tensor]:
+    return {name: code.module.get_buffer(inner) for code in codes for inner, name in code.buffers}

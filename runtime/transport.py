@@ -1,0 +1,178 @@
+"""Transport: how ranks exchange tensors. One interface; gloo and NCCL processes behind it, or threads of one process.
+
+- `start` posts all sends and receives of a transfer at once and does not wait.
+- Groups are made once, by every rank, in one order. Whoever waits gives up after `timeout_s`.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from spindle.errors import RunError
+
+Post = tuple[int, Tensor]
+"""A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
+
+Wait = Callable[[], None]
+
+
+class Transport(Protocol):
+    """What the executor asks of a transport."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Make the process groups of a program; called once, by all ranks, with the same list."""
+
+    def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        """Post messages; functions that wait until the sends have left and the receives have arrived."""
+
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
+        """Sum `values` in place over `ranks`, this one among them."""
+
+    def close(self) -> None:
+        """Leave; peers that still wait for this rank fail soon."""
+
+
+class ProcessTransport:
+    """Ranks as processes: gloo on CPU, NCCL on CUDA."""
+
+    def __init__(self, store: Store | None, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
+        """Join the process group through `store` (None: from the environment, as torchrun sets it up)."""
+        self.rank, self.num_ranks = rank, num_ranks
+        self.device = torch.device("cpu")
+        backend = "gloo"
+        if torch.cuda.is_available() and dist.is_nccl_available() and num_ranks <= torch.cuda.device_count():
+            self.device, backend = torch.device("cuda", rank % torch.cuda.device_count()), "nccl"
+            torch.cuda.set_device(self.device)
+        self.timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=self.timeout)
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(num_ranks)): dist.group.WORLD}
+
+    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Ordered `new_group` on all ranks: members-only creation hangs when their histories differ."""
+        for ranks in groups:
+            if ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
+
+    def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        """Post messages in one batch; within a pair of ranks they stand in the order of the transfer on both sides."""
+        posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in sends]
+        posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in receives]
+        works = dist.batch_isend_irecv(posts) if posts else []
+        if len(works) != len(posts):  # NCCL coalesces a batch into one
+            return _wait_for(works), _wait_for(works)
+        return _wait_for(works[: len(sends)]), _wait_for(works[len(sends) :])
+
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
+        """Sum over a group made before."""
+        dist.all_reduce(values, group=self._groups[ranks])
+
+    def close(self) -> None:
+        """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _wait_for(works: Sequence[dist.Work]) -> Wait:
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
+
+
+class _Exchange:
+    """What all threads of a thread transport share: mail by sender, receiver and number, and who has left."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.mail: dict[tuple[int, int, int], Tensor] = {}
+        self.gone: set[int] = set()
+        self.barriers: dict[tuple[int, ...], threading.Barrier] = {}
+        self.sums: dict[tuple[int, ...], dict[int, Tensor]] = {}
+
+
+class ThreadTransport:
+    """Ranks as threads of one process: nothing to start, and every failure in one place. For tests, and to debug."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, shared: _Exchange, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
+        """Use `connect`."""
+        self.rank, self.num_ranks = rank, num_ranks
+        self._shared, self._timeout_s = shared, timeout_s
+        self._sent, self._expected = Counter[int](), Counter[int]()
+
+    @classmethod
+    def connect(cls, num_ranks: int, *, timeout_s: float = 60.0) -> "list[ThreadTransport]":
+        """Transports of all ranks, connected to each other."""
+        shared = _Exchange()
+        return [cls(shared, rank, num_ranks, timeout_s=timeout_s) for rank in range(num_ranks)]
+
+    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Barriers of the groups; the first rank to come makes them."""
+        for ranks in groups:
+            self._shared.barriers.setdefault(ranks, threading.Barrier(len(ranks), timeout=self._timeout_s))
+            self._shared.sums.setdefault(ranks, {})
+
+    def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        """Copies go into the peers' mail at once."""
+        with self._shared.changed:
+            for peer, tensor in sends:
+                self._shared.mail[self.rank, peer, self._sent[peer]] = tensor.clone()
+                self._sent[peer] += 1
+            self._shared.changed.notify_all()
+        awaited = []
+        for peer, tensor in receives:
+            awaited.append((peer, self._expected[peer], tensor))
+            self._expected[peer] += 1
+
+        def arrive() -> None:
+            for peer, number, tensor in awaited:
+                self._receive(peer, number, tensor)
+
+        return (lambda: None), arrive
+
+    def _receive(self, peer: int, number: int, tensor: Tensor) -> None:
+        key, shared = (peer, self.rank, number), self._shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: key in shared.mail or shared.gone, self._timeout_s)
+            sent = shared.mail.pop(key, None)
+        if sent is None:
+            reason = "it left" if shared.gone else f"not in {self._timeout_s:g} s"
+            raise RunError(f"nothing arrived from rank {peer}: {reason}")
+        if sent.shape != tensor.shape or sent.dtype != tensor.dtype:
+            raise RunError(
+                f"rank {peer} sent {tuple(sent.shape)} {sent.dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        tensor.copy_(sent)
+
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
+        """Sum in the order of the ranks, so that all get the same bits."""
+        barrier, parts = self._shared.barriers[ranks], self._shared.sums[ranks]
+        parts[self.rank] = values.clone()
+        try:
+            barrier.wait()
+            total = torch.stack([parts[rank] for rank in ranks]).sum(0)
+            barrier.wait()
+        except threading.BrokenBarrierError:
+            raise RunError(f"ranks {ranks} did not all come to a reduction in {self._timeout_s:g} s") from None
+        values.copy_(total)
+
+    def close(self) -> None:
+        """Break all barriers and say so, so that nobody waits for a rank that is gone."""
+        for barrier in list(self._shared.barriers.values()):
+            barrier.abort()
+        with self._shared.changed:
+            self._shared.gone.add(self.rank)
+            self._shared.changed.notify_all()
