@@ -100,6 +100,7 @@ class Operator:
     forward_flops: float = 0.0
     backward_flops: float = 0.0
     input_bytes: int = 0  # all it reads, batch fields included
+    batch_fields: tuple[str, ...] = ()  # fields of the batch that it, or an aux value it reads, is computed from
     activation_bytes: int = 0
     splittable: bool = True
 

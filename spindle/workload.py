@@ -152,6 +152,15 @@ class Workload:
                     seen.add(id(parameter))
                     yield f"{component.name}.{path}", parameter
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers as `component.path`, each once."""
+        seen: set[int] = set()
+        for component in self.components.values():
+            for path, buffer in component.module.named_buffers():
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    yield f"{component.name}.{path}", buffer
+
 
 def _check_name(what: str, name: str, taken: Mapping[str, object]) -> None:
     if not _NAME.fullmatch(name):
