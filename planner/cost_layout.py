@@ -1,7 +1,7 @@
 """Layouts: what tensor parallelism and sharded parameters add to a layer's computation, in seconds.
 
 - Tensor parallelism: two all-reduces of the layer's boundary in forward and two in backward (Shoeybi et al. 2019), in
-  the way of the computation, so nothing hides them.
+  the way of the computation, so nothing hides them. They take `TENSOR_PARALLEL_COST` times what they take alone.
 - Sharded parameters (ZeRO stage 3, FSDP): all-gather before forward, all-gather and reduce-scatter in backward, beside
   the computation of the layer before. Both slow each other down: each second of communication that runs beside
   computation costs `overlap_cost` seconds (1: nothing is gained by overlap).
@@ -13,10 +13,14 @@ from spindle.cluster import Cluster
 from spindle.planner.cost_links import collective_s, spread_over_nodes
 from spindle.planner.cost_roofline import OperatorTime
 
+TENSOR_PARALLEL_COST = 1.9
+"""Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at the same
+time, and each collective starts when all have."""
+
 
 def tensor_parallel_s(boundary_bytes: float, cluster: Cluster, degree: int) -> float:
     """Seconds that tensor parallelism of `degree` devices of one node adds to one direction of a layer."""
-    return 2 * collective_s("all_reduce", boundary_bytes, cluster, (degree,))
+    return 2 * TENSOR_PARALLEL_COST * collective_s("all_reduce", boundary_bytes, cluster, (degree,))
 
 
 def overlapped_s(compute_s: float, communication_s: float, cluster: Cluster) -> float:

@@ -99,11 +99,17 @@ def chain_rows(operators: Sequence[Operator]) -> float:
     return float(max((prod(shape[:-1]) for shape in shapes), default=0))
 
 
-def time_operator(work: Work, device: Device, *, data_parallel: int, tensor_parallel: int = 1) -> OperatorTime:
-    """Seconds on each of data_parallel * tensor_parallel devices, communication left out."""
-    products, moved = _products(work, device, data_parallel, tensor_parallel)
+def time_operator(
+    work: Work, device: Device, *, data_parallel: int, tensor_parallel: int = 1, sequence_parallel: bool = True
+) -> OperatorTime:
+    """Seconds on each of data_parallel * tensor_parallel devices, communication left out.
+
+    Without `sequence_parallel` each device of a tensor-parallel group moves the whole layer boundary, not its share.
+    """
+    products, moved = _products(work, device, data_parallel, tensor_parallel, sequence_parallel)
     share = data_parallel * tensor_parallel
-    scores = work.attention_flops / share / (device.peak_flops * device.attention_efficiency)
+    attention_rate = device.peak_flops * device.attention_efficiency * _rate_of(work.itemsize, device)
+    scores = work.attention_flops / share / attention_rate
     elementwise = (moved + work.moved_bytes / data_parallel) / device.memory_bytes_per_s
     launches = (1.0 + KERNELS_PER_MATMUL * len(work.matmuls)) * device.launch_s
     forward = max(products + scores + elementwise, launches)
@@ -118,9 +124,16 @@ def time_operator(work: Work, device: Device, *, data_parallel: int, tensor_para
     return OperatorTime(forward, max(backward, work.passes * launches))
 
 
-def _products(work: Work, device: Device, data_parallel: int, tensor_parallel: int) -> tuple[float, float]:
+def _rate_of(itemsize: int, device: Device) -> float:
+    """Rate of matrix products of that width over the device's peak, which is that of its training precision."""
+    return {4: device.float32_rate, 8: device.float32_rate / 2}.get(itemsize, 1.0)
+
+
+def _products(
+    work: Work, device: Device, data_parallel: int, tensor_parallel: int, sequence_parallel: bool
+) -> tuple[float, float]:
     """Seconds of forward's matrix products, and bytes that they and what stands between them move."""
-    rate = device.peak_flops * device.matmul_efficiency
+    rate = device.peak_flops * device.matmul_efficiency * _rate_of(work.itemsize, device)
     # a single product (a vocabulary projection, glue) has no neighbour, so its operands are moved once
     traffic = device.elementwise_traffic if len(work.matmuls) > 1 else 1.0
     seconds = moved = 0.0
@@ -129,6 +142,7 @@ def _products(work: Work, device: Device, data_parallel: int, tensor_parallel: i
         tiles = ceil(local / TILE) * ceil(wide / tensor_parallel / TILE)
         idle = 1.0 + TAIL * device.parallel_units / tiles
         seconds += 2.0 * local * wide * narrow / tensor_parallel / rate * idle
-        operands = local * (wide + narrow) / tensor_parallel
+        boundary = min(wide, narrow) / (tensor_parallel if sequence_parallel else 1)
+        operands = local * (max(wide, narrow) / tensor_parallel + boundary)
         moved += (traffic * operands + wide * narrow / tensor_parallel) * work.itemsize
     return seconds, moved

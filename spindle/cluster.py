@@ -25,6 +25,7 @@ class Device:
     overlap_cost           seconds lost for each second of communication that runs beside computation
     launch_s               seconds that starting one kernel takes
     parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
+    float32_rate           rate of four-byte matrix products over peak_flops (eight-byte ones: half of that)
     """
 
     name: str
@@ -37,9 +38,11 @@ class Device:
     overlap_cost: float = 1.0
     launch_s: float = 5e-6
     parallel_units: int = 108
+    float32_rate: float = 0.5
 
     def __post_init__(self) -> None:
         positive = ("memory_bytes", "peak_flops", "memory_bytes_per_s", "matmul_efficiency", "attention_efficiency")
+        positive += ("float32_rate",)
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
         for name in ("elementwise_traffic", "overlap_cost", "launch_s", "parallel_units"):
             if not 0 <= getattr(self, name) < float("inf"):

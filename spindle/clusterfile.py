@@ -27,16 +27,17 @@ class _DeviceModel(StrictModel):
     overlap_cost: float = 1.0
     launch_us: float = 5.0
     parallel_units: int = 108
+    float32_rate: float = 0.5
 
     def value(self) -> Device:
-        shares = ("matmul_efficiency", "attention_efficiency", "elementwise_traffic", "overlap_cost", "parallel_units")
+        same = ("matmul_efficiency", "attention_efficiency", "elementwise_traffic", "overlap_cost", "parallel_units")
         return Device(
             name=self.name,
             memory_bytes=self.memory_gib * 2**30,
             peak_flops=self.peak_tflops * 1e12,
             memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
             launch_s=self.launch_us * 1e-6,
-            **{name: getattr(self, name) for name in shares},
+            **{name: getattr(self, name) for name in (*same, "float32_rate")},
         )
 
 

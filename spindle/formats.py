@@ -135,6 +135,7 @@ class _DeviceModel(StrictModel):
     overlap_cost: float = 1.0
     launch_s: float = 5e-6
     parallel_units: int = 108
+    float32_rate: float = 0.5
 
 
 class _ProtocolModel(StrictModel):

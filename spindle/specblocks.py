@@ -5,7 +5,8 @@
 - A multiply-add counts as two FLOPs; attention counts every pair of tokens, causal or not. `causal` is recorded for the
   cost model, which knows whether the kernel skips the masked half.
 - Activations kept for backward are those of a fused-attention layer: inputs of matrix products, of norms and of the
-  activation function (after Korthikanti et al. 2022, without dropout masks and score matrices).
+  activation function (after Korthikanti et al. 2022, without dropout masks and score matrices). Root-mean-square norms,
+  which gated layers use, are written in PyTorch operators and keep copies in float32 as well (`RMS_NORM_COPIES`).
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from math import prod
 from typing import Literal
 
 from spindle.errors import WorkloadError
+
+RMS_NORM_COPIES = 10.0
+"""Elements of two bytes per hidden unit that the two norms of a gated layer keep beyond their inputs and outputs: float32
+input and normalised value, and part of a third. Fitted: 20 bytes sort most of the published out-of-memory runs."""
 
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""
@@ -45,6 +50,8 @@ class Block:
     """One layer. FLOPs and elements are per sample.
 
     kept_trained / kept_frozen   elements kept for backward when its weights learn / when only its input gradient is due
+    kept_boundary                those of kept_trained that stand at the layer's boundary (norms): tensor parallelism
+                                 divides them only together with sequence parallelism
     """
 
     kind: str
@@ -52,6 +59,7 @@ class Block:
     attention_flops: float = 0.0
     kept_trained: float = 0.0
     kept_frozen: float = 0.0
+    kept_boundary: float = 0.0
 
     @property
     def forward_flops(self) -> float:
@@ -206,8 +214,11 @@ def _require_count(owner: str, label: str, count: int) -> None:
         raise WorkloadError(f"component {owner!r}: {label} is {count}; it must be at least one")
 
 
-def transformer_block(component: Transformer, *, context_tokens: int = 0) -> Block:
-    """One layer of a Transformer whose (cross-)attention reads `context_tokens` tokens per instance besides its own."""
+def transformer_block(component: Transformer, *, context_tokens: int = 0, norm_copies: float | None = None) -> Block:
+    """One layer of a Transformer whose (cross-)attention reads `context_tokens` tokens per instance besides its own.
+
+    `norm_copies`: elements per hidden unit that its norms keep besides inputs and outputs; None: by `gated`.
+    """
     c, rows = component, float(component.tokens * component.instances)
     inner, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     up = 2 * c.ffn if c.gated else c.ffn
@@ -234,13 +245,16 @@ def transformer_block(component: Transformer, *, context_tokens: int = 0) -> Blo
     # per token: two norm inputs and outputs, q k v, attention's output; up's output, activation (gate: product too)
     activation = (2 if c.gated else 1) * c.ffn + up
     frozen = rows * (2 * c.hidden + 2 * inner + 2 * kv + up)
+    copies = (RMS_NORM_COPIES if c.gated else 0.0) if norm_copies is None else norm_copies
+    boundary = rows * (4 + copies) * c.hidden
     cross = rows * (2 * c.hidden + 2 * inner) if c.cross_attention == "separate" else 0.0
     return Block(
         kind=_transformer_kind(c, context_tokens),
         weights=tuple(weights),
         attention_flops=4.0 * pairs * c.instances * inner,
-        kept_trained=rows * (4 * c.hidden + 2 * inner + 2 * kv + activation) + cross,
+        kept_trained=boundary + rows * (2 * inner + 2 * kv + activation) + cross,
         kept_frozen=frozen + cross,
+        kept_boundary=boundary,
     )
 
 
