@@ -23,6 +23,12 @@ class Crew(Protocol):
         """End all workers."""
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a failure only says that another rank is gone; then the other rank's failure is the one to report."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("connection closed by peer", "connection reset", "timed out", "it left"))
+
+
 class ThreadCrew:
     """Workers as threads of this process."""
 
@@ -44,11 +50,10 @@ class ThreadCrew:
 
     def _gather(self, futures: Sequence["concurrent.futures.Future[Any]"]) -> list[Any]:
         done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        failed = next((future for future in futures if future in done and future.exception()), None)
-        if failed is not None:
+        failed = [error for future in done if (error := future.exception()) is not None]
+        if failed:
             self.close()
-            error = failed.exception()
-            assert error is not None
+            error = next((e for e in failed if isinstance(e, Exception) and not is_lost_peer(e)), failed[0])
             raise error if isinstance(error, SpindleError) else RunError(str(error)) from error
         return [future.result() for future in futures]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.capture.dropout import WithoutDropout
 from spindle.runtime.data import Feed
@@ -115,6 +115,11 @@ def _restored(workload: Workload) -> Iterator[None]:
             for tensor, value, gradient in zip(tensors, values, gradients, strict=True):
                 tensor.copy_(value)
                 tensor.grad = gradient
+
+
+def default_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain gradient descent: an update shows the gradient's error as it is, where Adam would blow up that of zeros."""
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def default_tolerances(parameters: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import Store, TCPStore
 
 from spindle.errors import RunError
 
@@ -21,6 +21,16 @@ Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
 
 Wait = Callable[[], None]
+
+
+def serve_store(host: str) -> TCPStore:
+    """The store through which ranks find each other; it lives in the caller's process, for as long as it is held."""
+    return TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+
+
+def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """A store served elsewhere."""
+    return TCPStore(host, port, None, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 class Transport(Protocol):

@@ -6,7 +6,7 @@ It knows nothing of Ray: the same class runs in threads, in spawned processes, u
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def make_job(
 def separate(job: Job) -> Job:
     """A job with codes of its own: ranks of one process must not share parameters."""
     codes, aux = copy.deepcopy((job.codes, job.aux))
-    return Job(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "codes": codes, "aux": aux})
+    return replace(job, codes=codes, aux=aux)
 
 
 class Worker:
@@ -102,14 +102,15 @@ class Worker:
         """Fingerprint of the next batch of each task that this rank loads: equal on all ranks that load it."""
         return {name: feed.digest() for name, feed in self.feeds.items()}
 
-    def run(self, steps: int, *, keep_gradients: bool = False, dropout: bool = True) -> Report:
-        """Run some steps. `keep_gradients`: also return the reduced gradients of every step."""
+    def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False, dropout: bool = True) -> Report:
+        """Run some steps; the report holds spans and gradients of every step if they are to be kept."""
         report = Report(self.job.rank)
         with contextlib.nullcontext() if dropout else WithoutDropout():
             for _ in range(steps):
                 record = self._step(report if keep_gradients else None)
                 report.losses.append(record.losses)
-                report.spans += record.spans
+                if keep_spans:
+                    report.spans += record.spans
                 self.steps_done += 1
         return report
 

@@ -7,15 +7,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spindle.api import TrainResult as TrainResult
+    from spindle.api import make_metagraph as make_metagraph
+    from spindle.api import make_plan as make_plan
+    from spindle.api import make_profile as make_profile
+    from spindle.api import train as train
+    from spindle.api import verify as verify
     from spindle.errors import SpindleError as SpindleError
+    from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 _HOME_BY_NAME = {
     "SpindleError": "spindle.errors",
+    "TrainResult": "spindle.api",
+    "Workload": "spindle.workload",
+    "make_metagraph": "spindle.api",
+    "make_plan": "spindle.api",
+    "make_profile": "spindle.api",
+    "train": "spindle.api",
+    "verify": "spindle.api",
 }
 
-__all__ = ["SpindleError", "__version__"]
+__all__ = [
+    "SpindleError",
+    "TrainResult",
+    "Workload",
+    "__version__",
+    "make_metagraph",
+    "make_plan",
+    "make_profile",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ Names are those of the program: a span of a measured trace bears the name of the
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from spindle.errors import InputError
@@ -52,6 +52,12 @@ class Trace:
 
     def __iter__(self) -> Iterator[Span]:
         return iter(self.spans)
+
+    def from_zero(self) -> "Trace":
+        """The same trace with its times counted from its first moment."""
+        first_s = min((span.start_s for span in self.spans), default=0.0)
+        shifted = (replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in self.spans)
+        return replace(self, spans=tuple(shifted))
 
     @property
     def num_steps(self) -> int:

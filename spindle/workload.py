@@ -94,6 +94,7 @@ class Workload:
         self.name = name
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
+        self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`
 
     def component(self, name: str, module: ModuleT, *, layers: str | Iterable[str] | None = None) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.

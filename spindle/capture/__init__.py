@@ -22,8 +22,29 @@ __all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
 
 
 def capture(workload: Workload) -> Captured:
-    """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason."""
+    """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason.
+
+    A workload that has not changed since is not traced again.
+    """
     workload.require_tasks()
+    version = _version(workload)
+    if workload.captured is not None and workload.captured[0] == version:
+        known = workload.captured[1]
+        assert isinstance(known, Captured)
+        return known
+    found = _capture(workload)
+    workload.captured = (version, found)
+    return found
+
+
+def _version(workload: Workload) -> tuple[object, ...]:
+    """What a capture depends on, as far as it can be seen from outside."""
+    modules = [(name, m.training) for c in workload.components.values() for name, m in c.module.named_modules()]
+    parameters = [(name, p.requires_grad, p.dtype, p.device) for name, p in workload.named_parameters()]
+    return (tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
+
+
+def _capture(workload: Workload) -> Captured:
     namer, memo = Namer(blocks_of(workload)), Memo()
     results = []
     for task in workload.tasks.values():

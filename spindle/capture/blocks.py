@@ -7,7 +7,7 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,34 +70,43 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where tensor number `index` stands among the arguments or results of a block."""
+
+    index: int
+
+
+def with_slots(structure: Any) -> tuple[Any, list[Tensor]]:
+    """A nested structure with Slots in place of its tensors, and the tensors."""
+    tensors: list[Tensor] = []
+
+    def slot(tensor: Tensor) -> Slot:
+        tensors.append(tensor)
+        return Slot(len(tensors) - 1)
+
+    return pytree.tree_map_only(Tensor, slot, structure), tensors
+
+
+def filled(structure: Any, tensors: Sequence[Tensor]) -> Any:
+    """A structure of `with_slots` with tensors put back."""
+    return pytree.tree_map_only(Slot, lambda slot: tensors[slot.index], structure)
+
+
 @dataclass(slots=True)
 class BlockCall:
-    """One call of a block during export: how its tensors stand among its arguments and results.
-
-    `arguments` holds the constants, with None where a tensor goes (`is_tensor` tells which); `results` likewise.
-    """
+    """One call of a block during export: its arguments and results, with Slots where tensors stand."""
 
     path: str
     module: nn.Module
-    arguments: tuple[Any, ...]
-    argument_is_tensor: tuple[bool, ...]
-    argument_spec: pytree.TreeSpec
-    results: tuple[Any, ...] = ()
-    result_is_tensor: tuple[bool, ...] = ()
-    result_spec: pytree.TreeSpec | None = None
+    arguments: Any
+    results: Any = None
 
-    def run(self, tensors: Iterable[Tensor], forward: Callable[..., Any]) -> list[Tensor]:
+    def run(self, tensors: Sequence[Tensor], forward: Callable[..., Any]) -> list[Tensor]:
         """Call `forward` with these tensors among the recorded constants; the tensors among its results."""
-        feed = iter(tensors)
-        leaves = [
-            next(feed) if is_tensor else constant
-            for constant, is_tensor in zip(self.arguments, self.argument_is_tensor, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, self.argument_spec)
-        results, self.result_spec = pytree.tree_flatten(forward(*args, **kwargs))
-        self.result_is_tensor = tuple(isinstance(leaf, Tensor) for leaf in results)
-        self.results = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in results)
-        return [leaf for leaf in results if isinstance(leaf, Tensor)]
+        args, kwargs = filled(self.arguments, tensors)
+        self.results, outputs = with_slots(forward(*args, **kwargs))
+        return outputs
 
 
 @dataclass(slots=True)
@@ -144,24 +153,11 @@ def opaque_blocks(blocks: Iterable[Block]) -> Iterator[list[BlockCall]]:
 
 def _recorder(block: Block, session: _Session) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        call = BlockCall(
-            path=block.path,
-            module=block.module,
-            arguments=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-            argument_is_tensor=is_tensor,
-            argument_spec=spec,
-        )
+        arguments, tensors = with_slots((args, kwargs))
+        call = BlockCall(block.path, block.module, arguments)
         session.calls.append(call)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        outputs = iter(torch.ops.spindle.block(tensors, len(session.calls) - 1))
-        results = [
-            next(outputs) if is_tensor else constant
-            for constant, is_tensor in zip(call.results, call.result_is_tensor, strict=True)
-        ]
-        assert call.result_spec is not None
-        return pytree.tree_unflatten(results, call.result_spec)
+        outputs = torch.ops.spindle.block(tensors, len(session.calls) - 1)
+        return filled(call.results, outputs)
 
     return forward
 
@@ -173,15 +169,8 @@ class BlockModule(nn.Module):
         super().__init__()
         self.module = call.module
         self.arguments = call.arguments
-        self.is_tensor = call.argument_is_tensor
-        self.spec = call.argument_spec
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on its tensors; constants are those of the recorded call."""
-        feed = iter(tensors)
-        leaves = [
-            next(feed) if is_tensor else constant
-            for constant, is_tensor in zip(self.arguments, self.is_tensor, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return tuple(leaf for leaf in pytree.tree_leaves(self.module(*args, **kwargs)) if isinstance(leaf, Tensor))
+        args, kwargs = filled(self.arguments, tensors)
+        return tuple(with_slots(self.module(*args, **kwargs))[1])

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from spindle.capture.blocks import BlockModule
+from spindle.capture.blocks import BlockModule, Slot
 
 aten = torch.ops.aten
 
@@ -115,7 +116,7 @@ def kind_of(label: str, module: nn.Module, rows: int, inputs: Sequence[ValueSpec
     for path, child in module.named_modules():
         parts.append(f"{path}:{type(child).__qualname__}:{_settings(child)}")
         if isinstance(child, BlockModule):
-            parts.append(repr([_plain(argument) for argument in child.arguments]))
+            parts.append(repr(pytree.tree_map(_plain, child.arguments)))
     for name, value in _unique_state(module):
         parts.append(f"{name}:{tuple(value.shape)}{value.dtype}{value.requires_grad}")
     parts.append(getattr(module, "code", ""))
@@ -133,4 +134,5 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _plain(argument: Any) -> Any:
-    return argument if isinstance(argument, bool | int | float | str | None) else type(argument).__qualname__
+    plain = isinstance(argument, bool | int | float | str | Slot | None)
+    return argument if plain else type(argument).__qualname__

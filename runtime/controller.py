@@ -1,0 +1,137 @@
+"""Controller: a workload and a plan in, a crew running its program out. What `train` and `verify` share.
+
+Before anything starts the program is checked against the laws, and the ranks' first batches are compared.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+from spindle.capture import Captured, capture
+from spindle.contract import contract
+from spindle.errors import RunError, WorkloadError
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan
+from spindle.runtime.crew import Crew, ThreadCrew
+from spindle.runtime.laws import check_program
+from spindle.runtime.lower import lower
+from spindle.runtime.program import Program
+from spindle.runtime.torchrun import TorchrunCrew, under_torchrun
+from spindle.runtime.worker import OptimizerFactory, Report, make_job, merge_losses, owners
+from spindle.trace import Trace
+from spindle.workload import Workload
+
+Launcher = Literal["auto", "ray", "processes", "threads", "torchrun"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A workload lowered for a plan."""
+
+    workload: Workload
+    captured: Captured
+    metagraph: MetaGraph
+    plan: Plan
+    program: Program
+
+
+def prepare(workload: Workload, plan: Plan) -> Prepared:
+    """Capture, lower and check. Raises PlanError for a plan of another workload, ProgramError on a broken law."""
+    captured = capture(workload)
+    metagraph = contract(captured.graph)
+    program = lower(plan, metagraph, captured.graph, losses=captured.losses, weights=captured.weights)
+    check_program(program)
+    return Prepared(workload, captured, metagraph, plan, program)
+
+
+class Run:
+    """A crew at work on a prepared workload."""
+
+    def __init__(self, prepared: Prepared, crew: Crew) -> None:
+        """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree."""
+        self.prepared, self.crew = prepared, crew
+        self._check_batches(crew.call("digests"))
+
+    @staticmethod
+    def _check_batches(digests: Sequence[Mapping[str, str]]) -> None:
+        seen: dict[str, tuple[int, str]] = {}
+        for rank, by_task in enumerate(digests):
+            for task, digest in by_task.items():
+                first, expected = seen.setdefault(task, (rank, digest))
+                if digest != expected:
+                    raise WorkloadError(
+                        f"task {task!r}: ranks {first} and {rank} read different batches; every pass over its data "
+                        "must give the same batches in every process (seed your own random generators)"
+                    )
+
+    def steps(self, count: int, **options: Any) -> tuple[list[dict[str, float]], list[Report]]:
+        """Run `count` steps on all ranks; losses by step, and the reports."""
+        reports = self.crew.call("run", count, **options)
+        return merge_losses(reports), reports
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the whole run, each from the lowest rank that holds it."""
+        wanted = owners(self.prepared.program, self.prepared.captured)
+        names = sorted({name for owned in wanted.values() for name in owned})
+        held = self.crew.call("state", names)
+        return {name: held[rank][name] for rank, owned in wanted.items() for name in owned}
+
+
+@contextlib.contextmanager
+def launched(
+    prepared: Prepared,
+    *,
+    optimizer: OptimizerFactory | None,
+    launcher: Launcher = "auto",
+    seed: int = 0,
+    timeout_s: float = 60.0,
+) -> Iterator[Run]:
+    """Start a crew for a prepared workload, and end it whatever happens."""
+    program = prepared.program
+    on_cpu = not torch.cuda.is_available()
+    threads = max(1, (os.cpu_count() or 1) // program.num_ranks) if on_cpu else None
+    tasks = prepared.workload.tasks
+    jobs = [
+        make_job(program, rank, prepared.captured, tasks, optimizer=optimizer, seed=seed, num_threads=threads)
+        for rank in range(program.num_ranks)
+    ]
+    crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)
+    try:
+        yield Run(prepared, crew)
+    finally:
+        crew.close()
+
+
+def _chosen(launcher: str) -> str:
+    if launcher not in get_args(Launcher):
+        raise RunError(f"launcher {launcher!r} is not known; choose one of {', '.join(get_args(Launcher))}")
+    if launcher != "auto":
+        return launcher
+    if under_torchrun():
+        return "torchrun"
+    return "ray" if find_spec("ray") else "processes"
+
+
+def _make_crew(launcher: str, jobs: Sequence[Any], devices_per_node: int, timeout_s: float) -> Crew:
+    if launcher == "ray":
+        from spindle.runtime.ray_crew import RayCrew
+
+        return RayCrew(jobs, devices_per_node=devices_per_node, timeout_s=timeout_s)
+    if launcher == "processes":
+        from spindle.runtime.processes import ProcessCrew
+
+        return ProcessCrew(jobs, timeout_s=timeout_s)
+    if launcher == "torchrun":
+        return TorchrunCrew(jobs, timeout_s=timeout_s)
+    return ThreadCrew(jobs, timeout_s=timeout_s)
+
+
+def merge_traces(reports: Sequence[Report], num_ranks: int) -> Trace:
+    """One trace of all ranks, its times counted from its first moment."""
+    spans = sorted((span for report in reports for span in report.spans), key=lambda s: (s.start_s, s.rank))
+    return Trace(num_ranks=num_ranks, source="measured", spans=tuple(spans)).from_zero()

@@ -1,0 +1,148 @@
+"""Processes: a crew of spawned processes on this machine. No Ray needed; what most distributed tests run on.
+
+- Jobs travel as cloudpickle, so task functions, loaders and optimiser factories may be local functions.
+- A child ends when its parent does, however the parent ends.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import cloudpickle
+
+from spindle.errors import RunError, SpindleError
+from spindle.runtime.crew import is_lost_peer
+from spindle.runtime.transport import ProcessTransport, join_store, serve_store
+from spindle.runtime.worker import Job, Worker
+
+HOST = "127.0.0.1"
+
+
+class ProcessCrew:
+    """Workers as processes of this machine, over gloo (or NCCL when each can have a GPU)."""
+
+    def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
+        """Start a process for each job and wait until all are ready."""
+        self._store = serve_store(HOST)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "spindle.runtime.processes"])
+        self._pipes: list[Connection] = []
+        self._children = []
+        for job in jobs:
+            ours, theirs = context.Pipe()
+            arguments = (theirs, cloudpickle.dumps(job), job.rank, len(jobs), self._store.port, timeout_s)
+            child = context.Process(target=_child, args=arguments, daemon=True, name=f"spindle-rank{job.rank}")
+            child.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._children.append(child)
+        self._results(timeout_s + 60.0)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """See Crew."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # a dead child is noticed below
+                pipe.send_bytes(cloudpickle.dumps((method, args, kwargs)))
+        return self._results(None)
+
+    def _results(self, timeout_s: float | None) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while len(results) < len(self._pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait(list(waiting), left)
+            if not ready:
+                self.close()
+                raise RunError(
+                    f"ranks {sorted(waiting.values())} did not answer within {timeout_s:g} s; is the machine busy?"
+                )
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                results[waiting[pipe]] = self._result(waiting[pipe], pipe)
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def _result(self, rank: int, pipe: Connection) -> Any:
+        try:
+            ok, value = cloudpickle.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionError):
+            child = self._children[rank]
+            child.join(5.0)
+            self.close()
+            raise RunError(
+                f"rank {rank} died (exit code {child.exitcode}); out of memory kills with -9. The run ended"
+            ) from None
+        if ok:
+            return value
+        error = self._first_cause(value)
+        self.close()
+        raise error
+
+    def _first_cause(self, error: Exception) -> Exception:
+        """Of failures that came in together, one that is not just a lost peer."""
+        for pipe in self._pipes:
+            with contextlib.suppress(EOFError, OSError):
+                while is_lost_peer(error) and pipe.poll(0.5):
+                    ok, value = cloudpickle.loads(pipe.recv_bytes())
+                    if not ok and not is_lost_peer(value):
+                        return value  # type: ignore[no-any-return]
+        return error
+
+    def close(self) -> None:
+        """See Crew."""
+        for child in self._children:
+            if child.is_alive():
+                child.kill()
+            child.join(10.0)
+        for pipe in self._pipes:
+            pipe.close()
+
+
+def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: int, timeout_s: float) -> None:
+    """Serve calls until the pipe closes."""
+    _end_with_parent()
+    with _reported(pipe):
+        store = join_store(HOST, port, timeout_s)
+        transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s)
+        worker = Worker(cloudpickle.loads(payload), transport)
+        pipe.send_bytes(cloudpickle.dumps((True, None)))
+    while True:
+        try:
+            method, args, kwargs = cloudpickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+        with _reported(pipe):
+            try:
+                pipe.send_bytes(cloudpickle.dumps((True, getattr(worker, method)(*args, **kwargs))))
+            except Exception:
+                worker.close()  # releases peers that wait for this rank
+                raise
+
+
+@contextlib.contextmanager
+def _reported(pipe: Connection) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        report = error if isinstance(error, SpindleError) else RunError(f"{type(error).__name__}: {error}\n{text}")
+        report.__cause__ = report.__context__ = None  # the text has it all; causes may not travel
+        with contextlib.suppress(OSError):
+            pipe.send_bytes(cloudpickle.dumps((False, report)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

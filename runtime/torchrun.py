@@ -1,0 +1,47 @@
+"""torchrun: a crew in which this process is one of the workers. Every rank runs one script, and gets all results."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from spindle.errors import RunError
+from spindle.runtime.transport import ProcessTransport
+from spindle.runtime.worker import Job, Worker
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started by torchrun (or set up like it)."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+class TorchrunCrew:
+    """The ranks of a torchrun job."""
+
+    def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
+        """Join with the others. Raises RunError when torchrun started another number of processes than planned for."""
+        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if num_ranks != len(jobs):
+            raise RunError(
+                f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
+                f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
+            )
+        self._worker = Worker(jobs[rank], ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
+        self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """See Crew. A failure leaves the group at once, so that the other ranks fail too, and torchrun ends them."""
+        try:
+            result = getattr(self._worker, method)(*args, **kwargs)
+        except Exception:
+            self._worker.close()
+            raise
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, result, group=self._results)
+        return results
+
+    def close(self) -> None:
+        """See Crew."""
+        self._worker.close()
