@@ -14,7 +14,7 @@ from spindle.planner.cost_links import collective_s, spread_over_nodes
 from spindle.planner.cost_roofline import OperatorTime
 
 TENSOR_PARALLEL_COST = 1.9
-"""Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at the same
+"""Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at one
 time, and each collective starts when all have."""
 
 

@@ -29,25 +29,27 @@ def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_
     total = sum(members)
     if total < 2 or num_bytes <= 0:
         return 0.0
-    seconds = [link_s(operation, num_bytes, cluster.intra_node, total)] if max(members) > 1 else []
+    ring = (total - 1) / total * (2 if operation == "all_reduce" else 1)
+    seconds = []
+    if max(members) > 1:
+        in_network = operation == "all_reduce" and len(members) == 1
+        seconds.append(_link_s(cluster.intra_node, num_bytes, ring, hops=max(members) - 1, in_network=in_network))
     if len(members) > 1:
-        seconds.append(link_s(operation, num_bytes, cluster.inter_node, total, lanes=min(members)))
+        share = num_bytes / min(members)
+        seconds.append(_link_s(cluster.inter_node, share, ring, hops=total - 1, in_network=False))
     return max(seconds)
 
 
-def link_s(operation: Collective, num_bytes: float, link: Link, members: int, *, lanes: int = 1) -> float:
-    """Seconds over one level of links, `lanes` of them side by side: the fastest protocol."""
-    protocols = link.protocols or (_plain(link, members),)
-    usable = [p for p in protocols if operation == "all_reduce" or not p.in_network]
-    return min(_protocol_s(p, operation, num_bytes, members, lanes) for p in usable or (_plain(link, members),))
+def _link_s(link: Link, num_bytes: float, ring: float, *, hops: int, in_network: bool) -> float:
+    """Seconds over one level of links with the fastest protocol.
 
-
-def _protocol_s(protocol: Protocol, operation: Collective, num_bytes: float, members: int, lanes: int) -> float:
-    """Each member of a ring sends (n - 1) / n of the buffer, twice for an all-reduce (Patarasuk and Yuan 2009)."""
-    ring = (members - 1) / members * (2 if operation == "all_reduce" else 1)
-    sent = 1.0 if protocol.in_network else ring
-    fixed = protocol.latency_s + (members - 1) * protocol.hop_s
-    return fixed + sent * num_bytes / (lanes * protocol.bytes_per_s)
+    `ring` is how often each member of a ring sends the buffer: (n - 1) / n, twice for an all-reduce (Patarasuk and Yuan
+    2009); where the switch reduces (`in_network`), each sends it once.
+    """
+    usable = [p for p in link.protocols if in_network or not p.in_network] or [_plain(link, hops + 1)]
+    return min(
+        p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / p.bytes_per_s for p in usable
+    )
 
 
 def _plain(link: Link, members: int) -> Protocol:

@@ -17,8 +17,8 @@ from typing import Literal
 from spindle.errors import WorkloadError
 
 RMS_NORM_COPIES = 10.0
-"""Elements of two bytes per hidden unit that the two norms of a gated layer keep beyond their inputs and outputs: float32
-input and normalised value, and part of a third. Fitted: 20 bytes sort most of the published out-of-memory runs."""
+"""Elements of two bytes per hidden unit that the two norms of a gated layer keep beyond inputs and outputs: copies in
+float32. Fitted: with 20 bytes most published runs that ran out of memory are told from those that did not."""
 
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""

@@ -1,0 +1,109 @@
+"""Fits the cost model's constants again, each on the rows that docs/cost-model.md names. Needs scipy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from cost_layouts import Constants, predict_step_s, read_runs
+from cost_sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
+from cost_tables import halves, read_table
+from scipy.optimize import least_squares  # type: ignore[import-untyped]
+
+from spindle.clusterfile import parse_cluster
+from spindle.planner import cost_layout
+
+
+def _fit(residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float]) -> tuple[float, ...]:
+    """Least squares over the logarithms of positive constants; no outlier is treated differently."""
+    found = least_squares(lambda logs: np.asarray(residuals(tuple(np.exp(logs)))), np.log(start))
+    return tuple(float(value) for value in np.exp(found.x))
+
+
+def fit_device(gpu: str) -> tuple[float, ...]:
+    """attention_efficiency, elementwise_traffic and overlap_cost of a GPU type, on even rows of MosaicML's table."""
+    rows, _ = halves(mosaic_rows(gpu))
+    base = parse_cluster(f"1x8:{GPU_TYPES[gpu]}").device
+
+    def residuals(constants: Sequence[float]) -> list[float]:
+        attention, traffic, overlap = constants
+        device = replace(base, attention_efficiency=attention, elementwise_traffic=traffic, overlap_cost=overlap)
+        return [
+            float(np.log(predict_mfu(row, mosaic_cluster(row, device)) * 100 / float(row["mfu_pct"]))) for row in rows
+        ]
+
+    return _fit(residuals, (0.3, 5.0, 0.8))
+
+
+def fit_layouts() -> tuple[float, ...]:
+    """traffic, score_passes and TENSOR_PARALLEL_COST on even rows of Aleph Alpha's step times."""
+    runs = [run for run in read_runs() if run.step_s][::2]
+    shipped = cost_layout.TENSOR_PARALLEL_COST
+
+    def residuals(constants: Sequence[float]) -> list[float]:
+        traffic, passes, tensor = constants
+        cost_layout.TENSOR_PARALLEL_COST = tensor
+        found = [predict_step_s(run, Constants(traffic, passes)) / (run.step_s or 1.0) for run in runs]
+        return [float(np.log(ratio)) for ratio in found]
+
+    try:
+        return _fit(residuals, (18.0, 14.0, 1.9))
+    finally:
+        cost_layout.TENSOR_PARALLEL_COST = shipped
+
+
+STARTS = (
+    (50.0, 2.0, 150.0, 80.0, 8.0, 250.0),
+    (30.0, 1.0, 15.0, 10.0, 3.0, 100.0),
+)  # the fit has several minima; the best of these is taken
+
+
+def fit_protocols(points: Sequence[tuple[int, float, float]], *, hops: bool, in_network: bool) -> tuple[float, ...]:
+    """(latency, hop, rate) of two protocols from (members, bytes, seconds); without `hops` only one group size exists.
+
+    The second protocol reduces in the network when `in_network`: each member sends its bytes once.
+    """
+
+    def residuals(constants: Sequence[float]) -> list[float]:
+        logs = []
+        for members, size, time in points:
+            ring = 2 * (members - 1) / members
+            ways = []
+            for index in range(2):
+                latency, hop, rate = constants[3 * index : 3 * index + 3]
+                sent = 1.0 if in_network and index else ring
+                ways.append(latency * 1e-6 + (members - 1) * hop * 1e-6 * hops + sent * size / (rate * 1e9))
+            logs.append(float(np.log(min(ways) / time)))
+        return logs
+
+    found = [_fit(residuals, start) for start in STARTS]
+    return min(found, key=lambda constants: sum(value * value for value in residuals(constants)))
+
+
+def fit_report() -> str:
+    """All constants that were fitted, as they ship (rounded) in devices.yaml and the modules."""
+    lines = []
+    for gpu, name in GPU_TYPES.items():
+        attention, traffic, overlap = fit_device(gpu)
+        lines.append(f"{name}: attention_efficiency {attention:.3f} elementwise_traffic {traffic:.2f} ")
+        lines[-1] += f"overlap_cost {overlap:.2f}"
+    lines.append("Aleph Alpha: traffic {:.1f} score_passes {:.1f} TENSOR_PARALLEL_COST {:.2f}".format(*fit_layouts()))
+    nvlink = [
+        (int(row["ranks"]), float(row["size_mib"]) * 2**20, float(row["time_ms"]) * 1e-3)
+        for row in read_table("galvatron_nvlink_collectives")
+        if row["op"] == "allreduce"
+    ]
+    sweep = {
+        ranks: [
+            (int(row["ranks"]), float(row["bytes"]), float(row["time_us"]) * 1e-6)
+            for row in read_table("nccl_allreduce_h200_stas00")
+            if row["ranks"] == ranks
+        ]
+        for ranks in ("8", "32")
+    }
+    for name, found in (
+        ("NVLink 3", fit_protocols(nvlink, hops=True, in_network=False)),
+        ("H200", fit_protocols(sweep["8"], hops=False, in_network=True)),
+        ("4 nodes (rates of 8 lanes)", fit_protocols(sweep["32"], hops=True, in_network=False)),
+    ):
+        lines.append(f"{name}: latency us, hop us, GB/s of two protocols {[round(value, 1) for value in found]}")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""The cost model against what others measured: `python benchmarks/cost_model.py [--write]`.
+
+Prints every judged figure of the cost model with its error and what it was fitted on; `--write` also writes
+benchmarks/results/cost_model.md. `--fit` fits the device types' constants again (needs scipy) and prints them.
+"""
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from a fresh clone as well
+
+import cost_sections as sections
+import cost_unfitted as unfitted
+from cost_sections import Section
+
+HERE = Path(__file__).parent
+
+
+def all_sections() -> list[Section]:
+    """The report, in the order in which it is judged."""
+    return [
+        sections.collectives(),
+        sections.llama_layers(),
+        sections.mosaicml(),
+        sections.layouts(),
+        unfitted.openclip(),
+        unfitted.vit(),
+        unfitted.t5(),
+        unfitted.llava(),
+        unfitted.megatron(),
+        unfitted.paper_workloads(str(HERE / "workloads")),
+    ]
+
+
+def report(found: list[Section]) -> str:
+    """The report as text."""
+    lines = []
+    for section in found:
+        lines += [section.title, *(f"    {line}" for line in section.lines)]
+        lines += [f"  {figure.line()}".rstrip() for figure in section.figures]
+        lines.append("")
+    missed = [figure.name for section in found for figure in section.figures if not figure.ok]
+    judged = sum(figure.limit is not None for section in found for figure in section.figures)
+    lines.append(
+        f"{judged - len(missed)} of {judged} limits kept" + (f"; missed: {'; '.join(missed)}" if missed else "")
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Print the report; 1 when a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/cost_model.md")
+    parser.add_argument("--fit", action="store_true", help="fit the constants again and print them")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        from cost_fit import fit_report
+
+        print(fit_report())
+        return 0
+    found = all_sections()
+    text = report(found)
+    print(text, end="")
+    if arguments.write:
+        head = (
+            "Command: `python benchmarks/cost_model.py --write`. "
+            f"Python {platform.python_version()}; no timing of this machine enters."
+        )
+        target = HERE / "results" / "cost_model.md"
+        target.write_text(
+            f"# Cost model against published measurements\n\n{head}\n\n```\n{text}```\n", encoding="utf-8"
+        )
+    return int(any(not figure.ok for section in found for figure in section.figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
