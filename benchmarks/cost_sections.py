@@ -115,7 +115,7 @@ def llama_layers() -> Section:
     rows = {(row["quantity"], row["layers"], int(row["micro_batch"])): float(row["ms"]) * 1e-3 for row in _layer_rows()}
     layer = {b: (rows["forward_total_ms", "4", b] - rows["forward_total_ms", "2", b]) / 2 for b in range(1, 13)}
     known = [1, 4, 12]
-    predicted = {}
+    predicted: dict[int, float] = {}
     for low, high in pairwise(known):
         line = fit_pieces([(low, layer[low]), (high, layer[high])])
         predicted |= {b: line.time_s(b) for b in range(low, high + 1)}

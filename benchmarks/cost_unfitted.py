@@ -220,9 +220,10 @@ def llava() -> Section:
 
 def _llava_ratio(layers: int, hidden: int, heads: int, ffn: int, conversation: int) -> float:
     """Time of a sample in finetuning over that in pretraining."""
-    dims = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
-    finetune = Model(**dims, tokens=576 + conversation, gated=True, vocab=32000)
-    pretrain = Model(**dims, tokens=576 + CAPTION_TOKENS, gated=True, vocab=32000)
+    finetune = Model(
+        layers=layers, hidden=hidden, heads=heads, ffn=ffn, tokens=576 + conversation, gated=True, vocab=32000
+    )
+    pretrain = replace(finetune, tokens=576 + CAPTION_TOKENS)
     return _llava_step_s(finetune, 16, trained=True) / 16 / (_llava_step_s(pretrain, 32, trained=False) / 32)
 
 

@@ -41,8 +41,8 @@ class Device:
     float32_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        positive = ("memory_bytes", "peak_flops", "memory_bytes_per_s", "matmul_efficiency", "attention_efficiency")
-        positive += ("float32_rate",)
+        positive = ["memory_bytes", "peak_flops", "memory_bytes_per_s"]
+        positive += ["matmul_efficiency", "attention_efficiency", "float32_rate"]
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
         for name in ("elementwise_traffic", "overlap_cost", "launch_s", "parallel_units"):
             if not 0 <= getattr(self, name) < float("inf"):
