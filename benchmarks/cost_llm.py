@@ -52,19 +52,28 @@ class Model:
         return sum(weight.shape[0] * weight.shape[1] for weight in self.block.weights if len(weight.shape) == 2)
 
 
-def block_work(block: Block, samples: float, *, causal: bool, passes: float = 2.0, moved_bytes: float = 0.0) -> Work:
+def block_work(
+    block: Block,
+    samples: float,
+    *,
+    causal: bool,
+    passes: float = 2.0,
+    recompute: bool = False,
+    moved_bytes: float = 0.0,
+) -> Work:
     """The work of one layer on `samples` samples, as the planner would see it."""
     return Work(
         matmuls=tuple((w.rows * samples, w.shape[0], w.shape[1]) for w in block.weights if w.rows),
         attention_flops=block.attention_flops * samples * (0.5 if causal else 1.0),
         passes=passes,
+        recompute=recompute,
         moved_bytes=moved_bytes,
     )
 
 
 def layer_time(model: Model, device: Device, samples: float, *, recompute: bool = False) -> OperatorTime:
     """Forward and backward of one layer on one device."""
-    work = block_work(model.block, samples, causal=model.causal, passes=3.0 if recompute else 2.0)
+    work = block_work(model.block, samples, causal=model.causal, recompute=recompute)
     return time_operator(work, device, data_parallel=1)
 
 
@@ -110,8 +119,9 @@ def pipelined_step_s(model: Model, cluster: Cluster, layout: Layout, *, moved_by
     `moved_bytes`: of one layer's forward besides its products, on each device (score matrices of unfused attention).
     """
     device, tp = cluster.device, layout.tensor
-    passes = 3.0 if layout.recompute else 2.0
-    work = block_work(model.block, layout.micro_batch, causal=model.causal, passes=passes, moved_bytes=moved_bytes)
+    work = block_work(
+        model.block, layout.micro_batch, causal=model.causal, recompute=layout.recompute, moved_bytes=moved_bytes
+    )
     time = time_operator(work, device, data_parallel=1, tensor_parallel=tp, sequence_parallel=layout.sequence_parallel)
     boundary = 2.0 * layout.micro_batch * model.tokens * model.hidden
     traffic = tensor_parallel_s(boundary, cluster, tp) * (3 if layout.recompute else 2)

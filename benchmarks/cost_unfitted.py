@@ -14,6 +14,7 @@ from spindle.planner.cost import price
 from spindle.planner.cost_layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.planner.cost_links import collective_s, spread_over_nodes
 from spindle.planner.cost_roofline import Work, time_operator
+from spindle.pricing import Pricing
 from spindle.spec import build_graph
 from spindle.specblocks import Transformer, transformer_block
 from spindle.specfile import read_workload
@@ -102,7 +103,7 @@ def _stack_time(
         block,
         samples,
         causal=False,
-        passes=3.0 if recompute else 2.0,
+        recompute=recompute,
         moved_bytes=style.score_passes * 2 * scores / tensor,
     )
     time = time_operator(work, device, data_parallel=1, tensor_parallel=tensor, sequence_parallel=False)
@@ -236,7 +237,9 @@ def _llava_step_s(model: Model, samples: int, *, trained: bool) -> float:
     cluster = parse_cluster("1x8:a100-80g")
     device = cluster.device
     passes = 2.0 if trained else 1.0
-    layer = time_operator(block_work(model.block, samples, causal=True, passes=passes + 1), device, data_parallel=1)
+    layer = time_operator(
+        block_work(model.block, samples, causal=True, passes=passes, recompute=True), device, data_parallel=1
+    )
     head = Work(matmuls=((float(samples * model.tokens), model.vocab, model.hidden),), passes=passes)
     eye = Model(layers=23, hidden=1024, heads=16, ffn=4096, tokens=577, causal=False)  # features of the last but one
     look = time_operator(block_work(eye.block, samples, causal=False, passes=0.0), device, data_parallel=1)
@@ -312,7 +315,7 @@ def paper_workloads(folder: str) -> Section:
         cluster = parse_cluster(f"{devices // 8}x8:a800-80g")
         for count, measured in times.items():
             chosen = spec.only(task.name for task in spec.tasks[:count])
-            priced = price(contract(build_graph(chosen)), cluster, tensor_parallel=8)
+            priced = price(contract(build_graph(chosen)), cluster, pricing=Pricing(tensor_parallel=8))
             layers = sum(m.layers * min(m.times.values()) for m in priced)
             shared = {m.parameters or m.name: m.layers * m.layer_param_bytes for m in priced}
             reduced = collective_s("all_reduce", sum(shared.values()), cluster, spread_over_nodes(devices, cluster))

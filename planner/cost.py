@@ -1,14 +1,15 @@
 """Cost: a contracted MetaGraph and a cluster in, the same MetaGraph with T_m(n) and memory per device out.
 
 - A count n is valid for data parallelism when it divides the batch; a MetaOp that mixes samples runs on one device.
-- `tensor_parallel` allows (dp, tp) layouts with dp * tp = n, tp inside a node; T_m(n) is the least over them (paper.md
-  section 5). The runtime executes data parallelism only, so that is the default.
+- `Pricing.tensor_parallel` allows (dp, tp) layouts with dp * tp = n, tp inside a node; T_m(n) is the least of them. The
+  runtime executes data parallelism only, so that is the default.
 - Where a Profile has measured a MetaOp's operator kind, measured counts are taken as they are. Between two measured
   counts T = a + b/n through both (paper, section 3.2); outside them the nearest measured time is scaled by the ratio
   that the analytic model predicts. Kinds that were not measured are predicted (`spindle.planner.cost_roofline`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
   trainable bytes of a layer.
+- Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
 - Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
 """
 
@@ -21,8 +22,9 @@ from spindle.errors import InfeasibleError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.planner.cost_layout import tensor_parallel_s
-from spindle.planner.cost_memory import MemoryRule, chain_bytes
+from spindle.planner.cost_memory import chain_bytes
 from spindle.planner.cost_roofline import OperatorTime, chain_rows, operator_work, time_operator
+from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
 
 
@@ -30,20 +32,17 @@ def price(
     metagraph: MetaGraph,
     cluster: Cluster,
     profile: Profile | None = None,
-    *,
-    tensor_parallel: int = 1,
-    memory: MemoryRule | None = None,
+    pricing: Pricing | None = None,
 ) -> MetaGraph:
     """Fill layer_time_s, memory_bytes, layer_param_bytes, output_bytes and forward_fraction of every MetaOp.
 
-    MetaOps without operators (read from a file) keep what they have. `tensor_parallel` is the largest degree allowed.
+    MetaOps without operators (read from a file) keep what they have. `pricing`: optimiser, memory choices, layouts and
+    spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
     """
-    rule = memory or MemoryRule()
+    pricing = pricing or Pricing()
     measured = profile.by_kind if profile else {}
     metaops = tuple(
-        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), tensor_parallel, rule)
-        if metaop.operators
-        else metaop
+        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), pricing) if metaop.operators else metaop
         for metaop in metagraph
     )
     return MetaGraph(metaops, metagraph.flows)
@@ -63,24 +62,29 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, tensor_parall
     return dict(sorted(layouts.items()))
 
 
-def _price(
-    metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], tensor_parallel: int, rule: MemoryRule
-) -> MetaOp:
+def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing) -> MetaOp:
     operators = metaop.operators
-    layouts = valid_layouts(operators, cluster, tensor_parallel)
+    layouts = valid_layouts(operators, cluster, pricing.tensor_parallel)
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
         )
-    predicted, degrees = _predict(operators, cluster, layouts)
+    predicted, degrees = _predict(operators, cluster, layouts, pricing)
     times = {n: _measured_or(predicted, n, measured) for n in layouts}
     first = next(iter(times.values()))
+    spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
+    replicas = {n: n // tp for n, tp in degrees.items()}
+    waits = {n: imbalance(spread, batch / dp, dp) for n, dp in replicas.items()}
+    longest = {n: tail(spread, batch / dp) for n, dp in replicas.items()}
     trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
     return replace(
         metaop,
-        layer_time_s=points({n: time.total_s for n, time in times.items()}),
+        layer_time_s=points({n: waits[n] * time.total_s for n, time in times.items()}),
         memory_bytes=points(
-            {n: chain_bytes(operators, rule, data_parallel=n // tp, tensor_parallel=tp) for n, tp in degrees.items()}
+            {
+                n: chain_bytes(operators, pricing, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n])
+                for n, tp in degrees.items()
+            }
         ),
         layer_param_bytes=trainable / len(operators),
         output_bytes=float(operators[0].output_bytes),
@@ -89,7 +93,7 @@ def _price(
 
 
 def _predict(
-    operators: Sequence[Operator], cluster: Cluster, layouts: Mapping[int, Sequence[int]]
+    operators: Sequence[Operator], cluster: Cluster, layouts: Mapping[int, Sequence[int]], pricing: Pricing
 ) -> tuple[dict[int, OperatorTime], dict[int, int]]:
     """Mean time of a layer and the degree of tensor parallelism that gives it, by count.
 
@@ -100,7 +104,9 @@ def _predict(
     for operator in operators:  # layers that differ in nothing the model looks at are timed once
         key = (operator.forward_flops, operator.backward_flops, operator.output_bytes)
         alike.setdefault(key, []).append(operator)
-    works = [(operator_work(group[0], rows), group[0], len(group)) for group in alike.values()]
+    works = [
+        (operator_work(group[0], rows, recompute=pricing.recompute), group[0], len(group)) for group in alike.values()
+    ]
     times: dict[int, OperatorTime] = {}
     degrees: dict[int, int] = {}
     for n, options in layouts.items():
@@ -111,7 +117,8 @@ def _predict(
                 boundary = (operator.output_bytes or operator.input_bytes) / (n // tp)
                 traffic = tensor_parallel_s(boundary, cluster, tp)
                 forward += count * (time.forward_s + traffic)
-                backward += count * (time.backward_s + (traffic if time.backward_s else 0.0))
+                again = 2 if pricing.recompute else 1
+                backward += count * (time.backward_s + (again * traffic if time.backward_s else 0.0))
             mean = OperatorTime(forward / len(operators), backward / len(operators))
             if n not in times or mean.total_s < times[n].total_s:
                 times[n], degrees[n] = mean, tp

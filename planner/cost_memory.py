@@ -2,58 +2,64 @@
 
 Per device over a whole step: parameters, their gradients and optimiser states, activations kept for backward, and a
 buffer for what one layer boundary hands over, twice (an activation and the gradient of the one before).
+
+Sixteen-bit parameters have a master copy and states of four bytes beside them (mixed precision: 2 + 2 + 12 bytes a
+parameter with Adam); wider ones have states of their own width. Frozen parameters are parameters only.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from math import prod
 
-from spindle.graph import Operator
+from spindle.graph import Operator, Parameter
+from spindle.pricing import Pricing
 
-Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
-_STATES: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryRule:
-    """How training state is kept.
-
-    Sixteen-bit parameters have a master copy and states of four bytes beside them (mixed precision: 2 + 2 + 12 bytes a
-    parameter with Adam); wider ones have states of their own width. `shard_optimizer` spreads master copy and states
-    over the data-parallel devices (ZeRO stage 1).
-    """
-
-    optimizer: Optimizer = "adamw"
-    shard_optimizer: bool = False
+STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
+"""Optimiser states for each trained parameter."""
 
 
 def chain_bytes(
-    operators: Sequence[Operator], rule: MemoryRule, *, data_parallel: int, tensor_parallel: int = 1
+    operators: Sequence[Operator],
+    pricing: Pricing,
+    *,
+    data_parallel: int,
+    tensor_parallel: int = 1,
+    longest: float = 1.0,
 ) -> float:
-    """Bytes on each device that runs the whole chain."""
-    states = _STATES[rule.optimizer]
-    fixed = sharded = 0.0
+    """Bytes on each device that runs the whole chain; `longest`: a long local batch over a mean one."""
+    fixed, sharded = state_bytes(operators, pricing)
+    if pricing.shard_optimizer:
+        sharded /= data_parallel
+    kept = kept_bytes(operators, recompute=pricing.recompute)
+    boundary = 2 * max(operator.output_bytes for operator in operators)
+    return (fixed + sharded) / tensor_parallel + longest * (kept / tensor_parallel + boundary) / data_parallel
+
+
+def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float, float]:
+    """(bytes of parameters and gradients, bytes of master copies and optimiser states), each parameter once."""
+    fixed = spread = 0.0
+    for parameter in _distinct(operators):
+        fixed += parameter.num_bytes
+        if parameter.trainable:
+            count = prod(parameter.shape)
+            width = parameter.num_bytes / max(count, 1)
+            fixed += parameter.num_bytes
+            spread += count * ((4.0 if width < 4 else 0.0) + STATES[pricing.optimizer] * max(width, 4.0))
+    return fixed, spread
+
+
+def kept_bytes(operators: Sequence[Operator], *, recompute: bool) -> float:
+    """Activations of the whole batch that wait for backward; with recompute the layers' inputs and one layer's all."""
+    kept = [operator.activation_bytes for operator in operators]
+    if not recompute:
+        return float(sum(kept))
+    inputs = sum(min(operator.input_bytes, operator.activation_bytes) for operator in operators)
+    return float(inputs + max(kept))
+
+
+def _distinct(operators: Sequence[Operator]) -> Iterator[Parameter]:
     seen: set[str] = set()
     for operator in operators:
         for parameter in operator.parameters:
-            if parameter.name in seen:
-                continue
-            seen.add(parameter.name)
-            fixed += parameter.num_bytes
-            if parameter.trainable:
-                itemsize = parameter.num_bytes / max(_elements(parameter.shape), 1)
-                fixed += parameter.num_bytes
-                master = 4.0 if itemsize < 4 else 0.0
-                sharded += _elements(parameter.shape) * (master + states * max(itemsize, 4.0))
-    if rule.shard_optimizer:
-        sharded /= data_parallel
-    activations = sum(operator.activation_bytes for operator in operators)
-    boundary = 2 * max(operator.output_bytes for operator in operators)
-    return (fixed + sharded) / tensor_parallel + (activations / tensor_parallel + boundary) / data_parallel
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements
+            if parameter.name not in seen:
+                seen.add(parameter.name)
+                yield parameter

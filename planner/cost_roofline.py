@@ -7,7 +7,7 @@
   would be off by a factor of four between a layer of a language model and one of a small encoder.
 - Attention scores run at `attention_efficiency`; a causal kernel skips half of them.
 - Backward repeats the products as often as its FLOPs say: twice, once where only the input gradient is due (frozen),
-  not at all where nothing before it is trained, once more when activations are recomputed.
+  not at all where nothing before it is trained; recomputing activations adds a forward.
 - Each operator starts a number of kernels; when they are short, starting them is what takes time.
 
 The five constants are the device's (spindle.cluster.Device); docs/cost-model.md says what each was fitted on.
@@ -32,7 +32,8 @@ class Work:
 
     matmuls        (rows, wide, narrow) of each matrix product in forward; FLOPs are 2 * rows * wide * narrow
     attention_flops   of forward: scores and weighted sums that are computed (half of all under a causal mask)
-    passes         how often backward repeats the products of forward: 2 trained, 1 frozen, 3 with recompute, 0 none
+    passes         how often backward repeats the products of forward: 2 trained, 1 frozen, 0 none
+    recompute      forward runs once more before backward
     moved_bytes    read and written by forward besides the products' operands (a lookup's rows)
     update_bytes   written by backward however small the local batch (a lookup table's dense gradient)
     """
@@ -40,6 +41,7 @@ class Work:
     matmuls: tuple[tuple[float, int, int], ...] = ()
     attention_flops: float = 0.0
     passes: float = 2.0
+    recompute: bool = False
     moved_bytes: float = 0.0
     update_bytes: float = 0.0
     itemsize: int = 2
@@ -58,25 +60,28 @@ class OperatorTime:
         return self.forward_s + self.backward_s
 
 
-def operator_work(operator: Operator, rows: float) -> Work:
+def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -> Work:
     """Shapes and bytes of an operator; `rows` is how many rows of the whole batch its matrices multiply at most.
 
     An operator knows its parameters and its FLOPs, not which multiplies what: each matrix is taken to multiply `rows`
     rows, or fewer when the FLOPs do not allow that many; what is left are attention scores. The kinds of a workload
-    spec say whether they are causal.
+    spec say whether they are causal, and how many passes they make (`r3`).
     """
+    words = operator.kind.split()
+    repeats = next((int(word[1:]) for word in words if word[0] == "r" and word[1:].isdigit()), 1)
     matrices = [p.shape for p in operator.parameters if len(p.shape) >= 2]
     elements = sum(prod(shape) for shape in matrices)
-    multiplied = operator.forward_flops / (2.0 * elements) if elements else 0.0
+    multiplied = operator.forward_flops / repeats / (2.0 * elements) if elements else 0.0
     used = min(rows, multiplied) if rows else multiplied
-    linear = 2.0 * used * elements
+    linear = 2.0 * used * elements * repeats
     scores = max(operator.forward_flops - linear, 0.0)
     lookup = not operator.forward_flops
     trainable = [p for p in operator.parameters if p.trainable]
     return Work(
-        matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) if used else (),
-        attention_flops=scores * (0.5 if "causal" in operator.kind.split() else 1.0),
+        matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) * repeats if used else (),
+        attention_flops=scores * (0.5 if "causal" in words else 1.0),
         passes=_passes(operator, linear, scores),
+        recompute=recompute,
         moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
         update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
         itemsize=BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4,
@@ -115,13 +120,13 @@ def time_operator(
     forward = max(products + scores + elementwise, launches)
     if not work.passes:
         return OperatorTime(forward, 0.0)
-    recomputed = 1.0 if work.passes > 2.01 else 0.0
+    again = 1.0 if work.recompute else 0.0
     backward = (
-        work.passes * (products + elementwise)
-        + (ATTENTION_BACKWARD + recomputed) * scores
+        (work.passes + again) * (products + elementwise)
+        + (ATTENTION_BACKWARD + again) * scores
         + work.update_bytes / tensor_parallel / device.memory_bytes_per_s
     )
-    return OperatorTime(forward, max(backward, work.passes * launches))
+    return OperatorTime(forward, max(backward, (work.passes + again) * launches))
 
 
 def _rate_of(itemsize: int, device: Device) -> float:

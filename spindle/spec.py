@@ -10,14 +10,13 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from math import prod
 
 from spindle.errors import WorkloadError
-from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph, TensorSpec
+from spindle.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
 from spindle.specblocks import (
-    Block,
     Component,
     Embedding,
     LmHead,
@@ -29,6 +28,7 @@ from spindle.specblocks import (
     other_block,
     transformer_block,
 )
+from spindle.specparts import Cost, Part, part_of, rows_of, stem_of, sum_parts, tail_of
 from spindle.specvalues import LOSS, Edge, Task, WorkloadSpec
 
 
@@ -61,28 +61,6 @@ def _in_flow_order(task: Task) -> list[str]:
     return order
 
 
-@dataclass(slots=True)
-class _Part:
-    """Weights that run one after another in an operator, and the elements per sample it keeps for backward."""
-
-    weights: Sequence[Weight]
-    trained: bool
-    lora_rank: int = 0
-    attention_flops: float = 0.0
-    kept_trained: float = 0.0
-    kept_frozen: float = 0.0
-    inner: bool = False  # has products between its own, so learning needs input gradients inside
-
-
-@dataclass(slots=True)
-class _Cost:
-    parameters: list[Parameter] = field(default_factory=list)
-    forward_flops: float = 0.0
-    backward_flops: float = 0.0
-    kept_elements: float = 0.0
-    needs_grad: bool = False
-
-
 class _Builder:
     def __init__(self, spec: WorkloadSpec, task: Task) -> None:
         self.spec, self.task = spec, task
@@ -97,14 +75,7 @@ class _Builder:
     def add(self, name: str) -> None:
         """Append the operators of component `name`; all that feed it were added before."""
         task = self.task
-        component = self.spec.component(name)
-        changes = {
-            label: dict(values)[name]
-            for label, values in _overrides(task)
-            if name in dict(values)
-        }
-        if changes:
-            component = _resized(component, changes)
+        component = self.spec.component_in(task, name)
         sources = [edge for edge in task.edges if edge.target == name]
         inputs = [self.output_by_edge[edge.source, name].name for edge in sources]
         handed = sum(self.tokens_by_component[edge.source] for edge in sources)
@@ -115,7 +86,7 @@ class _Builder:
             case Transformer():
                 self._add_transformer(component, inputs, outputs, context)
             case Mlp():
-                part = _part(mlp_block(component), component)
+                part = part_of(mlp_block(component), component)
                 self._append(component, "", mlp_block(component).kind, [part], inputs, outputs)
             case Other():
                 self._add_other(component, inputs, outputs)
@@ -123,7 +94,7 @@ class _Builder:
                 self._add_embedding(component, inputs, outputs)
             case LmHead():
                 self._check_last(component)
-                weight = Weight("weight", (component.vocab, component.hidden), float(_rows(component)))
+                weight = Weight("weight", (component.vocab, component.hidden), float(rows_of(component)))
                 owner = component.tied_to or component.name
                 self._add_head(component, "", weight, f"{owner}.embedding", inputs, used=name in task.sinks)
 
@@ -178,18 +149,18 @@ class _Builder:
         for index in range(c.layers):
             last = index == c.layers - 1
             written = outputs if last else (self._tensor(f"{base}.{index}", width, c),)
-            parts = [_part(block, c, trained=c.trained == "all", prefix=f"{index}.")]
+            parts = [part_of(block, c, trained=c.trained == "all", prefix=f"{index}.")]
             if index == 0 and c.input_features:
-                parts.insert(0, _stem(c))
+                parts.insert(0, stem_of(c))
             if last:
-                parts += _tail(c)
+                parts += tail_of(c)
             suffix = f".{index}" if c.layers > 1 else ""
             self._append(c, suffix, block.kind, parts, reads, written)
             reads = [written[0].name, *context]
         if c.logits:
             used = c.name in self.task.sinks and self.task.loss == "cross_entropy"
             name = f"{c.name}.embedding" if c.tied else f"{c.name}.head"
-            weight = Weight("head", (c.vocab, c.hidden), float(_rows(c)))
+            weight = Weight("head", (c.vocab, c.hidden), float(rows_of(c)))
             self._add_head(c, ".head", weight, name, [outputs[0].name], used=used)
 
     def _add_other(self, component: Other, inputs: list[str], outputs: tuple[TensorSpec, ...]) -> None:
@@ -200,7 +171,7 @@ class _Builder:
             last = index == c.layers - 1
             written = outputs if last else (self._tensor(f"{base}.{index}", (c.tokens, c.hidden), c),)
             suffix = f".{index}" if c.layers > 1 else ""
-            self._append(c, suffix, block.kind, [_part(block, c, prefix=f"{index}.")], reads, written)
+            self._append(c, suffix, block.kind, [part_of(block, c, prefix=f"{index}.")], reads, written)
             reads = [written[0].name]
 
     def _add_embedding(self, component: Embedding, inputs: list[str], outputs: tuple[TensorSpec, ...]) -> None:
@@ -208,19 +179,19 @@ class _Builder:
         extra = [Weight("extra", (c.extra_parameters,))] if c.extra_parameters else []
         table = Weight("embedding", (c.vocab, c.hidden))
         kind = f"embedding {c.vocab}x{c.hidden} t{c.tokens}x{c.instances}"
-        self._append(c, "", kind, [_Part([table, *extra], c.trained == "all")], inputs, outputs)
+        self._append(c, "", kind, [Part([table, *extra], c.trained == "all")], inputs, outputs)
 
     def _add_table(self, c: Transformer, output: TensorSpec) -> None:
         table = Weight(f"{c.name}.embedding", (c.vocab, c.hidden))
         kind = f"embedding {c.vocab}x{c.hidden} t{c.tokens}x{c.instances}"
-        self._append(c, ".embed", kind, [_Part([table], c.trained == "all")], [], (output,), own_names=True)
+        self._append(c, ".embed", kind, [Part([table], c.trained == "all")], [], (output,), own_names=True)
 
     def _add_head(
         self, c: Component, suffix: str, weight: Weight, parameter: str, inputs: list[str], *, used: bool
     ) -> None:
         """Projection to the vocabulary with the loss behind it; when no loss reads it, it only runs forward."""
         vocab, hidden = weight.shape
-        part = _Part(
+        part = Part(
             [replace(weight, name=parameter)],
             trained=c.trained in ("all", "ends"),
             kept_trained=weight.rows * (hidden + 3 * vocab),  # its input; logits in two bytes, their softmax in four
@@ -281,7 +252,7 @@ class _Builder:
         component: Component,
         suffix: str,
         kind: str,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         inputs: Sequence[str],
         outputs: tuple[TensorSpec, ...],
         *,
@@ -291,16 +262,12 @@ class _Builder:
         c, task = component, self.task
         frozen = task.forward_only or forward_only
         due = any(self.tensors[name].needs_grad for name in inputs)
-        cost = _cost(parts, c, self.spec, due=due, frozen=frozen, own_names=own_names)
+        cost = sum_parts(parts, c, self.spec, due=due, frozen=frozen, own_names=own_names)
         written = tuple(replace(tensor, needs_grad=cost.needs_grad and not frozen) for tensor in outputs)
         self.tensors.update({tensor.name: tensor for tensor in written})
         itemsize = BYTES_BY_DTYPE[c.dtype or self.spec.dtype]
         batch = task.batch_size * c.repeats
         read = sum(self.tensors[name].num_bytes for name in inputs if not self._is_own(name, c))
-        width = c.hidden if isinstance(c, Transformer | Other | Embedding | LmHead) else 0
-        kept = cost.kept_elements
-        if self.spec.recompute and cost.backward_flops:
-            kept = min(kept, float(_rows(c) * max(width, 1)))
         self.operators.append(
             Operator(
                 name=f"{task.name}.{c.name}{suffix}",
@@ -312,15 +279,11 @@ class _Builder:
                 outputs=written,
                 parameters=tuple(cost.parameters),
                 forward_flops=batch * cost.forward_flops,
-                backward_flops=batch * (cost.backward_flops + self._again(cost)),
+                backward_flops=batch * cost.backward_flops,
                 input_bytes=_input_bytes(c, task.batch_size, itemsize, read),
-                activation_bytes=round(batch * kept * itemsize),
+                activation_bytes=round(batch * cost.kept_elements * itemsize),
             )
         )
-
-    def _again(self, cost: _Cost) -> float:
-        """FLOPs of running forward once more before backward."""
-        return cost.forward_flops if self.spec.recompute and cost.backward_flops else 0.0
 
     def _is_own(self, tensor: str, component: Component) -> bool:
         return tensor.startswith(f"{self.task.name}.{component.name}.")
@@ -329,104 +292,15 @@ class _Builder:
 def _input_bytes(c: Component, batch_size: int, itemsize: int, read: int) -> int:
     """Equal for all layers of a stack: the hidden state, and a context where every layer reads one."""
     if not isinstance(c, Transformer | Other):
-        return max(read, batch_size * _rows(c) * 8)  # token numbers are of eight bytes
+        return max(read, batch_size * rows_of(c) * 8)  # token numbers are of eight bytes
     context = read if isinstance(c, Transformer) and c.cross_attention != "none" else 0
-    return batch_size * _rows(c) * c.hidden * itemsize + context
+    return batch_size * rows_of(c) * c.hidden * itemsize + context
 
 
-def _mode(c: Component, cost: _Cost, itemsize: int) -> str:
+def _mode(c: Component, cost: Cost, itemsize: int) -> str:
     if not cost.backward_flops and not cost.needs_grad:
         return f"{8 * itemsize}bit forward"
     return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}"
-
-
-def _overrides(task: Task) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
-    return ("tokens", task.tokens), ("tokens_p99", task.tokens_p99), ("instances", task.instances)
-
-
-def _resized(component: Component, changes: dict[str, int]) -> Component:
-    """The component with a task's own tokens or instances; what it hands on grows with its tokens."""
-    if "tokens" in changes and component.output_tokens is not None and component.output_tokens > 1:
-        ratio = changes["tokens"] / component.tokens
-        changes = {**changes, "output_tokens": max(round(component.output_tokens * ratio), 1)}
-    if "tokens" in changes and component.tokens_p99 is not None and "tokens_p99" not in changes:
-        ratio = changes["tokens"] / component.tokens
-        changes = {**changes, "tokens_p99": max(round(component.tokens_p99 * ratio), changes["tokens"])}
-    return replace(component, **changes)  # type: ignore[arg-type]
-
-
-def _rows(c: Component) -> int:
-    return c.tokens * c.instances
-
-
-def _part(block: Block, c: Component, *, trained: bool | None = None, prefix: str = "") -> _Part:
-    return _Part(
-        weights=[replace(weight, name=f"{prefix}{weight.name}") for weight in block.weights],
-        trained=c.trained == "all" if trained is None else trained,
-        lora_rank=c.lora_rank,
-        attention_flops=block.attention_flops,
-        kept_trained=block.kept_trained,
-        kept_frozen=block.kept_frozen,
-        inner=True,
-    )
-
-
-def _stem(c: Transformer) -> _Part:
-    """Linear patch embedding and learned positions."""
-    rows = float(_rows(c))
-    weights = [Weight("stem", (c.hidden, c.input_features), rows), Weight("positions", (c.tokens, c.hidden))]
-    return _Part(weights, c.trained in ("all", "ends"), kept_trained=rows * c.input_features)
-
-
-def _tail(c: Transformer) -> list[_Part]:
-    """Output projection and what else stands once in a component."""
-    parts = []
-    if c.output_features:
-        rows = float((c.output_tokens or c.tokens) * c.instances)
-        weight = Weight("projection", (c.output_features, c.hidden), rows)
-        parts.append(_Part([weight], c.trained in ("all", "ends"), kept_trained=rows * c.hidden))
-    if c.extra_parameters:
-        parts.append(_Part([Weight("extra", (c.extra_parameters,))], c.trained in ("all", "ends")))
-    return parts
-
-
-def _cost(
-    parts: Sequence[_Part], c: Component, spec: WorkloadSpec, *, due: bool, frozen: bool, own_names: bool
-) -> _Cost:
-    """Sum over parts in order; `due`: a gradient is due for the operator's input."""
-    cost = _Cost(needs_grad=due)
-    dtype = c.dtype or spec.dtype
-    for part in parts:
-        linear = sum(weight.flops for weight in part.weights)
-        adapters = _adapters(part)
-        learns = part.trained or bool(adapters)
-        cost.forward_flops += linear + part.attention_flops + sum(weight.flops for weight in adapters)
-        if not frozen:
-            if part.trained:
-                cost.backward_flops += linear
-            if cost.needs_grad or (learns and part.inner):
-                cost.backward_flops += linear + 2 * part.attention_flops
-            cost.backward_flops += 2 * sum(weight.flops for weight in adapters)
-            if learns:
-                cost.kept_elements += part.kept_trained
-            elif cost.needs_grad:
-                cost.kept_elements += part.kept_frozen
-        cost.needs_grad = cost.needs_grad or learns
-        for weight, trainable in [*((w, part.trained) for w in part.weights), *((w, True) for w in adapters)]:
-            name = weight.name if own_names else f"{c.name}.{weight.name}"
-            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=dtype, trainable=trainable))
-    return cost
-
-
-def _adapters(part: _Part) -> list[Weight]:
-    """LoRA (Hu et al. 2021): beside each matrix two of rank r."""
-    adapters: list[Weight] = []
-    for weight in part.weights:
-        if part.lora_rank and weight.adaptable and len(weight.shape) == 2:
-            wide, narrow = weight.shape
-            adapters.append(Weight(f"{weight.name}.lora_a", (part.lora_rank, narrow), weight.rows))
-            adapters.append(Weight(f"{weight.name}.lora_b", (wide, part.lora_rank), weight.rows))
-    return adapters
 
 
 def _output_width(c: Component) -> int:

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
 from spindle.formats import StrictModel, explain_validation
+from spindle.pricing import Optimizer
 from spindle.specblocks import (
     Component,
     CrossAttention,
@@ -27,7 +28,7 @@ from spindle.specblocks import (
     Trained,
     Transformer,
 )
-from spindle.specvalues import Edge, LossKind, Optimizer, Task, WorkloadSpec, stages_to_edges
+from spindle.specvalues import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
 
 FORMAT = "spindle.workload"
 
@@ -214,6 +215,7 @@ class _WorkloadModel(StrictModel):
     dtype: str = "bfloat16"
     optimizer: Optimizer = "adamw"
     recompute: bool = False
+    shard_optimizer: bool = False
     components: dict[str, _AnyComponent]
     tasks: dict[str, _TaskModel]
 
@@ -224,6 +226,7 @@ class _WorkloadModel(StrictModel):
             dtype=self.dtype,
             optimizer=self.optimizer,
             recompute=self.recompute,
+            shard_optimizer=self.shard_optimizer,
             components=tuple(model.value(name) for name, model in self.components.items()),
             tasks=tuple(model.value(name) for name, model in self.tasks.items()),
         )

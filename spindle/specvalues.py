@@ -5,15 +5,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
 from typing import Literal
 
 from spindle.errors import WorkloadError
 from spindle.graph import BYTES_BY_DTYPE
+from spindle.pricing import Optimizer, Pricing, length_spread
 from spindle.specblocks import Component
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
-Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
 
 
@@ -101,7 +102,7 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute    backward runs each layer's forward again; a layer keeps its input only
+    recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
     """
 
     name: str
@@ -111,6 +112,7 @@ class WorkloadSpec:
     dtype: str = "bfloat16"
     optimizer: Optimizer = "adamw"
     recompute: bool = False
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         _check_names("component", (component.name for component in self.components))
@@ -132,6 +134,58 @@ class WorkloadSpec:
     def component(self, name: str) -> Component:
         """The component of that name."""
         return next(component for component in self.components if component.name == name)
+
+    def component_in(self, task: Task, name: str) -> Component:
+        """The component with the task's own tokens and instances; what it hands on grows with its tokens."""
+        component = self.component(name)
+        given = (("tokens", task.tokens), ("tokens_p99", task.tokens_p99), ("instances", task.instances))
+        changes = {label: dict(values)[name] for label, values in given if name in dict(values)}
+        ratio = changes.get("tokens", component.tokens) / component.tokens
+        if component.output_tokens is not None and component.output_tokens > 1:
+            changes.setdefault("output_tokens", max(round(component.output_tokens * ratio), 1))
+        if component.tokens_p99 is not None:
+            changes.setdefault("tokens_p99", max(round(component.tokens_p99 * ratio), changes.get("tokens", 1)))
+        return replace(component, **changes) if changes else component  # type: ignore[arg-type]
+
+    @property
+    def pricing(self) -> Pricing:
+        """What `spindle.planner.cost.price` is to know of it."""
+        spreads = []
+        for task in self.tasks:
+            for name in task.components:
+                component = self.component_in(task, name)
+                if component.tokens_p99 is not None:
+                    spreads.append((task.name, name, length_spread(component.tokens, component.tokens_p99)))
+        return Pricing(
+            optimizer=self.optimizer,
+            recompute=self.recompute,
+            shard_optimizer=self.shard_optimizer,
+            length_spread=tuple(spreads),
+        )
+
+    def task_sets(self, *, at_most: int = 64) -> tuple[tuple[float, "WorkloadSpec"], ...]:
+        """(probability, workload) of every set of tasks that a step may have, likeliest first; empty steps left out.
+
+        Tasks with probability 1 are in all of them. One plan is made for each set; the expected step is the sum of
+        probability * makespan. Raises WorkloadError when there are more than `at_most` sets.
+        """
+        occasional = [task for task in self.tasks if task.probability < 1]
+        if 2 ** len(occasional) > at_most:
+            raise WorkloadError(
+                f"{len(occasional)} tasks take part in some steps only, which makes {2 ** len(occasional)} sets; "
+                f"give at most {at_most} sets: fix the probability of all but {at_most.bit_length() - 1} tasks at 1"
+            )
+        sets = []
+        for present in product((True, False), repeat=len(occasional)):
+            absent = {task.name for task, here in zip(occasional, present, strict=True) if not here}
+            chance = prod(
+                task.probability if here else 1 - task.probability
+                for task, here in zip(occasional, present, strict=True)
+            )
+            names = [task.name for task in self.tasks if task.name not in absent]
+            if names:
+                sets.append((chance, self.only(names)))
+        return tuple(sorted(sets, key=lambda found: -found[0]))
 
     def only(self, tasks: Iterable[str]) -> "WorkloadSpec":
         """The same workload with some of its tasks, in the order of the spec; WorkloadError on an unknown one."""

@@ -11,7 +11,7 @@ from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.metagraph import MetaGraph
 from spindle.planner.cost import price
-from spindle.planner.cost_memory import MemoryRule
+from spindle.pricing import Pricing
 from spindle.profile import Profile, ProfileEntry
 from spindle.spec import build_graph
 from spindle.specfile import parse_workload
@@ -46,7 +46,7 @@ def test_counts_divide_the_batch(metagraph: MetaGraph, cluster: Cluster) -> None
 
 
 def test_tensor_parallel_adds_counts_inside_a_node(metagraph: MetaGraph, cluster: Cluster) -> None:
-    priced = price(metagraph, cluster, tensor_parallel=4)
+    priced = price(metagraph, cluster, pricing=Pricing(tensor_parallel=4))
     assert tuple(priced["pair.image"].times) == (1, 2, 3, 4, 6, 8)
     plain = price(metagraph, cluster)["pair.image"].times
     assert all(priced["pair.image"].times[n] <= plain[n] for n in plain)
@@ -102,8 +102,8 @@ def test_memory_counts_what_a_step_holds(cluster: Cluster) -> None:
     kept = sum(op.activation_bytes for op in text.operators)
     boundary = 2 * max(op.output_bytes for op in text.operators)
     whole = price(metagraph, cluster)["pair.text"].memory
-    sharded = price(metagraph, cluster, memory=MemoryRule(shard_optimizer=True))["pair.text"].memory
-    plain_sgd = price(metagraph, cluster, memory=MemoryRule(optimizer="sgd"))["pair.text"].memory
+    sharded = price(metagraph, cluster, pricing=Pricing(shard_optimizer=True))["pair.text"].memory
+    plain_sgd = price(metagraph, cluster, pricing=Pricing(optimizer="sgd"))["pair.text"].memory
     for n in (1, 2, 4):
         assert whole[n] == pytest.approx(16 * parameters + (kept + boundary) / n)
         assert sharded[n] == pytest.approx((4 + 12 / n) * parameters + (kept + boundary) / n)

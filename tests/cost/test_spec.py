@@ -7,6 +7,7 @@ import pytest
 from spindle.contract import contract
 from spindle.errors import FormatError, WorkloadError
 from spindle.graph import Operator, TaskGraph
+from spindle.pricing import length_spread
 from spindle.spec import build_graph
 from spindle.specfile import parse_workload
 
@@ -205,11 +206,27 @@ tasks:
     assert [m.layers for m in contract(graph)] == [4]
 
 
-def test_recompute_keeps_layer_inputs_and_runs_forward_again() -> None:
-    plain = operators(TOWERS)["pair.text.1"]
-    again = operators(TOWERS.replace("name: tiny", "name: tiny\nrecompute: true"))["pair.text.1"]
-    assert again.backward_flops == plain.backward_flops + plain.forward_flops
-    assert again.activation_bytes == 6 * 3 * 8 * 2 < plain.activation_bytes
+def test_a_spec_says_how_it_is_trained() -> None:
+    text = TOWERS.replace("name: tiny", "name: tiny\noptimizer: sgd\nrecompute: true\nshard_optimizer: true")
+    pricing = parse_workload(text.replace("tokens: 3", "tokens: 3, tokens_p99: 6")).pricing
+    assert (pricing.optimizer, pricing.recompute, pricing.shard_optimizer) == ("sgd", True, True)
+    assert pricing.spread_of("pair", "text") == pytest.approx(length_spread(3, 6))
+    assert pricing.spread_of("pair", "image") == 0.0
+
+
+def test_task_sets_of_occasional_tasks() -> None:
+    """Two tasks of probability 1/2 and 1/4 beside one that always runs: four sets, likeliest first, summing to one."""
+    more = "".join(
+        f"  {name}: {{batch_size: 2, flow: [[image, text]], loss: contrastive, probability: {p}}}\n"
+        for name, p in (("rare", 0.25), ("half", 0.5))
+    )
+    sets = parse_workload(TOWERS + more).task_sets()
+    found = [(p, [task.name for task in spec.tasks]) for p, spec in sets]
+    assert found[:2] == [(0.375, ["pair", "half"]), (0.375, ["pair"])]
+    assert sum(p for p, _ in found) == 1.0
+    assert all("pair" in names for _, names in found)
+    with pytest.raises(WorkloadError, match="4 sets"):
+        parse_workload(TOWERS + more).task_sets(at_most=2)
 
 
 @pytest.mark.parametrize(

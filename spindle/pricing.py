@@ -1,0 +1,93 @@
+"""Pricing: how a workload is trained, as far as time and memory depend on it; a spec makes one, `price` takes it.
+
+Two choices trade time for memory; `memory_choices` lists their combinations in order of what they cost.
+"""
+
+from dataclasses import dataclass, replace
+from math import exp, log, sqrt
+from statistics import NormalDist
+from typing import Literal
+
+from spindle.errors import WorkloadError
+
+Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """What `spindle.planner.cost.price` needs to know besides the MetaGraph.
+
+    optimizer          decides the states kept for each trained parameter
+    shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)
+    recompute          a layer keeps its input only and runs forward again in backward
+    tensor_parallel    largest degree allowed; the runtime executes data parallelism, so 1
+    length_spread      (task, component, standard deviation over mean of its samples' lengths)
+    """
+
+    optimizer: Optimizer = "adamw"
+    shard_optimizer: bool = False
+    recompute: bool = False
+    tensor_parallel: int = 1
+    length_spread: tuple[tuple[str, str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel < 1:
+            raise WorkloadError(f"tensor_parallel is {self.tensor_parallel}; it must be at least one")
+        for task, component, spread in self.length_spread:
+            if not 0 <= spread < float("inf"):
+                raise WorkloadError(f"{task}.{component}: length spread is {spread!r}; it must be zero or more")
+
+    def spread_of(self, task: str, component: str) -> float:
+        """Spread of the lengths of a component's samples in a task; 0 when all are equal."""
+        found = (spread for t, c, spread in self.length_spread if (t, c) == (task, component))
+        return next(found, 0.0)
+
+
+def memory_choices(pricing: Pricing) -> tuple[Pricing, ...]:
+    """The same pricing with less and less memory: as given, optimiser sharded, recomputed, both; cheapest first."""
+    options = ((False, False), (True, False), (False, True), (True, True))
+    found: list[Pricing] = []
+    for shard, recompute in options:
+        choice = replace(
+            pricing,
+            shard_optimizer=pricing.shard_optimizer or shard,
+            recompute=pricing.recompute or recompute,
+        )
+        if choice not in found:
+            found.append(choice)
+    return tuple(found)
+
+
+def length_spread(mean: float, p99: float) -> float:
+    """Standard deviation over mean of log-normal lengths with this mean and 99th percentile.
+
+    p99 / mean = exp(2.326 s - s^2 / 2) for the log's deviation s; beyond exp(2.326^2 / 2) = 15 no log-normal has it.
+
+    >>> round(length_spread(512, 2048), 2)
+    0.84
+    """
+    z = NormalDist().inv_cdf(0.99)
+    ratio = log(p99 / mean)
+    if not 0 <= ratio <= z * z / 2:
+        raise WorkloadError(
+            f"a mean of {mean:g} and a 99th percentile of {p99:g} tokens fit no log-normal lengths; "
+            f"give a percentile between the mean and {exp(z * z / 2):.0f} times the mean"
+        )
+    sigma = z - sqrt(z * z - 2 * ratio)
+    return sqrt(exp(sigma * sigma) - 1)
+
+
+def imbalance(spread: float, samples_per_device: float, devices: int) -> float:
+    """Longest local batch over the mean one: what unequal lengths cost a data-parallel layer, on average.
+
+    Local sums of b lengths spread by spread / sqrt(b); the largest of n of them lies at Blom's score of n normals.
+    """
+    if devices < 2 or not spread:
+        return 1.0
+    score = NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+    return 1.0 + spread / sqrt(samples_per_device) * score
+
+
+def tail(spread: float, samples_per_device: float) -> float:
+    """99th percentile of a local batch's length over its mean: what memory must hold."""
+    return 1.0 + NormalDist().inv_cdf(0.99) * spread / sqrt(samples_per_device)
