@@ -7,12 +7,10 @@ published tables, so their composition lives here.
 from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster, Device
-from spindle.planner.cost_layout import sharded_s, tensor_parallel_s
+from spindle.planner.cost_layout import sharded_s, tensor_parallel_s, update_s
 from spindle.planner.cost_links import collective_s
 from spindle.planner.cost_roofline import OperatorTime, Work, time_operator
 from spindle.specblocks import Block, Transformer, transformer_block
-
-UPDATE_BYTES = 28.0  # AdamW, mixed precision: reads gradient, master copy, two moments; writes all but the gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +79,6 @@ def head_time(model: Model, device: Device, samples: float) -> OperatorTime:
     """Vocabulary projection and loss."""
     work = Work(matmuls=((samples * model.tokens, model.vocab, model.hidden),))
     return time_operator(work, device, data_parallel=1)
-
-
-def update_s(parameters: float, device: Device) -> float:
-    """Optimiser step over so many parameters of one device."""
-    return parameters * UPDATE_BYTES / device.memory_bytes_per_s
 
 
 def sharded_step_s(

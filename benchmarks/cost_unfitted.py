@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from cost_layouts import Constants
-from cost_llm import Layout, Model, block_work, pipelined_step_s, update_s
+from cost_llm import Layout, Model, block_work, pipelined_step_s
 from cost_sections import Section, both
 from cost_tables import Figure, Row, errors, read_table
 
@@ -11,7 +11,7 @@ from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.planner.cost import price
-from spindle.planner.cost_layout import overlapped_s, sharded_s, tensor_parallel_s
+from spindle.planner.cost_layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
 from spindle.planner.cost_links import collective_s, spread_over_nodes
 from spindle.planner.cost_roofline import Work, time_operator
 from spindle.pricing import Pricing

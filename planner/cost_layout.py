@@ -5,13 +5,16 @@
 - Sharded parameters (ZeRO stage 3, FSDP): all-gather before forward, all-gather and reduce-scatter in backward, beside
   the computation of the layer before. Both slow each other down: each second of communication that runs beside
   computation costs `overlap_cost` seconds (1: nothing is gained by overlap).
+- The optimiser step is bound by memory: it reads gradient, master copy and states and writes all but the gradient.
 """
 
 from collections.abc import Sequence
 
-from spindle.cluster import Cluster
+from spindle.cluster import Cluster, Device
 from spindle.planner.cost_links import collective_s, spread_over_nodes
+from spindle.planner.cost_memory import STATES
 from spindle.planner.cost_roofline import OperatorTime
+from spindle.pricing import Optimizer
 
 TENSOR_PARALLEL_COST = 1.9
 """Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at one
@@ -40,3 +43,11 @@ def sharded_s(
         overlapped_s(time.forward_s, gather, cluster),
         overlapped_s(time.backward_s, scatter + (gather if regather else 0.0), cluster),
     )
+
+
+def update_s(parameters: float, device: Device, optimizer: Optimizer = "adamw", *, width: int = 2) -> float:
+    """Seconds of the optimiser step over so many trained parameters of `width` bytes on one device."""
+    state = max(width, 4)
+    master = 2 * state if width < 4 else 0  # read and written
+    moved = width + master + 2 * STATES[optimizer] * state + width  # the parameter itself is written at last
+    return parameters * (moved + (width if width >= 4 else 0)) / device.memory_bytes_per_s

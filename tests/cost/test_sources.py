@@ -1,0 +1,86 @@
+"""Where costs come from, and the error bar of a makespan."""
+
+from dataclasses import replace
+
+import pytest
+
+from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
+from spindle.metagraph import MetaGraph
+from spindle.plan import Slice, without_operators
+from spindle.planner.cost import price
+from spindle.planner.cost_sources import (
+    INTERPOLATED_ERROR,
+    MEASURED_ERROR,
+    PREDICTED_ERROR,
+    SCALED_ERROR,
+    cost_sources,
+    leave_one_out_error,
+    makespan_error,
+)
+from spindle.profile import Profile, ProfileEntry
+from spindle.spec import build_graph
+from spindle.specfile import parse_workload
+
+SPEC = """
+format: spindle.workload
+version: 1
+name: text
+components:
+  text: {layers: 2, hidden: 64, heads: 2, tokens: 16}
+tasks:
+  t: {batch_size: 8, flow: [text]}
+"""
+CLUSTER = parse_cluster("1x8:a100-80g")
+
+
+@pytest.fixture(scope="module")
+def graph() -> MetaGraph:
+    return contract(build_graph(parse_workload(SPEC)))
+
+
+def profile(graph: MetaGraph, *counts: int) -> Profile:
+    kind = graph["t.text"].operators[0].kind
+    return Profile("x", entries=tuple(_entry(kind, n, 1.0 / n) for n in counts))
+
+
+def _entry(kind: str, count: int, total_s: float) -> ProfileEntry:
+    return ProfileEntry(kind=kind, num_devices=count, forward_s=total_s / 4, backward_s=total_s * 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "source", "error"),
+    [
+        ((), "predicted", PREDICTED_ERROR),
+        ((1, 2, 4, 8), "measured", MEASURED_ERROR),
+        ((1, 8), "interpolated", INTERPOLATED_ERROR),  # two points say nothing of their own error
+        ((1, 4, 8), "interpolated", MEASURED_ERROR),  # exact hyperbola: never better than measuring
+        ((2, 4), "scaled", SCALED_ERROR),
+    ],
+)
+def test_sources(graph: MetaGraph, counts: tuple[int, ...], source: str, error: float) -> None:
+    measured = profile(graph, *counts)
+    found = cost_sources(price(graph, CLUSTER, measured), measured)[0]
+    assert found.source == source
+    assert found.error == pytest.approx(error)
+    assert found.timed == counts
+    assert f"t.text: {source}" in str(found)
+
+
+def test_times_from_a_file_are_given(graph: MetaGraph) -> None:
+    assert cost_sources(without_operators(price(graph, CLUSTER)))[0].source == "given"
+
+
+def test_leave_one_out() -> None:
+    """A point twice as high as its neighbours' hyperbola says is missed by half."""
+    entries = {n: _entry("k", n, t) for n, t in ((1, 1.0), (2, 1.0), (4, 0.25))}
+    assert leave_one_out_error(entries) == pytest.approx(0.5)
+
+
+def test_error_bar_is_weighted_by_device_time(graph: MetaGraph) -> None:
+    measured = cost_sources(price(graph, CLUSTER, profile(graph, 1, 2, 4, 8)), profile(graph, 1, 2, 4, 8))[0]
+    predicted = replace(measured, metaop="other", source="predicted", error=0.3)
+    one = Slice(metaop="t.text", first_layer=0, num_layers=1, devices=(0, 1, 2), start_s=0.0, end_s=1.0)
+    two = Slice(metaop="other", first_layer=0, num_layers=1, devices=(3,), start_s=0.0, end_s=1.0)
+    assert makespan_error([one, two], [measured, predicted]) == pytest.approx((3 * 0.05 + 0.3) / 4)
+    assert makespan_error([], []) == 0.0
