@@ -379,7 +379,7 @@ def _peaks(case: _PricedCase) -> list[float]:
     for metaop in case.metagraph:
         if metaop.parameters:
             smallest = min((b / metaop.layers for _, b in metaop.memory_bytes), default=0.0)
-            saved = min(smallest, 2 * metaop.layer_param_bytes)
+            saved = min(smallest, metaop.layer_state_bytes or 2 * metaop.layer_param_bytes)
             twice[metaop.parameters] = min(saved, twice.get(metaop.parameters, saved))
     peaks = [0.0] * case.plan.num_devices
     copies: dict[tuple[int, str, int], int] = defaultdict(int)

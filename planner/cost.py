@@ -8,7 +8,7 @@
   that the analytic model predicts. Kinds that were not measured are predicted (`spindle.planner.cost_roofline`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
-  trainable bytes of a layer.
+  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
 - Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
 """
@@ -22,7 +22,7 @@ from spindle.errors import InfeasibleError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.planner.cost_layout import tensor_parallel_s
-from spindle.planner.cost_memory import chain_bytes
+from spindle.planner.cost_memory import chain_bytes, shared_bytes
 from spindle.planner.cost_roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
@@ -87,6 +87,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
             }
         ),
         layer_param_bytes=trainable / len(operators),
+        layer_state_bytes=shared_bytes(operators, pricing, data_parallel=max(replicas.values())) / len(operators),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
     )

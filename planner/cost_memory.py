@@ -34,6 +34,12 @@ def chain_bytes(
     return (fixed + sharded) / tensor_parallel + longest * (kept / tensor_parallel + boundary) / data_parallel
 
 
+def shared_bytes(operators: Sequence[Operator], pricing: Pricing, *, data_parallel: int) -> float:
+    """Bytes that a second task with the same parameters need not hold: parameters, gradients and optimiser states."""
+    fixed, sharded = state_bytes(operators, pricing)
+    return fixed + (sharded / data_parallel if pricing.shard_optimizer else sharded)
+
+
 def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float, float]:
     """(bytes of parameters and gradients, bytes of master copies and optimiser states), each parameter once."""
     fixed = spread = 0.0

@@ -15,8 +15,8 @@ from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
 
 STATE_COPIES = 2.0
-"""Bytes of a layer's state in units of layer_param_bytes: weight and gradient, which every optimiser needs. Adam keeps
-more, but the MetaGraph does not say which it is, so what sharing saves is rather under-estimated."""
+"""Bytes of a layer's state in units of layer_param_bytes where layer_state_bytes is not given: weight and gradient, which
+every optimiser needs, so that what sharing saves is rather under-estimated."""
 
 
 def layer_memory_bytes(metaop: MetaOp, count: int) -> float:
@@ -37,7 +37,7 @@ def saved_bytes(metagraph: MetaGraph) -> dict[str, float]:
     for metaop in metagraph:
         if metaop.parameters:
             own = min((b / metaop.layers for _, b in metaop.memory_bytes), default=0.0)
-            least = min(own, STATE_COPIES * metaop.layer_param_bytes)
+            least = min(own, metaop.layer_state_bytes or STATE_COPIES * metaop.layer_param_bytes)
             saved[metaop.parameters] = min(least, saved.get(metaop.parameters, least))
     return saved
 

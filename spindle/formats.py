@@ -54,6 +54,7 @@ class _MetaOpModel(StrictModel):
     layer_time_s: CountTable
     memory_bytes: CountTable = {}
     layer_param_bytes: float = 0.0
+    layer_state_bytes: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3

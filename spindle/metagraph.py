@@ -36,7 +36,9 @@ class MetaOp:
 
     layer_time_s          (n, seconds): forward and backward of one layer on n devices; its counts are the valid ones
     memory_bytes          (n, bytes): per device, for the whole chain on n devices
-    layer_param_bytes     parameters of one layer
+    layer_param_bytes     parameters of one layer whose gradients are reduced
+    layer_state_bytes     what MetaOps with the same parameters hold once on a device: parameters, gradients and optimiser
+                          states of one layer; 0: not known
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
     forward_fraction      share of layer_time_s that is forward
@@ -50,6 +52,7 @@ class MetaOp:
     layer_time_s: Points = ()
     memory_bytes: Points = ()
     layer_param_bytes: float = 0.0
+    layer_state_bytes: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
@@ -66,7 +69,7 @@ class MetaOp:
             raise GraphError(
                 f"MetaOp {self.name!r}: forward_fraction is {self.forward_fraction!r}; it must be between 0 and 1"
             )
-        for label in ("layer_param_bytes", "output_bytes"):
+        for label in ("layer_param_bytes", "layer_state_bytes", "output_bytes"):
             if not 0 <= getattr(self, label) < math.inf:
                 raise GraphError(f"MetaOp {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
         self._check_points("layer_time_s", self.layer_time_s, least=0.0)

@@ -1,0 +1,75 @@
+"""Memory choices: the first that fits is taken; shared layers stand in memory once."""
+
+from dataclasses import replace
+
+import pytest
+
+from spindle.cluster import Cluster
+from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
+from spindle.errors import InfeasibleError
+from spindle.formats import dumps, loads
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan, without_operators
+from spindle.planner.cost import price
+from spindle.planner.cost_choice import solve_fitting
+from spindle.planner.solve import solve
+from spindle.pricing import Pricing
+from spindle.spec import build_graph
+from spindle.specfile import parse_workload
+
+SPEC = """
+format: spindle.workload
+version: 1
+name: text
+components:
+  text: {layers: 6, hidden: 512, heads: 8, tokens: 128}
+tasks:
+  t: {batch_size: 64, flow: [text]}
+  again: {batch_size: 64, flow: [text]}
+"""
+CLUSTER = parse_cluster("1x4:a100-80g")
+
+
+@pytest.fixture(scope="module")
+def metagraph() -> MetaGraph:
+    return contract(build_graph(parse_workload(SPEC)))
+
+
+def plan(metagraph: MetaGraph, cluster: Cluster) -> Plan:
+    return solve(metagraph, cluster, method="paper")
+
+
+def with_memory(num_bytes: float) -> Cluster:
+    return replace(CLUSTER, device=replace(CLUSTER.device, memory_bytes=num_bytes))
+
+
+def peak(metagraph: MetaGraph, pricing: Pricing) -> float:
+    return max(plan(price(metagraph, CLUSTER, pricing=pricing), CLUSTER).memory.peak_bytes_per_device)
+
+
+def test_the_first_choice_that_fits_is_taken(metagraph: MetaGraph) -> None:
+    plain, both = Pricing(), Pricing(shard_optimizer=True, recompute=True)
+    roomy = solve_fitting(metagraph, with_memory(2 * peak(metagraph, plain)), plan)
+    assert roomy[1] == plain
+    tight = solve_fitting(metagraph, with_memory(1.2 * peak(metagraph, both)), plan)
+    assert tight[1] != plain
+    assert tight[0].memory.fits
+    with pytest.raises(InfeasibleError):
+        solve_fitting(metagraph, with_memory(1e6), plan)
+
+
+def test_costs_from_a_file_offer_no_choice(metagraph: MetaGraph) -> None:
+    given = without_operators(price(metagraph, CLUSTER))
+    assert solve_fitting(given, CLUSTER, plan)[1] == Pricing()
+
+
+def test_shared_state_of_a_layer(metagraph: MetaGraph) -> None:
+    """Sixteen bytes a parameter with Adam in sixteen bits; divided states only where they are sharded."""
+    parameters = sum(p.num_bytes // 2 for p in metagraph["t.text"].operators[0].parameters)
+    priced = price(metagraph, CLUSTER)["t.text"]
+    assert priced.layer_state_bytes == pytest.approx(16 * parameters)
+    sharded = price(metagraph, CLUSTER, pricing=Pricing(shard_optimizer=True))["t.text"]
+    assert sharded.layer_state_bytes == pytest.approx((4 + 12 / 4) * parameters)
+    graph = without_operators(price(metagraph, CLUSTER))
+    assert loads(dumps(graph), MetaGraph) == graph
