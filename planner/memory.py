@@ -15,8 +15,8 @@ from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
 
 STATE_COPIES = 2.0
-"""Bytes of a layer's state in units of layer_param_bytes where layer_state_bytes is not given: weight and gradient, which
-every optimiser needs, so that what sharing saves is rather under-estimated."""
+"""Bytes of a layer's state in units of layer_param_bytes where layer_state_bytes is not given: weight and gradient,
+which every optimiser needs, so that what sharing saves is rather under-estimated."""
 
 
 def layer_memory_bytes(metaop: MetaOp, count: int) -> float:

@@ -37,8 +37,8 @@ class MetaOp:
     layer_time_s          (n, seconds): forward and backward of one layer on n devices; its counts are the valid ones
     memory_bytes          (n, bytes): per device, for the whole chain on n devices
     layer_param_bytes     parameters of one layer whose gradients are reduced
-    layer_state_bytes     what MetaOps with the same parameters hold once on a device: parameters, gradients and optimiser
-                          states of one layer; 0: not known
+    layer_state_bytes     what MetaOps with the same parameters hold once on a device: parameters, gradients and states
+                          of the optimiser, of one layer; 0: not known
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
     forward_fraction      share of layer_time_s that is forward
