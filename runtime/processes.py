@@ -7,6 +7,7 @@
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import traceback
@@ -38,7 +39,8 @@ class ProcessCrew:
             ours, theirs = context.Pipe()
             arguments = (theirs, cloudpickle.dumps(job), job.rank, len(jobs), self._store.port, timeout_s)
             child = context.Process(target=_child, args=arguments, daemon=True, name=f"spindle-rank{job.rank}")
-            child.start()
+            with _main_hidden():
+                child.start()
             theirs.close()
             self._pipes.append(ours)
             self._children.append(child)
@@ -102,6 +104,18 @@ class ProcessCrew:
             child.join(10.0)
         for pipe in self._pipes:
             pipe.close()
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Children would run the user's script again to have its `__main__`; jobs bring what they need of it by value."""
+    names = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: names.pop(name) for name in ("__file__", "__spec__") if name in names}
+    names["__spec__"] = None
+    try:
+        yield
+    finally:
+        names.update(hidden)
 
 
 def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: int, timeout_s: float) -> None:

@@ -5,9 +5,12 @@
 - The driver holds the rendezvous store, so that nothing outlives it: actors are its children, and end with it.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import cloudpickle
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -28,8 +31,10 @@ class _Rank:
         """Node of this actor, and its address."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def start(self, job: Job, num_ranks: int, host: str, port: int, timeout_s: float) -> None:
-        """Join the others and make the worker."""
+    def start(self, payload: bytes, paths: list[str], num_ranks: int, host: str, port: int, timeout_s: float) -> None:
+        """Join the others and make the worker. `paths`: where the driver finds modules that the job may name."""
+        sys.path += [path for path in paths if path not in sys.path]
+        job: Job = cloudpickle.loads(payload)
         store = join_store(host, port, timeout_s)
         transport = ProcessTransport(store, job.rank, num_ranks, timeout_s=timeout_s)
         self.worker = Worker(job, transport)
@@ -69,8 +74,10 @@ class RayCrew:
             self._actors = _in_node_order(actors)
             address = _address()
             self._store = serve_store(address)
+            here = [os.path.abspath(path) for path in sys.path]
+            common = (here, len(jobs), address, self._store.port, timeout_s)
             pairs = zip(self._actors, jobs, strict=True)
-            self._gather([a.start.remote(job, len(jobs), address, self._store.port, timeout_s) for a, job in pairs])
+            self._gather([actor.start.remote(cloudpickle.dumps(job), *common) for actor, job in pairs])
         except BaseException:
             self._kill(actors)
             self.close()

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from spindle.api import train as train
     from spindle.api import verify as verify
     from spindle.errors import SpindleError as SpindleError
+    from spindle.plan import Plan as Plan
+    from spindle.profile import Profile as Profile
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 _HOME_BY_NAME = {
+    "Plan": "spindle.plan",
+    "Profile": "spindle.profile",
     "SpindleError": "spindle.errors",
     "TrainResult": "spindle.api",
     "Workload": "spindle.workload",
@@ -30,6 +34,8 @@ _HOME_BY_NAME = {
 }
 
 __all__ = [
+    "Plan",
+    "Profile",
     "SpindleError",
     "TrainResult",
     "Workload",

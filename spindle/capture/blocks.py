@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from spindle.capture.signature import module_signature, structure_signature
+from spindle.capture.slots import filled, with_slots
 from spindle.errors import WorkloadError
 
 MIN_SUBMODULES = 4  # a list of plain Linear or Conv layers is not a list of blocks
@@ -70,29 +71,6 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where tensor number `index` stands among the arguments or results of a block."""
-
-    index: int
-
-
-def with_slots(structure: Any) -> tuple[Any, list[Tensor]]:
-    """A nested structure with Slots in place of its tensors, and the tensors."""
-    tensors: list[Tensor] = []
-
-    def slot(tensor: Tensor) -> Slot:
-        tensors.append(tensor)
-        return Slot(len(tensors) - 1)
-
-    return pytree.tree_map_only(Tensor, slot, structure), tensors
-
-
-def filled(structure: Any, tensors: Sequence[Tensor]) -> Any:
-    """A structure of `with_slots` with tensors put back."""
-    return pytree.tree_map_only(Slot, lambda slot: tensors[slot.index], structure)
-
-
 @dataclass(slots=True)
 class BlockCall:
     """One call of a block during export: its arguments and results, with Slots where tensors stand."""
@@ -102,17 +80,27 @@ class BlockCall:
     arguments: Any
     results: Any = None
 
-    def run(self, tensors: Sequence[Tensor], forward: Callable[..., Any]) -> list[Tensor]:
-        """Call `forward` with these tensors among the recorded constants; the tensors among its results."""
-        args, kwargs = filled(self.arguments, tensors)
-        self.results, outputs = with_slots(forward(*args, **kwargs))
-        return outputs
-
 
 @dataclass(slots=True)
 class _Session:
+    """Calls so far, the blocks' own forwards, and the results of calls that later ones may equal."""
+
     calls: list[BlockCall] = field(default_factory=list)
     forward_by_module: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    signature_by_module: dict[nn.Module, str] = field(default_factory=dict)
+    known: dict[str, tuple[Any, list[Tensor]]] = field(default_factory=dict)
+
+    def outputs(self, call: BlockCall, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Fake results of a call; a layer like one before, on inputs of the same shapes, is not run again."""
+        if call.module not in self.signature_by_module:
+            self.signature_by_module[call.module] = module_signature(call.module)
+        inputs = [f"{tuple(tensor.shape)}{tensor.dtype}{tensor.device}" for tensor in tensors]
+        key = "\n".join([self.signature_by_module[call.module], structure_signature(call.arguments), *inputs])
+        if key not in self.known:
+            args, kwargs = filled(call.arguments, tensors)
+            self.known[key] = with_slots(self.forward_by_module[call.module](*args, **kwargs))
+        call.results, outputs = self.known[key]
+        return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in outputs]
 
 
 _SESSION: ContextVar[_Session] = ContextVar("spindle_block_session")
@@ -127,9 +115,7 @@ def opaque_block(tensors: list[Tensor], call: int) -> list[Tensor]:
 @opaque_block.register_fake
 def _(tensors: list[Tensor], call: int) -> list[Tensor]:
     session = _SESSION.get()
-    record = session.calls[call]
-    results = record.run(tensors, session.forward_by_module[record.module])
-    return [torch.empty_like(result, memory_format=torch.contiguous_format) for result in results]
+    return session.outputs(session.calls[call], tensors)
 
 
 @contextlib.contextmanager

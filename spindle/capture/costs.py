@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from spindle.capture.blocks import BlockModule, Slot
+from spindle.capture.blocks import BlockModule
+from spindle.capture.signature import module_signature, structure_signature
 
 aten = torch.ops.aten
 
@@ -112,27 +112,7 @@ def _saved_bytes(saved: dict[int, int]) -> Any:
 
 def kind_of(label: str, module: nn.Module, rows: int, inputs: Sequence[ValueSpec]) -> str:
     """Operator kind: equal for operators that do the same work on the same shapes, in every process and session."""
-    parts = [label, str(rows), *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs)]
-    for path, child in module.named_modules():
-        parts.append(f"{path}:{type(child).__qualname__}:{_settings(child)}")
-        if isinstance(child, BlockModule):
-            parts.append(repr(pytree.tree_map(_plain, child.arguments)))
-    for name, value in _unique_state(module):
-        parts.append(f"{name}:{tuple(value.shape)}{value.dtype}{value.requires_grad}")
+    parts = [label, str(rows), *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs), module_signature(module)]
+    parts += [structure_signature(m.arguments) for m in module.modules() if isinstance(m, BlockModule)]
     parts.append(getattr(module, "code", ""))
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
-
-
-def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's own plain attributes (heads, windows, training mode), without those that only number it."""
-    return sorted(
-        (name, value)
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str)
-        and not any(word in name for word in ("idx", "index", "layer_id"))
-    )
-
-
-def _plain(argument: Any) -> Any:
-    plain = isinstance(argument, bool | int | float | str | Slot | None)
-    return argument if plain else type(argument).__qualname__

@@ -23,6 +23,7 @@ from spindle.capture.rows import (
     compare,
     disturbed,
     jittered,
+    one_thread,
 )
 from spindle.capture.tracing import TracedTask
 from spindle.errors import WorkloadError
@@ -92,11 +93,12 @@ class _Builder:
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
-        for group in self.partition.groups:
-            if group.is_block:
-                self._add_block(group)
-            else:
-                self._add_glue(group)
+        with one_thread():
+            for group in self.partition.groups:
+                if group.is_block:
+                    self._add_block(group)
+                else:
+                    self._add_glue(group)
         loss = self.traced.loss
         if loss not in self.specs or not self.specs[loss].needs_grad:
             raise WorkloadError(

@@ -7,7 +7,8 @@
 - Random functions are switched off meanwhile.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,17 @@ def _close(a: Tensor, b: Tensor) -> bool:
     a, b = torch.nan_to_num(a.double(), nan=7.0), torch.nan_to_num(b.double(), nan=7.0)
     scale = float(b.abs().max()) if b.numel() else 0.0
     return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The probe is so small that waking and parking threads would take longer than it does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def disturbed(batch: Batch, generator: torch.Generator) -> Batch:

@@ -1,0 +1,349 @@
+"""The command line. Each command parses, calls the room that does the work, and prints; it decides nothing itself.
+
+Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasible, 70 a bug of Spindle.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spindle.errors import FormatError, PlanError, SpindleError
+
+if TYPE_CHECKING:
+    from spindle.cluster import Cluster
+    from spindle.metagraph import MetaGraph
+    from spindle.plan import Plan
+
+BUG = 70
+
+
+class _Commands(click.Group):
+    """Lists commands in the order in which one uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="spindle")
+def cli() -> None:
+    """Plan and run multi-task, multi-modal PyTorch training in waves.
+
+    \b
+    spindle plan workload.yaml --cluster 4x8 -o plan.json     no GPU needed
+    spindle verify model.py:workload                          same gradients as one process?
+    spindle train model.py:workload --steps 100               on Ray
+    """
+
+
+_SOURCE = click.argument("source")
+_CLUSTER = click.option("--cluster", "-c", help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+_PROFILE = click.option("--profile", "-p", metavar="FILE", help="Measured times (spindle profile).")
+_LAUNCHER = click.option(
+    "--launcher",
+    type=click.Choice(["auto", "ray", "processes", "threads", "torchrun"]),
+    default="auto",
+    show_default=True,
+    help="What starts the workers.",
+)
+
+
+@cli.command()
+@_SOURCE
+@_CLUSTER
+@_PROFILE
+@click.option("--output", "-o", metavar="FILE", help="Write the plan.")
+@click.option("--method", default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ...")
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="Seconds to search.")
+@click.option("--aligned", is_flag=True, help="Strict waves: each starts when the one before has ended.")
+@click.option("--table", "with_table", is_flag=True, help="Print every slice.")
+@_JSON
+def plan(
+    source: str,
+    cluster: str | None,
+    profile: str | None,
+    output: str | None,
+    method: str,
+    time_limit_s: float | None,
+    aligned: bool,
+    with_table: bool,
+    as_json: bool,
+) -> None:
+    """Plan SOURCE: a spec (.yaml), a MetaGraph (.json) or file.py:workload. Needs no GPU.
+
+    \b
+    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
+    spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
+    """
+    from spindle.formats import dumps, write
+    from spindle.planner.render import render, table
+    from spindle.planner.solve import solve
+
+    where, priced = _priced(source, cluster, profile)
+    found = solve(priced, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+    if output:
+        write(found, output)
+    if as_json:
+        click.echo(dumps(found))
+        return
+    click.echo(render(found))
+    if with_table:
+        click.echo(f"\n{table(found)}")
+    if output:
+        click.echo(f"\nwritten to {output}")
+
+
+def _priced(source: str, cluster: str | None, profile: str | None) -> "tuple[Cluster, MetaGraph]":
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import read
+    from spindle.planner.cost import price
+    from spindle.profile import Profile
+    from spindle.source import is_python, load_metagraph
+
+    if cluster is None and not is_python(source):
+        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
+    where = parse_cluster(cluster or _this_machine())
+    measured = read(profile, Profile) if profile else None
+    return where, price(load_metagraph(source), where, measured)
+
+
+def _this_machine() -> str:
+    from spindle.api import devices_at_hand
+
+    return devices_at_hand()
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@click.option("--metagraph", "-g", metavar="FILE", help="Check against this MetaGraph instead of the plan's own.")
+@_JSON
+def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
+    """Recompute every rule of PLAN; exit 1 when one is broken.
+
+    \b
+    spindle check plan.json
+    """
+    from spindle.formats import read
+    from spindle.metagraph import MetaGraph
+    from spindle.planner.check import check_plan, picture
+
+    loaded = _read_plan(plan_file)
+    findings = check_plan(loaded, read(metagraph, MetaGraph) if metagraph else None)
+    if as_json:
+        click.echo(json.dumps({"ok": not findings, "findings": [str(finding) for finding in findings]}, indent=1))
+    elif not findings:
+        what = (
+            "rules and costs" if metagraph or loaded.metagraph else "rules (it carries no MetaGraph to check costs by)"
+        )
+        click.echo(f"{plan_file}: keeps all {what}; makespan {loaded.makespan_s:.6f} s, {len(loaded.slices)} slices")
+    else:
+        click.echo("\n".join(f"{plan_file}: {finding}" for finding in findings[:10]))
+        click.echo(picture(loaded, findings))
+    if findings:
+        sys.exit(PlanError.exit_code)
+
+
+def _read_plan(path: str) -> "Plan":
+    from spindle.formats import read
+    from spindle.plan import Plan
+
+    return read(path, Plan)
+
+
+@cli.command()
+@_SOURCE
+@click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all here.")
+@click.option("--output", "-o", metavar="FILE", required=True, help="Where to write the profile.")
+@_JSON
+def profile(source: str, num_devices: int | None, output: str, as_json: bool) -> None:
+    """Time the operators of SOURCE (file.py:workload) on this machine.
+
+    \b
+    spindle profile model.py:workload -o profile.json
+    spindle plan model.py:workload --profile profile.json
+    """
+    from spindle.api import make_profile
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import write
+    from spindle.source import load_workload
+
+    workload, _ = load_workload(source)
+    count = num_devices or parse_cluster(_this_machine()).num_devices
+    with _progress("profiling") as update:
+        measured = make_profile(workload, num_devices=count, progress=update)
+    write(measured, output)
+    kinds = len(measured.by_kind)
+    result = {"output": output, "kinds": kinds, "entries": len(measured.entries), "device": measured.device}
+    text = f"{len(measured.entries)} times of {kinds} operator kinds on {measured.device} written to {output}"
+    click.echo(json.dumps(result) if as_json else text)
+
+
+@cli.command()
+@_SOURCE
+@click.option("--plan", "plan_file", metavar="FILE", help="Verify this plan. Default: plan for --workers devices.")
+@click.option("--workers", "-n", type=click.IntRange(1), default=2, show_default=True, help="Devices to plan for.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--rtol", type=float, help="Default: 1e-4, or 1e-10 for float64 models.")
+@click.option("--atol", type=float, help="Default: 1e-5, or 1e-10 for float64 models.")
+@_LAUNCHER
+@_JSON
+def verify(
+    source: str,
+    plan_file: str | None,
+    workers: int,
+    steps: int,
+    rtol: float | None,
+    atol: float | None,
+    launcher: Any,
+    as_json: bool,
+) -> None:
+    """Compare a planned run of SOURCE with one process: losses, gradients, updates. Exit 1 when they differ.
+
+    \b
+    spindle verify model.py:workload --workers 4
+    """
+    from dataclasses import asdict
+
+    from spindle import api
+    from spindle.source import load_workload
+
+    workload, _ = load_workload(source)
+    report = api.verify(
+        workload,
+        _read_plan(plan_file) if plan_file else None,
+        num_workers=workers,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        launcher=launcher,
+    )
+    if as_json:
+        values = {"ok": report.ok, "max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
+        losses = {"losses": report.losses, "reference_losses": report.reference_losses}
+        click.echo(json.dumps(values | losses | {"rows": [asdict(row) for row in report.rows]}))
+    else:
+        click.echo(str(report))
+    if not report.ok:
+        sys.exit(1)
+
+
+@cli.command()
+@_SOURCE
+@click.option("--plan", "plan_file", metavar="FILE", help="Default: plan for the devices of this machine.")
+@click.option("--steps", type=click.IntRange(1), required=True)
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Of AdamW, unless the file has `optimizer`.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
+@_LAUNCHER
+@_JSON
+def train(
+    source: str,
+    plan_file: str | None,
+    steps: int,
+    lr: float,
+    seed: int,
+    trace_file: str | None,
+    launcher: Any,
+    as_json: bool,
+) -> None:
+    """Train SOURCE (file.py:workload) as planned.
+
+    A function `optimizer(parameters)` in the file makes the optimiser; without one it is AdamW.
+
+    \b
+    spindle train model.py:workload --plan plan.json --steps 100
+    torchrun --nproc-per-node 2 -m spindle train model.py:workload --steps 100
+    """
+    import functools
+
+    import torch
+
+    from spindle import api
+    from spindle.formats import write
+    from spindle.source import load_workload
+
+    workload, module = load_workload(source)
+    optimizer = getattr(module, "optimizer", None) or functools.partial(torch.optim.AdamW, lr=lr)
+    with _progress("training") as update:
+        result = api.train(
+            workload,
+            _read_plan(plan_file) if plan_file else None,
+            optimizer=optimizer,
+            steps=steps,
+            launcher=launcher,
+            seed=seed,
+            on_step=lambda step, losses: update(step, steps, _losses(losses)),
+        )
+    if trace_file:
+        write(result.trace, trace_file)
+    if as_json:
+        click.echo(json.dumps({"steps": steps, "step_s": result.step_s, "losses": result.losses}))
+    else:
+        click.echo(f"{steps} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
+        click.echo(f"first {_losses(result.losses[0])}\nlast  {_losses(result.losses[-1])}")
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return "  ".join(f"{task} {value:.4f}" for task, value in losses.items())
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar with the time left on a terminal; elsewhere a line every ten seconds. On stderr."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+        self.told_s = time.monotonic()
+
+    def __enter__(self) -> Callable[..., None]:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self.bar.start()
+            self.bar.add_task("", total=None)
+        return self.update
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        if self.bar is not None:
+            self.bar.update(0, completed=done, total=total, description=text)
+        elif time.monotonic() - self.told_s > 10.0:
+            self.told_s = time.monotonic()
+            click.echo(f"{self.title} {done}/{total}  {text}".rstrip(), err=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def main() -> None:
+    """Run the command line; errors become one to three lines on stderr and an exit code."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except SpindleError as error:
+        click.echo(f"spindle: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("spindle: interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("SPINDLE_DEBUG"):
+            raise
+        click.echo(
+            f"spindle: a bug of Spindle: {type(error).__name__}: {error}\n"
+            "Set SPINDLE_DEBUG=1 to see where, and please report it.",
+            err=True,
+        )
+        sys.exit(BUG)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,96 @@
+"""Sources: what a command line names (a spec, a MetaGraph, or a Python file and a name in it), loaded.
+
+Only a Python source imports torch, because the user's file does.
+"""
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from spindle.errors import FormatError, SpindleError, WorkloadError
+from spindle.metagraph import MetaGraph
+
+if TYPE_CHECKING:
+    from spindle.workload import Workload
+
+
+def load_metagraph(source: str) -> MetaGraph:
+    """The MetaGraph of any source; priced only when it is a MetaGraph file.
+
+    Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
+    """
+    if source.endswith((".yaml", ".yml")):
+        from spindle.contract import contract
+        from spindle.spec import build_graph
+        from spindle.specfile import read_workload
+
+        return contract(build_graph(read_workload(source)))
+    if source.endswith(".json"):
+        from spindle.formats import read
+
+        return read(source, MetaGraph)
+    from spindle.capture import capture
+    from spindle.contract import contract
+
+    return contract(capture(load_workload(source)[0]).graph)
+
+
+def is_python(source: str) -> bool:
+    """Whether a source names a workload in a Python file."""
+    return source.rpartition(":")[0].endswith(".py") or source.endswith(".py")
+
+
+def load_workload(source: str) -> "tuple[Workload, ModuleType]":
+    """The Workload that `file.py:name` names (`workload` when no name is given), and the file's module.
+
+    The name may stand for a Workload or for a function without arguments that returns one.
+    """
+    if not is_python(source):
+        raise FormatError(
+            f"source {source!r} is not a workload; give file.py:workload, a spec (.yaml) or a MetaGraph (.json)"
+        )
+    path, _, name = source.rpartition(":") if not source.endswith(".py") else (source, "", "")
+    module = _import(Path(path))
+    from spindle.workload import Workload
+
+    name = name or "workload"
+    value: Any = getattr(module, name, None)
+    if value is None:
+        known = [key for key, member in vars(module).items() if isinstance(member, Workload)]
+        raise WorkloadError(f"{path} has no {name!r}; it defines the workloads {', '.join(known) or '(none)'}")
+    workload = value() if callable(value) and not isinstance(value, Workload) else value
+    if not isinstance(workload, Workload):
+        raise WorkloadError(f"{source} is a {type(workload).__name__}; let it be a spindle.Workload or return one")
+    return workload, module
+
+
+def _import(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FormatError(f"{path}: cannot be read (no such file); check the path")
+    name = f"spindle_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look their module up by name
+    sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
+    try:
+        spec.loader.exec_module(module)
+    except SpindleError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        raise WorkloadError(f"{path}{line} raised {type(error).__name__}: {error}; mend the file") from error
+    _travel_by_value(module)
+    return module
+
+
+def _travel_by_value(module: ModuleType) -> None:
+    """Workers cannot import the user's file by our name for it, so what it defines is sent whole."""
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)
