@@ -17,7 +17,7 @@ from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import FormatError, InputError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.plan import Certificate, Memory, Plan, Slice, Wave, sorted_pairs
-from spindle.profile import Profile, ProfileEntry
+from spindle.profile import LinkEntry, LinkLevel, LinkOperation, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
 Value = MetaGraph | Plan | Profile | Trace
@@ -214,12 +214,21 @@ class _EntryModel(StrictModel):
     peak_bytes: float = 0.0
 
 
+class _LinkEntryModel(StrictModel):
+    operation: LinkOperation
+    level: LinkLevel
+    members: int
+    num_bytes: int
+    seconds: float
+
+
 class _ProfileModel(StrictModel):
     format: Literal["spindle.profile"] = "spindle.profile"
     version: Literal[1] = 1
     device: str
     versions: Annotated[dict[str, str], BeforeValidator(dict)] = {}
     entries: tuple[_EntryModel, ...]
+    links: tuple[_LinkEntryModel, ...] = ()
 
     @classmethod
     def of(cls, profile: Profile) -> "_ProfileModel":
@@ -227,7 +236,8 @@ class _ProfileModel(StrictModel):
 
     def value(self) -> Profile:
         entries = tuple(ProfileEntry(**dict(entry)) for entry in self.entries)
-        return Profile(self.device, tuple(sorted(self.versions.items())), entries)
+        links = tuple(LinkEntry(**dict(entry)) for entry in self.links)
+        return Profile(self.device, tuple(sorted(self.versions.items())), entries, links)
 
 
 class _SpanModel(StrictModel):

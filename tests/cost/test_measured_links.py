@@ -1,0 +1,80 @@
+"""Links from a profile: what was measured is found again, noise and switches included; profiles merge."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from spindle.cluster import Link
+from spindle.clusterfile import parse_cluster
+from spindle.errors import ProfileError
+from spindle.formats import dumps, loads
+from spindle.planner.cost_links import collective_s
+from spindle.planner.cost_measured import measured_links
+from spindle.profile import LinkEntry, Profile, ProfileEntry
+
+TRUE = parse_cluster("1x8:a100-80g")
+START = replace(TRUE, intra_node=Link(bytes_per_s=1e9, latency_s=1.0))
+
+
+def entry(members: int, num_bytes: int, seconds: float) -> LinkEntry:
+    return LinkEntry(operation="all_reduce", level="intra_node", members=members, num_bytes=num_bytes, seconds=seconds)
+
+
+def test_two_protocols_are_found_again() -> None:
+    """Times made by the shipped protocols with 2 % noise: the refitted link agrees within 6 % everywhere."""
+    noise = random.Random(0)
+    sizes = [2**power for power in range(20, 31)]
+    links = tuple(
+        entry(members, size, collective_s("all_reduce", size, TRUE, (members,)) * noise.uniform(0.98, 1.02))
+        for members in (2, 4, 8)
+        for size in sizes
+    )
+    found = measured_links(START, Profile("a100", links=links))
+    assert len(found.intra_node.protocols) == 2
+    for members in (2, 3, 4, 8):
+        for size in sizes:
+            again = collective_s("all_reduce", size, found, (members,))
+            assert again == pytest.approx(collective_s("all_reduce", size, TRUE, (members,)), rel=0.06)
+
+
+def test_one_line_needs_one_protocol() -> None:
+    links = tuple(entry(2, size, 1e-4 + size / 1e9) for size in (1000, 10**5, 10**6, 10**7, 10**8))
+    (protocol,) = measured_links(START, Profile("x", links=links)).intra_node.protocols
+    assert protocol.latency_s + protocol.hop_s == pytest.approx(1e-4)
+    assert protocol.bytes_per_s == pytest.approx(1e9)
+
+
+def test_transfers_give_rate_and_latency() -> None:
+    links = tuple(
+        LinkEntry(operation="transfer", level="inter_node", members=2, num_bytes=size, seconds=2e-5 + size / 5e9)
+        for size in (10**4, 10**6, 10**8)
+    )
+    found = measured_links(START, Profile("x", links=links))
+    assert found.inter_node.latency_s == pytest.approx(2e-5)
+    assert found.inter_node.bytes_per_s == pytest.approx(5e9)
+    assert found.intra_node == START.intra_node  # not measured
+
+
+def test_profiles_merge_and_round_trip() -> None:
+    """A second workload's profile adds what is new; of what both measured the later one counts."""
+
+    def operator(kind: str, seconds: float) -> ProfileEntry:
+        return ProfileEntry(kind=kind, num_devices=1, forward_s=seconds, backward_s=seconds)
+
+    first = Profile("x", (("torch", "1"),), (operator("a", 1.0), operator("b", 1.0)), (entry(2, 8, 1.0),))
+    second = Profile("x", (("torch", "2"),), (operator("b", 2.0), operator("c", 2.0)))
+    both = first.merge(second)
+    assert {(e.kind, e.forward_s) for e in both.entries} == {("a", 1.0), ("b", 2.0), ("c", 2.0)}
+    assert both.links == first.links
+    assert dict(both.versions) == {"torch": "2"}
+    assert loads(dumps(both), Profile) == both
+    with pytest.raises(ProfileError, match="do not merge"):
+        first.merge(Profile("y"))
+
+
+def test_bad_link_entries_are_refused() -> None:
+    with pytest.raises(ProfileError, match="at least two devices"):
+        entry(1, 8, 1.0)
+    with pytest.raises(ProfileError, match="nan"):
+        entry(2, 8, float("nan"))
