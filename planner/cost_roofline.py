@@ -76,11 +76,12 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -
     linear = 2.0 * used * elements * repeats
     scores = max(operator.forward_flops - linear, 0.0)
     lookup = not operator.forward_flops
-    trainable = [p for p in operator.parameters if p.trainable]
+    passes = _passes(operator, linear, scores)
+    trainable = [p for p in operator.parameters if p.trainable and passes]
     return Work(
         matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) * repeats if used else (),
         attention_flops=scores * (0.5 if "causal" in words else 1.0),
-        passes=_passes(operator, linear, scores),
+        passes=passes,
         recompute=recompute,
         moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
         update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
@@ -91,8 +92,8 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -
 def _passes(operator: Operator, linear: float, scores: float) -> float:
     """Repetitions of forward's products in backward, from the FLOPs counted for it."""
     if not operator.forward_flops:
-        learns = any(p.trainable for p in operator.parameters) or operator.activation_bytes > 0
-        return 2.0 if learns else 0.0
+        wanted = operator.activation_bytes > 0 or any(tensor.needs_grad for tensor in operator.outputs)
+        return 2.0 if wanted else 0.0
     if not linear:
         return operator.backward_flops / operator.forward_flops
     return max(operator.backward_flops - 2.0 * scores, 0.0) / linear

@@ -94,6 +94,17 @@ def test_frozen_layers_have_no_backward_and_no_gradients_to_reduce(cluster: Clus
     assert frozen.layer_param_bytes == 0.0
 
 
+def test_lookups_have_a_backward_only_where_a_gradient_comes_back(cluster: Cluster) -> None:
+    """The table's dense gradient is written whatever the local batch; a forward-only task writes none."""
+    wide = SPEC.replace("vocab: 100", "vocab: 100000")
+    trained = price(contract(build_graph(parse_workload(wide))), cluster)["pair.text.embed"]
+    teacher = wide.replace("loss: contrastive", "loss: contrastive, forward_only: true")
+    idle = price(contract(build_graph(parse_workload(teacher))), cluster)["pair.text.embed"]
+    assert idle.forward_fraction == 1.0
+    written = 2 * 100_000 * 128 * 2 / cluster.device.memory_bytes_per_s
+    assert trained.times[6] > written > idle.times[1]
+
+
 def test_memory_counts_what_a_step_holds(cluster: Cluster) -> None:
     """Sixteen-bit training with Adam: 2 + 2 + 12 bytes a parameter, sharded ones divided, activations by devices."""
     metagraph = contract(build_graph(parse_workload(SPEC)))
