@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from cost_layouts import Constants, predict_step_s, read_runs
 from cost_sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
-from cost_tables import halves, read_table
+from cost_tables import errors, halves, read_table
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from spindle.clusterfile import parse_cluster
@@ -57,26 +57,49 @@ STARTS = (
 )  # the fit has several minima; the best of these is taken
 
 
-def fit_protocols(points: Sequence[tuple[int, float, float]], *, hops: bool, in_network: bool) -> tuple[float, ...]:
-    """(latency, hop, rate) of two protocols from (members, bytes, seconds); without `hops` only one group size exists.
+Point = tuple[int, float, float]
+"""Members, bytes and seconds of an all-reduce."""
+
+
+def fit_protocols(points: Sequence[Point], *, hops: bool, in_network: bool) -> tuple[float, ...]:
+    """(latency us, hop us, GB/s) of two protocols; without `hops` only one group size exists.
 
     The second protocol reduces in the network when `in_network`: each member sends its bytes once.
     """
 
     def residuals(constants: Sequence[float]) -> list[float]:
-        logs = []
-        for members, size, time in points:
-            ring = 2 * (members - 1) / members
-            ways = []
-            for index in range(2):
-                latency, hop, rate = constants[3 * index : 3 * index + 3]
-                sent = 1.0 if in_network and index else ring
-                ways.append(latency * 1e-6 + (members - 1) * hop * 1e-6 * hops + sent * size / (rate * 1e9))
-            logs.append(float(np.log(min(ways) / time)))
-        return logs
+        ratios = protocol_ratios(points, constants, hops=hops, in_network=in_network)
+        return [float(np.log(ratio)) for ratio in ratios]
 
     found = [_fit(residuals, start) for start in STARTS]
     return min(found, key=lambda constants: sum(value * value for value in residuals(constants)))
+
+
+def protocol_ratios(
+    points: Sequence[Point], constants: Sequence[float], *, hops: bool, in_network: bool
+) -> list[float]:
+    """Predicted over measured seconds of each point."""
+    ratios = []
+    for members, size, time in points:
+        ring = 2 * (members - 1) / members
+        ways = []
+        for index in range(2):
+            latency, hop, rate = constants[3 * index : 3 * index + 3]
+            sent = 1.0 if in_network and index else ring
+            ways.append((latency + (members - 1) * hop * hops) * 1e-6 + sent * size / (rate * 1e9))
+        ratios.append(min(ways) / time)
+    return ratios
+
+
+def protocol_lines(name: str, points: Sequence[Point], *, hops: bool, in_network: bool) -> list[str]:
+    """The fitted constants, and errors of one half of the points when the other half is fitted."""
+    found = fit_protocols(points, hops=hops, in_network=in_network)
+    lines = [f"{name}: latency us, hop us, GB/s of two protocols {[round(value, 1) for value in found]}"]
+    for first in (0, 1):
+        fitted = fit_protocols(points[first::2], hops=hops, in_network=in_network)
+        held = protocol_ratios(points[1 - first :: 2], fitted, hops=hops, in_network=in_network)
+        lines.append(f"    half {first} fitted, the other: {errors((ratio, 1.0) for ratio in held)}")
+    return lines
 
 
 def fit_report() -> str:
@@ -100,10 +123,7 @@ def fit_report() -> str:
         ]
         for ranks in ("8", "32")
     }
-    for name, found in (
-        ("NVLink 3", fit_protocols(nvlink, hops=True, in_network=False)),
-        ("H200", fit_protocols(sweep["8"], hops=False, in_network=True)),
-        ("4 nodes (rates of 8 lanes)", fit_protocols(sweep["32"], hops=True, in_network=False)),
-    ):
-        lines.append(f"{name}: latency us, hop us, GB/s of two protocols {[round(value, 1) for value in found]}")
+    lines += protocol_lines("NVLink 3", nvlink, hops=True, in_network=False)
+    lines += protocol_lines("H200", sweep["8"], hops=False, in_network=True)
+    lines += protocol_lines("4 nodes (rates of 8 lanes)", sweep["32"], hops=True, in_network=False)
     return "\n".join(lines)

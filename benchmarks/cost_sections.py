@@ -58,7 +58,7 @@ def collectives() -> Section:
         *both("H200 sweep, all-reduce", errors(one_node), 0.05, 0.15, "4 constants, all rows given"),
         *both("NVLink, all-reduce of 2, 4, 8", errors(reduces), 0.05, 0.15, "6 constants for all three, all rows"),
         *both("NVLink, all-to-all of 2, 4, 8", exchange, 0.05, 0.15, f"{pieces} pieces, all rows"),
-        *both("4 nodes x 8, all-reduce", errors(four_nodes), None, None, "4 constants, all rows given"),
+        *both("4 nodes x 8, all-reduce", errors(four_nodes), None, None, "6 constants, all rows given"),
         *both("H200 and B200, groups of 4 to 8", errors(groups), None, None, "only the groups of 8 and rings"),
     )
     lines = (

@@ -48,12 +48,16 @@ def price(
     return MetaGraph(metaops, metagraph.flows)
 
 
-def valid_layouts(operators: Sequence[Operator], cluster: Cluster, tensor_parallel: int = 1) -> dict[int, list[int]]:
-    """Degrees of tensor parallelism by device count: dp = n / tp divides the batch, tp divides a node's devices."""
+def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pricing) -> dict[int, list[int]]:
+    """Degrees of tensor parallelism by device count: dp = n / tp divides the batch, tp divides a node's devices.
+
+    An operator that mixes samples runs on one device, whatever the least degree.
+    """
     batch = operators[0].batch_size
     splittable = all(operator.splittable for operator in operators)
     layouts: dict[int, list[int]] = {}
-    for tp in range(1, min(tensor_parallel, cluster.devices_per_node) + 1 if splittable else 2):
+    highest = min(pricing.tensor_parallel, cluster.devices_per_node)
+    for tp in range(pricing.min_tensor_parallel, highest + 1) if splittable else (1,):
         if cluster.devices_per_node % tp:
             continue
         for dp in range(1, min(batch, cluster.num_devices // tp) + 1 if splittable else 2):
@@ -64,7 +68,7 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, tensor_parall
 
 def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing) -> MetaOp:
     operators = metaop.operators
-    layouts = valid_layouts(operators, cluster, pricing.tensor_parallel)
+    layouts = valid_layouts(operators, cluster, pricing)
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
@@ -76,6 +80,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
     replicas = {n: n // tp for n, tp in degrees.items()}
     waits = {n: imbalance(spread, batch / dp, dp) for n, dp in replicas.items()}
     longest = {n: tail(spread, batch / dp) for n, dp in replicas.items()}
+    shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
     trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
     return replace(
         metaop,
@@ -87,7 +92,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
             }
         ),
         layer_param_bytes=trainable / len(operators),
-        layer_state_bytes=shared_bytes(operators, pricing, data_parallel=max(replicas.values())) / len(operators),
+        layer_state_bytes=shared / len(operators) / max(degrees.values()),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
     )

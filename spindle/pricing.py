@@ -20,7 +20,8 @@ class Pricing:
     optimizer          decides the states kept for each trained parameter
     shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)
     recompute          a layer keeps its input only and runs forward again in backward
-    tensor_parallel    largest degree allowed; the runtime executes data parallelism, so 1
+    tensor_parallel, min_tensor_parallel   degrees allowed; the runtime executes data parallelism, so 1. A high least
+                       degree saves memory: each device then holds a share of every layer
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
 
@@ -28,11 +29,15 @@ class Pricing:
     shard_optimizer: bool = False
     recompute: bool = False
     tensor_parallel: int = 1
+    min_tensor_parallel: int = 1
     length_spread: tuple[tuple[str, str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise WorkloadError(f"tensor_parallel is {self.tensor_parallel}; it must be at least one")
+        if not 1 <= self.min_tensor_parallel <= self.tensor_parallel:
+            raise WorkloadError(
+                f"tensor_parallel goes from {self.min_tensor_parallel} to {self.tensor_parallel}; "
+                "give degrees of at least one, the least first"
+            )
         for task, component, spread in self.length_spread:
             if not 0 <= spread < float("inf"):
                 raise WorkloadError(f"{task}.{component}: length spread is {spread!r}; it must be zero or more")

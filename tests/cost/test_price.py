@@ -52,6 +52,16 @@ def test_tensor_parallel_adds_counts_inside_a_node(metagraph: MetaGraph, cluster
     assert all(priced["pair.image"].times[n] <= plain[n] for n in plain)
 
 
+def test_a_least_degree_saves_memory(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Every layer is then divided; what mixes samples still runs on one device."""
+    divided = price(metagraph, cluster, pricing=Pricing(tensor_parallel=4, min_tensor_parallel=4))
+    assert tuple(divided["pair.image"].times) == (4, 8)
+    assert tuple(divided["pair.loss"].times) == (1,)
+    whole = price(metagraph, cluster)["pair.image"]
+    assert divided["pair.image"].memory[4] < whole.memory[4]
+    assert divided["pair.image"].layer_state_bytes == pytest.approx(whole.layer_state_bytes / 4)
+
+
 def test_more_work_takes_longer(cluster: Cluster) -> None:
     small = contract(build_graph(parse_workload(SPEC.replace("batch_size: 12", "batch_size: 1200"))))
     large = contract(build_graph(parse_workload(SPEC.replace("batch_size: 12", "batch_size: 2400"))))

@@ -81,8 +81,10 @@ def test_unequal_lengths_cost_more_on_more_devices() -> None:
 
 
 def test_bad_pricing_is_refused() -> None:
-    with pytest.raises(WorkloadError, match="tensor_parallel is 0"):
+    with pytest.raises(WorkloadError, match="from 1 to 0"):
         Pricing(tensor_parallel=0)
+    with pytest.raises(WorkloadError, match="from 4 to 2"):
+        Pricing(tensor_parallel=2, min_tensor_parallel=4)
     with pytest.raises(WorkloadError, match="length spread is nan"):
         Pricing(length_spread=(("t", "text", float("nan")),))
 
