@@ -20,7 +20,7 @@ SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "given"]
 MEASURED_ERROR = 0.05  # medians of repeated runs against the same operator inside a step
 INTERPOLATED_ERROR = 0.10  # published curves, every second point left out: means of 2 to 6 %, largest 16 %
 SCALED_ERROR = 0.15
-PREDICTED_ERROR = 0.20  # tables nothing was fitted on: means of 11 to 20 %
+PREDICTED_ERROR = 0.20  # tables nothing was fitted on: means of 9 to 20 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
