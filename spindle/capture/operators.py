@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from spindle.capture import costs
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
@@ -16,9 +15,11 @@ from spindle.capture.extract import Extracted, Extractor, buffer_names, paramete
 from spindle.capture.naming import Namer
 from spindle.capture.partition import Group, Partition
 from spindle.capture.rows import (
+    FAILURES,
     PROBE_SAMPLES,
     Finding,
     Rows,
+    Tolerant,
     both,
     compare,
     disturbed,
@@ -36,7 +37,7 @@ class Memo:
     """What was found for an operator kind, so that equal layers are looked at once. Shared by all tasks."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
-    findings: dict[str, tuple[list[Finding], list[list[Tensor]]]] = field(default_factory=dict)
+    findings: dict[str, tuple[list[Finding], list[list[Any]]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,7 +88,7 @@ class _Builder:
         self.generator = generator
         self.specs: dict[fx.Node, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.rows: dict[fx.Node, Rows | None] = {}
-        self.probes: dict[fx.Node, list[Tensor]] = {}  # the same tensors on the probe, one a trial
+        self.probes: dict[fx.Node, list[Any]] = {}  # the same on the probe, one a trial; None where it cannot be had
         self.aux: dict[fx.Node, AuxCode] = {}
         self.specs_of_aux: dict[fx.Node, ValueSpec] = {}
         self.drafts: list[_Draft] = []
@@ -309,31 +310,38 @@ class _Builder:
 
     # -- the probe ------------------------------------------------------------------------------------------------
 
-    def _probe(self, code: Extracted) -> tuple[list[Finding], list[list[Tensor]]]:
+    def _probe(self, code: Extracted) -> tuple[list[Finding], list[list[Any]]]:
         """Findings for the results of `code`, and their values on the whole probe in each trial."""
-        state = jittered(code.module, self.generator)
+        interpreter = Tolerant(jittered(code.module, self.generator))
         findings: list[Finding] = []
-        values: list[list[Tensor]] = []
+        values: list[list[Any]] = []
         for trial, batch in enumerate(self.trials):
 
-            def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> Sequence[Any]:
+            def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> list[Any]:
                 arguments = self._probe_inputs(code, trial, batch, low, high)
                 with torch.no_grad(), WithoutDropout():
-                    outputs: Sequence[Any] = functional_call(code.module, dict(state), (high - low, *arguments))
-                return outputs
+                    return list(interpreter.run(high - low, *arguments))
 
-            found = compare(run, self.samples, known=len(code.results))
+            values.append(run(0, self.samples))
+            found = compare(values[-1], run, self.samples, known=len(code.results))
             findings = found if not findings else [both(*pair) for pair in zip(findings, found, strict=True)]
-            values.append(list(run(0, self.samples)))
         return findings, values
 
-    def _probe_inputs(self, code: Extracted, trial: int, batch: Batch, low: int, high: int) -> Iterator[Tensor]:
+    def _probe_inputs(self, code: Extracted, trial: int, batch: Batch, low: int, high: int) -> Iterator[Tensor | None]:
         for node, given in zip(code.arguments, code.inputs[1:], strict=True):
             if given.kind == "aux":
-                yield self._aux_code(node).value(batch, low, high, self.samples)
-            else:
-                value, rows = self.probes[node][trial], self.rows[node]
-                yield value.narrow(rows.dim, low * rows.count, (high - low) * rows.count) if rows else value
+                yield self._aux_probe(self._aux_code(node), batch, low, high)
+                continue
+            value, rows = self.probes[node][trial], self.rows[node]
+            if value is not None and rows is not None:
+                value = value.narrow(rows.dim, low * rows.count, (high - low) * rows.count)
+            yield value
+
+    def _aux_probe(self, code: AuxCode, batch: Batch, low: int, high: int) -> Tensor | None:
+        try:
+            return code.value(batch, low, high, self.samples)
+        except FAILURES:
+            return None
 
     # -- aux ------------------------------------------------------------------------------------------------------
 
@@ -345,14 +353,16 @@ class _Builder:
             self.aux[node] = self._classified(f"{self.task.name}/{name}", code.module, fields)
         return self.aux[node]
 
-    def _classified(self, name: str, module: nn.Module, fields: tuple[str, ...]) -> AuxCode:
+    def _classified(self, name: str, module: fx.GraphModule, fields: tuple[str, ...]) -> AuxCode:
+        interpreter = Tolerant(module)
+
         def run_on(batch: Batch) -> Finding:
             def run(low: int, high: int) -> Sequence[Any]:
-                value = module(high - low, *(batch[field][low:high] for field in fields))
-                return value if isinstance(value, tuple) else (value,)
+                found: Sequence[Any] = interpreter.run(high - low, *(batch[field][low:high] for field in fields))
+                return found
 
             with torch.no_grad():
-                return compare(run, self.samples, known=1)[0]
+                return compare(run(0, self.samples), run, self.samples, known=1)[0]
 
         finding = both(*(run_on(batch) for batch in self.trials))
         constant = finding.rows is None and finding.independent and not fields

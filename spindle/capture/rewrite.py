@@ -44,6 +44,8 @@ class SplitReductions(TorchFunctionMode):
     ) -> Any:
         """Replace the reductions named above; leave every other function alone."""
         kwargs = kwargs or {}
+        if func is Tensor.__len__:
+            return _length(args[0])
         if func in _CLASS_LOSSES:
             return self._class_loss(func, _bind(func, args, kwargs))
         if func in _ELEMENTWISE_LOSSES:
@@ -78,6 +80,14 @@ class SplitReductions(TorchFunctionMode):
         if values.ndim == 0 or not statically_known_true(operator.mod(values.shape[0], self.rows) == 0):
             return False
         return values.ndim > 1 or not statically_known_true(values.shape[0] == self.rows)
+
+
+def _length(values: Tensor) -> int:
+    """`len` must be a plain number. Taking it without telling the tracer keeps the batch size free elsewhere; code that
+    bakes the number in shows when it is run on parts of the batch, and is then kept whole.
+    """
+    size: RowCount = values.shape[0]
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _bind(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,16 +8,20 @@
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from spindle.workload import Batch
 
 PROBE_SAMPLES = 5
+FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError)
+"""What code raises that cannot run on the number of samples it is given."""
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
@@ -42,19 +46,17 @@ def split_sizes(samples: int) -> tuple[int, ...]:
     return (samples,) if samples < 2 else (samples // 2, samples - samples // 2)
 
 
-def compare(run: Callable[[int, int], Sequence[Any]], samples: int, *, known: int) -> list[Finding]:
-    """Findings for `known` values that `run(low, high)` computes from samples low..high-1.
+def compare(
+    whole: Sequence[Any], run: Callable[[int, int], Sequence[Any]], samples: int, *, known: int
+) -> list[Finding]:
+    """Findings for the first `known` values of `whole`, which `run(low, high)` computes from samples low..high-1.
 
-    A run on a part that raises leaves nothing independent.
+    A value that could not be computed is None, and nothing is found for it.
     """
-    whole = run(0, samples)
-    try:
-        parts, low = [], 0
-        for size in split_sizes(samples):
-            parts.append((size, run(low, low + size)))
-            low += size
-    except (RuntimeError, IndexError, ValueError, AssertionError):
-        return [Finding(_rows_by_shape(value, samples), False) for value in whole[:known]]
+    parts, low = [], 0
+    for size in split_sizes(samples):
+        parts.append((size, run(low, low + size)))
+        low += size
     return [
         _finding(value, [(size, values[index]) for size, values in parts], samples)
         for index, value in enumerate(whole[:known])
@@ -88,17 +90,11 @@ def _scales(whole: Tensor, parts: Sequence[tuple[int, Any]], dim: int, count: in
     return all(part.shape == (*whole.shape[:dim], size * count, *whole.shape[dim + 1 :]) for size, part in parts)
 
 
-def _rows_by_shape(value: Any, samples: int) -> Rows | None:
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == 0 or value.shape[0] % samples:
-        return None
-    return Rows(value.shape[0] // samples, 0)
-
-
 def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = _TOLERANCE.get(b.dtype, 2e-4)
-    a, b = torch.nan_to_num(a.double(), nan=7.0), torch.nan_to_num(b.double(), nan=7.0)
+    a, b = (torch.nan_to_num(value.detach().double(), nan=7.0) for value in (a, b))  # a parameter itself may come here
     scale = float(b.abs().max()) if b.numel() else 0.0
     return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
 
@@ -130,13 +126,37 @@ def _disturb(value: Tensor, generator: torch.Generator) -> Tensor:
     return value.flatten()[order].reshape(value.shape)
 
 
-def jittered(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Stand-ins for a module's parameters and buffers: real where they are, moved off zeros and ones."""
-    by_id: dict[int, Tensor] = {}
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype) * 0.02
-        by_id[id(parameter)] = noise if parameter.is_meta else parameter.detach().cpu() + noise
-    for buffer in module.buffers():
-        by_id[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: by_id[id(value)] for name, value in named}
+def jittered(module: fx.GraphModule, generator: torch.Generator) -> fx.GraphModule:
+    """A copy of a module on the CPU, its parameters moved off zeros and ones; those on the meta device made up."""
+    twin = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
+        twin = twin.to_empty(device="cpu")
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.detach().zero_()
+    twin = twin.to("cpu")
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
+    return twin
+
+
+class Tolerant(fx.Interpreter):
+    """Runs a graph node by node; what cannot be computed is None, and so is all that depends on it.
+
+    Code that has the batch size baked in fails on a probe of another size; the rest of its group is still looked at.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        """`module` returns a tuple."""
+        super().__init__(module, garbage_collect_values=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node, or None."""
+        if n.op == "output":
+            return tuple(self.env[source] for source in n.args[0])  # type: ignore[union-attr, index]
+        if any(self.env[source] is None for source in n.all_input_nodes):
+            return None
+        try:
+            return super().run_node(n)
+        except FAILURES:
+            return None

@@ -1,0 +1,193 @@
+"""Program text: a Program in, lines that people read and diff out, and back.
+
+spindle.program 1
+ranks 2
+loss image-text image-text/div weight 1.0
+tensor image-text/add float32 8,17,32 rows 1 dim 0 grad
+slice s0 image-text.vision.layers task image-text component vision wave 0 backward
+  operators image-text.vision.layers.0 image-text.vision.layers.1
+  ranks 0 1
+  bounds 0:4 4:8
+  inputs image-text/add
+  outputs image-text/getitem
+transfer s0>s1 from s0 to s1 forward
+  image-text/getitem 1 -> 0 samples 4:8
+bucket b0 float32 ranks 0 1
+  vision.encoder.layers.0.weight
+rank 0
+  LOAD image-text
+  FORWARD s0
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from spindle.errors import FormatError
+from spindle.graph import TensorSpec
+from spindle.runtime.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
+
+HEADER = "spindle.program 1"
+
+
+def dumps(program: Program) -> str:
+    """The program as text; `loads` gives an equal program back."""
+    return "\n".join(_lines(program)) + "\n"
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield HEADER
+    yield f"ranks {program.num_ranks}"
+    weights = dict(program.weights)
+    yield from (f"loss {task} {tensor} weight {weights[task]!r}" for task, tensor in program.losses)
+    for t in program.tensors:
+        shape = ",".join(map(str, t.shape)) or "scalar"
+        yield f"tensor {t.name} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{' grad' if t.needs_grad else ''}"
+    for run in program.slices:
+        backward = " backward" if run.backward else ""
+        yield f"slice {run.name} {run.metaop} task {run.task} component {run.component} wave {run.wave}{backward}"
+        yield _row("operators", run.operators)
+        yield _row("ranks", run.ranks)
+        yield _row("bounds", (f"{low}:{high}" for low, high in run.bounds))
+        yield _row("inputs", run.inputs)
+        yield _row("outputs", run.outputs)
+    for transfer in program.transfers:
+        direction = "backward" if transfer.backward else "forward"
+        yield f"transfer {transfer.name} from {transfer.source} to {transfer.target} {direction}"
+        yield from (f"  {m.tensor} {m.source} -> {m.target} samples {m.low}:{m.high}" for m in transfer.messages)
+    for bucket in program.buckets:
+        yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}"
+        yield from (f"  {name}" for name in bucket.parameters)
+    for rank, instructions in enumerate(program.instructions):
+        yield f"rank {rank}"
+        yield from (f"  {instruction}" for instruction in instructions)
+
+
+def _row(label: str, values: Any) -> str:
+    return f"  {label} {' '.join(map(str, values))}".rstrip()
+
+
+@dataclass
+class _Parsed:
+    num_ranks: int = 0
+    losses: list[tuple[str, str]] = field(default_factory=list)
+    weights: list[tuple[str, float]] = field(default_factory=list)
+    tensors: list[TensorSpec] = field(default_factory=list)
+    slices: list[SliceRun] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    instructions: list[tuple[Instruction, ...]] = field(default_factory=list)
+
+
+def loads(text: str, *, source: str = "text") -> Program:
+    """Parse `dumps`' text. Raises FormatError naming the line that cannot be read."""
+    lines = text.splitlines()
+    if not lines or lines[0] != HEADER:
+        raise FormatError(f"{source}: does not begin with {HEADER!r}; it is not a program of this version")
+    parsed = _Parsed()
+    for number, words, body in _blocks(lines[1:]):
+        parse = _PARSERS.get(words[0])
+        try:
+            if parse is None:
+                raise ValueError(f"unknown word {words[0]!r}")
+            parse(parsed, words[1:], body)
+        except (ValueError, IndexError, KeyError) as error:
+            raise FormatError(
+                f"{source}, line {number}: {' '.join(words)!r} cannot be read ({error}); mend it"
+            ) from None
+    return Program(
+        num_ranks=parsed.num_ranks,
+        tensors=tuple(parsed.tensors),
+        slices=tuple(parsed.slices),
+        transfers=tuple(parsed.transfers),
+        buckets=tuple(parsed.buckets),
+        losses=tuple(parsed.losses),
+        weights=tuple(parsed.weights),
+        instructions=tuple(parsed.instructions),
+    )
+
+
+def _blocks(lines: list[str]) -> Iterator[tuple[int, list[str], list[list[str]]]]:
+    """Each head line with its number and the indented lines that follow it, all as words."""
+    heads = [index for index, line in enumerate(lines) if line and not line.startswith(" ")]
+    for start, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+        yield start + 2, lines[start].split(), [line.split() for line in lines[start + 1 : end] if line.strip()]
+
+
+def _parse_ranks(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    parsed.num_ranks = int(words[0])
+
+
+def _parse_loss(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    task, tensor, _, weight = words
+    parsed.losses.append((task, tensor))
+    parsed.weights.append((task, float(weight)))
+
+
+def _parse_tensor(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, dtype, shape, _, rows, _, dim, *grad = words
+    sizes = () if shape == "scalar" else tuple(map(int, shape.split(",")))
+    spec = TensorSpec(
+        name=name, shape=sizes, dtype=dtype, rows=int(rows), row_dim=int(dim), needs_grad=grad == ["grad"]
+    )
+    parsed.tensors.append(spec)
+
+
+def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, metaop, _, task, _, component, _, wave, *backward = words
+    rows = {row[0]: row[1:] for row in body}
+    parsed.slices.append(
+        SliceRun(
+            name=name,
+            metaop=metaop,
+            task=task,
+            component=component,
+            wave=int(wave),
+            operators=tuple(rows["operators"]),
+            ranks=tuple(map(int, rows["ranks"])),
+            bounds=tuple(_pair(bound) for bound in rows["bounds"]),
+            inputs=tuple(rows["inputs"]),
+            outputs=tuple(rows["outputs"]),
+            backward=backward == ["backward"],
+        )
+    )
+
+
+def _parse_transfer(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, source, _, target, direction = words
+    messages = []
+    for tensor, sender, _, receiver, _, samples in body:
+        low, high = _pair(samples)
+        messages.append(Message(tensor=tensor, source=int(sender), target=int(receiver), low=low, high=high))
+    backward = {"forward": False, "backward": True}[direction]
+    parsed.transfers.append(
+        Transfer(name=name, source=source, target=target, backward=backward, messages=tuple(messages))
+    )
+
+
+def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, dtype, _, *ranks = words
+    parameters = tuple(parameter for (parameter,) in body)
+    parsed.buckets.append(Bucket(name=name, dtype=dtype, ranks=tuple(map(int, ranks)), parameters=parameters))
+
+
+def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    if int(words[0]) != len(parsed.instructions):
+        raise ValueError(f"ranks stand in order; here comes rank {len(parsed.instructions)}")
+    parsed.instructions.append(tuple(Instruction(Op(row[0]), row[1] if len(row) > 1 else "") for row in body))
+
+
+def _pair(text: str) -> tuple[int, int]:
+    low, high = text.split(":")
+    return int(low), int(high)
+
+
+_PARSERS: dict[str, Callable[[_Parsed, list[str], list[list[str]]], None]] = {
+    "ranks": _parse_ranks,
+    "loss": _parse_loss,
+    "tensor": _parse_tensor,
+    "slice": _parse_slice,
+    "transfer": _parse_transfer,
+    "bucket": _parse_bucket,
+    "rank": _parse_rank,
+}

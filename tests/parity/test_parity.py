@@ -1,0 +1,112 @@
+"""Parity: a planned run gives the losses, gradients and updates of one process, for every plan and number of ranks."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import spindle
+from spindle.runtime import parity
+from spindle.runtime.controller import launched, prepare
+from spindle.runtime.parity import ParityReport, Reference
+from spindle.runtime.program import Op, Program
+from spindle.workload import Workload
+from tests.random_plans import random_plan, widest_plan
+from tests.tiny_workloads import FAMILIES
+
+STEPS = 2
+
+
+@functools.cache
+def built(family: str, dtype: torch.dtype) -> tuple[Workload, Reference]:
+    """A workload with its reference run; capture and reference are made once."""
+    workload = FAMILIES[family](dtype)
+    return workload, parity.run_reference(workload, STEPS, optimizer=parity.default_optimizer)
+
+
+def report_of(
+    family: str, dtype: torch.dtype, program: Program | None = None, plan: spindle.Plan | None = None
+) -> ParityReport:
+    workload, reference = built(family, dtype)
+    assert plan is not None
+    prepared = prepare(workload, plan)
+    if program is not None:
+        prepared = replace(prepared, program=program)
+    with launched(prepared, optimizer=parity.default_optimizer, launcher="threads", timeout_s=30.0) as run:
+        losses, reports = run.steps(STEPS, keep_gradients=True, dropout=False)
+        state = run.state()
+    rtol, atol = parity.default_tolerances(prepared.captured.parameters)
+    final = {name: value for name, value in state.items() if name in reference.parameters}
+    return parity.compare(reference, losses, reports, final, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking plans takes minutes
+@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_random_plans_are_exact_in_float64(family: str, num_ranks: int, seed: int) -> None:
+    """Any valid plan on 1 to 4 ranks agrees with one process to 1e-10."""
+    workload, _ = built(family, torch.float64)
+    plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
+    report = report_of(family, torch.float64, plan=plan)
+    assert report.ok, str(report)
+    assert (report.rtol, report.atol) == (1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_planned_plans_are_exact(family: str, num_ranks: int, dtype: torch.dtype) -> None:
+    """What the planner plans agrees too, in both float types."""
+    workload, _ = built(family, dtype)
+    plan = spindle.make_plan(workload, f"1x{num_ranks}:cpu")
+    report = report_of(family, dtype, plan=plan)
+    assert report.ok, str(report)
+
+
+def test_a_reduction_left_out_is_found() -> None:
+    """Negative control: without one bucket's reduction the gradients are wrong, and the report says so."""
+    workload, _ = built("two_towers", torch.float64)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    program = prepare(workload, plan).program
+    bucket = next(b for b in program.buckets if len(b.ranks) == 2)
+    without = tuple(
+        tuple(i for i in instructions if not (i.op is Op.REDUCE and i.target == bucket.name))
+        for instructions in program.instructions
+    )
+    report = report_of("two_towers", torch.float64, program=replace(program, instructions=without), plan=plan)
+    assert not report.ok
+    wrong = {row.name.split(" ")[0] for row in report.rows if row.quantity == "gradient" and not row.ok}
+    assert wrong == set(bucket.parameters)
+
+
+def test_a_wrong_task_weight_is_found() -> None:
+    """Negative control: a loss counted at another weight changes gradients, not losses of the first step."""
+    workload, _ = built("two_towers", torch.float64)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    program = prepare(workload, plan).program
+    heavier = tuple((task, 1.001 * weight if task == "fit" else weight) for task, weight in program.weights)
+    report = report_of("two_towers", torch.float64, program=replace(program, weights=heavier), plan=plan)
+    assert not report.ok
+    assert all(row.ok for row in report.rows if row.quantity == "loss" and row.step == 0)
+
+
+def test_verify_leaves_the_modules_as_they_were() -> None:
+    """Verification trains copies, and gives the user's modules their values back."""
+    workload = FAMILIES["two_towers"](torch.float32)
+    before = {name: p.detach().clone() for name, p in workload.named_parameters()}
+    assert spindle.verify(workload, num_workers=2, launcher="threads").ok
+    assert all(torch.equal(before[name], p) for name, p in workload.named_parameters())
+    assert all(p.grad is None for _, p in workload.named_parameters())
+
+
+def test_report_names_the_worst_parameters() -> None:
+    """The text of a failed report says what differs, where and by how much."""
+    _, reference = built("two_towers", torch.float64)
+    shifted = {name: value + (name == "left.stem.bias") for name, value in reference.parameters.items()}
+    report = parity.compare(reference, reference.losses, [], shifted, rtol=1e-10, atol=1e-10)
+    assert not report.ok
+    assert "left.stem.bias" in str(report)
+    assert "DIFFERS" in str(report)
