@@ -1,0 +1,78 @@
+"""Timeline: a plan, its prediction and the trace of a run in; a page, a picture or a Chrome trace out.
+
+    page = render_page(plan, predicted=simulate(plan), measured=trace, title="clip on 8 devices")
+
+Data flows table -> index -> rows (items) -> accounts, waves, memory -> data -> page, and rows -> svg, chrome.
+"""
+
+from spindle.errors import InputError
+from spindle.plan import Plan
+from spindle.timeline.chrome import chrome_trace
+from spindle.timeline.data import page_data
+from spindle.timeline.items import View
+from spindle.timeline.memory import memory_model
+from spindle.timeline.page import page
+from spindle.timeline.rows import plan_view, trace_view
+from spindle.timeline.svg import draw_svg
+from spindle.timeline.table import SliceTable, make_table
+from spindle.trace import Trace
+
+__all__ = ["chrome_trace", "render_page", "render_svg"]
+
+THRESHOLD = 0.2
+
+
+def render_page(
+    plan: Plan,
+    *,
+    predicted: Trace | None = None,
+    measured: Trace | None = None,
+    title: str = "",
+    threshold: float = THRESHOLD,
+) -> str:
+    """One HTML page that needs no network: planned and measured waves on one time axis, a row for each device.
+
+    Without traces it shows the plan's own slices. Waves that miss their prediction by more than `threshold` (0.2: 20 %)
+    are marked. Raises InputError for a trace without spans or of another number of devices.
+    """
+    table, views = _views(plan, predicted, measured)
+    _check_threshold(threshold)
+    memory = memory_model(plan)
+    data = page_data(plan, table, views, memory, threshold=threshold)
+    picture = draw_svg(plan, views, title="", threshold=threshold, standalone=False, memory=memory)
+    return page(plan, views, data, picture=picture, title=title)
+
+
+def render_svg(
+    plan: Plan,
+    *,
+    predicted: Trace | None = None,
+    measured: Trace | None = None,
+    title: str = "",
+    threshold: float = THRESHOLD,
+) -> str:
+    """A static picture of the same as SVG text, for papers. Errors as `render_page`."""
+    _, views = _views(plan, predicted, measured)
+    _check_threshold(threshold)
+    return draw_svg(plan, views, title=title, threshold=threshold, standalone=True)
+
+
+def _views(plan: Plan, predicted: Trace | None, measured: Trace | None) -> tuple[SliceTable, list[View]]:
+    for name, trace in (("predicted", predicted), ("measured", measured)):
+        if trace is not None and trace.num_ranks != plan.num_devices:
+            raise InputError(
+                f"the {name} trace has {trace.num_ranks} ranks but the plan {plan.num_devices} devices; "
+                "show a plan with a trace of its own run"
+            )
+    table = make_table(plan, predicted)
+    views = []
+    if predicted is not None:
+        views.append(trace_view(predicted, table, measured=False))
+    if measured is not None:
+        views.append(trace_view(measured, table, measured=True))
+    return table, views or [plan_view(plan, table)]
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < float("inf"):
+        raise InputError(f"threshold is {threshold!r}; give the share that a wave may miss, for instance 0.2")

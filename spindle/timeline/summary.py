@@ -1,0 +1,179 @@
+"""Summary: a plan and its views in, the top of the page and the table of usual ways out, as HTML."""
+
+from collections.abc import Sequence
+from html import escape
+
+from spindle.plan import Plan
+from spindle.timeline.accounts import Accounts, idle_share, total
+from spindle.timeline.items import CAUSE_TITLES, Cause, View
+from spindle.timeline.words import count, percent, seconds, size
+
+LEAST_GAIN = 1e-3  # below this share of the best usual way, waves are said to gain nothing
+BASELINE_TITLES = {
+    "sequential": "all devices, one MetaOp after another",
+    "task_split": "devices split by task",
+    "component_split": "tasks in turn, split by component",
+    "paper": "the paper's planner",
+}
+
+
+def subtitle(plan: Plan) -> str:
+    """What was planned on what, in one line."""
+    nodes = -(-plan.num_devices // plan.devices_per_node)
+    device = f" {plan.cluster.device.name}" if plan.cluster else ""
+    where = f"{count(plan.num_devices, 'device')} ({count(nodes, 'node')} of {plan.devices_per_node}{device})"
+    metaops = {s.metaop for s in plan.slices}
+    tasks = {plan.metagraph[name].task for name in metaops} if plan.metagraph else set()
+    what = f"{count(len(metaops), 'MetaOp')}" + (f" of {count(len(tasks), 'task')}" if tasks else "")
+    parts = [
+        f"{plan.method} plan",
+        where,
+        what,
+        f"{count(len(plan.waves), 'wave')}, {count(len(plan.slices), 'slice')}",
+    ]
+    if plan.planner_s:
+        parts.append(f"planned in {seconds(plan.planner_s)}")
+    return "<p>" + escape(" \u00b7 ".join(parts)) + "</p>"
+
+
+def tiles(plan: Plan, views: Sequence[View]) -> str:
+    """The numbers that matter."""
+    by_source = {view.source: view for view in views}
+    shown = [_step(plan, by_source), _makespan(plan), _gain(plan), _idle(plan, views), _memory(plan)]
+    cells = (
+        f'<div class="tile"><dt>{name}</dt><dd class="value">{escape(value)}</dd><dd class="note">{note}</dd></div>'
+        for name, value, note in filter(None, shown)
+    )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+Tile = tuple[str, str, str]
+"""Name, value, note (HTML)."""
+
+
+def _step(plan: Plan, views: dict[str, View]) -> Tile | None:
+    predicted = views.get("predicted")
+    predicted_s = predicted.shown.step_s if predicted else plan.step_s
+    measured = views.get("measured")
+    if measured is None:
+        if not predicted_s:
+            return None
+        return "Step, predicted", seconds(predicted_s), f"{seconds(plan.reduction_s)} of it gradient reduction"
+    lengths = [step.step_s for step in measured.steps]
+    notes = []
+    if predicted_s:
+        miss = measured.shown.step_s / predicted_s - 1
+        notes.append(f"predicted {seconds(predicted_s)} ({percent(miss, sign=True)})")
+    if len(lengths) > 1:
+        notes.append(f"median of {len(lengths)}: {seconds(min(lengths))} to {seconds(max(lengths))}")
+    return "Step, measured", seconds(measured.shown.step_s), "<br>".join(map(escape, notes))
+
+
+def _makespan(plan: Plan) -> Tile:
+    if not plan.lower_bound_s:
+        return "Makespan, planned", seconds(plan.makespan_s), "no bound is known"
+    note = f"at most {percent(plan.gap)} above the best possible: bound {seconds(plan.lower_bound_s)}"
+    return "Makespan, planned", seconds(plan.makespan_s), escape(note)
+
+
+def _gain(plan: Plan) -> Tile | None:
+    usual = usual_ways(plan)
+    best = min(((value, name) for name, value in usual if name != "paper"), default=None)
+    if best is None:
+        return None
+    own_s = _own_s(plan)
+    label = "faster" if own_s <= best[0] else "slower"
+    share = abs(1 - own_s / best[0])
+    note = f"than the best usual way, {best[1].replace('_', ' ')} ({seconds(best[0])})"
+    return "Gain" if own_s <= best[0] else "Loss", f"{percent(share)} {label}", escape(note)
+
+
+def _idle(plan: Plan, views: Sequence[View]) -> Tile:
+    last = views[-1]
+    share = idle_share(total(last.shown))
+    note = "of device time in the measured step" if last.source == "measured" else "of device time"
+    if last.source == "measured" and len(views) > 1:
+        note += f"; predicted {percent(idle_share(total(views[0].shown)))}"
+    return "Idle", percent(share), escape(note)
+
+
+def _memory(plan: Plan) -> Tile | None:
+    peaks = plan.memory.peak_bytes_per_device
+    if not peaks or not max(peaks):
+        return None
+    worst = max(range(len(peaks)), key=peaks.__getitem__)
+    room = f"of {size(plan.cluster.device.memory_bytes)} " if plan.cluster else ""
+    fits = "" if plan.memory.fits else '<strong class="slow">does not fit</strong>; '
+    return "Memory, planned peak", size(peaks[worst]), f"{fits}{escape(f'{room}on device {worst}')}"
+
+
+def verdict(plan: Plan) -> str:
+    """A sentence when waves do not help."""
+    usual = [(value, name) for name, value in usual_ways(plan) if name != "paper"]
+    own_s = _own_s(plan)
+    if usual and own_s > min(usual)[0] * (1 + LEAST_GAIN):
+        text = f"This plan is slower than {min(usual)[1]}; method auto never is."
+        return f'<p class="verdict bad">{escape(text)}</p>'
+    if usual and own_s >= min(usual)[0] * (1 - LEAST_GAIN):
+        return f'<p class="verdict">{escape(f"Waves gain nothing here: {min(usual)[1]} is as fast.")}</p>'
+    return ""
+
+
+def accounts(views: Sequence[View]) -> str:
+    """Mean seconds of a device by cause, in the step of each view that is shown first."""
+    totals = [total(view.shown) for view in views]
+    head = "".join(f'<th class="number">{view.source}, {seconds(view.shown.step_s)}</th>' for view in views)
+    body = ""
+    for cause in Cause:
+        if any(cause in found for found in totals):
+            cells = "".join(_share(found, cause, view) for found, view in zip(totals, views, strict=True))
+            body += f"<tr><td>{CAUSE_TITLES[cause]}</td>{cells}</tr>"
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _share(found: Accounts, cause: Cause, view: View) -> str:
+    part_s, whole_s = found.get(cause, 0.0), sum(found.values())
+    share = percent(part_s / whole_s if whole_s else 0.0)
+    return f'<td class="number">{seconds(part_s / len(view.shown.rows))} ({share})</td>'
+
+
+def usual_ways(plan: Plan) -> tuple[tuple[str, float], ...]:
+    """Seconds of a step the usual ways, by name; of the makespan when steps are not predicted."""
+    return plan.baseline_steps_s if plan.step_s and plan.baseline_steps_s else plan.baselines_s
+
+
+def _own_s(plan: Plan) -> float:
+    return plan.step_s if plan.step_s and plan.baseline_steps_s else plan.makespan_s
+
+
+def baselines(plan: Plan) -> str:
+    """The usual ways as a card with bars; nothing when the plan carries none."""
+    usual = usual_ways(plan)
+    if not usual:
+        return ""
+    own_s = _own_s(plan)
+    longest_s = max(own_s, *(value for _, value in usual))
+    rows = sorted([(value, BASELINE_TITLES.get(name, name), "") for name, value in usual], reverse=True)
+    rows.append((own_s, "this plan", "own"))
+    body = "".join(_baseline_row(value, name, style, own_s, longest_s) for value, name, style in rows)
+    what = "step" if own_s == plan.step_s and plan.step_s else "makespan"
+    missing = [BASELINE_TITLES[name] for name in BASELINE_TITLES if name not in dict(usual)]
+    note = f'<p class="quiet">Does not fit in memory: {escape("; ".join(missing))}.</p>' if missing else ""
+    head = f'<tr><th></th><th></th><th class="number">{what}</th><th class="number">this plan is</th></tr>'
+    return (
+        '<section class="card"><h2>Against the usual ways, in the same cost model</h2>'
+        f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{note}</section>"
+    )
+
+
+def _baseline_row(value_s: float, name: str, style: str, own_s: float, longest_s: float) -> str:
+    gain = "" if style else f"{percent(1 - own_s / value_s)} shorter" if own_s <= value_s else ""
+    if not style and not gain:
+        gain = f"{percent(own_s / value_s - 1)} longer"
+    width = 110 * value_s / longest_s
+    inside = f'<rect width="{width:.1f}" height="8" rx="1.5"/>'
+    bar = f'<svg class="bar" width="110" height="8" aria-hidden="true">{inside}</svg>'
+    return (
+        f'<tr class="{style}"><td>{escape(name)}</td><td>{bar}</td><td class="number">{seconds(value_s)}</td>'
+        f'<td class="number">{gain}</td></tr>'
+    )

@@ -1,0 +1,55 @@
+"""Waves on the timeline: a step in, when each wave ran forward and backward and how that compares with the plan out.
+
+A wave's seconds are those of its longest slice on its slowest device: slices of one wave need not start together when
+measured, so first start to last end would blame the wave for what came before it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from spindle.timeline.items import COMPUTE_KINDS, Kind, StepView
+
+
+class WaveTime(NamedTuple):
+    """One wave in one direction.
+
+    start_s, end_s   from its first start to its last end
+    seconds          of its longest slice on the slowest device
+    planned_s        of its longest slice as planned; 0 when the plan says nothing
+    miss             seconds / planned_s - 1 when that is beyond the threshold, else 0
+    """
+
+    wave: int
+    kind: Kind
+    start_s: float
+    end_s: float
+    seconds: float
+    planned_s: float
+    miss: float
+
+
+def wave_times(view: StepView, *, threshold: float) -> tuple[WaveTime, ...]:
+    """Waves of a step in order of start, forward and backward apart; `threshold` 0.2 allows 20 % either way."""
+    found: dict[tuple[int, Kind], list[tuple[float, float, float]]] = {}
+    for row in view.rows:
+        for item in row:
+            if item.what.kind in COMPUTE_KINDS and item.what.wave >= 0:
+                times = (item.start_s, item.end_s, item.what.planned_s)
+                found.setdefault((item.what.wave, item.what.kind), []).append(times)
+    waves = (_wave_time(wave, kind, times, threshold) for (wave, kind), times in found.items())
+    return tuple(sorted(waves, key=lambda w: (w.start_s, w.wave)))
+
+
+def _wave_time(wave: int, kind: Kind, times: Sequence[tuple[float, float, float]], threshold: float) -> WaveTime:
+    seconds = max(end_s - start_s for start_s, end_s, _ in times)
+    planned_s = max(planned for _, _, planned in times)
+    miss = seconds / planned_s - 1 if planned_s > 0 else 0.0
+    return WaveTime(
+        wave=wave,
+        kind=kind,
+        start_s=min(start_s for start_s, _, _ in times),
+        end_s=max(end_s for _, end_s, _ in times),
+        seconds=seconds,
+        planned_s=planned_s,
+        miss=miss if abs(miss) > threshold else 0.0,
+    )
