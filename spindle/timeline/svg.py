@@ -119,7 +119,7 @@ def _panel(
     """A heading, the axis with the waves, a row for each group; and where the next panel starts."""
     step = view.shown
     waves = wave_times(step, threshold=threshold)
-    which = f", step {step.step} of {view.num_steps}" if view.num_steps > 1 else ""
+    which = f" in step {step.step}, the median of {view.num_steps}" if view.num_steps > 1 else ""
     grouped = "" if all(len(group) == 1 for group in groups) else "; rows show the first of their devices"
     heading = f"{TITLES[view.source]}: {seconds(step.step_s)}{which}{grouped}"
     parts = [_text(LEFT, y + 14, heading, weight="600")]
