@@ -47,6 +47,8 @@ def idle_share(accounts: Accounts) -> float:
 
 
 def _pieces(item: Item) -> list[_Piece]:
+    if not item.blocked_s:
+        return [(item.start_s, item.end_s, item.what.cause)] if item.end_s > item.start_s else []
     middle_s = min(item.start_s + item.blocked_s, item.end_s)
     both = ((item.start_s, middle_s, item.what.blocked_cause), (middle_s, item.end_s, item.what.cause))
     return [piece for piece in both if piece[1] > piece[0]]

@@ -16,7 +16,9 @@ from spindle.trace import Trace
 COMPUTE, COMMUNICATION = 0, 1
 _MICROSECONDS = 1e6
 _COMMUNICATION_KINDS = (Kind.ISSUE, Kind.WAIT, Kind.REDUCE)
-_NO_SLICES = SliceTable(slices=(), waves=(), feeders=(), forward_s=(), backward_s=(), receive_s=(), reduce_s={})
+_NO_SLICES = SliceTable(
+    slices=(), waves=(), feeders=(), forward_s=(), backward_s=(), receive_s=(), receive_bytes=(), reduce_s={}
+)
 
 
 def chrome_trace(trace: Trace, *, plan: Plan | None = None) -> dict[str, Json]:

@@ -37,13 +37,17 @@ function draw() {
     layout = makeLayout(state, $("chart").clientWidth);
     drawAxis($("axis"), state, layout);
     drawRows($("rows"), state, layout);
-    $("range").textContent = `${seconds(state.t0)} to ${seconds(state.t1)}`;
+    showRange();
   }
   if (dirty.rows || dirty.overlay) drawOverlay($("overlay"), state, layout);
   if ((dirty.rows || dirty.memory) && stepOf(state, layout.shown[0]).levels.length) curvesShown = drawMemory($("memory"), state, layout);
   if (dirty.rows) document.documentElement.dataset.drawMs = (performance.now() - started).toFixed(1);
   dirty = { rows: false, overlay: false, memory: false };
   document.documentElement.dataset.ready = "1";
+}
+
+function showRange() {
+  $("range").textContent = `${seconds(state.t0)} to ${seconds(state.t1)}`;
 }
 
 /** Show what went wrong, and the static picture instead of ours. */
@@ -246,6 +250,7 @@ function buildControls() {
   parts.push(element("span", { class: "buttons" }, "time ", button("\u2212", "zoom out (-)", () => zoom(1 / 0.6)), button("+", "zoom in (+)", () => zoom(0.6)), button("fit", "show the whole step (0)", fit)));
   parts.push(element("span", { class: "buttons" }, "height ", button("\u2212", "lower rows", () => zoomRows(1 / 1.4)), button("+", "higher rows", () => zoomRows(1.4))));
   controls.replaceChildren(...parts);
+  showRange();
   if (measured && measured.steps.length < measured.num_steps) $("left-out").textContent = `${measured.num_steps - measured.steps.length} of ${measured.num_steps} steps are left out to keep the page small.`;
 }
 
@@ -322,6 +327,17 @@ function showPinned() {
   showTip(describe(state, state.pinned), box.left + clamp(x, layout.left, layout.left + layout.plot), box.top + row.y + row.height);
 }
 
+function onHash() {
+  Object.assign(state, { show: data.views.length > 1 ? "both" : data.views[0].source, step: measured ? measured.first : 0, pinned: null });
+  readHash();
+  buildControls();
+  buildTables();
+  paintLegend();
+  dirty.rows = true;
+  draw();
+  showPinned();
+}
+
 function start() {
   document.documentElement.classList.add("js");
   readColors();
@@ -337,7 +353,7 @@ function start() {
   chart.addEventListener("wheel", guarded(onWheel), { passive: false });
   addEventListener("pointerup", guarded(onUp));
   addEventListener("keydown", (event) => event.key === "Escape" && unpin());
-  addEventListener("hashchange", guarded(() => { readHash(); set({}); showPinned(); }));
+  addEventListener("hashchange", guarded(onHash));
   new ResizeObserver(() => redraw("rows")).observe(chart);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", guarded(() => { readColors(); buildTables(); paintLegend(); redraw("rows"); }));
 }

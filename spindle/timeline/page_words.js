@@ -25,7 +25,14 @@ function describe(state, hit) {
   addWaits(add, what, row.blocked[hit.place], ticks);
   if (kind !== KIND.idle && kind !== KIND.wait) addIdleBefore(add, hit, row);
   const fill = what[WHAT.component] >= 0 && kind !== KIND.idle ? data.fills[what[WHAT.component]][0] : "";
-  return { title: kind === KIND.idle ? "idle" : data.strings[what[WHAT.name]], fill, note: `${VIEW_TITLES[hit.view.source].toLowerCase()}, device ${hit.device}`, lines };
+  return { title: titleOf(hit.view, what), fill, note: `${VIEW_TITLES[hit.view.source].toLowerCase()}, device ${hit.device}`, lines };
+}
+
+/** Measured names say what is done; predicted ones name the slice alone. */
+function titleOf(view, what) {
+  const kind = what[WHAT.kind], name = data.strings[what[WHAT.name]];
+  if (view.source === "measured" || kind === KIND.idle || kind === KIND.reduce || kind === KIND.work) return name;
+  return `${kind === KIND.wait ? "transfer for" : data.kinds[kind]} ${name}`;
 }
 
 function bytesOf(bytes, ticks, kind) {

@@ -129,12 +129,17 @@ class _Maker:
                 component=span.component,
                 metaop=span.metaop,
                 wave=span.wave,
-                num_bytes=span.num_bytes,
+                num_bytes=span.num_bytes or self.planned_bytes(kind, home),
                 slice=home,
                 planned_s=self.planned_s(kind, home, span),
                 why=why,
             )
         return self.whats[key]
+
+    def planned_bytes(self, kind: Kind, home: int) -> int:
+        """Bytes of a predicted transfer; predicted spans carry none."""
+        known = kind is Kind.WAIT and home >= 0 and not self.index.measured
+        return self.index.table.receive_bytes[home] if known else 0
 
     def planned_s(self, kind: Kind, home: int, span: Span) -> float:
         """Seconds that the plan gives a span; 0 when it says nothing."""

@@ -167,9 +167,9 @@ def baselines(plan: Plan) -> str:
 
 
 def _baseline_row(value_s: float, name: str, style: str, own_s: float, longest_s: float) -> str:
-    gain = "" if style else f"{percent(1 - own_s / value_s)} shorter" if own_s <= value_s else ""
-    if not style and not gain:
-        gain = f"{percent(own_s / value_s - 1)} longer"
+    share = own_s / value_s - 1
+    gain = f"{percent(abs(share))} {'longer' if share > 0 else 'shorter'}" if abs(share) >= LEAST_GAIN else "as long"
+    gain = "" if style else gain
     width = 110 * value_s / longest_s
     inside = f'<rect width="{width:.1f}" height="8" rx="1.5"/>'
     bar = f'<svg class="bar" width="110" height="8" aria-hidden="true">{inside}</svg>'

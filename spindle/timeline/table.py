@@ -6,7 +6,7 @@ MetaOp has two slices in one wave.
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from spindle.plan import Plan, Slice
@@ -20,6 +20,7 @@ class SliceTable:
 
     feeders      indexes of the slices whose output a slice reads
     forward_s, backward_s, receive_s   planned seconds by slice; 0 where the plan says nothing
+    receive_bytes  bytes that each device of a slice receives when its input lies elsewhere; 0 where the plan is silent
     reduce_s     planned seconds of a gradient reduction by its set of devices
     """
 
@@ -29,6 +30,7 @@ class SliceTable:
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     receive_s: tuple[float, ...]
+    receive_bytes: tuple[int, ...]
     reduce_s: dict[frozenset[int], float]
 
     @cached_property
@@ -61,14 +63,15 @@ def slice_name(s: Slice) -> str:
 
 def make_table(plan: Plan, predicted: Trace | None) -> SliceTable:
     """The slice table of a plan. Planned seconds are those of the predicted trace, else of the plan's MetaGraph."""
-    slices = plan.slices
+    slices, feeders = plan.slices, _feeders(plan)
     table = SliceTable(
         slices=slices,
         waves=tuple(plan.wave_of(s) for s in slices),
-        feeders=_feeders(plan),
+        feeders=feeders,
         forward_s=_own_s(plan, forward=True),
         backward_s=_own_s(plan, forward=False),
         receive_s=(0.0,) * len(slices),
+        receive_bytes=tuple(_receive_bytes(plan, index, sources) for index, sources in enumerate(feeders)),
         reduce_s={},
     )
     return _with_predictions(table, predicted) if predicted is not None else table
@@ -85,6 +88,19 @@ def _feeders(plan: Plan) -> tuple[tuple[int, ...], ...]:
         for index in indexes:
             found[index], sources = sources, (index,)
     return tuple(found)
+
+
+def _receive_bytes(plan: Plan, index: int, sources: Iterable[int]) -> int:
+    """A device's share of what a slice reads from slices on other sets of devices."""
+    if plan.metagraph is None:
+        return 0
+    target, num_bytes = plan.slices[index], 0.0
+    flows = {(flow.source, flow.target): plan.metagraph.flow_bytes(flow) for flow in plan.metagraph.flows}
+    for source in (plan.slices[i] for i in sources):
+        if source.devices != target.devices:
+            inside = plan.metagraph[source.metaop].output_bytes
+            num_bytes += flows.get((source.metaop, target.metaop), inside)
+    return round(num_bytes / len(target.devices))
 
 
 def _own_s(plan: Plan, *, forward: bool) -> tuple[float, ...]:
@@ -104,10 +120,8 @@ def _with_predictions(table: SliceTable, predicted: Trace) -> SliceTable:
         kind, index = kind_of(span.kind, span.name), table.slice_of(span)
         if kind in seconds and index >= 0:
             seconds[kind][index] = max(seconds[kind][index], span.end_s - span.start_s)
-    return SliceTable(
-        slices=table.slices,
-        waves=table.waves,
-        feeders=table.feeders,
+    return replace(
+        table,
         forward_s=tuple(seconds[Kind.FORWARD]),
         backward_s=tuple(seconds[Kind.BACKWARD]),
         receive_s=tuple(seconds[Kind.WAIT]),

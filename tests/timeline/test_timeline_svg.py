@@ -1,0 +1,90 @@
+"""The static picture: well-formed XML, all that can be seen in it, and few rows for many devices."""
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import pytest
+from timeline_samples import made_up_run, planned
+
+from spindle.plan import Plan, Slice, make_waves
+from spindle.timeline import render_svg
+from spindle.timeline.svg import MAX_ROWS, device_groups, nice_ticks
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(what: str, num_devices: int = 8, title: str = "") -> ElementTree.Element:
+    plan, predicted = planned(num_devices)
+    return ElementTree.fromstring(
+        render_svg(
+            plan,
+            predicted=predicted if what in ("both", "predicted") else None,
+            measured=made_up_run(plan, predicted) if what in ("both", "measured") else None,
+            title=title,
+        )
+    )
+
+
+def texts(svg: ElementTree.Element) -> list[str]:
+    return [element.text or "" for element in svg.iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("what", ["both", "predicted", "measured", "neither"])
+def test_it_is_a_file_of_its_own(what: str) -> None:
+    svg = drawn(what, title="Fig. 1 <a & b>")
+    assert svg.tag == f"{SVG}svg"
+    assert texts(svg)[0] == "Fig. 1 <a & b>"
+    assert {"vision", "text", "clip", "caption"} <= set(texts(svg))
+    headings = [text for text in texts(svg) if text.startswith(("Planned", "Measured", "Plan:"))]
+    assert len(headings) == (2 if what == "both" else 1)
+
+
+def test_nothing_leaves_the_picture() -> None:
+    """Every rectangle lies inside the view box and has a width."""
+    svg = drawn("both")
+    _, _, width, height = map(float, svg.attrib["viewBox"].split())
+    boxes = [e.attrib for e in svg.iter(f"{SVG}rect") if "x" in e.attrib]
+    assert len(boxes) > 100
+    for box in boxes:
+        x, y, wide, high = (float(box[name]) for name in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + wide <= width + 0.01
+        assert 0 <= y <= y + high <= height + 0.01
+
+
+def plan_of(num_devices: int, group: int) -> Plan:
+    """Groups of neighbouring devices, each with a slice of its own."""
+    slices = [
+        Slice(metaop=f"m{i}", first_layer=0, num_layers=1, devices=tuple(range(i, i + group)), start_s=0.0, end_s=1.0)
+        for i in range(0, num_devices, group)
+    ]
+    return Plan(num_devices=num_devices, devices_per_node=8, method="hand", waves=make_waves(slices), makespan_s=1.0)
+
+
+def test_few_devices_have_a_row_each() -> None:
+    assert device_groups(plan_of(MAX_ROWS, 8)) == [(device,) for device in range(MAX_ROWS)]
+
+
+def test_neighbours_that_do_the_same_share_a_row() -> None:
+    assert device_groups(plan_of(64, 16)) == [tuple(range(i, i + 16)) for i in (0, 16, 32, 48)]
+
+
+def test_rows_stay_few_when_all_devices_differ() -> None:
+    groups = device_groups(plan_of(256, 1))
+    assert len(groups) <= MAX_ROWS
+    assert [device for group in groups for device in group] == list(range(256))
+    assert "0-5" in texts(ElementTree.fromstring(render_svg(plan_of(256, 1))))
+
+
+@pytest.mark.parametrize(
+    ("length", "ticks"), [(1.0, [0, 0.1, 0.2]), (0.9e-3, [0, 1e-4, 2e-4]), (37.0, [0, 5, 10]), (0.0, [0])]
+)
+def test_axes_have_round_ticks(length: float, ticks: list[float]) -> None:
+    found = nice_ticks(length, 10)
+    assert found[:3] == pytest.approx(ticks)
+    assert len(found) <= 11
+
+
+def test_a_step_of_no_length_can_be_drawn() -> None:
+    plan = plan_of(2, 1)
+    slices = [replace(s, end_s=0.0) for s in plan.slices]
+    ElementTree.fromstring(render_svg(replace(plan, waves=make_waves(slices), makespan_s=0.0)))
