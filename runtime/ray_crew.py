@@ -12,6 +12,7 @@ from typing import Any
 
 import cloudpickle
 import ray
+from ray._private import ray_constants as constants
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -130,15 +131,24 @@ class RayCrew:
 
 def start_local_ray(num_workers: int) -> None:
     """A Ray of this machine alone, listening on loopback, without dashboard or usage reports."""
+    _stay_on_loopback()
     ray.init(
         num_cpus=num_workers,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200 * 2**20,
-        _node_ip_address="127.0.0.1",
         logging_level="error",
-        runtime_env={"env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}},
     )
+
+
+def _stay_on_loopback() -> None:
+    """Ray's own switch for machines that are no cluster; by default it listens on every interface.
+
+    Child processes read the variable; this process has read it already when it imported ray.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.setdefault(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0") == "0":
+        constants.ENABLE_RAY_CLUSTER = False
 
 
 def _address() -> str:

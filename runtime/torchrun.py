@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from spindle.errors import RunError
 from spindle.runtime.transport import ProcessTransport
-from spindle.runtime.worker import Job, Worker
+from spindle.runtime.worker import Job, Worker, separate
 
 
 def under_torchrun() -> bool:
@@ -28,7 +28,7 @@ class TorchrunCrew:
                 f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
                 f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
             )
-        self._worker = Worker(jobs[rank], ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
+        self._worker = Worker(separate(jobs[rank]), ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:

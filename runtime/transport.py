@@ -4,6 +4,10 @@
 - Groups are made once, by every rank, in one order. Whoever waits gives up after `timeout_s`.
 """
 
+import ipaddress
+import os
+import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,13 +28,22 @@ Wait = Callable[[], None]
 
 
 def serve_store(host: str) -> TCPStore:
-    """The store through which ranks find each other; it lives in the caller's process, for as long as it is held."""
-    return TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+    """The store through which ranks find each other, listening on `host` alone; it lives as long as it is held."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """A store served elsewhere."""
     return TCPStore(host, port, None, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def is_loopback(store: Store | None) -> bool:
+    """Whether a store is reached over loopback, so that its ranks are all on this machine."""
+    return isinstance(store, TCPStore) and ipaddress.ip_address(store.host).is_loopback
 
 
 class Transport(Protocol):
@@ -64,6 +77,8 @@ class ProcessTransport:
         if torch.cuda.is_available() and dist.is_nccl_available() and num_ranks <= torch.cuda.device_count():
             self.device, backend = torch.device("cuda", rank % torch.cuda.device_count()), "nccl"
             torch.cuda.set_device(self.device)
+        if is_loopback(store):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         self.timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=self.timeout)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(num_ranks)): dist.group.WORLD}

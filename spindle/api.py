@@ -10,6 +10,7 @@ from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
+from spindle.pricing import Pricing
 from spindle.profile import Profile
 from spindle.trace import Trace
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spindle.runtime.controller import Launcher
     from spindle.runtime.parity import ParityReport
     from spindle.runtime.worker import OptimizerFactory
+    from spindle.source import Source
     from spindle.workload import Workload
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -38,13 +40,37 @@ def make_plan(
     them; without it times are predicted from the architecture. Raises InfeasibleError when nothing fits.
     """
     from spindle.clusterfile import parse_cluster
-    from spindle.planner.cost import price
-    from spindle.planner.solve import solve
+    from spindle.source import Source
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     metagraph = workload if isinstance(workload, MetaGraph) else make_metagraph(workload)
-    priced = price(metagraph, where, _profile(profile))
-    return solve(priced, where, method=method, time_limit_s=time_limit_s)
+    source = Source(metagraph, Pricing(), executable=True)
+    return plan_source(source, where, _profile(profile), method=method, time_limit_s=time_limit_s)[0]
+
+
+def plan_source(
+    source: "Source",
+    cluster: Cluster,
+    profile: Profile | None = None,
+    *,
+    method: str = "auto",
+    time_limit_s: float | None = None,
+    aligned: bool = False,
+) -> tuple[Plan, Pricing]:
+    """The plan of a loaded source, and how it wants the workload trained so that it fits.
+
+    Sharded optimiser states and recompute are only chosen for a dry run: the runtime does not do them yet.
+    """
+    from spindle.planner.cost import price
+    from spindle.planner.cost_choice import solve_fitting
+    from spindle.planner.solve import solve
+
+    def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
+        return solve(metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+
+    if source.executable:
+        return solved(price(source.metagraph, cluster, profile, pricing=source.pricing), cluster), source.pricing
+    return solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:

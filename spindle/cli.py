@@ -15,9 +15,10 @@ import click
 from spindle.errors import FormatError, PlanError, SpindleError
 
 if TYPE_CHECKING:
-    from spindle.cluster import Cluster
-    from spindle.metagraph import MetaGraph
     from spindle.plan import Plan
+    from spindle.pricing import Pricing
+    from spindle.profile import Profile
+    from spindle.source import Source
 
 BUG = 70
 
@@ -81,36 +82,57 @@ def plan(
     spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
     """
-    from spindle.formats import dumps, write
+    from spindle.api import plan_source
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import dumps, read, write
     from spindle.planner.render import render, table
-    from spindle.planner.solve import solve
+    from spindle.profile import Profile
+    from spindle.source import is_python, load_source
 
-    where, priced = _priced(source, cluster, profile)
-    found = solve(priced, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+    if cluster is None and not is_python(source):
+        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
+    where = parse_cluster(cluster or _this_machine())
+    measured = read(profile, Profile) if profile else None
+    loaded = load_source(source)
+    found, pricing = plan_source(loaded, where, measured, method=method, time_limit_s=time_limit_s, aligned=aligned)
     if output:
         write(found, output)
     if as_json:
         click.echo(dumps(found))
         return
     click.echo(render(found))
+    click.echo(_cost_notes(loaded, found, measured, pricing))
     if with_table:
         click.echo(f"\n{table(found)}")
     if output:
         click.echo(f"\nwritten to {output}")
 
 
-def _priced(source: str, cluster: str | None, profile: str | None) -> "tuple[Cluster, MetaGraph]":
-    from spindle.clusterfile import parse_cluster
-    from spindle.formats import read
-    from spindle.planner.cost import price
-    from spindle.profile import Profile
-    from spindle.source import is_python, load_metagraph
+def _cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
+    """Where the times come from and how far the makespan may be off; what the workload must do to fit."""
+    from collections import Counter
 
-    if cluster is None and not is_python(source):
-        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
-    where = parse_cluster(cluster or _this_machine())
-    measured = read(profile, Profile) if profile else None
-    return where, price(load_metagraph(source), where, measured)
+    from spindle.planner.cost_sources import cost_sources, makespan_error
+
+    sources = cost_sources(source.metagraph, measured)
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())
+    error = makespan_error(plan.slices, sources)
+    lines = [f"costs      {counts}: makespan +- {error:.0%}"]
+    wanted = [
+        text
+        for text, chosen, given in (
+            (
+                "optimiser states sharded over each parameter's devices",
+                pricing.shard_optimizer,
+                source.pricing.shard_optimizer,
+            ),
+            ("activations recomputed in backward", pricing.recompute, source.pricing.recompute),
+        )
+        if chosen and not given
+    ]
+    if wanted:
+        lines.append(f"to fit     {' and '.join(wanted)}")
+    return "\n".join(lines)
 
 
 def _this_machine() -> str:

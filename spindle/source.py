@@ -6,19 +6,33 @@ Only a Python source imports torch, because the user's file does.
 import importlib.util
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.metagraph import MetaGraph
+from spindle.pricing import Pricing
 
 if TYPE_CHECKING:
     from spindle.workload import Workload
 
 
-def load_metagraph(source: str) -> MetaGraph:
-    """The MetaGraph of any source; priced only when it is a MetaGraph file.
+@dataclass(frozen=True)
+class Source:
+    """A source's MetaGraph (with operators unless it came from a MetaGraph file), and how a spec says it is trained.
+
+    `executable`: this Spindle can run it, so a plan may only use what the runtime does.
+    """
+
+    metagraph: MetaGraph
+    pricing: Pricing
+    executable: bool = False
+
+
+def load_source(source: str) -> Source:
+    """Load any source.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
@@ -27,15 +41,16 @@ def load_metagraph(source: str) -> MetaGraph:
         from spindle.spec import build_graph
         from spindle.specfile import read_workload
 
-        return contract(build_graph(read_workload(source)))
+        spec = read_workload(source)
+        return Source(contract(build_graph(spec)), spec.pricing)
     if source.endswith(".json"):
         from spindle.formats import read
 
-        return read(source, MetaGraph)
+        return Source(read(source, MetaGraph), Pricing())
     from spindle.capture import capture
     from spindle.contract import contract
 
-    return contract(capture(load_workload(source)[0]).graph)
+    return Source(contract(capture(load_workload(source)[0]).graph), Pricing(), executable=True)
 
 
 def is_python(source: str) -> bool:

@@ -52,12 +52,12 @@ def find_blocks(component: str, module: nn.Module, layers: str | Iterable[str] |
 
 
 def _search(module: nn.Module, prefix: str) -> Iterator[Block]:
+    found = _is_block_list(module)
     for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if _is_block_list(child):
-            yield from (Block(f"{path}.{index}", block) for index, block in child.named_children())
+        if found:
+            yield Block(f"{prefix}{name}", child)
         else:
-            yield from _search(child, f"{path}.")
+            yield from _search(child, f"{prefix}{name}.")
 
 
 def _is_block_list(module: nn.Module) -> bool:

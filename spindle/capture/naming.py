@@ -21,7 +21,8 @@ class Namer:
         container, _, index = path.rpartition(".")
         component = path.partition(".")[0]
         _, at, count = called.partition("@")
-        return component, self._unique(f"{task}.{component}{at}{count}.{self.label_by_list[container]}", index)
+        base = ".".join(filter(None, (task, f"{component}{at}{count}", self.label_by_list[container])))
+        return component, self._unique(base, index)
 
     def glue(self, task: str, component: str, role: str) -> str:
         """Name of a piece of glue."""
