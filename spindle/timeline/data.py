@@ -5,6 +5,7 @@ list of (what, gap since the end of the item before, duration); memory is in uni
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -80,15 +81,23 @@ def page_data(
 
 def task_names(views: Sequence[View]) -> list[str]:
     """Tasks in the order of the alphabet, so that a task keeps its colour from plan to plan."""
-    return sorted({item.what.task for view in views for row in view.shown.rows for item in row} - {""})
+    return _sorted({item.what.task for view in views for row in view.shown.rows for item in row})
 
 
 def component_names(views: Sequence[View]) -> list[str]:
     """Components in the order of the alphabet, so that a component keeps its colour from plan to plan."""
-    return sorted({item.what.component for view in views for row in view.shown.rows for item in row} - {""})
+    return _sorted({item.what.component for view in views for row in view.shown.rows for item in row})
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """By the alphabet, but 9 before 10; without the empty name."""
+    parts = {name: [(piece.isdigit(), piece.zfill(12)) for piece in re.split(r"(\d+)", name)] for name in names if name}
+    return sorted(parts, key=lambda name: (parts[name], name))
 
 
 def _group(cause: Cause) -> str:
+    if cause is Cause.OTHER:
+        return "other steps"
     return "computing" if cause in COMPUTING else "communicating" if cause in COMMUNICATING else "idle"
 
 

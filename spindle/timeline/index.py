@@ -25,7 +25,13 @@ NEAR = 1e-6  # moments of a prediction closer than this share of the step are on
 class StepIndex:
     """Spans of one step by rank, by slice run and by reduction. Times are those of the trace."""
 
-    def __init__(self, table: SliceTable, spans: Sequence[Span], num_ranks: int, source: Source) -> None:
+    def __init__(
+        self,
+        table: SliceTable,
+        spans: Sequence[Span],
+        num_ranks: int,
+        source: Source,
+    ) -> None:
         """Raises InputError when a span is of a rank that the trace does not have."""
         self.table, self.measured = table, source == "measured"
         self.first_s = 0.0 if source == "plan" else min(s.start_s for s in spans)

@@ -40,6 +40,7 @@ class Cause(StrEnum):
     PEERS = "peers"  # in a reduction, until its last member came
     UNDERWAY = "underway"  # what it waits for is on its way
     UNMADE = "unmade"  # what it waits for is still being computed
+    OTHER = "other"  # at the step before or after: no rank waits for the others to end a step
     OVERHEAD = "overhead"  # between two instructions
     NOTHING = "nothing"
 
@@ -59,6 +60,7 @@ CAUSE_TITLES = {
     Cause.PEERS: "waits for the last of a reduction",
     Cause.UNDERWAY: "waits for a transfer under way",
     Cause.UNMADE: "waits for a result not made yet",
+    Cause.OTHER: "at the step before or after",
     Cause.OVERHEAD: "between instructions",
     Cause.NOTHING: "nothing to do (imbalance)",
 }
@@ -147,6 +149,7 @@ class View:
     steps: tuple[StepView, ...]
     first: int = 0  # index into steps
     num_steps: int = 1  # of the trace; more than len(steps) when some were left out
+    total_s: float = 0.0  # of all steps; steps overlap, as no rank waits for the others to end one
 
     @property
     def shown(self) -> StepView:

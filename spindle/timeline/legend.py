@@ -5,7 +5,7 @@ from html import escape
 
 from spindle.timeline.colors import fills, lines
 from spindle.timeline.data import component_names, task_names
-from spindle.timeline.items import Kind, View
+from spindle.timeline.items import Cause, Kind, View
 
 _BLUE = "#7d9cc0"
 
@@ -52,10 +52,15 @@ def _kinds(views: Sequence[View]) -> Iterator[str]:
     thin = '<rect y="6.25" width="9" height="1.5" class="paint-wait"/>'
     wait = thin + '<rect x="9" y="5" width="9" height="4" class="paint-wait"/>'
     thick = '<rect y="5" width="14" height="4" class="paint-wait"/>'
+    low = max(len(view.shown.rows) for view in views) > 40
     blocked = any(item.blocked_s for view in views for row in view.shown.rows for item in row)
     shown = [
         (Kind.FORWARD, "forward", _fill(_BLUE)),
-        (Kind.BACKWARD, "backward", _svg(f'<rect y="1" width="14" height="12" fill="{_BLUE}"/>{stripes}')),
+        (
+            Kind.BACKWARD,
+            "backward (pale where rows are low)" if low else "backward",
+            _svg(f'<rect y="1" width="14" height="12" fill="{_BLUE}"/>{stripes}'),
+        ),
         (Kind.WORK, "forward and backward", _fill(_BLUE)),
         (Kind.WAIT, "waiting: not made yet, then under way", _svg(wait, 18))
         if blocked
@@ -68,6 +73,8 @@ def _kinds(views: Sequence[View]) -> Iterator[str]:
     for kind, name, swatch in shown:
         if kind in found:
             yield f'<span class="entry">{swatch}{name}</span>'
+    if any(item.what.cause is Cause.OTHER for view in views for row in view.shown.rows for item in row):
+        yield f'<span class="entry">{_svg(solid.format("other"))}at the step before or after</span>'
     if any(view.source == "measured" for view in views):
         late = '<rect y="10" width="14" height="3" class="paint-slow"/>'
         box = f'<rect y="1" width="14" height="12" fill="{_BLUE}"/>'

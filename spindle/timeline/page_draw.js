@@ -133,6 +133,8 @@ function drawWaves(pen, view, y, state, layout) {
     pen.globalAlpha = missed ? 1 : place % 2 ? 0.45 : 1;
     pen.fillStyle = missed ? (missed > 0 ? colors.slow : colors.fast) : colors.band;
     pen.fillRect(x0, y, missed ? Math.max(width, 3) : width, 15);
+    pen.fillStyle = colors.card;
+    if (width > 4) pen.fillRect(x1 - 1, y, 1, 15);
     pen.globalAlpha = 1;
     const label = missed ? [`${wave[WAVE.wave]}  ${percent(missed, true)}`, String(wave[WAVE.wave])] : [String(wave[WAVE.wave])];
     const room = x1 - Math.max(x0, layout.left) - 7, text = label.find((words) => textWidth(pen, words, pen.font) <= room);
@@ -203,7 +205,7 @@ function drawRow(pen, row, state, layout, labelled) {
   let painted = -1;
   for (let i = firstAfter(items, state.t0); i < items.count && items.start[i] < state.t1; i++) {
     const what = whats[items.what[i]];
-    if (what[WHAT.kind] === KIND.idle) continue;
+    if (what[WHAT.kind] === KIND.idle && what[WHAT.cause] !== CAUSE.other) continue;
     const x0 = layout.x(items.start[i]), x1 = layout.x(items.end[i]);
     if (x1 - x0 < 0.8) {
       if (x1 - painted < 0.6) continue; // thinner than a pixel and beside one that is painted
@@ -250,11 +252,14 @@ function drawCompute(pen, row, place, what, x0, x1, state, layout, labelled) {
   if (height >= 11) drawLabel(pen, row, what, x0, x1, index, layout, labelled, backward);
 }
 
-/** Component and layers, once for neighbouring rows that run the same slice. */
+const REPEAT_LABEL = 4;
+
+/** Component and layers, on every fourth of neighbouring rows that run the same slice. */
 function drawLabel(pen, row, what, x0, x1, index, layout, labelled, backward) {
   const name = `${row.view.source} ${what[WHAT.kind]} ${what[WHAT.slice]}`, above = labelled.get(name);
-  labelled.set(name, row.device);
-  if (what[WHAT.slice] >= 0 && above === row.device - 1 && row.sameNode) return;
+  const repeats = above && what[WHAT.slice] >= 0 && above.last === row.device - 1 && row.sameNode;
+  labelled.set(name, { last: row.device, times: repeats ? above.times + 1 : 0 });
+  if (repeats && (above.times + 1) % REPEAT_LABEL) return;
   const from = Math.max(x0, layout.left), room = Math.min(x1, layout.left + layout.plot) - from - 8;
   const font = (row.height >= 15 ? "11px " : "10px ") + FONT;
   const text = labelsOf(what).find((words) => textWidth(pen, words, font) <= room);
@@ -292,7 +297,10 @@ function drawOther(pen, row, place, what, x0, x1, scale) {
     pen.fillRect(x0, low ? y : y + height / 2 - 0.75, blocked, low ? height : 1.5);
     if (width - blocked <= 0.05) return;
   }
-  if (kind === KIND.wait) {
+  if (kind === KIND.idle) {
+    pen.fillStyle = colors.band;
+    pen.fillRect(x0, y, width, height);
+  } else if (kind === KIND.wait) {
     pen.fillStyle = low ? colors.paleWait : colors.wait;
     const bar = low ? height : height * 0.34;
     pen.fillRect(x0 + blocked, y + (height - bar) / 2, width - blocked, bar);

@@ -26,7 +26,7 @@ function accountsTable(state) {
   });
   head.append(element("th", { class: "number" }, "worst device"));
   const body = element("tbody");
-  for (const group of ["computing", "communicating", "idle"]) {
+  for (const group of ["computing", "communicating", "idle", "other steps"]) {
     const causes = data.causes.map((_, cause) => cause).filter((cause) => data.causes[cause][2] === group);
     const sums = steps.map((step) => causes.map((cause) => step.accounts.reduce((sum, row) => sum + row[cause], 0)));
     const totals = sums.map((list) => list.reduce((a, b) => a + b, 0));

@@ -4,6 +4,7 @@ Measured gaps below `LEAST_GAP` of the step are drawn as nothing, but booked in 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from spindle.errors import InputError
 from spindle.plan import Plan
@@ -61,8 +62,29 @@ def trace_view(trace: Trace, table: SliceTable, *, measured: bool) -> View:
     ranked = sorted(spans_by_step, key=lambda step: (lengths[step], step))
     median = ranked[(len(ranked) - 1) // 2]
     kept = _within_limit({step: len(spans) for step, spans in spans_by_step.items()}, ranked, median)
-    steps = tuple(_step_view(table, step, spans_by_step[step], trace.num_ranks, source) for step in kept)
-    return View(source=source, steps=steps, first=kept.index(median), num_steps=len(ranked))
+    steps = tuple(
+        _step_view(table, step, spans_by_step[step], trace.num_ranks, source, _around(spans_by_step, step))
+        for step in kept
+    )
+    total_s = max(s.end_s for s in trace) - min(s.start_s for s in trace)
+    return View(source=source, steps=steps, first=kept.index(median), num_steps=len(ranked), total_s=total_s)
+
+
+class _Around(NamedTuple):
+    """When each rank ended the step before, and began the step after."""
+
+    ended_s: Mapping[int, float]
+    begins_s: Mapping[int, float]
+
+
+def _around(spans_by_step: Mapping[int, Sequence[Span]], step: int) -> _Around:
+    ended: dict[int, float] = {}
+    for span in spans_by_step.get(step - 1, ()):
+        ended[span.rank] = max(ended.get(span.rank, span.end_s), span.end_s)
+    begins: dict[int, float] = {}
+    for span in spans_by_step.get(step + 1, ()):
+        begins[span.rank] = min(begins.get(span.rank, span.start_s), span.start_s)
+    return _Around(ended, begins)
 
 
 def _within_limit(sizes: Mapping[int, int], ranked: Sequence[int], median: int) -> list[int]:
@@ -77,9 +99,16 @@ def _within_limit(sizes: Mapping[int, int], ranked: Sequence[int], median: int) 
     return sorted(kept)
 
 
-def _step_view(table: SliceTable, step: int, spans: Sequence[Span], num_ranks: int, source: Source) -> StepView:
+def _step_view(
+    table: SliceTable,
+    step: int,
+    spans: Sequence[Span],
+    num_ranks: int,
+    source: Source,
+    around: "_Around | None" = None,
+) -> StepView:
     index = StepIndex(table, spans, num_ranks, source)
-    maker = _Maker(index, source)
+    maker = _Maker(index, source, around or _Around({}, {}))
     rows = tuple(tuple(maker.row(rank)) for rank in range(num_ranks))
     return StepView(step=step, step_s=index.step_s, rows=rows, links=tuple(_links(index, rows)))
 
@@ -87,23 +116,32 @@ def _step_view(table: SliceTable, step: int, spans: Sequence[Span], num_ranks: i
 class _Maker:
     """Makes the items of one step."""
 
-    def __init__(self, index: StepIndex, source: Source) -> None:
-        self.index, self.source = index, source
+    def __init__(self, index: StepIndex, source: Source, around: _Around) -> None:
+        self.index, self.source, self.around = index, source, around
         self.least_gap_s = index.step_s * (LEAST_GAP if index.measured else LEAST_GAP_PREDICTED)
         self.whats: dict[tuple[object, ...], What] = {}
 
     def row(self, rank: int) -> Iterator[Item]:
         """All of a rank's time."""
         index, at_s = self.index, self.index.first_s
+        begin_s = min((span.start_s for span in index.by_rank[rank][:1]), default=at_s)
+        before_s = min(self.around.ended_s.get(rank, at_s), begin_s)
+        if before_s - at_s > self.least_gap_s:
+            yield self.item(self.gap(Cause.OTHER, ""), at_s, before_s)
+            at_s = before_s
         for place, span in enumerate(index.by_rank[rank]):
             if span.start_s - at_s > self.least_gap_s:
                 yield self.item(self.gap(*index.gap_reason(rank, place)), at_s, span.start_s)
             blocked_s, why = index.blocked(span)
             yield self.item(self.what(span, why), span.start_s, span.end_s, blocked_s)
             at_s = max(at_s, span.end_s)
-        if index.last_s - at_s > self.least_gap_s:
+        after_s = max(at_s, min(self.around.begins_s.get(rank, index.last_s), index.last_s))
+        if after_s - at_s > self.least_gap_s:
             why = "done, the step ends elsewhere" if index.by_rank[rank] else "has no part in this step"
-            yield self.item(self.gap(Cause.NOTHING, why), at_s, index.last_s)
+            yield self.item(self.gap(Cause.NOTHING, why), at_s, after_s)
+            at_s = after_s
+        if index.last_s - after_s > self.least_gap_s:
+            yield self.item(self.gap(Cause.OTHER, ""), at_s, index.last_s)
 
     def item(self, what: What, start_s: float, end_s: float, blocked_s: float = 0.0) -> Item:
         """An item; its times count from the step's first moment."""

@@ -66,6 +66,9 @@ def _step(plan: Plan, views: dict[str, View]) -> Tile | None:
         notes.append(f"predicted {seconds(predicted_s)} ({percent(miss, sign=True)})")
     if len(lengths) > 1:
         notes.append(f"median of {len(lengths)}: {seconds(min(lengths))} to {seconds(max(lengths))}")
+    if measured.total_s < 0.99 * sum(lengths) and len(lengths) == measured.num_steps:
+        each = seconds(measured.total_s / len(lengths))
+        notes.append(f"{count(len(lengths), 'step')} in {seconds(measured.total_s)}: {each} each, as steps overlap")
     return "Step, measured", seconds(measured.shown.step_s), "<br>".join(map(escape, notes))
 
 
@@ -82,10 +85,13 @@ def _gain(plan: Plan) -> Tile | None:
     if best is None:
         return None
     own_s = _own_s(plan)
-    label = "faster" if own_s <= best[0] else "slower"
-    share = abs(1 - own_s / best[0])
-    note = f"than the best usual way, {best[1].replace('_', ' ')} ({seconds(best[0])})"
-    return "Gain" if own_s <= best[0] else "Loss", f"{percent(share)} {label}", escape(note)
+    share = 1 - own_s / best[0]
+    way = escape(f"the best usual way, {best[1].replace('_', ' ')} ({seconds(best[0])})")
+    if abs(share) < LEAST_GAIN:
+        return "Gain", "none", f"as fast as {way}"
+    if share < 0:
+        return "Loss", f"{percent(-share)} slower", f"than {way}"
+    return "Gain", f"{percent(share)} faster", f"than {way}"
 
 
 def _idle(plan: Plan, views: Sequence[View]) -> Tile:

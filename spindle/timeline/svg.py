@@ -12,7 +12,7 @@ from html import escape
 from spindle.plan import Plan
 from spindle.timeline.colors import fills, lines, text_on
 from spindle.timeline.data import component_names, task_names
-from spindle.timeline.items import COMPUTE_KINDS, Item, Kind, View
+from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View
 from spindle.timeline.memory import MemoryModel
 from spindle.timeline.waves import WaveTime, wave_times
 from spindle.timeline.words import ranges, seconds, seconds_on_axis, size
@@ -218,6 +218,8 @@ def _other(item: Item, x: float, width: float, y: float, height: float, style: _
             yield f'<rect {box} fill="#3b4552"/>'
         case Kind.LOAD:
             yield f'<rect {box} fill="#c9a66b" fill-opacity="0.55"/>'
+        case Kind.IDLE if item.what.cause is Cause.OTHER:
+            yield f'<rect {box} fill="{GREY}" fill-opacity="0.35"/>'
         case _:
             return
 

@@ -1,13 +1,16 @@
 """Waves on the timeline: a step in, when each wave ran forward and backward and how that compares with the plan out.
 
 A wave's seconds are those of its longest slice on its slowest device: slices of one wave need not start together when
-measured, so first start to last end would blame the wave for what came before it.
+measured, so first start to last end would blame the wave for what came before it. A miss counts when it is beyond the
+threshold and more than `LEAST_MISS` of the step: a slice of microseconds is noise.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from spindle.timeline.items import COMPUTE_KINDS, Kind, StepView
+
+LEAST_MISS = 1e-3
 
 
 class WaveTime(NamedTuple):
@@ -16,7 +19,7 @@ class WaveTime(NamedTuple):
     start_s, end_s   from its first start to its last end
     seconds          of its longest slice on the slowest device
     planned_s        of its longest slice as planned; 0 when the plan says nothing
-    miss             seconds / planned_s - 1 when that is beyond the threshold, else 0
+    miss             seconds / planned_s - 1 when that counts, else 0
     """
 
     wave: int
@@ -36,11 +39,14 @@ def wave_times(view: StepView, *, threshold: float) -> tuple[WaveTime, ...]:
             if item.what.kind in COMPUTE_KINDS and item.what.wave >= 0:
                 times = (item.start_s, item.end_s, item.what.planned_s)
                 found.setdefault((item.what.wave, item.what.kind), []).append(times)
-    waves = (_wave_time(wave, kind, times, threshold) for (wave, kind), times in found.items())
+    least_s = LEAST_MISS * view.step_s
+    waves = (_wave_time(wave, kind, times, threshold, least_s) for (wave, kind), times in found.items())
     return tuple(sorted(waves, key=lambda w: (w.start_s, w.wave)))
 
 
-def _wave_time(wave: int, kind: Kind, times: Sequence[tuple[float, float, float]], threshold: float) -> WaveTime:
+def _wave_time(
+    wave: int, kind: Kind, times: Sequence[tuple[float, float, float]], threshold: float, least_s: float
+) -> WaveTime:
     seconds = max(end_s - start_s for start_s, end_s, _ in times)
     planned_s = max(planned for _, _, planned in times)
     miss = seconds / planned_s - 1 if planned_s > 0 else 0.0
@@ -51,5 +57,5 @@ def _wave_time(wave: int, kind: Kind, times: Sequence[tuple[float, float, float]
         end_s=max(end_s for _, end_s, _ in times),
         seconds=seconds,
         planned_s=planned_s,
-        miss=miss if abs(miss) > threshold else 0.0,
+        miss=miss if abs(miss) > threshold and abs(seconds - planned_s) > least_s else 0.0,
     )

@@ -8,8 +8,9 @@ from timeline_samples import by_hand, made_up_run, planned
 from spindle.errors import InputError
 from spindle.planner.simulate import simulate
 from spindle.timeline import rows
+from spindle.timeline.accounts import idle_share, total
 from spindle.timeline.index import made_by, overlapping
-from spindle.timeline.items import Item, StepView
+from spindle.timeline.items import Cause, Item, StepView
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
 from spindle.trace import Span, SpanKind, Trace
@@ -119,6 +120,25 @@ def test_measured_gaps() -> None:
         ("step", "STEP", 5.0, 6.0),
         ("idle", "done, the step ends elsewhere", 6.0, 10.0),
     ]
+
+
+def test_a_device_may_be_at_another_step() -> None:
+    """Device 1 ends step 0 at 5 s, when device 0 has been at step 1 for 4 s; it starts at once."""
+    spans = (
+        span(0, SpanKind.STEP, "STEP", 0.0, 1.0),
+        span(1, SpanKind.STEP, "STEP", 0.0, 5.0),
+        replace(span(0, SpanKind.STEP, "STEP", 1.0, 6.0), step=1),
+        replace(span(1, SpanKind.STEP, "STEP", 5.0, 9.0), step=1),
+    )
+    trace = Trace(num_ranks=2, source="measured", spans=spans)
+    view = trace_view(trace, make_table(by_hand(), None), measured=True)
+    first, second = view.steps
+    assert (first.step_s, second.step_s, view.total_s) == (5.0, 8.0, 9.0)
+    assert told(second.rows[1]) == [("idle", "idle", 0.0, 4.0), ("step", "STEP", 4.0, 8.0)]
+    assert second.rows[1][0].what.cause is Cause.OTHER
+    assert told(first.rows[0]) == [("step", "STEP", 0.0, 1.0), ("idle", "idle", 1.0, 5.0)]
+    assert idle_share(total(first)) == 0.0
+    assert idle_share(total(second)) == pytest.approx(3 / 12)  # device 0 from 6 to 9 s; 4 s belong to step 0
 
 
 def test_a_device_without_work_is_idle_all_the_time() -> None:

@@ -42,6 +42,12 @@ def test_a_wave_is_marked_beyond_the_threshold(factor: float, miss: float) -> No
     assert second.seconds == pytest.approx(0.5 * factor)
 
 
+def test_a_miss_of_next_to_nothing_is_noise() -> None:
+    """Half as long again, but half a millisecond in a step of a thousand."""
+    view = replace(stretched(1.5), step_s=1000.0)
+    assert [wave.miss for wave in wave_times(view, threshold=0.2)] == [0.0, 0.0]
+
+
 def test_without_a_prediction_the_metagraph_tells_the_times() -> None:
     plan = by_hand()
     assert make_table(plan, None).forward_s == pytest.approx((1.0, 0.5))
