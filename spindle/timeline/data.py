@@ -91,8 +91,8 @@ def component_names(views: Sequence[View]) -> list[str]:
 
 def _sorted(names: Iterable[str]) -> list[str]:
     """By the alphabet, but 9 before 10; without the empty name."""
-    parts = {name: [(piece.isdigit(), piece.zfill(12)) for piece in re.split(r"(\d+)", name)] for name in names if name}
-    return sorted(parts, key=lambda name: (parts[name], name))
+    padded = {name: re.sub(r"\d+", lambda number: number[0].zfill(12), name) for name in names if name}
+    return sorted(padded, key=lambda name: (padded[name], name))
 
 
 def _group(cause: Cause) -> str:

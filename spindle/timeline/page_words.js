@@ -14,7 +14,9 @@ function describe(state, hit) {
   }
   const slice = data.slices[what[WHAT.slice]];
   if (slice) {
-    add("layers", `${slice[0]} to ${slice[1]}${slice[2] ? ` of ${slice[2]}` : ""}`);
+    const of = slice[2] ? ` of ${slice[2]}` : "";
+    if (slice[0] === slice[1]) add("layer", slice[0] + of);
+    else add("layers", `${slice[0]} to ${slice[1]}${of}`);
     add("devices", slice[3]);
   }
   if (what[WHAT.wave] >= 0) add("wave", String(what[WHAT.wave]));
@@ -24,7 +26,7 @@ function describe(state, hit) {
   if (what[WHAT.bytes]) add("bytes", bytesOf(what[WHAT.bytes], ticks - row.blocked[hit.place], kind));
   addWaits(add, what, row.blocked[hit.place], ticks);
   if (kind !== KIND.idle && kind !== KIND.wait) addIdleBefore(add, hit, row);
-  const fill = what[WHAT.component] >= 0 && kind !== KIND.idle ? data.fills[what[WHAT.component]][0] : "";
+  const index = fillIndex(state, what), fill = index >= 0 && kind !== KIND.idle ? data.fills[index][0] : "";
   return { title: titleOf(hit.view, what), fill, note: `${VIEW_TITLES[hit.view.source].toLowerCase()}, device ${hit.device}`, lines };
 }
 

@@ -13,7 +13,7 @@ from timeline_html import Page, outside_references
 from timeline_samples import by_hand, made_up_run, planned
 
 from spindle.errors import InputError
-from spindle.plan import Memory
+from spindle.plan import Memory, make_waves
 from spindle.planner.simulate import simulate
 from spindle.timeline import render_page
 from spindle.timeline.page import embedded
@@ -224,6 +224,15 @@ def test_a_trace_of_another_plan_is_refused(what: str) -> None:
 def test_a_strange_threshold_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold is"):
         render_page(planned(2)[0], threshold=threshold)
+
+
+def test_names_stand_in_the_order_of_the_alphabet_and_of_numbers() -> None:
+    """So that colours do not depend on the plan."""
+    slices = by_hand().slices
+    named = [replace(slices[0], metaop=f"t{i}.block{i}") for i in (10, 9, 1)]
+    plan = replace(by_hand(), metagraph=None, cluster=None, waves=make_waves(named))
+    assert Page(render_page(plan)).data["components"] == ["block1", "block9", "block10"]
+    assert Page(render_page(plan)).data["tasks"] == ["t1", "t9", "t10"]
 
 
 def test_the_same_input_gives_the_same_page() -> None:
