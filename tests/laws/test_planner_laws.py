@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from planner_strategies import clusters, metagraphs, times
 
 from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
@@ -18,6 +17,7 @@ from spindle.planner.place import place
 from spindle.planner.problem import make_problem
 from spindle.planner.render import WIDTH, render
 from spindle.planner.solve import evaluate, solve
+from tests.laws.planner_strategies import clusters, metagraphs, times
 
 FIXED = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BASELINES: list[Baseline] = sorted(WAVES_BY_BASELINE)

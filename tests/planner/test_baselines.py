@@ -1,8 +1,7 @@
-from planner_graphs import cluster, graph, metaop
-
 from spindle.planner.baselines import component_split_waves, sequential_waves, task_split_waves
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.waves import Waves
+from tests.planner.planner_graphs import cluster, graph, metaop
 
 
 def shape(problem: Problem, waves: Waves) -> list[dict[str, int]]:

@@ -1,9 +1,9 @@
 import pytest
-from planner_graphs import cluster, graph, metaop
 
 from spindle.plan import Certificate
 from spindle.planner.bound import certified_s, lower_bound
 from spindle.planner.problem import make_problem
+from tests.planner.planner_graphs import cluster, graph, metaop
 
 FLAT = {1: 1.0, 4: 0.9}
 

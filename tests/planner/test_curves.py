@@ -1,8 +1,8 @@
 import pytest
-from planner_graphs import metaop
 
 from spindle.errors import InfeasibleError
 from spindle.planner.curves import Curve, clean_curve
+from tests.planner.planner_graphs import metaop
 
 
 def test_counts_that_gain_nothing_are_dropped() -> None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planner_graphs import cluster, graph, metaop
 
 from spindle.planner.render import render, table
 from spindle.planner.solve import solve
+from tests.planner.planner_graphs import cluster, graph, metaop
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

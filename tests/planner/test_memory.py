@@ -1,6 +1,5 @@
-from planner_graphs import graph, metaop, piece
-
 from spindle.planner.memory import layer_memory_bytes, peak_bytes, saved_bytes
+from tests.planner.planner_graphs import graph, metaop, piece
 
 
 def test_a_slice_takes_its_share_of_the_chain() -> None:

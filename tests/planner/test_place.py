@@ -1,5 +1,4 @@
 import pytest
-from planner_graphs import cluster, graph, metaop
 
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
@@ -7,6 +6,7 @@ from spindle.plan import Slice
 from spindle.planner.place import place
 from spindle.planner.problem import make_problem
 from spindle.planner.waves import Piece
+from tests.planner.planner_graphs import cluster, graph, metaop
 
 
 def run(

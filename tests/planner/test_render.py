@@ -1,10 +1,9 @@
 from dataclasses import replace
 
-from planner_graphs import cluster, graph, metaop, piece, plan
-
 from spindle.plan import Memory
 from spindle.planner.render import WIDTH, gantt, render, summary, table
 from spindle.planner.solve import solve
+from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 GRAPH = graph(metaop("t.a", 2, {2: 1.0}), metaop("t.b", 1, {2: 1.5}), metaop("t.loss", 1, {4: 0.5}))
 MADE = plan(

@@ -1,11 +1,11 @@
 from dataclasses import replace
 
 import pytest
-from planner_graphs import cluster, graph, metaop, piece, plan
 
 from spindle.errors import PlanError
 from spindle.planner.simulate import simulate
 from spindle.trace import SpanKind, Trace
+from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 
 def spans(trace: Trace, rank: int) -> list[tuple[object, ...]]:

@@ -1,13 +1,13 @@
 from dataclasses import replace
 
 import pytest
-from planner_graphs import cluster, graph, metaop
 
 from spindle.errors import InfeasibleError, PlanError
 from spindle.formats import dumps, loads
 from spindle.plan import Plan
 from spindle.planner.check import check_plan
 from spindle.planner.solve import METHODS, solve
+from tests.planner.planner_graphs import cluster, graph, metaop
 
 # two encoders that stop scaling at two devices, twice
 PAIRS = graph(

@@ -1,7 +1,7 @@
 import pytest
-from planner_graphs import cluster, graph, metaop, piece
 
 from spindle.planner.traffic import reduce_s, reduction_groups, reduction_s, schedule_reductions, transfer_s
+from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 NODES = cluster(2, 4)  # 1 byte/s inside, 0.1 between
 

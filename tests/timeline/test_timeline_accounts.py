@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from timeline_samples import by_hand, made_up_run, planned
 
 from spindle.planner.simulate import simulate
 from spindle.timeline.accounts import account, idle_share, total
@@ -11,6 +10,7 @@ from spindle.timeline.items import Cause, Item, Kind, What
 from spindle.timeline.rows import trace_view
 from spindle.timeline.table import make_table
 from spindle.trace import Span, SpanKind, Trace
+from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 NAMES = {
     SpanKind.LOAD: ("LOAD t",),

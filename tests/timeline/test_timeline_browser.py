@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from timeline_samples import made_up_run, planned
 
 from spindle.timeline import render_page
+from tests.timeline.timeline_samples import made_up_run, planned
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

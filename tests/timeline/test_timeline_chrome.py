@@ -5,12 +5,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from timeline_samples import by_hand, made_up_run, planned
 
 from spindle.errors import InputError
 from spindle.planner.simulate import simulate
 from spindle.timeline import chrome_trace
 from spindle.trace import Trace
+from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 REQUIRED = {
     "X": {"name", "cat", "pid", "tid", "ts", "dur", "args"},

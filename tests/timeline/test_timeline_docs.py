@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from timeline_html import Page
+
+from tests.timeline.timeline_html import Page
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "timeline.md"
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from timeline_html import Page, outside_references
-from timeline_samples import by_hand, made_up_run, planned
 
 from spindle.errors import InputError
 from spindle.plan import Memory, make_waves
@@ -18,6 +16,8 @@ from spindle.planner.simulate import simulate
 from spindle.timeline import render_page
 from spindle.timeline.page import embedded
 from spindle.trace import Span, SpanKind, Trace
+from tests.timeline.timeline_html import Page, outside_references
+from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"&amp;<!--<script>\u2028]]>"

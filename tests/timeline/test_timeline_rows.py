@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from timeline_samples import by_hand, made_up_run, planned
 
 from spindle.errors import InputError
 from spindle.planner.simulate import simulate
@@ -14,6 +13,7 @@ from spindle.timeline.items import Cause, Item, StepView
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
 from spindle.trace import Span, SpanKind, Trace
+from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 
 def told(row: tuple[Item, ...]) -> list[tuple[str, str, float, float]]:

@@ -4,11 +4,11 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
-from timeline_samples import made_up_run, planned
 
 from spindle.plan import Plan, Slice, make_waves
 from spindle.timeline import render_svg
 from spindle.timeline.svg import MAX_ROWS, device_groups, nice_ticks
+from tests.timeline.timeline_samples import made_up_run, planned
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from timeline_samples import GIB, by_hand, made_up_run, planned
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory
@@ -14,6 +13,7 @@ from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
 from spindle.timeline.waves import wave_times
 from spindle.trace import SpanKind, Trace
+from tests.timeline.timeline_samples import GIB, by_hand, made_up_run, planned
 
 
 def stretched(factor: float) -> StepView:
