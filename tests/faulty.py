@@ -36,6 +36,7 @@ def fragile_workload(flag: Path, *, kill: bool = False) -> Workload:
 
     @workload.task("task", batch_size=4, data=[{"x": torch.ones(4, 4)}])
     def task(batch: dict[str, Tensor]) -> Tensor:
-        return net(batch["x"]).square().mean()
+        y: Tensor = net(batch["x"])
+        return y.square().mean()
 
     return workload

@@ -1,6 +1,7 @@
 """Small workloads for tests, in any float type: five model families, and the odd cases that parity must survive."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ def clip_vision() -> nn.Module:
         patch_size=4,
         projection_dim=8,
     )
-    return CLIPVisionModelWithProjection(config)
+    model: nn.Module = CLIPVisionModelWithProjection(config)
+    return model
 
 
 def clip_text() -> nn.Module:
@@ -49,7 +51,8 @@ def clip_text() -> nn.Module:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return CLIPTextModelWithProjection(config)
+    model: nn.Module = CLIPTextModelWithProjection(config)
+    return model
 
 
 def bert() -> nn.Module:
@@ -61,7 +64,8 @@ def bert() -> nn.Module:
         num_attention_heads=2,
         max_position_embeddings=8,
     )
-    return BertModel(config)
+    model: nn.Module = BertModel(config)
+    return model
 
 
 def whisper() -> nn.Module:
@@ -73,7 +77,8 @@ def whisper() -> nn.Module:
         num_mel_bins=5,
         max_source_positions=6,
     )
-    return WhisperEncoder(config)
+    model: nn.Module = WhisperEncoder(config)
+    return model
 
 
 def qwen2() -> nn.Module:
@@ -86,7 +91,8 @@ def qwen2() -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=32,
     )
-    return Qwen2Model(config)
+    model: nn.Module = Qwen2Model(config)
+    return model
 
 
 class Residual(nn.Module):
@@ -158,7 +164,7 @@ def five_families(dtype: torch.dtype = torch.float64) -> Workload:
     text = workload.component("text", clip_text().to(dtype))
     reader = workload.component("bert", bert().to(dtype))
     ears = workload.component("whisper", whisper().to(dtype))
-    lm = workload.component("lm", qwen2().to(dtype))
+    lm: Any = workload.component("lm", qwen2().to(dtype))
     net = workload.component("net", HandWritten().to(dtype))
     bridge = workload.component("bridge", nn.Linear(8, WIDTH).to(dtype))
     scale = workload.component("scale", Temperature().to(dtype))
@@ -276,7 +282,8 @@ def encoder_decoder(dtype: torch.dtype = torch.float64) -> Workload:
     def seq(batch: dict[str, Tensor]) -> Tensor:
         x = stem(batch["x"].flatten(0, 1)).unflatten(0, (-1, 3))
         memory = encoder(x.transpose(0, 1)).transpose(0, 1)
-        return decoder(batch["q"], memory).square().mean()
+        y: Tensor = decoder(batch["q"], memory)
+        return y.square().mean()
 
     return workload
 
@@ -289,14 +296,19 @@ def frozen_tower(dtype: torch.dtype = torch.float64) -> Workload:
     trained = workload.component("trained", HandWritten(WIDTH, WIDTH).to(dtype))
     last = workload.component("last", HandWritten(WIDTH, WIDTH).to(dtype).requires_grad_(False))
     teacher = workload.component("teacher", HandWritten(5, WIDTH).to(dtype))
-    trained.blocks[1].up.weight = trained.blocks[0].up.weight
+    lower, upper = trained.blocks[0], trained.blocks[1]
+    assert isinstance(lower, Residual)
+    assert isinstance(upper, Residual)
+    upper.up.weight = lower.up.weight
     data = [{"x": floats(4, 5, seed=s, dtype=dtype)} for s in (1, 2)]
 
     @workload.task("distil", batch_size=4, data=data)
     def distil(batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             wanted = teacher(batch["x"])
-        return (last(trained(first(batch["x"]))) - wanted).abs().sum()
+        y: Tensor = last(trained(first(batch["x"])))
+        loss: Tensor = (y - wanted).abs().sum()
+        return loss
 
     return workload
 
