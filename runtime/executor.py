@@ -93,6 +93,7 @@ class Executor:
         self.buffers: dict[str, object] = {}
         self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
         self.departures: list[tuple[list[Tensor], Wait]] = []
+        self.reductions: dict[str, Wait] = {}
         self.batches: dict[str, Batch] = {}
         self.aux_values: dict[tuple[str, int, int], Tensor] = {}
         self.losses: dict[str, Tensor] = {}
@@ -124,11 +125,12 @@ class Executor:
         if transfer is not None:
             mine = (m for m in transfer.messages if self.rank in (m.source, m.target))
             num_bytes = sum(message_bytes(self.program.tensor_by_name[m.tensor], m) for m in mine)
-        elif instruction.op is Op.REDUCE:
+        elif instruction.target in self.store.bucket:
             num_bytes = self.store.bucket[instruction.target].nbytes
+        kind = SpanKind.REDUCE if instruction.target in self.store.bucket else _KIND_BY_OP[instruction.op]
         return Span(
             rank=self.rank,
-            kind=_KIND_BY_OP[instruction.op],
+            kind=kind,
             name=str(instruction),
             start_s=start_s,
             end_s=end_s,
@@ -256,12 +258,16 @@ class Executor:
             self.pending[name] = (pieces, arrived)
 
     def _await(self, name: str) -> None:
+        if name in self.reductions:
+            self.reductions.pop(name)()
+            return
         pieces, arrived = self.pending.pop(name)
         arrived()
         self._put(arrivals(name), pieces)
 
     def _reduce(self, name: str) -> None:
-        self.transport.all_reduce(self.store.bucket[name], self.program.bucket_by_name[name].ranks)
+        ranks = self.program.bucket_by_name[name].ranks
+        self.reductions[name] = self.transport.all_reduce(self.store.bucket[name], ranks)
 
     def _step(self, target: str) -> None:
         del target

@@ -40,14 +40,13 @@ def broken_laws(program: Program) -> Iterator[str]:
         yield from stuck
 
 
-_TABLE_BY_OP = {
-    Op.FORWARD: "slice_by_name",
-    Op.BACKWARD: "slice_by_name",
-    Op.TRANSFER: "transfer_by_name",
-    Op.AWAIT: "transfer_by_name",
-    Op.REDUCE: "bucket_by_name",
+_TABLES_BY_OP = {
+    Op.FORWARD: ("slice_by_name",),
+    Op.BACKWARD: ("slice_by_name",),
+    Op.TRANSFER: ("transfer_by_name",),
+    Op.AWAIT: ("transfer_by_name", "bucket_by_name"),
+    Op.REDUCE: ("bucket_by_name",),
 }
-
 
 Places = dict[Instruction, dict[int, list[int]]]
 """Where each instruction stands: positions by rank."""
@@ -64,8 +63,8 @@ def _places(program: Program) -> Places:
 def _targets_exist(program: Program) -> Iterator[str]:
     for rank, instructions in enumerate(program.instructions):
         for instruction in instructions:
-            table = _TABLE_BY_OP.get(instruction.op)
-            if table is not None and instruction.target not in getattr(program, table):
+            tables = _TABLES_BY_OP.get(instruction.op)
+            if tables and not any(instruction.target in getattr(program, table) for table in tables):
                 yield f"rank {rank}, {instruction}: the program has no {instruction.target!r}"
     for transfer in program.transfers:
         for run in (transfer.source, transfer.target):
@@ -167,19 +166,21 @@ def _transfers_complete(program: Program, places: Places) -> Iterator[str]:
 
 
 def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
-    """Each bucket is reduced once by exactly its ranks, after the last backward and before the step."""
+    """Each bucket is reduced once by exactly its ranks, after the last backward that adds to it, and waited for."""
     seen: Counter[str] = Counter(name for bucket in program.buckets for name in bucket.parameters)
     yield from (f"parameter {name!r} stands in {count} buckets" for name, count in seen.items() if count > 1)
-    last_backward = [
-        max((i for i, x in enumerate(instructions) if x.op is Op.BACKWARD), default=-1)
-        for instructions in program.instructions
-    ]
     for bucket in program.buckets:
-        reduce = Instruction(Op.REDUCE, bucket.name)
-        yield from _exactly_once(reduce, bucket.ranks if len(bucket.ranks) > 1 else (), places)
-        for rank, positions in places.get(reduce, {}).items():
-            if positions[0] < last_backward[rank]:
-                yield f"rank {rank} reduces bucket {bucket.name} before its last BACKWARD"
+        reduce, wait = Instruction(Op.REDUCE, bucket.name), Instruction(Op.AWAIT, bucket.name)
+        members = bucket.ranks if len(bucket.ranks) > 1 else ()
+        yield from _exactly_once(reduce, members, places)
+        yield from _exactly_once(wait, members, places)
+        for rank, (position, *_) in places.get(reduce, {}).items():
+            for run in bucket.runs:
+                (last, *_) = places.get(Instruction(Op.BACKWARD, run), {}).get(rank, [-1])
+                if position < last:
+                    yield f"rank {rank} reduces bucket {bucket.name} before BACKWARD {run}, which adds to it"
+            if places.get(wait, {}).get(rank, [position])[0] < position:
+                yield f"rank {rank} waits for bucket {bucket.name} before it reduces it"
 
 
 def _buffers_sound(program: Program) -> Iterator[str]:
@@ -221,7 +222,7 @@ class _Effects:
     def of(self, rank: int, instruction: Instruction) -> tuple[set[str], set[str]]:
         name = instruction.target
         if instruction.op is Op.AWAIT:
-            return {f"arrivals:{name}"}, set()
+            return ({f"arrivals:{name}"} if name in self.program.transfer_by_name else set()), set()
         if instruction.op is Op.TRANSFER:
             transfer = self.program.transfer_by_name[name]
             sends = any(message.source == rank for message in transfer.messages)

@@ -8,6 +8,7 @@
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from spindle.errors import PlanError
@@ -16,6 +17,8 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
 from spindle.runtime.passes import run_passes
 from spindle.runtime.program import Bucket, Message, Program, SliceRun, Transfer
+
+BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 
 
 def lower(
@@ -221,19 +224,62 @@ def _reversed(transfer: Transfer, graph: TaskGraph) -> Transfer:
 
 
 def _buckets(runs: Sequence[SliceRun], graph: TaskGraph) -> list[Bucket]:
-    """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6)."""
-    holders: dict[str, set[int]] = {}
-    dtypes: dict[str, str] = {}
+    """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6).
+
+    Those whose gradients are ready first come first, in buckets of about BUCKET_BYTES, so that reductions overlap with
+    what is left of backward.
+    """
+    order = {run.name: index for index, run in enumerate(runs)}
+    found = _trained_parameters(runs, graph)
+    groups: dict[tuple[tuple[int, ...], str], list[_Trained]] = {}
+    for trained in found:
+        groups.setdefault((trained.ranks, trained.dtype), []).append(trained)
+    buckets: list[Bucket] = []
+    for (ranks, dtype), members in sorted(groups.items()):
+        members.sort(key=lambda t: (-min(order[run] for run in t.runs), t.name))
+        for part in _chunks(members):
+            used = sorted({run for trained in part for run in trained.runs}, key=order.__getitem__)
+            names = tuple(trained.name for trained in part)
+            buckets.append(
+                Bucket(name=f"b{len(buckets)}", dtype=dtype, ranks=ranks, runs=tuple(used), parameters=names)
+            )
+    return buckets
+
+
+@dataclass
+class _Trained:
+    """A parameter that gets a gradient: where it is held, and which runs add to it."""
+
+    name: str
+    dtype: str
+    num_bytes: int
+    holders: set[int] = field(default_factory=set)
+    runs: list[str] = field(default_factory=list)
+    trainable: bool = False
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted(self.holders))
+
+
+def _trained_parameters(runs: Sequence[SliceRun], graph: TaskGraph) -> list[_Trained]:
+    found: dict[str, _Trained] = {}
     for run in runs:
-        for name in run.operators:
-            for parameter in graph.by_name[name].parameters:
-                holders.setdefault(parameter.name, set()).update(run.ranks)
-                if parameter.trainable:
-                    dtypes[parameter.name] = parameter.dtype
-    grouped: dict[tuple[tuple[int, ...], str], list[str]] = {}
-    for name, dtype in dtypes.items():
-        grouped.setdefault((tuple(sorted(holders[name])), dtype), []).append(name)
-    return [
-        Bucket(name=f"b{index}", dtype=dtype, ranks=ranks, parameters=tuple(sorted(names)))
-        for index, ((ranks, dtype), names) in enumerate(sorted(grouped.items()))
-    ]
+        for parameter in (p for name in run.operators for p in graph.by_name[name].parameters):
+            known = found.setdefault(parameter.name, _Trained(parameter.name, parameter.dtype, parameter.num_bytes))
+            known.holders.update(run.ranks)
+            if parameter.trainable:
+                known.trainable = True
+                known.runs.append(run.name)
+    return [trained for trained in found.values() if trained.trainable]
+
+
+def _chunks(members: Sequence[_Trained]) -> Iterator[list[_Trained]]:
+    chunk: list[_Trained] = []
+    for trained in members:
+        if chunk and sum(t.num_bytes for t in chunk) + trained.num_bytes > BUCKET_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(trained)
+    if chunk:
+        yield chunk

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.runtime.program import (
+    Bucket,
     Instruction,
     Op,
     Program,
@@ -22,15 +23,18 @@ Lists = tuple[tuple[Instruction, ...], ...]
 
 def run_passes(program: Program, readers: frozenset[str]) -> Program:
     """Fill in the instruction lists. `readers`: slice runs that read batch fields."""
-    for add in (add_compute, add_reductions, add_loads, add_frees):
+    for add in (add_compute, add_step, add_loads, add_frees):
         program = replace(program, instructions=add(program, readers))
     return program
 
 
 def add_compute(program: Program, readers: frozenset[str]) -> Lists:
-    """Forward in the global order, backward in its reverse; each transfer right after the run that it carries from."""
+    """Forward in the global order, backward in its reverse. Each transfer stands right after the run that it carries
+    from, each reduction right after the last run that adds to its bucket, at the same place of the order on all ranks.
+    """
     del readers
     lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
+    complete = _completed_buckets(program)
     for backward in (False, True):
         transfers = [t for t in program.transfers if t.backward is backward]
         incoming, outgoing = _grouped(transfers, "target"), _grouped(transfers, "source")
@@ -44,19 +48,31 @@ def add_compute(program: Program, readers: frozenset[str]) -> Lists:
             for transfer in outgoing.get(run.name, ()):
                 for rank in sorted(transfer.members()):
                     lists[rank].append(Instruction(Op.TRANSFER, transfer.name))
+            for bucket in complete.get(run.name, ()) if backward else ():
+                for rank in bucket.ranks:
+                    lists[rank].append(Instruction(Op.REDUCE, bucket.name))
     return tuple(map(tuple, lists))
 
 
-def add_reductions(program: Program, readers: frozenset[str]) -> Lists:
-    """Sum each bucket over its ranks, in the order of the buckets on every rank; then step."""
+def _completed_buckets(program: Program) -> dict[str, list[Bucket]]:
+    """Buckets of several ranks by the run whose backward is the last to add to them: the first in forward order."""
+    found: dict[str, list[Bucket]] = {}
+    for bucket in program.buckets:
+        if len(bucket.ranks) > 1:
+            found.setdefault(bucket.runs[0], []).append(bucket)
+    return found
+
+
+def add_step(program: Program, readers: frozenset[str]) -> Lists:
+    """Wait for all reductions, in the order in which they were started; then step."""
     del readers
     return tuple(
         (
             *instructions,
-            *(Instruction(Op.REDUCE, b.name) for b in program.buckets if rank in b.ranks and len(b.ranks) > 1),
+            *(Instruction(Op.AWAIT, i.target) for i in instructions if i.op is Op.REDUCE),
             Instruction(Op.STEP),
         )
-        for rank, instructions in enumerate(program.instructions)
+        for instructions in program.instructions
     )
 
 

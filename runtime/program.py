@@ -21,10 +21,10 @@ class Op(StrEnum):
     LOAD = "LOAD"  # a task: fetch its next batch
     FORWARD = "FORWARD"  # a slice run: compute, keeping what backward needs
     TRANSFER = "TRANSFER"  # a transfer: start its sends and receives; does not wait
-    AWAIT = "AWAIT"  # a transfer: wait until what it brings has arrived
+    AWAIT = "AWAIT"  # a transfer or bucket: wait until what it brings has arrived
     BACKWARD = "BACKWARD"  # a slice run: gradients of its parameters and inputs
     FREE = "FREE"  # a buffer: drop it
-    REDUCE = "REDUCE"  # a bucket: sum its gradients over its ranks
+    REDUCE = "REDUCE"  # a bucket: start summing its gradients over its ranks; does not wait
     STEP = "STEP"  # apply the optimiser to all parameters of the rank
 
 
@@ -92,11 +92,12 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Parameters of one dtype whose gradients are summed over exactly `ranks`."""
+    """Parameters of one dtype whose gradients are summed over exactly `ranks`; slice runs `runs` add to them."""
 
     name: str
     dtype: str
     ranks: tuple[int, ...]
+    runs: tuple[str, ...]
     parameters: tuple[str, ...]
 
 

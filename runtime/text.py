@@ -57,6 +57,7 @@ def _lines(program: Program) -> Iterator[str]:
         yield from (f"  {m.tensor} {m.source} -> {m.target} samples {m.low}:{m.high}" for m in transfer.messages)
     for bucket in program.buckets:
         yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}"
+        yield _row("runs", bucket.runs)
         yield from (f"  {name}" for name in bucket.parameters)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
@@ -167,8 +168,18 @@ def _parse_transfer(parsed: _Parsed, words: list[str], body: list[list[str]]) ->
 
 def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, dtype, _, *ranks = words
-    parameters = tuple(parameter for (parameter,) in body)
-    parsed.buckets.append(Bucket(name=name, dtype=dtype, ranks=tuple(map(int, ranks)), parameters=parameters))
+    (label, *runs), *rows = body
+    if label != "runs":
+        raise ValueError("a bucket begins with its runs")
+    parsed.buckets.append(
+        Bucket(
+            name=name,
+            dtype=dtype,
+            ranks=tuple(map(int, ranks)),
+            runs=tuple(runs),
+            parameters=tuple(parameter for (parameter,) in rows),
+        )
+    )
 
 
 def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:

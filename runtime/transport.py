@@ -59,8 +59,8 @@ class Transport(Protocol):
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         """Post messages; functions that wait until the sends have left and the receives have arrived."""
 
-    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
-        """Sum `values` in place over `ranks`, this one among them."""
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """Start to sum `values` in place over `ranks`, this one among them; a function that waits for the sum."""
 
     def close(self) -> None:
         """Leave; peers that still wait for this rank fail soon."""
@@ -98,9 +98,9 @@ class ProcessTransport:
             return _wait_for(works), _wait_for(works)
         return _wait_for(works[: len(sends)]), _wait_for(works[len(sends) :])
 
-    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum over a group made before."""
-        dist.all_reduce(values, group=self._groups[ranks])
+        return _wait_for([dist.all_reduce(values, group=self._groups[ranks], async_op=True)])
 
     def close(self) -> None:
         """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
@@ -123,8 +123,8 @@ class _Exchange:
         self.changed = threading.Condition()
         self.mail: dict[tuple[int, int, int], Tensor] = {}
         self.gone: set[int] = set()
-        self.barriers: dict[tuple[int, ...], threading.Barrier] = {}
-        self.sums: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        self.parts: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
+        self.taken: Counter[tuple[tuple[int, ...], int]] = Counter()
 
 
 class ThreadTransport:
@@ -137,6 +137,7 @@ class ThreadTransport:
         self.rank, self.num_ranks = rank, num_ranks
         self._shared, self._timeout_s = shared, timeout_s
         self._sent, self._expected = Counter[int](), Counter[int]()
+        self._reduced = Counter[tuple[int, ...]]()
 
     @classmethod
     def connect(cls, num_ranks: int, *, timeout_s: float = 60.0) -> "list[ThreadTransport]":
@@ -145,10 +146,7 @@ class ThreadTransport:
         return [cls(shared, rank, num_ranks, timeout_s=timeout_s) for rank in range(num_ranks)]
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Barriers of the groups; the first rank to come makes them."""
-        for ranks in groups:
-            self._shared.barriers.setdefault(ranks, threading.Barrier(len(ranks), timeout=self._timeout_s))
-            self._shared.sums.setdefault(ranks, {})
+        """Threads need none."""
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         """Copies go into the peers' mail at once."""
@@ -174,30 +172,42 @@ class ThreadTransport:
             shared.changed.wait_for(lambda: key in shared.mail or shared.gone, self._timeout_s)
             sent = shared.mail.pop(key, None)
         if sent is None:
-            reason = "it left" if shared.gone else f"not in {self._timeout_s:g} s"
-            raise RunError(f"nothing arrived from rank {peer}: {reason}")
+            raise RunError(f"nothing arrived from rank {peer}: {self._why()}")
         if sent.shape != tensor.shape or sent.dtype != tensor.dtype:
             raise RunError(
                 f"rank {peer} sent {tuple(sent.shape)} {sent.dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
             )
         tensor.copy_(sent)
 
-    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> None:
+    def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum in the order of the ranks, so that all get the same bits."""
-        barrier, parts = self._shared.barriers[ranks], self._shared.sums[ranks]
-        parts[self.rank] = values.clone()
-        try:
-            barrier.wait()
-            total = torch.stack([parts[rank] for rank in ranks]).sum(0)
-            barrier.wait()
-        except threading.BrokenBarrierError:
-            raise RunError(f"ranks {ranks} did not all come to a reduction in {self._timeout_s:g} s") from None
-        values.copy_(total)
+        shared = self._shared
+        number = self._reduced[ranks] = self._reduced[ranks] + 1
+        with shared.changed:
+            shared.parts[ranks, number, self.rank] = values.clone()
+            shared.changed.notify_all()
+
+        def arrive() -> None:
+            keys = [(ranks, number, rank) for rank in ranks]
+            with shared.changed:
+                shared.changed.wait_for(lambda: all(k in shared.parts for k in keys) or shared.gone, self._timeout_s)
+                missing = [key[2] for key in keys if key not in shared.parts]
+                if missing:
+                    raise RunError(f"ranks {missing} did not come to a reduction over ranks {ranks}: {self._why()}")
+                parts = [shared.parts[key] for key in keys]
+                shared.taken[ranks, number] += 1
+                if shared.taken[ranks, number] == len(ranks):
+                    for key in keys:
+                        del shared.parts[key]
+            values.copy_(torch.stack(parts).sum(0))
+
+        return arrive
+
+    def _why(self) -> str:
+        return "it left" if self._shared.gone else f"not in {self._timeout_s:g} s"
 
     def close(self) -> None:
-        """Break all barriers and say so, so that nobody waits for a rank that is gone."""
-        for barrier in list(self._shared.barriers.values()):
-            barrier.abort()
+        """Say so, so that nobody waits for a rank that is gone."""
         with self._shared.changed:
             self._shared.gone.add(self.rank)
             self._shared.changed.notify_all()
