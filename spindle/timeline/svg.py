@@ -82,7 +82,8 @@ def draw_svg(
     if standalone:
         drawn, y = _legend(style, y + 8)
         parts += drawn
-    head = 'xmlns="http://www.w3.org/2000/svg" color="#1b2027" ' if standalone else 'class="static" '
+    shape = "static tall" if y > 0.62 * WIDTH else "static"
+    head = 'xmlns="http://www.w3.org/2000/svg" color="#1b2027" ' if standalone else f'class="{shape}" '
     label = escape(title or "timeline", quote=True)
     return (
         f'<svg {head}viewBox="0 0 {WIDTH:g} {y:g}" width="{WIDTH:g}" height="{y:g}" role="img" aria-label="{label}" '
@@ -186,8 +187,11 @@ def _item(item: Item, x: float, width: float, y: float, height: float, style: _S
         fill = style.fill_by_component.get(what.component, GREY)
         line = style.line_by_task.get(what.task, GREY)
         if width > 3 and height > 6:
-            box = f'x="{x + 0.75:.2f}" y="{y + 0.75:g}" width="{width - 1.5:.2f}" height="{height - 1.5:g}"'
-            yield f'<rect {box} fill="{fill}" stroke="{line}" stroke-width="1.5"/>'
+            thick = 1.5 if height >= 12 else 0.8
+            box = (
+                f'x="{x + thick / 2:.2f}" y="{y + thick / 2:g}" width="{width - thick:.2f}" height="{height - thick:g}"'
+            )
+            yield f'<rect {box} fill="{fill}" stroke="{line}" stroke-width="{thick}"/>'
         else:
             box = f'x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{height:g}"'
             yield f'<rect {box} fill="{fill}"/>'
