@@ -41,8 +41,8 @@ def total(view: StepView) -> Accounts:
 
 
 def idle_share(accounts: Accounts) -> float:
-    """Share of the time in which devices neither compute nor communicate; what they spend on other steps left out."""
-    whole_s = sum(seconds for cause, seconds in accounts.items() if cause is not Cause.OTHER)
+    """Share of the time in which devices neither compute nor communicate, nor are at another step."""
+    whole_s = sum(accounts.values())
     return sum(accounts.get(cause, 0.0) for cause in IDLING) / whole_s if whole_s else 0.0
 
 

@@ -1,7 +1,8 @@
 """Index of one step: its spans in, who ran what until when out; and from that what each span waited for.
 
 - Measured: a wait is split where the last device that it waits for had finished computing, a reduction where its last
-  member came.
+  member came. A reduction is one span ("REDUCE b0") or two: its start, and the wait for it ("AWAIT b0") after whatever
+  ran beside it.
 - Predicted: there are no waits for data, only gaps; what the next span waited for is read off the plan.
 """
 
@@ -10,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from spindle.errors import InputError
 from spindle.timeline.items import Cause, Kind, kind_of
 from spindle.timeline.table import SliceTable, slice_name
 from spindle.trace import Span, SpanKind
@@ -25,14 +25,7 @@ NEAR = 1e-6  # moments of a prediction closer than this share of the step are on
 class StepIndex:
     """Spans of one step by rank, by slice run and by reduction. Times are those of the trace."""
 
-    def __init__(
-        self,
-        table: SliceTable,
-        spans: Sequence[Span],
-        num_ranks: int,
-        source: Source,
-    ) -> None:
-        """Raises InputError when a span is of a rank that the trace does not have."""
+    def __init__(self, table: SliceTable, spans: Sequence[Span], num_ranks: int, source: Source) -> None:
         self.table, self.measured = table, source == "measured"
         self.first_s = 0.0 if source == "plan" else min(s.start_s for s in spans)
         self.last_s = max(s.end_s for s in spans)
@@ -40,15 +33,14 @@ class StepIndex:
         self.ends: dict[Run, dict[int, float]] = defaultdict(dict)
         self.home: dict[str, int] = {}
         self.members: dict[tuple[str, float], list[Span]] = defaultdict(list)
+        self._awaited = {target_of(s) for s in spans if s.kind is SpanKind.REDUCE and s.name.startswith("AWAIT ")}
         for span in spans:
-            if span.rank >= num_ranks:
-                raise InputError(f"span {span.name!r} is of rank {span.rank} of {num_ranks}; record the trace again")
             self.by_rank[span.rank].append(span)
             if span.kind in (SpanKind.FORWARD, SpanKind.BACKWARD):
                 run = self.run_name(span.name)
                 self.ends[span.kind, run][span.rank] = span.end_s
                 self.home[run] = table.slice_of(span)
-            elif span.kind is SpanKind.REDUCE:
+            elif span.kind is SpanKind.REDUCE and not span.name.startswith("AWAIT "):
                 self.members[self.reduction(span)].append(span)
         for row in self.by_rank:
             row.sort(key=lambda s: (s.start_s, s.end_s))
@@ -65,9 +57,19 @@ class StepIndex:
         """The slice run or slice that a compute span names."""
         return name.partition(" ")[2] if self.measured else name
 
+    def kind(self, span: Span) -> Kind:
+        """How a span is drawn: the start of a reduction that is awaited later is but a start."""
+        if span.kind is SpanKind.REDUCE and self.measured and span.name.startswith("REDUCE "):
+            return Kind.ISSUE if target_of(span) in self._awaited else Kind.REDUCE
+        return kind_of(span.kind, span.name)
+
     def reduction(self, span: Span) -> tuple[str, float]:
         """What the members of one reduction have in common; in a prediction they start together."""
-        return span.name, 0.0 if self.measured else span.start_s
+        return (target_of(span), 0.0) if self.measured else (span.name, span.start_s)
+
+    def reduction_members(self, span: Span) -> frozenset[int]:
+        """Ranks of the reduction that a span is part of."""
+        return frozenset(s.rank for s in self.members.get(self.reduction(span), ()))
 
     def senders(self, run: Run, reader: int, rank: int) -> list[int]:
         """Ranks that send to `rank` of what `run` makes, when slice `reader` (-1: unknown) reads it."""
@@ -80,6 +82,10 @@ class StepIndex:
             return sources
         return overlapping(sources, places[rank], len(places), rank)
 
+    def last_member(self, span: Span) -> Span | None:
+        """The member of a span's reduction that came last."""
+        return self._last_member.get(self.reduction(span))
+
     # -- what was waited for --------------------------------------------------------------------------------------
 
     def blocked(self, span: Span) -> tuple[float, str]:
@@ -87,7 +93,9 @@ class StepIndex:
         if not self.measured:
             return 0.0, ""
         if span.kind is SpanKind.REDUCE:
-            last = self._last_member[self.reduction(span)]
+            last = self.last_member(span)
+            if last is None or self.kind(span) is Kind.ISSUE:
+                return 0.0, ""
             why = f"device {last.rank} came last" if last.rank != span.rank else ""
             return _clamped(last.start_s - span.start_s, span), why
         run = made_by(span.name)
@@ -128,14 +136,18 @@ class StepIndex:
     def _busy_peer(self, rank: int, span: Span) -> str:
         """The device that `span` needs too and that was busy until then, in words."""
         home, near_s = self.table.slice_of(span), NEAR * self.step_s
-        members = self.members[self.reduction(span)] if span.kind is SpanKind.REDUCE else ()
-        for peer in self.table.slices[home].devices if home >= 0 else (s.rank for s in members):
+        for peer in self.table.slices[home].devices if home >= 0 else sorted(self.reduction_members(span)):
             at = bisect_right(self._row_ends[peer], span.start_s + near_s) - 1
             if peer != rank and at >= 0 and self._row_ends[peer][at] >= span.start_s - near_s:
                 return f"device {peer}, which ran {self.by_rank[peer][at].name}"
         if span.kind is SpanKind.REDUCE:
             return "the end of all backward slices"
         return "the end of all forward slices" if self._is_backward(span) else "its turn in the plan"
+
+
+def target_of(span: Span) -> str:
+    """What the instruction of a measured span works on: "b0" of "REDUCE b0"."""
+    return span.name.partition(" ")[2]
 
 
 def made_by(wait: str) -> Run | None:

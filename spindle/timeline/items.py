@@ -19,7 +19,7 @@ class Kind(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
     WORK = "work"  # forward and backward of a slice together, as plans hold them
-    ISSUE = "issue"  # starts sends and receives, does not wait
+    ISSUE = "issue"  # starts messages or a reduction, does not wait
     WAIT = "wait"  # waits until a transfer has arrived
     REDUCE = "reduce"
     STEP = "step"
@@ -55,7 +55,7 @@ CAUSE_TITLES = {
     Cause.WORK: "forward and backward",
     Cause.STEP: "optimiser step",
     Cause.REDUCE: "gradient reduction",
-    Cause.ISSUE: "starts transfers",
+    Cause.ISSUE: "starts transfers and reductions",
     Cause.LOAD: "loads a batch",
     Cause.PEERS: "waits for the last of a reduction",
     Cause.UNDERWAY: "waits for a transfer under way",

@@ -65,7 +65,7 @@ def _kinds(views: Sequence[View]) -> Iterator[str]:
         (Kind.WAIT, "waiting: not made yet, then under way", _svg(wait, 18))
         if blocked
         else (Kind.WAIT, "transfer", _svg(thick)),
-        (Kind.ISSUE, "starting transfers", _svg(solid.format("issue"))),
+        (Kind.ISSUE, "starting transfers and reductions", _svg(solid.format("issue"))),
         (Kind.REDUCE, "gradient reduction", _svg(solid.format("reduce") + bars)),
         (Kind.STEP, "optimiser step", _svg(solid.format("step"))),
         (Kind.LOAD, "loading a batch", _svg(solid.format("load"))),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from spindle.errors import InputError
 from spindle.plan import Plan
 from spindle.timeline.index import Source, StepIndex, by_step, made_by
-from spindle.timeline.items import Cause, Item, Kind, Link, StepView, View, What, kind_of
+from spindle.timeline.items import Cause, Item, Kind, Link, StepView, View, What
 from spindle.timeline.table import SliceTable, slice_name
 from spindle.trace import Span, SpanKind, Trace
 
@@ -49,12 +49,9 @@ def _guess(metaop: str) -> tuple[str, str]:
 def trace_view(trace: Trace, table: SliceTable, *, measured: bool) -> View:
     """Every step of a trace as rows; beyond `MAX_SPANS` spans, steps far from the median length are left out.
 
-    The step of median length is shown first. Raises InputError when the trace has no spans or endless times.
+    The step of median length is shown first. Raises InputError when the trace has no spans.
     """
     source: Source = "measured" if measured else "predicted"
-    for span in trace:
-        if not 0 <= span.end_s - span.start_s < float("inf"):
-            raise InputError(f"span {span.name!r} runs from {span.start_s} to {span.end_s}; record the trace again")
     spans_by_step = by_step(trace)
     if not spans_by_step:
         raise InputError(f"the {source} trace has no spans; record at least one step")
@@ -158,7 +155,7 @@ class _Maker:
         """What a span is."""
         key = (span.kind, span.name, span.task, span.component, span.metaop, span.wave, span.num_bytes, why)
         if key not in self.whats:
-            kind = Kind.WORK if self.source == "plan" else kind_of(span.kind, span.name)
+            kind = Kind.WORK if self.source == "plan" else self.index.kind(span)
             home = self.index.table.slice_of(span)
             self.whats[key] = What(
                 kind=kind,
@@ -181,9 +178,8 @@ class _Maker:
 
     def planned_s(self, kind: Kind, home: int, span: Span) -> float:
         """Seconds that the plan gives a span; 0 when it says nothing."""
-        if kind is Kind.REDUCE:
-            members = self.index.members[self.index.reduction(span)]
-            return self.index.table.reduce_s.get(frozenset(s.rank for s in members), 0.0)
+        if kind is Kind.REDUCE and not span.name.startswith("AWAIT "):  # what is awaited ran beside other work
+            return self.index.table.reduce_s.get(self.index.reduction_members(span), 0.0)
         if kind is Kind.WAIT and self.index.measured and "<" in span.name:
             return 0.0  # the plan charges gradients to the slice that sends them
         return self.index.table.planned_s(kind, home)

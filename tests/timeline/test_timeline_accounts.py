@@ -17,7 +17,7 @@ NAMES = {
     SpanKind.FORWARD: ("FORWARD s0", "FORWARD s1"),
     SpanKind.BACKWARD: ("BACKWARD s0", "BACKWARD s1"),
     SpanKind.TRANSFER: ("TRANSFER s0>s1", "AWAIT s0>s1", "AWAIT s0<s1", "AWAIT nothing"),
-    SpanKind.REDUCE: ("REDUCE b0", "REDUCE b1"),
+    SpanKind.REDUCE: ("REDUCE b0", "REDUCE b1", "AWAIT b1", "AWAIT b2"),
     SpanKind.STEP: ("STEP",),
 }
 

@@ -114,10 +114,12 @@ class _Run:
             for index in reversed(order) if backward else order:
                 self.slice(index, backward, step)
         for number, members in enumerate(self.reductions):
-            last_s = max(self.clock_s[s.rank] for s in members)
-            length_s = members[0].end_s - members[0].start_s
             for span in members:
-                self.add(span.rank, SpanKind.REDUCE, f"REDUCE b{number}", last_s + length_s, -1, step, until=True)
+                self.add(span.rank, SpanKind.REDUCE, f"REDUCE b{number}", 2e-5, -1, step)
+        for number, members in enumerate(self.reductions):
+            there_s = max(self.clock_s[s.rank] for s in members) + members[0].end_s - members[0].start_s
+            for span in members:
+                self.add(span.rank, SpanKind.REDUCE, f"AWAIT b{number}", there_s, -1, step, until=True)
         for rank in range(self.plan.num_devices):
             self.add(rank, SpanKind.STEP, "STEP", 1e-3, -1, step)
 
