@@ -134,6 +134,8 @@ def parse_yaml(text: str, *, source: str = "text") -> Any:
         return yaml.load(text, Loader)  # Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise FormatError(f"{source}: not YAML ({' '.join(str(error).split())}); mend that line") from None
+    except RecursionError:
+        raise FormatError(f"{source}: not YAML that can be read (nested too deep); make it flatter") from None
 
 
 def _place(node: Any) -> str:

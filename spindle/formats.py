@@ -30,6 +30,12 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, from_attributes=True)
 
 
+class _JsonModel(StrictModel):
+    """JSON has no NaN and no infinity; Python's parser would let them in."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON objects with one key twice would lose a value silently."""
     found: dict[str, Any] = {}
@@ -40,13 +46,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-CountTable = Annotated[  # values hold it as pairs; JSON keys are strings
-    dict[Annotated[int, Field(strict=False)], float], BeforeValidator(dict)
+def _table(values: object) -> object:
+    """Values hold tables as pairs, files as objects."""
+    return dict(values) if isinstance(values, tuple) else values
+
+
+def _count(key: object) -> object:
+    """JSON keys are strings; "01" would be a second name for "1" and hide its value."""
+    if isinstance(key, str) and not (key.isdecimal() and str(int(key)) == key):
+        raise ValueError("keys should be device counts, for instance 4")
+    return key
+
+
+CountTable = Annotated[
+    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], float], BeforeValidator(_table)
 ]
-NameTable = Annotated[dict[str, float], BeforeValidator(dict)]
+NameTable = Annotated[dict[str, float], BeforeValidator(_table)]
 
 
-class _MetaOpModel(StrictModel):
+class _MetaOpModel(_JsonModel):
     name: str
     task: str
     component: str
@@ -66,7 +84,7 @@ class _MetaOpModel(StrictModel):
         return MetaOp(**{**dict(self), **tables})
 
 
-class _MetaGraphModel(StrictModel):
+class _MetaGraphModel(_JsonModel):
     format: Literal["spindle.metagraph"] = "spindle.metagraph"
     version: Literal[1] = 1
     metaops: tuple[_MetaOpModel, ...]
@@ -89,7 +107,7 @@ class _MetaGraphModel(StrictModel):
         return MetaGraph(tuple(metaop.value() for metaop in self.metaops), tuple(flows))
 
 
-class _SliceModel(StrictModel):
+class _SliceModel(_JsonModel):
     metaop: str
     first_layer: int
     num_layers: int
@@ -98,7 +116,7 @@ class _SliceModel(StrictModel):
     end_s: float
 
 
-class _WaveModel(StrictModel):
+class _WaveModel(_JsonModel):
     index: int
     start_s: float
     end_s: float
@@ -108,12 +126,12 @@ class _WaveModel(StrictModel):
         return Wave(**{**dict(self), "slices": tuple(Slice(**dict(s)) for s in self.slices)})
 
 
-class _MemoryModel(StrictModel):
+class _MemoryModel(_JsonModel):
     peak_bytes_per_device: tuple[float, ...] = ()
     fits: bool = True
 
 
-class _CertificateModel(StrictModel):
+class _CertificateModel(_JsonModel):
     area_price: float = 0.0
     paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
     through: str = ""
@@ -125,7 +143,7 @@ class _CertificateModel(StrictModel):
         return Certificate(**{**dict(self), **ends})
 
 
-class _DeviceModel(StrictModel):
+class _DeviceModel(_JsonModel):
     name: str
     memory_bytes: float
     peak_flops: float
@@ -139,14 +157,14 @@ class _DeviceModel(StrictModel):
     float32_rate: float = 0.5
 
 
-class _ProtocolModel(StrictModel):
+class _ProtocolModel(_JsonModel):
     latency_s: float
     hop_s: float
     bytes_per_s: float
     in_network: bool = False
 
 
-class _LinkModel(StrictModel):
+class _LinkModel(_JsonModel):
     bytes_per_s: float
     latency_s: float
     protocols: tuple[_ProtocolModel, ...] = ()
@@ -155,7 +173,7 @@ class _LinkModel(StrictModel):
         return Link(**{**dict(self), "protocols": tuple(Protocol(**dict(p)) for p in self.protocols)})
 
 
-class _ClusterModel(StrictModel):
+class _ClusterModel(_JsonModel):
     nodes: int
     devices_per_node: int
     device: _DeviceModel
@@ -167,7 +185,7 @@ class _ClusterModel(StrictModel):
         return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
 
 
-class _PlanModel(StrictModel):
+class _PlanModel(_JsonModel):
     format: Literal["spindle.plan"] = "spindle.plan"
     version: Literal[1] = 1
     num_devices: int
@@ -206,7 +224,7 @@ class _PlanModel(StrictModel):
         return Plan(**fields)
 
 
-class _EntryModel(StrictModel):
+class _EntryModel(_JsonModel):
     kind: str
     num_devices: int
     forward_s: float
@@ -214,7 +232,7 @@ class _EntryModel(StrictModel):
     peak_bytes: float = 0.0
 
 
-class _LinkEntryModel(StrictModel):
+class _LinkEntryModel(_JsonModel):
     operation: LinkOperation
     level: LinkLevel
     members: int
@@ -222,11 +240,11 @@ class _LinkEntryModel(StrictModel):
     seconds: float
 
 
-class _ProfileModel(StrictModel):
+class _ProfileModel(_JsonModel):
     format: Literal["spindle.profile"] = "spindle.profile"
     version: Literal[1] = 1
     device: str
-    versions: Annotated[dict[str, str], BeforeValidator(dict)] = {}
+    versions: Annotated[dict[str, str], BeforeValidator(_table)] = {}
     entries: tuple[_EntryModel, ...]
     links: tuple[_LinkEntryModel, ...] = ()
 
@@ -240,7 +258,7 @@ class _ProfileModel(StrictModel):
         return Profile(self.device, tuple(sorted(self.versions.items())), entries, links)
 
 
-class _SpanModel(StrictModel):
+class _SpanModel(_JsonModel):
     rank: int
     kind: SpanKind
     name: str
@@ -254,7 +272,7 @@ class _SpanModel(StrictModel):
     step: int = 0
 
 
-class _TraceModel(StrictModel):
+class _TraceModel(_JsonModel):
     format: Literal["spindle.trace"] = "spindle.trace"
     version: Literal[1] = 1
     num_ranks: int
@@ -299,10 +317,10 @@ def loads(text: str, expect: type[ValueT], *, source: str = "text") -> ValueT:
     """
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{source}: not JSON ({error}); the file may be cut off, write it again") from None
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets too
+        raise FormatError(f"{source}: not JSON ({error}); the file may be cut off, write it again") from None
     value = _checked(data, source)
     if not isinstance(value, expect):
         raise FormatError(f"{source}: is a {data['format']} file; here a {expect.__name__} is needed")
@@ -314,7 +332,7 @@ def _checked(data: Any, source: str) -> Value:
     model = _MODEL_BY_FORMAT.get(name) if isinstance(name, str) else None
     if model is None:
         raise FormatError(f"{source}: format is {name!r}; this Spindle reads {', '.join(_MODEL_BY_FORMAT)}")
-    if data.get("version") != 1:
+    if data.get("version") != 1 or type(data["version"]) is not int:  # True == 1.0 == 1
         raise FormatError(
             f"{source}: {name} version {data.get('version')!r}; this Spindle reads version 1, write the file again"
         )
@@ -365,9 +383,13 @@ def write_text(text: str, path: str | Path) -> None:
     target = Path(path)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         raise FormatError(f"{path}: cannot be written ({error.strerror}); check the folder") from None

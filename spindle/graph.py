@@ -8,7 +8,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import TYPE_CHECKING
 
 from spindle.errors import GraphError
@@ -47,11 +47,18 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES_BY_DTYPE:
-            raise GraphError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
+            raise GraphError(
+                f"tensor {self.name!r}: dtype {self.dtype!r} is not known; cast to one of {', '.join(BYTES_BY_DTYPE)}"
+            )
         if any(size < 0 for size in self.shape):
-            raise GraphError(f"tensor {self.name!r}: shape {self.shape} has a negative size")
+            raise GraphError(f"tensor {self.name!r}: shape {self.shape} has a negative size; sizes are 0 or more")
+        if self.rows < 0:
+            raise GraphError(f"tensor {self.name!r}: {self.rows} rows a sample; give 0 if it cannot be cut")
         if self.rows and not 0 <= self.row_dim < len(self.shape):
-            raise GraphError(f"tensor {self.name!r}: shape {self.shape} has no dimension {self.row_dim} to hold rows")
+            raise GraphError(
+                f"tensor {self.name!r}: shape {self.shape} has no dimension {self.row_dim} to hold rows; "
+                "give rows=0 if it cannot be cut"
+            )
 
     def shape_of(self, samples: int) -> tuple[int, ...]:
         """Shape of the part that belongs to so many samples; the whole shape when it cannot be cut."""
@@ -107,6 +114,9 @@ class Operator:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise GraphError(f"operator {self.name!r}: batch size is {self.batch_size}; it must be at least one")
+        for label in ("forward_flops", "backward_flops", "input_bytes", "activation_bytes"):
+            if not 0 <= getattr(self, label) < inf:
+                raise GraphError(f"operator {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
 
     @property
     def output_bytes(self) -> int:
@@ -175,24 +185,27 @@ class TaskGraph:
         if len(self.by_name) != len(self.operators):
             names = [operator.name for operator in self.operators]
             twice = next(name for name in names if names.count(name) > 1)
-            raise GraphError(f"operator {twice!r} stands twice in the task graph; names must be unique")
+            raise GraphError(f"operator {twice!r} stands twice in the task graph, where names are unique; rename one")
         written: dict[str, str] = {}
         for operator in self.operators:
             for tensor in operator.outputs:
                 if tensor.name in written:
                     raise GraphError(
                         f"tensor {tensor.name!r} is written by {written[tensor.name]!r} and by {operator.name!r}; "
-                        "one operator writes a tensor"
+                        "one operator writes a tensor, rename one of the two"
                     )
                 written[tensor.name] = operator.name
         for operator in self.operators:
             for name in operator.inputs:
                 if name not in written:
-                    raise GraphError(f"operator {operator.name!r} reads tensor {name!r}, which no operator writes")
+                    raise GraphError(
+                        f"operator {operator.name!r} reads tensor {name!r}, which no operator writes; "
+                        "add the one that makes it, or read it from the batch"
+                    )
 
     def _check_acyclic(self) -> None:
         import networkx as nx
 
         if not nx.is_directed_acyclic_graph(self.digraph):
             cycle = " -> ".join(source for source, _ in nx.find_cycle(self.digraph))
-            raise GraphError(f"operators {cycle} depend on each other in a circle; a task graph has no cycles")
+            raise GraphError(f"operators {cycle} depend on each other in a circle; leave out one of these flows")

@@ -5,6 +5,7 @@ fresh from contraction has none until it is priced (`spindle.planner.cost`).
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Points = tuple[tuple[int, float], ...]
 """(device count, value) pairs, counts rising and unique."""
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def points(values: Mapping[int, float] | Iterable[tuple[int, float]]) -> Points:
@@ -61,10 +65,14 @@ class MetaOp:
     def __post_init__(self) -> None:
         if not self.name:
             raise GraphError("a MetaOp has an empty name; name it, for instance 'task.component'")
+        if _CONTROL.search(self.name + self.task + self.component):  # a terminal would obey them
+            raise GraphError(f"MetaOp {self.name!r}: a name has control characters; leave them out")
         if self.layers < 1:
             raise GraphError(f"MetaOp {self.name!r}: layers is {self.layers}; it must be at least one")
         if self.operators and len(self.operators) != self.layers:
-            raise GraphError(f"MetaOp {self.name!r} holds {len(self.operators)} operators but {self.layers} layers")
+            raise GraphError(
+                f"MetaOp {self.name!r} holds {len(self.operators)} operators but {self.layers} layers; give one each"
+            )
         if not 0 <= self.forward_fraction <= 1:
             raise GraphError(
                 f"MetaOp {self.name!r}: forward_fraction is {self.forward_fraction!r}; it must be between 0 and 1"
@@ -118,7 +126,7 @@ class MetaGraph:
         if len(self.by_name) != len(self.metaops):
             names = [metaop.name for metaop in self.metaops]
             twice = next(name for name in names if names.count(name) > 1)
-            raise GraphError(f"MetaOp {twice!r} stands twice in the MetaGraph; names must be unique")
+            raise GraphError(f"MetaOp {twice!r} stands twice in the MetaGraph, where names are unique; rename one")
         seen: set[tuple[str, str]] = set()
         for flow in self.flows:
             self._check_flow(flow, seen)

@@ -39,7 +39,10 @@ class Span:
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.end_s < self.start_s:
-            raise InputError(f"span {self.name!r}: rank {self.rank}, {self.start_s} to {self.end_s}; times must rise")
+            raise InputError(
+                f"span {self.name!r}: rank {self.rank}, from {self.start_s!r} to {self.end_s!r} s; ranks count from 0 "
+                "and times must rise, measure it again"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,163 @@
+"""Random values of every file format, as wild as their rules allow."""
+
+from hypothesis import strategies as st
+
+from spindle.cluster import Cluster, Device, Link, Protocol
+from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.plan import Certificate, Memory, Plan, Slice, make_waves
+from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.trace import Span, SpanKind, Trace
+
+text = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=8)
+amounts = st.floats(0, 1e18, allow_subnormal=False)
+seconds = st.floats(1e-9, 1e6)
+counts = st.integers(1, 4096)
+
+
+@st.composite
+def metagraphs(draw: st.DrawFn) -> MetaGraph:
+    """Up to five MetaOps of any names, costs and memory, with flows that carry a given or a default number of bytes."""
+    names = draw(st.lists(text, min_size=1, max_size=5, unique=True))
+    metaops = tuple(
+        MetaOp(
+            name=name,
+            task=draw(text),
+            component=draw(text),
+            layers=draw(counts),
+            layer_time_s=points(draw(st.dictionaries(counts, seconds, min_size=1, max_size=4))),
+            memory_bytes=points(draw(st.dictionaries(counts, amounts, max_size=4))),
+            layer_param_bytes=draw(amounts),
+            layer_state_bytes=draw(amounts),
+            output_bytes=draw(amounts),
+            parameters=draw(st.one_of(st.just(""), text)),
+            forward_fraction=draw(st.floats(0, 1)),
+        )
+        for name in names
+    )
+    pairs = [(a, b) for i, b in enumerate(names) for a in names[:i] if draw(st.booleans())]
+    return MetaGraph(metaops, tuple(Flow(a, b, draw(st.one_of(st.none(), amounts))) for a, b in pairs))
+
+
+certificates: st.SearchStrategy[Certificate] = st.recursive(
+    st.builds(
+        Certificate,
+        area_price=amounts,
+        paths=st.lists(st.tuples(amounts, st.lists(text, max_size=3).map(tuple)), max_size=2).map(tuple),
+    ),
+    lambda inner: st.builds(
+        Certificate, through=text, head=st.one_of(st.none(), inner), tail=st.one_of(st.none(), inner)
+    ),
+    max_leaves=4,
+)
+
+protocols = st.builds(Protocol, latency_s=amounts, hop_s=amounts, bytes_per_s=seconds, in_network=st.booleans())
+links = st.builds(Link, bytes_per_s=seconds, latency_s=amounts, protocols=st.lists(protocols, max_size=2).map(tuple))
+devices = st.builds(
+    Device,
+    name=text,
+    memory_bytes=seconds,
+    peak_flops=seconds,
+    memory_bytes_per_s=seconds,
+    launch_s=amounts,
+    parallel_units=counts,
+)
+clusters = st.builds(Cluster, nodes=counts, devices_per_node=counts, device=devices, intra_node=links, inter_node=links)
+
+slices = st.builds(
+    lambda metaop, first, layers, devices, start, span: Slice(
+        metaop=metaop,
+        first_layer=first,
+        num_layers=layers,
+        devices=tuple(sorted(devices)),
+        start_s=start,
+        end_s=start + span,
+    ),
+    text,
+    st.integers(0, 100),
+    counts,
+    st.sets(st.integers(0, 31), min_size=1, max_size=4),
+    seconds,
+    amounts,
+)
+
+named_times = st.dictionaries(text, amounts, max_size=3).map(lambda values: tuple(sorted(values.items())))
+
+plans = st.builds(
+    Plan,
+    num_devices=counts,
+    devices_per_node=counts,
+    method=text,
+    waves=st.lists(slices, min_size=1, max_size=5).map(make_waves),
+    makespan_s=amounts,
+    lower_bound_s=amounts,
+    planner_s=amounts,
+    baselines_s=named_times,
+    reduction_s=amounts,
+    step_s=amounts,
+    baseline_steps_s=named_times,
+    memory=st.builds(Memory, peak_bytes_per_device=st.lists(amounts, max_size=4).map(tuple), fits=st.booleans()),
+    certificate=st.one_of(st.none(), certificates),
+    metagraph=st.one_of(st.none(), metagraphs()),
+    cluster=st.one_of(st.none(), clusters),
+)
+
+profiles = st.builds(
+    Profile,
+    text,
+    st.dictionaries(text, text, max_size=3).map(lambda values: tuple(sorted(values.items()))),
+    st.lists(
+        st.builds(
+            ProfileEntry,
+            kind=text,
+            num_devices=counts,
+            forward_s=seconds,
+            backward_s=amounts,
+            peak_bytes=amounts,
+        ),
+        max_size=4,
+    ).map(tuple),
+    st.lists(
+        st.builds(
+            LinkEntry,
+            operation=st.sampled_from(("all_reduce", "transfer")),
+            level=st.sampled_from(("intra_node", "inter_node")),
+            members=st.integers(2, 64),
+            num_bytes=counts,
+            seconds=seconds,
+        ),
+        max_size=3,
+    ).map(tuple),
+)
+
+traces = st.builds(
+    lambda ranks, source, spans: Trace(num_ranks=ranks, source=source, spans=tuple(spans)),
+    st.just(8),
+    text,
+    st.lists(
+        st.builds(
+            lambda rank, kind, name, start, length, names, wave, num_bytes, step: Span(
+                rank=rank,
+                kind=kind,
+                name=name,
+                start_s=start,
+                end_s=start + length,
+                task=names[0],
+                component=names[1],
+                metaop=names[2],
+                wave=wave,
+                num_bytes=num_bytes,
+                step=step,
+            ),
+            st.integers(0, 7),
+            st.sampled_from(SpanKind),
+            text,
+            st.floats(-1e6, 1e6),
+            amounts,
+            st.tuples(text, text, text),
+            st.integers(-1, 100),
+            st.integers(0, 2**40),
+            st.integers(0, 1000),
+        ),
+        max_size=5,
+    ),
+)
