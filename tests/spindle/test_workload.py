@@ -1,0 +1,144 @@
+"""Workload: every rule of names, modules, data and batches, and what parameters are called."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spindle
+from spindle.errors import WorkloadError
+from spindle.workload import Task, Workload
+from tests.refusals import Refusal, check_refusal, each
+
+GOOD = {"x": torch.ones(4, 2)}
+
+
+def task(data: Iterable[Any] | Callable[[], Iterable[Any]] = (), batch_size: int = 4) -> Task:
+    return Task(name="t", function=lambda batch: batch["x"].sum(), batch_size=batch_size, data=data)
+
+
+def register(name: str = "t", batch_size: int = 4, weight: float = 1.0) -> None:
+    Workload("w").task(name, batch_size=batch_size, data=[GOOD], weight=weight)(lambda batch: batch["x"].sum())
+
+
+def component(name: str, module: object = None) -> nn.Module:
+    return Workload("w").component(name, module or nn.Linear(2, 2))  # type: ignore[type-var, return-value]
+
+
+def twice(what: str, same_module: bool = False) -> None:
+    workload, module = Workload("w"), nn.Linear(2, 2)
+    if what == "task":
+        for _ in range(2):
+            workload.task("t", batch_size=4, data=[GOOD])(lambda batch: batch["x"].sum())
+    workload.component("a", module)
+    workload.component("b" if same_module else "a", module if same_module else nn.Linear(2, 2))
+
+
+RULES: dict[str, Refusal] = {
+    "a component without name": (
+        lambda: component(""),
+        "component ''",
+        "a name starts with a letter",
+        "letters, digits",
+    ),
+    "a dotted component": (lambda: component("a.b"), "component 'a.b'", "starts with a letter", "follow"),
+    "a component that begins with a digit": (lambda: component("1st"), "'1st'", "starts with a letter", "follow"),
+    "a component with a space": (lambda: component("a b"), "'a b'", "starts with a letter", "letters, digits"),
+    "a component of two lines": (lambda: component("a\n"), "'a\\n'", "starts with a letter", "letters, digits"),
+    "a component that is no module": (lambda: component("a", "x"), "component 'a' is a str", "give a", "nn.Module"),
+    "a class for a module": (lambda: component("a", nn.Linear), "component 'a' is a type", "give a", "nn.Module"),
+    "a component twice": (lambda: twice("component"), "component 'a'", "registered already", "choose another name"),
+    "a module twice": (lambda: twice("module", same_module=True), "component 'b'", "of component 'a'", "use it twice"),
+    "a task twice": (lambda: twice("task"), "task 't'", "registered already", "choose another name"),
+    "a task with a slash": (lambda: register("a/b"), "task 'a/b'", "starts with a letter", "letters, digits"),
+    "no samples": (lambda: register(batch_size=0), "task 't'", "batch_size is 0", "at least 1"),
+    "samples below zero": (lambda: register(batch_size=-4), "task 't'", "batch_size is -4", "at least 1"),
+    "half a sample": (lambda: register(batch_size=4.5), "task 't'", "batch_size is 4.5", "a whole number"),  # type: ignore[arg-type]
+    "no weight": (lambda: register(weight=0.0), "task 't'", "weight is 0.0", "a positive number"),
+    "weight below zero": (lambda: register(weight=-1.0), "task 't'", "weight is -1.0", "a positive number"),
+    "weight that is no number": (lambda: register(weight=float("nan")), "'t'", "weight is nan", "a positive number"),
+    "weight without end": (lambda: register(weight=float("inf")), "'t'", "weight is inf", "a positive number"),
+    "no tasks": (lambda: Workload("w").require_tasks(), "workload 'w'", "no tasks", "add one with @workload.task"),
+    "data that is no data": (lambda: task(3).batches(), "data is a int", "an iterable of batches", "or a function"),  # type: ignore[arg-type]
+    "data that runs once": (lambda: task(iter([GOOD])).batches(), "'t'", "one-time iterator", "a list, a loader"),
+    "a generator": (lambda: task(x for x in [GOOD]).batches(), "(generator)", "one-time iterator", "a fresh iterator"),
+    "a function that returns no data": (lambda: task(lambda: 3).batches(), "a int", "an iterable of batches", "or a"),  # type: ignore[arg-type, return-value]
+    "no data": (lambda: task([]).first_batch(), "task 't'", "holds no batch", "give at least one"),
+    "a batch that is a tensor": (lambda: task().check(torch.ones(4)), "'t'", "a batch is a Tensor", "dicts of tensors"),
+    "a batch that is a tuple": (lambda: task().check((GOOD["x"],)), "'t'", "a batch is a tuple", "dicts of tensors"),
+    "an empty batch": (lambda: task().check({}), "'t'", "a batch is a dict", "dicts of tensors"),
+    "a field that is a list": (lambda: task().check({"x": [1, 2, 3, 4]}), "batch['x'] is a list", "tensor", "leave it"),
+    "a field of text": (lambda: task().check({**GOOD, "url": ["a"] * 4}), "batch['url']", "make it a tensor", "leave"),
+    "a field without samples": (
+        lambda: task().check({"x": torch.tensor(1.0)}),
+        "shape ()",
+        "batch size 4",
+        "drop_last",
+    ),
+    "too few samples": (lambda: task().check({"x": torch.ones(3, 2)}), "(3, 2)", "batch size 4", "drop_last=True"),
+    "too many samples": (lambda: task().check({"x": torch.ones(5, 2)}), "(5, 2)", "batch size 4", "drop_last=True"),
+}
+
+
+@each(RULES)
+def test_rules_of_workloads(refusal: Refusal) -> None:
+    check_refusal(refusal, WorkloadError)
+
+
+def test_modules_and_functions_come_back_unchanged() -> None:
+    """A component is the user's own module, a task the user's own function."""
+    workload, module = spindle.Workload("w"), nn.Linear(2, 2)
+    assert workload.component("a", module) is module
+
+    def function(batch: dict[str, Tensor]) -> Tensor:
+        return batch["x"].sum()
+
+    assert workload.task("t", batch_size=4, data=[GOOD], weight=0.5)(function) is function
+    assert (workload.tasks["t"].weight, workload.tasks["t"].batch_size) == (0.5, 4)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, None), ("a.b", ("a.b",)), (["a", "b"], ("a", "b")), ([], ())])
+def test_layers_are_kept_as_paths(given: str | list[str] | None, kept: tuple[str, ...] | None) -> None:
+    workload = Workload("w")
+    workload.component("a", nn.Linear(2, 2), layers=given)
+    assert workload.components["a"].layers == kept
+
+
+def test_every_pass_is_fresh() -> None:
+    """Lists and functions give the same batches again; the first batch is checked."""
+    for data in ([GOOD, GOOD], lambda: iter([GOOD, GOOD])):
+        made = task(data)  # type: ignore[arg-type]
+        assert len(list(made.batches())) == len(list(made.batches())) == 2
+        assert made.first_batch()["x"] is GOOD["x"]
+
+
+def test_a_mapping_of_its_own_is_a_batch() -> None:
+    """What tokenizers return is a mapping, not a dict."""
+
+    class Encoding(dict[str, Tensor]):
+        pass
+
+    assert type(task().check(Encoding(GOOD))) is dict
+
+
+def test_parameters_are_named_once() -> None:
+    """Tied tensors, in one component or across two, bear the first of their names."""
+    workload = Workload("w")
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    workload.component("a", first)
+    workload.component("b", nn.ModuleDict({"x": second, "y": nn.BatchNorm1d(2)}))
+    assert [name for name, _ in workload.named_parameters()] == [
+        "a.weight",
+        "a.bias",
+        "b.x.bias",
+        "b.y.weight",
+        "b.y.bias",
+    ]
+    assert [name for name, _ in workload.named_buffers()] == [
+        "b.y.running_mean",
+        "b.y.running_var",
+        "b.y.num_batches_tracked",
+    ]
