@@ -3,9 +3,11 @@
 Only a Python source imports torch, because the user's file does.
 """
 
+import contextlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +78,10 @@ def load_workload(source: str) -> "tuple[Workload, ModuleType]":
     if value is None:
         known = [key for key, member in vars(module).items() if isinstance(member, Workload)]
         raise WorkloadError(f"{path} has no {name!r}; it defines the workloads {', '.join(known) or '(none)'}")
-    workload = value() if callable(value) and not isinstance(value, Workload) else value
+    workload = value
+    if callable(value) and not isinstance(value, Workload):
+        with _users_errors(path):
+            workload = value()
     if not isinstance(workload, Workload):
         raise WorkloadError(f"{source} is a {type(workload).__name__}; let it be a spindle.Workload or return one")
     return workload, module
@@ -92,16 +97,26 @@ def _import(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look their module up by name
     sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
-    try:
+    with _users_errors(str(path)):
         spec.loader.exec_module(module)
-    except SpindleError:
-        raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = f", line {frames[-1].lineno}" if frames else ""
-        raise WorkloadError(f"{path}{line} raised {type(error).__name__}: {error}; mend the file") from error
     _travel_by_value(module)
     return module
+
+
+@contextlib.contextmanager
+def _users_errors(path: str) -> Iterator[None]:
+    """What the user's file raises becomes one line that says where in it."""
+    try:
+        yield
+    except SpindleError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines.append(error.lineno)
+        where = f", line {lines[-1]}" if lines else ""
+        reason = " ".join(str(error).split()) or "no message"
+        raise WorkloadError(f"{path}{where} raised {type(error).__name__}: {reason}; mend the file") from error
 
 
 def _travel_by_value(module: ModuleType) -> None:

@@ -46,6 +46,7 @@ def _task(rng: random.Random, task: str, num_operators: int, frozen: set[str]) -
     batch_size = rng.randint(1, 9)
     drafts: list[_Draft] = []
     layers_of: dict[str, int] = {}
+    reads: tuple[str, ...]
     for number in range(num_operators):
         before = drafts[-1].operator if drafts else None
         if before is not None and rng.random() < 0.5:

@@ -109,7 +109,7 @@ def test_layers_are_kept_as_paths(given: str | list[str] | None, kept: tuple[str
 def test_every_pass_is_fresh() -> None:
     """Lists and functions give the same batches again; the first batch is checked."""
     for data in ([GOOD, GOOD], lambda: iter([GOOD, GOOD])):
-        made = task(data)  # type: ignore[arg-type]
+        made = task(data)
         assert len(list(made.batches())) == len(list(made.batches())) == 2
         assert made.first_batch()["x"] is GOOD["x"]
 
