@@ -22,7 +22,7 @@ from spindle.runtime.laws import check_program
 from spindle.runtime.lower import lower
 from spindle.runtime.program import Program
 from spindle.runtime.torchrun import TorchrunCrew, under_torchrun
-from spindle.runtime.worker import OptimizerFactory, Report, make_job, merge_losses, owners
+from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses, owners
 from spindle.trace import Trace
 from spindle.workload import Workload
 
@@ -44,7 +44,15 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
     """Capture, lower and check. Raises PlanError for a plan of another workload, ProgramError on a broken law."""
     captured = capture(workload)
     metagraph = contract(captured.graph)
-    program = lower(plan, metagraph, captured.graph, losses=captured.losses, weights=captured.weights)
+    program = lower(
+        plan,
+        metagraph,
+        captured.graph,
+        losses=captured.losses,
+        weights=captured.weights,
+        max_grad_norm=workload.max_grad_norm,
+        recompute=workload.recompute,
+    )
     check_program(program)
     return Prepared(workload, captured, metagraph, plan, program)
 
@@ -87,6 +95,7 @@ def launched(
     prepared: Prepared,
     *,
     optimizer: OptimizerFactory | None,
+    scheduler: SchedulerFactory | None = None,
     launcher: Launcher = "auto",
     seed: int = 0,
     timeout_s: float = 60.0,
@@ -95,9 +104,17 @@ def launched(
     program = prepared.program
     on_cpu = not torch.cuda.is_available()
     threads = max(1, (os.cpu_count() or 1) // program.num_ranks) if on_cpu else None
-    tasks = prepared.workload.tasks
     jobs = [
-        make_job(program, rank, prepared.captured, tasks, optimizer=optimizer, seed=seed, num_threads=threads)
+        make_job(
+            program,
+            rank,
+            prepared.captured,
+            prepared.workload,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            seed=seed,
+            num_threads=threads,
+        )
         for rank in range(program.num_ranks)
     ]
     crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)

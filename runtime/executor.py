@@ -3,6 +3,7 @@
 Every promise of the program is checked while it is kept: what an instruction reads is there, what it makes was not.
 """
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +16,14 @@ from spindle.capture.codes import AuxCode, OperatorCode
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
 from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
+from spindle.runtime.randomness import Randomness
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span, SpanKind
 from spindle.workload import Batch
 
 Fetch = Callable[[str], Batch]
-Observe = Callable[[ParameterStore], None]
+Observe = Callable[[dict[str, Tensor]], None]
 
 _KIND_BY_OP = {
     Op.LOAD: SpanKind.LOAD,
@@ -30,6 +32,7 @@ _KIND_BY_OP = {
     Op.TRANSFER: SpanKind.TRANSFER,
     Op.AWAIT: SpanKind.TRANSFER,
     Op.REDUCE: SpanKind.REDUCE,
+    Op.CLIP: SpanKind.REDUCE,
     Op.STEP: SpanKind.STEP,
 }
 
@@ -40,13 +43,17 @@ class _Activations:
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    randomness: Randomness | None = None  # as it was before forward, when backward is to run it again
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one step leaves behind on a rank: losses of the tasks that end on it, and its spans."""
+    """What one step leaves behind on a rank: losses of the tasks that end on it, the norm of all gradients when it was
+    clipped, and its spans.
+    """
 
     losses: dict[str, float] = field(default_factory=dict)
+    grad_norm: float | None = None
     spans: list[Span] = field(default_factory=list)
 
 
@@ -73,6 +80,9 @@ class Executor:
         for run in program.slices:
             for name in run.inputs:
                 self.readers[name].append(run)
+        active = {name for run in program.slices for name in run.trained}
+        self.trained = [name for name in store.trained if name in active]
+        self.idle = [name for name in store.trained if name not in active]
         self.perform = {
             Op.LOAD: self._load,
             Op.FORWARD: self._forward,
@@ -81,11 +91,12 @@ class Executor:
             Op.AWAIT: self._await,
             Op.FREE: self._free,
             Op.REDUCE: self._reduce,
+            Op.CLIP: self._clip,
             Op.STEP: self._step,
         }
 
     def step(self, fetch: Fetch, *, observe: Observe | None = None, step: int = 0) -> StepRecord:
-        """Run the program once. `fetch` gives a task's next batch; `observe` sees the gradients before the update.
+        """Run the program once. `fetch` gives a task's next batch; `observe` sees the gradients that the update uses.
 
         Raises RunError naming rank, wave and instruction, with the traceback of what went wrong.
         """
@@ -97,6 +108,7 @@ class Executor:
         self.batches: dict[str, Batch] = {}
         self.aux_values: dict[tuple[str, int, int], Tensor] = {}
         self.losses: dict[str, Tensor] = {}
+        self.grad_norm: Tensor | None = None
         record = StepRecord()
         for instruction in self.program.instructions[self.rank]:
             start_s = time.perf_counter()
@@ -109,6 +121,7 @@ class Executor:
         if self.buffers:
             raise AssertionError(f"rank {self.rank} ends a step with buffers {sorted(self.buffers)}")
         record.losses = {task: float(loss) for task, loss in self.losses.items()}
+        record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
         return record
 
     def _explained(self, instruction: Instruction, error: Exception) -> Exception:
@@ -156,15 +169,17 @@ class Executor:
             spec = self.program.tensor_by_name[tensor]
             value = joined(self._input_pieces(run, tensor), spec)
             inputs[tensor] = value.detach().requires_grad_(spec.needs_grad and run.backward)
-        with torch.set_grad_enabled(run.backward):
-            values = self._compute(run, dict(inputs))
-        outputs = {tensor: values[tensor] for tensor in run.outputs}
-        self._put(activations(name), _Activations(inputs, outputs))
+        randomness = Randomness.now(self.transport.device) if run.recompute else None
+        with torch.set_grad_enabled(run.backward and not run.recompute):
+            outputs = self._compute(run, inputs)
+        self._put(activations(name), _Activations(inputs, outputs, randomness))
         for tensor in outputs.keys() & self.task_by_loss.keys():
             self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
 
-    def _compute(self, run: SliceRun, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _compute(self, run: SliceRun, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the operators of a slice on this rank's samples; its outputs."""
         low, high = run.bounds_of(self.rank)
+        values = dict(inputs)
         for operator in run.operators:
             code = self.codes[operator]
             arguments: list[Tensor | int] = []
@@ -176,7 +191,24 @@ class Executor:
                 else:
                     arguments.append(high - low)
             values.update(zip(code.outputs, code.module(*arguments), strict=True))
-        return values
+        return {tensor: values[tensor] for tensor in run.outputs}
+
+    @contextlib.contextmanager
+    def _live_outputs(self, run: SliceRun, held: _Activations) -> Iterator[dict[str, Tensor]]:
+        """Outputs of a run with their graph. With `recompute` they are computed again from the kept inputs, with the
+        random numbers of the first time; running statistics have counted this batch already and are put back.
+        """
+        if held.randomness is None:
+            yield held.outputs
+            return
+        buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        with held.randomness.restored():
+            outputs = self._compute(run, held.inputs)
+        yield outputs
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def _aux_value(self, name: str, low: int, high: int, batch_size: int) -> Tensor:
         key = (name, low, high)
@@ -188,17 +220,18 @@ class Executor:
     def _backward(self, name: str) -> None:
         run = self.program.slice_by_name[name]
         held = self._activations(name)
-        ends, weights = [], []
-        for tensor, output in held.outputs.items():
-            spec = self.program.tensor_by_name[tensor]
-            if tensor in self.weight_by_loss:
-                ends.append(output)
-                weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
-            elif spec.needs_grad:
-                ends.append(output)
-                pieces = self._gradient_pieces(run, tensor)
-                weights.append(summed(pieces, spec, run.bounds_of(self.rank), output))
-        torch.autograd.backward(ends, weights)
+        with self._live_outputs(run, held) as outputs:
+            ends, weights = [], []
+            for tensor, output in outputs.items():
+                spec = self.program.tensor_by_name[tensor]
+                if tensor in self.weight_by_loss:
+                    ends.append(output)
+                    weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
+                elif spec.needs_grad:
+                    ends.append(output)
+                    pieces = self._gradient_pieces(run, tensor)
+                    weights.append(summed(pieces, spec, run.bounds_of(self.rank), output))
+            torch.autograd.backward(ends, weights)
         leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
         if leaves:
             found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
@@ -269,12 +302,29 @@ class Executor:
         ranks = self.program.bucket_by_name[name].ranks
         self.reductions[name] = self.transport.all_reduce(self.store.bucket[name], ranks)
 
+    def _clip(self, target: str) -> None:
+        """Scale all gradients so that their norm over all parameters, each counted once, is at most the limit."""
+        del target
+        limit = self.program.max_grad_norm
+        assert limit is not None
+        owned = [self.store.bucket[b.name] for b in self.program.buckets if b.ranks[0] == self.rank]
+        square = torch.zeros((), dtype=torch.float64, device=self.transport.device)
+        for flat in owned:
+            square += torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+        if self.transport.num_ranks > 1:
+            self.transport.all_reduce(square, tuple(range(self.transport.num_ranks)))()
+        self.grad_norm = square.sqrt()
+        factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for flat in self.store.bucket.values():
+            flat.mul_(factor.to(flat.dtype))
+
     def _step(self, target: str) -> None:
         del target
         if self.observe is not None:
-            self.observe(self.store)
-        if self.optimizer is not None:
-            self.optimizer.step()
+            self.observe(self.store.gradients(self.trained))
+        if self.optimizer is not None and self.trained:
+            with self.store.without_gradients(self.idle):
+                self.optimizer.step()
         self.store.zero_gradients()
         for _, departed in self.departures:
             departed()

@@ -81,9 +81,13 @@ def _runs_complete(program: Program, places: Places) -> Iterator[str]:
         for op, ranks in ((Op.FORWARD, run.ranks), (Op.BACKWARD, run.ranks if run.backward else ())):
             yield from _exactly_once(Instruction(op, run.name), ranks, places)
     yield from _exactly_once(Instruction(Op.STEP), range(program.num_ranks), places)
+    clipping = range(program.num_ranks if program.max_grad_norm is not None else 0)
+    yield from _exactly_once(Instruction(Op.CLIP), clipping, places)
     for rank, instructions in enumerate(program.instructions):
         if not instructions or instructions[-1].op is not Op.STEP:
             yield f"rank {rank} does not end with STEP"
+        if any(x.op is Op.CLIP for x in instructions[:-2]):
+            yield f"rank {rank} clips gradients before the last of them is reduced"
 
 
 def _exactly_once(instruction: Instruction, ranks: Collection[int], places: Places) -> Iterator[str]:
@@ -171,14 +175,21 @@ def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
     yield from (f"parameter {name!r} stands in {count} buckets" for name, count in seen.items() if count > 1)
     for bucket in program.buckets:
         reduce, wait = Instruction(Op.REDUCE, bucket.name), Instruction(Op.AWAIT, bucket.name)
-        members = bucket.ranks if len(bucket.ranks) > 1 else ()
+        runs = [run for run in program.slices if set(run.trained) & set(bucket.parameters)]
+        members = bucket.ranks if len(bucket.ranks) > 1 and runs else ()
+        yield from (
+            f"{run.name} on rank {rank} trains parameters of bucket {bucket.name}, which rank {rank} does not hold"
+            for run in runs
+            for rank in run.ranks
+            if rank not in bucket.ranks
+        )
         yield from _exactly_once(reduce, members, places)
         yield from _exactly_once(wait, members, places)
         for rank, (position, *_) in places.get(reduce, {}).items():
-            for run in bucket.runs:
-                (last, *_) = places.get(Instruction(Op.BACKWARD, run), {}).get(rank, [-1])
+            for run in runs:
+                (last, *_) = places.get(Instruction(Op.BACKWARD, run.name), {}).get(rank, [-1])
                 if position < last:
-                    yield f"rank {rank} reduces bucket {bucket.name} before BACKWARD {run}, which adds to it"
+                    yield f"rank {rank} reduces bucket {bucket.name} before BACKWARD {run.name}, which adds to it"
             if places.get(wait, {}).get(rank, [position])[0] < position:
                 yield f"rank {rank} waits for bucket {bucket.name} before it reduces it"
 
@@ -262,11 +273,19 @@ def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: 
     return False
 
 
+def _members(program: Program) -> dict[str, frozenset[int]]:
+    """Ranks that take part in each transfer, reduction, and in the clipping (whose target is empty)."""
+    everyone = {"": frozenset(range(program.num_ranks))}
+    transfers = {transfer.name: transfer.members() for transfer in program.transfers}
+    return everyone | transfers | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+
+
 def _different_orders(program: Program) -> Iterator[str]:
     """Pairs of ranks that meet what they do together in different orders."""
-    members = {t.name: t.members() for t in program.transfers} | {b.name: frozenset(b.ranks) for b in program.buckets}
+    members = _members(program)
     together = [
-        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE)] for instructions in program.instructions
+        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE, Op.CLIP)]
+        for instructions in program.instructions
     ]
     for a in range(program.num_ranks):
         for b in range(a + 1, program.num_ranks):
@@ -279,8 +298,8 @@ def _different_orders(program: Program) -> Iterator[str]:
 
 def _stuck(program: Program) -> Iterator[str]:
     """Step all ranks together; name the instruction at which each stuck rank stands."""
-    members = {t.name: t.members() for t in program.transfers} | {b.name: frozenset(b.ranks) for b in program.buckets}
-    together = (Op.TRANSFER, Op.REDUCE)
+    members = _members(program)
+    together = (Op.TRANSFER, Op.REDUCE, Op.CLIP)
     position = [0] * program.num_ranks
 
     def at(rank: int) -> Instruction | None:

@@ -7,12 +7,12 @@
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import TaskGraph, TensorSpec
+from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
 from spindle.runtime.passes import run_passes
@@ -28,13 +28,16 @@ def lower(
     *,
     losses: Mapping[str, str],
     weights: Mapping[str, float],
+    max_grad_norm: float | None = None,
+    recompute: Collection[str] = (),
 ) -> Program:
     """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
 
-    `losses`: the tensor that holds each task's loss; `weights`: what multiplies it. Raises PlanError when the plan does
-    not cover every layer of the MetaGraph exactly once, or splits an operator that mixes samples.
+    `losses`: the tensor that holds each task's loss; `weights`: what multiplies it; `recompute`: components that keep
+    their inputs only. Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, or
+    splits an operator that mixes samples.
     """
-    runs = _slice_runs(plan, metagraph, graph, losses)
+    runs = _slice_runs(plan, metagraph, graph, losses, recompute)
     edges = _edges(runs)
     forward = [_transfer(graph, *edge) for edge in edges]
     backward = [_reversed(t, graph) for t, (_, target, _) in zip(forward, edges, strict=True) if target.backward]
@@ -47,15 +50,17 @@ def lower(
         losses=tuple(losses.items()),
         weights=tuple(weights.items()),
         instructions=((),) * plan.num_devices,
+        max_grad_norm=max_grad_norm,
     )
-    readers = frozenset(run.name for run in runs if any(graph.by_name[name].batch_fields for name in run.operators))
-    return run_passes(program, readers)
+    return run_passes(program)
 
 
 # -- slice runs -------------------------------------------------------------------------------------------------------
 
 
-def _slice_runs(plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapping[str, str]) -> list[SliceRun]:
+def _slice_runs(
+    plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapping[str, str], recompute: Collection[str]
+) -> list[SliceRun]:
     slices = _dependency_order(plan, metagraph)
     operators = [_operators(slice_, metagraph) for slice_ in slices]
     _check_cover(operators, graph)
@@ -64,39 +69,36 @@ def _slice_runs(plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapp
     for op in graph:
         outward.update(name for name in op.inputs if home[graph.producers[name]] != home[op.name])
     return [
-        _slice_run(index, slice_, plan, names, metagraph, graph, outward)
+        _slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
         for index, (slice_, names) in enumerate(zip(slices, operators, strict=True))
     ]
 
 
 def _slice_run(
-    index: int,
-    slice_: Slice,
-    plan: Plan,
-    names: tuple[str, ...],
-    metagraph: MetaGraph,
-    graph: TaskGraph,
-    outward: set[str],
+    index: int, slice_: Slice, wave: int, ops: Sequence[Operator], outward: set[str], recompute: Collection[str]
 ) -> SliceRun:
-    ops = [graph.by_name[name] for name in names]
     made = {tensor.name for op in ops for tensor in op.outputs}
     if len(slice_.devices) > 1 and not all(op.splittable for op in ops):
         raise PlanError(
             f"slice of {slice_.metaop!r} runs on {len(slice_.devices)} devices, but it mixes samples and runs on one; "
             "plan again with this MetaGraph"
         )
+    backward = any(tensor.needs_grad for op in ops for tensor in op.outputs)
     return SliceRun(
         name=f"s{index}",
         metaop=slice_.metaop,
         task=ops[0].task,
         component=ops[0].component,
-        wave=plan.wave_of(slice_),
-        operators=names,
+        wave=wave,
+        operators=tuple(op.name for op in ops),
         ranks=slice_.devices,
         bounds=split_samples(ops[0].batch_size, len(slice_.devices)),
         inputs=tuple(dict.fromkeys(name for op in ops for name in op.inputs if name not in made)),
         outputs=tuple(name for op in ops for name in (t.name for t in op.outputs) if name in outward),
-        backward=any(tensor.needs_grad for op in ops for tensor in op.outputs),
+        trained=tuple(dict.fromkeys(p.name for op in ops for p in op.parameters if p.trainable)),
+        loads=any(op.batch_fields for op in ops),
+        backward=backward,
+        recompute=backward and ops[0].component in recompute,
     )
 
 
@@ -238,11 +240,8 @@ def _buckets(runs: Sequence[SliceRun], graph: TaskGraph) -> list[Bucket]:
     for (ranks, dtype), members in sorted(groups.items()):
         members.sort(key=lambda t: (-min(order[run] for run in t.runs), t.name))
         for part in _chunks(members):
-            used = sorted({run for trained in part for run in trained.runs}, key=order.__getitem__)
             names = tuple(trained.name for trained in part)
-            buckets.append(
-                Bucket(name=f"b{len(buckets)}", dtype=dtype, ranks=ranks, runs=tuple(used), parameters=names)
-            )
+            buckets.append(Bucket(name=f"b{len(buckets)}", dtype=dtype, ranks=ranks, parameters=names))
     return buckets
 
 

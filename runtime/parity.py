@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spindle.capture.dropout import WithoutDropout
 from spindle.runtime.data import Feed
-from spindle.runtime.worker import OptimizerFactory, Report
+from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, parameter_groups
 from spindle.workload import Workload
 
 
@@ -80,25 +80,40 @@ class ParityReport:
         return "\n".join(lines)
 
 
-def run_reference(workload: Workload, steps: int, *, optimizer: OptimizerFactory, seed: int = 0) -> Reference:
+def run_reference(
+    workload: Workload,
+    steps: int,
+    *,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None = None,
+    seed: int = 0,
+) -> Reference:
     """Train `steps` steps in this process, then give the modules their values back."""
     parameters = dict(workload.named_parameters())
+    settings = {component.name: component.optimizer for component in workload.components.values()}
     feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
     losses: list[dict[str, float]] = []
     gradients: list[dict[str, Tensor]] = []
     with _restored(workload), WithoutDropout():
         for parameter in parameters.values():
             parameter.grad = None
-        stepper = optimizer([parameter for parameter in parameters.values() if parameter.requires_grad])
-        for _ in range(steps):
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        stepper = optimizer(parameter_groups(trained, settings))
+        schedule = scheduler(stepper) if scheduler else None
+        for step in range(steps):
             stepper.zero_grad(set_to_none=True)
             losses.append({})
-            for name, task in workload.tasks.items():
+            for name in workload.tasks_of(step, seed):
+                task = workload.tasks[name]
                 loss = task.function(feeds[name].next())
                 losses[-1][name] = float(loss.detach())
                 torch.autograd.backward(loss * task.weight)
+            if workload.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(trained.values(), workload.max_grad_norm)
             gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
             stepper.step()
+            if schedule is not None:
+                schedule.step()
         final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return Reference(losses, gradients, final)
 

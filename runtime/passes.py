@@ -3,7 +3,7 @@
 Compute and transfers come from the one global order of slice runs; loads and frees are then put in rank by rank.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.runtime.program import (
@@ -21,18 +21,32 @@ from spindle.runtime.program import (
 Lists = tuple[tuple[Instruction, ...], ...]
 
 
-def run_passes(program: Program, readers: frozenset[str]) -> Program:
-    """Fill in the instruction lists. `readers`: slice runs that read batch fields."""
+def run_passes(program: Program) -> Program:
+    """Fill in the instruction lists."""
     for add in (add_compute, add_step, add_loads, add_frees):
-        program = replace(program, instructions=add(program, readers))
+        program = replace(program, instructions=add(program))
     return program
 
 
-def add_compute(program: Program, readers: frozenset[str]) -> Lists:
+def restricted(program: Program, tasks: Collection[str]) -> Program:
+    """The program of a step in which only these tasks take part. Buckets stay, so gradients lie where they lay."""
+    slices = tuple(run for run in program.slices if run.task in tasks)
+    kept = {run.name for run in slices}
+    return run_passes(
+        replace(
+            program,
+            slices=slices,
+            transfers=tuple(t for t in program.transfers if t.source in kept and t.target in kept),
+            losses=tuple((task, tensor) for task, tensor in program.losses if task in tasks),
+            instructions=((),) * program.num_ranks,
+        )
+    )
+
+
+def add_compute(program: Program) -> Lists:
     """Forward in the global order, backward in its reverse. Each transfer stands right after the run that it carries
     from, each reduction right after the last run that adds to its bucket, at the same place of the order on all ranks.
     """
-    del readers
     lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
     complete = _completed_buckets(program)
     for backward in (False, True):
@@ -58,45 +72,43 @@ def _completed_buckets(program: Program) -> dict[str, list[Bucket]]:
     """Buckets of several ranks by the run whose backward is the last to add to them: the first in forward order."""
     found: dict[str, list[Bucket]] = {}
     for bucket in program.buckets:
-        if len(bucket.ranks) > 1:
-            found.setdefault(bucket.runs[0], []).append(bucket)
+        runs = program.runs_by_bucket[bucket.name]
+        if len(bucket.ranks) > 1 and runs:
+            found.setdefault(runs[0], []).append(bucket)
     return found
 
 
-def add_step(program: Program, readers: frozenset[str]) -> Lists:
-    """Wait for all reductions, in the order in which they were started; then step."""
-    del readers
+def add_step(program: Program) -> Lists:
+    """Wait for all reductions, in the order in which they were started; clip together; step."""
+    clip = () if program.max_grad_norm is None else (Instruction(Op.CLIP),)
     return tuple(
         (
             *instructions,
             *(Instruction(Op.AWAIT, i.target) for i in instructions if i.op is Op.REDUCE),
+            *clip,
             Instruction(Op.STEP),
         )
         for instructions in program.instructions
     )
 
 
-def add_loads(program: Program, readers: frozenset[str]) -> Lists:
+def add_loads(program: Program) -> Lists:
     """Fetch a task's batch before the first run on the rank that reads a field of it."""
-    return tuple(tuple(_with_loads(program, instructions, readers)) for instructions in program.instructions)
+    return tuple(tuple(_with_loads(program, instructions)) for instructions in program.instructions)
 
 
-def _with_loads(
-    program: Program, instructions: Iterable[Instruction], readers: frozenset[str]
-) -> Iterator[Instruction]:
+def _with_loads(program: Program, instructions: Iterable[Instruction]) -> Iterator[Instruction]:
     loaded: set[str] = set()
     for instruction in instructions:
-        if instruction.op is Op.FORWARD and instruction.target in readers:
-            task = program.slice_by_name[instruction.target].task
-            if task not in loaded:
-                loaded.add(task)
-                yield Instruction(Op.LOAD, task)
+        run = program.slice_by_name[instruction.target] if instruction.op is Op.FORWARD else None
+        if run is not None and run.loads and run.task not in loaded:
+            loaded.add(run.task)
+            yield Instruction(Op.LOAD, run.task)
         yield instruction
 
 
-def add_frees(program: Program, readers: frozenset[str]) -> Lists:
+def add_frees(program: Program) -> Lists:
     """Free every buffer right after the last instruction of its rank that touches it."""
-    del readers
     return tuple(
         tuple(_with_frees(instructions, _Buffers.of(program, rank)))
         for rank, instructions in enumerate(program.instructions)

@@ -25,6 +25,7 @@ class Op(StrEnum):
     BACKWARD = "BACKWARD"  # a slice run: gradients of its parameters and inputs
     FREE = "FREE"  # a buffer: drop it
     REDUCE = "REDUCE"  # a bucket: start summing its gradients over its ranks; does not wait
+    CLIP = "CLIP"  # all ranks together: scale all gradients down when their norm is too large
     STEP = "STEP"  # apply the optimiser to all parameters of the rank
 
 
@@ -43,8 +44,9 @@ class Instruction:
 class SliceRun:
     """A slice of the plan. Rank ranks[i] holds samples bounds[i][0] .. bounds[i][1]-1 of the task's batch.
 
-    `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `backward`: a gradient
-    comes back for an output, so the run keeps what its backward needs.
+    `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
+    parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
+    output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
     """
 
     name: str
@@ -57,7 +59,10 @@ class SliceRun:
     bounds: tuple[tuple[int, int], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    trained: tuple[str, ...]
+    loads: bool
     backward: bool
+    recompute: bool = False
 
     def bounds_of(self, rank: int) -> tuple[int, int]:
         """Samples that `rank` holds."""
@@ -92,12 +97,11 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Parameters of one dtype whose gradients are summed over exactly `ranks`; slice runs `runs` add to them."""
+    """Parameters of one dtype whose gradients are summed over exactly `ranks`."""
 
     name: str
     dtype: str
     ranks: tuple[int, ...]
-    runs: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
@@ -105,7 +109,8 @@ class Bucket:
 class Program:
     """One step of a whole workload on `num_ranks` ranks.
 
-    `losses` pairs each task with the tensor that holds its loss, `weights` with its weight in the sum.
+    `losses` pairs each task with the tensor that holds its loss, `weights` with its weight in the sum. Gradients whose
+    norm over all parameters exceeds `max_grad_norm` are scaled down to it; None leaves them.
     """
 
     num_ranks: int
@@ -116,6 +121,7 @@ class Program:
     losses: tuple[tuple[str, str], ...]
     weights: tuple[tuple[str, float], ...]
     instructions: tuple[tuple[Instruction, ...], ...]
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.instructions) != self.num_ranks:
@@ -140,6 +146,16 @@ class Program:
     def bucket_by_name(self) -> dict[str, Bucket]:
         """Buckets by name."""
         return {bucket.name: bucket for bucket in self.buckets}
+
+    @cached_property
+    def runs_by_bucket(self) -> dict[str, tuple[str, ...]]:
+        """For each bucket the slice runs that add to its gradients, in forward order."""
+        home = {name: bucket.name for bucket in self.buckets for name in bucket.parameters}
+        found: dict[str, list[str]] = {bucket.name: [] for bucket in self.buckets}
+        for run in self.slices:
+            for bucket in {home[name] for name in run.trained}:
+                found[bucket].append(run.name)
+        return {name: tuple(runs) for name, runs in found.items()}
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:

@@ -3,7 +3,8 @@
 Gradients of a bucket lie side by side in one buffer: autograd adds into it, one reduction sums it.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,26 @@ class ParameterStore:
         for flat in self.bucket.values():
             flat.zero_()
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Copies of all gradients, by parameter."""
+    def gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of gradients, by parameter."""
         found: dict[str, Tensor] = {}
-        for name in self.trained:
+        for name in names:
             gradient = self.parameters[name].grad
             assert gradient is not None
             found[name] = gradient.detach().cpu().clone()
         return found
+
+    @contextlib.contextmanager
+    def without_gradients(self, names: Sequence[str]) -> Iterator[None]:
+        """While open these parameters have no gradient, so that an optimiser leaves them alone."""
+        kept = [self.parameters[name].grad for name in names]
+        for name in names:
+            self.parameters[name].grad = None
+        try:
+            yield
+        finally:
+            for name, gradient in zip(names, kept, strict=True):
+                self.parameters[name].grad = gradient
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of parameters and buffers of this rank, by name."""

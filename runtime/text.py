@@ -28,6 +28,7 @@ from spindle.graph import TensorSpec
 from spindle.runtime.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
 HEADER = "spindle.program 1"
+_FLAGS = ("loads", "backward", "recompute")
 
 
 def dumps(program: Program) -> str:
@@ -38,26 +39,28 @@ def dumps(program: Program) -> str:
 def _lines(program: Program) -> Iterator[str]:
     yield HEADER
     yield f"ranks {program.num_ranks}"
+    if program.max_grad_norm is not None:
+        yield f"clip {program.max_grad_norm!r}"
     weights = dict(program.weights)
     yield from (f"loss {task} {tensor} weight {weights[task]!r}" for task, tensor in program.losses)
     for t in program.tensors:
         shape = ",".join(map(str, t.shape)) or "scalar"
         yield f"tensor {t.name} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{' grad' if t.needs_grad else ''}"
     for run in program.slices:
-        backward = " backward" if run.backward else ""
-        yield f"slice {run.name} {run.metaop} task {run.task} component {run.component} wave {run.wave}{backward}"
+        flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
+        yield f"slice {run.name} {run.metaop} task {run.task} component {run.component} wave {run.wave}{flags}"
         yield _row("operators", run.operators)
         yield _row("ranks", run.ranks)
         yield _row("bounds", (f"{low}:{high}" for low, high in run.bounds))
         yield _row("inputs", run.inputs)
         yield _row("outputs", run.outputs)
+        yield _row("trained", run.trained)
     for transfer in program.transfers:
         direction = "backward" if transfer.backward else "forward"
         yield f"transfer {transfer.name} from {transfer.source} to {transfer.target} {direction}"
         yield from (f"  {m.tensor} {m.source} -> {m.target} samples {m.low}:{m.high}" for m in transfer.messages)
     for bucket in program.buckets:
         yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}"
-        yield _row("runs", bucket.runs)
         yield from (f"  {name}" for name in bucket.parameters)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
@@ -71,6 +74,7 @@ def _row(label: str, values: Any) -> str:
 @dataclass
 class _Parsed:
     num_ranks: int = 0
+    max_grad_norm: float | None = None
     losses: list[tuple[str, str]] = field(default_factory=list)
     weights: list[tuple[str, float]] = field(default_factory=list)
     tensors: list[TensorSpec] = field(default_factory=list)
@@ -105,6 +109,7 @@ def loads(text: str, *, source: str = "text") -> Program:
         losses=tuple(parsed.losses),
         weights=tuple(parsed.weights),
         instructions=tuple(parsed.instructions),
+        max_grad_norm=parsed.max_grad_norm,
     )
 
 
@@ -117,6 +122,10 @@ def _blocks(lines: list[str]) -> Iterator[tuple[int, list[str], list[list[str]]]
 
 def _parse_ranks(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     parsed.num_ranks = int(words[0])
+
+
+def _parse_clip(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    parsed.max_grad_norm = float(words[0])
 
 
 def _parse_loss(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
@@ -135,7 +144,9 @@ def _parse_tensor(parsed: _Parsed, words: list[str], body: list[list[str]]) -> N
 
 
 def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
-    name, metaop, _, task, _, component, _, wave, *backward = words
+    name, metaop, _, task, _, component, _, wave, *flags = words
+    if not set(flags) <= set(_FLAGS):
+        raise ValueError(f"flags are {', '.join(_FLAGS)}")
     rows = {row[0]: row[1:] for row in body}
     parsed.slices.append(
         SliceRun(
@@ -149,7 +160,8 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             bounds=tuple(_pair(bound) for bound in rows["bounds"]),
             inputs=tuple(rows["inputs"]),
             outputs=tuple(rows["outputs"]),
-            backward=backward == ["backward"],
+            trained=tuple(rows["trained"]),
+            **{flag: flag in flags for flag in _FLAGS},
         )
     )
 
@@ -168,18 +180,8 @@ def _parse_transfer(parsed: _Parsed, words: list[str], body: list[list[str]]) ->
 
 def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, dtype, _, *ranks = words
-    (label, *runs), *rows = body
-    if label != "runs":
-        raise ValueError("a bucket begins with its runs")
-    parsed.buckets.append(
-        Bucket(
-            name=name,
-            dtype=dtype,
-            ranks=tuple(map(int, ranks)),
-            runs=tuple(runs),
-            parameters=tuple(parameter for (parameter,) in rows),
-        )
-    )
+    parameters = tuple(parameter for (parameter,) in body)
+    parsed.buckets.append(Bucket(name=name, dtype=dtype, ranks=tuple(map(int, ranks)), parameters=parameters))
 
 
 def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
@@ -195,6 +197,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 _PARSERS: dict[str, Callable[[_Parsed, list[str], list[list[str]]], None]] = {
     "ranks": _parse_ranks,
+    "clip": _parse_clip,
     "loss": _parse_loss,
     "tensor": _parse_tensor,
     "slice": _parse_slice,

@@ -7,6 +7,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.dropout import WithoutDropout
 from spindle.runtime.data import Feed
-from spindle.runtime.executor import Executor, StepRecord
+from spindle.runtime.executor import Executor, Observe, StepRecord
+from spindle.runtime.passes import restricted
 from spindle.runtime.program import Op, Program
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.trace import Span
-from spindle.workload import Task
+from spindle.workload import Batch, Task, Workload
 
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
+"""What torch optimizers take: parameters, or groups of them where components have settings of their own."""
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,9 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
     optimizer: OptimizerFactory | None = None
+    scheduler: SchedulerFactory | None = None
     seed: int = 0
     num_threads: int | None = None
 
@@ -44,6 +52,7 @@ class Report:
 
     rank: int
     losses: list[dict[str, float]] = field(default_factory=list)
+    grad_norms: list[float | None] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -52,9 +61,10 @@ def make_job(
     program: Program,
     rank: int,
     captured: Captured,
-    tasks: Mapping[str, Task],
+    workload: Workload,
     *,
     optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
     seed: int = 0,
     num_threads: int | None = None,
 ) -> Job:
@@ -67,11 +77,24 @@ def make_job(
         rank=rank,
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
-        tasks={name: tasks[name] for name in tasks if name in loads},
+        tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+        settings={component.name: component.optimizer for component in workload.components.values()},
         optimizer=optimizer,
+        scheduler=scheduler,
         seed=seed,
         num_threads=num_threads,
     )
+
+
+def _as_needed(task: Task, *, loads: bool) -> Task:
+    """A task as a worker needs it: when it takes part, and its data if the rank loads it. Its function stays behind,
+    with the modules that it would bring along.
+    """
+    return replace(task, function=_stayed_behind, data=task.data if loads else ())
+
+
+def _stayed_behind(batch: Batch) -> Tensor:
+    raise AssertionError("a worker runs operators, never a task function")
 
 
 def separate(job: Job) -> Job:
@@ -91,10 +114,12 @@ class Worker:
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)
         self.store = ParameterStore(job.program, job.rank, job.codes.values())
-        self.feeds = {name: Feed(task, job.seed) for name, task in job.tasks.items()}
-        trained = [self.store.parameters[name] for name in self.store.trained]
-        optimizer = job.optimizer(trained) if job.optimizer is not None and trained else None
-        self.executor = Executor(job.program, transport, job.codes, job.aux, self.store, optimizer)
+        loads = {i.target for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
+        self.feeds = {name: Feed(job.tasks[name], job.seed) for name in job.tasks if name in loads}
+        trained = {name: self.store.parameters[name] for name in self.store.trained}
+        self.optimizer = job.optimizer(parameter_groups(trained, job.settings)) if job.optimizer and trained else None
+        self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
+        self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
         transport.make_groups(job.program.groups)
 
@@ -105,18 +130,32 @@ class Worker:
     def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False, dropout: bool = True) -> Report:
         """Run some steps; the report holds spans and gradients of every step if they are to be kept."""
         report = Report(self.job.rank)
+        observe = report.gradients.append if keep_gradients else None
         with contextlib.nullcontext() if dropout else WithoutDropout():
             for _ in range(steps):
-                record = self._step(report if keep_gradients else None)
+                record = self._step(observe)
                 report.losses.append(record.losses)
+                report.grad_norms.append(record.grad_norm)
                 if keep_spans:
                     report.spans += record.spans
-                self.steps_done += 1
         return report
 
-    def _step(self, keep: Report | None) -> StepRecord:
-        observe = None if keep is None else lambda store: keep.gradients.append(store.gradients())
-        return self.executor.step(lambda task: self.feeds[task].next(), observe=observe, step=self.steps_done)
+    def _step(self, observe: Observe | None) -> StepRecord:
+        tasks = frozenset(n for n, task in self.job.tasks.items() if task.takes_part(self.steps_done, self.job.seed))
+        executor = self._executor(tasks)
+        record = executor.step(lambda task: self.feeds[task].next(), observe=observe, step=self.steps_done)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.steps_done += 1
+        return record
+
+    def _executor(self, tasks: frozenset[str]) -> Executor:
+        """The program of the tasks that take part in a step; all ranks restrict it alike."""
+        if tasks not in self.executors:
+            job = self.job
+            program = job.program if tasks == job.tasks.keys() else restricted(job.program, tasks)
+            self.executors[tasks] = Executor(program, self.transport, job.codes, job.aux, self.store, self.optimizer)
+        return self.executors[tasks]
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named parameters and buffers, as far as they are on this rank."""
@@ -125,6 +164,21 @@ class Worker:
     def close(self) -> None:
         """Leave the transport."""
         self.transport.close()
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], settings: Mapping[str, Mapping[str, float]]
+) -> ParameterGroups:
+    """Parameters as an optimizer takes them: a group for each component with settings of its own, one for the rest."""
+    if not any(settings.values()):
+        return list(parameters.values())
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        component = name.partition(".")[0]
+        own = settings.get(component, {})
+        group = groups.setdefault(component if own else "", {"params": [], **own})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def owners(program: Program, captured: Captured) -> dict[int, list[str]]:

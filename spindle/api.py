@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from spindle.runtime.controller import Launcher
     from spindle.runtime.parity import ParityReport
-    from spindle.runtime.worker import OptimizerFactory
+    from spindle.runtime.worker import OptimizerFactory, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
 
@@ -156,6 +156,7 @@ def train(
     plan: Plan | None = None,
     *,
     optimizer: "OptimizerFactory",
+    scheduler: "SchedulerFactory | None" = None,
     steps: int,
     launcher: "Launcher" = "auto",
     on_step: StepCallback | None = None,
@@ -165,7 +166,8 @@ def train(
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules.
 
-    `optimizer`: a function from a list of parameters to a torch optimizer; each rank makes one over what it holds.
+    `optimizer`: a function from a list of parameters (or parameter groups, where components have settings of their own)
+    to a torch optimizer; each rank makes one over what it holds. `scheduler`: one from an optimizer to its schedule.
     `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
     steps late. The spans of the last `trace_steps` steps are returned. `timeout_s` bounds every wait of one rank for
     another. Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls.
@@ -176,7 +178,9 @@ def train(
         raise PlanError(f"steps is {steps}; train at least one")
     prepared = prepare(workload, plan or make_plan(workload, devices_at_hand()))
     losses: list[dict[str, float]] = []
-    with launched(prepared, optimizer=optimizer, launcher=launcher, seed=seed, timeout_s=timeout_s) as run:
+    with launched(
+        prepared, optimizer=optimizer, scheduler=scheduler, launcher=launcher, seed=seed, timeout_s=timeout_s
+    ) as run:
         started = time.perf_counter()
         chunk, reports = 1, []
         while len(losses) < steps:

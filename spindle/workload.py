@@ -7,6 +7,8 @@ vision = workload.component("vision", vision_model)
 def image_text(batch): ...
 """
 
+import dataclasses
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,13 +28,24 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses."""
+    """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
+
+    It takes part in every `every`-th step, the first included, or in each step with `probability`.
+    """
 
     name: str
     function: TaskFunction
     batch_size: int
     data: Iterable[Any] | Callable[[], Iterable[Any]]
     weight: float = 1.0
+    every: int = 1
+    probability: float = 1.0
+
+    def takes_part(self, step: int, seed: int) -> bool:
+        """Whether the task takes part in a step: the same answer in every process."""
+        if step % self.every:
+            return False
+        return self.probability >= 1 or random.Random(f"{seed}/{step}/{self.name}").random() < self.probability
 
     def batches(self) -> Iterator[Any]:
         """A fresh pass over the task's data. Raises WorkloadError when there is none to be had."""
@@ -79,28 +92,49 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A named part of the model; `layers` names its lists of blocks when they are not found by rule."""
+    """A named part of the model; `layers` names its lists of blocks when they are not found by rule.
+
+    `optimizer` holds what its parameters get in place of the optimizer's defaults: learning rate, weight decay.
+    """
 
     name: str
     module: nn.Module
     layers: tuple[str, ...] | None = None
+    optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Workload:
     """A model of several components, trained on several tasks at once."""
 
-    def __init__(self, name: str) -> None:
-        """An empty workload; add components, then tasks."""
+    def __init__(self, name: str, *, max_grad_norm: float | None = None, recompute: Iterable[str] = ()) -> None:
+        """An empty workload; add components, then tasks.
+
+        `max_grad_norm`: gradients are scaled down when their norm over all parameters exceeds it. `recompute`:
+        components that keep only the inputs of their slices and compute the rest again in backward, which takes less
+        memory and a third more time.
+        """
+        if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
+            raise WorkloadError(f"workload {name!r}: max_grad_norm is {max_grad_norm!r}; it must be positive, or None")
         self.name = name
+        self.max_grad_norm = max_grad_norm
+        self.recompute = frozenset(recompute)
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
         self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`
 
-    def component(self, name: str, module: ModuleT, *, layers: str | Iterable[str] | None = None) -> ModuleT:
+    def component(
+        self,
+        name: str,
+        module: ModuleT,
+        *,
+        layers: str | Iterable[str] | None = None,
+        optimizer: Mapping[str, float] | None = None,
+    ) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.
 
-        `layers`: dotted path(s) of the lists of repeated blocks; None finds them. Tasks that use the component share
-        its parameters. Raises WorkloadError on a name taken or malformed, or a module registered before.
+        `layers`: dotted path(s) of the lists of repeated blocks; None finds them. `optimizer`: settings of this
+        component's parameter group, such as {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its
+        parameters. Raises WorkloadError on a name taken or malformed, or a module registered before.
         """
         _check_name("component", name, self.components)
         if not isinstance(module, nn.Module):
@@ -111,7 +145,7 @@ class Workload:
                     f"component {name!r} is the module of component {other.name!r}; register it once and use it twice"
                 )
         paths = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
-        self.components[name] = Component(name, module, paths)
+        self.components[name] = Component(name, module, paths, dict(optimizer or {}))
         return module
 
     def task(
@@ -121,20 +155,37 @@ class Workload:
         batch_size: int,
         data: Iterable[Any] | Callable[[], Iterable[Any]],
         weight: float = 1.0,
+        every: int = 1,
+        probability: float = 1.0,
     ) -> Callable[[FunctionT], FunctionT]:
         """Decorator that registers a task function: a batch (dict of tensors) in, a scalar loss out.
 
         `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
-        each process that needs them reads its own. `weight` multiplies the task's loss in the sum.
+        each process that needs them reads its own. `weight` multiplies the task's loss in the sum. The task takes part
+        in every `every`-th step, or in each step with `probability`; parameters that no task of a step uses rest in it.
         """
         _check_name("task", name, self.tasks)
-        if batch_size < 1:
-            raise WorkloadError(f"task {name!r}: batch_size is {batch_size}; it must be at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise WorkloadError(f"task {name!r}: batch_size is {batch_size!r}; it must be a whole number, at least 1")
         if not 0 < weight < float("inf"):
             raise WorkloadError(f"task {name!r}: weight is {weight!r}; it must be a positive number")
 
+        if every < 1 or not 0 < probability <= 1 or (every > 1 and probability < 1):
+            raise WorkloadError(
+                f"task {name!r}: every is {every}, probability {probability!r}; give a step count from 1 up, or a "
+                "probability above 0 and up to 1, not both"
+            )
+
         def register(function: FunctionT) -> FunctionT:
-            self.tasks[name] = Task(name=name, function=function, batch_size=batch_size, data=data, weight=weight)
+            self.tasks[name] = Task(
+                name=name,
+                function=function,
+                batch_size=batch_size,
+                data=data,
+                weight=weight,
+                every=every,
+                probability=probability,
+            )
             return function
 
         return register
@@ -143,6 +194,16 @@ class Workload:
         """Raise WorkloadError when there is nothing to plan."""
         if not self.tasks:
             raise WorkloadError(f"workload {self.name!r} has no tasks; add one with @workload.task(...)")
+        unknown = sorted(self.recompute - self.components.keys())
+        if unknown:
+            raise WorkloadError(
+                f"workload {self.name!r}: recompute names {unknown[0]!r}, which is no component; "
+                f"the components are {', '.join(self.components)}"
+            )
+
+    def tasks_of(self, step: int, seed: int) -> tuple[str, ...]:
+        """Tasks that take part in a step."""
+        return tuple(name for name, task in self.tasks.items() if task.takes_part(step, seed))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters as `component.path`; one that is tied under several names comes once, under the first."""

@@ -313,9 +313,58 @@ def frozen_tower(dtype: torch.dtype = torch.float64) -> Workload:
     return workload
 
 
+class InPlace(nn.Module):
+    """Writes to views, to its input, and to a buffer that it reads afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, WIDTH)
+        self.blocks = nn.ModuleList(Residual(WIDTH) for _ in range(2))
+        self.register_buffer("average", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] = x[:, 1] * 2
+        y = self.up(x)
+        y[:, :3] += 1.0
+        y.mul_(0.5)
+        for block in self.blocks:
+            y = block(y)
+        kept = y * 2
+        kept[:, 1].fill_(0.25)
+        with torch.no_grad():
+            assert isinstance(self.average, Tensor)
+            self.average.mul_(0.9).add_(kept.mean(0), alpha=0.1)
+        return torch.relu_(kept + y) * self.average
+
+
+def in_place(dtype: torch.dtype = torch.float64) -> Workload:
+    """In-place writes to intermediates, to the batch and to a buffer."""
+    torch.manual_seed(0)
+    workload = Workload("in-place")
+    net = workload.component("net", InPlace().to(dtype))
+    head = workload.component("head", nn.Linear(WIDTH, 3).to(dtype))
+    data = [
+        {
+            "x": floats(4, 5, seed=s, dtype=dtype),
+            "label": tokens(4, 1, s)[:, 0] % 3,
+            "skip": tokens(4, 1, s + 5)[:, 0] % 2,
+        }
+        for s in (1, 2)
+    ]
+
+    @workload.task("classify", batch_size=4, data=lambda: [{k: v.clone() for k, v in b.items()} for b in data])
+    def classify(batch: dict[str, Tensor]) -> Tensor:
+        label = batch["label"]
+        label.masked_fill_(batch["skip"] == 1, -100)
+        return F.cross_entropy(head(net(batch["x"])), label) + label.clamp(min=0).to(dtype).mean()
+
+    return workload
+
+
 FAMILIES: dict[str, Callable[[torch.dtype], Workload]] = {
     "two_towers": two_towers,
     "five_families": five_families,
     "encoder_decoder": encoder_decoder,
     "frozen_tower": frozen_tower,
+    "in_place": in_place,
 }

@@ -11,6 +11,7 @@ from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import CodeInput
 from spindle.capture.partition import Partition
 from spindle.capture.tracing import BLOCK, TracedTask
+from spindle.errors import WorkloadError
 from spindle.workload import Workload
 
 
@@ -31,11 +32,17 @@ class Extractor:
         """Everything extracted shares the modules of `workload`."""
         self.traced = traced
         self.partition = partition
+        self.order = {node: index for index, node in enumerate(traced.graph.nodes)}
         self.components = {name: component.module for name, component in workload.components.items()}
 
-    def operator(self, results: Iterable[fx.Node], boundary: Collection[fx.Node]) -> Extracted:
-        """The module that computes `results` from `boundary` nodes, aux values and the number of samples."""
-        return _Copy(self, boundary, aux_are_inputs=True).run(tuple(results))
+    def operator(
+        self, results: Iterable[fx.Node], boundary: Collection[fx.Node], updates: Iterable[fx.Node] = ()
+    ) -> Extracted:
+        """The module that computes `results` from `boundary` nodes, aux values and the number of samples.
+
+        It also writes `updates`, new values of buffers, back where the user's modules keep them.
+        """
+        return _Copy(self, boundary, aux_are_inputs=True).run(tuple(results), tuple(updates))
 
     def aux(self, result: fx.Node) -> Extracted:
         """The module that computes one aux value from batch fields and the number of samples (always its first)."""
@@ -69,18 +76,23 @@ class _Copy:
         self.arguments: list[tuple[fx.Node, CodeInput]] = []
         self.anchor = self.graph.create_node("placeholder", "rows")
 
-    def run(self, results: tuple[fx.Node, ...]) -> Extracted:
-        """Copy all that `results` need, in the order of the trace."""
-        needed = self._needed(results)
-        for node in needed:
-            if self._input_kind(node) is not None:
-                self.copies[node] = self._copy(node)
+    def run(self, results: tuple[fx.Node, ...], updates: tuple[fx.Node, ...] = ()) -> Extracted:
+        """Copy all that `results` and `updates` need, in the order of the trace."""
+        needed = self._needed((*results, *updates))
+        inputs = [node for node in needed if self._input_kind(node) is not None]
+        for node in inputs:
+            self.copies[node] = self._copy(node)
+        self._copy_written(inputs, needed)
+        snapshots: dict[fx.Node, fx.Node] = {}
         for node in self.extractor.traced.graph.nodes:
             if node in needed and node not in self.copies:
                 self.copies[node] = self._copy(node)
-        for node in results:
-            self._update_buffers(node)
-        self.graph.output(tuple(self.copies[node] for node in results))
+            if node in results and self._is_written_after(node, needed):
+                snapshots[node] = self.graph.call_function(torch.ops.aten.clone.default, (self.copies[node],))
+        for node in updates:
+            if node in self.extractor.traced.mutations:
+                self._replace_buffer(node)
+        self.graph.output(tuple(snapshots.get(node, self.copies[node]) for node in results))
         for index, node in enumerate(self.graph.nodes):
             node._rename(f"v{index}")
         return Extracted(
@@ -99,16 +111,21 @@ class _Copy:
             if node not in needed:
                 needed[node] = None
                 if self._input_kind(node) is None and node not in self.extractor.traced.rows:
-                    stack.extend(reversed(node.all_input_nodes))
+                    stack.extend(reversed(list(self.extractor.traced.effects.inputs(node))))
         return needed
 
     def _input_kind(self, node: fx.Node) -> CodeInput | None:
         if node in self.boundary:
             return CodeInput("tensor", node.name)
         field = node.op == "placeholder" and node.name in self.extractor.traced.fields
-        if field or (self.aux_are_inputs and node in self.partition.aux):
+        if field or (self.aux_are_inputs and node in self.partition.aux and not self._is_view_of_written(node)):
             return CodeInput("aux", node.name)
         return None
+
+    def _is_view_of_written(self, node: fx.Node) -> bool:
+        """Views of a batch field that is written to are taken in here, so that they see the writes."""
+        effects = self.extractor.traced.effects
+        return effects.base[node] is not node and effects.is_written(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         kind = self._input_kind(node)
@@ -150,11 +167,33 @@ class _Copy:
         arguments = tuple(self.copies[tensor] for tensor in tensors if isinstance(tensor, fx.Node))
         return self.graph.call_module(name, arguments)
 
-    def _update_buffers(self, node: fx.Node) -> None:
+    def _copy_written(self, inputs: Collection[fx.Node], needed: Iterable[fx.Node]) -> None:
+        """Inputs that are written to in here are somebody else's memory: write to copies."""
+        effects = self.extractor.traced.effects
+        executed = (node for node in needed if node not in inputs)
+        written = {base for node in executed for base in effects.writes.get(node, ())}
+        seen: dict[fx.Node, fx.Node] = {}
+        for node in inputs:
+            base = effects.base[node]
+            if base not in written:
+                continue
+            if base in seen:
+                raise WorkloadError(
+                    f"task {self.extractor.traced.task.name!r} writes in place to {base.name!r} of which several views "
+                    "are used elsewhere; write to a clone"
+                )
+            seen[base] = node
+            self.copies[node] = self.graph.call_function(torch.ops.aten.clone.default, (self.copies[node],))
+
+    def _is_written_after(self, node: fx.Node, needed: Collection[fx.Node]) -> bool:
+        """Whether the memory of a result changes later in here; then its readers want it as it was."""
+        effects, order = self.extractor.traced.effects, self.extractor.order
+        base = effects.base[node]
+        return any(base in effects.writes.get(other, ()) and order[other] > order[node] for other in needed)
+
+    def _replace_buffer(self, node: fx.Node) -> None:
         """Running statistics and the like: write the new value back where the module keeps it."""
-        buffer = self.extractor.traced.mutations.get(node)
-        if buffer is None:
-            return
+        buffer = self.extractor.traced.mutations[node]
         holder = next(
             n for n in self.extractor.traced.graph.nodes if self.extractor.traced.buffers.get(n.name) == buffer
         )

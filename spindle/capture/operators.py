@@ -139,41 +139,43 @@ class _Builder:
             self.probes[node] = [trial[index] for trial in values]
         apart = [node for node in group.outputs if self._by_sample(found[node])]
         mixed = [node for node in group.outputs if node not in apart]
-        cut = self._cut(mixed, found) if mixed else set()
+        late = [node for node in group.updates if not found[node].independent]
+        cut = self._cut([*mixed, *late], found)
         by_sample = [node for node in nodes if node in apart or (node in cut and node not in self.specs)]
         component = self.namer.component(group, self._parameters(everything))
-        if by_sample:
-            role = "pre" if not group.frontier else "post"
-            self._add_piece(group, by_sample, component, role, found, splittable=True)
-        if mixed:
+        whole = bool(mixed or late)
+        if by_sample or not whole:
+            role = "post" if group.frontier else "pre"
+            updates = [] if whole else group.updates
+            self._add_piece(by_sample, updates, component, role, found, splittable=True)
+        if whole:
             is_loss = self.traced.loss in mixed
-            self._add_piece(
-                group, mixed, "loss" if is_loss else component, "" if is_loss else "mix", found, splittable=False
-            )
+            component, role = ("loss", "") if is_loss else (component, "mix")
+            self._add_piece(mixed, group.updates, component, role, found, splittable=False)
 
     def _add_piece(
         self,
-        group: Group,
         results: list[fx.Node],
+        updates: list[fx.Node],
         component: str,
         role: str,
         found: dict[fx.Node, Finding],
         *,
         splittable: bool,
     ) -> None:
-        code = self.extractor.operator(results, self.specs.keys())
+        code = self.extractor.operator(results, self.specs.keys(), updates)
         name = self.namer.glue(self.task.name, component, role)
         kind = costs.kind_of(role or component, code.module, self.task.batch_size, self._input_specs(code))
         self._add(name, component, code, kind, [found[node].rows for node in results], splittable=splittable)
 
     def _ancestors(self, group: Group) -> list[fx.Node]:
-        """Nodes of the group that its outputs need, in the order of the trace."""
-        members, needed, stack = set(group.nodes), set(), list(group.outputs)
+        """Nodes of the group that its outputs and updates need, in the order of the trace."""
+        members, needed, stack = set(group.nodes), set(), [*group.outputs, *group.updates]
         while stack:
             node = stack.pop()
             if node in members and node not in needed:
                 needed.add(node)
-                stack.extend(source for source in node.all_input_nodes if source not in self.partition.repeated)
+                stack.extend(self.traced.effects.inputs(node))
         return [node for node in group.nodes if node in needed]
 
     @staticmethod
@@ -182,17 +184,19 @@ class _Builder:
 
     def _cut(self, mixed: list[fx.Node], found: dict[fx.Node, Finding]) -> set[fx.Node]:
         """The last values made of rows on the way to `mixed`: what the mixing part must be given."""
-        cut, seen, stack = set(), set(mixed), [s for node in mixed for s in node.all_input_nodes]
+        inputs = self.traced.effects.inputs
+        cut, seen, stack = set(), set(mixed), [source for node in mixed for source in inputs(node)]
         while stack:
             node = stack.pop()
             if node in seen or node not in found:
                 continue
             seen.add(node)
             rows = found[node].rows
-            if found[node].independent and rows is not None and rows.dim == 0:
+            own = not self.traced.effects.is_written(node)  # what is written to is made where it is written
+            if own and found[node].independent and rows is not None and rows.dim == 0:
                 cut.add(node)
             else:
-                stack.extend(node.all_input_nodes)
+                stack.extend(inputs(node))
         return cut
 
     # -- one operator ---------------------------------------------------------------------------------------------

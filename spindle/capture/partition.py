@@ -21,13 +21,17 @@ Frontier = frozenset[int]
 
 @dataclass(eq=False)
 class Group:
-    """Nodes that become one operator, or two where part of them mixes samples. `call` is set for a block."""
+    """Nodes that become one operator, or two where part of them mixes samples. `call` is set for a block.
+
+    `outputs` are read by other groups; `updates` are new values of buffers (running statistics).
+    """
 
     nodes: list[fx.Node]
     frontier: Frontier
     component: str
     call: int | None = None
     outputs: list[fx.Node] = field(default_factory=list)
+    updates: list[fx.Node] = field(default_factory=list)
 
     @property
     def is_block(self) -> bool:
@@ -54,10 +58,16 @@ def partition(traced: TracedTask) -> Partition:
     aux, repeated = _apart(traced)
     groups = _Grouper(traced, aux | repeated).run()
     group_of = {node: group for group in groups for node in group.nodes}
+    updates = traced.updates()
+    readers: dict[fx.Node, set[Group]] = {}
     for node, group in group_of.items():
-        outside = any(group_of.get(user, group) is not group for user in node.users)
-        if (outside or node is traced.loss) and node.target is not BLOCK:
+        for source in traced.effects.inputs(node):
+            readers.setdefault(source, set()).add(group)
+    for node, group in group_of.items():
+        if (readers.get(node, set()) - {group} or node is traced.loss) and node.target is not BLOCK:
             group.outputs.append(node)
+        if node in updates:
+            group.updates.append(node)
     return Partition(groups, aux, repeated)
 
 
@@ -67,16 +77,18 @@ def _is_size(node: fx.Node) -> bool:
 
 def _apart(traced: TracedTask) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
     """Aux nodes, and repeated nodes."""
+    effects = traced.effects
     fields = {n for n in traced.graph.nodes if n.op == "placeholder" and n.name in traced.fields}
     of_batch, of_size, constant = set(fields), set(traced.rows), set[fx.Node]()
     for node in traced.graph.nodes:
         if node in of_batch or node in of_size:
             continue
         if not is_compute(node):
-            if node.op in ("placeholder", "get_attr") and node.name not in traced.parameters:
+            inert = node.op in ("placeholder", "get_attr") and node.name not in traced.parameters
+            if inert and not (traced.is_buffer(node) and (effects.is_written(node) or _replaced(node, traced))):
                 constant.add(node)
         elif node.target is not BLOCK and not _is_random(node):
-            sources = set(node.all_input_nodes)
+            sources = set(effects.inputs(node))
             if sources <= constant:
                 constant.add(node)
             elif sources <= constant | of_size or _is_size(node):
@@ -84,6 +96,10 @@ def _apart(traced: TracedTask) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
             elif sources <= constant | of_size | of_batch:
                 of_batch.add(node)
     return frozenset(of_batch | {n for n in constant if is_compute(n)}), frozenset(of_size)
+
+
+def _replaced(node: fx.Node, traced: TracedTask) -> bool:
+    return traced.buffers[node.name] in traced.mutations.values()
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -95,7 +111,8 @@ class _Grouper:
 
     def __init__(self, traced: TracedTask, apart: frozenset[fx.Node]) -> None:
         self.traced = traced
-        self.nodes = [n for n in traced.graph.nodes if is_compute(n) and n not in apart]
+        live = traced.live()
+        self.nodes = [n for n in traced.graph.nodes if is_compute(n) and n in live and n not in apart]
         self.members = set(self.nodes)
         self.ancestors: dict[fx.Node, Frontier] = {}  # of a block node: the blocks it waits for
         self.frontiers: dict[fx.Node, Frontier] = {}
@@ -109,7 +126,7 @@ class _Grouper:
         return self._ordered(groups)
 
     def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
-        return (source for source in node.all_input_nodes if source in self.members)
+        return (source for source in self.traced.effects.inputs(node) if source in self.members)
 
     def _find_frontiers(self) -> None:
         node_of_call = {call: node for node, call in self.call_of.items()}
@@ -140,8 +157,26 @@ class _Grouper:
                     same = self._key(source) == self._key(node)
                 if same:
                     joined.add_edge(source, node)
+        joined.add_edges_from(self._together())
         order = {node: index for index, node in enumerate(self.nodes)}
         return [self._group(sorted(part, key=order.__getitem__)) for part in nx.connected_components(joined)]
+
+    def _together(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Pairs that must not part: whatever touches a buffer that changes, and all that changes in one module."""
+        first: dict[str, fx.Node] = {}
+        for node in self.nodes:
+            for buffer in self._changing_buffers(node):
+                owner = buffer.rpartition(".")[0]
+                yield first.setdefault(owner, node), node
+
+    def _changing_buffers(self, node: fx.Node) -> Iterator[str]:
+        if node in self.traced.mutations:
+            yield self.traced.mutations[node]
+        effects = self.traced.effects
+        for source in (*node.all_input_nodes, node):
+            base = effects.base[source]
+            if self.traced.is_buffer(base) and (effects.is_written(base) or _replaced(base, self.traced)):
+                yield self.traced.buffers[base.name]
 
     def _of_block(self, node: fx.Node) -> bool:
         """Whether a node is a block call or one of its results."""
@@ -204,7 +239,7 @@ class _Grouper:
         return any(
             source not in members and source.name not in inert
             for node in group.nodes
-            for source in node.all_input_nodes
+            for source in self.traced.effects.inputs(node)
         )
 
     def _ordered(self, groups: list[Group]) -> list[Group]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block, opaque_blocks
+from spindle.capture.effects import Effects, find_effects
 from spindle.capture.rewrite import SplitReductions
 from spindle.errors import WorkloadError
 from spindle.workload import Batch, Task, Workload
@@ -45,7 +46,28 @@ class TracedTask:
     fields: Mapping[str, str]
     rows: frozenset[fx.Node]
     mutations: Mapping[fx.Node, str]
+    effects: Effects
     submodules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def is_buffer(self, node: fx.Node) -> bool:
+        """Whether a node is a buffer of the workload."""
+        return node.op == "placeholder" and node.name in self.buffers
+
+    def updates(self) -> frozenset[fx.Node]:
+        """Nodes that change a buffer: writes to one, and values that replace one."""
+        writes = self.effects.writes.items()
+        return frozenset(n for n, bases in writes if any(map(self.is_buffer, bases))) | self.mutations.keys()
+
+    def live(self) -> frozenset[fx.Node]:
+        """Nodes that the loss or an update depends on."""
+        found: set[fx.Node] = set()
+        stack = [self.loss, *self.updates()]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(self.effects.inputs(node))
+        return frozenset(found)
 
 
 class _TaskModule(nn.Module):
@@ -89,7 +111,6 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
         inputs[spec.kind][spec.arg.name] = target
     loss, mutations = _outputs(program, task)
     constants = {node: program.constants[name] for node, name in inputs[InputKind.CONSTANT_TENSOR].items()}
-    graph.eliminate_dead_code()
     return TracedTask(
         task=task,
         graph=graph,
@@ -101,6 +122,7 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
         fields=inputs[InputKind.USER_INPUT],
         rows=_row_counts(graph, inputs[InputKind.USER_INPUT]),
         mutations=mutations,
+        effects=find_effects(graph),
         submodules=dict(program.graph_module.named_children()),
     )
 

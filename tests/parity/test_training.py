@@ -1,0 +1,151 @@
+"""Training features: each gives what plain training of the same workload gives, on random plans of 1 to 4 ranks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import spindle
+from spindle.runtime import parity
+from spindle.runtime.controller import launched, prepare
+from spindle.runtime.parity import ParityReport
+from tests.random_plans import random_plan
+from tests.tiny_workloads import HandWritten, contrastive, encoder_decoder, floats
+
+ranks_and_seed = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
+few = settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def towers(**options: object) -> spindle.Workload:
+    """Two towers on two tasks; `options` go to the workload, to "fit" and to component "left" by their names."""
+    torch.manual_seed(0)
+    task_options = {name: options.pop(name) for name in ("every", "probability") if name in options}
+    left_options = {"optimizer": options.pop("left")} if "left" in options else {}
+    workload = spindle.Workload("towers", **options)  # type: ignore[arg-type]
+    left = workload.component("left", HandWritten(5).double(), **left_options)  # type: ignore[arg-type]
+    right = workload.component("right", HandWritten(4, depth=2).double())
+    pairs = [
+        {"a": floats(6, 5, seed=s, dtype=torch.float64), "b": floats(6, 4, seed=s + 10, dtype=torch.float64)}
+        for s in (1, 2, 3)
+    ]
+
+    @workload.task("match", batch_size=6, data=pairs)
+    def match(batch: dict[str, Tensor]) -> Tensor:
+        return contrastive(left(batch["a"]), right(batch["b"]))
+
+    rows = [
+        {"b": floats(5, 4, seed=s, dtype=torch.float64), "y": floats(5, 8, seed=s + 30, dtype=torch.float64)}
+        for s in (4, 5, 6)
+    ]
+
+    @workload.task("fit", batch_size=5, data=rows, **task_options)  # type: ignore[arg-type]
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(right(batch["b"]), batch["y"])
+
+    return workload
+
+
+def momentum(parameters: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)  # type: ignore[arg-type]
+
+
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def compared(
+    workload: spindle.Workload,
+    num_ranks: int,
+    seed: int,
+    *,
+    steps: int = 3,
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> ParityReport:
+    plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
+    reference = parity.run_reference(workload, steps, optimizer=momentum, scheduler=scheduler)
+    prepared = prepare(workload, plan)
+    with launched(prepared, optimizer=momentum, scheduler=scheduler, launcher="threads", timeout_s=30.0) as run:
+        losses, reports = run.steps(steps, keep_gradients=True, dropout=False)
+        final = {name: value for name, value in run.state().items() if name in reference.parameters}
+    return parity.compare(reference, losses, reports, final, rtol=1e-10, atol=1e-10)
+
+
+@few
+@ranks_and_seed
+def test_clipping_by_the_global_norm(num_ranks: int, seed: int) -> None:
+    """Gradients are scaled by their norm over all parameters, each counted once."""
+    report = compared(towers(max_grad_norm=0.05), num_ranks, seed)
+    assert report.ok, str(report)
+
+
+@few
+@ranks_and_seed
+def test_recompute(num_ranks: int, seed: int) -> None:
+    """Components that are computed again in backward give the same gradients."""
+    report = compared(towers(recompute=("left", "right")), num_ranks, seed)
+    assert report.ok, str(report)
+
+
+def test_recompute_counts_running_statistics_once() -> None:
+    """Batch-norm statistics are those of one forward pass, though it ran twice."""
+    workload = encoder_decoder(torch.float64)
+    workload.recompute = frozenset(("stem", "encoder", "decoder"))
+    once = encoder_decoder(torch.float64)
+    plan = random_plan(spindle.make_metagraph(workload), 2, 3)
+    for trained, its_plan in ((workload, plan), (once, random_plan(spindle.make_metagraph(once), 1, 0))):
+        spindle.train(trained, its_plan, optimizer=momentum, steps=3, launcher="threads")
+    ours, theirs = dict(workload.named_buffers()), dict(once.named_buffers())
+    assert int(ours["stem.1.num_batches_tracked"]) == 3
+    torch.testing.assert_close(ours, theirs)
+
+
+@few
+@ranks_and_seed
+def test_a_task_in_every_second_step(num_ranks: int, seed: int) -> None:
+    """A task that rests leaves its own parameters, and their momentum, alone."""
+    workload = towers(every=2)
+    assert [workload.tasks_of(step, 0) for step in range(3)] == [("match", "fit"), ("match",), ("match", "fit")]
+    report = compared(workload, num_ranks, seed, steps=4)
+    assert report.ok, str(report)
+    assert [set(losses) for losses in report.losses] == [{"match", "fit"}, {"match"}] * 2
+
+
+@few
+@ranks_and_seed
+def test_a_task_with_a_probability(num_ranks: int, seed: int) -> None:
+    """All ranks draw the same steps."""
+    workload = towers(probability=0.5)
+    report = compared(workload, num_ranks, seed, steps=6)
+    assert report.ok, str(report)
+    assert {frozenset(losses) for losses in report.losses} == {frozenset({"match", "fit"}), frozenset({"match"})}
+
+
+@few
+@ranks_and_seed
+def test_component_settings_and_a_schedule(num_ranks: int, seed: int) -> None:
+    """A component's own learning rate and decay hold, and a schedule goes on from them."""
+    workload = towers(left={"lr": 0.01, "weight_decay": 0.5})
+    report = compared(workload, num_ranks, seed, scheduler=halving)
+    assert report.ok, str(report)
+
+
+def test_settings_change_the_result() -> None:
+    """Negative control: the same run without the component's settings ends elsewhere."""
+    with_settings, without = towers(left={"lr": 0.01}), towers()
+    for workload in (with_settings, without):
+        plan = random_plan(spindle.make_metagraph(workload), 1, 0)
+        spindle.train(workload, plan, optimizer=momentum, steps=1, launcher="threads")
+    ours, theirs = dict(with_settings.named_parameters()), dict(without.named_parameters())
+    assert not torch.allclose(ours["left.stem.weight"], theirs["left.stem.weight"])
+    assert torch.equal(ours["right.stem.weight"], theirs["right.stem.weight"])
+
+
+@pytest.mark.parametrize(("every", "probability"), [(0, 1.0), (2, 0.5), (1, 0.0), (1, 1.5)])
+def test_impossible_schedules_are_refused(every: int, probability: float) -> None:
+    """A step count below one, a probability outside 0..1, or both at once."""
+    with pytest.raises(spindle.SpindleError, match="every is"):
+        towers(every=every, probability=probability)
