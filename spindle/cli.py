@@ -179,6 +179,37 @@ def _read_plan(path: str) -> "Plan":
 
 
 @cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
+@click.option("--html", metavar="FILE", help="Write one page that needs no network.")
+@click.option("--svg", metavar="FILE", help="Write a picture for papers.")
+@click.option("--chrome", metavar="FILE", help="Write the trace for Perfetto or chrome://tracing.")
+def show(plan_file: str, trace_file: str | None, html: str | None, svg: str | None, chrome: str | None) -> None:
+    """Show PLAN, and a run beside it, on one time axis; without a file to write, as text.
+
+    \b
+    spindle show plan.json --trace trace.json --html timeline.html
+    """
+    from spindle.formats import read, write_text
+    from spindle.planner.render import render
+    from spindle.planner.simulate import simulate
+    from spindle.timeline import chrome_trace, render_page, render_svg
+    from spindle.trace import Trace
+
+    loaded = _read_plan(plan_file)
+    predicted = simulate(loaded)
+    measured = read(trace_file, Trace) if trace_file else None
+    if html:
+        write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
+    if svg:
+        write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+    if chrome:
+        write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
+    written = [name for name in (html, svg, chrome) if name]
+    click.echo(f"written to {', '.join(written)}" if written else render(loaded))
+
+
+@cli.command()
 @_SOURCE
 @click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all here.")
 @click.option("--output", "-o", metavar="FILE", required=True, help="Where to write the profile.")

@@ -137,6 +137,12 @@ class Plan:
         for wave in self.waves:
             yield from wave.slices
 
+    def __str__(self) -> str:
+        """The Gantt chart, legend and summary that `spindle plan` prints."""
+        from spindle.planner.render import render
+
+        return render(self)
+
     @property
     def gap(self) -> float:
         """Distance from the bound: makespan / bound - 1; 0 when no bound is known."""

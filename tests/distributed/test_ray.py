@@ -79,7 +79,7 @@ def test_killing_the_driver_leaves_nothing_behind(tmp_path: Path) -> None:
         names = {process.pid: " ".join(process.cmdline()) for process in family}
         assert any("_Rank" in name for name in names.values())
         driver.kill()
-    helpers = [process for process in family if "agent" in names[process.pid]]
+    helpers = [process for process in family if "agent" in names[process.pid].lower()]
     soon, late = time.monotonic() + 30, time.monotonic() + 90
     assert not [p.name() for p in family if p not in helpers and not ends(p, deadline_s=soon)]
     assert not [p.name() for p in helpers if not ends(p, deadline_s=late)]
