@@ -49,7 +49,7 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         metagraph,
         captured.graph,
         losses=captured.losses,
-        weights=captured.weights,
+        weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
         max_grad_norm=workload.max_grad_norm,
         recompute=workload.recompute,
     )

@@ -6,7 +6,7 @@ Every promise of the program is checked while it is kept: what an instruction re
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spindle.capture.codes import AuxCode, OperatorCode
 from spindle.errors import RunError, SpindleError
+from spindle.runtime.passes import accumulating
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
 from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
 from spindle.runtime.randomness import Randomness
@@ -73,6 +74,8 @@ class Executor:
         self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
         self.store, self.optimizer = store, optimizer
         self.rank = transport.rank
+        self.instructions = program.instructions[self.rank]
+        self.adding = accumulating(self.instructions, program.bucket_by_name)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
         self.maker = {name: run for run in program.slices for name in run.outputs}
@@ -95,12 +98,28 @@ class Executor:
             Op.STEP: self._step,
         }
 
-    def step(self, fetch: Fetch, *, observe: Observe | None = None, step: int = 0) -> StepRecord:
-        """Run the program once. `fetch` gives a task's next batch; `observe` sees the gradients that the update uses.
+    def step(
+        self, new_round: Callable[[], Fetch], *, observe: Observe | None = None, step: int = 0, rounds: int = 1
+    ) -> StepRecord:
+        """Run the program once, after `rounds - 1` rounds that only add to the gradients.
 
-        Raises RunError naming rank, wave and instruction, with the traceback of what went wrong.
+        `new_round` gives what fetches a task's batch in the next round; `observe` sees the gradients that the update
+        uses. Losses are means over the rounds. Raises RunError naming rank, wave and instruction, with the traceback of
+        what went wrong.
         """
-        self.fetch, self.observe = fetch, observe
+        self.observe = observe
+        self.grad_norm: Tensor | None = None
+        record = StepRecord()
+        losses: list[dict[str, Tensor]] = []
+        for left in reversed(range(rounds)):
+            self.fetch = new_round()
+            self._run(self.adding if left else self.instructions, record.spans, step)
+            losses.append(self.losses)
+        record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
+        record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
+        return record
+
+    def _run(self, instructions: Sequence[Instruction], spans: list[Span], step: int) -> None:
         self.buffers: dict[str, object] = {}
         self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
         self.departures: list[tuple[list[Tensor], Wait]] = []
@@ -108,21 +127,18 @@ class Executor:
         self.batches: dict[str, Batch] = {}
         self.aux_values: dict[tuple[str, int, int], Tensor] = {}
         self.losses: dict[str, Tensor] = {}
-        self.grad_norm: Tensor | None = None
-        record = StepRecord()
-        for instruction in self.program.instructions[self.rank]:
+        for instruction in instructions:
             start_s = time.perf_counter()
             try:
                 self.perform[instruction.op](instruction.target)
             except Exception as error:
                 raise self._explained(instruction, error) from error
             if instruction.op is not Op.FREE:
-                record.spans.append(self._span(instruction, start_s, time.perf_counter(), step))
+                spans.append(self._span(instruction, start_s, time.perf_counter(), step))
+        for _, departed in self.departures:
+            departed()
         if self.buffers:
-            raise AssertionError(f"rank {self.rank} ends a step with buffers {sorted(self.buffers)}")
-        record.losses = {task: float(loss) for task, loss in self.losses.items()}
-        record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
-        return record
+            raise AssertionError(f"rank {self.rank} ends a round with buffers {sorted(self.buffers)}")
 
     def _explained(self, instruction: Instruction, error: Exception) -> Exception:
         where = self.program.describe(self.rank, instruction)
@@ -326,9 +342,6 @@ class Executor:
             with self.store.without_gradients(self.idle):
                 self.optimizer.step()
         self.store.zero_gradients()
-        for _, departed in self.departures:
-            departed()
-        self.departures.clear()
 
     # -- buffers --------------------------------------------------------------------------------------------------
 

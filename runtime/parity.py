@@ -104,10 +104,12 @@ def run_reference(
             stepper.zero_grad(set_to_none=True)
             losses.append({})
             for name in workload.tasks_of(step, seed):
-                task = workload.tasks[name]
-                loss = task.function(feeds[name].next())
-                losses[-1][name] = float(loss.detach())
-                torch.autograd.backward(loss * task.weight)
+                task, found = workload.tasks[name], []
+                for _ in range(workload.accumulate):
+                    loss = task.function(feeds[name].next())
+                    found.append(float(loss.detach()))
+                    torch.autograd.backward(loss * (task.weight / workload.accumulate))
+                losses[-1][name] = sum(found) / len(found)
             if workload.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained.values(), workload.max_grad_norm)
             gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})

@@ -43,6 +43,12 @@ def restricted(program: Program, tasks: Collection[str]) -> Program:
     )
 
 
+def accumulating(instructions: Sequence[Instruction], buckets: Collection[str]) -> tuple[Instruction, ...]:
+    """A rank's instructions for a round that only adds to the gradients: no reduction, clipping or step."""
+    ends = (Op.REDUCE, Op.CLIP, Op.STEP)
+    return tuple(i for i in instructions if i.op not in ends and not (i.op is Op.AWAIT and i.target in buckets))
+
+
 def add_compute(program: Program) -> Lists:
     """Forward in the global order, backward in its reverse. Each transfer stands right after the run that it carries
     from, each reduction right after the last run that adds to its bucket, at the same place of the order on all ranks.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.dropout import WithoutDropout
+from spindle.capture.repeat import base_task, micro_batch
 from spindle.runtime.data import Feed
-from spindle.runtime.executor import Executor, Observe, StepRecord
+from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
 from spindle.runtime.passes import restricted
 from spindle.runtime.program import Op, Program
 from spindle.runtime.store import ParameterStore
@@ -39,6 +40,7 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
+    rounds: int = 1
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
     optimizer: OptimizerFactory | None = None
     scheduler: SchedulerFactory | None = None
@@ -71,13 +73,14 @@ def make_job(
     """The part of a captured workload that `rank` runs."""
     codes = {name: captured.codes[name] for name in program.operators_of(rank)}
     read = {given.name for code in codes.values() for given in code.inputs if given.kind == "aux"}
-    loads = {i.target for i in program.instructions[rank] if i.op is Op.LOAD}
+    loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
     return Job(
         program=program,
         rank=rank,
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+        rounds=workload.accumulate // workload.in_flight,
         settings={component.name: component.optimizer for component in workload.components.values()},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -114,7 +117,8 @@ class Worker:
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)
         self.store = ParameterStore(job.program, job.rank, job.codes.values())
-        loads = {i.target for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
+        loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
+        self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
         self.feeds = {name: Feed(job.tasks[name], job.seed) for name in job.tasks if name in loads}
         trained = {name: self.store.parameters[name] for name in self.store.trained}
         self.optimizer = job.optimizer(parameter_groups(trained, job.settings)) if job.optimizer and trained else None
@@ -141,19 +145,32 @@ class Worker:
         return report
 
     def _step(self, observe: Observe | None) -> StepRecord:
-        tasks = frozenset(n for n, task in self.job.tasks.items() if task.takes_part(self.steps_done, self.job.seed))
-        executor = self._executor(tasks)
-        record = executor.step(lambda task: self.feeds[task].next(), observe=observe, step=self.steps_done)
+        job = self.job
+        tasks = frozenset(name for name, task in job.tasks.items() if task.takes_part(self.steps_done, job.seed))
+        record = self._executor(tasks).step(self._new_round, observe=observe, step=self.steps_done, rounds=job.rounds)
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps_done += 1
         return record
 
+    def _new_round(self) -> Fetch:
+        """Batches of one round, by micro-batch. Those in flight together are read together: all ranks count alike."""
+        read: dict[str, list[Batch]] = {}
+
+        def fetch(task: str) -> Batch:
+            base = base_task(task)
+            if base not in read:
+                read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
+            return read[base][micro_batch(task)]
+
+        return fetch
+
     def _executor(self, tasks: frozenset[str]) -> Executor:
         """The program of the tasks that take part in a step; all ranks restrict it alike."""
         if tasks not in self.executors:
             job = self.job
-            program = job.program if tasks == job.tasks.keys() else restricted(job.program, tasks)
+            parts = [task for task, _ in job.program.losses if base_task(task) in tasks]
+            program = job.program if len(parts) == len(job.program.losses) else restricted(job.program, parts)
             self.executors[tasks] = Executor(program, self.transport, job.codes, job.aux, self.store, self.optimizer)
         return self.executors[tasks]
 
@@ -194,6 +211,12 @@ def owners(program: Program, captured: Captured) -> dict[int, list[str]]:
 
 
 def merge_losses(reports: Sequence[Report]) -> list[dict[str, float]]:
-    """Losses of all tasks by step."""
+    """Losses of all tasks by step; of a task with several micro-batches in flight, their mean."""
     steps = max((len(report.losses) for report in reports), default=0)
-    return [{task: loss for report in reports for task, loss in report.losses[step].items()} for step in range(steps)]
+    merged = []
+    for step in range(steps):
+        parts: dict[str, list[float]] = {}
+        for task, loss in ((t, x) for report in reports for t, x in report.losses[step].items()):
+            parts.setdefault(base_task(task), []).append(loss)
+        merged.append({task: sum(values) / len(values) for task, values in parts.items()})
+    return merged

@@ -106,16 +106,33 @@ class Component:
 class Workload:
     """A model of several components, trained on several tasks at once."""
 
-    def __init__(self, name: str, *, max_grad_norm: float | None = None, recompute: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        accumulate: int = 1,
+        in_flight: int = 1,
+        max_grad_norm: float | None = None,
+        recompute: Iterable[str] = (),
+    ) -> None:
         """An empty workload; add components, then tasks.
 
+        `accumulate`: a step takes so many batches of each task and uses the mean of their losses. `in_flight`: so many
+        of them are planned side by side, which fills gaps and takes memory; the others follow in rounds.
         `max_grad_norm`: gradients are scaled down when their norm over all parameters exceeds it. `recompute`:
         components that keep only the inputs of their slices and compute the rest again in backward, which takes less
         memory and a third more time.
         """
         if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
             raise WorkloadError(f"workload {name!r}: max_grad_norm is {max_grad_norm!r}; it must be positive, or None")
+        if in_flight < 1 or accumulate < 1 or accumulate % in_flight:
+            raise WorkloadError(
+                f"workload {name!r}: accumulate is {accumulate}, in_flight {in_flight}; both are at least 1, and "
+                "accumulate is a multiple of in_flight"
+            )
         self.name = name
+        self.accumulate = accumulate
+        self.in_flight = in_flight
         self.max_grad_norm = max_grad_norm
         self.recompute = frozenset(recompute)
         self.components: dict[str, Component] = {}

@@ -8,12 +8,14 @@ rows        each group shows, by running, whether it goes by samples
 extract     groups become torch modules
 costs       which are measured on fake tensors at the full batch
 operators   and put together, named by naming, as codes
+repeat      once for each micro-batch in flight
 """
 
 from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, build_operators
 from spindle.capture.partition import partition
+from spindle.capture.repeat import repeated
 from spindle.capture.tracing import blocks_of, trace
 from spindle.graph import TaskGraph
 from spindle.workload import Workload
@@ -24,7 +26,7 @@ __all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
 def capture(workload: Workload) -> Captured:
     """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason.
 
-    A workload that has not changed since is not traced again.
+    A workload that has not changed since is not traced again. With several micro-batches in flight each is a task.
     """
     workload.require_tasks()
     version = _version(workload)
@@ -32,16 +34,16 @@ def capture(workload: Workload) -> Captured:
         known = workload.captured[1]
         assert isinstance(known, Captured)
         return known
-    found = _capture(workload)
+    found = repeated(_capture(workload), workload.in_flight)
     workload.captured = (version, found)
     return found
 
 
 def _version(workload: Workload) -> tuple[object, ...]:
     """What a capture depends on, as far as it can be seen from outside."""
-    modules = [(name, m.training) for c in workload.components.values() for name, m in c.module.named_modules()]
-    parameters = [(name, p.requires_grad, p.dtype, p.device) for name, p in workload.named_parameters()]
-    return (tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
+    modules = [(name, m, m.training) for c in workload.components.values() for name, m in c.module.named_modules()]
+    parameters = [(name, id(p), p.requires_grad, p.dtype, p.device) for name, p in workload.named_parameters()]
+    return (workload.in_flight, tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
 
 
 def _capture(workload: Workload) -> Captured:

@@ -86,7 +86,7 @@ class _Session:
     """Calls so far, the blocks' own forwards, and the results of calls that later ones may equal."""
 
     calls: list[BlockCall] = field(default_factory=list)
-    forward_by_module: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    own_by_module: dict[nn.Module, tuple[str, Callable[..., Any]]] = field(default_factory=dict)
     signature_by_module: dict[nn.Module, str] = field(default_factory=dict)
     known: dict[str, tuple[Any, list[Tensor]]] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class _Session:
         key = "\n".join([self.signature_by_module[call.module], structure_signature(call.arguments), *inputs])
         if key not in self.known:
             args, kwargs = filled(call.arguments, tensors)
-            self.known[key] = with_slots(self.forward_by_module[call.module](*args, **kwargs))
+            self.known[key] = with_slots(self.own_by_module[call.module][1](*args, **kwargs))
         call.results, outputs = self.known[key]
         return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in outputs]
 
@@ -120,32 +120,37 @@ def _(tensors: list[Tensor], call: int) -> list[Tensor]:
 
 @contextlib.contextmanager
 def opaque_blocks(blocks: Iterable[Block]) -> Iterator[list[BlockCall]]:
-    """While open, calls of `blocks` are recorded and traced as one operator each. Yields the calls, by their number."""
+    """While open, calls of `blocks` are recorded and traced as one operator each. Yields the calls, by their number.
+
+    What a block's forward hooks do belongs to the block, so there the whole call is recorded, not just `forward`.
+    """
     session = _Session()
     token = _SESSION.set(session)
     try:
         for block in blocks:
-            session.forward_by_module[block.module] = block.module.forward
-            block.module.forward = _recorder(block, session)
+            if block.module not in session.own_by_module:  # components may overlap
+                name = "_call_impl" if block.module._forward_hooks or block.module._forward_pre_hooks else "forward"
+                session.own_by_module[block.module] = name, getattr(block.module, name)
+                setattr(block.module, name, _recorder(block, session))
         yield session.calls
     finally:
-        for module, forward in session.forward_by_module.items():
-            if getattr(forward, "__func__", None) is type(module).forward:
-                del module.forward  # it was the class's own; the instance attribute was ours
+        for module, (name, own) in session.own_by_module.items():
+            if getattr(own, "__func__", None) is getattr(type(module), name):
+                delattr(module, name)  # it was the class's own; the instance attribute was ours
             else:
-                module.forward = forward  # the user had patched the instance
+                setattr(module, name, own)  # the user had patched the instance
         _SESSION.reset(token)
 
 
 def _recorder(block: Block, session: _Session) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         arguments, tensors = with_slots((args, kwargs))
         call = BlockCall(block.path, block.module, arguments)
         session.calls.append(call)
         outputs = torch.ops.spindle.block(tensors, len(session.calls) - 1)
         return filled(call.results, outputs)
 
-    return forward
+    return recorded
 
 
 class BlockModule(nn.Module):

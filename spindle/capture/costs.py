@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.blocks import BlockModule
@@ -71,7 +72,8 @@ _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
 
 def measure(module: nn.Module, rows: int, inputs: Sequence[ValueSpec], live: Sequence[bool] | None = None) -> Cost:
     """Run `module(rows, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode:
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value, static_shapes=True) for name, value in _unique_state(module)
         }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from spindle.capture import costs
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
@@ -211,6 +212,12 @@ class _Builder:
         *,
         splittable: bool,
     ) -> None:
+        for node in code.results:
+            if free_unbacked_symbols(node.meta["val"]):
+                raise WorkloadError(
+                    f"task {self.task.name!r}: what {name!r} hands on has a size that depends on the data "
+                    f"({node.name}); keep the size fixed, for instance mask values with torch.where instead of indexing"
+                )
         cost = self._cost(kind, code, None)
         for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
             self.specs[node], self.rows[node] = spec, row

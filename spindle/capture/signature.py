@@ -1,13 +1,18 @@
 """Signatures: what two modules must agree in to count as the same layer, whatever their weights."""
 
+import functools
+from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from spindle.capture.slots import Slot
 
 _NUMBERING = ("idx", "index", "layer_id")
+_PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device, type(None))
 
 
 def module_signature(module: nn.Module) -> str:
@@ -19,12 +24,32 @@ def module_signature(module: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's own plain attributes, without those that only number it."""
-    return sorted(
-        (name, value)
+    """A module's own settings, without those that only number it, and its forward hooks."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    settings = sorted(
+        (name, _setting(value))
         for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and not any(word in name for word in _NUMBERING)
+        if (isinstance(value, bool | int | float | str) or not name.startswith("_"))
+        and not any(word in name for word in _NUMBERING)
     )
+    return [*settings, *(("hook", _setting(hook)) for hook in hooks)]
+
+
+def _setting(value: Any) -> Any:
+    """A setting as text that is equal in every process; objects count by their class, functions by their code."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return [(repr(key), _setting(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_setting(item) for item in value]
+    if isinstance(value, functools.partial):
+        return [_setting(value.func), _setting(value.args), _setting(value.keywords)]
+    code = getattr(value, "__code__", None)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if code is None:
+        return name
+    return f"{name}:{code.co_code.hex()}:{[const for const in code.co_consts if isinstance(const, _PLAIN)]}"
 
 
 def structure_signature(structure: Any) -> str:

@@ -133,6 +133,18 @@ def test_component_settings_and_a_schedule(num_ranks: int, seed: int) -> None:
     assert report.ok, str(report)
 
 
+@few
+@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), in_flight=st.sampled_from([1, 2, 4]))
+def test_accumulation_over_micro_batches(num_ranks: int, seed: int, in_flight: int) -> None:
+    """Four batches a step give the mean of their gradients, whether in rounds or side by side."""
+    workload = towers(accumulate=4, in_flight=in_flight, max_grad_norm=0.5)
+    report = compared(workload, num_ranks, seed, steps=2)
+    assert report.ok, str(report)
+    assert {op.task for op in spindle.make_metagraph(workload)} == (
+        {"match", "fit"} if in_flight == 1 else {f"{t}#{n}" for t in ("match", "fit") for n in range(in_flight)}
+    )
+
+
 def test_settings_change_the_result() -> None:
     """Negative control: the same run without the component's settings ends elsewhere."""
     with_settings, without = towers(left={"lr": 0.01}), towers()

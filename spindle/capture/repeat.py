@@ -1,0 +1,64 @@
+"""Repeat: a captured workload in, the same with several micro-batches of each task side by side out.
+
+Each micro-batch is a task of its own (`task#0`, `task#1`, ...) that runs the same modules, so the planner may let one
+fill the gaps that another leaves.
+"""
+
+from dataclasses import replace
+
+from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
+from spindle.graph import Operator, TaskGraph
+
+
+def base_task(task: str) -> str:
+    """The task that a micro-batch belongs to."""
+    return task.partition("#")[0]
+
+
+def micro_batch(task: str) -> int:
+    """Which micro-batch of its task it is."""
+    return int(task.partition("#")[2] or 0)
+
+
+def repeated(captured: Captured, count: int) -> Captured:
+    """`count` copies of every task. Weights stay those of one copy."""
+    if count == 1:
+        return captured
+    numbers = range(count)
+    return Captured(
+        graph=TaskGraph(tuple(_operator(operator, number) for number in numbers for operator in captured.graph)),
+        codes={c.name: c for number in numbers for c in (_code(code, number) for code in captured.codes.values())},
+        aux={a.name: a for number in numbers for a in (_aux(code, number) for code in captured.aux.values())},
+        losses={f"{t}#{n}": _renamed(tensor, "/", n) for n in numbers for t, tensor in captured.losses.items()},
+        weights={f"{task}#{n}": weight for n in numbers for task, weight in captured.weights.items()},
+        parameters=captured.parameters,
+    )
+
+
+def _renamed(name: str, mark: str, number: int) -> str:
+    """Names begin with their task: `task.component...` of operators, `task/value` of tensors and aux values."""
+    task, mark, rest = name.partition(mark)
+    return f"{task}#{number}{mark}{rest}"
+
+
+def _operator(operator: Operator, number: int) -> Operator:
+    return replace(
+        operator,
+        name=_renamed(operator.name, ".", number),
+        task=f"{operator.task}#{number}",
+        inputs=tuple(_renamed(name, "/", number) for name in operator.inputs),
+        outputs=tuple(replace(tensor, name=_renamed(tensor.name, "/", number)) for tensor in operator.outputs),
+    )
+
+
+def _code(code: OperatorCode, number: int) -> OperatorCode:
+    return replace(
+        code,
+        name=_renamed(code.name, ".", number),
+        inputs=tuple(CodeInput(i.kind, _renamed(i.name, "/", number) if i.name else "") for i in code.inputs),
+        outputs=tuple(_renamed(name, "/", number) for name in code.outputs),
+    )
+
+
+def _aux(code: AuxCode, number: int) -> AuxCode:
+    return replace(code, name=_renamed(code.name, "/", number), task=f"{code.task}#{number}")
