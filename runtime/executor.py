@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import AuxCode, OperatorCode
+from spindle.capture.codes import AuxCode, OperatorCode, computing_in
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.passes import accumulating
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
@@ -21,7 +21,7 @@ from spindle.runtime.randomness import Randomness
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span, SpanKind
-from spindle.workload import Batch
+from spindle.workload import Batch, Precision
 
 Fetch = Callable[[str], Batch]
 Observe = Callable[[dict[str, Tensor]], None]
@@ -69,10 +69,12 @@ class Executor:
         aux: Mapping[str, AuxCode],
         store: ParameterStore,
         optimizer: torch.optim.Optimizer | None,
+        precision: Precision = "fp32",
     ) -> None:
         """`codes` and `aux` hold what the rank runs; `optimizer` is over the store's trained parameters."""
         self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
-        self.store, self.optimizer = store, optimizer
+        self.store, self.optimizer, self.precision = store, optimizer, precision
+        self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
         self.instructions = program.instructions[self.rank]
         self.adding = accumulating(self.instructions, program.bucket_by_name)
@@ -194,20 +196,23 @@ class Executor:
 
     def _compute(self, run: SliceRun, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the operators of a slice on this rank's samples; its outputs."""
-        low, high = run.bounds_of(self.rank)
         values = dict(inputs)
-        for operator in run.operators:
-            code = self.codes[operator]
-            arguments: list[Tensor | int] = []
-            for given in code.inputs:
-                if given.kind == "tensor":
-                    arguments.append(values[given.name])
-                elif given.kind == "aux":
-                    arguments.append(self._aux_value(given.name, low, high, run.bounds[-1][1]))
-                else:
-                    arguments.append(high - low)
-            values.update(zip(code.outputs, code.module(*arguments), strict=True))
-        return {tensor: values[tensor] for tensor in run.outputs}
+        with computing_in(self.precision, self.transport.device):
+            for operator in run.operators:
+                code = self.codes[operator]
+                values.update(zip(code.outputs, code.module(*self._arguments(run, code, values)), strict=True))
+        # autocast differs between kinds of device; what leaves a slice has the type that the program says
+        return {tensor: values[tensor].to(self.dtypes[tensor]) for tensor in run.outputs}
+
+    def _arguments(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Iterator[Tensor | int]:
+        low, high = run.bounds_of(self.rank)
+        for given in code.inputs:
+            if given.kind == "tensor":
+                yield values[given.name]
+            elif given.kind == "aux":
+                yield self._aux_value(given.name, low, high, run.bounds[-1][1])
+            else:
+                yield high - low
 
     @contextlib.contextmanager
     def _live_outputs(self, run: SliceRun, held: _Activations) -> Iterator[dict[str, Tensor]]:
@@ -298,7 +303,7 @@ class Executor:
                 part = cut(made[message.tensor], spec, run.bounds_of(self.rank), message.low, message.high)
                 sends.append((message.target, part.detach().contiguous()))
             if message.target == self.rank:
-                shape, dtype = spec.shape_of(message.high - message.low), getattr(torch, spec.dtype)
+                shape, dtype = spec.shape_of(message.high - message.low), self.dtypes[message.tensor]
                 pieces.append((message, torch.empty(shape, dtype=dtype, device=self.transport.device)))
         departed, arrived = self.transport.start(sends, [(message.source, value) for message, value in pieces])
         if sends:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured, OperatorCode
+from spindle.capture.codes import Captured, OperatorCode, computing_in
 from spindle.graph import Operator, TensorSpec
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.lower import split_samples
-from spindle.workload import Batch, Workload
+from spindle.workload import Batch, Precision, Workload
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
 Progress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ def _measure(
     forward, backward = [], []
     started = time.perf_counter()
     for repeat in range(MAX_REPEATS + 1):
-        forward_s, backward_s = _once(code, arguments, live, device)
+        forward_s, backward_s = _once(code, arguments, live, device, captured.precision)
         if repeat:  # the first warms up
             forward.append(forward_s)
             backward.append(backward_s)
@@ -102,7 +102,11 @@ def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:
 
 
 def _once(
-    code: OperatorCode, arguments: Sequence[Tensor | int], live: Sequence[int], device: torch.device
+    code: OperatorCode,
+    arguments: Sequence[Tensor | int],
+    live: Sequence[int],
+    device: torch.device,
+    precision: Precision,
 ) -> tuple[float, float]:
     def now() -> float:
         if device.type == "cuda":
@@ -110,7 +114,7 @@ def _once(
         return time.perf_counter()
 
     start_s = now()
-    with torch.set_grad_enabled(bool(live)):
+    with torch.set_grad_enabled(bool(live)), computing_in(precision, device):
         outputs = code.module(*arguments)
     middle_s = now()
     if live:

@@ -22,7 +22,7 @@ from spindle.runtime.program import Op, Program
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.trace import Span
-from spindle.workload import Batch, Task, Workload
+from spindle.workload import Batch, Precision, Task, Workload
 
 ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
 """What torch optimizers take: parameters, or groups of them where components have settings of their own."""
@@ -41,6 +41,7 @@ class Job:
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
     rounds: int = 1
+    precision: Precision = "fp32"
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
     optimizer: OptimizerFactory | None = None
     scheduler: SchedulerFactory | None = None
@@ -81,6 +82,7 @@ def make_job(
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
         rounds=workload.accumulate // workload.in_flight,
+        precision=captured.precision,
         settings={component.name: component.optimizer for component in workload.components.values()},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -171,7 +173,9 @@ class Worker:
             job = self.job
             parts = [task for task, _ in job.program.losses if base_task(task) in tasks]
             program = job.program if len(parts) == len(job.program.losses) else restricted(job.program, parts)
-            self.executors[tasks] = Executor(program, self.transport, job.codes, job.aux, self.store, self.optimizer)
+            self.executors[tasks] = Executor(
+                program, self.transport, job.codes, job.aux, self.store, self.optimizer, job.precision
+            )
         return self.executors[tasks]
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def verify(
 
     prepared = prepare(workload, plan or make_plan(workload, f"1x{num_workers}:cpu"))
     optimizer = optimizer or parity.default_optimizer
-    tolerances = parity.default_tolerances(prepared.captured.parameters)
+    tolerances = parity.default_tolerances(prepared.captured.parameters, workload.precision)
     with launched(prepared, optimizer=optimizer, launcher=launcher, timeout_s=timeout_s) as run:
         losses, reports = run.steps(steps, keep_gradients=True, dropout=False)
         final = run.state()

@@ -12,13 +12,14 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from spindle.errors import WorkloadError
 
 Batch = dict[str, Tensor]
+Precision = Literal["fp32", "bf16"]
 TaskFunction = Callable[[Batch], Tensor]
 FunctionT = TypeVar("FunctionT", bound=TaskFunction)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -112,13 +113,15 @@ class Workload:
         *,
         accumulate: int = 1,
         in_flight: int = 1,
+        precision: Precision = "fp32",
         max_grad_norm: float | None = None,
         recompute: Iterable[str] = (),
     ) -> None:
         """An empty workload; add components, then tasks.
 
         `accumulate`: a step takes so many batches of each task and uses the mean of their losses. `in_flight`: so many
-        of them are planned side by side, which fills gaps and takes memory; the others follow in rounds.
+        of them are planned side by side, which fills gaps and takes memory; the others follow in rounds. `precision`:
+        "bf16" computes under `torch.autocast`; parameters, gradients and optimizer states keep their own types.
         `max_grad_norm`: gradients are scaled down when their norm over all parameters exceeds it. `recompute`:
         components that keep only the inputs of their slices and compute the rest again in backward, which takes less
         memory and a third more time.
@@ -130,9 +133,14 @@ class Workload:
                 f"workload {name!r}: accumulate is {accumulate}, in_flight {in_flight}; both are at least 1, and "
                 "accumulate is a multiple of in_flight"
             )
+        if precision not in get_args(Precision):
+            raise WorkloadError(
+                f"workload {name!r}: precision is {precision!r}; choose one of {', '.join(get_args(Precision))}"
+            )
         self.name = name
         self.accumulate = accumulate
         self.in_flight = in_flight
+        self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.recompute = frozenset(recompute)
         self.components: dict[str, Component] = {}

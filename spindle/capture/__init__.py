@@ -43,7 +43,7 @@ def _version(workload: Workload) -> tuple[object, ...]:
     """What a capture depends on, as far as it can be seen from outside."""
     modules = [(name, m, m.training) for c in workload.components.values() for name, m in c.module.named_modules()]
     parameters = [(name, id(p), p.requires_grad, p.dtype, p.device) for name, p in workload.named_parameters()]
-    return (workload.in_flight, tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
+    return (workload.in_flight, workload.precision, tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
 
 
 def _capture(workload: Workload) -> Captured:
@@ -60,4 +60,5 @@ def _capture(workload: Workload) -> Captured:
         losses={task: result.loss for task, result in zip(workload.tasks, results, strict=True)},
         weights={task.name: task.weight for task in workload.tasks.values()},
         parameters=dict(workload.named_parameters()),
+        precision=workload.precision,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.graph import TaskGraph
+from spindle.workload import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +82,9 @@ class Captured:
     losses: Mapping[str, str]
     weights: Mapping[str, float]
     parameters: Mapping[str, nn.Parameter]
+    precision: Precision = "fp32"
+
+
+def computing_in(precision: Precision, device: torch.device) -> "torch.autocast":
+    """Context in which operators compute: autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

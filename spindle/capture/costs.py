@@ -16,7 +16,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.blocks import BlockModule
+from spindle.capture.codes import computing_in
 from spindle.capture.signature import module_signature, structure_signature
+from spindle.workload import Precision
 
 aten = torch.ops.aten
 
@@ -70,7 +72,13 @@ _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
 }
 
 
-def measure(module: nn.Module, rows: int, inputs: Sequence[ValueSpec], live: Sequence[bool] | None = None) -> Cost:
+def measure(
+    module: nn.Module,
+    rows: int,
+    inputs: Sequence[ValueSpec],
+    live: Sequence[bool] | None = None,
+    precision: Precision = "fp32",
+) -> Cost:
     """Run `module(rows, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
     sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode:
@@ -81,7 +89,8 @@ def measure(module: nn.Module, rows: int, inputs: Sequence[ValueSpec], live: Seq
             state[name] = state[name].detach().requires_grad_(parameter.requires_grad)
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
         saved: dict[int, int] = {}
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as forward, _saved_bytes(saved):
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        with counter as forward, _saved_bytes(saved), computing_in(precision, torch.device("cpu")):
             outputs = torch.func.functional_call(module, state, (rows, *arguments))
         ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as backward:
@@ -112,9 +121,17 @@ def _saved_bytes(saved: dict[int, int]) -> Any:
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
-def kind_of(label: str, module: nn.Module, rows: int, inputs: Sequence[ValueSpec]) -> str:
+def kind_of(
+    label: str, module: nn.Module, rows: int, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
+) -> str:
     """Operator kind: equal for operators that do the same work on the same shapes, in every process and session."""
-    parts = [label, str(rows), *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs), module_signature(module)]
+    parts = [
+        label,
+        precision,
+        str(rows),
+        *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs),
+        module_signature(module),
+    ]
     parts += [structure_signature(m.arguments) for m in module.modules() if isinstance(m, BlockModule)]
     parts.append(getattr(module, "code", ""))
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"

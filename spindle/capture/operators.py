@@ -74,6 +74,7 @@ class _Builder:
         self, workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
     ) -> None:
         self.task = traced.task
+        self.precision = workload.precision
         self.traced = traced
         self.partition = partition
         self.extractor = Extractor(workload, traced, partition)
@@ -121,7 +122,7 @@ class _Builder:
         component, name = self.namer.block(self.task.name, group.component, call.path)
         results = [node for node in group.outputs if isinstance(node.meta["val"], Tensor)]
         code = self.extractor.operator(results, self.specs.keys())
-        kind = costs.kind_of(type(call.module).__name__, code.module, self.task.batch_size, self._input_specs(code))
+        kind = self._kind(type(call.module).__name__, code)
         if kind not in self.memo.findings:
             self.memo.findings[kind] = self._probe(code)
         findings, values = self.memo.findings[kind]
@@ -166,7 +167,7 @@ class _Builder:
     ) -> None:
         code = self.extractor.operator(results, self.specs.keys(), updates)
         name = self.namer.glue(self.task.name, component, role)
-        kind = costs.kind_of(role or component, code.module, self.task.batch_size, self._input_specs(code))
+        kind = self._kind(role or component, code)
         self._add(name, component, code, kind, [found[node].rows for node in results], splittable=splittable)
 
     def _ancestors(self, group: Group) -> list[fx.Node]:
@@ -227,8 +228,12 @@ class _Builder:
         key = f"{kind}{live or ''}"
         if key not in self.memo.costs:
             specs = self._input_specs(code)
-            self.memo.costs[key] = costs.measure(code.module, self.task.batch_size, specs, live)
+            size = self.task.batch_size
+            self.memo.costs[key] = costs.measure(code.module, size, specs, live, self.precision)
         return self.memo.costs[key]
+
+    def _kind(self, label: str, code: Extracted) -> str:
+        return costs.kind_of(label, code.module, self.task.batch_size, self._input_specs(code), self.precision)
 
     def _backward_pass(self) -> list[tuple[_Draft, Cost]]:
         """Which tensors a gradient comes back for, from the loss up: what nothing trained depends on gets none."""

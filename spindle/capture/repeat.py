@@ -32,6 +32,7 @@ def repeated(captured: Captured, count: int) -> Captured:
         losses={f"{t}#{n}": _renamed(tensor, "/", n) for n in numbers for t, tensor in captured.losses.items()},
         weights={f"{task}#{n}": weight for n in numbers for task, weight in captured.weights.items()},
         parameters=captured.parameters,
+        precision=captured.precision,
     )
 
 

@@ -6,7 +6,13 @@
 """
 
 import contextlib
+import inspect
+import io
 import itertools
+import logging
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +106,7 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
         program = _export(root, task, batch)
     graph = program.graph
     _open_no_grad_regions(program.graph_module)
+    _check_regions(graph, task)
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "_opname", "") in _CHECKS:
             graph.erase_node(node)
@@ -130,15 +137,42 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
 def _export(root: _TaskModule, task: Task, batch: Batch) -> torch.export.ExportedProgram:
     shapes = {"batch": {name: {0: torch.export.Dim.AUTO} for name in batch}}
     try:
-        return torch.export.export(root, (batch,), dynamic_shapes=shapes, strict=False)
+        with _quiet():
+            return torch.export.export(root, (batch,), dynamic_shapes=shapes, strict=False)
     except WorkloadError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        remedy = "Outside of blocks a task may not branch on tensor values" if _of_torch(error) else "Mend that line"
         raise WorkloadError(
-            f"task {task.name!r} raised {type(error).__name__} while it was traced on fake tensors: {reason}. "
-            "Outside of blocks a task may not branch on tensor values; see the chained error for the line"
+            f"task {task.name!r} raised {type(error).__name__} while it was traced on fake tensors"
+            f"{_place(error, task)}: {' '.join(str(error).split())[:300]}. {remedy}"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export prints the whole graph beside what it raises; our error says it in a line."""
+    log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())  # nothing of the user's is lost
+    finally:
+        log.setLevel(level)
+
+
+def _of_torch(error: Exception) -> bool:
+    return type(error).__module__.startswith("torch.")
+
+
+def _place(error: Exception, task: Task) -> str:
+    """The last line of the task function's file that was running."""
+    code = getattr(inspect.unwrap(task.function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if code is not None and f.filename == code.co_filename]
+    return f", line {lines[-1]} of {os.path.basename(code.co_filename)}" if code is not None and lines else ""
 
 
 @contextlib.contextmanager
@@ -168,10 +202,29 @@ def _outputs(program: torch.export.ExportedProgram, task: Task) -> tuple[fx.Node
                 f"task {task.name!r} changes {spec.target!r} in place; write to tensors it makes itself"
             )
     value = losses[0].meta.get("val") if len(losses) == 1 and isinstance(losses[0], fx.Node) else None
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{len(losses)} values"
-        raise WorkloadError(f"task {task.name!r} returned {got}; return the loss, one floating-point scalar")
+    if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() != 1 or not value.is_floating_point():
+        raise WorkloadError(
+            f"task {task.name!r} returned {_told(losses, value)}; return the loss, one floating-point scalar"
+        )
     return losses[0], mutations
+
+
+def _told(losses: list[Any], value: Any) -> str:
+    if len(losses) != 1:
+        return f"{len(losses)} values"
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of {value.ndim} dimensions" if value.ndim else f"a scalar of {dtype}"
+    return "None" if losses[0] is None else f"a {type(losses[0] if value is None else value).__name__}"
+
+
+def _check_regions(graph: fx.Graph, task: Task) -> None:
+    for node in graph.nodes:
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            raise WorkloadError(
+                f"task {task.name!r} opens an autocast region outside of blocks; "
+                'give the workload precision="bf16", or open the region inside the blocks'
+            )
 
 
 def _open_no_grad_regions(module: fx.GraphModule) -> None:

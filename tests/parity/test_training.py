@@ -161,3 +161,28 @@ def test_impossible_schedules_are_refused(every: int, probability: float) -> Non
     """A step count below one, a probability outside 0..1, or both at once."""
     with pytest.raises(spindle.SpindleError, match="every is"):
         towers(every=every, probability=probability)
+
+
+@few
+@ranks_and_seed
+def test_bf16_autocast(num_ranks: int, seed: int) -> None:
+    """Under autocast a run agrees with one process under autocast to bfloat16's precision; messages are half as long."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("bf16", precision="bf16")
+    left, right = workload.component("left", HandWritten(5)), workload.component("right", HandWritten(4))
+    data = [
+        {"a": floats(6, 5, seed=s, dtype=torch.float32), "b": floats(6, 4, seed=s, dtype=torch.float32)} for s in (1, 2)
+    ]
+
+    @workload.task("match", batch_size=6, data=data)
+    def match(batch: dict[str, Tensor]) -> Tensor:
+        return contrastive(left(batch["a"]), right(batch["b"]))
+
+    plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
+    report = spindle.verify(workload, plan, launcher="threads")
+    assert report.ok, str(report)
+    workload.precision = "fp32"
+    exact = parity.run_reference(workload, 1, optimizer=momentum)
+    assert abs(exact.losses[0]["match"] - report.losses[0]["match"]) > 1e-5, "the computation was not in bfloat16"
+    workload.precision = "bf16"
+    assert {t.dtype for t in prepare(workload, plan).program.tensors} == {"bfloat16", "float32"}
