@@ -98,10 +98,17 @@ class _Session:
         key = "\n".join([self.signature_by_module[call.module], structure_signature(call.arguments), *inputs])
         if key not in self.known:
             args, kwargs = filled(call.arguments, tensors)
-            self.known[key] = with_slots(self.own_by_module[call.module][1](*args, **kwargs))
+            token = INSIDE_BLOCK.set(True)
+            try:
+                self.known[key] = with_slots(self.own_by_module[call.module][1](*args, **kwargs))
+            finally:
+                INSIDE_BLOCK.reset(token)
         call.results, outputs = self.known[key]
         return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in outputs]
 
+
+INSIDE_BLOCK: ContextVar[bool] = ContextVar("spindle_inside_block", default=False)
+"""Whether a block's own code is running, which may do what glue may not."""
 
 _SESSION: ContextVar[_Session] = ContextVar("spindle_block_session")
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
+from spindle.capture.blocks import INSIDE_BLOCK
+from spindle.errors import WorkloadError
+
 _CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
 _ELEMENTWISE_LOSSES = (
     F.mse_loss,
@@ -44,6 +47,11 @@ class SplitReductions(TorchFunctionMode):
     ) -> Any:
         """Replace the reductions named above; leave every other function alone."""
         kwargs = kwargs or {}
+        if func is Tensor.register_hook and not INSIDE_BLOCK.get():
+            raise WorkloadError(
+                "a tensor outside of blocks has a gradient hook, which a traced graph does not carry; remove it, or "
+                "scale the values themselves"
+            )
         if func is Tensor.__len__:
             return _length(args[0])
         if func in _CLASS_LOSSES:

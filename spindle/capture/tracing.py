@@ -28,6 +28,7 @@ from spindle.errors import WorkloadError
 from spindle.workload import Batch, Task, Workload
 
 BLOCK = torch.ops.spindle.block.default
+_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
 )
@@ -87,7 +88,19 @@ class _TaskModule(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         with SplitReductions(next(iter(batch.values())).shape[0]):
-            return self.task.function(batch)
+            loss = self.task.function(batch)
+        if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point() or loss.numel() != 1:
+            raise WorkloadError(
+                f"task {self.task.name!r} returned {_told(loss)}; return the loss, one floating-point scalar"
+            )
+        return loss
+
+
+def _told(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"a {type(value).__name__}"
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"a {dtype} tensor of {value.ndim} dimensions" if value.ndim else f"a scalar of {dtype}"
 
 
 def blocks_of(workload: Workload) -> list[Block]:
@@ -101,8 +114,9 @@ def blocks_of(workload: Workload) -> list[Block]:
 
 def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
     """Export `task` around the workload's blocks. Raises WorkloadError when the function cannot be traced."""
-    root = _TaskModule(workload, task)
-    with opaque_blocks(blocks_of(workload)) as calls, _caches_off(root):
+    root, blocks = _TaskModule(workload, task), blocks_of(workload)
+    _refuse_gradient_hooks(workload, blocks)
+    with opaque_blocks(blocks) as calls, _caches_off(root):
         program = _export(root, task, batch)
     graph = program.graph
     _open_no_grad_regions(program.graph_module)
@@ -134,6 +148,24 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
     )
 
 
+def _refuse_gradient_hooks(workload: Workload, blocks: list[Block]) -> None:
+    """A graph does not carry them; parameters of a run are copies. Inside blocks modules keep theirs."""
+    for name, parameter in workload.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise WorkloadError(
+                f"parameter {name!r} has a gradient hook, which would see the gradients of parts of the batch; "
+                "remove it and change gradients in the optimizer"
+            )
+    inside = {module for block in blocks for module in block.module.modules()}
+    for component in workload.components.values():
+        for path, module in component.module.named_modules():
+            if module not in inside and (module._backward_hooks or module._backward_pre_hooks):
+                raise WorkloadError(
+                    f"component {component.name!r}: module {path!r} has a backward hook outside of blocks, which a "
+                    "traced graph does not carry; remove it, or let layers= name a list of blocks that holds the module"
+                )
+
+
 def _export(root: _TaskModule, task: Task, batch: Batch) -> torch.export.ExportedProgram:
     shapes = {"batch": {name: {0: torch.export.Dim.AUTO} for name in batch}}
     try:
@@ -143,24 +175,27 @@ def _export(root: _TaskModule, task: Task, batch: Batch) -> torch.export.Exporte
         raise
     except Exception as error:
         remedy = "Outside of blocks a task may not branch on tensor values" if _of_torch(error) else "Mend that line"
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise WorkloadError(
             f"task {task.name!r} raised {type(error).__name__} while it was traced on fake tensors"
-            f"{_place(error, task)}: {' '.join(str(error).split())[:300]}. {remedy}"
+            f"{_place(error, task)}: {reason}. {remedy}"
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export prints the whole graph beside what it raises; our error says it in a line."""
-    log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs, printed = [logging.getLogger(name) for name in _LOUD], io.StringIO()
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(printed):
             yield
         sys.stderr.write(printed.getvalue())  # nothing of the user's is lost
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _of_torch(error: Exception) -> bool:
@@ -201,21 +236,8 @@ def _outputs(program: torch.export.ExportedProgram, task: Task) -> tuple[fx.Node
             raise WorkloadError(
                 f"task {task.name!r} changes {spec.target!r} in place; write to tensors it makes itself"
             )
-    value = losses[0].meta.get("val") if len(losses) == 1 and isinstance(losses[0], fx.Node) else None
-    if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() != 1 or not value.is_floating_point():
-        raise WorkloadError(
-            f"task {task.name!r} returned {_told(losses, value)}; return the loss, one floating-point scalar"
-        )
-    return losses[0], mutations
-
-
-def _told(losses: list[Any], value: Any) -> str:
-    if len(losses) != 1:
-        return f"{len(losses)} values"
-    if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor of {value.ndim} dimensions" if value.ndim else f"a scalar of {dtype}"
-    return "None" if losses[0] is None else f"a {type(losses[0] if value is None else value).__name__}"
+    (loss,) = losses
+    return loss, mutations
 
 
 def _check_regions(graph: fx.Graph, task: Task) -> None:
