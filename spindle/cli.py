@@ -7,12 +7,13 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from spindle.errors import FormatError, PlanError, SpindleError
+from spindle.errors import FormatError, PlanError, SpindleError, SpindleWarning
 
 if TYPE_CHECKING:
     from spindle.plan import Plan
@@ -377,8 +378,16 @@ class _progress:  # noqa: N801 - used like a function
             self.bar.stop()
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, SpindleWarning):
+        click.echo(f"spindle: warning: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
+
+
 def main() -> None:
-    """Run the command line; errors become one to three lines on stderr and an exit code."""
+    """Run the command line; errors become one to three lines on stderr and an exit code, warnings one line."""
+    warnings.showwarning = _show_warning
     try:
         status = cli.main(standalone_mode=False)
     except click.ClickException as error:

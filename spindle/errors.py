@@ -13,6 +13,8 @@
     +-- MismatchError               checked and found different: parity, prediction
     `-- RunError                    a worker raised, died or stalled
 
+    SpindleWarning (UserWarning)    what runs, but not as well as it could
+
 Each message names the value, the rule and the remedy, in that order. `exit_code` is what the command line returns.
 """
 
@@ -21,6 +23,10 @@ class SpindleError(Exception):
     """Base of every error that a user can mend."""
 
     exit_code = 2
+
+
+class SpindleWarning(UserWarning):
+    """What runs, but not as well as it could; the message names the value, the rule and the remedy as errors do."""
 
 
 class InputError(SpindleError, ValueError):

@@ -11,14 +11,20 @@ operators   and put together, named by naming, as codes
 repeat      once for each micro-batch in flight
 """
 
+import warnings
+
+from spindle.capture.blocks import find_blocks
 from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, build_operators
 from spindle.capture.partition import partition
 from spindle.capture.repeat import repeated
 from spindle.capture.tracing import blocks_of, trace
+from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
 from spindle.workload import Workload
+
+LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little
 
 __all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
 
@@ -46,7 +52,20 @@ def _version(workload: Workload) -> tuple[object, ...]:
     return (workload.in_flight, workload.precision, tuple(workload.tasks.values()), tuple(modules), tuple(parameters))
 
 
+def _warn_of_large_operators(workload: Workload) -> None:
+    for component in workload.components.values():
+        count = sum(parameter.numel() for parameter in component.module.parameters())
+        if count > LARGE and not find_blocks(component.name, component.module, component.layers):
+            warnings.warn(
+                f"component {component.name!r} has {count / 1e6:.1f} million parameters but no repeated blocks that were "
+                "found, so it cannot be cut into layers; name its list of blocks, for instance layers='encoder.layers'",
+                SpindleWarning,
+                stacklevel=4,
+            )
+
+
 def _capture(workload: Workload) -> Captured:
+    _warn_of_large_operators(workload)
     namer, memo = Namer(blocks_of(workload)), Memo()
     results = []
     for task in workload.tasks.values():

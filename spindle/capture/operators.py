@@ -1,5 +1,6 @@
 """Operators of one task: its groups in, operators with code, shapes, costs and rows out."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ from spindle.capture.rows import (
     one_thread,
 )
 from spindle.capture.tracing import TracedTask
-from spindle.errors import WorkloadError
+from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import Operator, Parameter, TensorSpec
 from spindle.workload import Batch, Workload
 
@@ -108,6 +109,7 @@ class _Builder:
                 f"task {self.task.name!r}: its loss needs no gradient; let it depend on a trained parameter"
             )
         costs_by_draft = self._backward_pass()
+        self._warn_of_whole_operators(costs_by_draft)
         return TaskOperators(
             operators=[self._operator(draft, cost) for draft, cost in costs_by_draft],
             codes=[self._code(draft) for draft in self.drafts],
@@ -250,6 +252,23 @@ class _Builder:
         for node in self.specs:
             self.specs[node] = replace(self.specs[node], needs_grad=node in wanted)
         return found[::-1]
+
+    def _warn_of_whole_operators(self, costs_by_draft: list[tuple[_Draft, Cost]]) -> None:
+        """Work beside the loss that one device must do for the whole batch."""
+        loss = self.traced.loss
+        whole = [
+            draft.name
+            for draft, cost in costs_by_draft
+            if not draft.splittable and loss not in draft.code.results and (cost.forward_flops or cost.trained)
+        ]
+        if whole:
+            more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+            warnings.warn(
+                f"task {self.task.name!r}: {', '.join(whole[:3])}{more} mix samples or hold the batch size as a number, "
+                "and run on one device each; let them go by samples, and take sizes from tensors as in x.shape[0]",
+                SpindleWarning,
+                stacklevel=6,
+            )
 
     def _operator(self, draft: _Draft, cost: Cost) -> Operator:
         named = parameter_names(draft.code.module, self.parameter_by_id)

@@ -271,8 +271,10 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: nn.Module, inputs: list
             if inner.op == "get_attr" and inner.target == name:
                 inner.target = fresh
     names = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-    environment = dict(zip(names, inputs, strict=True))
     with module.graph.inserting_before(node):
+        if detach:  # operations with out= refuse inputs that ask for a gradient
+            inputs = [_detached(module.graph, value) for value in inputs]
+        environment = dict(zip(names, inputs, strict=True))
         results = module.graph.graph_copy(body.graph, environment)
         assert isinstance(results, tuple | list)
         if detach:
