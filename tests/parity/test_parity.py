@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.parity import ParityReport, Reference
+from spindle.runtime.parity import ParityReport, Reference, Tolerance
 from spindle.runtime.program import Op, Program
 from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
@@ -38,9 +38,9 @@ def report_of(
     with launched(prepared, optimizer=parity.default_optimizer, launcher="threads", timeout_s=30.0) as run:
         losses, reports = run.steps(STEPS, keep_gradients=True, dropout=False)
         state = run.state()
-    rtol, atol = parity.default_tolerances(prepared.captured.parameters)
+    tolerance = parity.default_tolerance(prepared.captured.parameters)
     final = {name: value for name, value in state.items() if name in reference.parameters}
-    return parity.compare(reference, losses, reports, final, rtol=rtol, atol=atol)
+    return parity.compare(reference, losses, reports, final, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +52,7 @@ def test_random_plans_are_exact_in_float64(family: str, num_ranks: int, seed: in
     plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
     report = report_of(family, torch.float64, plan=plan)
     assert report.ok, str(report)
-    assert (report.rtol, report.atol) == (1e-10, 1e-10)
+    assert report.tolerance == Tolerance(1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +106,7 @@ def test_report_names_the_worst_parameters() -> None:
     """The text of a failed report says what differs, where and by how much."""
     _, reference = built("two_towers", torch.float64)
     shifted = {name: value + (name == "left.stem.bias") for name, value in reference.parameters.items()}
-    report = parity.compare(reference, reference.losses, [], shifted, rtol=1e-10, atol=1e-10)
+    report = parity.compare(reference, reference.losses, [], shifted, tolerance=Tolerance(1e-10, 1e-10))
     assert not report.ok
     assert "left.stem.bias" in str(report)
     assert "DIFFERS" in str(report)

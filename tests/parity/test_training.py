@@ -12,7 +12,7 @@ from torch import Tensor
 import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.parity import ParityReport
+from spindle.runtime.parity import ParityReport, Tolerance
 from tests.random_plans import random_plan
 from tests.tiny_workloads import HandWritten, contrastive, encoder_decoder, floats
 
@@ -71,7 +71,7 @@ def compared(
     with launched(prepared, optimizer=momentum, scheduler=scheduler, launcher="threads", timeout_s=30.0) as run:
         losses, reports = run.steps(steps, keep_gradients=True, dropout=False)
         final = {name: value for name, value in run.state().items() if name in reference.parameters}
-    return parity.compare(reference, losses, reports, final, rtol=1e-10, atol=1e-10)
+    return parity.compare(reference, losses, reports, final, tolerance=Tolerance(1e-10, 1e-10))
 
 
 @few
@@ -166,7 +166,7 @@ def test_impossible_schedules_are_refused(every: int, probability: float) -> Non
 @few
 @ranks_and_seed
 def test_bf16_autocast(num_ranks: int, seed: int) -> None:
-    """Under autocast a run agrees with one process under autocast to bfloat16's precision; messages are half as long."""
+    """Under autocast a run agrees with one process under autocast to the precision of bfloat16."""
     torch.manual_seed(0)
     workload = spindle.Workload("bf16", precision="bf16")
     left, right = workload.component("left", HandWritten(5)), workload.component("right", HandWritten(4))
