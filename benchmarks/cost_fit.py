@@ -10,7 +10,7 @@ from cost_tables import errors, halves, read_table
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from spindle.clusterfile import parse_cluster
-from spindle.planner import cost_layout
+from spindle.cost import layout as cost_layout
 
 
 def _fit(residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float]) -> tuple[float, ...]:

@@ -7,9 +7,9 @@ published tables, so their composition lives here.
 from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster, Device
-from spindle.planner.cost_layout import sharded_s, tensor_parallel_s, update_s
-from spindle.planner.cost_links import collective_s
-from spindle.planner.cost_roofline import OperatorTime, Work, time_operator
+from spindle.cost.layout import sharded_s, tensor_parallel_s, update_s
+from spindle.cost.links import collective_s
+from spindle.cost.roofline import OperatorTime, Work, time_operator
 from spindle.specblocks import Block, Transformer, transformer_block
 
 

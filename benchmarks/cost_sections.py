@@ -10,9 +10,9 @@ from cost_tables import Errors, Figure, Row, errors, halves, read_table
 
 from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
-from spindle.planner.cost_links import collective_s
-from spindle.planner.cost_pieces import fit_pieces, held_out_error
-from spindle.planner.cost_roofline import Work, time_operator
+from spindle.cost.links import collective_s
+from spindle.cost.pieces import fit_pieces, held_out_error
+from spindle.cost.roofline import Work, time_operator
 
 GPU_TYPES = {"h100_80gb": "h100-80g", "a100_80gb": "a100-80g", "a100_40gb": "a100-40g"}
 PEAKS = {"h100_80gb": 989e12, "a100_80gb": 312e12, "a100_40gb": 312e12}

@@ -10,10 +10,10 @@ from cost_tables import Figure, Row, errors, read_table
 from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.planner.cost import price
-from spindle.planner.cost_layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
-from spindle.planner.cost_links import collective_s, spread_over_nodes
-from spindle.planner.cost_roofline import Work, time_operator
+from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
+from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.price import price
+from spindle.cost.roofline import Work, time_operator
 from spindle.pricing import Pricing
 from spindle.spec import build_graph
 from spindle.specblocks import Transformer, transformer_block

@@ -61,8 +61,8 @@ def plan_source(
 
     Sharded optimiser states and recompute are only chosen for a dry run: the runtime does not do them yet.
     """
-    from spindle.planner.cost import price
-    from spindle.planner.cost_choice import solve_fitting
+    from spindle.cost.price import price
+    from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import solve
 
     def solved(metagraph: MetaGraph, where: Cluster) -> Plan:

@@ -113,7 +113,7 @@ def _cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pric
     """Where the times come from and how far the makespan may be off; what the workload must do to fit."""
     from collections import Counter
 
-    from spindle.planner.cost_sources import cost_sources, makespan_error
+    from spindle.cost.sources import cost_sources, makespan_error
 
     sources = cost_sources(source.metagraph, measured)
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())

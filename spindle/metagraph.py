@@ -1,7 +1,7 @@
 """MetaGraph: chains of identical operators (MetaOps), what one of their layers costs, and the flows between them.
 
 The planner's whole input. `layer_time_s` holds seconds of forward and backward of ONE layer by device count; a MetaOp
-fresh from contraction has none until it is priced (`spindle.planner.cost`).
+fresh from contraction has none until it is priced (`spindle.cost.price`).
 """
 
 import math

@@ -15,7 +15,7 @@ Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pricing:
-    """What `spindle.planner.cost.price` needs to know besides the MetaGraph.
+    """What `spindle.cost.price` needs to know besides the MetaGraph.
 
     optimizer          decides the states kept for each trained parameter
     shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)

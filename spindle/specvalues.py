@@ -149,7 +149,7 @@ class WorkloadSpec:
 
     @property
     def pricing(self) -> Pricing:
-        """What `spindle.planner.cost.price` is to know of it."""
+        """What `spindle.cost.price` is to know of it."""
         spreads = []
         for task in self.tasks:
             for name in task.components:

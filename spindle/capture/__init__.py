@@ -57,8 +57,9 @@ def _warn_of_large_operators(workload: Workload) -> None:
         count = sum(parameter.numel() for parameter in component.module.parameters())
         if count > LARGE and not find_blocks(component.name, component.module, component.layers):
             warnings.warn(
-                f"component {component.name!r} has {count / 1e6:.1f} million parameters but no repeated blocks that were "
-                "found, so it cannot be cut into layers; name its list of blocks, for instance layers='encoder.layers'",
+                f"component {component.name!r} has {count / 1e6:.1f} million parameters but no repeated blocks "
+                "were found, so it cannot be cut into layers; name its list of blocks, "
+                "for instance layers='encoder.layers'",
                 SpindleWarning,
                 stacklevel=4,
             )

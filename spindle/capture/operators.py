@@ -264,7 +264,7 @@ class _Builder:
         if whole:
             more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
             warnings.warn(
-                f"task {self.task.name!r}: {', '.join(whole[:3])}{more} mix samples or hold the batch size as a number, "
+                f"task {self.task.name!r}: {', '.join(whole[:3])}{more} mix samples or hold the batch size as a number "
                 "and run on one device each; let them go by samples, and take sizes from tensors as in x.shape[0]",
                 SpindleWarning,
                 stacklevel=6,

@@ -7,12 +7,12 @@ import pytest
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
+from spindle.cost.price import price
 from spindle.errors import InfeasibleError
 from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, without_operators
-from spindle.planner.cost import price
-from spindle.planner.cost_choice import solve_fitting
+from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve
 from spindle.pricing import Pricing
 from spindle.spec import build_graph

@@ -6,10 +6,10 @@ import pytest
 
 from spindle.cluster import Link, Protocol
 from spindle.clusterfile import parse_cluster
-from spindle.planner.cost_layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
-from spindle.planner.cost_links import collective_s, spread_over_nodes
-from spindle.planner.cost_pieces import fit_pieces, held_out_error
-from spindle.planner.cost_roofline import OperatorTime
+from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
+from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.pieces import fit_pieces, held_out_error
+from spindle.cost.roofline import OperatorTime
 
 PLAIN = replace(
     parse_cluster("2x4:a100-80g"),

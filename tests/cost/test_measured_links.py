@@ -7,10 +7,10 @@ import pytest
 
 from spindle.cluster import Link
 from spindle.clusterfile import parse_cluster
+from spindle.cost.links import collective_s
+from spindle.cost.measured import measured_links
 from spindle.errors import ProfileError
 from spindle.formats import dumps, loads
-from spindle.planner.cost_links import collective_s
-from spindle.planner.cost_measured import measured_links
 from spindle.profile import LinkEntry, Profile, ProfileEntry
 
 TRUE = parse_cluster("1x8:a100-80g")

@@ -9,8 +9,8 @@ import pytest
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
+from spindle.cost.price import price
 from spindle.metagraph import MetaGraph
-from spindle.planner.cost import price
 from spindle.pricing import Pricing
 from spindle.profile import Profile, ProfileEntry
 from spindle.spec import build_graph
@@ -140,7 +140,7 @@ def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Clu
 
 def test_pricing_loads_no_torch_and_no_ray() -> None:
     code = (
-        "import sys, spindle.specfile, spindle.spec, spindle.contract, spindle.planner.cost; "
+        "import sys, spindle.specfile, spindle.spec, spindle.contract, spindle.cost.price; "
         "print(sorted({'torch', 'ray', 'transformers', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

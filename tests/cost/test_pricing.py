@@ -6,9 +6,9 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
+from spindle.cost.price import price
 from spindle.errors import WorkloadError
 from spindle.metagraph import MetaOp
-from spindle.planner.cost import price
 from spindle.pricing import Pricing, imbalance, length_spread, memory_choices, tail
 from spindle.spec import build_graph
 from spindle.specfile import parse_workload

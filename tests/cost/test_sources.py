@@ -6,10 +6,8 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice, without_operators
-from spindle.planner.cost import price
-from spindle.planner.cost_sources import (
+from spindle.cost.price import price
+from spindle.cost.sources import (
     INTERPOLATED_ERROR,
     MEASURED_ERROR,
     PREDICTED_ERROR,
@@ -18,6 +16,8 @@ from spindle.planner.cost_sources import (
     leave_one_out_error,
     makespan_error,
 )
+from spindle.metagraph import MetaGraph
+from spindle.plan import Slice, without_operators
 from spindle.profile import Profile, ProfileEntry
 from spindle.spec import build_graph
 from spindle.specfile import parse_workload

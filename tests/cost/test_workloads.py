@@ -9,7 +9,7 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.planner.cost import price
+from spindle.cost.price import price
 from spindle.spec import build_graph
 from spindle.specfile import read_workload
 from spindle.specvalues import Task

@@ -1,7 +1,7 @@
 """The main job, end to end: measure, plan, train in waves on Ray, check against one process, look at the timeline.
 
-    make demo
-    python docs/examples/digits/demo.py --steps 300 --out demo-out
+make demo
+python docs/examples/digits/demo.py --steps 300 --out demo-out
 """
 
 import argparse
@@ -59,7 +59,9 @@ def main() -> None:
     with progress("measuring") as bar:
         row = bar.add_task("")
         profile = spindle.make_profile(
-            workload, num_devices=options.workers, progress=lambda done, total: bar.update(row, completed=done, total=total)
+            workload,
+            num_devices=options.workers,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
         )
     cluster = f"1x{options.workers}:cpu"
     plan = spindle.make_plan(workload, cluster, profile=profile)
@@ -92,9 +94,7 @@ def main() -> None:
     compare(plan, profile, cluster, result.step_s)
 
     page = options.out / "timeline.html"
-    formats.write_text(
-        render_page(plan, predicted=simulate(plan), measured=result.trace, title="digits"), page
-    )
+    formats.write_text(render_page(plan, predicted=simulate(plan), measured=result.trace, title="digits"), page)
     heading(f"Timeline, planned beside measured: {page}   ({time.monotonic() - started:.0f} s in all)")
     if not report.ok:
         raise SystemExit(1)
@@ -142,7 +142,9 @@ def quiz() -> None:
     heard = recordings.digit[by_voice.argmax(1)]
     console.print(f"  picture -> nearest recording    {accuracy(heard, pictures.digit)}")
     for index in (0, 3, 7):
-        console.print(f"  a picture of {DIGITS[int(pictures.digit[index])]:6} reads          '{caption(pictures, index)}'")
+        console.print(
+            f"  a picture of {DIGITS[int(pictures.digit[index])]:6} reads          '{caption(pictures, index)}'"
+        )
 
 
 def accuracy(got: torch.Tensor, wanted: torch.Tensor) -> str:

@@ -34,6 +34,7 @@ def speak(word: str, voice: str, speed: int) -> NDArray[np.float32]:
 
 def mel_filters() -> NDArray[np.float64]:
     """[MELS, FRAME // 2 + 1] triangular filters between 60 Hz and half the rate."""
+
     def to_mel(hz: float) -> float:
         return 2595 * float(np.log10(1 + hz / 700))
 

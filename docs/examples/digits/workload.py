@@ -197,6 +197,7 @@ def picture_prompt(pixels: Tensor) -> Tensor:
 
 @workload.task("image-text", batch_size=64, data=Loader("image-text", 64))
 def image_text(batch: dict[str, Tensor]) -> Tensor:
+    """Pictures and their captions, contrasted."""
     image = vision(pixel_values=batch["pixels"]).pooler_output
     words = text(input_ids=batch["tokens"], attention_mask=(batch["tokens"] != PAD).long()).pooler_output
     return contrastive(image, words, batch["digit"])
@@ -204,11 +205,13 @@ def image_text(batch: dict[str, Tensor]) -> Tensor:
 
 @workload.task("image-speech", batch_size=64, data=Loader("image-speech", 64))
 def image_speech(batch: dict[str, Tensor]) -> Tensor:
+    """Pictures and the spoken digit, contrasted."""
     return contrastive(vision(pixel_values=batch["pixels"]).pooler_output, speech(batch["mel"]), batch["digit"])
 
 
 @workload.task("captioning", batch_size=32, data=Loader("captioning", 32))
 def captioning(batch: dict[str, Tensor]) -> Tensor:
+    """The caption, word by word, after the picture."""
     prompt = picture_prompt(batch["pixels"])
     words = lm.get_input_embeddings()(batch["tokens"])
     logits = lm(inputs_embeds=torch.cat([prompt, words], 1)).logits
@@ -217,11 +220,13 @@ def captioning(batch: dict[str, Tensor]) -> Tensor:
 
 @workload.task("speech-digit", batch_size=64, data=Loader("speech-digit", 64))
 def speech_digit(batch: dict[str, Tensor]) -> Tensor:
+    """Which digit was spoken."""
     return F.cross_entropy(speech.classify(speech(batch["mel"])), batch["digit"])
 
 
 @workload.task("language", batch_size=32, data=Loader("language", 32))
 def language(batch: dict[str, Tensor]) -> Tensor:
+    """Captions without a picture."""
     return next_word_loss(lm(input_ids=batch["tokens"]).logits, batch["tokens"])
 
 

@@ -5,7 +5,7 @@
   runtime executes data parallelism only, so that is the default.
 - Where a Profile has measured a MetaOp's operator kind, measured counts are taken as they are. Between two measured
   counts T = a + b/n through both (paper, section 3.2); outside them the nearest measured time is scaled by the ratio
-  that the analytic model predicts. Kinds that were not measured are predicted (`spindle.planner.cost_roofline`).
+  that the analytic model predicts. Kinds that were not measured are predicted (`spindle.cost.roofline`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
   trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once.
@@ -18,12 +18,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 from spindle.cluster import Cluster
+from spindle.cost.layout import tensor_parallel_s
+from spindle.cost.memory import chain_bytes, shared_bytes
+from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.planner.cost_layout import tensor_parallel_s
-from spindle.planner.cost_memory import chain_bytes, shared_bytes
-from spindle.planner.cost_roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
 

@@ -6,10 +6,10 @@ What costs no time is tried first: as asked for, then optimiser states sharded, 
 from collections.abc import Callable
 
 from spindle.cluster import Cluster
+from spindle.cost.price import price
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.planner.cost import price
 from spindle.pricing import Pricing, memory_choices
 from spindle.profile import Profile
 

@@ -11,9 +11,9 @@
 from collections.abc import Sequence
 
 from spindle.cluster import Cluster, Device
-from spindle.planner.cost_links import collective_s, spread_over_nodes
-from spindle.planner.cost_memory import STATES
-from spindle.planner.cost_roofline import OperatorTime
+from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.memory import STATES
+from spindle.cost.roofline import OperatorTime
 from spindle.pricing import Optimizer
 
 TENSOR_PARALLEL_COST = 1.9
