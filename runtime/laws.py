@@ -24,12 +24,13 @@ def check_program(program: Program) -> None:
 
 def broken_laws(program: Program) -> Iterator[str]:
     """Everything wrong with a program, in words."""
-    findings = list(_targets_exist(program))
+    findings = list(_names_resolve(program))
     yield from findings
     if findings:
-        return  # the rest looks targets up
+        return  # the rest looks names up
     places = _places(program)
     yield from _runs_complete(program, places)
+    yield from _batches_loaded(program, places)
     yield from _samples_covered(program)
     yield from _transfers_complete(program, places)
     yield from _parameters_reduced(program, places)
@@ -60,19 +61,55 @@ def _places(program: Program) -> Places:
     return found
 
 
-def _targets_exist(program: Program) -> Iterator[str]:
+def _names_resolve(program: Program) -> Iterator[str]:
+    """Every name stands for one thing, and whatever is named exists, ranks too."""
+    ranks = range(program.num_ranks)
+    for what, values in (
+        ("tensor", program.tensors),
+        ("slice run", program.slices),
+        ("transfer or bucket", (*program.transfers, *program.buckets)),
+    ):
+        names = Counter(value.name for value in values)
+        yield from (
+            f"{what} {name!r} stands {count} times in the program" for name, count in names.items() if count > 1
+        )
     for rank, instructions in enumerate(program.instructions):
         for instruction in instructions:
             tables = _TABLES_BY_OP.get(instruction.op)
             if tables and not any(instruction.target in getattr(program, table) for table in tables):
                 yield f"rank {rank}, {instruction}: the program has no {instruction.target!r}"
+    for user, tensors, members in _named(program):
+        for tensor in tensors:
+            if tensor not in program.tensor_by_name:
+                yield f"{user} names tensor {tensor!r}, which the program does not have"
+        if not members or not set(members) <= set(ranks) or len(set(members)) != len(members):
+            yield f"{user} names ranks {list(members)}; name at least one of 0 .. {program.num_ranks - 1}, each once"
+    for run in program.slices:
+        if len(run.bounds) != len(run.ranks):
+            yield f"slice run {run.name!r} has {len(run.bounds)} bounds for {len(run.ranks)} ranks"
     for transfer in program.transfers:
-        for run in (transfer.source, transfer.target):
-            if run not in program.slice_by_name:
-                yield f"transfer {transfer.name!r} names slice run {run!r}, which the program does not have"
-        for message in transfer.messages:
-            if message.tensor not in program.tensor_by_name:
-                yield f"transfer {transfer.name!r} names tensor {message.tensor!r}, which the program does not have"
+        for name in (transfer.source, transfer.target):
+            if name not in program.slice_by_name:
+                yield f"transfer {transfer.name!r} names slice run {name!r}, which the program does not have"
+    made = {tensor: run.task for run in program.slices for tensor in run.outputs}
+    for task, tensor in program.losses:
+        if made.get(tensor) != task:
+            yield f"the loss of task {task!r} is {tensor!r}, which no slice run of that task gives out"
+        if task not in dict(program.weights):
+            yield f"the loss of task {task!r} has no weight"
+    tasks = dict.fromkeys(run.task for run in program.slices)
+    yield from (f"task {task!r} has no loss" for task in tasks if task not in dict(program.losses))
+
+
+def _named(program: Program) -> Iterator[tuple[str, Collection[str], Collection[int]]]:
+    """Who names which tensors and which ranks."""
+    for run in program.slices:
+        yield f"slice run {run.name!r}", (*run.inputs, *run.outputs), run.ranks
+    for transfer in program.transfers:
+        tensors = {message.tensor for message in transfer.messages}
+        yield f"transfer {transfer.name!r}", sorted(tensors), sorted(transfer.members())
+    for bucket in program.buckets:
+        yield f"bucket {bucket.name!r}", (), bucket.ranks
 
 
 def _runs_complete(program: Program, places: Places) -> Iterator[str]:
@@ -88,6 +125,23 @@ def _runs_complete(program: Program, places: Places) -> Iterator[str]:
             yield f"rank {rank} does not end with STEP"
         if any(x.op is Op.CLIP for x in instructions[:-2]):
             yield f"rank {rank} clips gradients before the last of them is reduced"
+
+
+def _batches_loaded(program: Program, places: Places) -> Iterator[str]:
+    """A rank loads each task that its runs read fields of once, before the first of them; no other rank does."""
+    readers: dict[str, dict[int, int]] = {}
+    for run in program.slices:
+        for rank in run.ranks if run.loads else ():
+            (position, *_) = places.get(Instruction(Op.FORWARD, run.name), {}).get(rank, [0])
+            first = readers.setdefault(run.task, {})
+            first[rank] = min(position, first.get(rank, position))
+    loaded = {i.target for instructions in program.instructions for i in instructions if i.op is Op.LOAD}
+    for task in sorted(readers.keys() | loaded):
+        load = Instruction(Op.LOAD, task)
+        yield from _exactly_once(load, readers.get(task, {}), places)
+        for rank, position in readers.get(task, {}).items():
+            if places.get(load, {}).get(rank, [position])[0] > position:
+                yield f"rank {rank} reads the batch of task {task!r} before LOAD {task}"
 
 
 def _exactly_once(instruction: Instruction, ranks: Collection[int], places: Places) -> Iterator[str]:
@@ -150,7 +204,6 @@ def _covered(
 
 def _transfers_complete(program: Program, places: Places) -> Iterator[str]:
     """Both sides start each transfer once; who receives waits for it once, afterwards; no rank sends to itself."""
-    forward = {(t.source, t.target): t for t in program.transfers if not t.backward}
     for transfer in program.transfers:
         for message in transfer.messages:
             if message.source == message.target:
@@ -161,18 +214,52 @@ def _transfers_complete(program: Program, places: Places) -> Iterator[str]:
         for rank, positions in places.get(wait, {}).items():
             if positions[0] < places.get(start, {}).get(rank, [-1])[0]:
                 yield f"rank {rank} waits for transfer {transfer.name} before it starts it"
-        if transfer.backward:
-            mirror = forward.get((transfer.target, transfer.source))
-            there = {(m.tensor, m.target, m.source, m.low, m.high) for m in mirror.messages} if mirror else set()
-            for m in transfer.messages:
-                if (m.tensor, m.source, m.target, m.low, m.high) not in there:
-                    yield f"transfer {transfer.name}: gradient of {m.tensor!r} goes back where it never came from"
+    for transfer in program.transfers:
+        yield from _ends_agree(program, transfer)
+    yield from _gradients_return(program)
+
+
+def _ends_agree(program: Program, transfer: Transfer) -> Iterator[str]:
+    """A transfer carries what its source makes and its target takes, between ranks of theirs."""
+    source, target = program.slice_by_name[transfer.source], program.slice_by_name[transfer.target]
+    makes, takes = (source.inputs, target.outputs) if transfer.backward else (source.outputs, target.inputs)
+    for m in transfer.messages:
+        what = f"transfer {transfer.name}: {m.tensor!r} goes from rank {m.source} to rank {m.target}"
+        if m.tensor not in makes or m.tensor not in takes:
+            yield f"{what}, but it does not pass from {source.name} to {target.name}"
+        if m.source not in source.ranks or m.target not in target.ranks:
+            yield f"{what}, but {source.name} is on ranks {source.ranks}, {target.name} on {target.ranks}"
+
+
+def _gradients_return(program: Program) -> Iterator[str]:
+    """For each message with a gradient to come, the same samples go back the same way, once; no others do."""
+    due: Counter[tuple[str, str, str, int, int, int, int]] = Counter()
+    for transfer in program.transfers:
+        for m in transfer.messages:
+            if transfer.backward:
+                due[m.tensor, transfer.target, transfer.source, m.target, m.source, m.low, m.high] -= 1
+            elif program.slice_by_name[transfer.target].backward and program.tensor_by_name[m.tensor].needs_grad:
+                due[m.tensor, transfer.source, transfer.target, m.source, m.target, m.low, m.high] += 1
+    for (tensor, source, target, sender, receiver, low, high), count in due.items():
+        what = (
+            f"gradient of {tensor!r}, samples {low}..{high}, from {target} on rank {receiver} to {source} on {sender}"
+        )
+        if count > 0:
+            yield f"{what}: never goes back"
+        elif count < 0:
+            yield f"{what}: goes back where it never came from"
 
 
 def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
     """Each bucket is reduced once by exactly its ranks, after the last backward that adds to it, and waited for."""
     seen: Counter[str] = Counter(name for bucket in program.buckets for name in bucket.parameters)
     yield from (f"parameter {name!r} stands in {count} buckets" for name, count in seen.items() if count > 1)
+    trained = dict.fromkeys((name, run.name) for run in program.slices for name in run.trained)
+    yield from (
+        f"parameter {name!r}, which {run} trains, stands in no bucket: it would be neither reduced nor updated"
+        for name, run in trained
+        if name not in seen
+    )
     for bucket in program.buckets:
         reduce, wait = Instruction(Op.REDUCE, bucket.name), Instruction(Op.AWAIT, bucket.name)
         runs = [run for run in program.slices if set(run.trained) & set(bucket.parameters)]

@@ -19,7 +19,7 @@ import os, sys, torch, spindle
 from tests.tiny_workloads import two_towers
 report = spindle.verify(two_towers(torch.float64), num_workers=int(os.environ["WORLD_SIZE"]), launcher="auto")
 # in one write, so that ranks cannot mix their lines
-sys.stdout.write(f"VERDICT {report.ok} {report.max_abs_error < 1e-10} {'ray' in sys.modules}\n")
+sys.stdout.write(f"VERDICT {report.ok} {report.max_abs_error < 1e-10} {'ray' in sys.modules}\\n")
 """
 
 
