@@ -63,26 +63,21 @@ def _places(program: Program) -> Places:
 
 def _names_resolve(program: Program) -> Iterator[str]:
     """Every name stands for one thing, and whatever is named exists, ranks too."""
-    ranks = range(program.num_ranks)
-    for what, values in (
-        ("tensor", program.tensors),
-        ("slice run", program.slices),
-        ("transfer or bucket", (*program.transfers, *program.buckets)),
-    ):
-        names = Counter(value.name for value in values)
-        yield from (
-            f"{what} {name!r} stands {count} times in the program" for name, count in names.items() if count > 1
-        )
+    awaited = [*(t.name for t in program.transfers), *(b.name for b in program.buckets)]
+    tensors, runs = [t.name for t in program.tensors], [run.name for run in program.slices]
+    for what, names in (("tensor", tensors), ("slice run", runs), ("transfer or bucket", awaited)):
+        twice = (name for name, count in Counter(names).items() if count > 1)
+        yield from (f"{what} {name!r} stands in the program more than once" for name in twice)
     for rank, instructions in enumerate(program.instructions):
         for instruction in instructions:
             tables = _TABLES_BY_OP.get(instruction.op)
             if tables and not any(instruction.target in getattr(program, table) for table in tables):
                 yield f"rank {rank}, {instruction}: the program has no {instruction.target!r}"
-    for user, tensors, members in _named(program):
-        for tensor in tensors:
+    for user, used, members in _named(program):
+        for tensor in used:
             if tensor not in program.tensor_by_name:
                 yield f"{user} names tensor {tensor!r}, which the program does not have"
-        if not members or not set(members) <= set(ranks) or len(set(members)) != len(members):
+        if not members or not set(members) <= set(range(program.num_ranks)) or len(set(members)) != len(members):
             yield f"{user} names ranks {list(members)}; name at least one of 0 .. {program.num_ranks - 1}, each once"
     for run in program.slices:
         if len(run.bounds) != len(run.ranks):
