@@ -1,0 +1,284 @@
+"""Track: a half-run cluster and targets in, the cluster some time later out. Each MetaOp runs layer by layer.
+
+- Whoever reaches the end of a layer, and whoever waits, decide together: each wants the smallest count that brings it
+  to its target in time, the most urgent choose first, and what is left over goes to whoever gains most by it.
+- So layers stay whole and counts valid by construction. Growing never waits: who cannot grow runs one more layer as it
+  is. Shrinking frees devices at once.
+"""
+
+import random
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from spindle.planner.search.floor import Floor
+from spindle.planner.search.fluid import Targets
+from spindle.planner.search.model import Model
+from spindle.planner.search.work import Work
+
+DECISION_UNITS = 8.0
+EVENT_UNITS = 6.0
+
+Chain = tuple[int, int, float, float, int, "Chain"] | None
+"""What was started: (MetaOp, index of count, start, end, devices, what came before). One entry for each layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a simulation decides; the beam draws many.
+
+    early       finish waves this share of time before they end
+    slack       layers by which a target may be missed
+    grow        idle devices go to who saves at least this share of what ideal scaling would
+    rule        who chooses first
+    late        steps of the curve beyond the LP's largest count that a late MetaOp may take
+    two_pass    first all get the LP's smallest count, then what they want
+    noise       chance to want a neighbouring count instead
+    patience    a MetaOp waits rather than run on less than this share of what it wants
+    """
+
+    early: float = 0.0
+    slack: float = 0.3
+    grow: float = 0.5
+    rule: int = 0
+    late: int = 1
+    two_pass: bool = False
+    noise: float = 0.0
+    patience: float = 0.0
+
+
+RULES = 6
+
+
+def draw_style(rng: random.Random) -> Style:
+    """A random style; the middle ones more often."""
+    return Style(
+        early=rng.choice((0.0, 0.0, -0.01, 0.01)),
+        slack=rng.choice((0.0, 0.3, 0.5)),
+        grow=rng.choice((0.3, 0.5, 1.1)),
+        rule=rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 5)),
+        late=rng.choice((0, 1, 1, 2)),
+        two_pass=rng.random() < 0.3,
+        noise=0.1 if rng.random() < 0.25 else 0.0,
+        patience=rng.choice((0.0, 0.0, 0.3, 0.6)),
+    )
+
+
+class State:
+    """A cluster at a moment of decision. `left` counts layers that were not started yet."""
+
+    __slots__ = ("chain", "current", "free", "heap", "idle", "left", "memory", "missing", "t", "where")
+
+    t: float
+    left: list[int]
+    heap: list[tuple[float, int]]
+    idle: list[int]
+    free: int  # devices, or their bits when there is a floor
+    missing: list[int]
+    current: list[int]
+    where: list[int]
+    chain: Chain
+    memory: object
+
+    def copy(self) -> "State":
+        """An independent copy."""
+        other = State.__new__(State)
+        other.t, other.free, other.chain = self.t, self.free, self.chain
+        other.left, other.heap, other.idle = self.left[:], self.heap[:], self.idle[:]
+        other.missing, other.current, other.where = self.missing[:], self.current[:], self.where[:]
+        return other
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self.heap and not self.idle
+
+
+def start_state(model: Model, floor: Floor | None) -> State:
+    """Nothing has run."""
+    state = State.__new__(State)
+    state.t, state.chain = 0.0, None
+    state.free = floor.all_devices if floor else model.num_devices
+    state.left, state.heap = list(model.layers), []
+    state.missing = [len(before) for before in model.before]
+    state.idle = [m for m in range(len(model)) if not state.missing[m]]
+    state.current, state.where = [-1] * len(model), [0] * len(model)
+    return state
+
+
+class Tracker:
+    """Runs states of one model towards targets."""
+
+    def __init__(self, model: Model, floor: Floor | None, work: Work) -> None:
+        self.model, self.floor, self.work = model, floor, work
+
+    def advance(self, state: State, targets: Targets, base_s: float, style: Style, rng: random.Random, until_s: float) -> None:
+        """Run `state` in place until the first moment of decision at or after `until_s`, or to the end."""
+        decisions = events = 0
+        while not state.is_done:
+            if state.idle:
+                if state.t >= until_s:
+                    break
+                decisions += len(state.idle)
+                events += 1
+                self._decide(state, targets, base_s, style, rng)
+            self._next(state)
+        self.work.spend(DECISION_UNITS * decisions + EVENT_UNITS * events)
+
+    def _next(self, state: State) -> None:
+        """To the next end of a layer."""
+        heap, idle, left, current = state.heap, state.idle, state.left, state.current
+        model, floor = self.model, self.floor
+        now = heap[0][0]
+        state.t = now
+        until = now * (1 + 1e-12)
+        while heap and heap[0][0] <= until:
+            m = heappop(heap)[1]
+            state.free += floor.bits_back(state.where[m]) if floor else model.counts[m][current[m]]
+            if left[m]:
+                idle.append(m)
+                continue
+            current[m] = -1
+            for s in model.after[m]:
+                state.missing[s] -= 1
+                if not state.missing[s]:
+                    idle.append(s)
+
+    def _decide(self, state: State, targets: Targets, base_s: float, style: Style, rng: random.Random) -> None:
+        wants = self._wants(state, targets, base_s, style, rng)
+        wants.sort()
+        chosen = self._share(state, wants, style)
+        if self.floor:
+            self._start_placed(state, chosen)
+        else:
+            self._start(state, chosen)
+
+    def _wants(
+        self, state: State, targets: Targets, base_s: float, style: Style, rng: random.Random
+    ) -> list[tuple[float, float, int, int, int]]:
+        """(urgency, urgency, MetaOp, wanted index, least index) of all that decide."""
+        model, left, now = self.model, state.left, state.t
+        ends, slack, rule, late, stretch = targets.ends_s, style.slack, style.rule, style.late, 1 + style.early
+        wants = []
+        for m in state.idle:
+            times, layers = model.times[m], left[m]
+            rests = targets.rest[m]
+            k = 0
+            for rest in rests:
+                if layers - rest > slack:
+                    break
+                k += 1
+            else:
+                k -= 1
+            need = layers - rests[k]
+            span = (base_s + ends[k] - now) * stretch
+            widest = targets.widest[m][k]
+            top = min(len(times) - 1, widest + late)
+            want = 0
+            while want < top and (need - slack) * times[want] > span:
+                want += 1
+            if style.noise and rng.random() < style.noise:
+                want = min(len(times) - 1, max(0, want + (1 if rng.random() < 0.5 else -1)))
+            needed_s = need * times[widest]
+            if rule == 0:
+                key, second = (span - needed_s) / needed_s, 0.0
+            elif rule == 1:
+                key, second = float(k), -model.counts[m][widest] * needed_s
+            elif rule == 2:
+                key, second = span - needed_s, 0.0
+            elif rule == 3:
+                key, second = float(k), -needed_s
+            elif rule == 4:
+                key, second = float(k), -model.counts[m][want] * times[want]
+            else:
+                key, second = -(model.tail_s[m] + layers * times[-1]), 0.0
+            wants.append((key, second, m, want, min(want, targets.narrowest[m][k])))
+        return wants
+
+    def _share(
+        self, state: State, wants: list[tuple[float, float, int, int, int]], style: Style
+    ) -> list[tuple[int, int]]:
+        """(MetaOp, index of count) of all that may start now."""
+        model = self.model
+        free = state.free.bit_count() if self.floor else state.free
+        chosen: list[tuple[int, int]] = []
+        given: dict[int, int] = {}
+        for _, _, m, want, least in wants:
+            counts = model.counts[m]
+            c = least if style.two_pass else want
+            while c >= 0 and counts[c] > free:
+                c -= 1
+            if c < 0 or (counts[c] < style.patience * counts[want] and state.current[m] != c):
+                continue
+            given[m] = c
+            free -= counts[c]
+        if not given and not state.heap:
+            m, counts = wants[0][2], model.counts[wants[0][2]]
+            given[m] = max(c for c in range(len(counts)) if counts[c] <= free)
+            free -= counts[given[m]]
+        if free and style.two_pass:
+            for _, _, m, want, _ in wants:
+                if m in given and want > given[m]:
+                    counts, c = model.counts[m], want
+                    while counts[c] - counts[given[m]] > free:
+                        c -= 1
+                    free -= counts[c] - counts[given[m]]
+                    given[m] = c
+        if free and style.grow < 1:
+            self._grow(given, free, style.grow)
+        chosen = [(m, given[m]) for _, _, m, _, _ in wants if m in given]
+        return chosen
+
+    def _grow(self, given: dict[int, int], free: int, least_gain: float) -> None:
+        """Idle devices to those that gain, best first, one step each time."""
+        model = self.model
+        while free:
+            best, best_gain = -1, least_gain
+            for m, c in given.items():
+                counts, times = model.counts[m], model.times[m]
+                if c + 1 < len(counts) and counts[c + 1] - counts[c] <= free:
+                    gain = (times[c] / times[c + 1] - 1) / (counts[c + 1] / counts[c] - 1)
+                    if gain > best_gain:
+                        best, best_gain = m, gain
+            if best < 0:
+                return
+            counts = model.counts[best]
+            free -= counts[given[best] + 1] - counts[given[best]]
+            given[best] += 1
+
+    def _start(self, state: State, chosen: list[tuple[int, int]]) -> None:
+        model, now = self.model, state.t
+        for m, c in chosen:
+            end = now + model.times[m][c]
+            state.free -= model.counts[m][c]
+            state.left[m] -= 1
+            state.current[m] = c
+            state.chain = (m, c, now, end, 0, state.chain)
+            heappush(state.heap, (end, m))
+        started = {m for m, _ in chosen}
+        state.idle = [m for m in state.idle if m not in started]
+
+    def _start_placed(self, state: State, chosen: list[tuple[int, int]]) -> None:
+        raise NotImplementedError
+
+
+Run = tuple[int, int, int, float, float, int]
+"""(MetaOp, index of count, layers, start, end, devices): a slice in numbers."""
+
+
+def runs_of(chain: Chain) -> list[Run]:
+    """The slices of a finished simulation in order of start: layers that follow each other are joined."""
+    entries = []
+    while chain is not None:
+        entries.append(chain)
+        chain = chain[5]
+    runs: list[Run] = []
+    last: dict[int, int] = {}
+    for m, c, start, end, devices, _ in reversed(entries):
+        at = last.get(m, -1)
+        if at >= 0 and runs[at][1] == c and runs[at][5] == devices and start <= runs[at][4] * (1 + 1e-12):
+            before = runs[at]
+            runs[at] = (m, c, before[2] + 1, before[3], end, devices)
+        else:
+            last[m] = len(runs)
+            runs.append((m, c, 1, start, end, devices))
+    return runs
