@@ -1,0 +1,212 @@
+"""Improve: a draft in, a better one out. Late-acceptance hill climbing (Burke and Bykov 2017) over lists of slices.
+
+A move changes one or two MetaOps: a slice takes another count, layers go from a slice to its neighbour, a slice is cut
+in two or joined with the next, its rank shifts, or two slices that overlap in time trade devices. A move is taken when
+the result is no worse than the current one or than the one `HISTORY` moves ago. What counts is the makespan, plus half
+the device time beyond the bound spread over all devices: a schedule whose last slices are few and narrow is closer to
+a better one.
+"""
+
+import random
+from dataclasses import dataclass
+
+from spindle.planner.search.decode import SLICE_UNITS, Draft, Part, decode
+from spindle.planner.search.model import Model
+from spindle.planner.search.work import Work
+
+HISTORY = 60
+MOVE_UNITS = 4.0
+BEYOND_WEIGHT = 0.5
+CLOSE_ENOUGH = 0.0005
+
+
+@dataclass(slots=True)
+class Result:
+    """A draft and what its schedule takes."""
+
+    makespan_s: float
+    draft: Draft
+
+
+class Climber:
+    """Late acceptance from one draft; `run` may be called again and goes on."""
+
+    def __init__(self, model: Model, draft: Draft, work: Work, seed: int) -> None:
+        self.model, self.work = model, work
+        self.rng = random.Random(seed)
+        decoded = decode(model, draft, float("inf"))
+        assert decoded is not None
+        self.draft, self.starts = _with_ranks(draft, decoded[2]), decoded[2]
+        self.value = self._value(decoded[0], decoded[1])
+        self.history = [self.value] * HISTORY
+        self.best = Result(decoded[0], self.draft)
+        self.best_value = self.value
+        self.moves = self.failures = 0
+        self.patience = 4000 + 40 * len(model)
+        self.movable = [m for m in range(len(model)) if len(model.counts[m]) > 1 or model.layers[m] > 1]
+
+    def _value(self, makespan_s: float, beyond: float) -> float:
+        return makespan_s + BEYOND_WEIGHT * beyond / self.model.num_devices
+
+    def run(self, units: float, share: float = 1.0) -> None:
+        """Spend so much work, or what is left of the first `share` of all work."""
+        work = self.work
+        until = work.spent + units
+        slices = sum(map(len, self.draft))
+        while work.spent < until and work.left(share):
+            for _ in range(64):
+                self._step()
+            work.spend(64 * (MOVE_UNITS + SLICE_UNITS * slices))
+            slices = sum(map(len, self.draft))
+            if self.best.makespan_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
+                return
+
+    def _step(self) -> None:
+        changed = self._move()
+        self.moves += 1
+        slot = self.moves % HISTORY
+        if changed is not None:
+            limit = max(self.value, self.history[slot])
+            old = [(m, self.draft[m]) for m, _ in changed]
+            for m, parts in changed:
+                self.draft[m] = parts
+            decoded = decode(self.model, self.draft, limit)
+            value = self._value(decoded[0], decoded[1]) if decoded else float("inf")
+            if decoded and value <= limit:
+                self._accept(decoded[0], value, decoded[2])
+            else:
+                for m, parts in old:
+                    self.draft[m] = parts
+        self.history[slot] = min(self.history[slot], self.value) if self.value < self.history[slot] else self.history[slot]
+        self.failures += 1
+        if self.failures > self.patience:
+            self._restart()
+
+    def _accept(self, makespan_s: float, value: float, starts: list[list[float]]) -> None:
+        self.value, self.starts = value, starts
+        self.draft = _with_ranks(self.draft, starts)
+        if value < self.best_value * (1 - 1e-9):
+            self.failures = 0
+            self.best_value = value
+        if makespan_s < self.best.makespan_s * (1 - 1e-12):
+            self.best = Result(makespan_s, self.draft)
+
+    def _restart(self) -> None:
+        """Back to the best draft."""
+        self.failures = 0
+        decoded = decode(self.model, self.best.draft, float("inf"))
+        assert decoded is not None
+        self.draft, self.starts = list(self.best.draft), decoded[2]
+        self.value = self._value(decoded[0], decoded[1])
+        self.history = [self.value] * HISTORY
+
+    # ------------------------------------------------------------------------------------------------------ moves
+
+    def _move(self) -> list[tuple[int, list[Part]]] | None:
+        """Changed MetaOps with their new parts; None when the draw gave nothing."""
+        rng = self.rng
+        m = self._pick()
+        dice = rng.random()
+        if dice < 0.35:
+            return self._trade(m)
+        parts = self.draft[m]
+        i = int(rng.random() * len(parts))
+        if dice < 0.50:
+            return self._notch(m, i)
+        if dice < 0.70:
+            return self._shift_layers(m, i)
+        if dice < 0.80:
+            return self._cut(m, i)
+        if dice < 0.86:
+            return self._join(m, i)
+        c, layers, rank = parts[i]
+        moved = rank + (rng.random() - 0.5) * 0.3 * self.model.bound_s
+        return [(m, [*parts[:i], (c, layers, moved), *parts[i + 1 :]])]
+
+    def _pick(self) -> int:
+        movable = self.movable
+        return movable[int(self.rng.random() * len(movable))]
+
+    def _stepped(self, m: int, c: int) -> int:
+        """A neighbouring index of count; -1 when there is none that way."""
+        c += 1 if self.rng.random() < 0.5 else -1
+        return c if c < len(self.model.counts[m]) else -1
+
+    def _notch(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
+        parts = self.draft[m]
+        c, layers, rank = parts[i]
+        c = self._stepped(m, c)
+        return None if c < 0 else [(m, [*parts[:i], (c, layers, rank), *parts[i + 1 :]])]
+
+    def _shift_layers(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
+        parts = self.draft[m]
+        if len(parts) < 2:
+            return self._cut(m, i)
+        j = i + 1 if i + 1 < len(parts) and (i == 0 or self.rng.random() < 0.5) else i - 1
+        moved = min(parts[i][1], 1 + int(self.rng.random() * 3))
+        changed = parts[:]
+        c, layers, rank = parts[j]
+        changed[j] = (c, layers + moved, rank)
+        c, layers, rank = parts[i]
+        changed[i] = (c, layers - moved, rank)
+        if layers == moved:
+            del changed[i]
+        return [(m, changed)]
+
+    def _cut(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
+        parts = self.draft[m]
+        c, layers, rank = parts[i]
+        if layers < 2:
+            return None
+        first = 1 + int(self.rng.random() * (layers - 1))
+        other = c if self.rng.random() < 0.2 else self._stepped(m, c)
+        if other < 0:
+            return None
+        middle = rank + first * self.model.times[m][c]
+        if self.rng.random() < 0.5:
+            pair = [(c, first, rank), (other, layers - first, middle)]
+        else:
+            pair = [(other, first, rank), (c, layers - first, middle)]
+        return [(m, [*parts[:i], *pair, *parts[i + 1 :]])]
+
+    def _join(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
+        parts = self.draft[m]
+        if len(parts) < 2:
+            return None
+        i = min(i, len(parts) - 2)
+        c = parts[i + (self.rng.random() < 0.5)][0]
+        joined = (c, parts[i][1] + parts[i + 1][1], parts[i][2])
+        return [(m, [*parts[:i], joined, *parts[i + 2 :]])]
+
+    def _trade(self, m: int) -> list[tuple[int, list[Part]]] | None:
+        """A slice takes a step up or down and one that overlaps it the opposite step."""
+        rng, draft, starts = self.rng, self.draft, self.starts
+        i = int(rng.random() * len(draft[m]))
+        c, layers, rank = draft[m][i]
+        up = 1 if rng.random() < 0.5 else -1
+        if not 0 <= c + up < len(self.model.counts[m]):
+            return None
+        start = starts[m][i]
+        end = start + layers * self.model.times[m][c]
+        for _ in range(8):
+            other = self._pick()
+            if other == m:
+                continue
+            j = int(rng.random() * len(draft[other]))
+            oc, olayers, orank = draft[other][j]
+            ostart = starts[other][j]
+            if ostart < end and start < ostart + olayers * self.model.times[other][oc]:
+                if not 0 <= oc - up < len(self.model.counts[other]):
+                    continue
+                mine = [*draft[m][:i], (c + up, layers, rank), *draft[m][i + 1 :]]
+                theirs = [*draft[other][:j], (oc - up, olayers, orank), *draft[other][j + 1 :]]
+                return [(m, mine), (other, theirs)]
+        return None
+
+
+def _with_ranks(draft: Draft, starts: list[list[float]]) -> Draft:
+    """The draft with its starts as ranks."""
+    return [
+        [(c, layers, start) for (c, layers, _), start in zip(parts, of, strict=True)]
+        for parts, of in zip(draft, starts, strict=True)
+    ]
