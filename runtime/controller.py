@@ -114,6 +114,7 @@ def launched(
             scheduler=scheduler,
             seed=seed,
             num_threads=threads,
+            timeout_s=timeout_s,
         )
         for rank in range(program.num_ranks)
     ]

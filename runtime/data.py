@@ -1,14 +1,22 @@
 """Data: what a task's loader gives, the same on every rank that reads it.
 
-Each rank that needs a task's batches runs its own copy of the loader. Random numbers that the loader draws come from
-a generator of its own, seeded alike everywhere, so that a shuffling loader gives all ranks the same order.
+- Each rank that needs a task's batches runs its own copy of the loader, in a thread that reads ahead.
+- Random numbers that the loader draws come from generators of its own, seeded alike everywhere, so that a shuffling
+  loader gives all ranks the same order.
+- Where a feed stands is a small state: the generators at the start of the present pass, and the batches taken of it. A
+  resumed feed reads those again and drops them; a loader with `state_dict` and `load_state_dict` of its own need not.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
+import logging
 import random
 import threading
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,78 +24,182 @@ import torch
 from spindle.errors import WorkloadError
 from spindle.workload import Batch, Task
 
+logger = logging.getLogger(__name__)
+
 _GLOBAL_GENERATORS = threading.Lock()  # threads of one process share them
+
+FeedState = dict[str, Any]
+"""Plain values and tensors: {"pass": 0, "taken": 12, "generators": ..., "loader": None}."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A batch, or None where the data has ended for good, and the feed's state once it is taken."""
+
+    batch: Batch | None
+    state: FeedState
 
 
 class Feed:
-    """The endless batches of one task: when its data ends it starts over."""
+    """The batches of one task. When its data ends it starts over, or ends too, as `task.on_end` says."""
 
-    def __init__(self, task: Task, seed: int) -> None:
-        """Nothing is read until the first batch is asked for."""
-        self.task = task
+    def __init__(self, task: Task, seed: int, *, timeout_s: float = 60.0) -> None:
+        """Nothing is read until the first batch is asked for. `timeout_s`: how long to wait for one."""
+        self.task, self.timeout_s = task, timeout_s
         state = np.random.RandomState(int.from_bytes(hashlib.sha256(f"{seed}/{task.name}".encode()).digest()[:4]))
-        self._states = (
+        self._generators = _Generators(
             random.Random(int(state.randint(2**31))).getstate(),
             np.random.RandomState(int(state.randint(2**31))).get_state(),
             torch.Generator().manual_seed(int(state.randint(2**31))).get_state(),
         )
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"data-{task.name}")
+        self._ahead: deque[concurrent.futures.Future[_Read]] = deque()
         self._iterator: Iterator[object] | None = None
-        self._peeked: Batch | None = None
+        self._pass, self._taken, self._skip = 0, 0, 0
+        self._pass_generators = self._generators.dumped()
+        self._loader_state: Any = None
+        self._state = self._now()
 
-    def peek(self) -> Batch:
-        """The next batch, which stays the next."""
-        if self._peeked is None:
-            self._peeked = self._fetch()
-        return self._peeked
+    # -- what a worker calls --------------------------------------------------------------------------------------
 
     def next(self) -> Batch:
-        """The next batch. Raises WorkloadError when the loader raises or gives what the task cannot take."""
-        batch, self._peeked = self.peek(), None
-        return batch
+        """The next batch. Raises WorkloadError when the loader raises, ends where it must not, gives what the task
+        cannot take, or nothing in time.
+        """
+        read = self._wait_for(0)
+        if read.batch is None:
+            raise WorkloadError(
+                f"task {self.task.name!r}: its data ended after {self._state['taken']} batches, and on_end is "
+                f"{self.task.on_end!r}; give more data, train fewer steps, or set on_end='restart'"
+            )
+        self._ahead.popleft()
+        self._state = read.state
+        for _ in range(self.task.prefetch - len(self._ahead)):
+            self._ahead.append(self._reader.submit(self._read))
+        return read.batch
+
+    def holds(self, count: int) -> bool:
+        """Whether at least `count` more batches come."""
+        return all(self._wait_for(index).batch is not None for index in range(count))
 
     def digest(self) -> str:
-        """A short fingerprint of the next batch."""
+        """A short fingerprint of the next batch, which stays the next."""
         found = hashlib.sha256()
-        for name, value in sorted(self.peek().items()):
+        for name, value in sorted((self._wait_for(0).batch or {}).items()):
             found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
-    def _fetch(self) -> Batch:
-        with self._own_randomness():
+    def state(self) -> FeedState:
+        """Where the feed stands, after the last batch taken; what was read ahead does not count."""
+        return self._state
+
+    def resume(self, state: FeedState) -> None:
+        """Go on from `state`; called before anything is read. Raises WorkloadError when the data has no such place."""
+        self._pass, self._skip = int(state["pass"]), int(state["taken"])
+        self._pass_generators = state["generators"]
+        self._generators = _Generators.loaded(self._pass_generators)
+        self._loader_state = state["loader"]
+        self._state = state
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _wait_for(self, index: int) -> _Read:
+        while len(self._ahead) <= index:
+            self._ahead.append(self._reader.submit(self._read))
+        try:
+            return self._ahead[index].result(self.timeout_s)
+        except concurrent.futures.TimeoutError:
+            raise WorkloadError(
+                f"task {self.task.name!r}: its loader gave no batch within {self.timeout_s:g} s; make it faster, or "
+                "raise timeout_s"
+            ) from None
+
+    # -- what its thread does -------------------------------------------------------------------------------------
+
+    def _read(self) -> _Read:
+        with self._own_generators():
             try:
                 batch = self._advance()
+                while batch is not None and self._skip:
+                    batch, self._skip = self._advance(), self._skip - 1
             except WorkloadError:
                 raise
             except Exception as error:
                 raise WorkloadError(
                     f"task {self.task.name!r}: its loader raised {type(error).__name__}: {error}"
                 ) from error
-        return self.task.check(batch)
+        return _Read(None if batch is None else self.task.check(batch), self._now())
 
-    def _advance(self) -> object:
-        for _ in range(2):  # the present pass, then a fresh one
+    def _advance(self) -> object | None:
+        """The next batch of this pass, or of a fresh one; None when the data has ended for good."""
+        for _ in range(2):
             if self._iterator is None:
-                self._iterator = self.task.batches()
-            try:
-                return next(self._iterator)
-            except StopIteration:
-                self._iterator = None
+                self._begin_pass()
+            assert self._iterator is not None
+            for batch in self._iterator:
+                self._taken += 1
+                return batch
+            if self._taken and self.task.on_end != "restart":
+                return None
+            logger.info("task %r: its data ended after %d batches and starts over", self.task.name, self._taken)
+            self._iterator, self._pass, self._taken = None, self._pass + 1, 0
         raise WorkloadError(f"task {self.task.name!r}: its data holds no batch; give at least one")
 
+    def _begin_pass(self) -> None:
+        self._pass_generators = _Generators.now().dumped()
+        if self._loader_state is not None:
+            self.task.data.load_state_dict(self._loader_state)  # type: ignore[union-attr]
+            self._taken, self._skip, self._loader_state = self._skip, 0, None
+        self._iterator = self.task.batches()
+
+    def _now(self) -> FeedState:
+        keeps_state = all(hasattr(self.task.data, method) for method in ("state_dict", "load_state_dict"))
+        return {
+            "pass": self._pass,
+            "taken": self._taken,
+            "generators": self._pass_generators,
+            "loader": self.task.data.state_dict() if keeps_state and self._taken else None,  # type: ignore[union-attr]
+        }
+
     @contextlib.contextmanager
-    def _own_randomness(self) -> Iterator[None]:
+    def _own_generators(self) -> Iterator[None]:
         with _GLOBAL_GENERATORS:
-            outside = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-            self._restore(self._states)
+            outside = _Generators.now()
+            self._generators.set()
             try:
                 yield
             finally:
-                self._states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-                self._restore(outside)
+                self._generators = _Generators.now()
+                outside.set()
 
-    @staticmethod
-    def _restore(states: tuple[object, object, torch.Tensor]) -> None:
-        random.setstate(states[0])  # type: ignore[arg-type]
-        np.random.set_state(states[1])  # type: ignore[arg-type]
-        torch.set_rng_state(states[2])
+
+@dataclass(frozen=True, slots=True)
+class _Generators:
+    """States of the three generators that loaders draw from: Python's, numpy's, torch's."""
+
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+
+    @classmethod
+    def now(cls) -> "_Generators":
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    def set(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+
+    def dumped(self) -> tuple[Any, Any, torch.Tensor]:
+        """As plain values and tensors, which load without unpickling code."""
+        name, keys, *rest = self.numpy
+        return self.python, (name, torch.from_numpy(keys.astype(np.int64)), *rest), self.torch
+
+    @classmethod
+    def loaded(cls, dumped: Any) -> "_Generators":
+        python, (name, keys, *rest), generator = dumped
+        version, internal, gauss = python
+        return cls((version, tuple(internal), gauss), (name, keys.numpy().astype(np.uint32), *rest), generator)

@@ -47,17 +47,21 @@ class Job:
     scheduler: SchedulerFactory | None = None
     seed: int = 0
     num_threads: int | None = None
+    timeout_s: float = 60.0
 
 
 @dataclass(slots=True)
 class Report:
-    """What a rank has to tell after some steps: losses by step, spans, and gradients by step when asked for."""
+    """What a rank has to tell after some steps: losses by step, spans, and gradients by step when asked for. `ended`
+    names the task whose data ended, when there are fewer steps than asked for.
+    """
 
     rank: int
     losses: list[dict[str, float]] = field(default_factory=list)
     grad_norms: list[float | None] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    ended: str | None = None
 
 
 def make_job(
@@ -70,6 +74,7 @@ def make_job(
     scheduler: SchedulerFactory | None = None,
     seed: int = 0,
     num_threads: int | None = None,
+    timeout_s: float = 60.0,
 ) -> Job:
     """The part of a captured workload that `rank` runs."""
     codes = {name: captured.codes[name] for name in program.operators_of(rank)}
@@ -88,6 +93,7 @@ def make_job(
         scheduler=scheduler,
         seed=seed,
         num_threads=num_threads,
+        timeout_s=timeout_s,
     )
 
 
@@ -121,7 +127,7 @@ class Worker:
         self.store = ParameterStore(job.program, job.rank, job.codes.values())
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
         self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
-        self.feeds = {name: Feed(job.tasks[name], job.seed) for name in job.tasks if name in loads}
+        self.feeds = {name: Feed(job.tasks[name], job.seed, timeout_s=job.timeout_s) for name in loads}
         trained = {name: self.store.parameters[name] for name in self.store.trained}
         self.optimizer = job.optimizer(parameter_groups(trained, job.settings)) if job.optimizer and trained else None
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
@@ -139,6 +145,9 @@ class Worker:
         observe = report.gradients.append if keep_gradients else None
         with contextlib.nullcontext() if dropout else WithoutDropout():
             for _ in range(steps):
+                report.ended = self._ended()
+                if report.ended is not None:
+                    break
                 record = self._step(observe)
                 report.losses.append(record.losses)
                 report.grad_norms.append(record.grad_norm)
@@ -146,9 +155,24 @@ class Worker:
                     report.spans += record.spans
         return report
 
+    def _ended(self) -> str | None:
+        """A task that is to stop the training and lacks a batch for the next step. All ranks give the same answer."""
+        stopping = [name for name in self._tasks() if self.job.tasks[name].on_end == "stop"]
+        if not stopping:
+            return None
+        count = self.job.rounds * self.in_flight
+        lacking = [name in self.feeds and not self.feeds[name].holds(count) for name in stopping]
+        flags = torch.tensor(lacking, dtype=torch.float32, device=self.transport.device)
+        if self.transport.num_ranks > 1:
+            self.transport.all_reduce(flags, tuple(range(self.transport.num_ranks)))()
+        return next((name for name, flag in zip(stopping, flags.tolist(), strict=True) if flag), None)
+
+    def _tasks(self) -> list[str]:
+        """Tasks that take part in the next step."""
+        return [name for name, task in self.job.tasks.items() if task.takes_part(self.steps_done, self.job.seed)]
+
     def _step(self, observe: Observe | None) -> StepRecord:
-        job = self.job
-        tasks = frozenset(name for name, task in job.tasks.items() if task.takes_part(self.steps_done, job.seed))
+        job, tasks = self.job, frozenset(self._tasks())
         record = self._executor(tasks).step(self._new_round, observe=observe, step=self.steps_done, rounds=job.rounds)
         if self.scheduler is not None:
             self.scheduler.step()
@@ -183,7 +207,9 @@ class Worker:
         return self.store.state(names)
 
     def close(self) -> None:
-        """Leave the transport."""
+        """Stop reading, and leave the transport."""
+        for feed in self.feeds.values():
+            feed.close()
         self.transport.close()
 
 

@@ -20,6 +20,7 @@ from spindle.errors import WorkloadError
 
 Batch = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]
+OnEnd = Literal["restart", "stop", "error"]
 TaskFunction = Callable[[Batch], Tensor]
 FunctionT = TypeVar("FunctionT", bound=TaskFunction)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -31,7 +32,8 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 class Task:
     """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
 
-    It takes part in every `every`-th step, the first included, or in each step with `probability`.
+    It takes part in every `every`-th step, the first included, or in each step with `probability`. When its data ends,
+    `on_end` says what follows. `prefetch` batches are read ahead.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Task:
     weight: float = 1.0
     every: int = 1
     probability: float = 1.0
+    on_end: OnEnd = "restart"
+    prefetch: int = 1
 
     def takes_part(self, step: int, seed: int) -> bool:
         """Whether the task takes part in a step: the same answer in every process."""
@@ -182,12 +186,16 @@ class Workload:
         weight: float = 1.0,
         every: int = 1,
         probability: float = 1.0,
+        on_end: OnEnd = "restart",
+        prefetch: int = 1,
     ) -> Callable[[FunctionT], FunctionT]:
         """Decorator that registers a task function: a batch (dict of tensors) in, a scalar loss out.
 
         `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
         each process that needs them reads its own. `weight` multiplies the task's loss in the sum. The task takes part
         in every `every`-th step, or in each step with `probability`; parameters that no task of a step uses rest in it.
+        When its data ends, `on_end` starts it over, stops the training before a step that lacks a batch, or ends it
+        with an error. `prefetch` batches are read ahead while others train.
         """
         _check_name("task", name, self.tasks)
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -200,6 +208,10 @@ class Workload:
                 f"task {name!r}: every is {every}, probability {probability!r}; give a step count from 1 up, or a "
                 "probability above 0 and up to 1, not both"
             )
+        if on_end not in get_args(OnEnd):
+            raise WorkloadError(f"task {name!r}: on_end is {on_end!r}; choose one of {', '.join(get_args(OnEnd))}")
+        if prefetch < 0:
+            raise WorkloadError(f"task {name!r}: prefetch is {prefetch}; it must be 0 or more batches")
 
         def register(function: FunctionT) -> FunctionT:
             self.tasks[name] = Task(
@@ -210,6 +222,8 @@ class Workload:
                 weight=weight,
                 every=every,
                 probability=probability,
+                on_end=on_end,
+                prefetch=prefetch,
             )
             return function
 
