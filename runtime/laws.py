@@ -101,8 +101,9 @@ def _named(program: Program) -> Iterator[tuple[str, Collection[str], Collection[
     for run in program.slices:
         yield f"slice run {run.name!r}", (*run.inputs, *run.outputs), run.ranks
     for transfer in program.transfers:
-        tensors = {message.tensor for message in transfer.messages}
-        yield f"transfer {transfer.name!r}", sorted(tensors), sorted(transfer.members())
+        if transfer.messages:
+            tensors = {message.tensor for message in transfer.messages}
+            yield f"transfer {transfer.name!r}", sorted(tensors), sorted(transfer.members())
     for bucket in program.buckets:
         yield f"bucket {bucket.name!r}", (), bucket.ranks
 
@@ -236,9 +237,8 @@ def _gradients_return(program: Program) -> Iterator[str]:
             elif program.slice_by_name[transfer.target].backward and program.tensor_by_name[m.tensor].needs_grad:
                 due[m.tensor, transfer.source, transfer.target, m.source, m.target, m.low, m.high] += 1
     for (tensor, source, target, sender, receiver, low, high), count in due.items():
-        what = (
-            f"gradient of {tensor!r}, samples {low}..{high}, from {target} on rank {receiver} to {source} on {sender}"
-        )
+        way = f"from {target} on rank {receiver} to {source} on rank {sender}"
+        what = f"gradient of {tensor!r}, samples {low}..{high}, {way}"
         if count > 0:
             yield f"{what}: never goes back"
         elif count < 0:
