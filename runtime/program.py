@@ -124,6 +124,8 @@ class Program:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise ProgramError(f"the program is for {self.num_ranks} ranks; it needs at least one")
         if len(self.instructions) != self.num_ranks:
             raise ProgramError(f"the program has {len(self.instructions)} instruction lists for {self.num_ranks} ranks")
 

@@ -19,15 +19,19 @@ rank 0
   FORWARD s0
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
 from spindle.graph import TensorSpec
 from spindle.runtime.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
 HEADER = "spindle.program 1"
+_UNSAFE = re.compile(r"[%\s]")
 _FLAGS = ("loads", "backward", "recompute")
 
 
@@ -42,13 +46,16 @@ def _lines(program: Program) -> Iterator[str]:
     if program.max_grad_norm is not None:
         yield f"clip {program.max_grad_norm!r}"
     weights = dict(program.weights)
-    yield from (f"loss {task} {tensor} weight {weights[task]!r}" for task, tensor in program.losses)
+    for task, tensor in program.losses:
+        yield f"loss {_word(task)} {_word(tensor)} weight {weights[task]!r}"
     for t in program.tensors:
         shape = ",".join(map(str, t.shape)) or "scalar"
-        yield f"tensor {t.name} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{' grad' if t.needs_grad else ''}"
+        grad = " grad" if t.needs_grad else ""
+        yield f"tensor {_word(t.name)} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{grad}"
     for run in program.slices:
         flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
-        yield f"slice {run.name} {run.metaop} task {run.task} component {run.component} wave {run.wave}{flags}"
+        name, metaop, task, component = map(_word, (run.name, run.metaop, run.task, run.component))
+        yield f"slice {name} {metaop} task {task} component {component} wave {run.wave}{flags}"
         yield _row("operators", run.operators)
         yield _row("ranks", run.ranks)
         yield _row("bounds", (f"{low}:{high}" for low, high in run.bounds))
@@ -58,17 +65,23 @@ def _lines(program: Program) -> Iterator[str]:
     for transfer in program.transfers:
         direction = "backward" if transfer.backward else "forward"
         yield f"transfer {transfer.name} from {transfer.source} to {transfer.target} {direction}"
-        yield from (f"  {m.tensor} {m.source} -> {m.target} samples {m.low}:{m.high}" for m in transfer.messages)
+        for m in transfer.messages:
+            yield f"  {_word(m.tensor)} {m.source} -> {m.target} samples {m.low}:{m.high}"
     for bucket in program.buckets:
         yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}"
-        yield from (f"  {name}" for name in bucket.parameters)
+        yield from (f"  {_word(name)}" for name in bucket.parameters)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
-        yield from (f"  {instruction}" for instruction in instructions)
+        yield from (f"  {i.op} {_word(i.target)}".rstrip() for i in instructions)
+
+
+def _word(name: object) -> str:
+    """A name as one word: keys of a ModuleDict, and so names of parameters, may hold spaces."""
+    return _UNSAFE.sub(lambda found: quote(found[0]), str(name))
 
 
 def _row(label: str, values: Any) -> str:
-    return f"  {label} {' '.join(map(str, values))}".rstrip()
+    return f"  {label} {' '.join(map(_word, values))}".rstrip()
 
 
 @dataclass
@@ -116,8 +129,12 @@ def loads(text: str, *, source: str = "text") -> Program:
 def _blocks(lines: list[str]) -> Iterator[tuple[int, list[str], list[list[str]]]]:
     """Each head line with its number and the indented lines that follow it, all as words."""
     heads = [index for index, line in enumerate(lines) if line and not line.startswith(" ")]
-    for start, end in zip(heads, [*heads[1:], len(lines)], strict=True):
-        yield start + 2, lines[start].split(), [line.split() for line in lines[start + 1 : end] if line.strip()]
+    for start, end in pairwise([*heads, len(lines)]):
+        yield start + 2, _words(lines[start]), [_words(line) for line in lines[start + 1 : end] if line.strip()]
+
+
+def _words(line: str) -> list[str]:
+    return [unquote(word) for word in line.split()]
 
 
 def _parse_ranks(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
