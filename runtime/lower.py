@@ -62,6 +62,12 @@ def _slice_runs(
     plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapping[str, str], recompute: Collection[str]
 ) -> list[SliceRun]:
     slices = _dependency_order(plan, metagraph)
+    for slice_ in slices:
+        if max(slice_.devices) >= plan.num_devices:
+            raise PlanError(
+                f"slice of {slice_.metaop!r} runs on device {max(slice_.devices)}, but the plan has {plan.num_devices} "
+                "devices, counted from 0; plan again"
+            )
     operators = [_operators(slice_, metagraph) for slice_ in slices]
     _check_cover(operators, graph)
     home = {name: index for index, names in enumerate(operators) for name in names}
@@ -82,6 +88,11 @@ def _slice_run(
         raise PlanError(
             f"slice of {slice_.metaop!r} runs on {len(slice_.devices)} devices, but it mixes samples and runs on one; "
             "plan again with this MetaGraph"
+        )
+    if len(slice_.devices) > ops[0].batch_size:
+        raise PlanError(
+            f"slice of {slice_.metaop!r} shares {ops[0].batch_size} samples among {len(slice_.devices)} devices; each "
+            "needs at least one, plan again with this MetaGraph"
         )
     backward = any(tensor.needs_grad for op in ops for tensor in op.outputs)
     return SliceRun(
