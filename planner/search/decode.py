@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from spindle.planner.search.model import Model
 from spindle.planner.search.track import Run
 
-SLICE_UNITS = 1.5
+SLICE_UNITS = 0.75
 
 Part = tuple[int, int, float]
 """(index of count, layers, rank) of one slice."""

@@ -21,8 +21,8 @@ import numpy as np
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
-LP_UNITS = 500.0  # of any LP, and
-COLUMN_UNITS = 7.0  # for each column
+LP_UNITS = 180.0  # of any LP, and
+COLUMN_UNITS = 5.0  # for each column
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
 HISTORY = 60
-MOVE_UNITS = 4.0
+MOVE_UNITS = 2.0
 BEYOND_WEIGHT = 0.5
 CLOSE_ENOUGH = 0.0005
 

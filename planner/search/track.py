@@ -15,8 +15,8 @@ from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
-DECISION_UNITS = 8.0
-EVENT_UNITS = 6.0
+DECISION_UNITS = 1.8
+EVENT_UNITS = 1.4
 
 Chain = tuple[int, int, float, float, int, "Chain"] | None
 """What was started: (MetaOp, index of count, start, end, devices, what came before). One entry for each layer."""
