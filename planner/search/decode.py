@@ -1,7 +1,8 @@
 """Decode: lists of slices in, a schedule out. Event-driven list scheduling, the inner loop of the local search.
 
 A Draft holds for each MetaOp its slices, each with a rank; whoever is ready starts in order of rank as soon as enough
-devices are free, later ranks overtaking those that do not fit. O(slices * (ready + log running)).
+devices are free, later ranks overtaking those that do not fit. A slice may also be held: it does not start before its
+release, so that devices stay idle for what comes soon. O(slices * (ready + log running)).
 """
 
 from bisect import insort
@@ -12,17 +13,29 @@ from spindle.planner.search.track import Run
 
 SLICE_UNITS = 0.75
 
-Part = tuple[int, int, float]
-"""(index of count, layers, rank) of one slice."""
+Part = tuple[int, int, float, float]
+"""(index of count, layers, rank, release) of one slice; release 0: not held."""
 Draft = list[list[Part]]
 """The slices of each MetaOp, first layer first."""
 
 
+HOLDING_PASSES = 12
+
+
 def draft_of(model: Model, runs: list[Run]) -> Draft:
-    """The draft of a schedule; ranks are the starts."""
+    """The draft of a schedule: ranks are the starts, and what would start earlier, to the harm of others, is held."""
     draft: Draft = [[] for _ in range(len(model))]
     for m, c, layers, start, _, _ in runs:
-        draft[m].append((c, layers, start))
+        draft[m].append((c, layers, start, 0.0))
+    makespan_s = max(end for _, _, _, _, end, _ in runs)
+    for _ in range(HOLDING_PASSES):
+        decoded = decode(model, draft, float("inf"))
+        if decoded is None or decoded[0] <= makespan_s * (1 + 1e-9):
+            return draft
+        draft = [
+            [(c, n, rank, rank if start < rank * (1 - 1e-9) else held) for (c, n, rank, held), start in zip(parts, of, strict=True)]
+            for parts, of in zip(draft, decoded[2], strict=True)
+        ]
     return draft
 
 
@@ -35,12 +48,15 @@ def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, li
     at = [0] * len(draft)
     starts: list[list[float]] = [[] for _ in draft]
     ready: list[tuple[float, int, int, float]] = []
+    running: list[tuple[float, int, int]] = []
     for m, parts in enumerate(draft):
         if not missing[m]:
-            c, layers, rank = parts[0]
-            ready.append((rank, m, counts[m][c], layers * times[m][c]))
+            c, layers, rank, release = parts[0]
+            if release > 0:
+                heappush(running, (release, ~m, 0))
+            else:
+                ready.append((rank, m, counts[m][c], layers * times[m][c]))
     ready.sort()
-    running: list[tuple[float, int, int]] = []
     now = beyond = 0.0
     while True:
         if free and ready:
@@ -68,16 +84,21 @@ def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, li
         now, m, n = heappop(running)
         while True:
             free += n
-            at[m] += 1
-            parts = draft[m]
-            if at[m] < len(parts):
-                c, layers, rank = parts[at[m]]
+            if m < 0:
+                m = ~m
+                c, layers, rank, _ = draft[m][at[m]]
                 insort(ready, (rank, m, counts[m][c], layers * times[m][c]))
             else:
-                for s in after[m]:
-                    missing[s] -= 1
-                    if not missing[s]:
-                        c, layers, rank = draft[s][0]
+                at[m] += 1
+                for s in (m,) if at[m] < len(draft[m]) else after[m]:
+                    if s != m:
+                        missing[s] -= 1
+                        if missing[s]:
+                            continue
+                    c, layers, rank, release = draft[s][at[s]]
+                    if release > now:
+                        heappush(running, (release, ~s, 0))
+                    else:
                         insort(ready, (rank, s, counts[s][c], layers * times[s][c]))
             if not running or running[0][0] > now:
                 break

@@ -119,9 +119,10 @@ class Climber:
             return self._cut(m, i)
         if dice < 0.86:
             return self._join(m, i)
-        c, layers, rank = parts[i]
+        c, layers, rank, _ = parts[i]
         moved = rank + (rng.random() - 0.5) * 0.3 * self.model.bound_s
-        return [(m, [*parts[:i], (c, layers, moved), *parts[i + 1 :]])]
+        held = max(moved, 0.0) if rng.random() < 0.2 else 0.0
+        return [(m, [*parts[:i], (c, layers, moved, held), *parts[i + 1 :]])]
 
     def _pick(self) -> int:
         movable = self.movable
@@ -134,9 +135,9 @@ class Climber:
 
     def _notch(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
-        c, layers, rank = parts[i]
+        c, layers, rank, held = parts[i]
         c = self._stepped(m, c)
-        return None if c < 0 else [(m, [*parts[:i], (c, layers, rank), *parts[i + 1 :]])]
+        return None if c < 0 else [(m, [*parts[:i], (c, layers, rank, held), *parts[i + 1 :]])]
 
     def _shift_layers(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
@@ -145,17 +146,17 @@ class Climber:
         j = i + 1 if i + 1 < len(parts) and (i == 0 or self.rng.random() < 0.5) else i - 1
         moved = min(parts[i][1], 1 + int(self.rng.random() * 3))
         changed = parts[:]
-        c, layers, rank = parts[j]
-        changed[j] = (c, layers + moved, rank)
-        c, layers, rank = parts[i]
-        changed[i] = (c, layers - moved, rank)
+        c, layers, rank, held = parts[j]
+        changed[j] = (c, layers + moved, rank, held)
+        c, layers, rank, held = parts[i]
+        changed[i] = (c, layers - moved, rank, held)
         if layers == moved:
             del changed[i]
         return [(m, changed)]
 
     def _cut(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
-        c, layers, rank = parts[i]
+        c, layers, rank, held = parts[i]
         if layers < 2:
             return None
         first = 1 + int(self.rng.random() * (layers - 1))
@@ -164,9 +165,9 @@ class Climber:
             return None
         middle = rank + first * self.model.times[m][c]
         if self.rng.random() < 0.5:
-            pair = [(c, first, rank), (other, layers - first, middle)]
+            pair = [(c, first, rank, held), (other, layers - first, middle, 0.0)]
         else:
-            pair = [(other, first, rank), (c, layers - first, middle)]
+            pair = [(other, first, rank, held), (c, layers - first, middle, 0.0)]
         return [(m, [*parts[:i], *pair, *parts[i + 1 :]])]
 
     def _join(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
@@ -175,14 +176,14 @@ class Climber:
             return None
         i = min(i, len(parts) - 2)
         c = parts[i + (self.rng.random() < 0.5)][0]
-        joined = (c, parts[i][1] + parts[i + 1][1], parts[i][2])
+        joined = (c, parts[i][1] + parts[i + 1][1], parts[i][2], parts[i][3])
         return [(m, [*parts[:i], joined, *parts[i + 2 :]])]
 
     def _trade(self, m: int) -> list[tuple[int, list[Part]]] | None:
         """A slice takes a step up or down and one that overlaps it the opposite step."""
         rng, draft, starts = self.rng, self.draft, self.starts
         i = int(rng.random() * len(draft[m]))
-        c, layers, rank = draft[m][i]
+        c, layers, rank, held = draft[m][i]
         up = 1 if rng.random() < 0.5 else -1
         if not 0 <= c + up < len(self.model.counts[m]):
             return None
@@ -193,20 +194,20 @@ class Climber:
             if other == m:
                 continue
             j = int(rng.random() * len(draft[other]))
-            oc, olayers, orank = draft[other][j]
+            oc, olayers, orank, oheld = draft[other][j]
             ostart = starts[other][j]
             if ostart < end and start < ostart + olayers * self.model.times[other][oc]:
                 if not 0 <= oc - up < len(self.model.counts[other]):
                     continue
-                mine = [*draft[m][:i], (c + up, layers, rank), *draft[m][i + 1 :]]
-                theirs = [*draft[other][:j], (oc - up, olayers, orank), *draft[other][j + 1 :]]
+                mine = [*draft[m][:i], (c + up, layers, rank, held), *draft[m][i + 1 :]]
+                theirs = [*draft[other][:j], (oc - up, olayers, orank, oheld), *draft[other][j + 1 :]]
                 return [(m, mine), (other, theirs)]
         return None
 
 
 def _with_ranks(draft: Draft, starts: list[list[float]]) -> Draft:
-    """The draft with its starts as ranks."""
+    """The draft with its starts as ranks; a hold that did not bind is let go."""
     return [
-        [(c, layers, start) for (c, layers, _), start in zip(parts, of, strict=True)]
+        [(c, n, start, held if held == start else 0.0) for (c, n, _, held), start in zip(parts, of, strict=True)]
         for parts, of in zip(draft, starts, strict=True)
     ]
