@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from spindle.errors import FormatError, PlanError, SpindleError, SpindleWarning
 
@@ -43,6 +44,19 @@ def cli() -> None:
     """
 
 
+def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Floats of the command line may be nan, which every range lets in."""
+    if value is not None and not 0 < value < float("inf"):
+        raise click.BadParameter(f"{value} is not a positive number.")
+    return value
+
+
+def _not_negative(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value < float("inf"):
+        raise click.BadParameter(f"{value} is not a number from 0 up.")
+    return value
+
+
 _SOURCE = click.argument("source")
 _CLUSTER = click.option("--cluster", "-c", help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -62,7 +76,7 @@ _LAUNCHER = click.option(
 @_PROFILE
 @click.option("--output", "-o", metavar="FILE", help="Write the plan.")
 @click.option("--method", default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ...")
-@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="Seconds to search.")
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", callback=_positive, help="Seconds to search.")
 @click.option("--aligned", is_flag=True, help="Strict waves: each starts when the one before has ended.")
 @click.option("--table", "with_table", is_flag=True, help="Print every slice.")
 @_JSON
@@ -87,9 +101,12 @@ def plan(
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
     from spindle.planner.render import render, table
+    from spindle.planner.solve import METHODS
     from spindle.profile import Profile
     from spindle.source import is_python, load_source
 
+    if method not in METHODS:
+        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
     if cluster is None and not is_python(source):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     where = parse_cluster(cluster or _this_machine())
@@ -243,8 +260,8 @@ def profile(source: str, num_devices: int | None, output: str, as_json: bool) ->
 @click.option("--plan", "plan_file", metavar="FILE", help="Verify this plan. Default: plan for --workers devices.")
 @click.option("--workers", "-n", type=click.IntRange(1), default=2, show_default=True, help="Devices to plan for.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--rtol", type=float, help="Default: 1e-4, or 1e-10 for float64 models.")
-@click.option("--atol", type=float, help="Default: 1e-5, or 1e-10 for float64 models.")
+@click.option("--rtol", type=float, callback=_not_negative, help="Default: 1e-4, or 1e-10 for float64 models.")
+@click.option("--atol", type=float, callback=_not_negative, help="Default: 1e-5, or 1e-10 for float64 models.")
 @_LAUNCHER
 @_JSON
 def verify(
@@ -291,7 +308,14 @@ def verify(
 @_SOURCE
 @click.option("--plan", "plan_file", metavar="FILE", help="Default: plan for the devices of this machine.")
 @click.option("--steps", type=click.IntRange(1), required=True)
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Of AdamW, unless the file has `optimizer`.")
+@click.option(
+    "--lr",
+    type=float,
+    default=1e-3,
+    show_default=True,
+    callback=_not_negative,
+    help="Of AdamW, unless the file has `optimizer`.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
 @_LAUNCHER
@@ -390,8 +414,13 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         status = cli.main(standalone_mode=False)
-    except click.ClickException as error:
+    except NoArgsIsHelpError as error:  # `spindle` alone shows what there is
         error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"\nTry '{context.command_path} --help'." if context else ""
+        click.echo(f"spindle: {error.format_message()}{hint}", err=True)
         sys.exit(2)
     except SpindleError as error:
         click.echo(f"spindle: {error}", err=True)

@@ -89,7 +89,8 @@ def load_workload(source: str) -> "tuple[Workload, ModuleType]":
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        raise FormatError(f"{path}: cannot be read (no such file); check the path")
+        reason = "a folder" if path.is_dir() else "no such file"
+        raise FormatError(f"{path}: cannot be read ({reason}); check the path")
     name = f"spindle_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -8,6 +8,7 @@ def image_text(batch): ...
 """
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,10 +90,19 @@ class Task:
         return dict(batch)
 
     def first_batch(self) -> Batch:
-        """The first batch of a fresh pass, checked."""
-        for batch in self.batches():
-            return self.check(batch)
-        raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
+        """The first batch of a fresh pass, checked. Raises WorkloadError when the loader raises, too."""
+        try:
+            first = list(itertools.islice(self.batches(), 1))
+        except WorkloadError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or "no message"
+            raise WorkloadError(
+                f"task {self.name!r}: its loader raised {type(error).__name__}: {reason}; mend the loader"
+            ) from error
+        if not first:
+            raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
+        return self.check(first[0])
 
 
 @dataclass(frozen=True, slots=True)
