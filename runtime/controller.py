@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,12 +18,14 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
+from spindle.runtime.checkpoint import Checkpoint, Checkpoints, begin, finish, path_of, unfinished_of
 from spindle.runtime.crew import Crew, ThreadCrew
 from spindle.runtime.laws import check_program
 from spindle.runtime.lower import lower
 from spindle.runtime.program import Program
+from spindle.runtime.progress import merged
 from spindle.runtime.torchrun import TorchrunCrew, under_torchrun
-from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses, owners
+from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
 
@@ -83,11 +86,22 @@ class Run:
         return merge_losses(reports), reports
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of the whole run, each from the lowest rank that holds it."""
-        wanted = owners(self.prepared.program, self.prepared.captured)
-        names = sorted({name for owned in wanted.values() for name in owned})
-        held = self.crew.call("state", names)
-        return {name: held[rank][name] for rank, owned in wanted.items() for name in owned}
+        """Parameters and buffers of the whole run, each from the rank that answers for it."""
+        return {name: tensor for held in self.crew.call("state") for name, tensor in held.items()}
+
+    def save(self, checkpoints: Checkpoints, step: int, seed: int) -> Path:
+        """Write a checkpoint after `step` steps; its path."""
+        path = path_of(checkpoints.directory, step)
+        unfinished = begin(path) if self.crew.leads else unfinished_of(path)
+        self.crew.call("sync")
+        progress = merged(self.crew.call("save", str(unfinished)))
+        if self.crew.leads:
+            finish(unfinished, path, step=step, seed=seed, progress=progress, keep=checkpoints.keep)
+        return path
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint ended; its weights are in the user's modules already."""
+        self.crew.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,9 @@ from spindle.runtime.worker import Job, Worker, separate
 
 
 class Crew(Protocol):
-    """All workers of a run."""
+    """All workers of a run. Where several processes drive it, one of them `leads`."""
+
+    leads: bool
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run `method` on every worker; the results by rank. Raises RunError for the first worker that fails."""
@@ -31,6 +33,8 @@ def is_lost_peer(error: Exception) -> bool:
 
 class ThreadCrew:
     """Workers as threads of this process."""
+
+    leads = True
 
     def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
         """Start a thread for each job; each works on copies of the modules."""

@@ -40,6 +40,11 @@ class _Read:
     state: FeedState
 
 
+def keeps_state(task: Task) -> bool:
+    """Whether a task's loader can tell where it stands, and go on from there."""
+    return all(hasattr(task.data, method) for method in ("state_dict", "load_state_dict"))
+
+
 class Feed:
     """The batches of one task. When its data ends it starts over, or ends too, as `task.on_end` says."""
 
@@ -95,7 +100,10 @@ class Feed:
         return self._state
 
     def resume(self, state: FeedState) -> None:
-        """Go on from `state`; called before anything is read. Raises WorkloadError when the data has no such place."""
+        """Go on from `state`; what was read ahead is dropped."""
+        concurrent.futures.wait(self._ahead)
+        self._ahead.clear()
+        self._iterator = None
         self._pass, self._skip = int(state["pass"]), int(state["taken"])
         self._pass_generators = state["generators"]
         self._generators = _Generators.loaded(self._pass_generators)
@@ -156,12 +164,12 @@ class Feed:
         self._iterator = self.task.batches()
 
     def _now(self) -> FeedState:
-        keeps_state = all(hasattr(self.task.data, method) for method in ("state_dict", "load_state_dict"))
+        loader: Any = self.task.data
         return {
             "pass": self._pass,
             "taken": self._taken,
             "generators": self._pass_generators,
-            "loader": self.task.data.state_dict() if keeps_state and self._taken else None,  # type: ignore[union-attr]
+            "loader": loader.state_dict() if keeps_state(self.task) and self._taken else None,
         }
 
     @contextlib.contextmanager

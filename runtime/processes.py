@@ -28,6 +28,8 @@ HOST = "127.0.0.1"
 class ProcessCrew:
     """Workers as processes of this machine, over gloo (or NCCL when each can have a GPU)."""
 
+    leads = True
+
     def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
         """Start a process for each job and wait until all are ready."""
         self._store = serve_store(HOST)

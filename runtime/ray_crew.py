@@ -53,6 +53,8 @@ class _Rank:
 class RayCrew:
     """Workers as Ray actors."""
 
+    leads = True
+
     def __init__(self, jobs: Sequence[Job], *, devices_per_node: int | None = None, timeout_s: float = 60.0) -> None:
         """Start Ray on this machine unless it runs already, then an actor for each job.
 

@@ -28,6 +28,7 @@ class TorchrunCrew:
                 f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
                 f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
             )
+        self.leads = rank == 0
         self._worker = Worker(separate(jobs[rank]), ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 

@@ -9,13 +9,15 @@ import os
 import socket
 import sys
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -62,6 +64,9 @@ class Transport(Protocol):
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Start to sum `values` in place over `ranks`, this one among them; a function that waits for the sum."""
 
+    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """Write the tensors of all ranks, whose names differ, into one checkpoint. Called by all ranks."""
+
     def close(self) -> None:
         """Leave; peers that still wait for this rank fail soon."""
 
@@ -102,10 +107,21 @@ class ProcessTransport:
         """Sum over a group made before."""
         return _wait_for([dist.all_reduce(values, group=self._groups[ranks], async_op=True)])
 
+    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """A safetensors file a rank, written at once."""
+        _save(tensors, path)
+
     def close(self) -> None:
         """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _save(tensors: Mapping[str, Tensor], path: str) -> None:
+    writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, for threads
+        dcp.save(dict(tensors), storage_writer=writer)
 
 
 def _wait_for(works: Sequence[dist.Work]) -> Wait:
@@ -125,6 +141,7 @@ class _Exchange:
         self.gone: set[int] = set()
         self.parts: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
         self.taken: Counter[tuple[tuple[int, ...], int]] = Counter()
+        self.saved: dict[str, dict[int, Mapping[str, Tensor]]] = {}
 
 
 class ThreadTransport:
@@ -202,6 +219,15 @@ class ThreadTransport:
             values.copy_(torch.stack(parts).sum(0))
 
         return arrive
+
+    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """The last to come writes for all."""
+        with self._shared.changed:
+            parts = self._shared.saved.setdefault(path, {})
+            parts[self.rank] = tensors
+            if len(parts) == self.num_ranks:
+                _save({name: tensor for part in parts.values() for name, tensor in part.items()}, path)
+                del self._shared.saved[path]
 
     def _why(self) -> str:
         return "it left" if self._shared.gone else f"not in {self._timeout_s:g} s"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spindle.api import TrainResult as TrainResult
+    from spindle.api import export as export
+    from spindle.api import load_checkpoint as load_checkpoint
     from spindle.api import make_metagraph as make_metagraph
     from spindle.api import make_plan as make_plan
     from spindle.api import make_profile as make_profile
@@ -26,6 +28,8 @@ _HOME_BY_NAME = {
     "SpindleError": "spindle.errors",
     "TrainResult": "spindle.api",
     "Workload": "spindle.workload",
+    "export": "spindle.api",
+    "load_checkpoint": "spindle.api",
     "make_metagraph": "spindle.api",
     "make_plan": "spindle.api",
     "make_profile": "spindle.api",
@@ -40,6 +44,8 @@ __all__ = [
     "TrainResult",
     "Workload",
     "__version__",
+    "export",
+    "load_checkpoint",
     "make_metagraph",
     "make_plan",
     "make_profile",

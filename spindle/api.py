@@ -1,6 +1,5 @@
 """The public verbs: plan, profile, verify, train. Each is a few lines around the rooms that do the work."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +124,7 @@ def verify(
     usual = parity.default_tolerance(prepared.captured.parameters, workload.precision)
     tolerance = replace(usual, rtol=usual.rtol if rtol is None else rtol, atol=usual.atol if atol is None else atol)
     with launched(prepared, optimizer=optimizer, launcher=launcher, timeout_s=timeout_s) as run:
-        losses, reports = run.steps(steps, keep_gradients=True, dropout=False)
+        losses, reports = run.steps(steps, keep_gradients=True)
         final = run.state()
     reference = parity.run_reference(workload, steps, optimizer=optimizer)
     return parity.compare(
@@ -139,17 +138,23 @@ def verify(
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind: losses of each task by step, the trace of its last steps, and how long it took."""
+    """What a run leaves behind: losses of each task by step, the trace of its last steps, and how long it took.
+
+    `first_step` steps were done before, by the run that was resumed. `ended` names the task whose data ended, where
+    that stopped the training early.
+    """
 
     losses: tuple[dict[str, float], ...]
     trace: Trace
     plan: Plan
     train_s: float
+    first_step: int = 0
+    ended: str | None = None
 
     @property
     def step_s(self) -> float:
-        """Mean seconds of a step."""
-        return self.train_s / len(self.losses)
+        """Mean seconds of a step; 0 when there was none."""
+        return self.train_s / len(self.losses) if self.losses else 0.0
 
 
 def train(
@@ -164,6 +169,10 @@ def train(
     trace_steps: int = 5,
     seed: int = 0,
     timeout_s: float = 60.0,
+    checkpoints: Path | str | None = None,
+    checkpoint_every: int = 1000,
+    keep_checkpoints: int | None = None,
+    resume: bool | Path | str = False,
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules.
 
@@ -171,39 +180,58 @@ def train(
     to a torch optimizer; each rank makes one over what it holds. `scheduler`: one from an optimizer to its schedule.
     `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
     steps late. The spans of the last `trace_steps` steps are returned. `timeout_s` bounds every wait of one rank for
-    another. Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls.
+    another.
+
+    `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
+    end; the newest `keep_checkpoints` stay. `resume`: go on from a checkpoint, or, when True, from the newest in the
+    directory if there is one; plan and number of devices may have changed. `steps` counts from the first run on.
+
+    Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls; CheckpointError for a
+    checkpoint that is not whole or of another model.
     """
+    from spindle.runtime.checkpoint import Checkpoints, to_resume
     from spindle.runtime.controller import launched, merge_traces, prepare
+    from spindle.runtime.training import run_steps
 
     if steps < 1:
         raise PlanError(f"steps is {steps}; train at least one")
+    kept = None
+    if checkpoints is not None:
+        kept = Checkpoints(directory=Path(checkpoints), every=checkpoint_every, keep=keep_checkpoints)
+    before = to_resume(workload, kept, resume)
+    first, seed = (before.step, before.seed) if before else (0, seed)
+    if first >= steps:
+        raise PlanError(f"{first} steps are done already and steps is {steps}; ask for more, it counts from the start")
     prepared = prepare(workload, plan or make_plan(workload, devices_at_hand()))
-    losses: list[dict[str, float]] = []
     with launched(
         prepared, optimizer=optimizer, scheduler=scheduler, launcher=launcher, seed=seed, timeout_s=timeout_s
     ) as run:
-        started = time.perf_counter()
-        chunk, reports = 1, []
-        while len(losses) < steps:
-            keep = len(losses) >= steps - trace_steps
-            count = min(chunk, steps - len(losses) - (0 if keep else trace_steps)) or 1
-            chunk_started = time.perf_counter()
-            found, reports_now = run.steps(count, keep_spans=keep)
-            reports += reports_now if keep else []
-            for values in found:
-                losses.append(values)
-                if on_step is not None:
-                    on_step(len(losses), values)
-            chunk = _next_chunk(count, time.perf_counter() - chunk_started)
-        train_s = time.perf_counter() - started
+        if before is not None:
+            run.resume(before)
+        found = run_steps(
+            run, first=first, last=steps, seed=seed, on_step=on_step, trace_steps=trace_steps, checkpoints=kept
+        )
         state = run.state()
     _load(workload, state)
-    return TrainResult(tuple(losses), merge_traces(reports, prepared.program.num_ranks), prepared.plan, train_s)
+    trace = merge_traces(found.reports, prepared.program.num_ranks)
+    return TrainResult(tuple(found.losses), trace, prepared.plan, found.train_s, first, found.ended)
 
 
-def _next_chunk(count: int, took_s: float, target_s: float = 0.25) -> int:
-    """Steps of the next call: so many that a call is rare but progress is seen."""
-    return max(1, min(2 * count, int(count * target_s / max(took_s, 1e-6))))
+def load_checkpoint(workload: "Workload", path: Path | str) -> int:
+    """Put the weights of a checkpoint into the user's modules; the steps it was trained for.
+
+    Raises CheckpointError when it is not whole or of another model.
+    """
+    from spindle.runtime.checkpoint import load_weights
+
+    return load_weights(workload, Path(path)).step
+
+
+def export(workload: "Workload", directory: Path | str) -> dict[str, Path]:
+    """Write each component to `directory`/NAME: by its own `save_pretrained` where it has one, else as safetensors."""
+    from spindle.runtime.checkpoint import export as export_components
+
+    return export_components(workload, Path(directory))
 
 
 def _load(workload: "Workload", state: "Mapping[str, torch.Tensor]") -> None:

@@ -318,6 +318,10 @@ def verify(
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
+@click.option("--checkpoints", metavar="DIR", help="Write checkpoints here, the last one at the end.")
+@click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
+@click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep, the newest. Default: all.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
 @_LAUNCHER
 @_JSON
 def train(
@@ -327,15 +331,21 @@ def train(
     lr: float,
     seed: int,
     trace_file: str | None,
+    checkpoints: str | None,
+    every: int,
+    keep: int | None,
+    resume: bool,
     launcher: Any,
     as_json: bool,
 ) -> None:
-    """Train SOURCE (file.py:workload) as planned.
+    """Train SOURCE (file.py:workload) as planned, up to --steps steps in all.
 
-    A function `optimizer(parameters)` in the file makes the optimiser; without one it is AdamW.
+    A function `optimizer(parameters)` in the file makes the optimiser; without one it is AdamW. `scheduler(optimizer)`,
+    if there is one, makes its schedule.
 
     \b
     spindle train model.py:workload --plan plan.json --steps 100
+    spindle train model.py:workload --steps 5000 --checkpoints runs/a --every 500 --resume
     torchrun --nproc-per-node 2 -m spindle train model.py:workload --steps 100
     """
     import functools
@@ -353,18 +363,50 @@ def train(
             workload,
             _read_plan(plan_file) if plan_file else None,
             optimizer=optimizer,
+            scheduler=getattr(module, "scheduler", None),
             steps=steps,
             launcher=launcher,
             seed=seed,
+            checkpoints=checkpoints,
+            checkpoint_every=every,
+            keep_checkpoints=keep,
+            resume=resume,
             on_step=lambda step, losses: update(step, steps, _losses(losses)),
         )
     if trace_file:
         write(result.trace, trace_file)
     if as_json:
-        click.echo(json.dumps({"steps": steps, "step_s": result.step_s, "losses": result.losses}))
-    else:
-        click.echo(f"{steps} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
+        done = result.first_step + len(result.losses)
+        told = {"steps": done, "first_step": result.first_step, "ended": result.ended, "step_s": result.step_s}
+        click.echo(json.dumps(told | {"losses": result.losses}))
+        return
+    if result.first_step:
+        click.echo(f"resumed after {result.first_step} steps")
+    click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
+    if result.losses:
         click.echo(f"first {_losses(result.losses[0])}\nlast  {_losses(result.losses[-1])}")
+    if result.ended:
+        click.echo(f"stopped: the data of task {result.ended!r} ended")
+
+
+@cli.command()
+@_SOURCE
+@click.option("--checkpoint", metavar="DIR", help="Weights to write. Default: as the file makes them.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Each component goes to DIR/NAME.")
+def export(source: str, checkpoint: str | None, output: str) -> None:
+    """Write the components of SOURCE as their library loads them: `save_pretrained`, or else safetensors.
+
+    \b
+    spindle export model.py:workload --checkpoint runs/a/step-00005000 -o trained
+    """
+    from spindle import api
+    from spindle.source import load_workload
+
+    workload, _ = load_workload(source)
+    if checkpoint:
+        api.load_checkpoint(workload, checkpoint)
+    for name, directory in api.export(workload, output).items():
+        click.echo(f"{name:20} {directory}")
 
 
 def _losses(losses: dict[str, float]) -> str:

@@ -8,6 +8,7 @@
     |   +-- ProfileError            measured times
     |   +-- WorkloadError           a model, task function, loader or batch
     |   +-- PlanError               a plan that breaks a rule
+    |   +-- CheckpointError           a checkpoint that is not whole, or of another model
     |   `-- ProgramError            a lowered program that breaks a law of the runtime
     +-- InfeasibleError             no plan exists for this input
     +-- MismatchError               checked and found different: parity, prediction
@@ -63,6 +64,10 @@ class ProgramError(InputError):
     """A lowered program that breaks a law of the runtime; it is refused before it starts."""
 
     exit_code = 1
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, cut short, changed, or of another model."""
 
 
 class InfeasibleError(SpindleError):

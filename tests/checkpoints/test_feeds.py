@@ -1,0 +1,112 @@
+"""Loaders: the same batches everywhere, from wherever a feed goes on, until they end as the user chose."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import spindle
+from spindle.errors import WorkloadError
+from spindle.runtime.data import Feed
+from spindle.workload import Task
+from tests.checkpoints.test_resume import Rows
+from tests.random_plans import widest_plan
+from tests.tiny_workloads import HandWritten
+
+
+def task(data: Any, **options: Any) -> Task:
+    return Task(name="t", function=lambda batch: batch["b"].sum(), batch_size=6, data=data, **options)
+
+
+def numbers(count: int) -> Any:
+    return lambda: ({"b": torch.full((6, 1), float(i))} for i in range(count))
+
+
+def taken(feed: Feed, count: int) -> list[float]:
+    return [float(feed.next()["b"].sum()) for _ in range(count)]
+
+
+@given(before=st.integers(0, 11), prefetch=st.integers(0, 3))
+def test_a_feed_goes_on_where_it_was(before: int, prefetch: int) -> None:
+    """Whatever was read ahead, over the ends of passes, with shuffling and noise."""
+    loader = DataLoader(Rows(), batch_size=6, shuffle=True)
+    first, again = Feed(task(loader, prefetch=prefetch), 1), Feed(task(loader), 1)
+    taken(first, before)
+    state = first.state()
+    again.digest()  # reads ahead
+    again.resume(state)
+    assert taken(again, 6) == taken(first, 6)
+    first.close()
+    again.close()
+
+
+def test_passes_differ_and_processes_agree() -> None:
+    """Two feeds of one seed shuffle alike, anew in each pass; another seed shuffles otherwise."""
+    one, two, other = (Feed(task(DataLoader(Rows(), batch_size=6, shuffle=True)), seed) for seed in (1, 1, 2))
+    first = taken(one, 8)
+    assert first == taken(two, 8)
+    assert first[:4] != first[4:]
+    assert first != taken(other, 8)
+
+
+def test_global_generators_are_left_alone() -> None:
+    """What a loader draws changes nothing for anyone else."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    taken(Feed(task(DataLoader(Rows(), batch_size=6, shuffle=True)), 1), 5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_data_that_ends_with_an_error_says_when() -> None:
+    """`on_end="error"` names the task and how many batches there were."""
+    feed = Feed(task(numbers(3), on_end="error"), 0)
+    taken(feed, 3)
+    with pytest.raises(WorkloadError, match=r"task 't': its data ended after 3 batches"):
+        feed.next()
+
+
+def test_a_loader_that_stalls_is_told() -> None:
+    """Nobody waits for a loader longer than allowed."""
+    import threading
+
+    release = threading.Event()
+
+    def stalled() -> Iterator[dict[str, Tensor]]:
+        release.wait(20.0)
+        yield {"b": torch.zeros(6, 1)}
+
+    feed = Feed(task(lambda: stalled()), 0, timeout_s=0.1)
+    with pytest.raises(WorkloadError, match=r"gave no batch within 0\.1 s"):
+        feed.next()
+    release.set()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_stops_before_the_first_step_that_lacks_a_batch(num_ranks: int, accumulate: int) -> None:
+    """All ranks agree, though only those that load can know; the other task's data goes round."""
+    workload = spindle.Workload("ends", accumulate=accumulate)
+    model = workload.component("model", HandWritten(1))
+
+    @workload.task("goes-on", batch_size=6, data=numbers(2))
+    def goes_on(batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["b"]).square().mean()  # type: ignore[no-any-return]
+
+    @workload.task("ends", batch_size=6, data=numbers(5), on_end="stop")
+    def ends(batch: dict[str, Tensor]) -> Tensor:
+        return model(-batch["b"]).square().mean()  # type: ignore[no-any-return]
+
+    result = spindle.train(
+        workload,
+        widest_plan(spindle.make_metagraph(workload), num_ranks),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+        steps=50,
+        launcher="threads",
+    )
+    assert (len(result.losses), result.ended) == (5 // accumulate, "ends")
