@@ -238,7 +238,8 @@ class ConvNet(nn.Module):
             self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+            y: Tensor = x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+            return y
 
     def __init__(self) -> None:
         super().__init__()

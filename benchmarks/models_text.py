@@ -8,7 +8,7 @@ import transformers as hf
 from models_base import WORDS, Batch, Family, Sample, classes, ids, mask
 from torch import Tensor
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -19,7 +19,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 
 
 def classifier(model: str, config: str, **settings: Any) -> Callable[[], Sample]:
@@ -96,7 +96,7 @@ BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 FAMILIES = (
     Family("BERT", "encoder", classifier("BertForSequenceClassification", "BertConfig", **SIZES)),

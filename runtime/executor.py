@@ -7,17 +7,18 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from spindle.capture.codes import AuxCode, OperatorCode, computing_in
+from spindle.capture.draws import Stream, drawing_from
+from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.passes import accumulating
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
 from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
-from spindle.runtime.randomness import Randomness
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span, SpanKind
@@ -44,7 +45,6 @@ class _Activations:
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
-    randomness: Randomness | None = None  # as it was before forward, when backward is to run it again
 
 
 @dataclass(slots=True)
@@ -77,6 +77,7 @@ class Executor:
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
         self.instructions = program.instructions[self.rank]
+        self.in_flight = 1 + max((micro_batch(task) for task, _ in program.losses), default=0)
         self.adding = accumulating(self.instructions, program.bucket_by_name)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
@@ -101,19 +102,28 @@ class Executor:
         }
 
     def step(
-        self, new_round: Callable[[], Fetch], *, observe: Observe | None = None, step: int = 0, rounds: int = 1
+        self,
+        new_round: Callable[[], Fetch],
+        *,
+        observe: Observe | None = None,
+        step: int = 0,
+        rounds: int = 1,
+        seed: int = 0,
     ) -> StepRecord:
         """Run the program once, after `rounds - 1` rounds that only add to the gradients.
 
         `new_round` gives what fetches a task's batch in the next round; `observe` sees the gradients that the update
-        uses. Losses are means over the rounds. Raises RunError naming rank, wave and instruction, with the traceback of
-        what went wrong.
+        uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend on `seed`
+        and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
+        instruction, with the traceback of what went wrong.
         """
         self.observe = observe
         self.grad_norm: Tensor | None = None
         record = StepRecord()
         losses: list[dict[str, Tensor]] = []
+        self.stream = Stream(seed=seed, step=step, device=self.transport.device, portable=observe is not None)
         for left in reversed(range(rounds)):
+            self.first_batch = (rounds - 1 - left) * self.in_flight
             self.fetch = new_round()
             self._run(self.adding if left else self.instructions, record.spans, step)
             losses.append(self.losses)
@@ -187,17 +197,18 @@ class Executor:
             spec = self.program.tensor_by_name[tensor]
             value = joined(self._input_pieces(run, tensor), spec)
             inputs[tensor] = value.detach().requires_grad_(spec.needs_grad and run.backward)
-        randomness = Randomness.now(self.transport.device) if run.recompute else None
         with torch.set_grad_enabled(run.backward and not run.recompute):
             outputs = self._compute(run, inputs)
-        self._put(activations(name), _Activations(inputs, outputs, randomness))
+        self._put(activations(name), _Activations(inputs, outputs))
         for tensor in outputs.keys() & self.task_by_loss.keys():
             self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
 
     def _compute(self, run: SliceRun, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the operators of a slice on this rank's samples; its outputs."""
         values = dict(inputs)
-        with computing_in(self.precision, self.transport.device):
+        task, low = base_task(run.task), run.bounds_of(self.rank)[0]
+        stream = replace(self.stream, batch=self.first_batch + micro_batch(run.task), task=task, low=low)
+        with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for operator in run.operators:
                 code = self.codes[operator]
                 values.update(zip(code.outputs, code.module(*self._arguments(run, code, values)), strict=True))
@@ -216,16 +227,16 @@ class Executor:
 
     @contextlib.contextmanager
     def _live_outputs(self, run: SliceRun, held: _Activations) -> Iterator[dict[str, Tensor]]:
-        """Outputs of a run with their graph. With `recompute` they are computed again from the kept inputs, with the
-        random numbers of the first time; running statistics have counted this batch already and are put back.
+        """Outputs of a run with their graph. With `recompute` they are computed again from the kept inputs: random
+        numbers are a function of their place, so come out again; running statistics have counted this batch already
+        and are put back.
         """
-        if held.randomness is None:
+        if not run.recompute:
             yield held.outputs
             return
         buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        with held.randomness.restored():
-            outputs = self._compute(run, held.inputs)
+        outputs = self._compute(run, held.inputs)
         yield outputs
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):

@@ -1,7 +1,8 @@
 """Parity: a planned run beside a single process; losses, gradients and updates of every parameter compared.
 
 The single process runs the user's own task functions on whole batches and on the user's own modules, which get their
-values back afterwards. Dropout is off on both sides, since its random numbers would differ.
+values back afterwards. It draws the same random numbers: they depend on the seed, the step, the task, the place in the
+code and the sample.
 """
 
 import contextlib
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spindle.capture import capture
 from spindle.capture.codes import computing_in
-from spindle.capture.dropout import WithoutDropout
+from spindle.capture.draws import Stream
+from spindle.capture.eager import drawing_as_planned
 from spindle.runtime.data import Feed
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, parameter_groups
 from spindle.workload import Precision, Workload
@@ -102,13 +105,17 @@ def run_reference(
     scheduler: SchedulerFactory | None = None,
     seed: int = 0,
 ) -> Reference:
-    """Train `steps` steps in this process, then give the modules their values back."""
+    """Train `steps` steps in this process, then give the modules their values back.
+
+    Dropout and all else that draws gives what it gives in planned runs with this seed.
+    """
+    captured = capture(workload)
     parameters = dict(workload.named_parameters())
     settings = {component.name: component.optimizer for component in workload.components.values()}
     feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
     losses: list[dict[str, float]] = []
     gradients: list[dict[str, Tensor]] = []
-    with _restored(workload), WithoutDropout():
+    with _restored(workload):
         for parameter in parameters.values():
             parameter.grad = None
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -119,8 +126,10 @@ def run_reference(
             losses.append({})
             for name in workload.tasks_of(step, seed):
                 task, found = workload.tasks[name], []
-                for _ in range(workload.accumulate):
-                    with computing_in(workload.precision, torch.device("cpu")):
+                for batch in range(workload.accumulate):
+                    stream = Stream(seed=seed, step=step, batch=batch, task=name)
+                    drawing = drawing_as_planned(workload, captured, stream)
+                    with computing_in(workload.precision, torch.device("cpu")), drawing:
                         loss = task.function(feeds[name].next())
                     found.append(float(loss.detach()))
                     torch.autograd.backward(loss * (task.weight / workload.accumulate))

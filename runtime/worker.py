@@ -3,7 +3,6 @@
 It knows nothing of Ray: the same class runs in threads, in spawned processes, under torchrun and inside a Ray actor.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
-from spindle.capture.dropout import WithoutDropout
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.runtime.data import Feed
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
@@ -139,20 +137,19 @@ class Worker:
         """Fingerprint of the next batch of each task that this rank loads: equal on all ranks that load it."""
         return {name: feed.digest() for name, feed in self.feeds.items()}
 
-    def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False, dropout: bool = True) -> Report:
+    def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False) -> Report:
         """Run some steps; the report holds spans and gradients of every step if they are to be kept."""
         report = Report(self.job.rank)
         observe = report.gradients.append if keep_gradients else None
-        with contextlib.nullcontext() if dropout else WithoutDropout():
-            for _ in range(steps):
-                report.ended = self._ended()
-                if report.ended is not None:
-                    break
-                record = self._step(observe)
-                report.losses.append(record.losses)
-                report.grad_norms.append(record.grad_norm)
-                if keep_spans:
-                    report.spans += record.spans
+        for _ in range(steps):
+            report.ended = self._ended()
+            if report.ended is not None:
+                break
+            record = self._step(observe)
+            report.losses.append(record.losses)
+            report.grad_norms.append(record.grad_norm)
+            if keep_spans:
+                report.spans += record.spans
         return report
 
     def _ended(self) -> str | None:
@@ -173,7 +170,9 @@ class Worker:
 
     def _step(self, observe: Observe | None) -> StepRecord:
         job, tasks = self.job, frozenset(self._tasks())
-        record = self._executor(tasks).step(self._new_round, observe=observe, step=self.steps_done, rounds=job.rounds)
+        record = self._executor(tasks).step(
+            self._new_round, observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed
+        )
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps_done += 1

@@ -68,10 +68,11 @@ def _warn_of_large_operators(workload: Workload) -> None:
 def _capture(workload: Workload) -> Captured:
     _warn_of_large_operators(workload)
     namer, memo = Namer(blocks_of(workload)), Memo()
-    results = []
+    results, draws = [], {}
     for task in workload.tasks.values():
         batch = task.first_batch()
         traced = trace(workload, task, batch)
+        draws[task.name] = traced.draws
         results.append(build_operators(workload, traced, partition(traced), batch, namer, memo))
     return Captured(
         graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
@@ -81,4 +82,5 @@ def _capture(workload: Workload) -> Captured:
         weights={task.name: task.weight for task in workload.tasks.values()},
         parameters=dict(workload.named_parameters()),
         precision=workload.precision,
+        draws=draws,
     )

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spindle.capture.draws import Site, shapes_only
+from spindle.capture.randomness import Drawing
 from spindle.capture.signature import module_signature, structure_signature
 from spindle.capture.slots import filled, with_slots
 from spindle.errors import WorkloadError
@@ -71,14 +74,32 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
+class Scopes:
+    """Names for calls of blocks, in the order in which a task makes them: `path`, then `path@1` and so on."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+    def next(self, path: str) -> str:
+        """The name of the next call of a block."""
+        self.count[path] += 1
+        return path if self.count[path] == 1 else f"{path}@{self.count[path] - 1}"
+
+
 @dataclass(slots=True)
 class BlockCall:
-    """One call of a block during export: its arguments and results, with Slots where tensors stand."""
+    """One call of a block during export: its arguments and results, with Slots where tensors stand.
+
+    `scope` names the call among those of its task; `sites` are what it draws, `written_out` whether attention among it.
+    """
 
     path: str
     module: nn.Module
+    scope: str
     arguments: Any
     results: Any = None
+    sites: tuple[Site, ...] = ()
+    written_out: bool = False
 
 
 @dataclass(slots=True)
@@ -88,7 +109,8 @@ class _Session:
     calls: list[BlockCall] = field(default_factory=list)
     own_by_module: dict[nn.Module, tuple[str, Callable[..., Any]]] = field(default_factory=dict)
     signature_by_module: dict[nn.Module, str] = field(default_factory=dict)
-    known: dict[str, tuple[Any, list[Tensor]]] = field(default_factory=dict)
+    known: dict[str, tuple[Any, list[Tensor], Drawing]] = field(default_factory=dict)
+    scopes: Scopes = field(default_factory=Scopes)
 
     def outputs(self, call: BlockCall, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Fake results of a call; a layer like one before, on inputs of the same shapes, is not run again."""
@@ -100,10 +122,12 @@ class _Session:
             args, kwargs = filled(call.arguments, tensors)
             token = INSIDE_BLOCK.set(True)
             try:
-                self.known[key] = with_slots(self.own_by_module[call.module][1](*args, **kwargs))
+                with shapes_only(), Drawing(call.scope, None) as drawing:
+                    self.known[key] = *with_slots(self.own_by_module[call.module][1](*args, **kwargs)), drawing
             finally:
                 INSIDE_BLOCK.reset(token)
-        call.results, outputs = self.known[key]
+        call.results, outputs, drawing = self.known[key]
+        call.sites, call.written_out = tuple(drawing.found), drawing.writes_out_attention
         return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in outputs]
 
 
@@ -134,25 +158,43 @@ def opaque_blocks(blocks: Iterable[Block]) -> Iterator[list[BlockCall]]:
     session = _Session()
     token = _SESSION.set(session)
     try:
-        for block in blocks:
-            if block.module not in session.own_by_module:  # components may overlap
-                name = "_call_impl" if block.module._forward_hooks or block.module._forward_pre_hooks else "forward"
-                session.own_by_module[block.module] = name, getattr(block.module, name)
-                setattr(block.module, name, _recorder(block, session))
-        yield session.calls
+        with replaced(blocks, lambda block, own: _recorder(block, session)) as session.own_by_module:
+            yield session.calls
     finally:
-        for module, (name, own) in session.own_by_module.items():
+        _SESSION.reset(token)
+
+
+Forward = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def replaced(
+    blocks: Iterable[Block], make: Callable[[Block, Forward], Forward]
+) -> Iterator[dict[nn.Module, tuple[str, Forward]]]:
+    """While open, calls of `blocks` go to what `make(block, own)` gives. Yields the methods replaced, and the own."""
+    own_by_module: dict[nn.Module, tuple[str, Forward]] = {}
+    try:
+        for block in blocks:
+            if block.module not in own_by_module:  # components may overlap
+                name = "_call_impl" if block.module._forward_hooks or block.module._forward_pre_hooks else "forward"
+                own = getattr(block.module, name)
+                own_by_module[block.module] = name, own
+                setattr(block.module, name, make(block, own))
+        yield own_by_module
+    finally:
+        for module, (name, own) in own_by_module.items():
             if getattr(own, "__func__", None) is getattr(type(module), name):
                 delattr(module, name)  # it was the class's own; the instance attribute was ours
             else:
                 setattr(module, name, own)  # the user had patched the instance
-        _SESSION.reset(token)
 
 
 def _recorder(block: Block, session: _Session) -> Callable[..., Any]:
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        if INSIDE_BLOCK.get():  # a block in a block is part of it
+            return session.own_by_module[block.module][1](*args, **kwargs)
         arguments, tensors = with_slots((args, kwargs))
-        call = BlockCall(block.path, block.module, arguments)
+        call = BlockCall(block.path, block.module, session.scopes.next(block.path), arguments)
         session.calls.append(call)
         outputs = torch.ops.spindle.block(tensors, len(session.calls) - 1)
         return filled(call.results, outputs)
@@ -167,8 +209,23 @@ class BlockModule(nn.Module):
         super().__init__()
         self.module = call.module
         self.arguments = call.arguments
+        self.draws = BlockDraws(call.scope, call.sites)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on its tensors; constants are those of the recorded call."""
         args, kwargs = filled(self.arguments, tensors)
-        return tuple(with_slots(self.module(*args, **kwargs))[1])
+        with self.draws.opened():
+            results = self.module(*args, **kwargs)
+        return tuple(with_slots(results)[1])
+
+
+@dataclass(frozen=True)
+class BlockDraws:
+    """What a call of a block draws."""
+
+    scope: str
+    sites: tuple[Site, ...]
+
+    def opened(self) -> contextlib.AbstractContextManager[object]:
+        """Context in which the call draws from the present stream; calls that draw nothing need none."""
+        return Drawing(self.scope, self.sites) if self.sites else contextlib.nullcontext()

@@ -7,12 +7,13 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from spindle.capture.draws import Sites
 from spindle.graph import TaskGraph
 from spindle.workload import Precision
 
@@ -73,7 +74,8 @@ class AuxCode:
 class Captured:
     """A workload as captured: its task graph and the code of each operator in it.
 
-    `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names.
+    `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names; `draws`
+    tells what each task draws.
     """
 
     graph: TaskGraph
@@ -83,6 +85,7 @@ class Captured:
     weights: Mapping[str, float]
     parameters: Mapping[str, nn.Parameter]
     precision: Precision = "fp32"
+    draws: Mapping[str, Sites] = field(default_factory=dict)
 
 
 def computing_in(precision: Precision, device: torch.device) -> "torch.autocast":

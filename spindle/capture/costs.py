@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import computing_in
+from spindle.capture.draws import shapes_only
+from spindle.capture.randomness import Undrawn
 from spindle.capture.signature import module_signature, structure_signature
 from spindle.workload import Precision
 
@@ -42,7 +44,7 @@ class Cost:
     """What one run of an operator at the full batch takes.
 
     `input_grads` tells for each input whether a gradient comes out for it, `trained` names (inside the module) the
-    parameters that get one.
+    parameters that get one, `undrawn` the operations that draw random numbers from no stream of ours.
     """
 
     outputs: tuple[ValueSpec, ...]
@@ -51,6 +53,7 @@ class Cost:
     activation_bytes: int
     input_grads: tuple[bool, ...]
     trained: frozenset[str]
+    undrawn: frozenset[str] = frozenset()
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -90,7 +93,8 @@ def measure(
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
         saved: dict[int, int] = {}
         counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with counter as forward, _saved_bytes(saved), computing_in(precision, torch.device("cpu")):
+        cpu, undrawn = torch.device("cpu"), Undrawn()
+        with counter as forward, _saved_bytes(saved), computing_in(precision, cpu), shapes_only(), undrawn:
             outputs = torch.func.functional_call(module, state, (rows, *arguments))
         ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as backward:
@@ -105,6 +109,7 @@ def measure(
         activation_bytes=kept if ends else 0,
         input_grads=tuple(argument.grad is not None for argument in arguments),
         trained=frozenset(name for name, _ in module.named_parameters() if state[name].grad is not None),
+        undrawn=frozenset(undrawn.names),
     )
 
 

@@ -12,10 +12,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from spindle.capture import costs
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.dropout import WithoutDropout
+from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
 from spindle.capture.partition import Group, Partition
+from spindle.capture.randomness import undrawn
 from spindle.capture.rows import (
     FAILURES,
     PROBE_SAMPLES,
@@ -222,6 +223,8 @@ class _Builder:
                     f"({node.name}); keep the size fixed, for instance mask values with torch.where instead of indexing"
                 )
         cost = self._cost(kind, code, None)
+        if cost.undrawn:
+            raise undrawn(f"task {self.task.name!r}: {name!r}", cost.undrawn)
         for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
             self.specs[node], self.rows[node] = spec, row
         self.drafts.append(_Draft(name, component, code, kind, splittable))
@@ -354,7 +357,7 @@ class _Builder:
 
             def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> list[Any]:
                 arguments = self._probe_inputs(code, trial, batch, low, high)
-                with torch.no_grad(), WithoutDropout():
+                with torch.no_grad(), drawing_from(Stream(step=trial, task=self.task.name, low=low)):
                     return list(interpreter.run(high - low, *arguments))
 
             values.append(run(0, self.samples))

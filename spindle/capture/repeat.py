@@ -33,6 +33,7 @@ def repeated(captured: Captured, count: int) -> Captured:
         weights={f"{task}#{n}": weight for n in numbers for task, weight in captured.weights.items()},
         parameters=captured.parameters,
         precision=captured.precision,
+        draws=captured.draws,
     )
 
 

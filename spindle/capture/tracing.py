@@ -22,7 +22,9 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block, opaque_blocks
+from spindle.capture.draws import Sites
 from spindle.capture.effects import Effects, find_effects
+from spindle.capture.randomness import Drawing, draws, undrawn
 from spindle.capture.rewrite import SplitReductions
 from spindle.errors import WorkloadError
 from spindle.workload import Batch, Task, Workload
@@ -40,7 +42,8 @@ class TracedTask:
 
     `parameters`, `buffers`, `constants`, `fields` map graph inputs by node name: to the names of parameters and buffers
     (`component.path`), to tensors, to batch fields. `rows` are the nodes whose value is the batch size. `mutations`
-    maps nodes to the buffers that take their value. `submodules` are the graphs of regions kept closed.
+    maps nodes to the buffers that take their value. `draws` tells what the glue (under "") and each call of a block
+    draw. `submodules` are the graphs of regions kept closed.
     """
 
     task: Task
@@ -54,6 +57,7 @@ class TracedTask:
     rows: frozenset[fx.Node]
     mutations: Mapping[fx.Node, str]
     effects: Effects
+    draws: Sites
     submodules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def is_buffer(self, node: fx.Node) -> bool:
@@ -85,9 +89,10 @@ class _TaskModule(nn.Module):
         for component in workload.components.values():
             self.add_module(component.name, component.module)
         self.task = task
+        self.drawing = Drawing("", None, as_operators=True)
 
     def forward(self, batch: Batch) -> Tensor:
-        with SplitReductions(next(iter(batch.values())).shape[0]):
+        with SplitReductions(next(iter(batch.values())).shape[0]), self.drawing:
             loss = self.task.function(batch)
         if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point() or loss.numel() != 1:
             raise WorkloadError(
@@ -121,6 +126,7 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
     graph = program.graph
     _open_no_grad_regions(program.graph_module)
     _check_regions(graph, task)
+    _refuse_other_draws(graph, task)
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "_opname", "") in _CHECKS:
             graph.erase_node(node)
@@ -144,8 +150,24 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
         rows=_row_counts(graph, inputs[InputKind.USER_INPUT]),
         mutations=mutations,
         effects=find_effects(graph),
+        draws={"": tuple(root.drawing.found), **{call.scope: call.sites for call in calls}},
         submodules=dict(program.graph_module.named_children()),
     )
+
+
+def _refuse_other_draws(graph: fx.Graph, task: Task) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
+            raise undrawn(f"task {task.name!r}{_line_of(node)}", [node.target._schema.name.partition("::")[2]])
+
+
+def _line_of(node: fx.Node) -> str:
+    """The line of a file that a node was traced from, if it is known."""
+    lines = [text.strip() for text in node.meta.get("stack_trace", "").splitlines() if text.strip().startswith("File")]
+    if not lines:
+        return ""
+    file, line, *_ = (part.strip() for part in lines[-1].split(","))
+    return f", {line} of {os.path.basename(file.split(chr(34))[1])}"
 
 
 def _refuse_gradient_hooks(workload: Workload, blocks: list[Block]) -> None:

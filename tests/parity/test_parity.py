@@ -36,7 +36,7 @@ def report_of(
     if program is not None:
         prepared = replace(prepared, program=program)
     with launched(prepared, optimizer=parity.default_optimizer, launcher="threads", timeout_s=30.0) as run:
-        losses, reports = run.steps(STEPS, keep_gradients=True, dropout=False)
+        losses, reports = run.steps(STEPS, keep_gradients=True)
         state = run.state()
     tolerance = parity.default_tolerance(prepared.captured.parameters)
     final = {name: value for name, value in state.items() if name in reference.parameters}

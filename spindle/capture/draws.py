@@ -1,0 +1,166 @@
+"""Draws: where a random number stands in training in; the number out, the same whatever the plan.
+
+- A number is a function of (seed, step, batch of the step, task, call site, sample). Not of the rank, nor of how the
+  batch is cut, nor of what was drawn before: so any part of a batch gets its part of what the whole batch would get,
+  and what is computed again gets the same again.
+- A generator is seeded for each chunk of samples, as many as make up `CHUNK` numbers: seeding one for each sample costs
+  more than drawing when samples are small, and one for the whole batch would draw all of it on every rank.
+- `Site` tells which dimension of a draw the samples lie along; it is found while the task is traced.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+CHUNK = {"cpu": 4096}
+GPU_CHUNK = 1 << 20  # a kernel launch takes the time of about a million numbers
+
+Sites = Mapping[str, "tuple[Site, ...]"]
+"""Of one task: what each of its scopes draws, in order. A scope is a call of a block, or "" for the glue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where one call draws: `per_sample` entries of dimension `dim` belong to each sample. -1: the draw is not made of
+    samples, and every part of the batch gets all of it.
+    """
+
+    dim: int
+    per_sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A position in training: which step, batch and task a piece of code runs for, and its first sample.
+
+    `device`: where the code runs. `portable`: draw on the CPU, whose numbers are the same in front of every device.
+    `fake`: shapes alone are wanted.
+    """
+
+    seed: int = 0
+    step: int = 0
+    batch: int = 0
+    task: str = ""
+    low: int = 0
+    device: torch.device = _CPU
+    portable: bool = False
+    fake: bool = False
+
+    def key(self, scope: str, index: int) -> int:
+        """Seed of draw number `index` in `scope`."""
+        text = f"{self.seed}/{self.step}/{self.batch}/{self.task}/{scope}/{index}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+_STREAM: ContextVar[Stream] = ContextVar("spindle_stream", default=Stream())  # noqa: B039 - frozen
+
+
+def current() -> Stream:
+    """The stream that code draws from just now."""
+    return _STREAM.get()
+
+
+@contextmanager
+def drawing_from(stream: Stream) -> Iterator[None]:
+    """While open, code that draws stands at `stream`."""
+    token = _STREAM.set(stream)
+    try:
+        yield
+    finally:
+        _STREAM.reset(token)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """While open, nothing is drawn: for code that runs on fake tensors."""
+    with drawing_from(replace(current(), fake=True)):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one call asks for: `fill` is the in-place method of Tensor that draws, with `numbers` as its arguments."""
+
+    fill: str
+    numbers: tuple[float, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def filled(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+        """Numbers of any shape."""
+        values = torch.empty(tuple(shape), dtype=self.dtype, device=generator.device)
+        numbers = (int(n) for n in self.numbers) if self.fill == "random_" else self.numbers
+        result: Tensor = getattr(values, self.fill)(*numbers, generator=generator)
+        return result
+
+
+def draw(what: Draw, scope: str, index: int, site: Site) -> Tensor:
+    """The numbers of one call for the samples at hand."""
+    stream = current()
+    if stream.fake:
+        return torch.empty(what.shape, dtype=what.dtype, device=what.device)
+    device = _CPU if stream.portable else what.device
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # modes must not see these calls
+        generator, key = torch.Generator(device), stream.key(scope, index)
+        if site.dim < 0:
+            return what.filled(generator.manual_seed(key), what.shape).to(what.device)
+        inner = list(what.shape)
+        rows = inner.pop(site.dim)
+        parts = list(_chunks(what, generator, key, (rows // site.per_sample, site.per_sample, *inner), stream.low))
+        values = torch.cat(parts) if parts else what.filled(generator, (0, site.per_sample, *inner))
+        return values.flatten(0, 1).movedim(0, site.dim).to(what.device)
+
+
+def _chunks(what: Draw, generator: torch.Generator, key: int, shape: tuple[int, ...], first: int) -> Iterator[Tensor]:
+    """Numbers of samples `first` up, samples in the first dimension, a chunk at a time."""
+    samples, *of_sample = shape
+    size = max(1, CHUNK.get(generator.device.type, GPU_CHUNK) // max(1, math.prod(of_sample)))
+    for chunk in range(first // size, -(-(first + samples) // size)):
+        generator.manual_seed((key + chunk * 0x9E3779B97F4A7C15) % (1 << 63))
+        values = what.filled(generator, (size, *of_sample))
+        start = chunk * size
+        yield values[max(0, first - start) : min(size, first + samples - start)]
+
+
+@torch.library.custom_op("spindle::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw_operator(
+    like: Tensor | None,
+    fill: str,
+    numbers: list[float],
+    shape: list[int],
+    dtype: torch.dtype | None,
+    scope: str,
+    index: int,
+    dim: int,
+    per_sample: int,
+) -> Tensor:
+    """A draw in a traced graph. It takes the device, and without `dtype` the type, of `like`."""
+    found = (like.dtype if like is not None else torch.get_default_dtype()) if dtype is None else dtype
+    device = like.device if like is not None else current().device
+    what = Draw(fill, tuple(numbers), tuple(shape), found, device)
+    return draw(what, scope, index, Site(dim, per_sample))
+
+
+@draw_operator.register_fake
+def _(
+    like: Tensor | None,
+    fill: str,
+    numbers: list[float],
+    shape: list[int],
+    dtype: torch.dtype | None,
+    scope: str,
+    index: int,
+    dim: int,
+    per_sample: int,
+) -> Tensor:
+    if like is None:
+        return torch.empty(shape, dtype=dtype)
+    return like.new_empty(shape, dtype=dtype)

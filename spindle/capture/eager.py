@@ -1,0 +1,44 @@
+"""Eager: the user's own task functions, run as they are in one process, drawing what every plan draws."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from spindle.capture.blocks import INSIDE_BLOCK, Block, Forward, Scopes, replaced
+from spindle.capture.codes import Captured
+from spindle.capture.draws import Sites, Stream, drawing_from
+from spindle.capture.randomness import Drawing
+from spindle.capture.tracing import blocks_of
+from spindle.workload import Workload
+
+
+@contextmanager
+def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -> Iterator[None]:
+    """While open, one call of the function of task `stream.task` draws as planned runs at `stream` do."""
+    sites = captured.draws[stream.task]
+    with (
+        replaced(blocks_of(workload), _in_its_scope(sites)),
+        drawing_from(stream),
+        Drawing("", sites[""]),
+    ):
+        yield
+
+
+def _in_its_scope(sites: Sites) -> Callable[[Block, Forward], Forward]:
+    scopes = Scopes()
+
+    def make(block: Block, own: Forward) -> Forward:
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            if INSIDE_BLOCK.get():
+                return own(*args, **kwargs)
+            scope = scopes.next(block.path)
+            token = INSIDE_BLOCK.set(True)
+            try:
+                with Drawing(scope, sites.get(scope, ())):
+                    return own(*args, **kwargs)
+            finally:
+                INSIDE_BLOCK.reset(token)
+
+        return drawn
+
+    return make
