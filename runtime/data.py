@@ -188,23 +188,23 @@ class Feed:
 class _Generators:
     """States of the three generators that loaders draw from: Python's, numpy's, torch's."""
 
-    python: Any
-    numpy: Any
-    torch: torch.Tensor
+    of_python: Any
+    of_numpy: Any
+    of_torch: torch.Tensor
 
     @classmethod
     def now(cls) -> "_Generators":
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
 
     def set(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+        random.setstate(self.of_python)
+        np.random.set_state(self.of_numpy)
+        torch.set_rng_state(self.of_torch)
 
     def dumped(self) -> tuple[Any, Any, torch.Tensor]:
         """As plain values and tensors, which load without unpickling code."""
-        name, keys, *rest = self.numpy
-        return self.python, (name, torch.from_numpy(keys.astype(np.int64)), *rest), self.torch
+        name, keys, *rest = self.of_numpy
+        return self.of_python, (name, torch.from_numpy(keys.astype(np.int64)), *rest), self.of_torch
 
     @classmethod
     def loaded(cls, dumped: Any) -> "_Generators":

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -118,10 +117,14 @@ class ProcessTransport:
 
 
 def _save(tensors: Mapping[str, Tensor], path: str) -> None:
-    writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
+    # takes half a second to import
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+
+    writer = HuggingFaceStorageWriter(path, save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, for threads
-        dcp.save(dict(tensors), storage_writer=writer)
+        save_checkpoint(dict(tensors), storage_writer=writer)
 
 
 def _wait_for(works: Sequence[dist.Work]) -> Wait:
