@@ -141,6 +141,8 @@ def run_reference(
             if schedule is not None:
                 schedule.step()
         final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for feed in feeds.values():
+        feed.close()
     return Reference(losses, gradients, final)
 
 

@@ -6,6 +6,7 @@ It knows nothing of Ray: the same class runs in threads, in spawned processes, u
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
-from spindle.runtime.data import Feed
+from spindle.runtime.checkpoint import Progress
+from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
 from spindle.runtime.passes import restricted
 from spindle.runtime.program import Op, Program
+from spindle.runtime.progress import (
+    group_settings,
+    load_optimizer,
+    load_schedule,
+    optimizer_tensors,
+    schedule_state,
+)
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.trace import Span
@@ -38,6 +47,7 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
+    owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     rounds: int = 1
     precision: Precision = "fp32"
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
@@ -84,6 +94,7 @@ def make_job(
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+        owned=tuple(owners(program, captured)[rank]),
         rounds=workload.accumulate // workload.in_flight,
         precision=captured.precision,
         settings={component.name: component.optimizer for component in workload.components.values()},
@@ -107,9 +118,13 @@ def _stayed_behind(batch: Batch) -> Tensor:
 
 
 def separate(job: Job) -> Job:
-    """A job with codes of its own: ranks of one process must not share parameters."""
+    """A job with codes of its own, and loaders where they have a state: ranks of one process must not share them."""
     codes, aux = copy.deepcopy((job.codes, job.aux))
-    return replace(job, codes=codes, aux=aux)
+    tasks = {
+        name: replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task
+        for name, task in job.tasks.items()
+    }
+    return replace(job, codes=codes, aux=aux, tasks=tasks)
 
 
 class Worker:
@@ -201,9 +216,48 @@ class Worker:
             )
         return self.executors[tasks]
 
-    def state(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the named parameters and buffers, as far as they are on this rank."""
-        return self.store.state(names)
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the parameters and buffers that this rank answers for."""
+        return self.store.state(self.job.owned)
+
+    def save(self, path: str) -> Progress:
+        """Write what this rank answers for into the checkpoint at `path`; what is not a tensor comes back."""
+        tensors = self.state()
+        if self.optimizer is not None:
+            tensors |= optimizer_tensors(self.optimizer, self._stepped(self.job.owned))
+        self.transport.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        return {
+            "feeds": {name: feed.state() for name, feed in self.feeds.items()},
+            "optimizer": self._groups(),
+            "scheduler": schedule_state(self.scheduler, list(self._groups())),
+        }
+
+    def load(self, path: str, step: int, progress: Progress) -> None:
+        """Go on where the checkpoint at `path` ended, after `step` steps; weights are in place already."""
+        self.steps_done = step
+        for name, feed in self.feeds.items():
+            if name in progress["feeds"]:
+                feed.resume(progress["feeds"][name])
+        if self.optimizer is not None:
+            stepped = self._stepped(self.store.trained)
+            load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], Path(path))
+        if self.scheduler is not None:
+            load_schedule(self.scheduler, list(self._groups()), progress["scheduler"])
+
+    def sync(self) -> None:
+        """Nothing; all ranks have come this far once it returns."""
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Settings of the optimizer's groups by component."""
+        if self.optimizer is None:
+            return {}
+        names = {id(parameter): group_of(name, self.job.settings) for name, parameter in self.store.parameters.items()}
+        return group_settings(self.optimizer, names)
+
+    def _stepped(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Parameters among `names` that this rank's optimizer steps."""
+        held = set(names)
+        return {name: self.store.parameters[name] for name in self.store.trained if name in held}
 
     def close(self) -> None:
         """Stop reading, and leave the transport."""
@@ -220,11 +274,15 @@ def parameter_groups(
         return list(parameters.values())
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        component = name.partition(".")[0]
-        own = settings.get(component, {})
-        group = groups.setdefault(component if own else "", {"params": [], **own})
-        group["params"].append(parameter)
+        group = group_of(name, settings)
+        groups.setdefault(group, {"params": [], **settings.get(group, {})})["params"].append(parameter)
     return list(groups.values())
+
+
+def group_of(name: str, settings: Mapping[str, Mapping[str, float]]) -> str:
+    """The group of a parameter: its component where that has settings of its own, else ""."""
+    component = name.partition(".")[0]
+    return component if settings.get(component) else ""
 
 
 def owners(program: Program, captured: Captured) -> dict[int, list[str]]:
