@@ -5,6 +5,7 @@ Only a Python source imports torch, because the user's file does.
 
 import contextlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -112,8 +113,9 @@ def _users_errors(path: str) -> Iterator[None]:
     except SpindleError:
         raise
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
+        whole = os.path.abspath(path)  # as modules know their files
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == whole]
+        if isinstance(error, SyntaxError) and error.filename == whole:
             lines.append(error.lineno)
         where = f", line {lines[-1]}" if lines else ""
         reason = " ".join(str(error).split()) or "no message"

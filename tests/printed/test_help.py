@@ -1,0 +1,51 @@
+"""Help texts and flags are frozen: a new command or option shows as a difference here, to be read in review.
+
+Run with UPDATE_GOLDEN=1 to write them anew.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from spindle.cli import cli
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def help_of(*command: str) -> str:
+    done = CliRunner().invoke(cli, [*command, "--help"], prog_name="spindle", terminal_width=100)
+    assert done.exit_code == 0
+    return done.output
+
+
+@pytest.mark.parametrize("command", ["", *cli.commands])
+def test_help(command: str) -> None:
+    """What a command takes, with an example; no line is wider than 100 columns."""
+    text = help_of(*command.split())
+    path = GOLDEN / f"{' '.join(['spindle', command]).strip().replace(' ', '-')}.help.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_shows_an_example(command: str) -> None:
+    """The help of each command has a line that one can type."""
+    lines = [line.strip() for line in help_of(command).splitlines()]
+    assert [line for line in lines if line.startswith((f"spindle {command} ", "torchrun"))]
+
+
+def test_commands_stand_in_the_order_of_use() -> None:
+    """Not in that of the alphabet."""
+    listed = help_of().partition("Commands:")[2].split("\n")
+    names = [line.split()[0] for line in listed if line.startswith("  ") and not line.startswith("   ")]
+    assert names == list(cli.commands)
+    assert names.index("plan") < names.index("check") < names.index("train")
+
+
+def test_no_golden_is_left_of_a_command_that_is_gone() -> None:
+    names = {path.name.removesuffix(".help.txt") for path in GOLDEN.glob("*.help.txt")}
+    assert names == {"spindle", *(f"spindle-{name}" for name in cli.commands)}
