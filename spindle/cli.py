@@ -129,10 +129,15 @@ def plan(
 def _cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
     """Where the times come from and how far the makespan may be off; what the workload must do to fit."""
     from collections import Counter
+    from dataclasses import replace
 
     from spindle.cost.sources import cost_sources, makespan_error
 
-    sources = cost_sources(source.metagraph, measured)
+    metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
+    if plan.metagraph is not None:
+        times = {metaop.name: metaop.layer_time_s for metaop in plan.metagraph}
+        metagraph = replace(metagraph, metaops=tuple(replace(m, layer_time_s=times[m.name]) for m in metagraph))
+    sources = cost_sources(metagraph, measured)
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())
     error = makespan_error(plan.slices, sources)
     lines = [f"costs      {counts}: makespan +- {error:.0%}"]
