@@ -1,0 +1,191 @@
+"""What each command prints when all is well, or when what it checked is wrong: text, JSON, exit code."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spindle.formats import read
+from spindle.plan import Plan
+from spindle.profile import Profile
+from spindle.trace import Trace
+from tests.printed.conftest import Outcome, Spindle
+from tests.printed.samples import MODEL, SPEC, metagraph_file
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    metagraph_file(tmp_path / "graph.json")
+    (tmp_path / "small.yaml").write_text(SPEC)
+    (tmp_path / "model.py").write_text(MODEL)
+    return tmp_path
+
+
+def one_object(done: Outcome) -> dict[str, Any]:
+    """The one JSON object on stdout; numbers that JSON does not have are refused."""
+
+    def refuse(name: str) -> object:
+        raise AssertionError(f"{name} is not JSON")
+
+    found: dict[str, Any] = json.loads(done.out, parse_constant=refuse)
+    assert isinstance(found, dict)
+    return found
+
+
+# -- plan, check, show ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_as_text(folder: Path, spindle_command: Spindle) -> None:
+    """Chart, legend, summary, costs and slices of two MetaOps on two devices, in full."""
+    done = spindle_command("plan", "graph.json", "--cluster", "1x2", "--method", "paper", "--table", "-o", "plan.json")
+    text = re.sub(r"planned in \d+\.\d+ s", "planned in 0.00 s", done.out)
+    path = GOLDEN / "small.plan.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_plan_as_json(folder: Path, spindle_command: Spindle) -> None:
+    """The object is the plan itself: what is printed is what is written."""
+    done = spindle_command("plan", "graph.json", "--cluster", "1x2", "--json", "-o", "plan.json")
+    found = one_object(done)
+    assert (done.code, found["format"], found["version"]) == (0, "spindle.plan", 1)
+    assert found == json.loads((folder / "plan.json").read_text())
+    assert read(folder / "plan.json", Plan).num_devices == 2
+
+
+def test_a_sound_plan_passes(folder: Path, spindle_command: Spindle) -> None:
+    spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
+    done = spindle_command("check", "plan.json")
+    assert done.code == 0
+    assert done.out == "plan.json: keeps all rules and costs; makespan 0.500000 s, 2 slices\n"
+    assert one_object(spindle_command("check", "plan.json", "--json")) == {"ok": True, "findings": []}
+
+
+def test_a_plan_is_checked_against_another_metagraph(folder: Path, spindle_command: Spindle) -> None:
+    """A plan that keeps its own rules breaks those of a MetaGraph with slower layers."""
+    spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
+    metagraph_file(folder / "slow.json", lambda data: data["metaops"][1].update(layer_time_s={"1": 0.9}))
+    done = spindle_command("check", "plan.json", "--metagraph", "slow.json")
+    assert done.code == 1
+    assert "t.loss" in done.out
+    found = one_object(spindle_command("check", "plan.json", "--metagraph", "slow.json", "--json"))
+    assert found["ok"] is False
+    assert any("t.loss" in finding for finding in found["findings"])
+
+
+def test_the_picture_of_a_broken_plan_points_at_the_slice(folder: Path, spindle_command: Spindle) -> None:
+    spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
+    broken = json.loads((folder / "plan.json").read_text())
+    broken["waves"][1]["slices"][0]["start_s"] = 0.05  # the loss starts while the tower runs
+    (folder / "plan.json").write_text(json.dumps(broken))
+    done = spindle_command("check", "plan.json")
+    assert done.code == 1
+    assert any("t.loss" in line and "<-- here" in line for line in done.out.splitlines())
+
+
+def test_a_model_that_cannot_fit_is_infeasible_on_one_device_only(folder: Path, spindle_command: Spindle) -> None:
+    """Exit 3, and 0 on the cluster that the message asks for."""
+    metagraph_file(folder / "big.json", lambda data: data["metaops"][0].update(memory_bytes={"1": 1e12, "2": 1e10}))
+    assert spindle_command("plan", "big.json", "--cluster", "1x1").code == 3
+    assert spindle_command("plan", "big.json", "--cluster", "1x2").code == 0
+
+
+def test_infeasible_leaves_stdout_empty(folder: Path, spindle_command: Spindle) -> None:
+    """A program that reads JSON gets an exit code, and nothing to misread; no file is written."""
+    metagraph_file(folder / "big.json", lambda data: data["metaops"][0].update(memory_bytes={"1": 1e15, "2": 1e15}))
+    done = spindle_command("plan", "big.json", "--cluster", "1x2", "--json", "-o", "plan.json")
+    assert (done.code, done.out) == (3, "")
+    assert not (folder / "plan.json").exists()
+
+
+def test_show_writes_what_it_is_asked_for(folder: Path, spindle_command: Spindle) -> None:
+    spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
+    shown = spindle_command("show", "plan.json")
+    assert shown.code == 0
+    assert shown.out.startswith("          0")
+    done = spindle_command("show", "plan.json", "--html", "p.html", "--svg", "p.svg", "--chrome", "p.json")
+    assert done.out == "written to p.html, p.svg, p.json\n"
+    assert "<html" in (folder / "p.html").read_text()
+    assert (folder / "p.svg").read_text().startswith("<svg")
+    assert json.loads((folder / "p.json").read_text())["traceEvents"]
+
+
+def test_a_spec_is_planned(folder: Path, spindle_command: Spindle) -> None:
+    """Its costs are predicted, and the text says so."""
+    done = spindle_command("plan", "small.yaml", "--cluster", "1x2:a100-80g")
+    assert done.code == 0
+    assert "costs " in done.out
+    assert "makespan +- " in done.out
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_profile_then_plan(folder: Path, spindle_command: Spindle) -> None:
+    """Times measured here are what the plan is then made of."""
+    found = one_object(spindle_command("profile", "model.py", "-o", "profile.json", "--devices", "2", "--json"))
+    profile = read(folder / "profile.json", Profile)
+    assert found == {
+        "output": "profile.json",
+        "kinds": len(profile.by_kind),
+        "entries": len(profile.entries),
+        "device": "cpu",
+    }
+    done = spindle_command("plan", "model.py", "--cluster", "1x2:cpu", "--profile", "profile.json")
+    assert done.code == 0
+    assert "measured" in done.out
+
+
+def test_verify_agrees(folder: Path, spindle_command: Spindle) -> None:
+    done = spindle_command("verify", "model.py", "--launcher", "threads", "--steps", "1", "--json")
+    found = one_object(done)
+    assert (done.code, done.err, found["ok"]) == (0, "", True)
+    assert set(found) >= {"ok", "max_abs_error", "max_rel_error", "losses", "reference_losses", "rows"}
+    assert {row["quantity"] for row in found["rows"]} == {"loss", "gradient", "value"}
+
+
+def test_verify_finds_a_difference(folder: Path, spindle_command: Spindle) -> None:
+    """A task that counts its calls does not repeat itself; exit 1, with the worst rows."""
+    done = spindle_command("verify", "model.py:drifting", "--launcher", "threads")
+    assert done.code == 1
+    assert done.out.startswith("parity: DIFFERS from one process")
+    assert one_object(spindle_command("verify", "model.py:drifting", "--launcher", "threads", "--json"))["ok"] is False
+
+
+def test_train(folder: Path, spindle_command: Spindle) -> None:
+    """One JSON object with a loss for each step and task; the trace bears the program's names."""
+    options = ("--steps", "3", "--launcher", "threads", "--trace", "trace.json", "--lr", "0.1")
+    done = spindle_command("train", "model.py:factory", *options, "--json")
+    found = one_object(done)
+    assert (done.code, found["steps"]) == (0, 3)
+    losses = [step["t"] for step in found["losses"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1]
+    trace = read(folder / "trace.json", Trace)
+    assert {"LOAD t", "FORWARD s0", "STEP"} <= {span.name for span in trace}
+
+
+def test_train_as_text(folder: Path, spindle_command: Spindle) -> None:
+    done = spindle_command("train", "model.py", "--steps", "2", "--launcher", "threads")
+    assert done.code == 0
+    steps, first, last = done.out.splitlines()
+    assert steps.startswith("2 steps in ")
+    assert first.startswith("first t ")
+    assert last.startswith("last  t ")
+
+
+def test_the_file_may_bring_its_optimizer(folder: Path, spindle_command: Spindle) -> None:
+    """A function `optimizer` in the file is used in place of AdamW: here it leaves the weights alone."""
+    (folder / "still.py").write_text(
+        f"{MODEL}\n\ndef optimizer(parameters):\n    return torch.optim.SGD(parameters, lr=0.0)\n"
+    )
+    done = spindle_command("train", "still.py", "--steps", "3", "--launcher", "threads", "--lr", "9", "--json")
+    assert len({step["t"] for step in one_object(done)["losses"]}) == 1
