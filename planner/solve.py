@@ -2,16 +2,19 @@
 
 - Every plan carries the makespans of the usual ways in the same cost model, the lower bound with its certificate, and
   the memory of each device.
-- `auto` returns the best of all methods; it is never slower than a usual way, in makespan and in the whole step.
+- `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods, which is never slower than a
+  usual way, in makespan and in the whole step.
+- Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the usual ways.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal, get_args
 
 from spindle.cluster import Cluster
-from spindle.errors import InfeasibleError, PlanError
+from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
@@ -19,11 +22,15 @@ from spindle.planner.bound import Bound, lower_bound
 from spindle.planner.memory import peak_bytes
 from spindle.planner.place import place
 from spindle.planner.problem import Problem, make_problem
+from spindle.planner.search.run import search
+from spindle.planner.search.work import Work
 from spindle.planner.simulate import forward_backward_s
 from spindle.planner.traffic import reduction_s
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)
+SMALL_CLUSTER = 64
+SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +56,58 @@ def solve(
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
 
-    `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. Raises PlanError
-    for a method that does not exist, InfeasibleError when no plan exists. The same input gives the same plan, apart
-    from `planner_s`.
+    `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
+    is for the search: 2 s by default, 10 s beyond 64 devices. Raises PlanError for a method that does not exist,
+    InfeasibleError when no plan exists. The same input gives the same plan, apart from `planner_s`.
     """
     started_s = clock()
     if method not in METHODS:
         raise PlanError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    if time_limit_s is not None and not 0 <= time_limit_s < float("inf"):
+        raise PlanError(f"the time limit is {time_limit_s!r}; give seconds, zero or more")
     problem = make_problem(metagraph, cluster)
-    baselines = _baselines(problem, aligned=aligned)
+    baselines, reason = _baselines(problem, aligned=aligned)
+    bound = lower_bound(problem)
     if method in WAVES_BY_BASELINE:
         chosen = _only(problem, baselines, method)
     else:
-        chosen = best(baselines.values(), baselines.values())
-    return assemble(problem, chosen, baselines, lower_bound(problem), planner_s=clock() - started_s)
+        found: list[Candidate] = []
+        if not aligned:
+            limit_s = default_limit_s(cluster) if time_limit_s is None else time_limit_s
+            found = _searched(problem, bound, limit_s, baselines, seed=seed, clock=clock)
+        if not found or method == "auto":
+            found += baselines.values()
+        if not found:
+            raise reason or AssertionError("a problem without reason has no plan")
+        chosen = best(found, baselines.values() if method == "auto" else ())
+    return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
+
+
+def default_limit_s(cluster: Cluster) -> float:
+    """Seconds that the search may take unless the user says otherwise."""
+    return SMALL_LIMIT_S if cluster.num_devices <= SMALL_CLUSTER else LARGE_LIMIT_S
+
+
+def _searched(
+    problem: Problem,
+    bound: Bound,
+    limit_s: float,
+    baselines: Mapping[str, Candidate],
+    *,
+    seed: int,
+    clock: Callable[[], float],
+) -> list[Candidate]:
+    """What the search finds, the usual ways without their barriers among it."""
+    work = Work(limit_s, clock)
+    schedules = search(problem, bound.bound_s, work, seed=seed, starts=[c.slices for c in baselines.values()])
+    if work.braked:
+        warnings.warn(
+            f"the search was stopped by the clock after {work.spent / work.total:.0%} of its work, on a machine too "
+            "busy or slow for the limit; another run may give another plan. Give a larger --time-limit",
+            SpindleWarning,
+            stacklevel=2,
+        )
+    return [evaluate(problem, "lp", slices) for slices in schedules]
 
 
 def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...]) -> Candidate:
@@ -119,8 +164,8 @@ def _draft(problem: Problem, method: str, slices: tuple[Slice, ...], makespan_s:
     )
 
 
-def _baselines(problem: Problem, *, aligned: bool) -> dict[str, Candidate]:
-    """The usual ways that fit in memory; raises InfeasibleError when none does."""
+def _baselines(problem: Problem, *, aligned: bool) -> tuple[dict[str, Candidate], InfeasibleError | None]:
+    """The usual ways that fit in memory, and why the last of the others does not."""
     found: dict[str, Candidate] = {}
     reason: InfeasibleError | None = None
     for name, make in WAVES_BY_BASELINE.items():
@@ -130,15 +175,14 @@ def _baselines(problem: Problem, *, aligned: bool) -> dict[str, Candidate]:
             reason = error
         else:
             found[name] = evaluate(problem, name, slices)
-    if not found and reason:
-        raise reason
-    return found
+    return found, reason
 
 
 def _only(problem: Problem, baselines: Mapping[str, Candidate], method: str) -> Candidate:
     if method not in baselines:
+        found = f"found {', '.join(baselines)} to fit" if baselines else "also searches"
         raise InfeasibleError(
             f"method {method!r} needs more memory than {problem.cluster.device.name!r} has; use method 'auto', which "
-            f"found {', '.join(baselines)} to fit"
+            f"{found}"
         )
     return baselines[method]

@@ -5,15 +5,16 @@
 - Each of the smaller set's devices sends or takes its share at the same time: latency + bytes / (min(n, n') * rate), at
   the rate inside a node when both sets stand in one, else at the rate between nodes (alpha-beta: Hockney 1994).
   Nothing moves when the sets are equal. Rows that stay on their device are charged all the same: an upper estimate.
-- Gradients are reduced after backward (paper, section 3.6): layers held by the same devices together. A reduction over
-  k devices in each of m nodes is a ring inside nodes and one between them on 1/k of the bytes.
+- Gradients are reduced after backward (paper, section 3.6): layers held by the same devices together, each group as one
+  all-reduce (`spindle.cost.links`).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from math import ceil, log2
+from functools import lru_cache
 
 from spindle.cluster import Cluster
+from spindle.cost.links import collective_s
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 
@@ -30,23 +31,16 @@ def transfer_s(cluster: Cluster, num_bytes: float, source: Devices, target: Devi
 
 
 def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
-    """Seconds of one all-reduce of `num_bytes` over `devices`."""
+    """Seconds of one all-reduce of `num_bytes` over `devices`, with the fastest protocol of the links."""
     if not num_bytes or len(devices) < 2:
         return 0.0
-    per_node: dict[int, int] = defaultdict(int)
-    for device in devices:
-        per_node[cluster.node_of(device)] += 1
-    inside, across = min(per_node.values()), len(per_node)
-    widest = max(per_node.values())
-    seconds = 0.0
-    if widest > 1:
-        link = cluster.intra_node
-        seconds += 2 * (widest - 1) / widest * num_bytes / link.bytes_per_s + 2 * ceil(log2(widest)) * link.latency_s
-    if across > 1:
-        link = cluster.inter_node
-        share = num_bytes / inside
-        seconds += 2 * (across - 1) / across * share / link.bytes_per_s + 2 * ceil(log2(across)) * link.latency_s
-    return seconds
+    return collective_s("all_reduce", num_bytes, cluster, _members(cluster.devices_per_node, devices))
+
+
+@lru_cache(maxsize=65536)
+def _members(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
+    """How many of `devices` each node has."""
+    return tuple(Counter(device // devices_per_node for device in devices).values())
 
 
 def reduction_groups(metagraph: MetaGraph, slices: Iterable[Slice]) -> dict[Devices, float]:

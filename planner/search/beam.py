@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from spindle.planner.search.floor import Floor
 from spindle.planner.search.fluid import Targets, WaveLp, residual_waves
 from spindle.planner.search.model import Model
-from spindle.planner.search.track import Run, State, Style, Tracker, draw_style, runs_of, start_state
+from spindle.planner.search.track import Run, State, Stuck, Style, Tracker, draw_style, runs_of, start_state
 from spindle.planner.search.work import Work
 
 ROLLOUTS = 2
@@ -84,7 +84,10 @@ class Beam:
     ) -> tuple[float, State, Targets] | None:
         """Run a copy of `state`; its value and targets, or None when it ended, was met before, or cannot win."""
         base_s, state = state.t, state.copy()
-        self.tracker.advance(state, targets, base_s, style, rng, until_s)
+        try:
+            self.tracker.advance(state, targets, base_s, style, rng, until_s)
+        except Stuck:
+            return None
         if state.is_done:
             self._finished(state)
             return None
@@ -123,7 +126,10 @@ class Beam:
     def _roll_out(self, state: State, targets: Targets, style: Style, rng: random.Random) -> float:
         """Run a copy of `state` to its end; the makespan."""
         base_s, state = state.t, state.copy()
-        self.tracker.advance(state, targets, base_s, style, rng, float("inf"))
+        try:
+            self.tracker.advance(state, targets, base_s, style, rng, float("inf"))
+        except Stuck:
+            return float("inf")
         return self._finished(state)
 
     def _finished(self, state: State) -> float:

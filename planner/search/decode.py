@@ -6,41 +6,79 @@ release, so that devices stay idle for what comes soon. O(slices * (ready + log 
 """
 
 from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Protocol
 
 from spindle.planner.search.model import Model
 from spindle.planner.search.track import Run
 
 SLICE_UNITS = 0.75
 
-Part = tuple[int, int, float, float]
-"""(index of count, layers, rank, release) of one slice; release 0: not held."""
+Part = tuple[int, int, float, float, int]
+"""(index of count, layers, rank, release, hint) of one slice; release 0: not held; hint: devices to prefer, as bits."""
 Draft = list[list[Part]]
 """The slices of each MetaOp, first layer first."""
 
 
+Decoded = tuple[float, float, list[list[float]], list[list[int]]]
+"""(makespan, device-seconds beyond the bound, starts by MetaOp, devices by MetaOp where there is a floor)."""
+
 HOLDING_PASSES = 12
 
 
-def draft_of(model: Model, runs: list[Run]) -> Draft:
+class Decoder(Protocol):
+    """Makes schedules of drafts of one model."""
+
+    model: Model
+
+    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
+        """The schedule; None as soon as it must end after `limit_s`, or when memory is full."""
+
+    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
+        """Seconds of gradient reduction after the schedule."""
+
+
+def draft_of(decoder: Decoder, runs: Sequence[Run]) -> Draft:
     """The draft of a schedule: ranks are the starts, and what would start earlier, to the harm of others, is held."""
-    draft: Draft = [[] for _ in range(len(model))]
-    for m, c, layers, start, _, _ in runs:
-        draft[m].append((c, layers, start, 0.0))
+    draft: Draft = [[] for _ in range(len(decoder.model))]
+    for m, c, layers, start, _, devices in runs:
+        draft[m].append((c, layers, start, 0.0, devices))
     makespan_s = max(end for _, _, _, _, end, _ in runs)
     for _ in range(HOLDING_PASSES):
-        decoded = decode(model, draft, float("inf"))
+        decoded = decoder.decode(draft, float("inf"))
         if decoded is None or decoded[0] <= makespan_s * (1 + 1e-9):
             return draft
         draft = [
-            [(c, n, rank, rank if start < rank * (1 - 1e-9) else held) for (c, n, rank, held), start in zip(parts, of, strict=True)]
+            [_held(part, start) for part, start in zip(parts, of, strict=True)]
             for parts, of in zip(draft, decoded[2], strict=True)
         ]
     return draft
 
 
-def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, list[list[float]]] | None:
-    """(makespan, device-seconds beyond the bound, starts by MetaOp); None as soon as it must end after `limit_s`."""
+def _held(part: Part, start: float) -> Part:
+    c, layers, rank, release, hint = part
+    return (c, layers, rank, rank if start < rank * (1 - 1e-9) else release, hint)
+
+
+@dataclass(frozen=True)
+class FlatDecoder:
+    """Counts devices only: which ones a slice takes does not matter, since nothing is transferred."""
+
+    model: Model
+
+    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
+        """See Decoder."""
+        return decode(self.model, draft, limit_s)
+
+    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
+        """Nothing is reduced."""
+        return 0.0
+
+
+def decode(model: Model, draft: Draft, limit_s: float) -> Decoded | None:
+    """See Decoder."""
     counts, times, after, tails = model.counts, model.times, model.after, model.tail_s
     bound_s = model.bound_s
     free = model.num_devices
@@ -51,7 +89,7 @@ def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, li
     running: list[tuple[float, int, int]] = []
     for m, parts in enumerate(draft):
         if not missing[m]:
-            c, layers, rank, release = parts[0]
+            c, layers, rank, release, _ = parts[0]
             if release > 0:
                 heappush(running, (release, ~m, 0))
             else:
@@ -80,13 +118,13 @@ def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, li
                     kept.append(entry)
             ready = kept
         if not running:
-            return now, beyond, starts
+            return now, beyond, starts, []
         now, m, n = heappop(running)
         while True:
             free += n
             if m < 0:
                 m = ~m
-                c, layers, rank, _ = draft[m][at[m]]
+                c, layers, rank, _, _ = draft[m][at[m]]
                 insort(ready, (rank, m, counts[m][c], layers * times[m][c]))
             else:
                 at[m] += 1
@@ -95,7 +133,7 @@ def decode(model: Model, draft: Draft, limit_s: float) -> tuple[float, float, li
                         missing[s] -= 1
                         if missing[s]:
                             continue
-                    c, layers, rank, release = draft[s][at[s]]
+                    c, layers, rank, release, _ = draft[s][at[s]]
                     if release > now:
                         heappush(running, (release, ~s, 0))
                     else:

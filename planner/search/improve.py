@@ -10,8 +10,8 @@ a better one.
 import random
 from dataclasses import dataclass
 
-from spindle.planner.search.decode import SLICE_UNITS, Draft, Part, decode
-from spindle.planner.search.model import Model
+from spindle.planner.search.decode import SLICE_UNITS, Decoded, Decoder, Draft, Part
+from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
 HISTORY = 60
@@ -24,22 +24,25 @@ CLOSE_ENOUGH = 0.0005
 class Result:
     """A draft and what its schedule takes."""
 
-    makespan_s: float
+    total_s: float  # makespan and reduction
     draft: Draft
 
 
 class Climber:
     """Late acceptance from one draft; `run` may be called again and goes on."""
 
-    def __init__(self, model: Model, draft: Draft, work: Work, seed: int) -> None:
-        self.model, self.work = model, work
+    def __init__(self, decoder: Decoder, draft: Draft, work: Work, seed: int) -> None:
+        model = self.model = decoder.model
+        self.decoder, self.work = decoder, work
         self.rng = random.Random(seed)
-        decoded = decode(model, draft, float("inf"))
-        assert decoded is not None
-        self.draft, self.starts = _with_ranks(draft, decoded[2]), decoded[2]
-        self.value = self._value(decoded[0], decoded[1])
+        decoded = decoder.decode(draft, float("inf"))
+        if decoded is None:
+            raise Stuck
+        reduction_s = decoder.reduction_s(draft, decoded[3])
+        self.draft, self.starts, self.devices = _with_ranks(draft, decoded[2]), decoded[2], decoded[3]
+        self.value = self._value(decoded[0] + reduction_s, decoded[1])
         self.history = [self.value] * HISTORY
-        self.best = Result(decoded[0], self.draft)
+        self.best = Result(decoded[0] + reduction_s, self.draft)
         self.best_value = self.value
         self.moves = self.failures = 0
         self.patience = 4000 + 40 * len(model)
@@ -58,7 +61,7 @@ class Climber:
                 self._step()
             work.spend(64 * (MOVE_UNITS + SLICE_UNITS * slices))
             slices = sum(map(len, self.draft))
-            if self.best.makespan_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
+            if self.best.total_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
                 return
 
     def _step(self) -> None:
@@ -70,34 +73,39 @@ class Climber:
             old = [(m, self.draft[m]) for m, _ in changed]
             for m, parts in changed:
                 self.draft[m] = parts
-            decoded = decode(self.model, self.draft, limit)
+            decoded = self.decoder.decode(self.draft, limit)
             value = self._value(decoded[0], decoded[1]) if decoded else float("inf")
+            reduction_s = 0.0
             if decoded and value <= limit:
-                self._accept(decoded[0], value, decoded[2])
+                reduction_s = self.decoder.reduction_s(self.draft, decoded[3])
+            if decoded and value + reduction_s <= limit:
+                self._accept(decoded, value + reduction_s, reduction_s)
             else:
                 for m, parts in old:
                     self.draft[m] = parts
-        self.history[slot] = min(self.history[slot], self.value) if self.value < self.history[slot] else self.history[slot]
+        self.history[slot] = min(self.history[slot], self.value)
         self.failures += 1
         if self.failures > self.patience:
             self._restart()
 
-    def _accept(self, makespan_s: float, value: float, starts: list[list[float]]) -> None:
-        self.value, self.starts = value, starts
-        self.draft = _with_ranks(self.draft, starts)
+    def _accept(self, decoded: Decoded, value: float, reduction_s: float) -> None:
+        makespan_s = decoded[0] + reduction_s
+        self.value, self.starts, self.devices = value, decoded[2], decoded[3]
+        self.draft = _with_ranks(self.draft, decoded[2])
         if value < self.best_value * (1 - 1e-9):
             self.failures = 0
             self.best_value = value
-        if makespan_s < self.best.makespan_s * (1 - 1e-12):
+        if makespan_s < self.best.total_s * (1 - 1e-12):
             self.best = Result(makespan_s, self.draft)
 
     def _restart(self) -> None:
         """Back to the best draft."""
         self.failures = 0
-        decoded = decode(self.model, self.best.draft, float("inf"))
-        assert decoded is not None
-        self.draft, self.starts = list(self.best.draft), decoded[2]
-        self.value = self._value(decoded[0], decoded[1])
+        decoded = self.decoder.decode(self.best.draft, float("inf"))
+        if decoded is None:
+            raise AssertionError("the best draft does not decode any more")
+        self.draft, self.starts, self.devices = list(self.best.draft), decoded[2], decoded[3]
+        self.value = self._value(decoded[0] + self.decoder.reduction_s(self.draft, self.devices), decoded[1])
         self.history = [self.value] * HISTORY
 
     # ------------------------------------------------------------------------------------------------------ moves
@@ -106,6 +114,8 @@ class Climber:
         """Changed MetaOps with their new parts; None when the draw gave nothing."""
         rng = self.rng
         m = self._pick()
+        if self.devices and rng.random() < 0.15:
+            return self._send(m)
         dice = rng.random()
         if dice < 0.35:
             return self._trade(m)
@@ -119,10 +129,10 @@ class Climber:
             return self._cut(m, i)
         if dice < 0.86:
             return self._join(m, i)
-        c, layers, rank, _ = parts[i]
+        c, layers, rank, _, hint = parts[i]
         moved = rank + (rng.random() - 0.5) * 0.3 * self.model.bound_s
         held = max(moved, 0.0) if rng.random() < 0.2 else 0.0
-        return [(m, [*parts[:i], (c, layers, moved, held), *parts[i + 1 :]])]
+        return [(m, [*parts[:i], (c, layers, moved, held, hint), *parts[i + 1 :]])]
 
     def _pick(self) -> int:
         movable = self.movable
@@ -133,11 +143,26 @@ class Climber:
         c += 1 if self.rng.random() < 0.5 else -1
         return c if c < len(self.model.counts[m]) else -1
 
+    def _send(self, m: int) -> list[tuple[int, list[Part]]] | None:
+        """A slice prefers the devices of another slice of its count, or none."""
+        rng, parts = self.rng, self.draft[m]
+        i = int(rng.random() * len(parts))
+        c, layers, rank, held, hint = parts[i]
+        if hint and rng.random() < 0.3:
+            return [(m, [*parts[:i], (c, layers, rank, held, 0), *parts[i + 1 :]])]
+        count = self.model.counts[m][c]
+        for _ in range(8):
+            other = self.devices[int(rng.random() * len(self.devices))]
+            wanted = other[int(rng.random() * len(other))]
+            if wanted.bit_count() == count and wanted != self.devices[m][i]:
+                return [(m, [*parts[:i], (c, layers, rank, held, wanted), *parts[i + 1 :]])]
+        return None
+
     def _notch(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
-        c, layers, rank, held = parts[i]
+        c, layers, rank, held, _ = parts[i]
         c = self._stepped(m, c)
-        return None if c < 0 else [(m, [*parts[:i], (c, layers, rank, held), *parts[i + 1 :]])]
+        return None if c < 0 else [(m, [*parts[:i], (c, layers, rank, held, 0), *parts[i + 1 :]])]
 
     def _shift_layers(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
@@ -146,17 +171,17 @@ class Climber:
         j = i + 1 if i + 1 < len(parts) and (i == 0 or self.rng.random() < 0.5) else i - 1
         moved = min(parts[i][1], 1 + int(self.rng.random() * 3))
         changed = parts[:]
-        c, layers, rank, held = parts[j]
-        changed[j] = (c, layers + moved, rank, held)
-        c, layers, rank, held = parts[i]
-        changed[i] = (c, layers - moved, rank, held)
+        c, layers, rank, held, hint = parts[j]
+        changed[j] = (c, layers + moved, rank, held, hint)
+        c, layers, rank, held, hint = parts[i]
+        changed[i] = (c, layers - moved, rank, held, hint)
         if layers == moved:
             del changed[i]
         return [(m, changed)]
 
     def _cut(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
         parts = self.draft[m]
-        c, layers, rank, held = parts[i]
+        c, layers, rank, held, hint = parts[i]
         if layers < 2:
             return None
         first = 1 + int(self.rng.random() * (layers - 1))
@@ -165,9 +190,9 @@ class Climber:
             return None
         middle = rank + first * self.model.times[m][c]
         if self.rng.random() < 0.5:
-            pair = [(c, first, rank, held), (other, layers - first, middle, 0.0)]
+            pair = [(c, first, rank, held, hint), (other, layers - first, middle, 0.0, 0)]
         else:
-            pair = [(other, first, rank, held), (c, layers - first, middle, 0.0)]
+            pair = [(other, first, rank, held, 0), (c, layers - first, middle, 0.0, hint)]
         return [(m, [*parts[:i], *pair, *parts[i + 1 :]])]
 
     def _join(self, m: int, i: int) -> list[tuple[int, list[Part]]] | None:
@@ -175,15 +200,15 @@ class Climber:
         if len(parts) < 2:
             return None
         i = min(i, len(parts) - 2)
-        c = parts[i + (self.rng.random() < 0.5)][0]
-        joined = (c, parts[i][1] + parts[i + 1][1], parts[i][2], parts[i][3])
+        c, _, _, _, hint = parts[i + (self.rng.random() < 0.5)]
+        joined = (c, parts[i][1] + parts[i + 1][1], parts[i][2], parts[i][3], hint)
         return [(m, [*parts[:i], joined, *parts[i + 2 :]])]
 
     def _trade(self, m: int) -> list[tuple[int, list[Part]]] | None:
         """A slice takes a step up or down and one that overlaps it the opposite step."""
         rng, draft, starts = self.rng, self.draft, self.starts
         i = int(rng.random() * len(draft[m]))
-        c, layers, rank, held = draft[m][i]
+        c, layers, rank, held, _ = draft[m][i]
         up = 1 if rng.random() < 0.5 else -1
         if not 0 <= c + up < len(self.model.counts[m]):
             return None
@@ -194,13 +219,13 @@ class Climber:
             if other == m:
                 continue
             j = int(rng.random() * len(draft[other]))
-            oc, olayers, orank, oheld = draft[other][j]
+            oc, olayers, orank, oheld, _ = draft[other][j]
             ostart = starts[other][j]
             if ostart < end and start < ostart + olayers * self.model.times[other][oc]:
                 if not 0 <= oc - up < len(self.model.counts[other]):
                     continue
-                mine = [*draft[m][:i], (c + up, layers, rank, held), *draft[m][i + 1 :]]
-                theirs = [*draft[other][:j], (oc - up, olayers, orank, oheld), *draft[other][j + 1 :]]
+                mine = [*draft[m][:i], (c + up, layers, rank, held, 0), *draft[m][i + 1 :]]
+                theirs = [*draft[other][:j], (oc - up, olayers, orank, oheld, 0), *draft[other][j + 1 :]]
                 return [(m, mine), (other, theirs)]
         return None
 
@@ -208,6 +233,6 @@ class Climber:
 def _with_ranks(draft: Draft, starts: list[list[float]]) -> Draft:
     """The draft with its starts as ranks; a hold that did not bind is let go."""
     return [
-        [(c, n, start, held if held == start else 0.0) for (c, n, _, held), start in zip(parts, of, strict=True)]
+        [(c, n, start, held if held == start else 0.0, h) for (c, n, _, held, h), start in zip(parts, of, strict=True)]
         for parts, of in zip(draft, starts, strict=True)
     ]

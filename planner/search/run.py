@@ -1,27 +1,34 @@
-"""Run: a Problem and a time limit in, the best schedules found out.
+"""Run: a Problem and a budget of work in, the best schedules found out.
 
 1. Beams on the model and on the reversed one, wider and wider, by different orders of waves; the direction that did
    better so far gets two runs of three.
 2. Late acceptance from the best schedules of both directions: each gets a little work, the better half goes on, until
-   one is left with the rest of the budget.
+   one is left with the rest of the budget. Without traffic a reversed schedule is improved in reversed time; with it,
+   it is first read forward, since transfers are charged to who receives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spindle.plan import Slice
+from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
-from spindle.planner.search.decode import draft_of
-from spindle.planner.search.floor import Floor
+from spindle.planner.search.decode import Decoder, FlatDecoder, draft_of
+from spindle.planner.search.finish import finish, forward_runs, runs_of_draft
+from spindle.planner.search.floor import Floor, make_floor
 from spindle.planner.search.fluid import COLUMN_UNITS, LP_UNITS
 from spindle.planner.search.improve import Climber
-from spindle.planner.search.model import Model
+from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule, by_search
-from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS
+from spindle.planner.search.placed import PlacedDecoder
+from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS, Run, Stuck
 from spindle.planner.search.work import Work
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
-BEAM_SHARE = 0.55
-STARTS = 6
-SMALL = 90
+SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
+BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
+STARTS, STARTS_LARGE = 6, 2
+FLOOR_FACTOR = 4.0  # a simulation with devices takes so many times the work of one with counts
 CLOSE_ENOUGH = 0.0005
 
 
@@ -38,46 +45,77 @@ class _Side:
         return self.beam.best[0].makespan_s if self.beam.best else float("inf")
 
 
-def search(model: Model, floor: Floor | None, work: Work, *, seed: int = 0) -> list[tuple[Model, Climber]]:
-    """Climbers, best first."""
-    sides = [_Side(m, Beam(m, floor, work)) for m in (model, model.reversed)]
+def search(
+    problem: Problem, bound_s: float, work: Work, *, seed: int = 0, starts: Sequence[tuple[Slice, ...]] = ()
+) -> list[tuple[Slice, ...]]:
+    """Schedules, the most promising first; `starts` are schedules to begin from, besides the beams'.
+
+    Empty when memory lets no search finish.
+    """
+    model = make_model(problem, bound_s)
+    floor: Floor | None = make_floor(problem)
+    floor = floor if floor and floor.matters else None
+    sides = [_Side(model, Beam(model, floor, work)), _Side(model.reversed, Beam(model.reversed, floor and floor.reversed, work))]
     _beams(sides, work, seed)
-    starts = sorted((f for side in sides for f in side.beam.best), key=lambda f: f.makespan_s)
-    climbers = _climb(starts, work, seed)
-    return [(c.model, c) for c in climbers]
+    given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
+    found = given + [f for side in sides for f in side.beam.best]
+    found.sort(key=lambda f: f.makespan_s)
+    climbers = _climb(model, floor, found, work, seed)
+    finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
+    others = [f for f in found if f not in given][:STARTS] + given
+    return finished + [finish(problem, f.model, f.runs) for f in others]
+
+
+def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:
+    runs = []
+    for s in slices:
+        m = problem.index[s.metaop]
+        c = model.counts[m].index(len(s.devices))
+        runs.append((m, c, s.num_layers, s.start_s, s.end_s, sum(1 << d for d in s.devices)))
+    return sorted(runs, key=lambda run: (run[3], run[0]))
+
+
+def _runs_of_climber(climber: Climber) -> list[Run]:
+    decoded = climber.decoder.decode(climber.best.draft, float("inf"))
+    if decoded is None:
+        raise AssertionError("the best draft does not decode any more")
+    return runs_of_draft(climber.model, climber.best.draft, decoded)
 
 
 def _close(model: Model, makespan_s: float) -> bool:
     return makespan_s <= model.bound_s * (1 + CLOSE_ENOUGH)
 
 
-def beam_units(model: Model, width: Width) -> float:
+def beam_units(model: Model, width: Width, *, placed: bool) -> float:
     """What a beam is expected to spend."""
-    columns = sum(map(len, model.hull)) * 1.2
-    lp = LP_UNITS + COLUMN_UNITS * columns / 2
-    whole_run = (DECISION_UNITS + EVENT_UNITS) * model.total_layers
+    lp = LP_UNITS + COLUMN_UNITS * 0.6 * sum(map(len, model.hull))
+    whole_run = (DECISION_UNITS + EVENT_UNITS) * model.total_layers * (FLOOR_FACTOR if placed else 1.0)
     return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 
 def _beams(sides: list[_Side], work: Work, seed: int) -> None:
-    turn = 0
-    most = 2
+    share = BEAM_SHARE if len(sides[0].model) <= SMALL else BEAM_SHARE_LARGE
+    turn, most = 0, 2
     while True:
-        side = sides[turn % 2] if turn < 2 else min(sides, key=lambda s: s.best_s) if turn % 3 else max(
-            sides, key=lambda s: s.best_s
-        )
-        left = work.left(BEAM_SHARE)
+        side = sides[turn] if turn < 2 else _chosen(sides, turn)
+        left = work.left(share)
         if turn > 1 and (not left or _close(side.model, min(s.best_s for s in sides))):
             return
-        affordable = [w for w in LADDER if beam_units(side.model, w) <= left / (3 if turn < 2 else 1.5)]
+        placed = side.beam.floor is not None
+        part = left / (3 if turn < 2 else 1.5)
+        affordable = [w for w in LADDER if beam_units(side.model, w, placed=placed) <= part]
         if turn > 1 and not affordable:
             return
         width = affordable[: most + 1][-1] if affordable else LADDER[0]
-        side.beam.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else BEAM_SHARE)
+        side.beam.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else share)
         side.rounds += 1
         turn += 1
-        if turn > 1 and turn % 2 == 0:
-            most += 1
+        most += turn % 2 == 0
+
+
+def _chosen(sides: list[_Side], turn: int) -> _Side:
+    best, other = sorted(sides, key=lambda s: s.best_s)
+    return best if turn % 3 else other
 
 
 def _order(side: _Side, work: Work, seed: int) -> list[int]:
@@ -90,19 +128,29 @@ def _order(side: _Side, work: Work, seed: int) -> list[int]:
     return by_level(model)
 
 
-def _climb(starts: list[Found], work: Work, seed: int) -> list[Climber]:
-    count = STARTS if len(starts[0].model) <= SMALL else 2
-    climbers = [Climber(f.model, draft_of(f.model, f.runs), work, seed + i) for i, f in enumerate(starts[:count])]
-    while True:
-        climbers.sort(key=lambda c: c.best.makespan_s)
+def _climb(model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int) -> list[Climber]:
+    """Successive halving over climbers from the best schedules; best first."""
+    count = STARTS if len(model) <= SMALL else STARTS_LARGE
+    climbers: list[Climber] = []
+    for i, f in enumerate(found[:count]):
+        decoder: Decoder = FlatDecoder(f.model)
+        runs = f.runs
+        if floor is not None:
+            decoder, runs = PlacedDecoder(model, floor), forward_runs(f.model, f.runs)
+        try:
+            climbers.append(Climber(decoder, draft_of(decoder, runs), work, seed + i))
+        except Stuck:
+            continue
+    while climbers:
+        climbers.sort(key=lambda c: c.best.total_s)
         left = work.left()
-        if not left or _close(climbers[0].model, climbers[0].best.makespan_s):
-            return climbers
+        if not left or _close(model, climbers[0].best.total_s):
+            break
         if len(climbers) == 1:
             climbers[0].run(left)
-            return climbers
-        each = 0.35 * left / len(climbers)
+            break
         for climber in climbers:
-            climber.run(each)
-        climbers.sort(key=lambda c: c.best.makespan_s)
+            climber.run(0.35 * left / len(climbers))
+        climbers.sort(key=lambda c: c.best.total_s)
         del climbers[(len(climbers) + 1) // 2 :]
+    return climbers

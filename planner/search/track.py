@@ -10,11 +10,12 @@ import random
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from spindle.planner.search.floor import Floor
+from spindle.planner.search.floor import Floor, Memory
 from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
+SWITCH_LAYERS = 0.5
 DECISION_UNITS = 1.8
 EVENT_UNITS = 1.4
 
@@ -63,6 +64,10 @@ def draw_style(rng: random.Random) -> Style:
     )
 
 
+class Stuck(Exception):
+    """Nothing runs and nothing fits: memory is full."""
+
+
 class State:
     """A cluster at a moment of decision. `left` counts layers that were not started yet."""
 
@@ -77,7 +82,7 @@ class State:
     current: list[int]
     where: list[int]
     chain: Chain
-    memory: object
+    memory: Memory | None
 
     def copy(self) -> "State":
         """An independent copy."""
@@ -85,6 +90,7 @@ class State:
         other.t, other.free, other.chain = self.t, self.free, self.chain
         other.left, other.heap, other.idle = self.left[:], self.heap[:], self.idle[:]
         other.missing, other.current, other.where = self.missing[:], self.current[:], self.where[:]
+        other.memory = self.memory.copy() if self.memory is not None else None
         return other
 
     @property
@@ -102,6 +108,7 @@ def start_state(model: Model, floor: Floor | None) -> State:
     state.missing = [len(before) for before in model.before]
     state.idle = [m for m in range(len(model)) if not state.missing[m]]
     state.current, state.where = [-1] * len(model), [0] * len(model)
+    state.memory = floor.start_memory() if floor else None
     return state
 
 
@@ -133,7 +140,7 @@ class Tracker:
         until = now * (1 + 1e-12)
         while heap and heap[0][0] <= until:
             m = heappop(heap)[1]
-            state.free += floor.bits_back(state.where[m]) if floor else model.counts[m][current[m]]
+            state.free += state.where[m] if floor else model.counts[m][current[m]]
             if left[m]:
                 idle.append(m)
                 continue
@@ -258,7 +265,79 @@ class Tracker:
         state.idle = [m for m in state.idle if m not in started]
 
     def _start_placed(self, state: State, chosen: list[tuple[int, int]]) -> None:
-        raise NotImplementedError
+        """Who keeps its count keeps its devices; then the widest choose first, narrower if they must."""
+        started = set()
+        changed = []
+        for m, c in chosen:
+            if state.current[m] == c and self._placed(state, m, c, state.where[m]):
+                started.add(m)
+            else:
+                changed.append((-self.model.counts[m][c], m, c))
+        changed.sort()
+        for _, m, c in changed:
+            # a change that costs more than it can bring back within some layers is not made
+            if self._try_counts(state, m, c):
+                started.add(m)
+        if not state.heap:
+            for m in state.idle:
+                if m not in started and self._try_counts(state, m, len(self.model.counts[m]) - 1):
+                    started.add(m)
+                    break
+        state.idle = [m for m in state.idle if m not in started]
+        if not state.heap:
+            raise Stuck
+
+    def _try_counts(self, state: State, m: int, c: int) -> bool:
+        """Start m on c, on what it had, or on less."""
+        floor, model = self.floor, self.model
+        assert floor is not None
+        had = state.current[m]
+        sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
+        while c >= 0:
+            found = floor.choose(m, model.counts[m][c], state.free, sources, memory=state.memory, first=self._next_layer(state, m))
+            if found is not None:
+                devices, cost_s = found
+                if had >= 0 and cost_s > SWITCH_LAYERS * min(state.left[m], 8) * model.times[m][c] and self._placed(
+                    state, m, had, state.where[m]
+                ):
+                    return True
+                self._begin(state, m, c, devices, cost_s)
+                return True
+            if 0 <= had < c and self._placed(state, m, had, state.where[m]):
+                return True
+            c -= 1
+        return False
+
+    def _next_layer(self, state: State, m: int) -> int:
+        done = self.model.layers[m] - state.left[m]
+        return self.model.layers[m] - 1 - done if self.model.is_reversed else done
+
+    def _placed(self, state: State, m: int, c: int, devices: int) -> bool:
+        """Go on with m on the devices it has, if they are free and have room."""
+        floor = self.floor
+        assert floor is not None
+        if devices & state.free != devices:
+            return False
+        if state.memory is not None:
+            count = self.model.counts[m][c]
+            first = self._next_layer(state, m)
+            if floor.with_room(m, count, devices, state.memory, first, 1) != devices:
+                return False
+        self._begin(state, m, c, devices, 0.0)
+        return True
+
+    def _begin(self, state: State, m: int, c: int, devices: int, cost_s: float) -> None:
+        end = state.t + cost_s + self.model.times[m][c]
+        if state.memory is not None:
+            assert self.floor is not None
+            first = self._next_layer(state, m)
+            self.floor.occupy(m, self.model.counts[m][c], devices, state.memory, first, 1)
+        state.free &= ~devices
+        state.left[m] -= 1
+        state.current[m] = c
+        state.where[m] = devices
+        state.chain = (m, c, state.t, end, devices, state.chain)
+        heappush(state.heap, (end, m))
 
 
 Run = tuple[int, int, int, float, float, int]

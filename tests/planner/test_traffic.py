@@ -15,10 +15,10 @@ def test_a_transfer_is_shared_by_the_smaller_set() -> None:
 
 
 def test_a_reduction_is_a_ring_inside_and_between_nodes() -> None:
-    """Eight bytes: 2 * 3/4 * 8 inside a node; over two nodes each of four devices carries a quarter of it across."""
+    """Eight bytes: 2 * 3/4 * 8 inside a node; a ring of eight over two nodes carries a quarter through each port."""
     assert reduce_s(NODES, 8.0, (3,)) == 0
     assert reduce_s(NODES, 8.0, (0, 1, 2, 3)) == pytest.approx(12.0)
-    assert reduce_s(NODES, 8.0, tuple(range(8))) == pytest.approx(12.0 + 2 * 0.5 * 2.0 / 0.1)
+    assert reduce_s(NODES, 8.0, tuple(range(8))) == pytest.approx(2 * 7 / 8 * 2.0 / 0.1)
     assert reduce_s(NODES, 8.0, (0, 4)) == pytest.approx(2 * 0.5 * 8.0 / 0.1)
 
 

@@ -1,0 +1,134 @@
+"""Placed: a draft in, a schedule with devices out: `decode` with islands, switch costs and memory, and reductions.
+
+The same list scheduling; a slice starts when a compact set of devices is free for it (`floor`), lasts as long as its
+layers and bringing its input take, and fills the memory of its devices.
+"""
+
+from bisect import insort
+from collections import defaultdict
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from spindle.planner.search.decode import Decoded, Draft
+from spindle.planner.search.floor import Floor, bits_of
+from spindle.planner.search.model import Model
+from spindle.planner.traffic import reduce_s
+
+
+@dataclass(frozen=True)
+class PlacedDecoder:
+    """Makes schedules on a floor, forward in time."""
+
+    model: Model
+    floor: Floor
+
+    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
+        """See Decoder."""
+        model, floor = self.model, self.floor
+        counts, times, after, tails, bound_s = model.counts, model.times, model.after, model.tail_s, model.bound_s
+        free, memory = floor.all_devices, floor.start_memory()
+        missing = list(map(len, model.before))
+        at, done, where = [0] * len(draft), [0] * len(draft), [0] * len(draft)
+        starts: list[list[float]] = [[] for _ in draft]
+        placed: list[list[int]] = [[] for _ in draft]
+        ready: list[tuple[float, int, int]] = []
+        running: list[tuple[float, int, int]] = []
+        now = beyond = 0.0
+        arriving = [m for m in range(len(draft)) if not missing[m]]
+        while True:
+            for m in arriving:
+                c, _, rank, release, _ = draft[m][at[m]]
+                if release > now:
+                    heappush(running, (release, ~m, 0))
+                else:
+                    insort(ready, (rank, m, counts[m][c]))
+            kept: list[tuple[float, int, int]] = []
+            room = free.bit_count()
+            fails_from = room + 1
+            for entry in ready:
+                _, m, count = entry
+                if count >= fails_from:
+                    kept.append(entry)
+                    continue
+                c, layers, _, _, hint = draft[m][at[m]]
+                sources = floor.sources(m, not done[m], where)
+                found = floor.choose(
+                    m, count, free, sources, hint=hint, memory=memory, first=done[m], layers=layers
+                )
+                if found is None:
+                    kept.append(entry)
+                    if memory is None:
+                        fails_from = count
+                    continue
+                devices, cost_s = found
+                end = now + cost_s + layers * times[m][c]
+                if end + tails[m] >= limit_s:
+                    return None
+                if end > bound_s:
+                    beyond += count * (end - bound_s)
+                if memory is not None:
+                    floor.occupy(m, count, devices, memory, done[m], layers)
+                free &= ~devices
+                room -= count
+                fails_from = min(fails_from, room + 1)
+                where[m] = devices
+                heappush(running, (end, m, devices))
+                starts[m].append(now)
+                placed[m].append(devices)
+            ready = kept
+            if not running:
+                return (now, beyond, starts, placed) if not ready else None
+            now, m, devices = heappop(running)
+            arriving = []
+            while True:
+                free |= devices
+                if m < 0:
+                    insort(ready, (draft[~m][at[~m]][2], ~m, counts[~m][draft[~m][at[~m]][0]]))
+                else:
+                    done[m] += draft[m][at[m]][1]
+                    at[m] += 1
+                    if at[m] < len(draft[m]):
+                        arriving.append(m)
+                    else:
+                        for s in after[m]:
+                            missing[s] -= 1
+                            if not missing[s]:
+                                arriving.append(s)
+                if not running or running[0][0] > now:
+                    break
+                _, m, devices = heappop(running)
+
+    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
+        """As `spindle.planner.traffic.reduction_s`, on sets of devices as bits."""
+        problem = self.floor.problem
+        groups: dict[int, float] = defaultdict(float)
+        for members in self.floor.sharing:
+            pieces: list[tuple[int, int, int]] = []
+            most = 0.0
+            for m in members:
+                most = max(most, problem.metaops[m].layer_param_bytes)
+                first = 0
+                for part, where in zip(draft[m], devices[m], strict=True):
+                    pieces.append((first, first + part[1], where))
+                    first += part[1]
+            edges = sorted({e for begin, end, _ in pieces for e in (begin, end)})
+            for low, high in zip(edges, edges[1:], strict=False):
+                holders = 0
+                for begin, end, where in pieces:
+                    if begin <= low and high <= end:
+                        holders |= where
+                if holders & (holders - 1):
+                    groups[holders] += (high - low) * most
+        return self._scheduled_s(groups)
+
+    def _scheduled_s(self, groups: dict[int, float]) -> float:
+        cluster = self.floor.problem.cluster
+        seconds = sorted(((-reduce_s(cluster, b, bits_of(g)), bits_of(g)) for g, b in groups.items()))
+        free_s = [0.0] * self.model.num_devices
+        last = 0.0
+        for minus_s, group in seconds:
+            end = max(free_s[d] for d in group) - minus_s
+            for d in group:
+                free_s[d] = end
+            last = max(last, end)
+        return last
