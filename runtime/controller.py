@@ -55,6 +55,7 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
         max_grad_norm=workload.max_grad_norm,
         recompute=workload.recompute,
+        shard_optimizer=workload.shard_optimizer,
     )
     check_program(program)
     return Prepared(workload, captured, metagraph, plan, program)

@@ -110,6 +110,10 @@ class Feed:
         self._loader_state = state["loader"]
         self._state = state
 
+    def settle(self) -> None:
+        """Wait until nothing is being read: only then are the process's generators its own again."""
+        concurrent.futures.wait(self._ahead, self.timeout_s)
+
     def close(self) -> None:
         """Read no more."""
         self._reader.shutdown(wait=False, cancel_futures=True)

@@ -36,6 +36,7 @@ _KIND_BY_OP = {
     Op.REDUCE: SpanKind.REDUCE,
     Op.CLIP: SpanKind.REDUCE,
     Op.STEP: SpanKind.STEP,
+    Op.GATHER: SpanKind.REDUCE,
 }
 
 
@@ -71,7 +72,7 @@ class Executor:
         optimizer: torch.optim.Optimizer | None,
         precision: Precision = "fp32",
     ) -> None:
-        """`codes` and `aux` hold what the rank runs; `optimizer` is over the store's trained parameters."""
+        """`codes` and `aux` hold what the rank runs; `optimizer` is over the parameters that the rank updates."""
         self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
@@ -87,8 +88,8 @@ class Executor:
             for name in run.inputs:
                 self.readers[name].append(run)
         active = {name for run in program.slices for name in run.trained}
-        self.trained = [name for name in store.trained if name in active]
-        self.idle = [name for name in store.trained if name not in active]
+        self.updated = [name for name in store.updated if name in active]
+        self.idle = [name for name in store.updated if name not in active]
         self.perform = {
             Op.LOAD: self._load,
             Op.FORWARD: self._forward,
@@ -99,6 +100,7 @@ class Executor:
             Op.REDUCE: self._reduce,
             Op.CLIP: self._clip,
             Op.STEP: self._step,
+            Op.GATHER: self._gather,
         }
 
     def step(
@@ -331,15 +333,18 @@ class Executor:
         self._put(arrivals(name), pieces)
 
     def _reduce(self, name: str) -> None:
-        ranks = self.program.bucket_by_name[name].ranks
-        self.reductions[name] = self.transport.all_reduce(self.store.bucket[name], ranks)
+        bucket, flat = self.program.bucket_by_name[name], self.store.bucket[name]
+        if bucket.owner is None:
+            self.reductions[name] = self.transport.all_reduce(flat, bucket.ranks)
+        else:
+            self.reductions[name] = self.transport.reduce(flat, bucket.ranks, bucket.owner)
 
     def _clip(self, target: str) -> None:
         """Scale all gradients so that their norm over all parameters, each counted once, is at most the limit."""
         del target
         limit = self.program.max_grad_norm
         assert limit is not None
-        owned = [self.store.bucket[b.name] for b in self.program.buckets if b.ranks[0] == self.rank]
+        owned = [self.store.bucket[b.name] for b in self.program.buckets if b.answering == self.rank]
         square = torch.zeros((), dtype=torch.float64, device=self.transport.device)
         for flat in owned:
             square += torch.linalg.vector_norm(flat, dtype=torch.float64).square()
@@ -353,11 +358,22 @@ class Executor:
     def _step(self, target: str) -> None:
         del target
         if self.observe is not None:
-            self.observe(self.store.gradients(self.trained))
-        if self.optimizer is not None and self.trained:
+            self.observe(self.store.gradients(self.updated))
+        if self.optimizer is not None and self.updated:
             with self.store.without_gradients(self.idle):
                 self.optimizer.step()
         self.store.zero_gradients()
+
+    def _gather(self, name: str) -> None:
+        """The bucket's gradients are done with, so their buffer carries the parameters."""
+        bucket, flat = self.program.bucket_by_name[name], self.store.bucket[name]
+        if bucket.owner == self.rank:
+            self.store.pack(bucket.parameters, flat)
+        assert bucket.owner is not None
+        self.transport.broadcast(flat, bucket.ranks, bucket.owner)()
+        if bucket.owner != self.rank:
+            self.store.unpack(bucket.parameters, flat)
+        flat.zero_()
 
     # -- buffers --------------------------------------------------------------------------------------------------
 

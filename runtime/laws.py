@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from spindle.errors import ProgramError
-from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
 
 def check_program(program: Program) -> None:
@@ -117,9 +117,10 @@ def _runs_complete(program: Program, places: Places) -> Iterator[str]:
     clipping = range(program.num_ranks if program.max_grad_norm is not None else 0)
     yield from _exactly_once(Instruction(Op.CLIP), clipping, places)
     for rank, instructions in enumerate(program.instructions):
-        if not instructions or instructions[-1].op is not Op.STEP:
+        ops = [x.op for x in instructions if x.op is not Op.GATHER]
+        if ops[-1:] != [Op.STEP]:
             yield f"rank {rank} does not end with STEP"
-        if any(x.op is Op.CLIP for x in instructions[:-2]):
+        if Op.CLIP in ops[:-2]:
             yield f"rank {rank} clips gradients before the last of them is reduced"
 
 
@@ -267,6 +268,7 @@ def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
         )
         yield from _exactly_once(reduce, members, places)
         yield from _exactly_once(wait, members, places)
+        yield from _updates_shared(program, bucket, members, places)
         for rank, (position, *_) in places.get(reduce, {}).items():
             for run in runs:
                 (last, *_) = places.get(Instruction(Op.BACKWARD, run.name), {}).get(rank, [-1])
@@ -274,6 +276,17 @@ def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
                     yield f"rank {rank} reduces bucket {bucket.name} before BACKWARD {run.name}, which adds to it"
             if places.get(wait, {}).get(rank, [position])[0] < position:
                 yield f"rank {rank} waits for bucket {bucket.name} before it reduces it"
+
+
+def _updates_shared(program: Program, bucket: Bucket, members: Collection[int], places: Places) -> Iterator[str]:
+    """What one rank updates for others they take from it once, after the step."""
+    gather, step = Instruction(Op.GATHER, bucket.name), places.get(Instruction(Op.STEP), {})
+    yield from _exactly_once(gather, members if bucket.owner is not None else (), places)
+    if bucket.owner is not None and bucket.owner not in bucket.ranks:
+        yield f"bucket {bucket.name} is owned by rank {bucket.owner}, which does not hold it"
+    for rank, (position, *_) in places.get(gather, {}).items():
+        if position < step.get(rank, [-1])[0]:
+            yield f"rank {rank} takes the parameters of bucket {bucket.name} before they are updated"
 
 
 def _buffers_sound(program: Program) -> Iterator[str]:
@@ -366,7 +379,7 @@ def _different_orders(program: Program) -> Iterator[str]:
     """Pairs of ranks that meet what they do together in different orders."""
     members = _members(program)
     together = [
-        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE, Op.CLIP)]
+        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)]
         for instructions in program.instructions
     ]
     for a in range(program.num_ranks):
@@ -381,7 +394,7 @@ def _different_orders(program: Program) -> Iterator[str]:
 def _stuck(program: Program) -> Iterator[str]:
     """Step all ranks together; name the instruction at which each stuck rank stands."""
     members = _members(program)
-    together = (Op.TRANSFER, Op.REDUCE, Op.CLIP)
+    together = (Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)
     position = [0] * program.num_ranks
 
     def at(rank: int) -> Instruction | None:

@@ -7,6 +7,7 @@
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,12 +31,15 @@ def lower(
     weights: Mapping[str, float],
     max_grad_norm: float | None = None,
     recompute: Collection[str] = (),
+    shard_optimizer: bool = False,
 ) -> Program:
     """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
 
     `losses`: the tensor that holds each task's loss; `weights`: what multiplies it; `recompute`: components that keep
-    their inputs only. Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, or
-    splits an operator that mixes samples.
+    their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks.
+
+    Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, or splits an operator that
+    mixes samples.
     """
     runs = _slice_runs(plan, metagraph, graph, losses, recompute)
     edges = _edges(runs)
@@ -46,7 +50,7 @@ def lower(
         tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
         slices=tuple(runs),
         transfers=tuple(t for t in (*forward, *backward) if t.messages),
-        buckets=tuple(_buckets(runs, graph)),
+        buckets=tuple(_buckets(runs, graph, shard_optimizer)),
         losses=tuple(losses.items()),
         weights=tuple(weights.items()),
         instructions=((),) * plan.num_devices,
@@ -236,11 +240,11 @@ def _reversed(transfer: Transfer, graph: TaskGraph) -> Transfer:
 # -- parameters -------------------------------------------------------------------------------------------------------
 
 
-def _buckets(runs: Sequence[SliceRun], graph: TaskGraph) -> list[Bucket]:
+def _buckets(runs: Sequence[SliceRun], graph: TaskGraph, shard_optimizer: bool) -> list[Bucket]:
     """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6).
 
     Those whose gradients are ready first come first, in buckets of about BUCKET_BYTES, so that reductions overlap with
-    what is left of backward.
+    what is left of backward. With `shard_optimizer` they go to the ranks that own the fewest bytes so far.
     """
     order = {run.name: index for index, run in enumerate(runs)}
     found = _trained_parameters(runs, graph)
@@ -248,11 +252,17 @@ def _buckets(runs: Sequence[SliceRun], graph: TaskGraph) -> list[Bucket]:
     for trained in found:
         groups.setdefault((trained.ranks, trained.dtype), []).append(trained)
     buckets: list[Bucket] = []
+    owned: Counter[int] = Counter()
     for (ranks, dtype), members in sorted(groups.items()):
         members.sort(key=lambda t: (-min(order[run] for run in t.runs), t.name))
-        for part in _chunks(members):
+        most = BUCKET_BYTES
+        if shard_optimizer:
+            most = min(most, -(-sum(trained.num_bytes for trained in members) // len(ranks)))
+        for part in _chunks(members, most):
             names = tuple(trained.name for trained in part)
-            buckets.append(Bucket(name=f"b{len(buckets)}", dtype=dtype, ranks=ranks, parameters=names))
+            owner = min(ranks, key=lambda rank: (owned[rank], rank)) if shard_optimizer and len(ranks) > 1 else None
+            buckets.append(Bucket(name=f"b{len(buckets)}", dtype=dtype, ranks=ranks, parameters=names, owner=owner))
+            owned[buckets[-1].answering] += sum(trained.num_bytes for trained in part)
     return buckets
 
 
@@ -284,10 +294,10 @@ def _trained_parameters(runs: Sequence[SliceRun], graph: TaskGraph) -> list[_Tra
     return [trained for trained in found.values() if trained.trainable]
 
 
-def _chunks(members: Sequence[_Trained]) -> Iterator[list[_Trained]]:
+def _chunks(members: Sequence[_Trained], most_bytes: int) -> Iterator[list[_Trained]]:
     chunk: list[_Trained] = []
     for trained in members:
-        if chunk and sum(t.num_bytes for t in chunk) + trained.num_bytes > BUCKET_BYTES:
+        if chunk and sum(t.num_bytes for t in chunk) + trained.num_bytes > most_bytes:
             yield chunk
             chunk = []
         chunk.append(trained)

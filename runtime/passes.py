@@ -45,7 +45,7 @@ def restricted(program: Program, tasks: Collection[str]) -> Program:
 
 def accumulating(instructions: Sequence[Instruction], buckets: Collection[str]) -> tuple[Instruction, ...]:
     """A rank's instructions for a round that only adds to the gradients: no reduction, clipping or step."""
-    ends = (Op.REDUCE, Op.CLIP, Op.STEP)
+    ends = (Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER)
     return tuple(i for i in instructions if i.op not in ends and not (i.op is Op.AWAIT and i.target in buckets))
 
 
@@ -85,7 +85,7 @@ def _completed_buckets(program: Program) -> dict[str, list[Bucket]]:
 
 
 def add_step(program: Program) -> Lists:
-    """Wait for all reductions, in the order in which they were started; clip together; step."""
+    """Wait for all reductions, in the order in which they were started; clip together; step; share what one updated."""
     clip = () if program.max_grad_norm is None else (Instruction(Op.CLIP),)
     return tuple(
         (
@@ -93,6 +93,11 @@ def add_step(program: Program) -> Lists:
             *(Instruction(Op.AWAIT, i.target) for i in instructions if i.op is Op.REDUCE),
             *clip,
             Instruction(Op.STEP),
+            *(
+                Instruction(Op.GATHER, i.target)
+                for i in instructions
+                if i.op is Op.REDUCE and program.bucket_by_name[i.target].owner is not None
+            ),
         )
         for instructions in program.instructions
     )

@@ -26,7 +26,8 @@ class Op(StrEnum):
     FREE = "FREE"  # a buffer: drop it
     REDUCE = "REDUCE"  # a bucket: start summing its gradients over its ranks; does not wait
     CLIP = "CLIP"  # all ranks together: scale all gradients down when their norm is too large
-    STEP = "STEP"  # apply the optimiser to all parameters of the rank
+    STEP = "STEP"  # apply the optimiser to the parameters that the rank updates
+    GATHER = "GATHER"  # a bucket: take its updated parameters from the rank that owns it
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,24 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Parameters of one dtype whose gradients are summed over exactly `ranks`."""
+    """Parameters of one dtype whose gradients are summed over exactly `ranks`. With an `owner` only that rank gets the
+    sum, holds the optimizer's states and updates them; the others take them from it.
+    """
 
     name: str
     dtype: str
     ranks: tuple[int, ...]
     parameters: tuple[str, ...]
+    owner: int | None = None
+
+    def updated_by(self, rank: int) -> bool:
+        """Whether `rank` updates these parameters."""
+        return rank in self.ranks and self.owner in (None, rank)
+
+    @property
+    def answering(self) -> int:
+        """The one rank that speaks for the bucket."""
+        return self.ranks[0] if self.owner is None else self.owner
 
 
 @dataclass(frozen=True, kw_only=True)

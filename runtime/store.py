@@ -14,7 +14,9 @@ from spindle.runtime.program import Program
 
 
 class ParameterStore:
-    """Parameters of one rank by the workload's names. `trained` lists those with a gradient, in a fixed order."""
+    """Parameters of one rank by the workload's names. `trained` lists those with a gradient, in a fixed order,
+    `updated` those of them that this rank's optimizer updates.
+    """
 
     def __init__(self, program: Program, rank: int, codes: Iterable[OperatorCode]) -> None:
         """Takes the parameters out of the rank's codes, where tied ones are one tensor."""
@@ -23,22 +25,34 @@ class ParameterStore:
         self.buffers = _collect_buffers(codes)
         self.bucket: dict[str, Tensor] = {}
         self.trained: list[str] = []
+        self.updated: list[str] = []
         for bucket in program.buckets:
             if rank in bucket.ranks:
                 self.bucket[bucket.name] = self._flat_gradients(bucket.parameters)
                 self.trained += bucket.parameters
+                self.updated += bucket.parameters if bucket.updated_by(rank) else ()
 
     def _flat_gradients(self, names: tuple[str, ...]) -> Tensor:
         held = [self.parameters[name] for name in names]
         flat = torch.zeros(sum(p.numel() for p in held), dtype=held[0].dtype, device=held[0].device)
-        for parameter, part in zip(held, torch.split(flat, [p.numel() for p in held]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        for parameter, part in zip(held, _views(flat, held), strict=True):
+            parameter.grad = part
         return flat
 
     def zero_gradients(self) -> None:
         """Clear all gradients in place."""
         for flat in self.bucket.values():
             flat.zero_()
+
+    def pack(self, names: Sequence[str], flat: Tensor) -> None:
+        """Copy parameters side by side into a flat buffer."""
+        values = [self.parameters[name].detach() for name in names]
+        torch._foreach_copy_(_views(flat, values), values)
+
+    def unpack(self, names: Sequence[str], flat: Tensor) -> None:
+        """Copy parameters out of a flat buffer."""
+        values = [self.parameters[name].detach() for name in names]
+        torch._foreach_copy_(values, _views(flat, values))
 
     def gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of gradients, by parameter."""
@@ -65,6 +79,12 @@ class ParameterStore:
         """Copies of parameters and buffers of this rank, by name."""
         held: Mapping[str, Tensor] = {**self.buffers, **self.parameters}
         return {name: held[name].detach().cpu().clone() for name in names if name in held}
+
+
+def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a flat buffer as tensors of these shapes."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _collect_parameters(codes: Iterable[OperatorCode]) -> dict[str, nn.Parameter]:

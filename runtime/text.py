@@ -68,7 +68,8 @@ def _lines(program: Program) -> Iterator[str]:
         for m in transfer.messages:
             yield f"  {_word(m.tensor)} {m.source} -> {m.target} samples {m.low}:{m.high}"
     for bucket in program.buckets:
-        yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}"
+        owner = "" if bucket.owner is None else f" owner {bucket.owner}"
+        yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}{owner}"
         yield from (f"  {_word(name)}" for name in bucket.parameters)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
@@ -197,8 +198,14 @@ def _parse_transfer(parsed: _Parsed, words: list[str], body: list[list[str]]) ->
 
 def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, dtype, _, *ranks = words
+    owner = None
+    if "owner" in ranks:
+        *ranks, _, last = ranks
+        owner = int(last)
     parameters = tuple(parameter for (parameter,) in body)
-    parsed.buckets.append(Bucket(name=name, dtype=dtype, ranks=tuple(map(int, ranks)), parameters=parameters))
+    parsed.buckets.append(
+        Bucket(name=name, dtype=dtype, ranks=tuple(map(int, ranks)), parameters=parameters, owner=owner)
+    )
 
 
 def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:

@@ -63,6 +63,12 @@ class Transport(Protocol):
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Start to sum `values` in place over `ranks`, this one among them; a function that waits for the sum."""
 
+    def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """Start to sum `values` over `ranks` into those of `owner`; what the others hold afterwards means nothing."""
+
+    def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """Start to copy `values` of `owner` to all `ranks`."""
+
     def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Write the tensors of all ranks, whose names differ, into one checkpoint. Called by all ranks."""
 
@@ -105,6 +111,14 @@ class ProcessTransport:
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum over a group made before."""
         return _wait_for([dist.all_reduce(values, group=self._groups[ranks], async_op=True)])
+
+    def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """Sum to one rank of a group made before."""
+        return _wait_for([dist.reduce(values, owner, group=self._groups[ranks], async_op=True)])
+
+    def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """Copy from one rank of a group made before."""
+        return _wait_for([dist.broadcast(values, owner, group=self._groups[ranks], async_op=True)])
 
     def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """A safetensors file a rank, written at once."""
@@ -201,6 +215,20 @@ class ThreadTransport:
 
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum in the order of the ranks, so that all get the same bits."""
+        return self._together(values, ranks, lambda parts: torch.stack(parts).sum(0))
+
+    def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """As a sum for all, but nobody else is to rely on it."""
+        mine = self.rank == owner
+        return self._together(
+            values, ranks, lambda p: torch.stack(p).sum(0) if mine else torch.full_like(p[0], torch.nan)
+        )
+
+    def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
+        """All come, and take the owner's."""
+        return self._together(values, ranks, lambda parts: parts[ranks.index(owner)])
+
+    def _together(self, values: Tensor, ranks: tuple[int, ...], made_of: Callable[[list[Tensor]], Tensor]) -> Wait:
         shared = self._shared
         number = self._reduced[ranks] = self._reduced[ranks] + 1
         with shared.changed:
@@ -219,7 +247,7 @@ class ThreadTransport:
                 if shared.taken[ranks, number] == len(ranks):
                     for key in keys:
                         del shared.parts[key]
-            values.copy_(torch.stack(parts).sum(0))
+            values.copy_(made_of(parts))
 
         return arrive
 

@@ -48,6 +48,7 @@ class Job:
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
+    unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
     rounds: int = 1
     precision: Precision = "fp32"
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
@@ -88,13 +89,17 @@ def make_job(
     codes = {name: captured.codes[name] for name in program.operators_of(rank)}
     read = {given.name for code in codes.values() for given in code.inputs if given.kind == "aux"}
     loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
+    owned = owners(program, captured)
+    used = {name for names in owned.values() for name in names}
+    every = (*workload.named_parameters(), *workload.named_buffers()) if rank == 0 else ()
     return Job(
         program=program,
         rank=rank,
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
-        owned=tuple(owners(program, captured)[rank]),
+        owned=tuple(owned[rank]),
+        unused={name: tensor.detach() for name, tensor in every if name not in used},
         rounds=workload.accumulate // workload.in_flight,
         precision=captured.precision,
         settings={component.name: component.optimizer for component in workload.components.values()},
@@ -141,8 +146,8 @@ class Worker:
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
         self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
         self.feeds = {name: Feed(job.tasks[name], job.seed, timeout_s=job.timeout_s) for name in loads}
-        trained = {name: self.store.parameters[name] for name in self.store.trained}
-        self.optimizer = job.optimizer(parameter_groups(trained, job.settings)) if job.optimizer and trained else None
+        updated = {name: self.store.parameters[name] for name in self.store.updated}
+        self.optimizer = job.optimizer(parameter_groups(updated, job.settings)) if job.optimizer and updated else None
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
@@ -165,6 +170,8 @@ class Worker:
             report.grad_norms.append(record.grad_norm)
             if keep_spans:
                 report.spans += record.spans
+        for feed in self.feeds.values():
+            feed.settle()
         return report
 
     def _ended(self) -> str | None:
@@ -222,7 +229,7 @@ class Worker:
 
     def save(self, path: str) -> Progress:
         """Write what this rank answers for into the checkpoint at `path`; what is not a tensor comes back."""
-        tensors = self.state()
+        tensors = {**self.state(), **self.job.unused}
         if self.optimizer is not None:
             tensors |= optimizer_tensors(self.optimizer, self._stepped(self.job.owned))
         self.transport.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -239,7 +246,7 @@ class Worker:
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
         if self.optimizer is not None:
-            stepped = self._stepped(self.store.trained)
+            stepped = self._stepped(self.store.updated)
             load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], Path(path))
         if self.scheduler is not None:
             load_schedule(self.scheduler, list(self._groups()), progress["scheduler"])
@@ -257,7 +264,7 @@ class Worker:
     def _stepped(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Parameters among `names` that this rank's optimizer steps."""
         held = set(names)
-        return {name: self.store.parameters[name] for name in self.store.trained if name in held}
+        return {name: self.store.parameters[name] for name in self.store.updated if name in held}
 
     def close(self) -> None:
         """Stop reading, and leave the transport."""
@@ -286,14 +293,17 @@ def group_of(name: str, settings: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def owners(program: Program, captured: Captured) -> dict[int, list[str]]:
-    """For each rank the parameters and buffers that it answers for: those that no lower rank holds."""
-    found: dict[int, list[str]] = {}
-    seen: set[str] = set()
+    """For each rank the parameters and buffers that it answers for: trained ones whose bucket it speaks for, and
+    others that no lower rank holds.
+    """
+    home = {name: bucket.answering for bucket in program.buckets for name in bucket.parameters}
     for rank in range(program.num_ranks):
-        codes = [captured.codes[name] for name in program.operators_of(rank)]
-        names = dict.fromkeys(name for code in codes for _, name in (*code.parameters, *code.buffers))
-        found[rank] = [name for name in names if name not in seen]
-        seen.update(names)
+        for code in (captured.codes[name] for name in program.operators_of(rank)):
+            for _, name in (*code.parameters, *code.buffers):
+                home.setdefault(name, rank)
+    found: dict[int, list[str]] = {rank: [] for rank in range(program.num_ranks)}
+    for name, rank in home.items():
+        found[rank].append(name)
     return found
 
 

@@ -130,6 +130,7 @@ class Workload:
         precision: Precision = "fp32",
         max_grad_norm: float | None = None,
         recompute: Iterable[str] = (),
+        shard_optimizer: bool = False,
     ) -> None:
         """An empty workload; add components, then tasks.
 
@@ -138,7 +139,8 @@ class Workload:
         "bf16" computes under `torch.autocast`; parameters, gradients and optimizer states keep their own types.
         `max_grad_norm`: gradients are scaled down when their norm over all parameters exceeds it. `recompute`:
         components that keep only the inputs of their slices and compute the rest again in backward, which takes less
-        memory and a third more time.
+        memory and a third more time. `shard_optimizer`: of the ranks that hold a parameter one keeps its optimizer
+        states, updates it and sends it to the others, which takes less memory for the same traffic.
         """
         if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
             raise WorkloadError(f"workload {name!r}: max_grad_norm is {max_grad_norm!r}; it must be positive, or None")
@@ -157,6 +159,7 @@ class Workload:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.recompute = frozenset(recompute)
+        self.shard_optimizer = shard_optimizer
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
         self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`

@@ -59,7 +59,9 @@ def test_global_generators_are_left_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    taken(Feed(task(DataLoader(Rows(), batch_size=6, shuffle=True)), 1), 5)
+    feed = Feed(task(DataLoader(Rows(), batch_size=6, shuffle=True)), 1)
+    taken(feed, 5)
+    feed.settle()
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -49,9 +49,10 @@ class KeepsItsPlace:
         self.start = state["position"]
 
 
-def towers(*, frozen: bool = False) -> spindle.Workload:
+def towers(*, frozen: bool = False, sharded: bool = False) -> spindle.Workload:
     torch.manual_seed(0)
-    workload = spindle.Workload("towers", max_grad_norm=5.0)
+    workload = spindle.Workload("towers", max_grad_norm=5.0, shard_optimizer=sharded)
+    workload.component("unused", HandWritten(2, depth=1).double())
     left = workload.component("left", HandWritten(5).double(), optimizer={"lr": 0.02})
     right = workload.component("right", HandWritten(4, depth=2).double())
     left.requires_grad_(not frozen)
@@ -77,6 +78,10 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [3])
 
 
+def weights(workload: spindle.Workload) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in workload.named_parameters()}
+
+
 def trained(workload: spindle.Workload, plan: Plan, steps: int, launcher: str = "threads", **options: Any) -> Any:
     return spindle.train(
         workload,
@@ -87,10 +92,6 @@ def trained(workload: spindle.Workload, plan: Plan, steps: int, launcher: str = 
         launcher=launcher,  # type: ignore[arg-type]
         **options,
     )
-
-
-def weights(workload: spindle.Workload) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in workload.named_parameters()}
 
 
 @pytest.mark.parametrize("launcher", ["threads", pytest.param("processes", marks=pytest.mark.gloo)])
@@ -109,8 +110,8 @@ def test_the_same_plan_continues_bit_for_bit(tmp_path: Path, launcher: str) -> N
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4])
 def test_another_plan_continues_to_rounding(tmp_path: Path, num_ranks: int) -> None:
-    """Two ranks begin, others go on."""
-    whole, first, second = towers(), towers(), towers()
+    """Two ranks begin with sharded states, others go on with them sharded or not."""
+    whole, first, second = towers(), towers(sharded=True), towers(sharded=num_ranks == 3)
     metagraph = spindle.make_metagraph(whole)
     trained(whole, widest_plan(metagraph, 2), 9)
     trained(first, widest_plan(metagraph, 2), 5, checkpoints=tmp_path)

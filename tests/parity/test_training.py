@@ -1,5 +1,6 @@
 """Training features: each gives what plain training of the same workload gives, on random plans of 1 to 4 ranks."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
-from tests.random_plans import random_plan
+from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, contrastive, encoder_decoder, floats
 
 ranks_and_seed = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
@@ -72,6 +73,32 @@ def compared(
         losses, reports = run.steps(steps, keep_gradients=True)
         final = {name: value for name, value in run.state().items() if name in reference.parameters}
     return parity.compare(reference, losses, reports, final, tolerance=Tolerance(1e-10, 1e-10))
+
+
+@few
+@ranks_and_seed
+def test_sharded_optimizer_states(num_ranks: int, seed: int) -> None:
+    """One rank of each group keeps the states and updates; tasks that rest, clipping and settings go along."""
+    report = compared(
+        towers(shard_optimizer=True, max_grad_norm=0.5, every=2, left={"lr": 0.03}),
+        num_ranks,
+        seed,
+        scheduler=halving,
+    )
+    assert report.ok, str(report)
+
+
+def test_sharded_states_are_held_once() -> None:
+    """On four ranks that all hold everything, each parameter's states are on one, and memory is balanced."""
+    workload = towers(shard_optimizer=True)
+    prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 4))
+    owners = {name: bucket.owner for bucket in prepared.program.buckets for name in bucket.parameters}
+    assert owners.keys() == dict(workload.named_parameters()).keys()
+    size = Counter[int | None]()
+    for name, parameter in workload.named_parameters():
+        size[owners[name]] += parameter.numel()
+    assert set(size) == {0, 1, 2, 3}
+    assert max(size.values()) < 2 * size.total() / 4
 
 
 @few
