@@ -1,0 +1,92 @@
+"""Layout: what docs/decisions/0001-links.md promises, what may be imported under which name, and how light it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spindle
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, *, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("room", ["planner", "runtime"])
+def test_links_are_links(room: str) -> None:
+    """`spindle/planner` and `spindle/runtime` lead to the real folders at the top, by a relative path."""
+    link = ROOT / "spindle" / room
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / room
+    assert (ROOT / room / "__init__.py").is_file()
+    assert not (ROOT / room).is_symlink()
+
+
+@pytest.mark.parametrize("room", ["planner", "runtime"])
+def test_rooms_have_one_name(room: str) -> None:
+    """`import planner` is refused, and says what to write instead."""
+    done = python(f"import {room}")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: this package is named spindle.{room}, not '{room}'")
+    assert f"write `import spindle.{room}`" in last
+
+
+def test_importing_spindle_is_light() -> None:
+    """No library that takes time or a device comes with `import spindle`."""
+    done = python("import json, sys, spindle; print(json.dumps(sorted(sys.modules)))")
+    modules = set(json.loads(done.stdout))
+    assert modules.isdisjoint(("torch", "ray", "pulp", "highspy", "networkx", "numpy", "pydantic", "yaml", "click"))
+    assert {name for name in modules if name.startswith("spindle")} == {"spindle"}
+
+
+def test_public_names() -> None:
+    """The public face, in full: a new name here is a promise to users."""
+    assert spindle.__all__ == [
+        "Plan",
+        "Profile",
+        "SpindleError",
+        "TrainResult",
+        "Workload",
+        "__version__",
+        "export",
+        "load_checkpoint",
+        "make_metagraph",
+        "make_plan",
+        "make_profile",
+        "train",
+        "verify",
+    ]
+    assert dir(spindle) == sorted(spindle.__all__)
+
+
+@pytest.mark.parametrize("name", spindle.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    """And none of them bears a module's name, which an import of that module would overwrite."""
+    value = getattr(spindle, name)
+    assert value is not None
+    modules = {path.stem for path in (ROOT / "spindle").iterdir() if not path.name.startswith("__")}
+    assert name not in modules
+    assert name == "__version__" or value.__doc__
+
+
+def test_a_name_that_is_not_public() -> None:
+    with pytest.raises(AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Plan, Profile, "):
+        spindle.plot  # noqa: B018
+
+
+@pytest.mark.parametrize("room", ["planner", "runtime"])
+def test_rooms_never_import_each_other(room: str) -> None:
+    """The planner decides without torch, the runtime acts without a solver; only a Plan passes between them."""
+    barred = {"planner": ["torch", "ray", "spindle.runtime"], "runtime": ["pulp", "highspy", "spindle.planner"]}[room]
+    modules = [f"spindle.{room}.{p.stem}" for p in (ROOT / room).glob("*.py") if p.stem not in ("__init__", "ray_crew")]
+    code = f"import importlib, json, sys\n[importlib.import_module(m) for m in {sorted(modules)!r}]\n"
+    done = python(f"{code}print(json.dumps(sorted(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)).isdisjoint(barred)
