@@ -31,7 +31,17 @@ HOLDING_PASSES = 12
 class Decoder(Protocol):
     """Makes schedules of drafts of one model."""
 
-    model: Model
+    @property
+    def model(self) -> Model:
+        """What is scheduled."""
+
+    @property
+    def slice_units(self) -> float:
+        """Work of decoding one slice."""
+
+    @property
+    def reduction_units(self) -> float:
+        """Work of reducing the gradients of one slice."""
 
     def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
         """The schedule; None as soon as it must end after `limit_s`, or when memory is full."""
@@ -67,6 +77,8 @@ class FlatDecoder:
     """Counts devices only: which ones a slice takes does not matter, since nothing is transferred."""
 
     model: Model
+    slice_units: float = SLICE_UNITS
+    reduction_units: float = 0.0
 
     def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
         """See Decoder."""

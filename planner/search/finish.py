@@ -69,9 +69,7 @@ def _steps(model: Model, runs: list[Run]) -> list[Step]:
     for m, c, layers, start, end, devices in runs:
         count = model.counts[m][c]
         steps.append(
-            Step(
-                op=m, first_layer=first[m], num_layers=layers, count=count, start_s=start, end_s=end, devices=devices
-            )
+            Step(op=m, first_layer=first[m], num_layers=layers, count=count, start_s=start, end_s=end, devices=devices)
         )
         first[m] += layers
     return steps

@@ -55,6 +55,16 @@ class Floor:
         """Whether it makes a difference which devices a slice takes."""
         return self.with_memory or self.problem.has_traffic
 
+    @property
+    def simulation_factor(self) -> float:
+        """Work of a simulation with devices in units of one that counts them."""
+        return 2.2 if self.with_memory else 1.4
+
+    @property
+    def slice_units(self) -> float:
+        """Work of decoding one slice."""
+        return (2.0 + 0.04 * self.problem.cluster.nodes) * (1.8 if self.with_memory else 1.0)
+
     @cached_property
     def size(self) -> int:
         """Devices in a node."""
@@ -126,8 +136,16 @@ class Floor:
         return total
 
     def choose(
-        self, m: int, count: int, free: int, sources: Sources, *, hint: int = 0, memory: Memory | None = None,
-        first: int = 0, layers: int = 1,
+        self,
+        m: int,
+        count: int,
+        free: int,
+        sources: Sources,
+        *,
+        hint: int = 0,
+        memory: Memory | None = None,
+        first: int = 0,
+        layers: int = 1,
     ) -> tuple[int, float] | None:
         """(devices, cost) for layers of m on `count` of the `free` devices; None when it has to wait."""
         if memory is not None:
@@ -205,7 +223,9 @@ class Floor:
     @cached_property
     def _layer_bytes(self) -> tuple[dict[int, float], ...]:
         problem = self.problem
-        return tuple({n: problem.layer_memory_bytes(m, n) for n in problem.curves[m].counts} for m in range(len(problem)))
+        return tuple(
+            {n: problem.layer_memory_bytes(m, n) for n in problem.curves[m].counts} for m in range(len(problem))
+        )
 
     def with_room(self, m: int, count: int, free: int, memory: Memory, first: int, layers: int) -> int:
         """Those of the free devices that have room for layers of m on `count` devices."""

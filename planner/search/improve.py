@@ -10,7 +10,7 @@ a better one.
 import random
 from dataclasses import dataclass
 
-from spindle.planner.search.decode import SLICE_UNITS, Decoded, Decoder, Draft, Part
+from spindle.planner.search.decode import Decoded, Decoder, Draft, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
@@ -44,7 +44,7 @@ class Climber:
         self.history = [self.value] * HISTORY
         self.best = Result(decoded[0] + reduction_s, self.draft)
         self.best_value = self.value
-        self.moves = self.failures = 0
+        self.moves = self.failures = self.reductions = 0
         self.patience = 4000 + 40 * len(model)
         self.movable = [m for m in range(len(model)) if len(model.counts[m]) > 1 or model.layers[m] > 1]
 
@@ -59,7 +59,11 @@ class Climber:
         while work.spent < until and work.left(share):
             for _ in range(64):
                 self._step()
-            work.spend(64 * (MOVE_UNITS + SLICE_UNITS * slices))
+            work.spend(
+                64 * (MOVE_UNITS + self.decoder.slice_units * slices)
+                + self.reductions * self.decoder.reduction_units * slices
+            )
+            self.reductions = 0
             slices = sum(map(len, self.draft))
             if self.best.total_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
                 return
@@ -78,6 +82,7 @@ class Climber:
             reduction_s = 0.0
             if decoded and value <= limit:
                 reduction_s = self.decoder.reduction_s(self.draft, decoded[3])
+                self.reductions += 1
             if decoded and value + reduction_s <= limit:
                 self._accept(decoded, value + reduction_s, reduction_s)
             else:

@@ -14,6 +14,8 @@ from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
 from spindle.planner.traffic import reduce_s
 
+REDUCTION_UNITS = 3.0  # for each slice
+
 
 @dataclass(frozen=True)
 class PlacedDecoder:
@@ -21,6 +23,16 @@ class PlacedDecoder:
 
     model: Model
     floor: Floor
+
+    @property
+    def slice_units(self) -> float:
+        """See Decoder."""
+        return self.floor.slice_units
+
+    @property
+    def reduction_units(self) -> float:
+        """See Decoder."""
+        return REDUCTION_UNITS if self.floor.sharing else 0.0
 
     def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
         """See Decoder."""
@@ -52,9 +64,7 @@ class PlacedDecoder:
                     continue
                 c, layers, _, _, hint = draft[m][at[m]]
                 sources = floor.sources(m, not done[m], where)
-                found = floor.choose(
-                    m, count, free, sources, hint=hint, memory=memory, first=done[m], layers=layers
-                )
+                found = floor.choose(m, count, free, sources, hint=hint, memory=memory, first=done[m], layers=layers)
                 if found is None:
                     kept.append(entry)
                     if memory is None:

@@ -28,7 +28,6 @@ LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), W
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
 BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
 STARTS, STARTS_LARGE = 6, 2
-FLOOR_FACTOR = 4.0  # a simulation with devices takes so many times the work of one with counts
 CLOSE_ENOUGH = 0.0005
 
 
@@ -55,7 +54,10 @@ def search(
     model = make_model(problem, bound_s)
     floor: Floor | None = make_floor(problem)
     floor = floor if floor and floor.matters else None
-    sides = [_Side(model, Beam(model, floor, work)), _Side(model.reversed, Beam(model.reversed, floor and floor.reversed, work))]
+    sides = [
+        _Side(model, Beam(model, floor, work)),
+        _Side(model.reversed, Beam(model.reversed, floor and floor.reversed, work)),
+    ]
     _beams(sides, work, seed)
     given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
     found = given + [f for side in sides for f in side.beam.best]
@@ -86,10 +88,10 @@ def _close(model: Model, makespan_s: float) -> bool:
     return makespan_s <= model.bound_s * (1 + CLOSE_ENOUGH)
 
 
-def beam_units(model: Model, width: Width, *, placed: bool) -> float:
+def beam_units(model: Model, width: Width, factor: float) -> float:
     """What a beam is expected to spend."""
     lp = LP_UNITS + COLUMN_UNITS * 0.6 * sum(map(len, model.hull))
-    whole_run = (DECISION_UNITS + EVENT_UNITS) * model.total_layers * (FLOOR_FACTOR if placed else 1.0)
+    whole_run = (DECISION_UNITS + EVENT_UNITS) * model.total_layers * factor
     return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 
@@ -101,9 +103,9 @@ def _beams(sides: list[_Side], work: Work, seed: int) -> None:
         left = work.left(share)
         if turn > 1 and (not left or _close(side.model, min(s.best_s for s in sides))):
             return
-        placed = side.beam.floor is not None
+        factor = side.beam.floor.simulation_factor if side.beam.floor else 1.0
         part = left / (3 if turn < 2 else 1.5)
-        affordable = [w for w in LADDER if beam_units(side.model, w, placed=placed) <= part]
+        affordable = [w for w in LADDER if beam_units(side.model, w, factor) <= part]
         if turn > 1 and not affordable:
             return
         width = affordable[: most + 1][-1] if affordable else LADDER[0]

@@ -118,7 +118,9 @@ class Tracker:
     def __init__(self, model: Model, floor: Floor | None, work: Work) -> None:
         self.model, self.floor, self.work = model, floor, work
 
-    def advance(self, state: State, targets: Targets, base_s: float, style: Style, rng: random.Random, until_s: float) -> None:
+    def advance(
+        self, state: State, targets: Targets, base_s: float, style: Style, rng: random.Random, until_s: float
+    ) -> None:
         """Run `state` in place until the first moment of decision at or after `until_s`, or to the end."""
         decisions = events = 0
         while not state.is_done:
@@ -129,7 +131,8 @@ class Tracker:
                 events += 1
                 self._decide(state, targets, base_s, style, rng)
             self._next(state)
-        self.work.spend(DECISION_UNITS * decisions + EVENT_UNITS * events)
+        factor = self.floor.simulation_factor if self.floor else 1.0
+        self.work.spend(factor * (DECISION_UNITS * decisions + EVENT_UNITS * events))
 
     def _next(self, state: State) -> None:
         """To the next end of a layer."""
@@ -294,11 +297,15 @@ class Tracker:
         had = state.current[m]
         sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
         while c >= 0:
-            found = floor.choose(m, model.counts[m][c], state.free, sources, memory=state.memory, first=self._next_layer(state, m))
+            found = floor.choose(
+                m, model.counts[m][c], state.free, sources, memory=state.memory, first=self._next_layer(state, m)
+            )
             if found is not None:
                 devices, cost_s = found
-                if had >= 0 and cost_s > SWITCH_LAYERS * min(state.left[m], 8) * model.times[m][c] and self._placed(
-                    state, m, had, state.where[m]
+                if (
+                    had >= 0
+                    and cost_s > SWITCH_LAYERS * min(state.left[m], 8) * model.times[m][c]
+                    and self._placed(state, m, had, state.where[m])
                 ):
                     return True
                 self._begin(state, m, c, devices, cost_s)
