@@ -121,7 +121,7 @@ def flow_matching() -> Sample:
     def loss(batch: Batch) -> Tensor:
         seen = state(lm(input_ids=batch["ids"]).last_hidden_state.mean(1))
         noise = torch.randn_like(batch["actions"])
-        time = torch.rand(len(batch["actions"]), dtype=noise.dtype)
+        time = torch.rand(noise.shape[0], dtype=noise.dtype)
         mixed = time[:, None, None] * batch["actions"] + (1 - time[:, None, None]) * noise
         x = head.embed(mixed) + seen[:, None]
         for block in head.blocks:

@@ -17,6 +17,7 @@ from spindle.capture.extract import Extracted, Extractor, buffer_names, paramete
 from spindle.capture.naming import Namer
 from spindle.capture.partition import Group, Partition
 from spindle.capture.randomness import undrawn
+from spindle.capture.rewrite import unchecked_shares
 from spindle.capture.rows import (
     FAILURES,
     PROBE_SAMPLES,
@@ -357,7 +358,11 @@ class _Builder:
 
             def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> list[Any]:
                 arguments = self._probe_inputs(code, trial, batch, low, high)
-                with torch.no_grad(), drawing_from(Stream(step=trial, task=self.task.name, low=low)):
+                with (
+                    torch.no_grad(),
+                    unchecked_shares(),
+                    drawing_from(Stream(step=trial, task=self.task.name, low=low)),
+                ):
                     return list(interpreter.run(high - low, *arguments))
 
             values.append(run(0, self.samples))
@@ -377,7 +382,8 @@ class _Builder:
 
     def _aux_probe(self, code: AuxCode, batch: Batch, low: int, high: int) -> Tensor | None:
         try:
-            return code.value(batch, low, high, self.samples)
+            with unchecked_shares():
+                return code.value(batch, low, high, self.samples)
         except FAILURES:
             return None
 
@@ -399,7 +405,7 @@ class _Builder:
                 found: Sequence[Any] = interpreter.run(high - low, *(batch[field][low:high] for field in fields))
                 return found
 
-            with torch.no_grad():
+            with torch.no_grad(), unchecked_shares():
                 return compare(run(0, self.samples), run, self.samples, known=1)[0]
 
         finding = both(*(run_on(batch) for batch in self.trials))

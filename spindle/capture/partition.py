@@ -3,7 +3,8 @@
 - Each block call is a group. Glue nodes belong together when they are connected, come from the same call of the same
   component, and wait for the same last blocks (their frontier).
 - Nodes that depend on batch fields and constants alone, and draw no random numbers, are aux: every rank computes those
-  it needs. What depends on the number of samples alone (sizes, `arange`) is repeated inside whatever reads it.
+  it needs. What depends on the number of samples alone (sizes, `arange`), or on parameters alone (an exponential, a
+  part of a fused weight), is repeated inside whatever glue reads it.
 """
 
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ def _apart(traced: TracedTask) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
     effects = traced.effects
     fields = {n for n in traced.graph.nodes if n.op == "placeholder" and n.name in traced.fields}
     of_batch, of_size, constant = set(fields), set(traced.rows), set[fx.Node]()
+    of_parameters: set[fx.Node] = {n for n in traced.graph.nodes if n.name in traced.parameters}
     for node in traced.graph.nodes:
         if node in of_batch or node in of_size:
             continue
@@ -95,7 +97,15 @@ def _apart(traced: TracedTask) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
                 of_size.add(node)
             elif sources <= constant | of_size | of_batch:
                 of_batch.add(node)
-    return frozenset(of_batch | {n for n in constant if is_compute(n)}), frozenset(of_size)
+            elif sources <= constant | of_size | of_parameters and not _read_by_block(node):
+                of_parameters.add(node)
+    repeated = of_size | {n for n in of_parameters if is_compute(n)}
+    return frozenset(of_batch | {n for n in constant if is_compute(n)}), frozenset(repeated)
+
+
+def _read_by_block(node: fx.Node) -> bool:
+    """What blocks read is computed once, not once in each of them."""
+    return any(user.target is BLOCK for user in node.users)
 
 
 def _replaced(node: fx.Node, traced: TracedTask) -> bool:

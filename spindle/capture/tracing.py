@@ -92,7 +92,10 @@ class _TaskModule(nn.Module):
         self.drawing = Drawing("", None, as_operators=True)
 
     def forward(self, batch: Batch) -> Tensor:
-        with SplitReductions(next(iter(batch.values())).shape[0]), self.drawing:
+        rows, *others = (value.shape[0] for value in batch.values())
+        for other in others:
+            torch._check(other == rows)  # type: ignore[no-untyped-call] # each field came with a size of its own
+        with self.drawing, SplitReductions(rows):
             loss = self.task.function(batch)
         if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point() or loss.numel() != 1:
             raise WorkloadError(
