@@ -98,7 +98,7 @@ def _searched(
     clock: Callable[[], float],
 ) -> list[Candidate]:
     """What the search finds, the usual ways without their barriers among it."""
-    work = Work(limit_s, clock)
+    work = Work(limit_s, clock, num_layers=sum(problem.layers))
     schedules = search(problem, bound.bound_s, work, seed=seed, starts=[c.slices for c in baselines.values()])
     if work.braked:
         warnings.warn(

@@ -135,9 +135,9 @@ class Beam:
     def _finished(self, state: State) -> float:
         """Keep a finished state when it is among the best."""
         makespan_s = state.t
-        if len(self.best) < self.keep or makespan_s < self.best[-1].makespan_s:
-            if all(abs(makespan_s - f.makespan_s) > 1e-9 * makespan_s for f in self.best):
-                self.best.append(Found(makespan_s, runs_of(state.chain), self.model))
-                self.best.sort(key=lambda f: f.makespan_s)
-                del self.best[self.keep :]
+        is_among_best = len(self.best) < self.keep or makespan_s < self.best[-1].makespan_s
+        if is_among_best and all(abs(makespan_s - f.makespan_s) > 1e-9 * makespan_s for f in self.best):
+            self.best.append(Found(makespan_s, runs_of(state.chain), self.model))
+            self.best.sort(key=lambda f: f.makespan_s)
+            del self.best[self.keep :]
         return makespan_s

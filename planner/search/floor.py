@@ -1,5 +1,6 @@
-"""Floor: a wanted count in, the devices to take and what bringing the input there costs out. Devices are bits of an int.
+"""Floor: a wanted count in, the devices to take and what bringing the input there costs out.
 
+- Sets of devices are the bits of an int.
 - A slice takes as few nodes as its count allows: one node, or whole nodes and the rest on one more. If no such set is
   free it waits.
 - Among such sets, the one the input already lies on costs nothing; else one in the same node; else the tightest node,

@@ -46,7 +46,6 @@ class Climber:
         self.best_value = self.value
         self.moves = self.failures = self.reductions = 0
         self.patience = 4000 + 40 * len(model)
-        self.movable = [m for m in range(len(model)) if len(model.counts[m]) > 1 or model.layers[m] > 1]
 
     def _value(self, makespan_s: float, beyond: float) -> float:
         return makespan_s + BEYOND_WEIGHT * beyond / self.model.num_devices
@@ -140,8 +139,7 @@ class Climber:
         return [(m, [*parts[:i], (c, layers, moved, held, hint), *parts[i + 1 :]])]
 
     def _pick(self) -> int:
-        movable = self.movable
-        return movable[int(self.rng.random() * len(movable))]
+        return int(self.rng.random() * len(self.draft))
 
     def _stepped(self, m: int, c: int) -> int:
         """A neighbouring index of count; -1 when there is none that way."""

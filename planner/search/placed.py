@@ -8,6 +8,7 @@ from bisect import insort
 from collections import defaultdict
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import pairwise
 
 from spindle.planner.search.decode import Decoded, Draft
 from spindle.planner.search.floor import Floor, bits_of
@@ -122,7 +123,7 @@ class PlacedDecoder:
                     pieces.append((first, first + part[1], where))
                     first += part[1]
             edges = sorted({e for begin, end, _ in pieces for e in (begin, end)})
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
                 holders = 0
                 for begin, end, where in pieces:
                     if begin <= low and high <= end:

@@ -1,4 +1,4 @@
-"""Work: a time limit in, counted work out, so that the same input gives the same plan on any machine and under any load.
+"""Work: a time limit in, counted work out: the same input gives the same plan on any machine and under any load.
 
 - The search spends units; one unit is a microsecond of the core the constants below were measured on (one core of a
   shared x86 server, Python 3.11). A time limit of S seconds buys S * UNITS_PER_S units, whatever the clock says.
@@ -9,6 +9,7 @@
 from collections.abc import Callable
 
 UNITS_PER_S = 1e6
+LEAST_UNITS, UNITS_PER_LAYER_SQUARED = 5e4, 250.0  # small problems have few schedules: more work than this is wasted
 BRAKE = 3.0
 GRACE_S = 5.0
 
@@ -16,8 +17,10 @@ GRACE_S = 5.0
 class Work:
     """A budget of work. `spend` as you go; `left` says how much there is."""
 
-    def __init__(self, limit_s: float, clock: Callable[[], float]) -> None:
-        self.total = max(0.0, limit_s) * UNITS_PER_S
+    def __init__(self, limit_s: float, clock: Callable[[], float], *, num_layers: int | None = None) -> None:
+        self.total = limit_s * UNITS_PER_S
+        if num_layers is not None:
+            self.total = min(self.total, LEAST_UNITS + UNITS_PER_LAYER_SQUARED * num_layers**2)
         self.spent = 0.0
         self.braked = False
         self._clock = clock

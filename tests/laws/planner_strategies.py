@@ -19,10 +19,14 @@ def times() -> st.SearchStrategy[dict[int, float]]:
 
 
 @st.composite
-def metagraphs(draw: st.DrawFn, *, max_size: int = 7, traffic: bool = True, plannable: int = 0) -> MetaGraph:
-    """A DAG of up to `max_size` MetaOps; `plannable`: each has a count that is at most so large."""
+def metagraphs(
+    draw: st.DrawFn, *, max_size: int = 7, traffic: bool = True, plannable: int = 0, memory: bool = False
+) -> MetaGraph:
+    """A DAG of up to `max_size` MetaOps; `plannable`: each has a count that is at most so large; `memory`: half of the
+    graphs need memory, sometimes more than there is."""
     size = draw(st.integers(1, max_size))
     num_bytes = st.floats(0, 5.0) if traffic else st.just(0.0)
+    heavy = memory and draw(st.booleans())
     metaops = []
     for i in range(size):
         seconds = draw(times())
@@ -37,6 +41,7 @@ def metagraphs(draw: st.DrawFn, *, max_size: int = 7, traffic: bool = True, plan
                 layer_time_s=points(seconds),
                 layer_param_bytes=draw(num_bytes),
                 output_bytes=draw(num_bytes),
+                memory_bytes=points({1: draw(st.floats(0, 1.5e9))}) if heavy else (),
                 parameters=draw(st.sampled_from(("", "shared"))),
             )
         )

@@ -1,5 +1,7 @@
 """Laws of every plan that any method makes of any MetaGraph."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -100,11 +102,41 @@ def test_simulation_agrees_with_the_plan(metagraph: MetaGraph, cluster: Cluster,
     assert strict.step_s <= strict.makespan_s * (1 + 1e-9)
 
 
+@settings(FIXED, max_examples=500)
+@given(metagraphs(memory=True), clusters())
+def test_every_searched_plan_keeps_the_rules(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Whatever the curves: a plan that passes the check, no shorter than the bound, no longer than a usual way."""
+    too_wide = any(min(m.times) > cluster.num_devices for m in metagraph)
+    try:
+        plan = solve(metagraph, cluster, time_limit_s=0.003)
+    except InfeasibleError:
+        assert too_wide or any(m.memory_bytes for m in metagraph)
+        return
+    assert not too_wide
+    assert findings(plan) == []
+    assert plan.lower_bound_s <= plan.makespan_s
+    assert all(plan.makespan_s <= seconds * (1 + 1e-9) for _, seconds in plan.baselines_s)
+
+
 @settings(FIXED, max_examples=60)
-@given(metagraphs(plannable=1), clusters())
-def test_auto_is_never_slower_than_a_usual_way(metagraph: MetaGraph, cluster: Cluster) -> None:
-    plan = solve(metagraph, cluster)
-    assert plan.makespan_s <= min(seconds for _, seconds in plan.baselines_s) * (1 + 1e-9)
+@given(metagraphs(plannable=1, traffic=False), clusters())
+def test_searched_plans_take_what_they_say(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Without traffic the simulator finds the makespan of a searched plan, and auto's step beats all usual ways."""
+    searched = solve(metagraph, cluster, method="lp", time_limit_s=0.003)
+    assert searched.step_s == pytest.approx(searched.makespan_s, rel=1e-9)
+    plan = solve(metagraph, cluster, time_limit_s=0.003)
+    assert plan.step_s <= min(seconds for _, seconds in plan.baseline_steps_s) * (1 + 1e-9)
+
+
+@settings(FIXED, max_examples=40)
+@given(metagraphs(plannable=1, memory=True), clusters())
+def test_the_same_input_gives_the_same_bytes(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Work is counted, not timed."""
+    try:
+        first, second = (solve(metagraph, cluster, time_limit_s=0.01) for _ in range(2))
+    except InfeasibleError:
+        return
+    assert dumps(replace(first, planner_s=0.0)) == dumps(replace(second, planner_s=0.0))
 
 
 @settings(FIXED, max_examples=60)
