@@ -1,9 +1,11 @@
-"""Compare: two plans in, what changed out; or plans for several device counts in, where more devices stop helping out."""
+"""Compare: two plans in, what changed out; plans for several device counts in, where more stop helping out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from spindle.errors import PlanError
+from spindle.cluster import Cluster
+from spindle.errors import ClusterError, InfeasibleError, PlanError
 from spindle.plan import Plan
 
 HELPS = 0.05
@@ -45,9 +47,7 @@ def compare(before: Plan, after: Plan) -> Difference:
     one, two = _runs(before), _runs(after)
     names = [*one, *(name for name in two if name not in one)]
     changed = [Change(metaop=n, before=one.get(n), after=two.get(n)) for n in names if one.get(n) != two.get(n)]
-    figures = tuple(
-        (name, b, a) for (name, b), (_, a) in zip(_figures(before), _figures(after), strict=True) if b or a
-    )
+    figures = tuple((name, b, a) for (name, b), (_, a) in zip(_figures(before), _figures(after), strict=True) if b or a)
     return Difference(figures=figures, changes=tuple(changed), same=len(names) - len(changed))
 
 
@@ -121,6 +121,27 @@ class Size:
     reason: str = ""
 
 
+def plan_sizes(solve: Callable[[Cluster], Plan], cluster: Cluster, counts: Sequence[int]) -> tuple[Size, ...]:
+    """Plan on as many devices of `cluster`'s kind as each count says; where there is no plan the row says why."""
+    plans: list[tuple[int, Plan | str]] = []
+    for count in sorted(set(counts)):
+        try:
+            plans.append((count, solve(resized(cluster, count))))
+        except InfeasibleError as error:
+            plans.append((count, str(error)))
+    return sizes(plans)
+
+
+def resized(cluster: Cluster, count: int) -> Cluster:
+    """A cluster of `count` devices of the same kind: part of a node, or whole nodes."""
+    size = cluster.devices_per_node
+    if count <= size:
+        return replace(cluster, nodes=1, devices_per_node=count)
+    if count % size:
+        raise ClusterError(f"{count} devices are no whole number of nodes of {size}; give multiples of {size}")
+    return replace(cluster, nodes=count // size)
+
+
 def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
     """One row for each device count; a string instead of a plan says why there is none."""
     if not plans:
@@ -150,7 +171,7 @@ def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
 def enough(rows: Sequence[Size]) -> int | None:
     """The count after which more devices no longer help: the next step saves less than HELPS a doubling."""
     there = [row for row in rows if not row.reason]
-    for row, following in zip(there, there[1:], strict=False):
+    for row, following in pairwise(there):
         doublings = (following.devices / row.devices - 1) if following.devices > row.devices else 1.0
         if following.step_s > row.step_s * (1 - HELPS * min(1.0, doublings)):
             return row.devices
@@ -159,7 +180,8 @@ def enough(rows: Sequence[Size]) -> int | None:
 
 def render_sizes(rows: Sequence[Size]) -> str:
     """A table within 100 columns, and where more devices stop helping."""
-    head = f"{'devices':>7} {'step s':>12} {'makespan s':>12} {'gap %':>7} {'idle %':>7} {'efficiency %':>12} {'usual s':>12}"
+    head = f"{'devices':>7} {'step s':>12} {'makespan s':>12} {'gap %':>7} {'idle %':>7} {'efficiency %':>12} "
+    head += f"{'usual step s':>13}"
     lines = [head]
     for row in rows:
         if row.reason:
@@ -167,7 +189,7 @@ def render_sizes(rows: Sequence[Size]) -> str:
         else:
             lines.append(
                 f"{row.devices:>7} {row.step_s:>12.6f} {row.makespan_s:>12.6f} {100 * row.gap:>7.2f} "
-                f"{100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {row.usual_s:>12.6f}"
+                f"{100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {row.usual_s:>13.6f}"
             )
     point = enough(rows)
     if point is not None:

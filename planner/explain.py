@@ -144,7 +144,7 @@ def _gap(plan: Plan, prices: _Prices) -> tuple[tuple[str, float], ...]:
         ("waiting on chains", waiting),
         ("counts too large", wide),
         ("counts too small", narrow),
-        ("transfers", transfers),
+        ("transfers", transfers if abs(transfers) > 1e-12 * plan.makespan_s else 0.0),
     )
 
 
@@ -168,21 +168,23 @@ def _reason(plan: Plan, prices: _Prices, name: str) -> MetaOpReason:
         start_s=min(s.start_s for s in slices),
         end_s=max(s.end_s for s in slices),
         lost_s=lost_s,
-        reason=_why(prices, name, {n for n, _ in counts}, best),
+        reason=_why(prices, name, {n for n, _ in counts}, best, lost_s),
     )
 
 
-def _why(prices: _Prices, name: str, used: set[int], best: int) -> str:
+def _why(prices: _Prices, name: str, used: set[int], best: int, lost_s: float) -> str:
     valid = prices.problem.curves[prices.problem.index[name]].counts
     if len(valid) == 1:
         return "its only useful count"
     if used == {best}:
         return "what its chain is worth" if prices.on_paths[name] else "least device time"
+    if lost_s < 1e-6 * prices.bound_s / prices.problem.num_devices:
+        return "as good as the cheapest count"
     if min(used) >= best:
-        return "wider at times: devices were free"
+        return "wider: devices were free"
     if max(used) <= best:
-        return "narrower at times: devices were taken"
-    return "wider and narrower, as devices came free"
+        return "narrower: devices were taken"
+    return "as devices came free"
 
 
 def _critical(plan: Plan, metagraph: MetaGraph) -> tuple[str, ...]:
@@ -222,7 +224,9 @@ def _windows(plan: Plan, metagraph: MetaGraph) -> tuple[IdleWindow, ...]:
     ends_s: dict[str, float] = {}
     for s in plan.slices:
         data = max(
-            (p for p in (s.metaop, *metagraph.predecessors[s.metaop]) if p in ends_s), key=ends_s.__getitem__, default=""
+            (p for p in (s.metaop, *metagraph.predecessors[s.metaop]) if p in ends_s),
+            key=ends_s.__getitem__,
+            default="",
         )
         for d in s.devices:
             if s.start_s - free_s[d] > 1e-9 * plan.makespan_s:

@@ -203,6 +203,94 @@ def _read_plan(path: str) -> "Plan":
 
 @cli.command()
 @click.argument("plan_file", metavar="PLAN")
+@_JSON
+def explain(plan_file: str, as_json: bool) -> None:
+    """Say why PLAN looks as it does: what bounds it, where its gap and its idle time come from.
+
+    \b
+    spindle explain plan.json
+    """
+    from dataclasses import asdict
+
+    from spindle.planner.explain import explain, render_explanation
+
+    found = explain(_read_plan(plan_file))
+    click.echo(json.dumps(asdict(found)) if as_json else render_explanation(found))
+
+
+@cli.command()
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@_JSON
+def diff(before: str, after: str, as_json: bool) -> None:
+    """Compare two plans: their figures, and the MetaOps that run otherwise.
+
+    \b
+    spindle diff old.json new.json
+    """
+    from dataclasses import asdict
+
+    from spindle.planner.compare import compare, render_difference
+
+    found = compare(_read_plan(before), _read_plan(after))
+    click.echo(json.dumps(asdict(found)) if as_json else render_difference(found))
+
+
+@cli.command()
+@_SOURCE
+@click.option("--devices", "-n", required=True, metavar="N,N,...", help="Device counts to plan for.")
+@_CLUSTER
+@_PROFILE
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="Seconds to search, for each count.")
+@_JSON
+def whatif(
+    source: str,
+    devices: str,
+    cluster: str | None,
+    profile: str | None,
+    time_limit_s: float | None,
+    as_json: bool,
+) -> None:
+    """Plan SOURCE on clusters of several sizes: time, gap, efficiency, and where more devices stop helping.
+
+    --cluster tells the type of devices and how many a node has.
+
+    \b
+    spindle whatif multitask_clip.yaml --devices 8,16,32,64 --cluster 1x8:a100-80g
+    """
+    from dataclasses import asdict
+
+    from spindle.api import plan_source
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import read
+    from spindle.planner.compare import enough, plan_sizes, render_sizes
+    from spindle.profile import Profile
+    from spindle.source import load_source
+
+    counts = _counts(devices)
+    where = parse_cluster(cluster or "1x8")
+    measured = read(profile, Profile) if profile else None
+    loaded = load_source(source)
+    rows = plan_sizes(lambda c: plan_source(loaded, c, measured, time_limit_s=time_limit_s)[0], where, counts)
+    if as_json:
+        click.echo(json.dumps({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
+    else:
+        click.echo(render_sizes(rows))
+
+
+def _counts(text: str) -> list[int]:
+    """Device counts of "8,16,32"."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise FormatError(f"--devices is {text!r}; give counts of at least one, for instance 8,16,32")
+    return counts
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
 @click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
 @click.option("--html", metavar="FILE", help="Write one page that needs no network.")
 @click.option("--svg", metavar="FILE", help="Write a picture for papers.")
