@@ -12,6 +12,8 @@ from spindle.errors import RunError, SpindleError
 from spindle.runtime.transport import ThreadTransport
 from spindle.runtime.worker import Job, Worker, separate
 
+GRACE_S = 3.0  # for threads to notice that the run has ended; those that wait for each other do at once
+
 
 class Crew(Protocol):
     """All workers of a run. Where several processes drive it, one of them `leads`."""
@@ -40,7 +42,9 @@ class ThreadCrew:
         """Start a thread for each job; each works on copies of the modules."""
         self._transports = ThreadTransport.connect(len(jobs), timeout_s=timeout_s)
         self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"rank{job.rank}") for job in jobs]
-        self._workers: list[Worker] = self._gather(
+        self._workers: list[Worker] = []
+        self._running: list[concurrent.futures.Future[Any]] = []
+        self._workers = self._gather(
             [
                 thread.submit(Worker, separate(job), transport)
                 for thread, job, transport in zip(self._threads, jobs, self._transports, strict=True)
@@ -52,7 +56,8 @@ class ThreadCrew:
         pairs = zip(self._threads, self._workers, strict=True)
         return self._gather([thread.submit(getattr(w, method), *args, **kwargs) for thread, w in pairs])
 
-    def _gather(self, futures: Sequence["concurrent.futures.Future[Any]"]) -> list[Any]:
+    def _gather(self, futures: "list[concurrent.futures.Future[Any]]") -> list[Any]:
+        self._running = futures
         done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         failed = [error for future in done if (error := future.exception()) is not None]
         if failed:
@@ -62,8 +67,11 @@ class ThreadCrew:
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """See Crew."""
+        """See Crew. A thread that does not come back is left behind: nothing can end it from outside."""
         for transport in self._transports:
             transport.close()
-        for thread in self._threads:
-            thread.shutdown()
+        for worker in self._workers:
+            worker.close()
+        concurrent.futures.wait(self._running, GRACE_S)
+        for thread, future in zip(self._threads, self._running, strict=True):
+            thread.shutdown(wait=future.done())

@@ -143,9 +143,9 @@ class Feed:
                 raise WorkloadError(
                     f"task {self.task.name!r}: its loader raised {type(error).__name__}: {error}"
                 ) from error
-        return _Read(None if batch is None else self.task.check(batch), self._now())
+        return _Read(batch, self._now())
 
-    def _advance(self) -> object | None:
+    def _advance(self) -> Batch | None:
         """The next batch of this pass, or of a fresh one; None when the data has ended for good."""
         for _ in range(2):
             if self._iterator is None:
@@ -153,7 +153,7 @@ class Feed:
             assert self._iterator is not None
             for batch in self._iterator:
                 self._taken += 1
-                return batch
+                return self.task.check(batch)
             if self._taken and self.task.on_end != "restart":
                 return None
             logger.info("task %r: its data ended after %d batches and starts over", self.task.name, self._taken)
