@@ -1,0 +1,235 @@
+"""Faults while a run is on: each ends it soon, with a typed error that says where, and leaves nothing behind."""
+
+import multiprocessing
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import spindle
+from spindle.errors import RunError, SpindleError, WorkloadError
+from spindle.runtime.controller import Launcher
+from spindle.workload import Workload
+from tests.faults.breaking import (
+    RELEASE,
+    Exiting,
+    Killed,
+    Raising,
+    Stalling,
+    breaking_block,
+    good_then,
+    marked,
+    rows,
+    workload_of,
+)
+from tests.random_plans import widest_plan
+
+LIMIT_S = 10.0  # from the fault to the error
+STARTING_S = 20.0  # of processes, on a busy machine
+TIMEOUT_S = 1.0  # what ranks wait for each other in runs that stall
+
+both = pytest.mark.parametrize("launcher", ["threads", pytest.param("processes", marks=[pytest.mark.gloo])])
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No worker, whether thread or process, and no reader of a loader outlives its run."""
+    RELEASE.clear()
+    before = set(threading.enumerate())
+    yield
+    RELEASE.set()
+    assert multiprocessing.active_children() == []
+    for thread in set(threading.enumerate()) - before:
+        if not thread.name.startswith(("rank", "data-")):
+            continue  # of a library
+        thread.join(5.0)
+        assert not thread.is_alive(), thread.name
+    assert worker_processes() == []
+
+
+def worker_processes() -> list[psutil.Process]:
+    """What the forkserver, which stays, has started and still runs."""
+    servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    return [child for server in servers for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def failure(workload: Workload, launcher: Launcher, *, num_ranks: int = 2, timeout_s: float = 30.0) -> SpindleError:
+    """What training ends with; it has to end in time."""
+    plan = widest_plan(spindle.make_metagraph(workload), num_ranks)
+    started_s = time.monotonic()
+    with pytest.raises(SpindleError) as caught:
+        spindle.train(workload, plan, optimizer=sgd, steps=50, launcher=launcher, timeout_s=timeout_s)
+    assert time.monotonic() - started_s < LIMIT_S + (STARTING_S if launcher == "processes" else 0.0)
+    return caught.value
+
+
+@both
+def test_a_block_that_raises(launcher: Launcher, tmp_path: Path) -> None:
+    """Rank, wave, instruction and layers come first, then the user's own line, then the traceback to it."""
+    error = failure(breaking_block(Raising, tmp_path / "flag"), launcher)
+    assert type(error) is RunError
+    first, *rest = str(error).splitlines()
+    assert first == "rank 0, wave 0, FORWARD s0 (t.net.0) raised ValueError: too hot"
+    assert any("breaking.py" in line and "in act" in line for line in rest)
+
+
+@both
+def test_a_loader_that_raises(launcher: Launcher) -> None:
+    """The first batches are good, so that only the run can find it; rank and instruction are named too."""
+    error = failure(workload_of(good_then(OSError("disk on fire"))), launcher)
+    assert type(error) is WorkloadError
+    assert re.fullmatch(r"rank \d, LOAD t: task 't': its loader raised OSError: disk on fire", str(error))
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (rows(samples=3), "batch['x'] has shape (3, 4); its first dimension must be the batch size 4"),
+        ({"x": [1.0, 2.0]}, "batch['x'] is a list; make it a tensor"),
+        ({}, "a batch is a dict; the loader must give dicts of tensors"),
+        (None, "a batch is a NoneType; the loader must give dicts of tensors"),
+    ],
+    ids=["other shape", "no tensor", "empty", "nothing"],
+)
+def test_a_loader_that_gives_something_else(last: object, words: str) -> None:
+    """What a batch must be is checked for every batch."""
+    error = failure(workload_of(good_then(last)), "threads")
+    assert type(error) is WorkloadError
+    assert words in str(error)
+    assert re.match(r"rank \d, LOAD t: task 't': ", str(error))
+
+
+def test_a_batch_with_other_fields() -> None:
+    """A field that the task reads is missing in the third batch."""
+    error = failure(workload_of(good_then({"y": torch.zeros(4, 4)})), "threads")
+    assert "'x'" in str(error)
+    assert str(error).startswith("rank ")
+
+
+def test_a_batch_of_another_type() -> None:
+    """Float64 rows where the model was captured with float32 ones: an error that names the place, no wrong result."""
+    error = failure(workload_of(good_then({"x": torch.zeros(4, 4, dtype=torch.float64)})), "threads")
+    assert "wave 0, FORWARD s0" in str(error)
+    assert "float" in str(error) or "dtype" in str(error)
+
+
+def test_a_batch_with_another_inner_shape() -> None:
+    """Rows of five numbers where four were captured."""
+    error = failure(workload_of(good_then({"x": torch.zeros(4, 5)})), "threads")
+    assert "wave 0, FORWARD s0" in str(error)
+
+
+def test_data_that_ends_with_an_error() -> None:
+    """`on_end="error"`: after two batches, with what to do."""
+    error = failure(workload_of(lambda: iter([rows(), rows()]), on_end="error"), "threads")
+    assert type(error) is WorkloadError
+    assert "task 't': its data ended after 2 batches" in str(error)
+
+
+def test_data_that_starts_over_is_no_fault() -> None:
+    """Two batches last for five steps when the data restarts."""
+    workload = workload_of(lambda: iter([rows(), rows(2.0)]))
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    result = spindle.train(workload, plan, optimizer=sgd, steps=5, launcher="threads")
+    assert len(result.losses) == 5
+
+
+@pytest.mark.gloo
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """kill -9: the rank and its exit code are told, and the other rank does not wait for it."""
+    error = failure(breaking_block(Killed, tmp_path / "flag"), "processes")
+    assert type(error) is RunError
+    assert str(error) == "rank 0 died (exit code -9); out of memory kills with -9. The run ended"
+
+
+@pytest.mark.gloo
+def test_a_worker_that_exits(tmp_path: Path) -> None:
+    """One rank of two leaves in the middle of a step: it is named, not the one that then lost its peer."""
+    error = failure(breaking_block(Exiting, tmp_path / "flag"), "processes")
+    assert type(error) is RunError
+    assert str(error).startswith("rank 0 died (exit code 7)")
+
+
+@both
+def test_a_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
+    """Rank 0 does not come back from a layer; rank 1 waits for it as long as it may, and says where."""
+    error = failure(breaking_block(Stalling, tmp_path / "flag"), launcher, timeout_s=TIMEOUT_S)
+    assert type(error) is RunError
+    first = str(error).splitlines()[0]
+    assert first.startswith("rank 1, ")
+    assert "rank 0" in first or "ranks 0, 1" in first
+    assert not RELEASE.is_set()
+
+
+def test_a_loader_that_stalls() -> None:
+    """No batch in time: the task is named, and what to raise."""
+
+    def endless() -> Iterator[dict[str, torch.Tensor]]:
+        yield rows()
+        RELEASE.wait(60.0)
+        yield rows()
+
+    error = failure(workload_of(endless), "threads", timeout_s=TIMEOUT_S)
+    assert type(error) is WorkloadError
+    assert "task 't': its loader gave no batch within 1 s" in str(error)
+
+
+def test_loaders_that_disagree() -> None:
+    """Batches that differ between two passes are found before the first step, where ranks would train on them."""
+    passes = iter(range(100))
+
+    def other_each_time() -> Iterator[dict[str, torch.Tensor]]:
+        mark = float(next(passes))
+        while True:
+            yield rows(mark)
+
+    error = failure(workload_of(other_each_time), "threads")
+    assert type(error) is WorkloadError
+    assert "task 't': ranks 0 and 1 read different batches" in str(error)
+
+
+def test_a_function_of_the_user_that_raises_in_the_driver() -> None:
+    """An exception of `on_step` comes through as it is, and the workers end."""
+
+    def on_step(step: int, losses: dict[str, float]) -> None:
+        raise KeyError(step)
+
+    workload = workload_of(marked)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    with pytest.raises(KeyError):
+        spindle.train(workload, plan, optimizer=sgd, steps=50, launcher="threads", on_step=on_step)
+
+
+def test_an_optimizer_that_cannot_be_made() -> None:
+    """The factory runs on the ranks; its error comes back."""
+
+    def broken(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        raise TypeError("no such optimizer")
+
+    workload = workload_of(marked)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    with pytest.raises(RunError, match="no such optimizer"):
+        spindle.train(workload, plan, optimizer=broken, steps=1, launcher="threads")
+
+
+def test_the_next_run_is_not_harmed(tmp_path: Path) -> None:
+    """After a failure the same workload trains, once what broke it is gone; the failed run changed no weight."""
+    flag = tmp_path / "flag"
+    workload = breaking_block(Raising, flag)
+    before = {name: p.detach().clone() for name, p in workload.named_parameters()}
+    failure(workload, "threads")
+    assert all(torch.equal(before[name], p) for name, p in workload.named_parameters())
+    flag.unlink()
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    result = spindle.train(workload, plan, optimizer=sgd, steps=3, launcher="threads")
+    assert len(result.losses) == 3
