@@ -1,0 +1,166 @@
+"""The other side of the runtime benchmark: the same workloads as people train them, in processes that wait for orders.
+
+- `eager`: one process, the plain loop: every task forward and backward, then one step.
+- `ddp`: DistributedDataParallel over all tasks in turn, their losses summed, one backward and one reduction a step.
+- `fsdp`: fully_shard of every block and of the whole, the same loop.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.runtime_models import WORKLOADS, one_task
+from spindle.capture.blocks import find_blocks
+from spindle.runtime.transport import join_store, serve_store
+from spindle.workload import Workload
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """What all sides step with."""
+    return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+
+
+class AllTasks(nn.Module):
+    """All tasks of a step in turn; the weighted sum of their losses."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: component.module for name, component in workload.components.items()})
+        self.tasks = list(workload.tasks.values())
+
+    def forward(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {task.name: task.function(batches[task.name]) * task.weight for task in self.tasks}
+
+
+class Peer:
+    """Processes that train a workload in one of the usual ways."""
+
+    def __init__(self, kind: str, workload: str, num_ranks: int, num_threads: int) -> None:
+        self.store = serve_store("127.0.0.1")
+        context = get_context("spawn")
+        self.pipes, self.children = [], []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, kind, workload, rank, num_ranks, num_threads, self.store.port)
+            child = context.Process(target=_serve, args=arguments, daemon=True)
+            child.start()
+            self.pipes.append(ours)
+            self.children.append(child)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def steps(self, count: int) -> tuple[float, dict[str, float]]:
+        """Seconds of `count` steps, and the losses of the last, mean over ranks."""
+        began = time.perf_counter()
+        for pipe in self.pipes:
+            pipe.send(count)
+        found = [pipe.recv() for pipe in self.pipes]
+        took = time.perf_counter() - began
+        return took, {name: sum(losses[name] for losses in found) / len(found) for name in found[0]}
+
+    def close(self) -> float:
+        """End; the largest peak memory of a rank in bytes."""
+        for pipe in self.pipes:
+            pipe.send(0)
+        peaks = [pipe.recv() for pipe in self.pipes]
+        for child in self.children:
+            child.join(10.0)
+        return float(max(peaks))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, num_threads: int, port: int) -> None:
+    torch.set_num_threads(num_threads)
+    if num_ranks > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
+    workload = (one_task if name == "one-task" else WORKLOADS[name])(_gathered if num_ranks > 1 else lambda x: x)
+    step = _stepper(kind, workload, rank, num_ranks)
+    pipe.send(True)
+    while count := pipe.recv():
+        losses: dict[str, Tensor] = {}
+        for _ in range(count):
+            losses = step()
+        pipe.send({name: float(loss.detach()) for name, loss in losses.items()})
+    pipe.send(peak_bytes())
+    if num_ranks > 1:
+        dist.destroy_process_group()
+
+
+def _gathered(part: Tensor) -> Tensor:
+    from torch.distributed._functional_collectives import all_gather_single_autograd
+
+    whole: Tensor = all_gather_single_autograd(part, 0, dist.group.WORLD)
+    return whole
+
+
+def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callable[[], dict[str, Tensor]]:
+    whole = AllTasks(workload)
+    used = _used(whole, workload)
+    model: nn.Module = whole
+    if kind == "ddp":
+        for parameter in whole.parameters():
+            parameter.requires_grad_(id(parameter) in used)
+        model = nn.parallel.DistributedDataParallel(whole, gradient_as_bucket_view=True)
+    if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (num_ranks,))
+        for component in workload.components.values():
+            for block in find_blocks(component.name, component.module, component.layers):
+                fully_shard(block.module, mesh=mesh)
+            fully_shard(component.module, mesh=mesh)
+        fully_shard(whole, mesh=mesh)
+    optimizer = adam([p for p in model.parameters() if p.requires_grad])
+    feeds = {name: _endless(task, rank, num_ranks) for name, task in workload.tasks.items()}
+
+    def eager() -> dict[str, Tensor]:
+        losses = {}
+        for name, task in workload.tasks.items():
+            losses[name] = task.function(next(feeds[name])) * task.weight
+            losses[name].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # as both DDP's views and Spindle keep their buffers
+        return losses
+
+    def together() -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = model({name: next(feed) for name, feed in feeds.items()})
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=kind == "fsdp")
+        return losses
+
+    return eager if kind == "eager" else together
+
+
+def _used(whole: AllTasks, workload: Workload) -> set[int]:
+    """Parameters that some task reaches; DDP would wait for the others for ever."""
+    del whole
+    found: set[int] = set()
+    for task in workload.tasks.values():
+        task.function(task.first_batch()).backward()
+    for _, parameter in workload.named_parameters():
+        if parameter.grad is not None:
+            found.add(id(parameter))
+            parameter.grad = None
+    return found
+
+
+def _endless(task: Any, rank: int, num_ranks: int) -> Any:
+    while True:
+        for batch in task.batches():
+            share = task.batch_size // num_ranks
+            yield {name: value[rank * share : (rank + 1) * share] for name, value in batch.items()}
