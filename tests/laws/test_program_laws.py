@@ -27,7 +27,7 @@ seeds = st.integers(0, 10**9)
 
 
 def random_program(seed: int) -> tuple[TaskGraph, Program]:
-    """One to three tasks on one to five ranks, sometimes with clipping and recompute."""
+    """One to three tasks on one to five ranks, sometimes with clipping, recompute and sharded optimizer states."""
     rng = random.Random(seed)
     sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))
     metagraph = contract(sample.graph)
@@ -39,6 +39,7 @@ def random_program(seed: int) -> tuple[TaskGraph, Program]:
         weights=sample.weights,
         max_grad_norm=rng.choice((None, 0.5)),
         recompute=rng.choice(((), ("a", "b"))),
+        shard_optimizer=rng.random() < 0.3,
     )
 
 
@@ -79,7 +80,7 @@ def test_rounds_that_only_add_end_too(seed: int) -> None:
     _, program = random_program(seed)
     adding = replace(program, instructions=tuple(accumulating(i, program.bucket_by_name) for i in program.instructions))
     Abstract(adding).run(random.Random(seed))
-    assert not {i.op for rank in adding.instructions for i in rank} & {Op.REDUCE, Op.CLIP, Op.STEP}
+    assert not {i.op for rank in adding.instructions for i in rank} & {Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER}
 
 
 def check_messages_pair_up(program: Program) -> None:
@@ -101,7 +102,10 @@ def check_meetings_agree(program: Program) -> None:
     """Laws 2 and 3: groups come in one order; two ranks meet the collectives that they share in the same order."""
     assert program.groups == tuple(sorted(program.groups))
     assert set(program.groups) == {bucket.ranks for bucket in program.buckets if len(bucket.ranks) > 1}
-    met = [[i.target for i in instructions if i.op in (Op.REDUCE, Op.CLIP)] for instructions in program.instructions]
+    met = [
+        [i.target for i in instructions if i.op in (Op.REDUCE, Op.CLIP, Op.GATHER)]
+        for instructions in program.instructions
+    ]
     everyone = {"": tuple(range(program.num_ranks))}
     ranks_of = everyone | {bucket.name: bucket.ranks for bucket in program.buckets}
     for a in range(program.num_ranks):
@@ -121,8 +125,12 @@ def check_parameters(program: Program, graph: TaskGraph) -> None:
     held = {name: bucket.ranks for bucket in program.buckets for name in bucket.parameters}
     assert held == {name: tuple(sorted(users[name])) for name in trained}
     for rank, instructions in enumerate(program.instructions):
-        wanted = [b.name for b in program.buckets if rank in b.ranks and len(b.ranks) > 1]
-        assert sorted(i.target for i in instructions if i.op is Op.REDUCE) == sorted(wanted)
+        wanted = [b for b in program.buckets if rank in b.ranks and len(b.ranks) > 1]
+        assert sorted(i.target for i in instructions if i.op is Op.REDUCE) == sorted(b.name for b in wanted)
+        owned = [b.name for b in wanted if b.owner is not None]
+        assert sorted(i.target for i in instructions if i.op is Op.GATHER) == sorted(owned)
+    for bucket in program.buckets:
+        assert [rank for rank in bucket.ranks if bucket.updated_by(rank)] in (list(bucket.ranks), [bucket.owner])
 
 
 class Abstract:
@@ -140,6 +148,9 @@ class Abstract:
         self.mail: dict[tuple[str, Message], list[int]] = {}
         self.at = [0] * program.num_ranks
         self.arrived: dict[str, set[int]] = {}
+        self.reduced: list[set[str]] = [set() for _ in program.instructions]
+        self.awaited: list[set[str]] = [set() for _ in program.instructions]
+        self.stepped: set[int] = set()
 
     def run(self, rng: random.Random) -> None:
         """Any rank that can go on does, in random order, until all are done."""
@@ -187,6 +198,15 @@ class Abstract:
             self.make(rank, f"arrivals:{name}", {m: self.mail.pop((name, m)) for m in messages})
         elif instruction.op is Op.REDUCE:
             self.arrived.setdefault(name, set()).add(rank)
+            self.reduced[rank].add(name)
+        elif instruction.op is Op.AWAIT:
+            self.awaited[rank].add(name)
+        elif instruction.op is Op.STEP:
+            waited = {name for name in self.reduced[rank] if len(self.program.bucket_by_name[name].ranks) > 1}
+            assert waited == self.awaited[rank]
+            self.stepped.add(rank)
+        elif instruction.op is Op.GATHER:
+            assert rank in self.stepped
         elif instruction.op is Op.FREE:
             del self.held[rank][name]
             assert name not in self.freed[rank]

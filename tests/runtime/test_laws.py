@@ -253,6 +253,37 @@ def test_clipping_comes_when_all_is_reduced() -> None:
     assert "rank 0 clips gradients before the last of them is reduced" in list(broken_laws(text.loads(early)))
 
 
+SHARDED = text.dumps(lowered(shard_optimizer=True))
+
+SHARED_UPDATES = {
+    "parameters that are not taken": (
+        "  GATHER b0\n",
+        "",
+        "rank 0 does GATHER b0 0 times, not 1",
+    ),
+    "parameters taken before they are updated": (
+        "  STEP\n  GATHER b0\n",
+        "  GATHER b0\n  STEP\n",
+        "rank 0 takes the parameters of bucket b0 before they are updated",
+    ),
+    "parameters of a stranger": (
+        "ranks 0 1 owner 0",
+        "ranks 0 1 owner 7",
+        "bucket b0 is owned by rank 7, which does not hold it",
+    ),
+    "an owner of what all update": ("ranks 0 1 owner 0", "ranks 0 1", "rank 1 does GATHER b0 1 times, not 0"),
+}
+
+
+@pytest.mark.parametrize("fault", SHARED_UPDATES.values(), ids=SHARED_UPDATES)
+def test_a_fault_in_shared_updates(fault: tuple[str, str, str]) -> None:
+    """With sharded optimizer states one rank updates a bucket, and the others take it once, after the step."""
+    old, new, message = fault
+    assert list(broken_laws(text.loads(SHARDED))) == []
+    assert old in SHARDED
+    assert message in list(broken_laws(text.loads(SHARDED.replace(old, new, 1))))
+
+
 def test_at_most_five_findings_are_told() -> None:
     """The error says what was not done, names the first findings and counts the others."""
     program = lowered()

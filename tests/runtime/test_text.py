@@ -26,6 +26,12 @@ def test_clipping_and_recompute_are_written() -> None:
     assert text.loads(written) == program
 
 
+def test_owners_of_sharded_states_are_written() -> None:
+    program = lowered(shard_optimizer=True)
+    assert "bucket b0 float32 ranks 0 1 owner 0\n" in text.dumps(program)
+    assert text.loads(text.dumps(program)) == program
+
+
 def test_names_with_spaces_survive_regression() -> None:
     """torch allows any key in a ModuleDict; a space or a percent sign in a name must not become two words."""
     program = lowered()
