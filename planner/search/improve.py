@@ -1,20 +1,22 @@
-"""Improve: a draft in, a better one out. Late-acceptance hill climbing (Burke and Bykov 2017) over lists of slices.
+"""Improve: a draft in, a better one out. Simulated annealing over lists of slices.
 
 A move changes one or two MetaOps: a slice takes another count, layers go from a slice to its neighbour, a slice is cut
-in two or joined with the next, its rank shifts, or two slices that overlap in time trade devices. A move is taken when
-the result is no worse than the current one or than the one `HISTORY` moves ago. What counts is the makespan, plus half
-the device time beyond the bound spread over all devices: a schedule whose last slices are few and narrow is closer to
-a better one.
+in two or joined with the next, its rank shifts, two slices that overlap in time trade devices, or a slice prefers other
+devices. A move that is worse by d is taken with probability exp(-d / heat); the heat falls from HOT to COLD of the bound
+over each run, so what a move may cost is known before it is decoded. What counts is the makespan and the reduction
+after it, plus half the device time beyond the bound spread over all devices: a schedule whose last slices are few and
+narrow is closer to a better one.
 """
 
 import random
 from dataclasses import dataclass
+from math import log
 
 from spindle.planner.search.decode import Decoded, Decoder, Draft, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
-HISTORY = 60
+HOT, COLD = 5e-4, 3e-5
 MOVE_UNITS = 2.0
 BEYOND_WEIGHT = 0.5
 CLOSE_ENOUGH = 0.0005
@@ -29,7 +31,7 @@ class Result:
 
 
 class Climber:
-    """Late acceptance from one draft; `run` may be called again and goes on."""
+    """Anneals one draft; `run` may be called again and goes on from the best."""
 
     def __init__(self, decoder: Decoder, draft: Draft, work: Work, seed: int) -> None:
         model = self.model = decoder.model
@@ -41,11 +43,9 @@ class Climber:
         reduction_s = decoder.reduction_s(draft, decoded[3])
         self.draft, self.starts, self.devices = _with_ranks(draft, decoded[2]), decoded[2], decoded[3]
         self.value = self._value(decoded[0] + reduction_s, decoded[1])
-        self.history = [self.value] * HISTORY
         self.best = Result(decoded[0] + reduction_s, self.draft)
         self.best_value = self.value
-        self.moves = self.failures = self.reductions = 0
-        self.patience = 4000 + 40 * len(model)
+        self.moves = self.reductions = 0
 
     def _value(self, makespan_s: float, beyond: float) -> float:
         return makespan_s + BEYOND_WEIGHT * beyond / self.model.num_devices
@@ -53,11 +53,16 @@ class Climber:
     def run(self, units: float, share: float = 1.0) -> None:
         """Spend so much work, or what is left of the first `share` of all work."""
         work = self.work
-        until = work.spent + units
+        begun = work.spent
+        until = begun + units
+        if self.moves:
+            self._restart()
         slices = sum(map(len, self.draft))
         while work.spent < until and work.left(share):
+            progress = (work.spent - begun) / units
+            heat = HOT * (COLD / HOT) ** progress * self.model.bound_s
             for _ in range(64):
-                self._step()
+                self._step(heat)
             work.spend(
                 64 * (MOVE_UNITS + self.decoder.slice_units * slices)
                 + self.reductions * self.decoder.reduction_units * slices
@@ -67,12 +72,11 @@ class Climber:
             if self.best.total_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
                 return
 
-    def _step(self) -> None:
+    def _step(self, heat: float) -> None:
         changed = self._move()
         self.moves += 1
-        slot = self.moves % HISTORY
         if changed is not None:
-            limit = max(self.value, self.history[slot])
+            limit = self.value - heat * log(1.0 - self.rng.random())
             old = [(m, self.draft[m]) for m, _ in changed]
             for m, parts in changed:
                 self.draft[m] = parts
@@ -87,30 +91,23 @@ class Climber:
             else:
                 for m, parts in old:
                     self.draft[m] = parts
-        self.history[slot] = min(self.history[slot], self.value)
-        self.failures += 1
-        if self.failures > self.patience:
-            self._restart()
 
     def _accept(self, decoded: Decoded, value: float, reduction_s: float) -> None:
         makespan_s = decoded[0] + reduction_s
         self.value, self.starts, self.devices = value, decoded[2], decoded[3]
         self.draft = _with_ranks(self.draft, decoded[2])
         if value < self.best_value * (1 - 1e-9):
-            self.failures = 0
             self.best_value = value
         if makespan_s < self.best.total_s * (1 - 1e-12):
             self.best = Result(makespan_s, self.draft)
 
     def _restart(self) -> None:
         """Back to the best draft."""
-        self.failures = 0
         decoded = self.decoder.decode(self.best.draft, float("inf"))
         if decoded is None:
             raise AssertionError("the best draft does not decode any more")
         self.draft, self.starts, self.devices = list(self.best.draft), decoded[2], decoded[3]
         self.value = self._value(decoded[0] + self.decoder.reduction_s(self.draft, self.devices), decoded[1])
-        self.history = [self.value] * HISTORY
 
     # ------------------------------------------------------------------------------------------------------ moves
 

@@ -2,7 +2,7 @@
 
 1. Beams on the model and on the reversed one, wider and wider, by different orders of waves; the direction that did
    better so far gets two runs of three.
-2. Late acceptance from the best schedules of both directions: each gets a little work, the better half goes on, until
+2. Annealing of the best schedules of both directions: each gets a little work, the better half goes on, until
    one is left with the rest of the budget. Without traffic a reversed schedule is improved in reversed time; with it,
    it is first read forward, since transfers are charged to who receives.
 """
