@@ -120,3 +120,15 @@ def test_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)", readme()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_tests_readme_names_every_folder() -> None:
+    """A new folder of tests says there what it is for, and the helpers named there exist."""
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    named = set(re.findall(r"`([\w/]+(?:/|\.py))`", tables))
+    helpers = [name for name in sorted(named) if name.endswith(".py")]
+    assert helpers
+    assert [name for name in helpers if not (ROOT / "tests" / name).exists()] == []
+    folders = {path.relative_to(ROOT).parts[1] for path in tracked() if path.relative_to(ROOT).parts[0] == "tests"}
+    assert {name for name in folders if (ROOT / "tests" / name).is_dir()} <= {name.rstrip("/") for name in named}
