@@ -1,4 +1,4 @@
-"""Spindle's runtime beside plain PyTorch, DistributedDataParallel and FSDP2: python -m benchmarks.runtime [-o FILE]
+"""Spindle's runtime beside plain PyTorch, DistributedDataParallel and FSDP2: python benchmarks/runtime.py [-o FILE]
 
 Both sides of a row are started, then take turns of a few steps; a figure is the median over turns, a ratio the median
 of the ratios of neighbouring turns. Same modules, batches, optimizer and threads; losses are compared. The side that is
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from runtime_models import WORKLOADS, one_task
+from runtime_peers import Peer, adam
 
 import spindle
-from benchmarks.runtime_models import WORKLOADS, one_task
-from benchmarks.runtime_peers import Peer, adam
 from spindle.plan import Plan
 from spindle.runtime.controller import Run, launched, merge_traces, prepare
 from spindle.trace import Trace
@@ -159,7 +159,7 @@ def main() -> None:
         rows.append(compare(name, peer, num_ranks))
         print(*list(table(rows[-1:]))[2:], flush=True)
     peaks = [f"{row.workload} beside {row.peer}: {row.peak_ratio:.3f}" for row in rows if row.peak_ratio]
-    command = " ".join(["python -m benchmarks.runtime", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/runtime.py", *sys.argv[1:]])
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     lines = [
         "# Runtime",

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def vision(width: int, layers: int, channels: int = 3) -> nn.Module:
         patch_size=16,
         projection_dim=JOINT,
     )
-    return CLIPVisionModelWithProjection(config)
+    model: nn.Module = CLIPVisionModelWithProjection(config)
+    return model
 
 
 def text(width: int, layers: int) -> nn.Module:
@@ -54,7 +56,8 @@ def text(width: int, layers: int) -> nn.Module:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return CLIPTextModelWithProjection(config)
+    model: nn.Module = CLIPTextModelWithProjection(config)
+    return model
 
 
 def encoder(width: int, layers: int, inputs: int) -> nn.Module:
@@ -88,7 +91,7 @@ class Frames(nn.Module):
         return joint
 
 
-def language(width: int, layers: int) -> nn.Module:
+def language(width: int, layers: int) -> Any:
     """A Qwen2-style language model."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -192,7 +195,7 @@ def adaptor_encoder_decoder(gather: Gather = lambda x: x, rows: int = 16) -> Wor
     pixels = workload.component("image-adaptor", vision(128, 2))
     sound = workload.component("audio-adaptor", encoder(128, 2, 40))
     shared = workload.component("encoder", encoder(256, 6, JOINT))
-    decoder = workload.component("decoder", language(128, 4))
+    decoder: Any = workload.component("decoder", language(128, 4))
 
     def told(prefix: Tensor, tokens: Tensor) -> Tensor:
         found = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(tokens)], 1))
@@ -225,7 +228,7 @@ def vla(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
     workload = Workload("vla")
     eyes = workload.component("vision", vision(192, 6))
     touch = workload.component("tactile", encoder(96, 3, 16))
-    lm = workload.component("lm", language(128, 6))
+    lm: Any = workload.component("lm", language(128, 6))
     hand = workload.component("action", Action(VOCABULARY))
 
     def read(prefix: Tensor, tokens: Tensor) -> Tensor:

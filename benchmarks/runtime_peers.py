@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
-from benchmarks.runtime_models import WORKLOADS, one_task
 from spindle.capture.blocks import find_blocks
 from spindle.runtime.transport import join_store, serve_store
 from spindle.workload import Workload
@@ -102,6 +102,7 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
 def _gathered(part: Tensor) -> Tensor:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 
+    assert dist.group.WORLD is not None
     whole: Tensor = all_gather_single_autograd(part, 0, dist.group.WORLD)
     return whole
 
@@ -131,14 +132,14 @@ def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callab
         losses = {}
         for name, task in workload.tasks.items():
             losses[name] = task.function(next(feeds[name])) * task.weight
-            losses[name].backward()
+            torch.autograd.backward(losses[name])
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # as both DDP's views and Spindle keep their buffers
         return losses
 
     def together() -> dict[str, Tensor]:
         losses: dict[str, Tensor] = model({name: next(feed) for name, feed in feeds.items()})
-        torch.stack(list(losses.values())).sum().backward()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
         optimizer.step()
         optimizer.zero_grad(set_to_none=kind == "fsdp")
         return losses
@@ -151,7 +152,7 @@ def _used(whole: AllTasks, workload: Workload) -> set[int]:
     del whole
     found: set[int] = set()
     for task in workload.tasks.values():
-        task.function(task.first_batch()).backward()
+        torch.autograd.backward(task.function(task.first_batch()))
     for _, parameter in workload.named_parameters():
         if parameter.grad is not None:
             found.add(id(parameter))

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,13 +25,11 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from spindle.errors import CheckpointError
+from spindle.runtime.progress import Progress
 from spindle.workload import Workload
 
 _ABOUT, _PROGRESS = "spindle.json", "progress.pt"
 _STEP = re.compile(r"step-(\d{8,})")
-
-Progress = dict[str, Any]
-"""Plain values and tensors that tell where a run stands besides its tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

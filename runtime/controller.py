@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -18,7 +18,6 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.runtime.checkpoint import Checkpoint, Checkpoints, begin, finish, path_of, unfinished_of
 from spindle.runtime.crew import Crew, ThreadCrew
 from spindle.runtime.laws import check_program
 from spindle.runtime.lower import lower
@@ -28,6 +27,9 @@ from spindle.runtime.torchrun import TorchrunCrew, under_torchrun
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
+
+if TYPE_CHECKING:
+    from spindle.runtime.checkpoint import Checkpoint, Checkpoints
 
 Launcher = Literal["auto", "ray", "processes", "threads", "torchrun"]
 
@@ -90,8 +92,10 @@ class Run:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
         return {name: tensor for held in self.crew.call("state") for name, tensor in held.items()}
 
-    def save(self, checkpoints: Checkpoints, step: int, seed: int) -> Path:
+    def save(self, checkpoints: "Checkpoints", step: int, seed: int) -> Path:
         """Write a checkpoint after `step` steps; its path."""
+        from spindle.runtime.checkpoint import begin, finish, path_of, unfinished_of
+
         path = path_of(checkpoints.directory, step)
         unfinished = begin(path) if self.crew.leads else unfinished_of(path)
         self.crew.call("sync")
@@ -100,7 +104,7 @@ class Run:
             finish(unfinished, path, step=step, seed=seed, progress=progress, keep=checkpoints.keep)
         return path
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def resume(self, checkpoint: "Checkpoint") -> None:
         """Go on where a checkpoint ended; its weights are in the user's modules already."""
         self.crew.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
 

@@ -5,20 +5,21 @@ rest, never by their position.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
-from spindle.runtime.checkpoint import tensors
+
+Progress = dict[str, Any]
+"""Plain values and tensors that tell where a run stands besides its tensors."""
 
 Groups = dict[str, dict[str, Any]]
 """Settings of parameter groups by component."""
 
 _BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")  # lists in a schedule's state with an entry a group
-_PREFIX = "optimizer"
+PREFIX = "optimizer"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -27,7 +28,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                found[f"{_PREFIX}:{name}:{key}"] = torch.as_tensor(value).detach().cpu().clone()
+                found[f"{PREFIX}:{name}:{key}"] = torch.as_tensor(value).detach().cpu().clone()
     return found
 
 
@@ -44,11 +45,11 @@ def load_optimizer(
     parameters: Mapping[str, nn.Parameter],
     group_names: Sequence[str],
     groups: Groups,
-    path: Path,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds."""
     states: dict[str, dict[str, Tensor]] = {}
-    for full, value in tensors(path, lambda full: full.startswith(f"{_PREFIX}:")).items():
+    for full, value in tensors.items():
         _, name, key = full.split(":")
         if name in parameters:
             states.setdefault(name, {})[key] = value
@@ -62,7 +63,7 @@ def load_optimizer(
         optimizer.load_state_dict(fresh)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: its optimizer does not fit this one ({error}); use the optimizer it was made with"
+            f"the checkpoint's optimizer does not fit this one ({error}); use the optimizer it was made with"
         ) from None
 
 

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from spindle.runtime.checkpoint import Checkpoints
 from spindle.runtime.controller import Run
 from spindle.runtime.worker import Report
+
+if TYPE_CHECKING:
+    from spindle.runtime.checkpoint import Checkpoints
 
 StepCallback = Callable[[int, dict[str, float]], None]
 
@@ -29,7 +32,7 @@ def run_steps(
     seed: int,
     on_step: StepCallback | None = None,
     trace_steps: int = 5,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: "Checkpoints | None" = None,
 ) -> Steps:
     """Run steps `first` + 1 to `last`. A checkpoint is written every `checkpoints.every` steps and after the last."""
     found = Steps()

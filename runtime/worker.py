@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
-from spindle.runtime.checkpoint import Progress
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
 from spindle.runtime.passes import restricted
 from spindle.runtime.program import Op, Program
 from spindle.runtime.progress import (
+    PREFIX,
+    Progress,
     group_settings,
     load_optimizer,
     load_schedule,
@@ -247,7 +248,10 @@ class Worker:
                 feed.resume(progress["feeds"][name])
         if self.optimizer is not None:
             stepped = self._stepped(self.store.updated)
-            load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], Path(path))
+            from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
+
+            held = tensors(Path(path), lambda name: name.startswith(f"{PREFIX}:"))
+            load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], held)
         if self.scheduler is not None:
             load_schedule(self.scheduler, list(self._groups()), progress["scheduler"])
 
