@@ -2,8 +2,8 @@
 
 A move changes one or two MetaOps: a slice takes another count, layers go from a slice to its neighbour, a slice is cut
 in two or joined with the next, its rank shifts, two slices that overlap in time trade devices, or a slice prefers other
-devices. A move that is worse by d is taken with probability exp(-d / heat); the heat falls from HOT to COLD of the bound
-over each run, so what a move may cost is known before it is decoded. What counts is the makespan and the reduction
+devices. A move that is worse by d is taken with probability exp(-d / heat), so what it may cost is known before it is
+decoded; the heat falls from HOT to COLD of the bound over each run. What counts is the makespan and the reduction
 after it, plus half the device time beyond the bound spread over all devices: a schedule whose last slices are few and
 narrow is closer to a better one.
 """
@@ -34,7 +34,7 @@ class Climber:
     """Anneals one draft; `run` may be called again and goes on from the best."""
 
     def __init__(self, decoder: Decoder, draft: Draft, work: Work, seed: int) -> None:
-        model = self.model = decoder.model
+        self.model = decoder.model
         self.decoder, self.work = decoder, work
         self.rng = random.Random(seed)
         decoded = decoder.decode(draft, float("inf"))

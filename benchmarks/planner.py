@@ -1,0 +1,221 @@
+"""How good and how fast plans are. Each table is printed as Markdown; the results stand in results/planner.md.
+
+    python benchmarks/planner.py gaps        gap to the bound on 45 instances: usual ways, paper, lp at 2 and 10 s
+    python benchmarks/planner.py fresh       the same on seeds that nothing was tuned on
+    python benchmarks/planner.py islands     islands and switch costs: charged afterwards, and inside the search
+    python benchmarks/planner.py scale       1024 devices, 60 tasks: the whole process
+    python benchmarks/planner.py tiny        against the true optimum
+
+Gaps are per cent of the bound on ANY schedule without traffic. Every plan is checked by `spindle.planner.check`.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from planner_instances import Instance, suite
+
+from spindle.cluster import Cluster
+from spindle.formats import write
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan
+from spindle.planner.check import check_plan
+from spindle.planner.problem import make_problem
+from spindle.planner.search.decode import draft_of
+from spindle.planner.search.floor import Floor, make_floor
+from spindle.planner.search.model import Model, make_model
+from spindle.planner.search.placed import PlacedDecoder
+from spindle.planner.search.track import Run
+from spindle.planner.solve import solve
+from tests.optimal.exhaustive import OutOfNodes, optimum_s
+from tests.optimal.test_optimal import tiny
+from tests.planner.planner_graphs import cluster as toy_cluster
+
+USUAL = ("sequential", "task_split", "component_split", "paper")
+FRESH = [
+    *(Instance(family, 6, 32, seed) for seed in (11, 12) for family in ("clip", "ofasys", "vla", "omni", "layered")),
+    *(Instance(family, 9, 64, 13, "div") for family in ("clip", "ofasys", "vla", "unified")),
+    *(Instance(family, 24, 256, 14) for family in ("clip", "ofasys", "vla", "omni")),
+]
+
+
+def planned(metagraph: MetaGraph, cluster: Cluster, limit_s: float, method: str = "lp") -> tuple[Plan, float]:
+    """A plan that passed the check, and the processor seconds it took."""
+    begun = time.process_time()
+    plan = solve(metagraph, cluster, method=method, time_limit_s=limit_s)
+    cpu_s = time.process_time() - begun
+    findings = check_plan(plan)
+    if findings:
+        raise AssertionError(f"a plan breaks a rule: {findings[0]}")
+    return plan, cpu_s
+
+
+def gaps(instances: Sequence[Instance]) -> None:
+    """One row for each instance."""
+    print(
+        "| instance | MetaOps | bound s | sequential | task | component | paper | lp 2 s | lp 10 s | slices | cpu s |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    columns: list[list[float]] = [[] for _ in range(6)]
+    for instance in instances:
+        metagraph, cluster = instance.metagraph(), instance.cluster()
+        short, _ = planned(metagraph, cluster, 2.0)
+        plan, cpu_s = planned(metagraph, cluster, 10.0)
+        usual = dict(plan.baselines_s)
+        row = [100 * (usual[name] / plan.lower_bound_s - 1) for name in USUAL] + [100 * short.gap, 100 * plan.gap]
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+        cells = " | ".join(f"{value:.1f}" for value in row[:4]) + " | " + " | ".join(f"{v:.2f}" for v in row[4:])
+        print(
+            f"| {instance.name} | {len(metagraph)} | {plan.lower_bound_s:.3f} | {cells} | {len(plan.slices)} "
+            f"| {cpu_s:.1f} |",
+            flush=True,
+        )
+    for name, of in (("mean", statistics.mean), ("median", statistics.median), ("p90", p90), ("max", max)):
+        cells = " | ".join(f"{of(column):.2f}" for column in columns)
+        print(f"| **{name}** | | | {cells} | | |")
+    worse = sum(lp > paper + 1e-9 for paper, lp in zip(columns[3], columns[5], strict=True))
+    print(f"\nThe paper's planner is better on {worse} of {len(columns[3])} instances.")
+
+
+def p90(values: Sequence[float]) -> float:
+    """The 90th percentile."""
+    return statistics.quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
+
+
+def islands(instances: Sequence[Instance]) -> None:
+    """Switch costs charged to plans made without them, and plans made with them."""
+    print("| instance | MetaOps | afterwards | afterwards, moved | inside | slices | cpu s | with reductions: step |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    columns: list[list[float]] = [[] for _ in range(4)]
+    for instance in instances:
+        full, cluster = instance.metagraph(traffic=True), instance.cluster(islands=True)
+        metagraph = MetaGraph(tuple(replace(m, layer_param_bytes=0.0) for m in full), full.flows)
+        blind, _ = planned(instance.metagraph(), cluster, 10.0)
+        after, moved = charged(blind, metagraph, cluster)
+        plan, cpu_s = planned(metagraph, cluster, 10.0)
+        whole, _ = planned(full, cluster, 10.0)
+        bound_s = plan.lower_bound_s
+        row = [100 * (value / bound_s - 1) for value in (after, moved, plan.makespan_s, whole.step_s)]
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+        print(
+            f"| {instance.name} | {len(metagraph)} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {len(plan.slices)} "
+            f"| {cpu_s:.1f} | {row[3]:.2f} |",
+            flush=True,
+        )
+    for name, of in (("mean", statistics.mean), ("median", statistics.median), ("p90", p90), ("max", max)):
+        cells = [f"{of(column):.2f}" for column in columns]
+        print(f"| **{name}** | | {cells[0]} | {cells[1]} | {cells[2]} | | | {cells[3]} |")
+
+
+def charged(blind: Plan, metagraph: MetaGraph, cluster: Cluster) -> tuple[float, float]:
+    """Makespan of a plan's slices on compact sets with switch costs: in the plan's order, and with overtaking."""
+    problem = make_problem(metagraph, cluster)
+    model, floor = make_model(problem, blind.lower_bound_s), make_floor(problem)
+    runs = []
+    for s in sorted(blind.slices, key=lambda s: (s.start_s, s.metaop)):
+        m = problem.index[s.metaop]
+        runs.append((m, model.counts[m].index(len(s.devices)), s.num_layers, s.start_s, s.end_s, 0))
+    strict_s = in_order_s(problem.predecessors, model, floor, runs)
+    decoder = PlacedDecoder(model, floor)
+    decoded = decoder.decode(draft_of(decoder, runs), float("inf"))
+    if decoded is None:
+        raise AssertionError("without memory every draft decodes")
+    return strict_s, decoded[0]
+
+
+def in_order_s(predecessors: Sequence[Sequence[int]], model: Model, floor: Floor, runs: Sequence[Run]) -> float:
+    """Makespan when each slice waits until a compact set is free, none overtaking another."""
+    running: list[tuple[float, int]] = []
+    free, now = floor.all_devices, 0.0
+    ends, where, done = [0.0] * len(model), [0] * len(model), [0] * len(model)
+    for m, c, layers, _, _, _ in runs:
+        count = model.counts[m][c]
+        now = max(now, ends[m], *(ends[p] for p in predecessors[m]))
+        while True:
+            for entry in [r for r in running if r[0] <= now]:
+                running.remove(entry)
+                free |= entry[1]
+            found = floor.choose(m, count, free, floor.sources(m, not done[m], where))
+            if found is not None:
+                break
+            now = min(end for end, _ in running)
+        devices, cost_s = found
+        free &= ~devices
+        ends[m] = now + cost_s + layers * model.times[m][c]
+        where[m], done[m] = devices, done[m] + layers
+        running.append((ends[m], devices))
+    return max(ends)
+
+
+def scale() -> None:
+    """1024 devices and 60 tasks: `spindle plan` from start to end, default limit."""
+    print("| instance | MetaOps | traffic | wall s | cpu s | gap % | peak MiB |")
+    print("|---|--:|---|--:|--:|--:|--:|")
+    for family in ("vla", "omni", "ofasys", "clip"):
+        for traffic in (False, True):
+            instance = Instance(family, 60, 1024)
+            metagraph = instance.metagraph(traffic=traffic)
+            with tempfile.TemporaryDirectory() as folder:
+                source, out = Path(folder) / "graph.json", Path(folder) / "plan.json"
+                write(metagraph, source)
+                command = [sys.executable, "-m", "spindle", "plan", str(source), "-c", "128x8:a100-80g", "-o", str(out)]
+                before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                wall_s, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            gap = done.stdout.partition("gap ")[2].partition(" ")[0]
+            print(
+                f"| {instance.name} | {len(metagraph)} | {'yes' if traffic else 'no'} | {wall_s:.1f} | {cpu_s:.1f} "
+                f"| {gap} | {after.ru_maxrss // 1024} |",
+                flush=True,
+            )
+
+
+def against_optimum(count: int = 200) -> None:
+    """Tiny instances: how often the plan is the true optimum."""
+    solved, excess = 0, []
+    for seed in range(count):
+        metagraph, cluster = tiny(seed), toy_cluster(1, 4)
+        plan, _ = planned(metagraph, cluster, 0.2, "auto")
+        try:
+            best_s = optimum_s(metagraph, cluster, plan.makespan_s, most_nodes=100_000)
+        except OutOfNodes:
+            continue
+        solved += 1
+        excess.append(plan.makespan_s / best_s - 1)
+    missed = sorted(e for e in excess if e > 1e-6)
+    print(f"{solved} of {count} tiny instances solved to proven optimality by exhaustive search.")
+    print(f"The plan is optimal in {solved - len(missed)}, and longer in {len(missed)}", end="")
+    print(f" (by {', '.join(f'{100 * e:.2f} %' for e in missed)})." if missed else ".")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("gaps", "fresh", "islands", "scale", "tiny"))
+    parser.add_argument("--only", default="", help="instances whose name begins so")
+    chosen = parser.parse_args()
+    print(f"{os.cpu_count()} cores of a shared {platform.machine()} machine, Python {platform.python_version()}\n")
+    wanted = [i for i in suite() if i.name.startswith(chosen.only)]
+    tables = {
+        "gaps": lambda: gaps(wanted),
+        "fresh": lambda: gaps(FRESH),
+        "islands": lambda: islands(wanted),
+        "scale": scale,
+        "tiny": against_optimum,
+    }
+    tables[chosen.table]()
+
+
+if __name__ == "__main__":
+    main()
