@@ -26,15 +26,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Family:
-    """Name as the table prints it, where the model comes from, and what builds it."""
+    """Name as the table prints it, where the model comes from, what builds it, and the type it computes in."""
 
     name: str
     origin: str
     build: Callable[[], Sample]
+    dtype: torch.dtype = torch.float64
 
-    def workload(self, dtype: torch.dtype = torch.float64) -> Workload:
+    def workload(self) -> Workload:
         """A workload of one task around a fresh model; the batch comes twice, with its rows in another order."""
         torch.manual_seed(0)
+        dtype = self.dtype
         sample = self.build()
         workload = Workload(self.name)
         for name, part in sample.parts.items():

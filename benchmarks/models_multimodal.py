@@ -57,6 +57,7 @@ def packed(model: str, config: str, patch_values: int, **settings: Any) -> Calla
                 attention_mask=torch.ones_like(batch["ids"]),
                 pixel_values=batch["patches"].flatten(0, 1),
                 image_grid_thw=batch["grid"],
+                mm_token_type_ids=(batch["ids"] == IMAGE).long(),
                 labels=labels,
             ).loss
             return found

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import transformers as hf
 from models_base import WORDS, Batch, Family, Sample, classes, ids, mask
@@ -162,11 +163,13 @@ FAMILIES = (
         "Mixtral",
         "decoder with experts",
         decoder("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, output_router_logits=True),
+        torch.float32,  # torch has no grouped matrix product in float64
     ),
     Family(
         "Qwen3-MoE",
         "decoder with experts",
         decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, **EXPERTS),
+        torch.float32,  # torch has no grouped matrix product in float64
     ),
     Family(
         "DeepSeek-V3",
@@ -188,6 +191,7 @@ FAMILIES = (
             qk_rope_head_dim=8,
             v_head_dim=8,
         ),
+        torch.float32,  # torch has no grouped matrix product in float64
     ),
     Family(
         "Mamba",

@@ -107,7 +107,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A named part of the model; `layers` names its lists of blocks when they are not found by rule.
+    """A named part of the model; `layers` names its lists of blocks and single blocks when no rule finds them.
 
     `optimizer` holds what its parameters get in place of the optimizer's defaults: learning rate, weight decay.
     """
@@ -169,14 +169,16 @@ class Workload:
         name: str,
         module: ModuleT,
         *,
-        layers: str | Iterable[str] | None = None,
+        layers: str | nn.Module | Iterable[str | nn.Module] | None = None,
         optimizer: Mapping[str, float] | None = None,
     ) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.
 
-        `layers`: dotted path(s) of the lists of repeated blocks; None finds them. `optimizer`: settings of this
+        `layers`: lists of repeated blocks and single blocks, as dotted paths or as the modules themselves; None finds
+        them, () makes no blocks. `optimizer`: settings of this
         component's parameter group, such as {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its
-        parameters. Raises WorkloadError on a name taken or malformed, or a module registered before.
+        parameters. Raises WorkloadError on a name taken or malformed, a module registered before, or a layer that is
+        not inside it.
         """
         _check_name("component", name, self.components)
         if not isinstance(module, nn.Module):
@@ -186,7 +188,8 @@ class Workload:
                 raise WorkloadError(
                     f"component {name!r} is the module of component {other.name!r}; register it once and use it twice"
                 )
-        paths = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
+        given = [layers] if isinstance(layers, str | nn.Module) else layers
+        paths = None if given is None else tuple(_path(name, module, layer) for layer in given)
         self.components[name] = Component(name, module, paths, dict(optimizer or {}))
         return module
 
@@ -274,6 +277,24 @@ class Workload:
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     yield f"{component.name}.{path}", buffer
+
+
+def _path(component: str, module: nn.Module, layer: str | nn.Module) -> str:
+    """The dotted path of a layer below its component."""
+    if isinstance(layer, str):
+        return layer
+    if not isinstance(layer, nn.Module):
+        raise WorkloadError(
+            f"component {component!r}: layers holds a {type(layer).__name__}; give modules of it, or their dotted "
+            "paths (a function has no parameters to plan; put it into a module)"
+        )
+    for path, inner in module.named_modules():
+        if inner is layer and path:
+            return str(path)
+    raise WorkloadError(
+        f"component {component!r}: layers holds a {type(layer).__name__} that is not inside it; give modules that it "
+        "holds, or register this one as a component of its own"
+    )
 
 
 def _check_name(what: str, name: str, taken: Mapping[str, object]) -> None:

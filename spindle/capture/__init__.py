@@ -16,13 +16,13 @@ import warnings
 from spindle.capture.blocks import find_blocks
 from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
 from spindle.capture.naming import Namer
-from spindle.capture.operators import Memo, build_operators
+from spindle.capture.operators import DataDependentSize, Memo, TaskOperators, build_operators
 from spindle.capture.partition import partition
 from spindle.capture.repeat import repeated
-from spindle.capture.tracing import blocks_of, trace
+from spindle.capture.tracing import TracedTask, blocks_of, trace
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
-from spindle.workload import Workload
+from spindle.workload import Task, Workload
 
 LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little
 
@@ -65,15 +65,30 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
+def _operators(workload: Workload, task: Task, namer: Namer, memo: Memo) -> tuple[TracedTask, TaskOperators]:
+    """A task traced and its operators; components whose glue has sizes that only data tell are taken whole."""
+    batch = task.first_batch()
+    whole: dict[str, Exception] = {}
+    names = namer.used.copy()
+    while True:
+        traced = trace(workload, task, batch, whole)
+        try:
+            return traced, build_operators(workload, traced, partition(traced), batch, namer, memo)
+        except DataDependentSize as error:
+            if error.component in whole or error.component not in workload.components:
+                raise
+            whole[error.component] = error
+            namer.used = names.copy()
+
+
 def _capture(workload: Workload) -> Captured:
     _warn_of_large_operators(workload)
     namer, memo = Namer(blocks_of(workload)), Memo()
     results, draws = [], {}
     for task in workload.tasks.values():
-        batch = task.first_batch()
-        traced = trace(workload, task, batch)
+        traced, result = _operators(workload, task, namer, memo)
         draws[task.name] = traced.draws
-        results.append(build_operators(workload, traced, partition(traced), batch, namer, memo))
+        results.append(result)
     return Captured(
         graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
         codes={code.name: code for result in results for code in result.codes},

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from spindle.capture.caches import caches_off, caching_configs
 from spindle.capture.draws import Site, shapes_only
 from spindle.capture.randomness import Drawing
 from spindle.capture.signature import module_signature, structure_signature
@@ -34,9 +35,10 @@ class Block:
 
 
 def find_blocks(component: str, module: nn.Module, layers: str | Iterable[str] | None = None) -> list[Block]:
-    """The blocks of a component, in order; `layers` names their lists (dotted paths) when they are not found by rule.
+    """The blocks of a component, in order; `layers` names their lists and single blocks (dotted paths) when they are
+    not found by rule.
 
-    Raises WorkloadError when a named list does not exist.
+    Raises WorkloadError when a named module does not exist.
     """
     if layers is None:
         return list(_search(module, ""))
@@ -50,7 +52,10 @@ def find_blocks(component: str, module: nn.Module, layers: str | Iterable[str] |
             raise WorkloadError(
                 f"component {component!r} has no list {path!r}; its lists are {', '.join(lists) or 'none'}"
             ) from None
-        found.extend(Block(f"{path}.{name}", child) for name, child in container.named_children())
+        if isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            found.extend(Block(f"{path}.{name}", child) for name, child in container.named_children())
+        else:
+            found.append(Block(path, container))
     return found
 
 
@@ -74,6 +79,25 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a call gives: nested results with Slots, fake tensors for these, and what was drawn on the way."""
+
+    structure: Any
+    tensors: list[Tensor]
+    sites: tuple[Site, ...]
+    written_out: bool
+
+
+class Recorded(Protocol):
+    """Results of calls of the blocks at `paths`, which fake tensors cannot run through."""
+
+    paths: frozenset[str]
+
+    def results(self, call: "BlockCall", rows: int) -> Results:
+        """What a call gives for `rows` samples."""
+
+
 class Scopes:
     """Names for calls of blocks, in the order in which a task makes them: `path`, then `path@1` and so on."""
 
@@ -91,6 +115,7 @@ class BlockCall:
     """One call of a block during export: its arguments and results, with Slots where tensors stand.
 
     `scope` names the call among those of its task; `sites` are what it draws, `written_out` whether attention among it.
+    `failed`: it could not run on fake tensors.
     """
 
     path: str
@@ -100,6 +125,7 @@ class BlockCall:
     results: Any = None
     sites: tuple[Site, ...] = ()
     written_out: bool = False
+    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -109,8 +135,10 @@ class _Session:
     calls: list[BlockCall] = field(default_factory=list)
     own_by_module: dict[nn.Module, tuple[str, Callable[..., Any]]] = field(default_factory=dict)
     signature_by_module: dict[nn.Module, str] = field(default_factory=dict)
-    known: dict[str, tuple[Any, list[Tensor], Drawing]] = field(default_factory=dict)
+    known: dict[str, Results] = field(default_factory=dict)
     scopes: Scopes = field(default_factory=Scopes)
+    recorded: Recorded | None = None
+    rows: int = 0  # the batch size as the trace knows it
 
     def outputs(self, call: BlockCall, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Fake results of a call; a layer like one before, on inputs of the same shapes, is not run again."""
@@ -119,16 +147,26 @@ class _Session:
         inputs = [f"{tuple(tensor.shape)}{tensor.dtype}{tensor.device}" for tensor in tensors]
         key = "\n".join([self.signature_by_module[call.module], structure_signature(call.arguments), *inputs])
         if key not in self.known:
-            args, kwargs = filled(call.arguments, tensors)
-            token = INSIDE_BLOCK.set(True)
-            try:
-                with shapes_only(), Drawing(call.scope, None) as drawing:
-                    self.known[key] = *with_slots(self.own_by_module[call.module][1](*args, **kwargs)), drawing
-            finally:
-                INSIDE_BLOCK.reset(token)
-        call.results, outputs, drawing = self.known[key]
-        call.sites, call.written_out = tuple(drawing.found), drawing.writes_out_attention
-        return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in outputs]
+            if self.recorded is not None and call.path in self.recorded.paths:
+                self.known[key] = self.recorded.results(call, self.rows)
+            else:
+                self.known[key] = self._results(call, tensors)
+        found = self.known[key]
+        call.results, call.sites, call.written_out = found.structure, found.sites, found.written_out
+        return [torch.empty_like(output, memory_format=torch.contiguous_format) for output in found.tensors]
+
+    def _results(self, call: "BlockCall", tensors: Sequence[Tensor]) -> Results:
+        args, kwargs = filled(call.arguments, tensors)
+        token = INSIDE_BLOCK.set(True)
+        try:
+            with shapes_only(), Drawing(call.scope, None) as drawing:
+                structure, outputs = with_slots(self.own_by_module[call.module][1](*args, **kwargs))
+            return Results(structure, outputs, tuple(drawing.found), drawing.writes_out_attention)
+        except Exception:
+            call.failed = True
+            raise
+        finally:
+            INSIDE_BLOCK.reset(token)
 
 
 INSIDE_BLOCK: ContextVar[bool] = ContextVar("spindle_inside_block", default=False)
@@ -150,12 +188,13 @@ def _(tensors: list[Tensor], call: int) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def opaque_blocks(blocks: Iterable[Block]) -> Iterator[list[BlockCall]]:
+def opaque_blocks(blocks: Iterable[Block], recorded: Recorded | None = None) -> Iterator[list[BlockCall]]:
     """While open, calls of `blocks` are recorded and traced as one operator each. Yields the calls, by their number.
 
-    What a block's forward hooks do belongs to the block, so there the whole call is recorded, not just `forward`.
+    `recorded` knows the results of blocks that cannot run on fake tensors. What a block's forward hooks do belongs to
+    the block, so there the whole call is recorded, not just `forward`.
     """
-    session = _Session()
+    session = _Session(recorded=recorded)
     token = _SESSION.set(session)
     try:
         with replaced(blocks, lambda block, own: _recorder(block, session)) as session.own_by_module:
@@ -189,6 +228,11 @@ def replaced(
                 setattr(module, name, own)  # the user had patched the instance
 
 
+def trace_for(rows: int) -> None:
+    """Tell the open `opaque_blocks` the batch size as the trace knows it."""
+    _SESSION.get().rows = rows
+
+
 def _recorder(block: Block, session: _Session) -> Callable[..., Any]:
     def recorded(*args: Any, **kwargs: Any) -> Any:
         if INSIDE_BLOCK.get():  # a block in a block is part of it
@@ -210,11 +254,12 @@ class BlockModule(nn.Module):
         self.module = call.module
         self.arguments = call.arguments
         self.draws = BlockDraws(call.scope, call.sites)
+        self.configs = [] if "." in call.path else caching_configs(call.module)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on its tensors; constants are those of the recorded call."""
         args, kwargs = filled(self.arguments, tensors)
-        with self.draws.opened():
+        with self.draws.opened(), caches_off(self.configs):
             results = self.module(*args, **kwargs)
         return tuple(with_slots(results)[1])
 

@@ -6,7 +6,7 @@ The module runs forward and backward on fake tensors at the full batch: no compu
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,15 @@ def _attention_backward_flops(
     return _attention_flops(query, key, rest[0]) * 5 // 2
 
 
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Rows sorted by expert, times the matrix of their expert; or, in backward, such rows times each other."""
+    if len(a) == 3:
+        return 2 * a[0] * a[1] * a[2] * b[2] if len(b) == 3 else 2 * a[1] * a[2] * b[1]
+    return 2 * a[0] * a[1] * b[-1]
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    aten._grouped_mm: _grouped_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -84,24 +92,71 @@ def measure(
 ) -> Cost:
     """Run `module(rows, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
     sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode, shapes_only():
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value, static_shapes=True) for name, value in _unique_state(module)
         }
-        for name, parameter in module.named_parameters():
-            state[name] = state[name].detach().requires_grad_(parameter.requires_grad)
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
-        saved: dict[int, int] = {}
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        cpu, undrawn = torch.device("cpu"), Undrawn()
-        with counter as forward, _saved_bytes(saved), computing_in(precision, cpu), shapes_only(), undrawn:
-            outputs = torch.func.functional_call(module, state, (rows, *arguments))
-        ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as backward:
-            if ends:
-                torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
-        held = {value.untyped_storage()._cdata for value in (*state.values(), *arguments)}
-        kept = sum(size for storage, size in saved.items() if storage not in held)
+        return _measured(module, rows, state, arguments, live, precision)
+
+
+def measure_on_samples(
+    module: nn.Module,
+    samples: int,
+    values: Sequence[Tensor],
+    inputs: Sequence[ValueSpec],
+    live: Sequence[bool] | None = None,
+    precision: Precision = "fp32",
+) -> Cost:
+    """What `measure` gives, at `samples` samples, for a module that fake tensors cannot run through: it really runs, on
+    the `values` of its inputs for them.
+    """
+    state = {name: value.detach().clone() for name, value in _unique_state(module)}
+    arguments = [v.detach().requires_grad_(i.needs_grad) for v, i in zip(values, inputs, strict=True)]
+    return _measured(module, samples, state, arguments, live, precision)
+
+
+def at_full_batch(cost: Cost, samples: int, rows: int, grown: Sequence[tuple[int, int] | None]) -> Cost:
+    """The cost of `rows` samples from that of `samples`. `grown` gives, for each output, the dimension that grows and
+    how much of it belongs to a sample.
+    """
+    outputs = []
+    for spec, growth in zip(cost.outputs, grown, strict=True):
+        shape = list(spec.shape)
+        if growth is not None:
+            shape[growth[0]] = growth[1] * rows
+        outputs.append(replace(spec, shape=tuple(shape)))
+    factor = rows / samples
+    return replace(
+        cost,
+        outputs=tuple(outputs),
+        forward_flops=cost.forward_flops * factor,
+        backward_flops=cost.backward_flops * factor,
+        activation_bytes=int(cost.activation_bytes * factor),
+    )
+
+
+def _measured(
+    module: nn.Module,
+    rows: int,
+    state: dict[str, Tensor],
+    arguments: Sequence[Tensor],
+    live: Sequence[bool] | None,
+    precision: Precision,
+) -> Cost:
+    for name, parameter in module.named_parameters():
+        state[name] = state[name].detach().requires_grad_(parameter.requires_grad)
+    saved: dict[int, int] = {}
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    cpu, undrawn = torch.device("cpu"), Undrawn()
+    with counter as forward, _saved_bytes(saved), computing_in(precision, cpu), undrawn:
+        outputs = torch.func.functional_call(module, state, (rows, *arguments))
+    ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as backward:
+        if ends:
+            torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+    held = {value.untyped_storage()._cdata for value in (*state.values(), *arguments)}
+    kept = sum(size for storage, size in saved.items() if storage not in held)
     return Cost(
         outputs=tuple(ValueSpec(tuple(o.shape), o.dtype, o.requires_grad) for o in outputs),
         forward_flops=float(forward.get_total_flops()),

@@ -62,6 +62,14 @@ class Stream:
 _STREAM: ContextVar[Stream] = ContextVar("spindle_stream", default=Stream())  # noqa: B039 - frozen
 
 
+_DRAWING: ContextVar[bool] = ContextVar("spindle_drawing", default=False)
+
+
+def is_drawing() -> bool:
+    """Whether a draw of ours is under way, which uses torch's random functions itself."""
+    return _DRAWING.get()
+
+
 def current() -> Stream:
     """The stream that code draws from just now."""
     return _STREAM.get()
@@ -98,7 +106,11 @@ class Draw:
         """Numbers of any shape."""
         values = torch.empty(tuple(shape), dtype=self.dtype, device=generator.device)
         numbers = (int(n) for n in self.numbers) if self.fill == "random_" else self.numbers
-        result: Tensor = getattr(values, self.fill)(*numbers, generator=generator)
+        token = _DRAWING.set(True)
+        try:
+            result: Tensor = getattr(values, self.fill)(*numbers, generator=generator)
+        finally:
+            _DRAWING.reset(token)
         return result
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from spindle.capture.blocks import INSIDE_BLOCK, Block, Forward, Scopes, replaced
 from spindle.capture.codes import Captured
 from spindle.capture.draws import Sites, Stream, drawing_from
 from spindle.capture.randomness import Drawing
-from spindle.capture.tracing import blocks_of
 from spindle.workload import Workload
 
 
@@ -16,12 +17,18 @@ from spindle.workload import Workload
 def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -> Iterator[None]:
     """While open, one call of the function of task `stream.task` draws as planned runs at `stream` do."""
     sites = captured.draws[stream.task]
+    paths = dict.fromkeys(scope.partition("@")[0] for scope in sites if scope)
     with (
-        replaced(blocks_of(workload), _in_its_scope(sites)),
+        replaced([Block(path, _module_at(workload, path)) for path in paths], _in_its_scope(sites)),
         drawing_from(stream),
         Drawing("", sites[""]),
     ):
         yield
+
+
+def _module_at(workload: Workload, path: str) -> nn.Module:
+    component, _, inner = path.partition(".")
+    return workload.components[component].module.get_submodule(inner)
 
 
 def _in_its_scope(sites: Sites) -> Callable[[Block, Forward], Forward]:

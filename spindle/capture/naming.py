@@ -21,6 +21,8 @@ class Namer:
         container, _, index = path.rpartition(".")
         component = path.partition(".")[0]
         _, at, count = called.partition("@")
+        if not container:  # the whole component
+            return component, self._unique(f"{task}.{component}{at}{count}", "")
         base = ".".join(filter(None, (task, f"{component}{at}{count}", self.label_by_list[container])))
         return component, self._unique(base, index)
 

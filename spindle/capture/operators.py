@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from spindle.capture import costs
+from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.draws import Stream, drawing_from
@@ -63,6 +64,14 @@ class TaskOperators:
     codes: list[OperatorCode] = field(default_factory=list)
     aux: list[AuxCode] = field(default_factory=list)
     loss: str = ""
+
+
+class DataDependentSize(WorkloadError):
+    """Glue of a component hands on a tensor whose size only the data can tell."""
+
+    def __init__(self, message: str, component: str) -> None:
+        super().__init__(message)
+        self.component = component
 
 
 def build_operators(
@@ -219,24 +228,59 @@ class _Builder:
     ) -> None:
         for node in code.results:
             if free_unbacked_symbols(node.meta["val"]):
-                raise WorkloadError(
+                raise DataDependentSize(
                     f"task {self.task.name!r}: what {name!r} hands on has a size that depends on the data "
-                    f"({node.name}); keep the size fixed, for instance mask values with torch.where instead of indexing"
+                    f"({node.name}); keep the size fixed, for instance by torch.where in place of indexing by a mask",
+                    component,
                 )
-        cost = self._cost(kind, code, None)
+        cost = self._cost(kind, code, None, rows)
         if cost.undrawn:
             raise undrawn(f"task {self.task.name!r}: {name!r}", cost.undrawn)
         for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
             self.specs[node], self.rows[node] = spec, row
         self.drafts.append(_Draft(name, component, code, kind, splittable))
 
-    def _cost(self, kind: str, code: Extracted, live: tuple[bool, ...] | None) -> Cost:
+    def _cost(self, kind: str, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None]) -> Cost:
+        """Cost of a piece of code whose results have `rows`, with a gradient for those that are `live` (None: all)."""
         key = f"{kind}{live or ''}"
         if key not in self.memo.costs:
-            specs = self._input_specs(code)
-            size = self.task.batch_size
-            self.memo.costs[key] = costs.measure(code.module, size, specs, live, self.precision)
+            try:
+                specs, size = self._input_specs(code), self.task.batch_size
+                self.memo.costs[key] = costs.measure(code.module, size, specs, live, self.precision)
+            except Exception as error:  # whatever fake tensors cannot do: sizes, branches, types that only data tell
+                self.memo.costs[key] = self._cost_on_samples(code, live, rows, error)
         return self.memo.costs[key]
+
+    def _cost_on_samples(
+        self, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None], error: Exception
+    ) -> Cost:
+        arguments = zip(code.arguments, code.inputs[1:], strict=True)
+        values = [value for node, given in arguments if (value := self._probe_value(node, given)) is not None]
+        specs = self._input_specs(code)
+        if len(values) < len(specs):
+            raise self._unmeasured(code, error) from error
+        try:
+            twin = jittered(code.module, self.generator)
+            cost = costs.measure_on_samples(twin, self.samples, values, specs, live, self.precision)
+        except FAILURES as second:
+            raise self._unmeasured(code, second) from error
+        grown = [(row.dim, row.count) if row else None for row in rows]
+        return costs.at_full_batch(cost, self.samples, self.task.batch_size, grown)
+
+    def _unmeasured(self, code: Extracted, error: Exception) -> WorkloadError:
+        blocks = [module.module for module in code.module.modules() if isinstance(module, BlockModule)]
+        what = f"a layer of class {type(blocks[0]).__name__}" if blocks else "its glue"
+        return WorkloadError(
+            f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.samples} samples: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; make it run on any number of samples"
+        )
+
+    def _probe_value(self, node: fx.Node, given: CodeInput) -> Tensor | None:
+        """The first trial's value of an input."""
+        if given.kind == "aux":
+            return self._aux_probe(self._aux_code(node), self.trials[0], 0, self.samples)
+        value: Tensor | None = self.probes[node][0]
+        return value
 
     def _kind(self, label: str, code: Extracted) -> str:
         return costs.kind_of(label, code.module, self.task.batch_size, self._input_specs(code), self.precision)
@@ -248,7 +292,7 @@ class _Builder:
         for draft in reversed(self.drafts):
             code = draft.code
             live = tuple(node in wanted for node in code.results)
-            cost = self._cost(draft.kind, code, None if all(live) else live)
+            cost = self._cost(draft.kind, code, None if all(live) else live, [self.rows[node] for node in code.results])
             if not all(live):
                 draft.kind += "-" + "".join("gn"[not alive] for alive in live)
             wanted |= {node for node, grad in zip(code.arguments, cost.input_grads, strict=True) if grad}

@@ -18,7 +18,7 @@ from torch import SymInt, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spindle.capture.draws import Draw, Site, current, draw
+from spindle.capture.draws import Draw, Site, current, draw, is_drawing
 from spindle.errors import WorkloadError
 
 Numbers = Sequence[float]
@@ -348,7 +348,7 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Note and go on."""
         kwargs = kwargs or {}
-        if draws(func, args, kwargs):
+        if not is_drawing() and draws(func, args, kwargs):
             self.names.add(func._schema.name.partition("::")[2])
         return func(*args, **kwargs)
 

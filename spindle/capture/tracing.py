@@ -5,15 +5,10 @@
 - Sizes that equal the batch size become one value, so that no part of the graph needs a tensor only to ask its length.
 """
 
-import contextlib
-import inspect
-import io
 import itertools
-import logging
 import os
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block, opaque_blocks
+from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block
 from spindle.capture.draws import Sites
 from spindle.capture.effects import Effects, find_effects
-from spindle.capture.randomness import Drawing, draws, undrawn
-from spindle.capture.rewrite import SplitReductions
-from spindle.errors import WorkloadError
+from spindle.capture.export import export
+from spindle.capture.randomness import draws, undrawn
+from spindle.errors import SpindleWarning, WorkloadError
 from spindle.workload import Batch, Task, Workload
 
 BLOCK = torch.ops.spindle.block.default
-_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
 )
@@ -81,36 +75,6 @@ class TracedTask:
         return frozenset(found)
 
 
-class _TaskModule(nn.Module):
-    """All components as children, so that export sees their parameters, and the user's function as forward."""
-
-    def __init__(self, workload: Workload, task: Task) -> None:
-        super().__init__()
-        for component in workload.components.values():
-            self.add_module(component.name, component.module)
-        self.task = task
-        self.drawing = Drawing("", None, as_operators=True)
-
-    def forward(self, batch: Batch) -> Tensor:
-        rows, *others = (value.shape[0] for value in batch.values())
-        for other in others:
-            torch._check(other == rows)  # type: ignore[no-untyped-call] # each field came with a size of its own
-        with self.drawing, SplitReductions(rows):
-            loss = self.task.function(batch)
-        if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point() or loss.numel() != 1:
-            raise WorkloadError(
-                f"task {self.task.name!r} returned {_told(loss)}; return the loss, one floating-point scalar"
-            )
-        return loss
-
-
-def _told(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return "None" if value is None else f"a {type(value).__name__}"
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f"a {dtype} tensor of {value.ndim} dimensions" if value.ndim else f"a scalar of {dtype}"
-
-
 def blocks_of(workload: Workload) -> list[Block]:
     """All blocks of all components, their paths beginning with the component's name."""
     return [
@@ -120,12 +84,17 @@ def blocks_of(workload: Workload) -> list[Block]:
     ]
 
 
-def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
-    """Export `task` around the workload's blocks. Raises WorkloadError when the function cannot be traced."""
-    root, blocks = _TaskModule(workload, task), blocks_of(workload)
+def trace(
+    workload: Workload, task: Task, batch: Batch, untraceable: Mapping[str, Exception] | None = None
+) -> TracedTask:
+    """Export `task` around the workload's blocks, and around components that are `untraceable` for a reason.
+
+    Raises WorkloadError when the function cannot be traced.
+    """
+    blocks = blocks_of(workload)
     _refuse_gradient_hooks(workload, blocks)
-    with opaque_blocks(blocks) as calls, _caches_off(root):
-        program = _export(root, task, batch)
+    program, calls, drawing = export(workload, task, batch, blocks, untraceable or {})
+    _warn_of_attention(task, written_out=drawing.writes_out_attention or any(call.written_out for call in calls))
     graph = program.graph
     _open_no_grad_regions(program.graph_module)
     _check_regions(graph, task)
@@ -153,9 +122,19 @@ def trace(workload: Workload, task: Task, batch: Batch) -> TracedTask:
         rows=_row_counts(graph, inputs[InputKind.USER_INPUT]),
         mutations=mutations,
         effects=find_effects(graph),
-        draws={"": tuple(root.drawing.found), **{call.scope: call.sites for call in calls}},
+        draws={"": tuple(drawing.found), **{call.scope: call.sites for call in calls}},
         submodules=dict(program.graph_module.named_children()),
     )
+
+
+def _warn_of_attention(task: Task, *, written_out: bool) -> None:
+    if written_out:
+        warnings.warn(
+            f"task {task.name!r}: attention with dropout cannot use a fused kernel, since its mask must not depend on "
+            "the plan, and takes more time and memory on GPUs; set attention dropout to 0 (attention_dropout, dropout_p)",
+            SpindleWarning,
+            stacklevel=6,
+        )
 
 
 def _refuse_other_draws(graph: fx.Graph, task: Task) -> None:
@@ -189,64 +168,6 @@ def _refuse_gradient_hooks(workload: Workload, blocks: list[Block]) -> None:
                     f"component {component.name!r}: module {path!r} has a backward hook outside of blocks, which a "
                     "traced graph does not carry; remove it, or let layers= name a list of blocks that holds the module"
                 )
-
-
-def _export(root: _TaskModule, task: Task, batch: Batch) -> torch.export.ExportedProgram:
-    shapes = {"batch": {name: {0: torch.export.Dim.AUTO} for name in batch}}
-    try:
-        with _quiet():
-            return torch.export.export(root, (batch,), dynamic_shapes=shapes, strict=False)
-    except WorkloadError:
-        raise
-    except Exception as error:
-        remedy = "Outside of blocks a task may not branch on tensor values" if _of_torch(error) else "Mend that line"
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise WorkloadError(
-            f"task {task.name!r} raised {type(error).__name__} while it was traced on fake tensors"
-            f"{_place(error, task)}: {reason}. {remedy}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Export prints the whole graph beside what it raises; our error says it in a line."""
-    logs, printed = [logging.getLogger(name) for name in _LOUD], io.StringIO()
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(printed):
-            yield
-        sys.stderr.write(printed.getvalue())  # nothing of the user's is lost
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _of_torch(error: Exception) -> bool:
-    return type(error).__module__.startswith("torch.")
-
-
-def _place(error: Exception, task: Task) -> str:
-    """The last line of the task function's file that was running."""
-    code = getattr(inspect.unwrap(task.function), "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if code is not None and f.filename == code.co_filename]
-    return f", line {lines[-1]} of {os.path.basename(code.co_filename)}" if code is not None and lines else ""
-
-
-@contextlib.contextmanager
-def _caches_off(root: nn.Module) -> Iterator[None]:
-    """Decoders must not build key-value caches in training: their layers would pass objects, not tensors."""
-    configs = {id(config): config for module in root.modules() if (config := getattr(module, "config", None))}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    for config in caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True
 
 
 def _outputs(program: torch.export.ExportedProgram, task: Task) -> tuple[fx.Node, dict[fx.Node, str]]:
