@@ -44,6 +44,7 @@ class ThreadCrew:
         self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"rank{job.rank}") for job in jobs]
         self._workers: list[Worker] = []
         self._running: list[concurrent.futures.Future[Any]] = []
+        self._closed = False
         self._workers = self._gather(
             [
                 thread.submit(Worker, separate(job), transport)
@@ -68,6 +69,9 @@ class ThreadCrew:
 
     def close(self) -> None:
         """See Crew. A thread that does not come back is left behind: nothing can end it from outside."""
+        if self._closed:
+            return
+        self._closed = True
         for transport in self._transports:
             transport.close()
         for worker in self._workers:

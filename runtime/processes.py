@@ -76,26 +76,30 @@ class ProcessCrew:
         try:
             ok, value = cloudpickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionError):
-            child = self._children[rank]
-            child.join(5.0)
+            error: Exception = self._death(rank)
             self.close()
-            raise RunError(
-                f"rank {rank} died (exit code {child.exitcode}); out of memory kills with -9. The run ended"
-            ) from None
+            raise error from None
         if ok:
             return value
         error = self._first_cause(value)
         self.close()
         raise error
 
+    def _death(self, rank: int) -> RunError:
+        child = self._children[rank]
+        child.join(5.0)
+        return RunError(f"rank {rank} died (exit code {child.exitcode}); out of memory kills with -9. The run ended")
+
     def _first_cause(self, error: Exception) -> Exception:
-        """Of failures that came in together, one that is not just a lost peer."""
-        for pipe in self._pipes:
-            with contextlib.suppress(EOFError, OSError):
+        """Of failures that came in together, one that is not just a lost peer: a rank that raised, or one that died."""
+        for rank, pipe in enumerate(self._pipes):
+            try:
                 while is_lost_peer(error) and pipe.poll(0.5):
                     ok, value = cloudpickle.loads(pipe.recv_bytes())
                     if not ok and not is_lost_peer(value):
                         return value  # type: ignore[no-any-return]
+            except (EOFError, OSError):
+                return self._death(rank)
         return error
 
     def close(self) -> None:

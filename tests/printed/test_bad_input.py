@@ -220,8 +220,8 @@ def test_a_file_that_will_not_do(
 
 MODELS = {
     "nothing": "workload 'nothing' has no tasks; add one with @workload.task(...)",
-    "raising": "task 't' raised RuntimeError while it was traced on fake tensors",
-    "misshapen": "task 't' raised RuntimeError while it was traced on fake tensors",
+    "raising": "task 't' raised RuntimeError while it ",
+    "misshapen": "task 't' raised RuntimeError while it ",
     "no_scalar": "task 't' returned a float32 tensor of 2 dimensions; return the loss",
     "no_data": "task 't': its data holds no batch; give at least one",
     "burning": "task 't': its loader raised OSError: disk on fire; mend the loader",

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from spindle.errors import RunError
 from spindle.runtime.crew import is_lost_peer
