@@ -63,6 +63,17 @@ def finish(problem: Problem, model: Model, runs: list[Run]) -> tuple[Slice, ...]
     return join(_retimed(problem, floor, steps, devices))
 
 
+def forward_on_floor(problem: Problem, floor: Floor, model: Model, runs: list[Run]) -> list[Run]:
+    """Placed runs of either direction with forward times: order and devices stay, transfers go to who receives."""
+    steps = _steps(model, forward_runs(model, runs))
+    slices = _retimed(problem, floor, steps, [step.devices for step in steps])
+    timed = [
+        (step.op, model.counts[step.op].index(step.count), step.num_layers, s.start_s, s.end_s, step.devices)
+        for step, s in zip(steps, slices, strict=True)
+    ]
+    return sorted(timed, key=lambda run: (run[3], run[0]))
+
+
 def _steps(model: Model, runs: list[Run]) -> list[Step]:
     first = [0] * len(model)
     steps = []

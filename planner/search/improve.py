@@ -16,6 +16,7 @@ from spindle.planner.search.decode import Decoded, Decoder, Draft, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
+CHUNK_SLICES = 6000  # decoded between two looks at the budget
 HOT, COLD = 5e-4, 3e-5
 MOVE_UNITS = 2.0
 BEYOND_WEIGHT = 0.5
@@ -61,10 +62,11 @@ class Climber:
         while work.spent < until and work.left(share):
             progress = (work.spent - begun) / units
             heat = HOT * (COLD / HOT) ** progress * self.model.bound_s
-            for _ in range(64):
+            chunk = max(4, min(64, CHUNK_SLICES // slices))
+            for _ in range(chunk):
                 self._step(heat)
             work.spend(
-                64 * (MOVE_UNITS + self.decoder.slice_units * slices)
+                chunk * (MOVE_UNITS + self.decoder.slice_units * slices)
                 + self.reductions * self.decoder.reduction_units * slices
             )
             self.reductions = 0

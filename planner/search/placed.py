@@ -15,7 +15,7 @@ from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
 from spindle.planner.traffic import reduce_s
 
-REDUCTION_UNITS = 3.0  # for each slice
+REDUCTION_UNITS, DEVICE_UNITS = 3.0, 0.02  # for each slice, and for each slice and device
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class PlacedDecoder:
     @property
     def reduction_units(self) -> float:
         """See Decoder."""
-        return REDUCTION_UNITS if self.floor.sharing else 0.0
+        each = REDUCTION_UNITS + DEVICE_UNITS * self.model.num_devices
+        return each if self.floor.sharing else 0.0
 
     def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
         """See Decoder."""

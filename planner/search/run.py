@@ -14,7 +14,7 @@ from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
 from spindle.planner.search.decode import Decoder, FlatDecoder, draft_of
-from spindle.planner.search.finish import finish, forward_runs, runs_of_draft
+from spindle.planner.search.finish import finish, forward_on_floor, runs_of_draft
 from spindle.planner.search.floor import Floor, make_floor
 from spindle.planner.search.fluid import COLUMN_UNITS, LP_UNITS
 from spindle.planner.search.improve import Climber
@@ -27,7 +27,7 @@ from spindle.planner.search.work import Work
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
 BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
-STARTS, STARTS_LARGE = 6, 2
+STARTS, STARTS_LARGE = 6, 3
 CLOSE_ENOUGH = 0.0005
 
 
@@ -132,13 +132,13 @@ def _order(side: _Side, work: Work, seed: int) -> list[int]:
 
 def _climb(model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int) -> list[Climber]:
     """Successive halving over climbers from the best schedules; best first."""
-    count = STARTS if len(model) <= SMALL else STARTS_LARGE
+    count = STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
     climbers: list[Climber] = []
     for i, f in enumerate(found[:count]):
         decoder: Decoder = FlatDecoder(f.model)
         runs = f.runs
         if floor is not None:
-            decoder, runs = PlacedDecoder(model, floor), forward_runs(f.model, f.runs)
+            decoder, runs = PlacedDecoder(model, floor), forward_on_floor(floor.problem, floor, f.model, f.runs)
         try:
             climbers.append(Climber(decoder, draft_of(decoder, runs), work, seed + i))
         except Stuck:
