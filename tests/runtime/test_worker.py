@@ -1,0 +1,117 @@
+"""Worker: what a rank is sent, and what it leaves to others."""
+
+from collections.abc import Iterator
+
+import cloudpickle
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spindle
+from spindle.plan import Plan, Slice, make_waves
+from spindle.runtime.controller import Prepared, prepare
+from spindle.runtime.worker import Job, make_job, owners, parameter_groups, separate
+from spindle.workload import Workload
+from tests.faults.breaking import rows, workload_of
+
+
+def layers_then_loss(workload: Workload) -> Plan:
+    """All but the loss on rank 0, the loss on rank 1."""
+    metagraph = spindle.make_metagraph(workload)
+    slices = [
+        Slice(
+            metaop=name,
+            first_layer=0,
+            num_layers=metagraph[name].layers,
+            devices=(1,) if name.endswith(".loss") else (0,),
+            start_s=float(place),
+            end_s=place + 1.0,
+        )
+        for place, name in enumerate(metagraph.topological_order)
+    ]
+    return Plan(
+        num_devices=2, devices_per_node=2, method="hand", waves=make_waves(slices), makespan_s=float(len(slices))
+    )
+
+
+def prepared() -> Prepared:
+    workload = workload_of(lambda: iter([rows(), rows(1.0)]))
+    return prepare(workload, layers_then_loss(workload))
+
+
+def jobs(found: Prepared) -> list[Job]:
+    return [make_job(found.program, rank, found.captured, found.workload) for rank in (0, 1)]
+
+
+def test_a_rank_is_sent_what_it_runs() -> None:
+    """Codes of its own operators, and data only where a batch is read; the user's task function stays behind."""
+    first, second = jobs(prepared())
+    assert set(first.codes).isdisjoint(second.codes)
+    assert set(second.codes) == {"t.loss"}
+    assert callable(first.tasks["t"].data)
+    assert second.tasks["t"].data == ()
+    with pytest.raises(AssertionError, match="a worker runs operators, never a task function"):
+        first.tasks["t"].function({})
+
+
+def test_a_job_travels() -> None:
+    """Closures and lambdas of the user go with it; a rank without layers is sent no weights."""
+    heavy = workload_of(lambda: iter([rows()]))
+    found = prepare(heavy, layers_then_loss(heavy))
+    first, second = jobs(found)
+    assert set(cloudpickle.loads(cloudpickle.dumps(first)).codes) == set(first.codes)
+    assert [name for code in second.codes.values() for _, name in code.parameters] == []
+
+
+def test_only_ranks_that_read_batches_run_the_loader() -> None:
+    """One pass for the capture, one on rank 0, none on rank 1."""
+    passes: list[int] = []
+
+    def data() -> Iterator[dict[str, Tensor]]:
+        passes.append(1)
+        while True:
+            yield rows(1.0)
+
+    workload = workload_of(data)
+    plan = layers_then_loss(workload)
+    before = len(passes)
+    spindle.train(
+        workload, plan, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=4, launcher="threads"
+    )
+    assert len(passes) - before == 1
+
+
+def test_ranks_of_one_process_share_no_parameters() -> None:
+    """Nor with the user's modules; ties inside a rank stay ties."""
+    found = prepared()
+    job = jobs(found)[0]
+    copies = [separate(job), separate(job)]
+    pointers = [
+        {p.data_ptr() for code in one.codes.values() for p in code.module.parameters()} for one in (job, *copies)
+    ]
+    assert len(set.union(*pointers)) == sum(map(len, pointers))
+    assert len(pointers[0]) == len(pointers[1]) == len(pointers[2]) > 0
+
+
+def test_every_parameter_has_one_owner() -> None:
+    """All that any rank holds, once."""
+    found = prepared()
+    by_rank = owners(found.program, found.captured)
+    names = [name for owned in by_rank.values() for name in owned]
+    assert sorted(names) == sorted(name for name, _ in found.workload.named_parameters())
+    assert by_rank[1] == []
+
+
+def test_parameters_without_settings_are_one_list() -> None:
+    parameters = {"a.w": nn.Parameter(torch.ones(1)), "b.w": nn.Parameter(torch.ones(1))}
+    assert parameter_groups(parameters, {"a": {}, "b": {}}) == list(parameters.values())
+
+
+def test_components_with_settings_are_groups() -> None:
+    """One for each of them, one for the rest, in the order of the parameters."""
+    parameters = {name: nn.Parameter(torch.ones(1)) for name in ("a.v", "b.w", "a.w", "c.w")}
+    found = parameter_groups(parameters, {"a": {"lr": 0.5}, "b": {}, "c": {}})
+    assert found == [
+        {"params": [parameters["a.v"], parameters["a.w"]], "lr": 0.5},
+        {"params": [parameters["b.w"], parameters["c.w"]]},
+    ]
