@@ -211,7 +211,8 @@ def _quiet() -> Iterator[None]:
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes", category=UserWarning)  # recurrent layers
             yield
         sys.stderr.write(printed.getvalue())  # nothing of the user's is lost
     finally:

@@ -66,8 +66,9 @@ class Drawing(TorchFunctionMode):
         if self.as_operators:
             given = dtype or (torch.get_default_dtype() if like is None else None)
             operator = torch.ops.spindle.draw
+            pattern = None if like is None else like.detach()  # no gradient goes through its type
             made: Tensor = operator(
-                like, fill, list(numbers), list(shape), given, self.scope, index, site.dim, site.per_sample
+                pattern, fill, list(numbers), list(shape), given, self.scope, index, site.dim, site.per_sample
             )
             return made
         where = like.device if like is not None else torch.device(device or current().device)

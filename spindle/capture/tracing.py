@@ -131,7 +131,7 @@ def _warn_of_attention(task: Task, *, written_out: bool) -> None:
     if written_out:
         warnings.warn(
             f"task {task.name!r}: attention with dropout cannot use a fused kernel, since its mask must not depend on "
-            "the plan, and takes more time and memory on GPUs; set attention dropout to 0 (attention_dropout, dropout_p)",
+            "the plan, and takes more time and memory on GPUs; set attention dropout to 0 (attention_dropout=0)",
             SpindleWarning,
             stacklevel=6,
         )
