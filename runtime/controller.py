@@ -4,7 +4,6 @@ Before anything starts the program is checked against the laws, and the ranks' f
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.runtime.crew import Crew, ThreadCrew
+from spindle.runtime.crew import Crew, ThreadCrew, threads_of_rank
 from spindle.runtime.laws import check_program
 from spindle.runtime.lower import lower
 from spindle.runtime.program import Program
@@ -121,8 +120,7 @@ def launched(
 ) -> Iterator[Run]:
     """Start a crew for a prepared workload, and end it whatever happens."""
     program = prepared.program
-    on_cpu = not torch.cuda.is_available()
-    threads = max(1, (os.cpu_count() or 1) // program.num_ranks) if on_cpu else None
+    threads = threads_of_rank(program.num_ranks)
     jobs = [
         make_job(
             program,

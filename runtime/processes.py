@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -19,8 +19,8 @@ import cloudpickle
 
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.crew import is_lost_peer
-from spindle.runtime.transport import ProcessTransport, join_store, serve_store
-from spindle.runtime.worker import Job, Worker
+from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
+from spindle.runtime.worker import Worker
 
 HOST = "127.0.0.1"
 
@@ -30,17 +30,19 @@ class ProcessCrew:
 
     leads = True
 
-    def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
-        """Start a process for each job and wait until all are ready."""
+    def __init__(
+        self, jobs: Sequence[Any], *, timeout_s: float = 60.0, worker: Callable[[Any, Transport], Any] = Worker
+    ) -> None:
+        """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls."""
         self._store = serve_store(HOST)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "spindle.runtime.processes"])
         self._pipes: list[Connection] = []
         self._children = []
-        for job in jobs:
+        for rank, job in enumerate(jobs):
             ours, theirs = context.Pipe()
-            arguments = (theirs, cloudpickle.dumps(job), job.rank, len(jobs), self._store.port, timeout_s)
-            child = context.Process(target=_child, args=arguments, daemon=True, name=f"spindle-rank{job.rank}")
+            arguments = (theirs, cloudpickle.dumps((worker, job)), rank, len(jobs), self._store.port, timeout_s)
+            child = context.Process(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
             with _main_hidden():
                 child.start()
             theirs.close()
@@ -130,7 +132,8 @@ def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: in
     with _reported(pipe):
         store = join_store(HOST, port, timeout_s)
         transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s)
-        worker = Worker(cloudpickle.loads(payload), transport)
+        make, job = cloudpickle.loads(payload)
+        worker = make(job, transport)
         pipe.send_bytes(cloudpickle.dumps((True, None)))
     while True:
         try:

@@ -73,6 +73,7 @@ class _MetaOpModel(_JsonModel):
     memory_bytes: CountTable = {}
     layer_param_bytes: float = 0.0
     layer_state_bytes: float = 0.0
+    layer_update_s: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
@@ -230,6 +231,8 @@ class _EntryModel(_JsonModel):
     forward_s: float
     backward_s: float
     peak_bytes: float = 0.0
+    update_s: float = 0.0
+    spread: float = 0.0
 
 
 class _LinkEntryModel(_JsonModel):
@@ -238,6 +241,7 @@ class _LinkEntryModel(_JsonModel):
     members: int
     num_bytes: int
     seconds: float
+    spread: float = 0.0
 
 
 class _ProfileModel(_JsonModel):

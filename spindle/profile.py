@@ -2,7 +2,7 @@
 
 An entry is one operator kind on so many devices: seconds of its forward and of its backward on each device's share.
 A link entry is one collective or transfer of so many bytes by a group. Profiles are a database: `merge` adds what
-another workload has measured on the same device type.
+another workload has measured on the same device type, and `unlike` says why two do not belong together.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,19 @@ from spindle.errors import ProfileError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileEntry:
-    """Operator `kind` on `num_devices` devices, each holding its share of the batch."""
+    """Operator `kind` on `num_devices` devices, each holding its share of the batch; medians of repeated runs.
+
+    update_s   the optimiser's step over the trained parameters of one layer (0: none, or not measured)
+    spread     distance of the quartiles of forward and backward together, over their median
+    """
 
     kind: str
     num_devices: int
     forward_s: float
     backward_s: float
     peak_bytes: float = 0.0
+    update_s: float = 0.0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
@@ -29,6 +35,11 @@ class ProfileEntry:
             raise ProfileError(
                 f"profile entry {self.kind!r} on {self.num_devices} devices: forward {self.forward_s!r} s, "
                 f"backward {self.backward_s!r} s; forward must be positive, backward zero or more. Measure it again"
+            )
+        if not (0 <= self.update_s < float("inf") and 0 <= self.spread < float("inf")):
+            raise ProfileError(
+                f"profile entry {self.kind!r} on {self.num_devices} devices: update {self.update_s!r} s, spread "
+                f"{self.spread!r}; both are zero or more. Measure it again"
             )
 
 
@@ -48,6 +59,7 @@ class LinkEntry:
     members: int
     num_bytes: int
     seconds: float
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if self.members < 2 or self.num_bytes < 1 or not 0 < self.seconds < float("inf"):
@@ -57,9 +69,17 @@ class LinkEntry:
             )
 
 
+CONDITIONS = ("ranks", "threads", "optimizer")
+"""What, beside the device, changes measured times so much that profiles which differ in it do not merge."""
+
+
 @dataclass(frozen=True)
 class Profile:
-    """Measured entries, and the hardware and versions they were measured on."""
+    """Measured entries, and the hardware and versions they were measured on.
+
+    `versions` names those of torch and Python, the precision, and the conditions: how many ranks measured at once, with
+    how many threads each, and the optimiser.
+    """
 
     device: str
     versions: tuple[tuple[str, str], ...] = ()
@@ -79,11 +99,27 @@ class Profile:
             by_count[entry.num_devices] = entry
         return found
 
+    @cached_property
+    def link_keys(self) -> frozenset[tuple[LinkOperation, LinkLevel, int, int]]:
+        """(operation, level, members, bytes) of every link entry."""
+        return frozenset((e.operation, e.level, e.members, e.num_bytes) for e in self.links)
+
+    def unlike(self, other: "Profile") -> tuple[str, ...]:
+        """In what two profiles differ that must agree for their times to belong together, in words."""
+        ours, theirs = dict(self.versions), dict(other.versions)
+        found = [] if self.device == other.device else [f"{self.device!r} and {other.device!r}"]
+        found += [
+            f"{name} {ours[name]} and {theirs[name]}"
+            for name in CONDITIONS
+            if name in ours and name in theirs and ours[name] != theirs[name]
+        ]
+        return tuple(found)
+
     def merge(self, other: "Profile") -> "Profile":
-        """Both profiles' entries; where both measured the same, the other's. Raises ProfileError for unlike devices."""
-        if self.device != other.device:
+        """Both profiles' entries; where both measured the same, the other's. Raises ProfileError for unlike ones."""
+        if unlike := self.unlike(other):
             raise ProfileError(
-                f"profiles of {self.device!r} and {other.device!r} do not merge; measure both on one device type"
+                f"profiles of {'; '.join(unlike)} do not merge; measure both alike, or each into a file of its own"
             )
         entries = {(entry.kind, entry.num_devices): entry for entry in (*self.entries, *other.entries)}
         links = {(e.operation, e.level, e.members, e.num_bytes): e for e in (*self.links, *other.links)}
