@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasibl
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -181,7 +182,7 @@ def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
     loaded = _read_plan(plan_file)
     findings = check_plan(loaded, read(metagraph, MetaGraph) if metagraph else None)
     if as_json:
-        click.echo(json.dumps({"ok": not findings, "findings": [str(finding) for finding in findings]}, indent=1))
+        click.echo(_json({"ok": not findings, "findings": [str(finding) for finding in findings]}, indent=1))
     elif not findings:
         what = (
             "rules and costs" if metagraph or loaded.metagraph else "rules (it carries no MetaGraph to check costs by)"
@@ -191,7 +192,7 @@ def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
         click.echo("\n".join(f"{plan_file}: {finding}" for finding in findings[:10]))
         click.echo(picture(loaded, findings))
     if findings:
-        sys.exit(PlanError.exit_code)
+        click.get_current_context().exit(PlanError.exit_code)
 
 
 def _read_plan(path: str) -> "Plan":
@@ -215,7 +216,7 @@ def explain(plan_file: str, as_json: bool) -> None:
     from spindle.planner.explain import explain, render_explanation
 
     found = explain(_read_plan(plan_file))
-    click.echo(json.dumps(asdict(found)) if as_json else render_explanation(found))
+    click.echo(_json(asdict(found)) if as_json else render_explanation(found))
 
 
 @cli.command()
@@ -233,7 +234,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
     from spindle.planner.compare import compare, render_difference
 
     found = compare(_read_plan(before), _read_plan(after))
-    click.echo(json.dumps(asdict(found)) if as_json else render_difference(found))
+    click.echo(_json(asdict(found)) if as_json else render_difference(found))
 
 
 @cli.command()
@@ -273,7 +274,7 @@ def whatif(
     loaded = load_source(source)
     rows = plan_sizes(lambda c: plan_source(loaded, c, measured, time_limit_s=time_limit_s)[0], where, counts)
     if as_json:
-        click.echo(json.dumps({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
+        click.echo(_json({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
     else:
         click.echo(render_sizes(rows))
 
@@ -345,7 +346,7 @@ def profile(source: str, num_devices: int | None, output: str, as_json: bool) ->
     kinds = len(measured.by_kind)
     result = {"output": output, "kinds": kinds, "entries": len(measured.entries), "device": measured.device}
     text = f"{len(measured.entries)} times of {kinds} operator kinds on {measured.device} written to {output}"
-    click.echo(json.dumps(result) if as_json else text)
+    click.echo(_json(result) if as_json else text)
 
 
 @cli.command()
@@ -390,11 +391,11 @@ def verify(
     if as_json:
         values = {"ok": report.ok, "max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
         losses = {"losses": report.losses, "reference_losses": report.reference_losses}
-        click.echo(json.dumps(values | losses | {"rows": [asdict(row) for row in report.rows]}))
+        click.echo(_json(values | losses | {"rows": [asdict(row) for row in report.rows]}))
     else:
         click.echo(str(report))
     if not report.ok:
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 @cli.command()
@@ -471,7 +472,7 @@ def train(
     if as_json:
         done = result.first_step + len(result.losses)
         told = {"steps": done, "first_step": result.first_step, "ended": result.ended, "step_s": result.step_s}
-        click.echo(json.dumps(told | {"losses": result.losses}))
+        click.echo(_json(told | {"losses": result.losses}))
         return
     if result.first_step:
         click.echo(f"resumed after {result.first_step} steps")
@@ -500,6 +501,19 @@ def export(source: str, checkpoint: str | None, output: str) -> None:
         api.load_checkpoint(workload, checkpoint)
     for name, directory in api.export(workload, output).items():
         click.echo(f"{name:20} {directory}")
+
+
+def _json(value: Any, **options: Any) -> str:
+    """JSON, which has no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(member) for key, member in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(member) for member in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def _losses(losses: dict[str, float]) -> str:
@@ -560,6 +574,9 @@ def main() -> None:
     except SpindleError as error:
         click.echo(f"spindle: {error}", err=True)
         sys.exit(error.exit_code)
+    except SystemExit as error:  # commands end by click's exit; this one would pass for ours
+        click.echo(f"spindle: the workload's own code ended the process (SystemExit {error.code}); mend it", err=True)
+        sys.exit(SpindleError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("spindle: interrupted", err=True)
         sys.exit(130)

@@ -90,6 +90,18 @@ def factory():
 
 def broken_factory():
     raise ValueError("no model today")
+
+
+def quits(net, x):
+    raise SystemExit(0)
+
+
+def overflows(net, x):
+    return loss(net, x) * float("inf")
+
+
+quitting = one_task("quitting", quits)
+overflowing = one_task("overflowing", overflows)
 """
 
 

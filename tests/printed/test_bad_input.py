@@ -225,6 +225,7 @@ MODELS = {
     "no_scalar": "task 't' returned a float32 tensor of 2 dimensions; return the loss",
     "no_data": "task 't': its data holds no batch; give at least one",
     "burning": "task 't': its loader raised OSError: disk on fire; mend the loader",
+    "quitting": "the workload's own code ended the process (SystemExit 0); mend it",
     "cut_short": "batch['x'] has shape (3, 2); its first dimension must be the batch size 4",
 }
 

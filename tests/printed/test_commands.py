@@ -173,6 +173,15 @@ def test_train(folder: Path, spindle_command: Spindle) -> None:
     assert {"LOAD t", "FORWARD s0", "STEP"} <= {span.name for span in trace}
 
 
+def test_numbers_that_json_does_not_have(folder: Path, spindle_command: Spindle) -> None:
+    """A loss that has overflowed is null; the object stays one that any parser reads."""
+    options = ("model.py:overflowing", "--steps", "1", "--launcher", "threads", "--json")
+    trained = spindle_command("train", *options)
+    assert (trained.code, one_object(trained)["losses"]) == (0, [{"t": None}])
+    verified = spindle_command("verify", *options)
+    assert (verified.code, one_object(verified)["ok"]) == (1, False)
+
+
 def test_train_as_text(folder: Path, spindle_command: Spindle) -> None:
     done = spindle_command("train", "model.py", "--steps", "2", "--launcher", "threads")
     assert done.code == 0
