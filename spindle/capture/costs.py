@@ -109,11 +109,16 @@ def measure_on_samples(
     precision: Precision = "fp32",
 ) -> Cost:
     """What `measure` gives, at `samples` samples, for a module that fake tensors cannot run through: it really runs, on
-    the `values` of its inputs for them.
+    the `values` of its inputs for them. Other samples may take other ways through it (experts that these did not
+    choose), so all that can get a gradient counts as getting one.
     """
     state = {name: value.detach().clone() for name, value in _unique_state(module)}
     arguments = [v.detach().requires_grad_(i.needs_grad) for v, i in zip(values, inputs, strict=True)]
-    return _measured(module, samples, state, arguments, live, precision)
+    cost = _measured(module, samples, state, arguments, live, precision)
+    if not cost.trained and not any(cost.input_grads):
+        return cost
+    trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return replace(cost, trained=trained, input_grads=tuple(spec.needs_grad for spec in inputs))
 
 
 def at_full_batch(cost: Cost, samples: int, rows: int, grown: Sequence[tuple[int, int] | None]) -> Cost:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from spindle.capture.slots import Slot
+from spindle.capture.slots import Slot, mapped
 
 _NUMBERING = ("idx", "index", "layer_id")
 _PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device, type(None))
@@ -54,7 +53,7 @@ def _setting(value: Any) -> Any:
 
 def structure_signature(structure: Any) -> str:
     """Nested arguments with Slots: their shape and constants; other objects count by their class."""
-    return repr(pytree.tree_map(_plain, structure))
+    return repr(mapped(_plain, structure))
 
 
 def _plain(leaf: Any) -> Any:

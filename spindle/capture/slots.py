@@ -1,6 +1,11 @@
-"""Slots: nested arguments with their tensors taken out, and put back."""
+"""Slots: nested arguments with their tensors taken out, and put back.
 
-from collections.abc import Sequence
+Nested means what `torch.utils._pytree` knows (tuples, lists, dicts, outputs of transformers) and dataclasses.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +24,30 @@ def with_slots(structure: Any) -> tuple[Any, list[Tensor]]:
     """A nested structure with Slots in place of its tensors, and the tensors."""
     tensors: list[Tensor] = []
 
-    def slot(tensor: Tensor) -> Slot:
-        tensors.append(tensor)
+    def slot(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
         return Slot(len(tensors) - 1)
 
-    return pytree.tree_map_only(Tensor, slot, structure), tensors
+    return mapped(slot, structure), tensors
 
 
 def filled(structure: Any, tensors: Sequence[Tensor]) -> Any:
     """A structure of `with_slots` with tensors put back."""
-    return pytree.tree_map_only(Slot, lambda slot: tensors[slot.index], structure)
+    return mapped(lambda leaf: tensors[leaf.index] if isinstance(leaf, Slot) else leaf, structure)
+
+
+def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
+    """A nested structure with `function` applied to each leaf."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Slot) or not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return function(value)
+        twin = copy.copy(value)  # not by its __init__, which may compute
+        for part in dataclasses.fields(value):
+            if hasattr(value, part.name):
+                object.__setattr__(twin, part.name, mapped(function, getattr(value, part.name)))
+        return twin
+
+    return pytree.tree_map(leaf, structure)

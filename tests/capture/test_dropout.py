@@ -40,7 +40,8 @@ class Layer(nn.Module):
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=self.rate if self.training else 0.0)
         x = x + y.transpose(1, 2).flatten(2)
         path = (torch.rand(x.shape[0], 1, 1, dtype=x.dtype) > self.rate).to(x.dtype)
-        return x + path * self.mlp(x)
+        z: Tensor = x + path * self.mlp(x)
+        return z
 
 
 class Net(nn.Module):
@@ -51,7 +52,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(Layer(rate) for _ in range(3))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.dropout(self.words(ids))
+        x: Tensor = self.dropout(self.words(ids))
         for layer in self.layers:
             x = layer(x)
         return x
@@ -109,13 +110,13 @@ def test_dropout_is_exact_under_every_plan(rate: float, num_ranks: int, seed: in
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_micro_batches_have_masks_of_their_own(in_flight: int) -> None:
-    """The same batch four times in a step meets four masks, the same whether in rounds or side by side."""
-    workload = built(0.3, accumulate=4, in_flight=in_flight)
+    """The same batch twice in a step meets two masks, the same whether in rounds or side by side."""
+    workload = built(0.3, accumulate=2, in_flight=in_flight)
     report = compared(workload, random_plan(spindle.make_metagraph(workload), 3, 1))
     assert report.ok, str(report)
     once = parity.run_reference(built(0.3), 1, optimizer=parity.default_optimizer)
-    four = parity.run_reference(workload, 1, optimizer=parity.default_optimizer)
-    assert once.losses[0]["classify"] != pytest.approx(four.losses[0]["classify"], rel=1e-6)
+    twice = parity.run_reference(workload, 1, optimizer=parity.default_optimizer)
+    assert once.losses[0]["classify"] != pytest.approx(twice.losses[0]["classify"], rel=1e-6)
 
 
 def standing(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,0 +1,287 @@
+"""Captured models: exact on random plans, split where they can be, and one operator where not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spindle
+from spindle.capture import LARGE, Captured, capture
+from spindle.capture.blocks import BlockModule
+from spindle.errors import SpindleWarning, WorkloadError
+from tests.capture.capture_models import Branching, Counting, Coupled, Experts, Loose, Rotary
+from tests.random_plans import random_plan, widest_plan
+from tests.tiny_workloads import VOCABULARY, WIDTH, Residual, floats, tokens
+
+Task = Callable[[dict[str, Tensor]], Tensor]
+BATCH = 4
+
+
+def x(*shape: int, seed: int = 0) -> Tensor:
+    return floats(BATCH, *shape, seed=seed, dtype=torch.float64)
+
+
+def wrapped(module: nn.Module, batch: dict[str, Tensor], task: Task, **options: object) -> spindle.Workload:
+    torch.manual_seed(1)
+    workload = spindle.Workload("w")
+    workload.component("m", module.double(), **options)  # type: ignore[arg-type]
+    workload.task("t", batch_size=BATCH, data=[batch, {name: value.flip(0) for name, value in batch.items()}])(task)
+    return workload
+
+
+def blocks(captured: Captured) -> list[str]:
+    """Operators that are blocks."""
+    inside = {name: code.module.modules() for name, code in captured.codes.items()}
+    return [name for name, modules in inside.items() if any(isinstance(m, BlockModule) for m in modules)]
+
+
+def exact(workload: spindle.Workload) -> None:
+    """The widest plan and two random ones agree with one process."""
+    metagraph = spindle.make_metagraph(workload)
+    for plan in (widest_plan(metagraph, 3), random_plan(metagraph, 2, 0), random_plan(metagraph, 3, 1)):
+        report = spindle.verify(workload, plan, launcher="threads")
+        assert report.ok, str(report)
+
+
+def test_masks_and_rotary_tables() -> None:
+    """Arguments beside the states: by name, nested, None; made from batch fields and buffers, by every rank itself."""
+    model = Rotary()
+    batch = {"x": x(6, WIDTH), "lengths": torch.tensor([6, 1, 3, 4])}
+    workload = wrapped(model, batch, lambda b: model(b["x"], b["lengths"]).square().mean())
+    captured = capture(workload)
+    assert blocks(captured) == ["t.m.layers.0", "t.m.layers.1", "t.m.layers.2"]
+    assert all(op.splittable for op in captured.graph if not op.name.endswith("loss"))
+    assert {len(op.inputs) for op in captured.graph} <= {0, 1}  # tables and mask are computed, not sent
+    chains = [len(metaop.operators) for metaop in spindle.make_metagraph(workload)]
+    assert sorted(chains) == [1, 1, 1, 2]  # the first layer's states are the batch, so it computes no gradient of them
+    exact(workload)
+
+
+def test_stacks_coupled_layer_by_layer() -> None:
+    """Tuples in dataclasses between two stacks: every layer of the second reads its partner's keys and values."""
+    model = Coupled()
+    batch = {"x": x(3, WIDTH), "y": x(2, WIDTH, seed=1)}
+    workload = wrapped(model, batch, lambda b: model(b["x"], b["y"]).square().mean())
+    graph = capture(workload).graph
+    assert len(blocks(capture(workload))) == 6
+    assert all(op.splittable for op in graph if "loss" not in op.name)
+    seconds = [op for op in graph if "second" in op.name]
+    assert [len(op.inputs) for op in seconds] == [2, 3, 3]  # the first takes its states from the batch
+    exact(workload)
+
+
+def test_buffers_that_change() -> None:
+    """Running means of glue and layers are those of the whole batch, once a step."""
+    model = Counting()
+    workload = wrapped(model, {"x": x(WIDTH)}, lambda b: model(b["x"]).square().mean())
+    exact(workload)
+    single = Counting()
+    reference = wrapped(single, {"x": x(WIDTH)}, lambda b: single(b["x"]).square().mean())
+    model.load_state_dict(single.state_dict())
+    for one, ranks in ((workload, 3), (reference, 1)):
+        plan = widest_plan(spindle.make_metagraph(one), ranks)
+        spindle.train(one, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), steps=3, launcher="threads")
+    assert int(model.calls) == 3
+    torch.testing.assert_close(dict(model.named_buffers()), dict(single.named_buffers()))
+
+
+def test_tied_weights() -> None:
+    """Words in and words out through one matrix: one parameter, its gradient from both ends."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(VOCABULARY, WIDTH)
+            self.blocks = nn.ModuleList(Residual(WIDTH) for _ in range(2))
+            self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y = self.words(ids)
+            for block in self.blocks:
+                y = block(y)
+            logits: Tensor = self.head(y)
+            return logits
+
+    model = Tied()
+    ids = tokens(BATCH, 5, 0)
+    workload = wrapped(
+        model, {"ids": ids}, lambda b: F.cross_entropy(model(b["ids"]).flatten(0, 1), b["ids"].flatten())
+    )
+    named = [name for op in capture(workload).graph for name in (p.name for p in op.parameters)]
+    assert named.count("m.words.weight") == 2
+    assert "m.head.weight" not in named
+    exact(workload)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+def test_adapters_of_peft() -> None:
+    """LoRA on a frozen language model: adapters get gradients, the rest none, dropout of the adapters included."""
+    peft = pytest.importorskip("peft")
+    from transformers import Qwen2Config, Qwen2Model
+
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(Qwen2Model(config), settings)
+    batch = {"ids": tokens(BATCH, 4, 0)}
+    workload = wrapped(model, batch, lambda b: model(input_ids=b["ids"]).last_hidden_state.square().mean())
+    captured = capture(workload)
+    trained = {p.name for op in captured.graph for p in op.parameters if p.trainable}
+    assert len(blocks(captured)) == 2
+    assert len(trained) == 8
+    assert all("lora" in name for name in trained)
+    exact(workload)
+
+
+# -- what cannot be split ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_blocks_is_one_operator_and_warns() -> None:
+    """Nothing repeats, so nothing is cut; it still trains, on several ranks by samples."""
+    size = int((LARGE / 2) ** 0.5) + 1
+    big = nn.Sequential(nn.Linear(5, size), nn.Tanh(), nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size))
+    workload = wrapped(big, {"x": x(5)}, lambda b: big(b["x"]).square().mean())
+    with pytest.warns(
+        SpindleWarning, match=r"'m' has 5\.\d million parameters but no repeated blocks .*layers='encoder"
+    ):
+        captured = capture(workload)
+    assert blocks(captured) == []
+    assert [op.splittable for op in captured.graph if op.parameters] == [True]
+
+
+def test_layers_can_be_named_where_no_rule_finds_them() -> None:
+    """By path or as modules; the result is the same."""
+    found = []
+    for choose in (lambda m: ["first", "second"], lambda m: [m.first, m.second]):
+        model = Loose()
+        workload = wrapped(model, {"x": x(5)}, _regression(model), layers=choose(model))
+        found.append(blocks(capture(workload)))
+        exact(workload)
+    assert found == [["t.m.first", "t.m.second"]] * 2
+    plain = Loose()
+    assert blocks(capture(wrapped(plain, {"x": x(5)}, _regression(plain)))) == []
+
+
+def _regression(model: nn.Module) -> Task:
+    return lambda batch: model(batch["x"]).square().mean()
+
+
+def test_a_component_that_cannot_be_traced_is_one_operator_and_warns() -> None:
+    """A branch on values stops the trace; the component then runs whole, on parts of the batch if they do not mix."""
+    model, head = Branching(), nn.Linear(3, 2).double()
+    workload = wrapped(model, {"x": x(5)}, lambda b: head(model(b["x"])).square().mean())
+    workload.component("head", head)
+    message = r"task 't': component 'm' cannot be traced and runs as one operator: .*layers=\['visual'\]"
+    with pytest.warns(SpindleWarning, match=message):
+        captured = capture(workload)
+    (whole,) = blocks(captured)
+    assert whole == "t.m"
+    operator = captured.graph.by_name[whole]
+    assert len(operator.parameters) == len(list(model.parameters()))
+    assert operator.outputs[0].shape == (BATCH, 3)
+    assert operator.forward_flops == 2 * BATCH * (5 * WIDTH + 2 * 4 * WIDTH * WIDTH + 3 * WIDTH)
+    exact(workload)
+
+
+def test_layers_whose_work_depends_on_values_are_still_layers() -> None:
+    """Experts: fake tensors cannot run through them, so a few samples show what they give."""
+    model = Experts()
+    workload = wrapped(model, {"x": x(5)}, _regression(model))
+    captured = capture(workload)
+    assert blocks(captured) == ["t.m.layers.0", "t.m.layers.1", "t.m.layers.2"]
+    assert all(op.splittable for op in captured.graph if "loss" not in op.name)
+    exact(workload)
+
+
+def test_a_mistake_of_the_user_s_is_told_as_such() -> None:
+    """What fails on real samples too is not a matter of tracing."""
+
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, y: Tensor) -> Tensor:
+            z: Tensor = self.linear(y) + torch.zeros(7, dtype=y.dtype)
+            return z
+
+    model = Wrong()
+    with pytest.raises(
+        WorkloadError, match=r"raised RuntimeError while it ran on real samples, line \d+ of test_capture"
+    ):
+        capture(wrapped(model, {"x": x(5)}, _regression(model)))
+
+
+def test_a_size_that_only_data_tells_is_refused_outside_of_components() -> None:
+    """In the task's own code there is no component to take whole."""
+    model = nn.Linear(5, 3)
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y = model(batch["x"])
+        kept: Tensor = y[y[:, 0] > 0]
+        for _ in range(int((y > 0).sum())):
+            kept = kept * 2
+        return kept.sum()
+
+    with pytest.raises(WorkloadError, match=r"line \d+ of test_capture_models.py: .*may not branch on tensor values"):
+        capture(wrapped(model, {"x": x(5)}, task))
+
+
+def test_images_among_words_go_by_sample() -> None:
+    """masked_scatter fills image places sample by sample, where every sample has as many as it has values."""
+    words, sight = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(5, WIDTH)
+    both = nn.ModuleDict({"words": words, "sight": sight})
+    ids = tokens(BATCH, 6, 0)
+    ids[:, 1:3] = 1  # the two places of each image
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y: Tensor = words(batch["ids"])
+        y = y.masked_scatter((batch["ids"] == 1)[..., None].expand_as(y), sight(batch["images"]))
+        return y.square().mean()
+
+    workload = wrapped(both, {"ids": ids, "images": x(2, 5)}, task)
+    assert all(op.splittable for op in capture(workload).graph if "loss" not in op.name)
+    exact(workload)
+
+
+def test_images_that_do_not_fit_their_words_are_refused() -> None:
+    """A sample that would take another's image is an error, not another result."""
+    words, sight = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(5, WIDTH)
+    both = nn.ModuleDict({"words": words, "sight": sight})
+    ids = tokens(BATCH, 6, 0)
+    ids[0, :4] = ids[1:, 1:2] = 1
+    ids[3, 2] = 1
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y: Tensor = words(batch["ids"])
+        return y.masked_scatter((batch["ids"] == 1)[..., None].expand_as(y), sight(batch["images"])).square().mean()
+
+    workload = wrapped(both, {"ids": ids, "images": x(2, 5)}, task)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    with pytest.raises(
+        WorkloadError, match=r"masks of samples take [124, ]+ places where each sample has 2 values; give"
+    ):
+        spindle.verify(workload, plan, launcher="threads")
+
+
+def test_a_list_of_samples_put_together_again() -> None:
+    """Iterating over a batch and joining the samples does not fix the batch size."""
+    model = nn.Linear(5, 3)
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y = torch.cat(list(model(batch["x"])), dim=0)
+        return y.square().mean()
+
+    workload = wrapped(model, {"x": x(2, 5)}, task)
+    assert all(op.splittable for op in capture(workload).graph if "loss" not in op.name)
+    exact(workload)
