@@ -5,7 +5,7 @@ to names. The checker does not use this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
@@ -24,6 +24,7 @@ class Problem:
     curves          seconds of one layer by count, by MetaOp; only counts whose single layer fits a device
     predecessors    MetaOps that each waits for; `successors` the other way round
     flow_bytes      bytes of each flow (source, target)
+    pins            devices that a MetaOp must run on, if any
     """
 
     metagraph: MetaGraph
@@ -32,6 +33,7 @@ class Problem:
     predecessors: tuple[tuple[int, ...], ...]
     successors: tuple[tuple[int, ...], ...]
     flow_bytes: dict[tuple[int, int], float]
+    pins: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.metagraph)

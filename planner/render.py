@@ -71,8 +71,9 @@ def summary(plan: Plan) -> str:
         lines.append(f"bound      {plan.lower_bound_s:.6f} s for any schedule: gap {100 * plan.gap:.2f} %")
     if plan.step_s:
         lines.append(
-            f"step       {plan.step_s:.6f} s: forward and backward {plan.step_s - plan.reduction_s:.6f} s, "
-            f"gradient reduction {plan.reduction_s:.6f} s"
+            f"step       {plan.step_s:.6f} s: forward and backward "
+            f"{plan.step_s - plan.reduction_s - plan.update_s:.6f} s, gradient reduction {plan.reduction_s:.6f} s, "
+            f"optimiser {plan.update_s:.6f} s"
         )
     lines += _memory(plan)
     lines += _baselines(plan)

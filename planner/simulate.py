@@ -2,7 +2,7 @@
 
 - Forward: each device runs its slices in the plan's order; a slice starts when its data and its devices are there, then
   receives its input and runs. Backward is the same in reverse: each slice runs, then sends its input's gradient back.
-  Reductions follow when all of backward has ended.
+  Reductions follow when all of backward has ended; each device's optimiser step follows its own.
 - A slice's forward share is its MetaOp's `forward_fraction`; a transfer takes as long in either direction.
 - Forward plus backward takes at least `makespan_s` (a longest path of sums is no longer than the sum of longest paths)
   and exactly that when all MetaOps have one forward_fraction and no slice of the plan starts later than it could.
@@ -16,7 +16,13 @@ from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import Flow, MetaGraph
 from spindle.plan import Plan, Slice
-from spindle.planner.traffic import reduction_groups, schedule_reductions, transfer_s
+from spindle.planner.traffic import (
+    reduced_by_device,
+    reduction_groups,
+    schedule_reductions,
+    transfer_s,
+    update_by_device,
+)
 from spindle.trace import Span, SpanKind, Trace
 
 
@@ -44,7 +50,7 @@ def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | 
     spans = _spans(plan, metagraph, slices, forward, SpanKind.FORWARD)
     spans += _spans(plan, metagraph, slices, backward, SpanKind.BACKWARD)
     if cluster is not None:
-        spans += _reductions(cluster, metagraph, slices, max(t.end_s for t in backward))
+        spans += _after_backward(cluster, metagraph, slices, max(t.end_s for t in backward))
     spans.sort(key=lambda span: (span.start_s, span.rank, span.end_s))
     return Trace(num_ranks=plan.num_devices, source="predicted", spans=tuple(spans))
 
@@ -163,9 +169,21 @@ def _span(
     )
 
 
-def _reductions(cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice], at_s: float) -> list[Span]:
+def _after_backward(cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice], at_s: float) -> list[Span]:
     groups = reduction_groups(metagraph, slices)
-    return [
+    scheduled = schedule_reductions(cluster, groups)
+    reduced_s = reduced_by_device(scheduled)
+    steps = [
+        Span(
+            rank=device,
+            kind=SpanKind.STEP,
+            name="optimizer step",
+            start_s=at_s + reduced_s.get(device, 0.0),
+            end_s=at_s + reduced_s.get(device, 0.0) + seconds,
+        )
+        for device, seconds in update_by_device(metagraph, slices).items()
+    ]
+    return steps + [
         Span(
             rank=device,
             kind=SpanKind.REDUCE,
@@ -174,6 +192,6 @@ def _reductions(cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice],
             end_s=at_s + end_s,
             num_bytes=int(groups[devices]),
         )
-        for devices, start_s, end_s in schedule_reductions(cluster, groups)
+        for devices, start_s, end_s in scheduled
         for device in devices
     ]

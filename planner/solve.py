@@ -19,18 +19,20 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
 from spindle.planner.bound import Bound, lower_bound
+from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.memory import peak_bytes
 from spindle.planner.place import place
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import forward_backward_s
-from spindle.planner.traffic import reduction_s
+from spindle.planner.traffic import reduction_s, updated_s
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)
 SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
+WARM_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Candidate:
     slices: tuple[Slice, ...]
     makespan_s: float
     reduction_s: float
+    update_s: float
     step_s: float
 
 
@@ -52,9 +55,15 @@ def solve(
     time_limit_s: float | None = None,
     seed: int = 0,
     aligned: bool = False,
+    start: Plan | None = None,
+    pins: Pins | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
+
+    `start` is a former plan, of a task set that was a little different: what stays the same is taken over, and the
+    search takes a quarter of the default time. `pins` are devices by name of a MetaOp or component, which then runs on
+    exactly these; the usual ways know no pins, so only `lp` (and `auto`) keep them.
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
     is for the search: 2 s by default, 10 s beyond 64 devices. Raises PlanError for a method that does not exist,
@@ -65,20 +74,27 @@ def solve(
         raise PlanError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
     if time_limit_s is not None and not 0 <= time_limit_s < float("inf"):
         raise PlanError(f"the time limit is {time_limit_s!r}; give seconds, zero or more")
+    if pins and (aligned or method not in ("auto", "lp")):
+        raise PlanError(f"pins are kept by methods auto and lp without strict waves, not by {method!r}; leave them out")
     problem = make_problem(metagraph, cluster)
-    baselines, reason = _baselines(problem, aligned=aligned)
-    bound = lower_bound(problem)
+    bound = lower_bound(problem)  # of the problem without pins: it holds with them
+    problem = pinned(problem, pins) if pins else problem
+    baselines, reason = ({}, None) if pins else _baselines(problem, aligned=aligned)
     if method in WAVES_BY_BASELINE:
         chosen = _only(problem, baselines, method)
     else:
         found: list[Candidate] = []
         if not aligned:
-            limit_s = default_limit_s(cluster) if time_limit_s is None else time_limit_s
-            found = _searched(problem, bound, limit_s, baselines, seed=seed, clock=clock)
+            limit_s = (
+                default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
+            )
+            found = _searched(problem, bound, limit_s, baselines, start=start, seed=seed, clock=clock)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
-            raise reason or AssertionError("a problem without reason has no plan")
+            raise reason or InfeasibleError(
+                "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
+            )
         chosen = best(found, baselines.values() if method == "auto" else ())
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
@@ -94,12 +110,17 @@ def _searched(
     limit_s: float,
     baselines: Mapping[str, Candidate],
     *,
+    start: Plan | None,
     seed: int,
     clock: Callable[[], float],
 ) -> list[Candidate]:
     """What the search finds, the usual ways without their barriers among it."""
     work = Work(limit_s, clock, num_layers=sum(problem.layers))
-    schedules = search(problem, bound.bound_s, work, seed=seed, starts=[c.slices for c in baselines.values()])
+    starts = [c.slices for c in baselines.values()]
+    carried = carry_over(problem, bound, start) if start else None
+    if carried:
+        starts.append(carried)
+    schedules = search(problem, bound.bound_s, work, seed=seed, starts=starts, is_warm=carried is not None)
     if work.braked:
         warnings.warn(
             f"the search was stopped by the clock after {work.spent / work.total:.0%} of its work, on a machine too "
@@ -114,9 +135,10 @@ def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...]) -> Candid
     """Cost placed slices in the model that all methods share."""
     makespan_s = max(s.end_s for s in slices)
     reduce_s = reduction_s(problem.cluster, problem.metagraph, slices)
+    after_s = updated_s(problem.cluster, problem.metagraph, slices)
     draft = _draft(problem, method, slices, makespan_s)
     both_s = forward_backward_s(draft, problem.metagraph, problem.cluster)
-    return Candidate(method, slices, makespan_s, reduce_s, both_s + reduce_s)
+    return Candidate(method, slices, makespan_s, reduce_s, after_s - reduce_s, both_s + after_s)
 
 
 def assemble(
@@ -135,6 +157,7 @@ def assemble(
         planner_s=planner_s,
         baselines_s=sorted_pairs({name: c.makespan_s for name, c in baselines.items()}),
         reduction_s=chosen.reduction_s,
+        update_s=chosen.update_s,
         step_s=chosen.step_s,
         baseline_steps_s=sorted_pairs({name: c.step_s for name, c in baselines.items()}),
         memory=Memory(peak_bytes_per_device=peaks, fits=max(peaks) <= problem.cluster.device.memory_bytes),

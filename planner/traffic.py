@@ -6,11 +6,11 @@
   the rate inside a node when both sets stand in one, else at the rate between nodes (alpha-beta: Hockney 1994).
   Nothing moves when the sets are equal. Rows that stay on their device are charged all the same: an upper estimate.
 - Gradients are reduced after backward (paper, section 3.6): layers held by the same devices together, each group as one
-  all-reduce (`spindle.cost.links`).
+  all-reduce (`spindle.cost.links`). The optimiser's step follows on each device.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from spindle.cluster import Cluster
@@ -75,6 +75,35 @@ def schedule_reductions(cluster: Cluster, groups: Mapping[Devices, float]) -> tu
             free_s[device] = end
         done.append((devices, start, end))
     return tuple(done)
+
+
+def update_by_device(metagraph: MetaGraph, slices: Iterable[Slice]) -> dict[int, float]:
+    """Seconds of the optimiser's step on each device: over every layer that it holds, shared ones once."""
+    held: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
+    for s in slices:
+        metaop = metagraph[s.metaop]
+        key = metaop.parameters or f"{metaop.name} (alone)"
+        for device in s.devices if metaop.layer_update_s else ():
+            for layer in range(s.first_layer, s.first_layer + s.num_layers):
+                held[device][key, layer] = max(metaop.layer_update_s, held[device].get((key, layer), 0.0))
+    return {device: sum(layers.values()) for device, layers in sorted(held.items())}
+
+
+def updated_s(cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice]) -> float:
+    """Seconds from the end of backward until the last device has made its step; each begins after its reductions."""
+    scheduled = schedule_reductions(cluster, reduction_groups(metagraph, slices))
+    free_s = reduced_by_device(scheduled)
+    ends = [free_s.get(device, 0.0) + seconds for device, seconds in update_by_device(metagraph, slices).items()]
+    return max([*ends, *free_s.values()], default=0.0)
+
+
+def reduced_by_device(scheduled: Iterable[tuple[Devices, float, float]]) -> dict[int, float]:
+    """When each device's last reduction ends."""
+    free_s: dict[int, float] = {}
+    for devices, _, end_s in scheduled:
+        for device in devices:
+            free_s[device] = max(end_s, free_s.get(device, 0.0))
+    return free_s
 
 
 def reduction_s(cluster: Cluster, metagraph: MetaGraph, slices: Iterable[Slice]) -> float:

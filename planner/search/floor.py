@@ -54,7 +54,12 @@ class Floor:
     @cached_property
     def matters(self) -> bool:
         """Whether it makes a difference which devices a slice takes."""
-        return self.with_memory or self.problem.has_traffic
+        return self.with_memory or self.problem.has_traffic or bool(self.pins)
+
+    @cached_property
+    def pins(self) -> dict[int, int]:
+        """Devices of pinned MetaOps."""
+        return {m: sum(1 << d for d in devices) for m, devices in self.problem.pins.items()}
 
     @property
     def simulation_factor(self) -> float:
@@ -151,6 +156,9 @@ class Floor:
         """(devices, cost) for layers of m on `count` of the `free` devices; None when it has to wait."""
         if memory is not None:
             free = self.with_room(m, count, free, memory, first, layers)
+        if m in self.pins:
+            hint = self.pins[m]
+            return (hint, self.cost_s(hint, count, sources)) if hint & free == hint else None
         if hint and hint & free == hint and hint.bit_count() == count:
             return hint, self.cost_s(hint, count, sources)
         best, best_s = 0, float("inf")

@@ -61,7 +61,7 @@ class PlacedDecoder:
             fails_from = room + 1
             for entry in ready:
                 _, m, count = entry
-                if count >= fails_from:
+                if count >= fails_from and m not in floor.pins:
                     kept.append(entry)
                     continue
                 c, layers, _, _, hint = draft[m][at[m]]
@@ -69,7 +69,7 @@ class PlacedDecoder:
                 found = floor.choose(m, count, free, sources, hint=hint, memory=memory, first=done[m], layers=layers)
                 if found is None:
                     kept.append(entry)
-                    if memory is None:
+                    if memory is None and m not in floor.pins:
                         fails_from = count
                     continue
                 devices, cost_s = found

@@ -26,7 +26,7 @@ from spindle.planner.search.work import Work
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
-BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
+BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
 STARTS, STARTS_LARGE = 6, 3
 CLOSE_ENOUGH = 0.0005
 
@@ -45,11 +45,18 @@ class _Side:
 
 
 def search(
-    problem: Problem, bound_s: float, work: Work, *, seed: int = 0, starts: Sequence[tuple[Slice, ...]] = ()
+    problem: Problem,
+    bound_s: float,
+    work: Work,
+    *,
+    seed: int = 0,
+    starts: Sequence[tuple[Slice, ...]] = (),
+    is_warm: bool = False,
 ) -> list[tuple[Slice, ...]]:
     """Schedules, the most promising first; `starts` are schedules to begin from, besides the beams'.
 
-    Empty when memory lets no search finish.
+    `is_warm`: one of them is expected to be good, so that most of the work goes into improving it. Empty when memory
+    lets no search finish.
     """
     model = make_model(problem, bound_s)
     floor: Floor | None = make_floor(problem)
@@ -58,7 +65,8 @@ def search(
         _Side(model, Beam(model, floor, work)),
         _Side(model.reversed, Beam(model.reversed, floor and floor.reversed, work)),
     ]
-    _beams(sides, work, seed)
+    share = BEAM_SHARE_WARM if is_warm else BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
+    _beams(sides, work, seed, share)
     given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
     found = given + [f for side in sides for f in side.beam.best]
     found.sort(key=lambda f: f.makespan_s)
@@ -95,8 +103,7 @@ def beam_units(model: Model, width: Width, factor: float) -> float:
     return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 
-def _beams(sides: list[_Side], work: Work, seed: int) -> None:
-    share = BEAM_SHARE if len(sides[0].model) <= SMALL else BEAM_SHARE_LARGE
+def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> None:
     turn, most = 0, 2
     while True:
         side = sides[turn] if turn < 2 else _chosen(sides, turn)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 UNITS_PER_S = 1e6
 LEAST_UNITS, UNITS_PER_LAYER_SQUARED = 5e4, 250.0  # small problems have few schedules: more work than this is wasted
-BRAKE = 3.0
-GRACE_S = 5.0
+BRAKE = 4.0
+GRACE_S = 10.0
 
 
 class Work:
