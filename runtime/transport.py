@@ -77,16 +77,30 @@ class Transport(Protocol):
 
 
 class ProcessTransport:
-    """Ranks as processes: gloo on CPU, NCCL on CUDA."""
+    """Ranks as processes: NCCL where each has a GPU of its own, else gloo, which passes all through main memory."""
 
-    def __init__(self, store: Store | None, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
-        """Join the process group through `store` (None: from the environment, as torchrun sets it up)."""
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        num_ranks: int,
+        *,
+        timeout_s: float = 60.0,
+        device: torch.device | None = None,
+    ) -> None:
+        """Join the process group through `store` (None: from the environment, as torchrun sets it up).
+
+        `device`: where to compute, when ranks are to share one; None takes a GPU each where there are enough, or the
+        CPU.
+        """
         self.rank, self.num_ranks = rank, num_ranks
-        self.device = torch.device("cpu")
         backend = "gloo"
-        if torch.cuda.is_available() and dist.is_nccl_available() and num_ranks <= torch.cuda.device_count():
-            self.device, backend = torch.device("cuda", rank % torch.cuda.device_count()), "nccl"
+        if device is None and torch.cuda.is_available() and num_ranks <= torch.cuda.device_count():
+            device, backend = torch.device("cuda", rank % torch.cuda.device_count()), "nccl"
+        self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self._staged = backend == "gloo" and self.device.type != "cpu"
         if is_loopback(store):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         self.timeout = timedelta(seconds=timeout_s)
@@ -101,24 +115,38 @@ class ProcessTransport:
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         """Post messages in one batch; within a pair of ranks they stand in the order of the transfer on both sides."""
-        posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in sends]
-        posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in receives]
+        outgoing = [(peer, self._outward(tensor)) for peer, tensor in sends]
+        incoming = [(peer, self._place_for(tensor)) for peer, tensor in receives]
+        posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing]
+        posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming]
         works = dist.batch_isend_irecv(posts) if posts else []
+        arrivals = [(tensor, arrived) for (_, tensor), (_, arrived) in zip(receives, incoming, strict=True)]
         if len(works) != len(posts):  # NCCL coalesces a batch into one
-            return _wait_for(works), _wait_for(works)
-        return _wait_for(works[: len(sends)]), _wait_for(works[len(sends) :])
+            return _wait_for(works), _wait_for(works, arrivals)
+        return _wait_for(works[: len(sends)]), _wait_for(works[len(sends) :], arrivals)
 
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum over a group made before."""
-        return _wait_for([dist.all_reduce(values, group=self._groups[ranks], async_op=True)])
+        shared = self._outward(values)
+        return _wait_for([dist.all_reduce(shared, group=self._groups[ranks], async_op=True)], [(values, shared)])
 
     def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """Sum to one rank of a group made before."""
-        return _wait_for([dist.reduce(values, owner, group=self._groups[ranks], async_op=True)])
+        shared = self._outward(values)
+        return _wait_for([dist.reduce(shared, owner, group=self._groups[ranks], async_op=True)], [(values, shared)])
 
     def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """Copy from one rank of a group made before."""
-        return _wait_for([dist.broadcast(values, owner, group=self._groups[ranks], async_op=True)])
+        shared = self._outward(values)
+        return _wait_for([dist.broadcast(shared, owner, group=self._groups[ranks], async_op=True)], [(values, shared)])
+
+    def _outward(self, tensor: Tensor) -> Tensor:
+        """What the backend can send."""
+        return tensor.cpu() if self._staged else tensor
+
+    def _place_for(self, tensor: Tensor) -> Tensor:
+        """Where the backend can receive what belongs into `tensor`."""
+        return torch.empty_like(tensor, device="cpu") if self._staged else tensor
 
     def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """A safetensors file a rank, written at once."""
@@ -141,10 +169,15 @@ def _save(tensors: Mapping[str, Tensor], path: str) -> None:
         save_checkpoint(dict(tensors), storage_writer=writer)
 
 
-def _wait_for(works: Sequence[dist.Work]) -> Wait:
+def _wait_for(works: Sequence[dist.Work], arrivals: Sequence[tuple[Tensor, Tensor]] = ()) -> Wait:
+    """Wait for all works; then copy what arrived elsewhere to where it belongs."""
+
     def wait() -> None:
         for work in works:
             work.wait()
+        for tensor, arrived in arrivals:
+            if arrived is not tensor:
+                tensor.copy_(arrived)
 
     return wait
 
