@@ -6,7 +6,8 @@
       shard-00001-model-00001-of-00001.safetensors, one a rank
 
 - Tensors are written by torch.distributed.checkpoint, each by one rank, as safetensors: a parameter or buffer as
-  `component.path`, an optimizer state as `optimizer:component.path:key`. Nothing in a checkpoint is unpickled code.
+  `component.path`, an optimizer state as `optimizer:component.path:key`; what tensor parallelism cuts goes by pieces,
+  `component.path@index/count/dimension`. Nothing in a checkpoint is unpickled code.
 - A checkpoint is written beside its place and renamed into it when it is whole, so that what has its name is complete.
 """
 
@@ -25,6 +26,7 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from spindle.errors import CheckpointError
+from spindle.runtime.cuts import joined_pieces, whole_name
 from spindle.runtime.progress import Progress
 from spindle.workload import Workload
 
@@ -170,12 +172,12 @@ def read(path: Path) -> Checkpoint:
 
 
 def tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint whose names are `wanted`, on the CPU."""
+    """Tensors of a checkpoint whose names are `wanted`, on the CPU; pieces of one are put together."""
     found: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as held:
-            found |= {name: held.get_tensor(name) for name in held.keys() if wanted(name)}  # noqa: SIM118 - no dict
-    return found
+            found |= {name: held.get_tensor(name) for name in held.keys() if wanted(whole_name(name))}  # noqa: SIM118 - no dict
+    return joined_pieces(found)
 
 
 def fill(path: Path, places: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.runtime.crew import Crew, ThreadCrew, threads_of_rank
+from spindle.runtime.cuts import joined_pieces
 from spindle.runtime.laws import check_program
 from spindle.runtime.lower import lower
 from spindle.runtime.program import Program
@@ -89,7 +90,7 @@ class Run:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
-        return {name: tensor for held in self.crew.call("state") for name, tensor in held.items()}
+        return joined_pieces({name: tensor for held in self.crew.call("state") for name, tensor in held.items()})
 
     def save(self, checkpoints: "Checkpoints", step: int, seed: int) -> Path:
         """Write a checkpoint after `step` steps; its path."""

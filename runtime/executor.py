@@ -16,6 +16,7 @@ from spindle.capture.codes import AuxCode, OperatorCode, computing_in
 from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import RunError, SpindleError
+from spindle.runtime.cuts import Layout, Switch, compute_part
 from spindle.runtime.passes import accumulating
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
 from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
@@ -71,8 +72,13 @@ class Executor:
         store: ParameterStore,
         optimizer: torch.optim.Optimizer | None,
         precision: Precision = "fp32",
+        switch: Switch | None = None,
+        partial: frozenset[str] = frozenset(),
     ) -> None:
-        """`codes` and `aux` hold what the rank runs; `optimizer` is over the parameters that the rank updates."""
+        """`codes` and `aux` hold what the rank runs; `optimizer` is over the parameters that the rank updates.
+        `switch` is that of its cut layers; `partial` names parameters whose gradients in a part are shares.
+        """
+        self.switch, self.partial = switch or Switch(), partial
         self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
@@ -213,9 +219,20 @@ class Executor:
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for operator in run.operators:
                 code = self.codes[operator]
-                values.update(zip(code.outputs, code.module(*self._arguments(run, code, values)), strict=True))
+                values.update(zip(code.outputs, self._run_code(run, code, values), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
         return {tensor: values[tensor].to(self.dtypes[tensor]) for tensor in run.outputs}
+
+    def _run_code(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        arguments = self._arguments(run, code, values)
+        if run.tensor_parallel == 1:
+            found: Sequence[Tensor] = code.module(*arguments)
+            return found
+        copy = run.copy_of(self.rank)
+        group = tuple(sorted(copy))
+        layout = Layout(copy.index(self.rank), len(copy), lambda value: self.transport.all_reduce(value, group)())
+        found = compute_part(code, arguments, layout, self.switch, self.partial)
+        return found
 
     def _arguments(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Iterator[Tensor | int]:
         low, high = run.bounds_of(self.rank)
@@ -287,7 +304,7 @@ class Executor:
             if not reader.backward:
                 continue
             stays = self._staying(tensor, run, reader)
-            if stays is not None:
+            if stays is not None and (spec.rows or reader.copy_of(self.rank)[0] == self.rank):
                 value = self._gradients(reader.name)[tensor]
                 yield (*stays, cut(value, spec, reader.bounds_of(self.rank), *stays))
             yield from self._arrived(f"{run.name}<{reader.name}", tensor)

@@ -157,9 +157,12 @@ def _samples_covered(program: Program) -> Iterator[str]:
             for message in transfer.messages:
                 received.setdefault((message.tensor, transfer.target, message.target), []).append(message)
     for run in program.slices:
-        ends = [0, *(high for _, high in run.bounds)]
-        if [low for low, _ in run.bounds] != ends[:-1] or any(low >= high for low, high in run.bounds):
+        shared, parts = [bounds for _, bounds in run.copies()], run.tensor_parallel
+        ends = [0, *(high for _, high in shared)]
+        if [low for low, _ in shared] != ends[:-1] or any(low >= high for low, high in shared):
             yield f"slice run {run.name}: bounds {run.bounds} do not divide the batch"
+        if list(run.bounds) != [bounds for bounds in shared for _ in range(parts)] or len(run.ranks) % parts:
+            yield f"slice run {run.name}: the {parts} ranks of a copy do not hold the same samples"
         for tensor in run.inputs:
             if tensor not in maker:
                 yield f"slice run {run.name} reads {tensor!r}, which no run gives out"
@@ -214,6 +217,7 @@ def _transfers_complete(program: Program, places: Places) -> Iterator[str]:
     for transfer in program.transfers:
         yield from _ends_agree(program, transfer)
     yield from _gradients_return(program)
+    yield from _shares_return(program)
 
 
 def _ends_agree(program: Program, transfer: Transfer) -> Iterator[str]:
@@ -232,6 +236,8 @@ def _gradients_return(program: Program) -> Iterator[str]:
     """For each message with a gradient to come, the same samples go back the same way, once; no others do."""
     due: Counter[tuple[str, str, str, int, int, int, int]] = Counter()
     for transfer in program.transfers:
+        if any(program.slice_by_name[run].tensor_parallel > 1 for run in (transfer.source, transfer.target)):
+            continue  # copies of several ranks: see _shares_return
         for m in transfer.messages:
             if transfer.backward:
                 due[m.tensor, transfer.target, transfer.source, m.target, m.source, m.low, m.high] -= 1
@@ -244,6 +250,47 @@ def _gradients_return(program: Program) -> Iterator[str]:
             yield f"{what}: never goes back"
         elif count < 0:
             yield f"{what}: goes back where it never came from"
+
+
+def _shares_return(program: Program) -> Iterator[str]:
+    """Where a run is tensor parallel: each rank of a source gets each of its samples' gradients once a reader."""
+    maker = {tensor: run for run in program.slices for tensor in run.outputs}
+    sent: dict[tuple[str, str, str, int], list[Message]] = {}
+    for transfer in (t for t in program.transfers if t.backward):
+        for m in transfer.messages:
+            sent.setdefault((m.tensor, transfer.source, transfer.target, m.target), []).append(m)
+    for reader in (run for run in program.slices if run.backward):
+        for tensor in (name for name in reader.inputs if program.tensor_by_name[name].needs_grad and name in maker):
+            source = maker[tensor]
+            if max(source.tensor_parallel, reader.tensor_parallel) == 1:
+                continue
+            for rank in source.ranks:
+                messages = sent.get((tensor, reader.name, source.name, rank), [])
+                yield from _returned(program, tensor, source, reader, rank, messages)
+
+
+def _returned(
+    program: Program, tensor: str, source: SliceRun, reader: SliceRun, rank: int, messages: list[Message]
+) -> Iterator[str]:
+    where = f"gradient of {tensor!r} from {reader.name} for {source.name} on rank {rank}"
+    if not program.tensor_by_name[tensor].rows:
+        leaders = {ranks[0] for ranks, _ in reader.copies()} if rank == source.ranks[0] else set()
+        if sorted(m.source for m in messages) != sorted(leaders - {rank}):
+            yield f"{where}: comes from ranks {sorted(m.source for m in messages)}, not {sorted(leaders - {rank})}"
+        return
+    pieces = [(m.low, m.high) for m in messages]
+    (low, high) = source.bounds_of(rank)
+    if rank in reader.ranks:
+        first, last = reader.bounds_of(rank)
+        if max(low, first) < min(high, last):
+            pieces.append((max(low, first), min(high, last)))
+    for m in messages:
+        held = reader.bounds_of(m.source) if m.source in reader.ranks else (0, 0)
+        if not held[0] <= m.low < m.high <= held[1]:
+            yield f"{where}: rank {m.source} sends samples {m.low}..{m.high} but holds {held}"
+    ends = [low, *(end for _, end in sorted(pieces))]
+    if [begin for begin, _ in sorted(pieces)] != ends[:-1] or ends[-1] != high:
+        yield f"{where}: pieces {sorted(pieces)} do not make up samples {low}..{high}"
 
 
 def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
@@ -264,7 +311,7 @@ def _parameters_reduced(program: Program, places: Places) -> Iterator[str]:
             f"{run.name} on rank {rank} trains parameters of bucket {bucket.name}, which rank {rank} does not hold"
             for run in runs
             for rank in run.ranks
-            if rank not in bucket.ranks
+            if rank not in bucket.ranks and set(run.trained_on(rank)) & set(bucket.parameters)
         )
         yield from _exactly_once(reduce, members, places)
         yield from _exactly_once(wait, members, places)
@@ -363,7 +410,8 @@ def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: 
     overlap = max(low, first) < min(high, last)
     for name in set(source.outputs) & set(target.inputs):
         tensor = program.tensor_by_name[name]
-        if (overlap if tensor.rows else rank == source.ranks[0]) and (tensor.needs_grad or not gradient):
+        whole = rank == source.ranks[0] and (not gradient or rank == target.copy_of(rank)[0])
+        if (overlap if tensor.rows else whole) and (tensor.needs_grad or not gradient):
             return True
     return False
 
@@ -397,6 +445,12 @@ def _stuck(program: Program) -> Iterator[str]:
     together = (Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)
     position = [0] * program.num_ranks
 
+    def meeting(rank: int, instruction: Instruction) -> frozenset[int]:
+        run = program.slice_by_name.get(instruction.target)
+        if run is not None and run.tensor_parallel > 1 and rank in run.ranks:
+            return frozenset(run.copy_of(rank))
+        return members[instruction.target] if instruction.op in together else frozenset()
+
     def at(rank: int) -> Instruction | None:
         instructions = program.instructions[rank]
         return instructions[position[rank]] if position[rank] < len(instructions) else None
@@ -406,15 +460,11 @@ def _stuck(program: Program) -> Iterator[str]:
         moved = False
         for rank in range(program.num_ranks):
             while (instruction := at(rank)) is not None:
-                if instruction.op in together:
-                    if any(at(peer) != instruction for peer in members[instruction.target]):
-                        break
-                    for peer in members[instruction.target]:
-                        position[peer] += 1
-                    if rank not in members[instruction.target]:
-                        position[rank] += 1
-                else:
-                    position[rank] += 1
+                peers = meeting(rank, instruction)
+                if any(at(peer) != instruction for peer in peers):
+                    break
+                for peer in peers | {rank}:
+                    position[peer] += 1
                 moved = True
     for rank in range(program.num_ranks):
         stuck = at(rank)

@@ -44,7 +44,7 @@ def lower(
     runs = _slice_runs(plan, metagraph, graph, losses, recompute)
     edges = _edges(runs)
     forward = [_transfer(graph, *edge) for edge in edges]
-    backward = [_reversed(t, graph) for t, (_, target, _) in zip(forward, edges, strict=True) if target.backward]
+    backward = [_backward_transfer(graph, *edge) for edge in edges if edge[1].backward]
     program = Program(
         num_ranks=plan.num_devices,
         tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
@@ -93,9 +93,16 @@ def _slice_run(
             f"slice of {slice_.metaop!r} runs on {len(slice_.devices)} devices, but it mixes samples and runs on one; "
             "plan again with this MetaGraph"
         )
-    if len(slice_.devices) > ops[0].batch_size:
+    parts = slice_.tensor_parallel
+    if any(op.tensor_parallel % parts for op in ops):
         raise PlanError(
-            f"slice of {slice_.metaop!r} shares {ops[0].batch_size} samples among {len(slice_.devices)} devices; each "
+            f"slice of {slice_.metaop!r} is tensor parallel over {parts} devices, but its layers can be cut for "
+            f"{min(op.tensor_parallel for op in ops)}; plan again with this MetaGraph"
+        )
+    copies = len(slice_.devices) // parts
+    if copies > ops[0].batch_size:
+        raise PlanError(
+            f"slice of {slice_.metaop!r} shares {ops[0].batch_size} samples among {copies} devices; each "
             "needs at least one, plan again with this MetaGraph"
         )
     backward = any(tensor.needs_grad for op in ops for tensor in op.outputs)
@@ -107,13 +114,14 @@ def _slice_run(
         wave=wave,
         operators=tuple(op.name for op in ops),
         ranks=slice_.devices,
-        bounds=split_samples(ops[0].batch_size, len(slice_.devices)),
+        bounds=tuple(bounds for bounds in split_samples(ops[0].batch_size, copies) for _ in range(parts)),
         inputs=tuple(dict.fromkeys(name for op in ops for name in op.inputs if name not in made)),
         outputs=tuple(name for op in ops for name in (t.name for t in op.outputs) if name in outward),
-        trained=tuple(dict.fromkeys(p.name for op in ops for p in op.parameters if p.trainable)),
+        trained=tuple(dict.fromkeys(name for op in ops for p in op.parameters if p.trainable for name in p.names())),
         loads=any(op.batch_fields for op in ops),
         backward=backward,
         recompute=backward and ops[0].component in recompute,
+        tensor_parallel=parts,
     )
 
 
@@ -210,31 +218,49 @@ def _transfer(graph: TaskGraph, source: SliceRun, target: SliceRun, tensors: tup
 
 
 def _messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -> Iterator[Message]:
-    """The samples each target rank needs, from the ranks that hold them; what a rank holds itself included.
+    """The samples each target rank needs, from ranks that hold them; what a rank holds itself included.
 
     A tensor that cannot be cut comes from the source's first rank, which alone gets its gradients back.
     """
-    for rank, (low, high) in zip(target.ranks, target.bounds, strict=True):
+    for index, (rank, (low, high)) in enumerate(zip(target.ranks, target.bounds, strict=True)):
         if not tensor.rows:
             yield Message(tensor=tensor.name, source=source.ranks[0], target=rank, low=0, high=0)
             continue
-        for holder, (first, last) in zip(source.ranks, source.bounds, strict=True):
+        for ranks, (first, last) in source.copies():
             if max(low, first) < min(high, last):
-                yield Message(tensor=tensor.name, source=holder, target=rank, low=max(low, first), high=min(high, last))
+                sender = rank if rank in ranks else ranks[index % len(ranks)]
+                yield Message(tensor=tensor.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
 
 
-def _reversed(transfer: Transfer, graph: TaskGraph) -> Transfer:
+def _backward_transfer(graph: TaskGraph, source: SliceRun, target: SliceRun, tensors: tuple[str, ...]) -> Transfer:
+    """Gradients from the target run back to the source run; in the order of the forward messages."""
+    specs = [graph.tensors[name] for name in tensors if graph.tensors[name].needs_grad]
+    order = {rank: index for index, rank in enumerate(target.ranks)}
+    messages = [
+        message
+        for spec in specs
+        for message in sorted(_gradient_messages(spec, source, target), key=lambda m: order[m.source])
+    ]
     return Transfer(
-        name=f"{transfer.source}<{transfer.target}",
-        source=transfer.target,
-        target=transfer.source,
+        name=f"{source.name}<{target.name}",
+        source=target.name,
+        target=source.name,
         backward=True,
-        messages=tuple(
-            Message(tensor=m.tensor, source=m.target, target=m.source, low=m.low, high=m.high)
-            for m in transfer.messages
-            if graph.tensors[m.tensor].needs_grad
-        ),
+        messages=tuple(m for m in messages if m.source != m.target),
     )
+
+
+def _gradient_messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -> Iterator[Message]:
+    """The gradients each source rank needs, one of the ranks of each copy of the target sending them."""
+    if not tensor.rows:
+        for ranks, _ in target.copies():
+            yield Message(tensor=tensor.name, source=ranks[0], target=source.ranks[0], low=0, high=0)
+        return
+    for index, (rank, (low, high)) in enumerate(zip(source.ranks, source.bounds, strict=True)):
+        for ranks, (first, last) in target.copies():
+            if max(low, first) < min(high, last):
+                sender = rank if rank in ranks else ranks[index % len(ranks)]
+                yield Message(tensor=tensor.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -286,11 +312,15 @@ def _trained_parameters(runs: Sequence[SliceRun], graph: TaskGraph) -> list[_Tra
     found: dict[str, _Trained] = {}
     for run in runs:
         for parameter in (p for name in run.operators for p in graph.by_name[name].parameters):
-            known = found.setdefault(parameter.name, _Trained(parameter.name, parameter.dtype, parameter.num_bytes))
-            known.holders.update(run.ranks)
-            if parameter.trainable:
-                known.trainable = True
-                known.runs.append(run.name)
+            for rank in run.ranks:
+                copy = run.copy_of(rank)
+                for name in parameter.names(copy.index(rank), len(copy)):
+                    size = parameter.num_bytes // parameter.pieces
+                    known = found.setdefault(name, _Trained(name, parameter.dtype, size))
+                    known.holders.add(rank)
+                    if parameter.trainable:
+                        known.trainable = True
+                        known.runs.append(run.name)
     return [trained for trained in found.values() if trained.trainable]
 
 

@@ -16,6 +16,8 @@ from spindle.capture import capture
 from spindle.capture.codes import computing_in
 from spindle.capture.draws import Stream
 from spindle.capture.eager import drawing_as_planned
+from spindle.graph import parse_piece
+from spindle.runtime.cuts import piece_of
 from spindle.runtime.data import Feed
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, parameter_groups
 from spindle.workload import Precision, Workload
@@ -197,9 +199,10 @@ def compare(
         for report in reports:
             for name, gradient in report.gradients[step].items():
                 label = f"{name} on rank {report.rank}"
-                wanted = gradients.get(name, torch.zeros_like(gradient))
+                known = gradients.get(parse_piece(name)[0])
+                wanted = torch.zeros_like(gradient) if known is None else piece_of(known, name)
                 rows.append(_row("gradient", label, step, gradient, wanted, tolerance))
-        held = {name for report in reports for name in report.gradients[step]}
+        held = {parse_piece(name)[0] for report in reports for name in report.gradients[step]}
         for name in gradients.keys() - held:
             rows.append(_row("gradient", name, step, torch.zeros_like(gradients[name]), gradients[name], tolerance))
     last = len(reference.losses) - 1

@@ -156,7 +156,8 @@ class _Buffers:
                 source = maker[name]
                 if _stays(program, name, source, target, rank):
                     sources.setdefault(target.name, set()).add(source.name)
-                    if program.tensor_by_name[name].needs_grad and target.backward:
+                    leads = program.tensor_by_name[name].rows or target.copy_of(rank)[0] == rank
+                    if program.tensor_by_name[name].needs_grad and target.backward and leads:
                         targets.setdefault(source.name, set()).add(target.name)
         arriving: dict[tuple[str, bool], set[str]] = {}
         for transfer in program.transfers:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from spindle.errors import ProgramError
-from spindle.graph import TensorSpec
+from spindle.graph import TensorSpec, parse_piece
 
 
 class Op(StrEnum):
@@ -45,7 +45,8 @@ class Instruction:
 class SliceRun:
     """A slice of the plan. Rank ranks[i] holds samples bounds[i][0] .. bounds[i][1]-1 of the task's batch.
 
-    `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
+    Each `tensor_parallel` ranks that follow each other hold the same samples, and a part each of the layers that can be
+    cut. `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
     parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
     """
@@ -64,6 +65,23 @@ class SliceRun:
     loads: bool
     backward: bool
     recompute: bool = False
+    tensor_parallel: int = 1
+
+    def copy_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold one copy of the layers together, `rank` among them, in order of their parts."""
+        first = self.ranks.index(rank) // self.tensor_parallel * self.tensor_parallel
+        return self.ranks[first : first + self.tensor_parallel]
+
+    def copies(self) -> tuple[tuple[tuple[int, ...], tuple[int, int]], ...]:
+        """The ranks of each copy of the layers, and the samples that it holds."""
+        step = self.tensor_parallel
+        return tuple((self.ranks[i : i + step], self.bounds[i]) for i in range(0, len(self.ranks), step))
+
+    def trained_on(self, rank: int) -> tuple[str, ...]:
+        """Trained parameters, or pieces of them, that `rank` holds."""
+        copy = self.copy_of(rank)
+        part, parts = copy.index(rank), len(copy)
+        return tuple(name for name in self.trained if _holds(name, part, parts))
 
     def bounds_of(self, rank: int) -> tuple[int, int]:
         """Samples that `rank` holds."""
@@ -175,7 +193,9 @@ class Program:
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Sets of ranks that need a process group of their own, in the order in which all ranks make them."""
-        return tuple(sorted({bucket.ranks for bucket in self.buckets if len(bucket.ranks) > 1}))
+        buckets = {bucket.ranks for bucket in self.buckets if len(bucket.ranks) > 1}
+        copies = {tuple(sorted(ranks)) for run in self.slices if run.tensor_parallel > 1 for ranks, _ in run.copies()}
+        return tuple(sorted(buckets | copies))
 
     def operators_of(self, rank: int) -> tuple[str, ...]:
         """Operators that `rank` runs."""
@@ -195,6 +215,11 @@ class Program:
         if bucket is not None:
             return f"rank {rank}, {instruction} (with ranks {', '.join(map(str, bucket.ranks))})"
         return f"rank {rank}, {instruction}"
+
+
+def _holds(name: str, part: int, parts: int) -> bool:
+    _, index, count, _ = parse_piece(name)
+    return count == 1 or index * parts // count == part
 
 
 def activations(run: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
+from spindle.graph import parse_piece
+from spindle.runtime.cuts import piece_of
 
 Progress = dict[str, Any]
 """Plain values and tensors that tell where a run stands besides its tensors."""
@@ -49,10 +51,13 @@ def load_optimizer(
 ) -> None:
     """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds."""
     states: dict[str, dict[str, Tensor]] = {}
+    by_whole: dict[str, list[str]] = {}
+    for name in parameters:
+        by_whole.setdefault(parse_piece(name)[0], []).append(name)
     for full, value in tensors.items():
         _, name, key = full.split(":")
-        if name in parameters:
-            states.setdefault(name, {})[key] = value
+        for own in by_whole.get(name, ()):
+            states.setdefault(own, {})[key] = piece_of(value, own).clone()
     fresh = optimizer.state_dict()
     name_by_id = {id(parameter): name for name, parameter in parameters.items()}
     order = [name_by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]

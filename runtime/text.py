@@ -54,6 +54,7 @@ def _lines(program: Program) -> Iterator[str]:
         yield f"tensor {_word(t.name)} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{grad}"
     for run in program.slices:
         flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
+        flags += f" parts:{run.tensor_parallel}" if run.tensor_parallel > 1 else ""
         name, metaop, task, component = map(_word, (run.name, run.metaop, run.task, run.component))
         yield f"slice {name} {metaop} task {task} component {component} wave {run.wave}{flags}"
         yield _row("operators", run.operators)
@@ -163,6 +164,8 @@ def _parse_tensor(parsed: _Parsed, words: list[str], body: list[list[str]]) -> N
 
 def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, metaop, _, task, _, component, _, wave, *flags = words
+    parts = [int(flag.removeprefix("parts:")) for flag in flags if flag.startswith("parts:")]
+    flags = [flag for flag in flags if not flag.startswith("parts:")]
     if not set(flags) <= set(_FLAGS):
         raise ValueError(f"flags are {', '.join(_FLAGS)}")
     rows = {row[0]: row[1:] for row in body}
@@ -179,6 +182,7 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             inputs=tuple(rows["inputs"]),
             outputs=tuple(rows["outputs"]),
             trained=tuple(rows["trained"]),
+            tensor_parallel=parts[0] if parts else 1,
             **{flag: flag in flags for flag in _FLAGS},
         )
     )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
+from spindle.graph import parse_piece
+from spindle.runtime.cuts import Switch, cut_codes, held_names, held_pieces
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
 from spindle.runtime.passes import restricted
@@ -48,6 +50,8 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
+    cuts: Mapping[str, tuple[int, int, tuple[int, ...]]] = field(default_factory=dict)  # see cuts.cut_codes
+    partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
     rounds: int = 1
@@ -91,7 +95,9 @@ def make_job(
     read = {given.name for code in codes.values() for given in code.inputs if given.kind == "aux"}
     loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
     owned = owners(program, captured)
-    used = {name for names in owned.values() for name in names}
+    used = {parse_piece(name)[0] for names in owned.values() for name in names}
+    parameters = {p.name: p for op in captured.graph for p in op.parameters}
+    pieces = held_pieces(program, captured, rank)
     every = (*workload.named_parameters(), *workload.named_buffers()) if rank == 0 else ()
     return Job(
         program=program,
@@ -99,6 +105,8 @@ def make_job(
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+        cuts={name: (parameters[name].pieces, parameters[name].piece_dim, held) for name, held in pieces.items()},
+        partial=frozenset(name for name, parameter in parameters.items() if parameter.partial),
         owned=tuple(owned[rank]),
         unused={name: tensor.detach() for name, tensor in every if name not in used},
         rounds=workload.accumulate // workload.in_flight,
@@ -143,7 +151,9 @@ class Worker:
         self.job, self.transport = job, transport
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)
-        self.store = ParameterStore(job.program, job.rank, job.codes.values())
+        self.switch = Switch()
+        self.codes = cut_codes(job.codes, job.cuts, self.switch)
+        self.store = ParameterStore(job.program, job.rank, self.codes.values())
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
         self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
         self.feeds = {name: Feed(job.tasks[name], job.seed, timeout_s=job.timeout_s) for name in loads}
@@ -220,7 +230,15 @@ class Worker:
             parts = [task for task, _ in job.program.losses if base_task(task) in tasks]
             program = job.program if len(parts) == len(job.program.losses) else restricted(job.program, parts)
             self.executors[tasks] = Executor(
-                program, self.transport, job.codes, job.aux, self.store, self.optimizer, job.precision
+                program,
+                self.transport,
+                self.codes,
+                job.aux,
+                self.store,
+                self.optimizer,
+                job.precision,
+                self.switch,
+                job.partial,
             )
         return self.executors[tasks]
 
@@ -302,9 +320,8 @@ def owners(program: Program, captured: Captured) -> dict[int, list[str]]:
     """
     home = {name: bucket.answering for bucket in program.buckets for name in bucket.parameters}
     for rank in range(program.num_ranks):
-        for code in (captured.codes[name] for name in program.operators_of(rank)):
-            for _, name in (*code.parameters, *code.buffers):
-                home.setdefault(name, rank)
+        for name in held_names(program, captured, rank):
+            home.setdefault(name, rank)
     found: dict[int, list[str]] = {rank: [] for rank in range(program.num_ranks)}
     for name, rank in home.items():
         found[rank].append(name)

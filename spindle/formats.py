@@ -115,6 +115,7 @@ class _SliceModel(_JsonModel):
     devices: tuple[int, ...]
     start_s: float
     end_s: float
+    tensor_parallel: int = 1
 
 
 class _WaveModel(_JsonModel):

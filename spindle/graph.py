@@ -74,17 +74,47 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A parameter tensor under the user's own name; equal names are one shared parameter."""
+    """A parameter tensor under the user's own name; equal names are one shared parameter.
+
+    Tensor parallelism cuts it into `pieces` along `piece_dim`; one piece cannot be cut. `partial`: it is not cut, but
+    each part of a tensor-parallel run adds a share of its own to its gradient, where others add the same.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     trainable: bool = True
+    pieces: int = 1
+    piece_dim: int = 0
+    partial: bool = False
+
+    def names(self, part: int = 0, parts: int = 1) -> tuple[str, ...]:
+        """What part `part` of `parts` holds of it: the names of its pieces, or its own where it is not cut."""
+        if self.pieces == 1:
+            return (self.name,)
+        share = self.pieces // parts
+        return tuple(
+            piece_name(self.name, k, self.pieces, self.piece_dim) for k in range(part * share, (part + 1) * share)
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the parameter in its own dtype."""
         return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
+
+
+def piece_name(name: str, index: int, count: int, dim: int) -> str:
+    """Name of one of `count` equal pieces of a parameter, cut along `dim`."""
+    return f"{name}@{index}/{count}/{dim}"
+
+
+def parse_piece(name: str) -> tuple[str, int, int, int]:
+    """Parameter, index, count and dimension of a piece; a whole parameter is its own piece 0 of 1."""
+    whole, _, place = name.partition("@")
+    if not place:
+        return whole, 0, 1, 0
+    index, count, dim = map(int, place.split("/"))
+    return whole, index, count, dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +147,11 @@ class Operator:
         for label in ("forward_flops", "backward_flops", "input_bytes", "activation_bytes"):
             if not 0 <= getattr(self, label) < inf:
                 raise GraphError(f"operator {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices that one copy of it may be spread over: a divisor of this is a degree of tensor parallelism."""
+        return max((parameter.pieces for parameter in self.parameters), default=1)
 
     @property
     def output_bytes(self) -> int:

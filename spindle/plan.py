@@ -16,7 +16,11 @@ from spindle.metagraph import MetaGraph
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """Layers `first_layer` .. `first_layer + num_layers - 1` of a MetaOp on `devices` from start_s to end_s."""
+    """Layers `first_layer` .. `first_layer + num_layers - 1` of a MetaOp on `devices` from start_s to end_s.
+
+    Each `tensor_parallel` devices that follow each other hold one copy of the layers between them; the batch is divided
+    over the copies.
+    """
 
     metaop: str
     first_layer: int
@@ -24,8 +28,14 @@ class Slice:
     devices: tuple[int, ...]
     start_s: float
     end_s: float
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel < 1 or len(self.devices) % self.tensor_parallel:
+            raise PlanError(
+                f"slice of {self.metaop!r}: tensor_parallel is {self.tensor_parallel} on {len(self.devices)} devices; "
+                "it must divide their number"
+            )
         if self.first_layer < 0 or self.num_layers < 1:
             raise PlanError(
                 f"slice of {self.metaop!r}: layers {self.first_layer}..+{self.num_layers}; "

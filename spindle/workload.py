@@ -110,12 +110,15 @@ class Component:
     """A named part of the model; `layers` names its lists of blocks and single blocks when no rule finds them.
 
     `optimizer` holds what its parameters get in place of the optimizer's defaults: learning rate, weight decay.
+    `tensor_parallel` is the most devices that one copy of a block may be spread over, `tensor_plan` tells how.
     """
 
     name: str
     module: nn.Module
     layers: tuple[str, ...] | None = None
     optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tensor_parallel: int = 1
+    tensor_plan: Mapping[str, str] | None = None
 
 
 class Workload:
@@ -171,13 +174,20 @@ class Workload:
         *,
         layers: str | nn.Module | Iterable[str | nn.Module] | None = None,
         optimizer: Mapping[str, float] | None = None,
+        tensor_parallel: int = 1,
+        tensor_plan: Mapping[str, str] | None = None,
     ) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.
 
         `layers`: lists of repeated blocks and single blocks, as dotted paths or as the modules themselves; None finds
-        them, () makes no blocks. `optimizer`: settings of this
-        component's parameter group, such as {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its
-        parameters. Raises WorkloadError on a name taken or malformed, a module registered before, or a layer that is
+        them, () makes no blocks. `optimizer`: settings of this component's parameter group, such as
+        {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters.
+
+        `tensor_parallel`: plans may spread each block over so many devices, or a divisor of that. `tensor_plan` says
+        how its Linear layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"}; None takes the
+        model's own plan, as transformers' language models have one.
+
+        Raises WorkloadError on a name taken or malformed, a module registered before, or a layer that is
         not inside it.
         """
         _check_name("component", name, self.components)
@@ -190,7 +200,9 @@ class Workload:
                 )
         given = [layers] if isinstance(layers, str | nn.Module) else layers
         paths = None if given is None else tuple(_path(name, module, layer) for layer in given)
-        self.components[name] = Component(name, module, paths, dict(optimizer or {}))
+        if tensor_parallel < 1:
+            raise WorkloadError(f"component {name!r}: tensor_parallel is {tensor_parallel}; it must be at least 1")
+        self.components[name] = Component(name, module, paths, dict(optimizer or {}), tensor_parallel, tensor_plan)
         return module
 
     def task(

@@ -23,8 +23,11 @@ def random_plan(metagraph: MetaGraph, num_devices: int, seed: int) -> Plan:
             break
         metaop = rng.choice(ready)
         operator = metaop.operators[done[metaop.name]]
-        limit = min(num_devices, operator.batch_size) if operator.splittable else 1
-        devices = tuple(sorted(rng.sample(range(num_devices), rng.randint(1, limit))))
+        degrees = [n for n in range(1, num_devices + 1) if operator.tensor_parallel % n == 0]
+        parts = rng.choice(degrees) if len(degrees) > 1 and operator.splittable else 1
+        limit = min(num_devices // parts, operator.batch_size) if operator.splittable else 1
+        devices = tuple(rng.sample(range(num_devices), parts * rng.randint(1, limit)))
+        devices = tuple(sorted(devices)) if parts == 1 else devices
         layers = rng.randint(1, metaop.layers - done[metaop.name])
         waits = [ended_at[metaop.name], *(ended_at[p] for p in metagraph.predecessors[metaop.name])]
         start_s = max([*waits, *(free_at[d] for d in devices)])
@@ -37,6 +40,7 @@ def random_plan(metagraph: MetaGraph, num_devices: int, seed: int) -> Plan:
                 devices=devices,
                 start_s=start_s,
                 end_s=end_s,
+                tensor_parallel=parts,
             )
         )
         for device in devices:

@@ -1,7 +1,7 @@
 """Operators of one task: its groups in, operators with code, shapes, costs and rows out."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
+from spindle.capture.parallel import Cut, cuts
 from spindle.capture.partition import Group, Partition
 from spindle.capture.randomness import undrawn
 from spindle.capture.rewrite import unchecked_shares
@@ -93,6 +94,7 @@ class _Builder:
         self.batch = batch
         self.namer = namer
         self.memo = memo
+        self.cuts = cuts(workload)
         self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
         self.buffer_by_id = {id(b): name for name, b in workload.named_buffers()}
         self.samples = min(PROBE_SAMPLES, self.task.batch_size)
@@ -329,7 +331,7 @@ class _Builder:
             batch_size=self.task.batch_size,
             inputs=tuple(self._tensor_name(node) for node, _ in self._tensor_inputs(draft.code)),
             outputs=tuple(self._tensor_spec(node) for node in draft.code.results),
-            parameters=tuple(_parameters(draft.code.module, named, trained)),
+            parameters=tuple(_parameters(draft.code.module, named, trained, self.cuts)),
             forward_flops=cost.forward_flops,
             backward_flops=cost.backward_flops,
             batch_fields=self._fields(draft.code),
@@ -473,16 +475,21 @@ class _Builder:
         return self.specs_of_aux[node]
 
 
-def _parameters(module: nn.Module, named: Sequence[tuple[str, str]], trained: set[str]) -> Iterator[Parameter]:
+def _parameters(
+    module: nn.Module, named: Sequence[tuple[str, str]], trained: set[str], cuts: Mapping[str, Cut]
+) -> Iterator[Parameter]:
     values = dict(module.named_parameters(remove_duplicate=False))
     seen: set[str] = set()
     for inner, outer in named:
         if outer not in seen:
             seen.add(outer)
-            value = values[inner]
+            value, cut = values[inner], cuts.get(outer, Cut())
             yield Parameter(
                 name=outer,
                 shape=tuple(value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
                 trainable=outer in trained,
+                pieces=cut.pieces,
+                piece_dim=cut.dim,
+                partial=cut.partial,
             )
