@@ -137,7 +137,7 @@ def test_profile_then_plan(folder: Path, spindle_command: Spindle) -> None:
         "output": "profile.json",
         "kinds": len(profile.by_kind),
         "entries": len(profile.entries),
-        "device": "cpu",
+        "device": profile.device,
     }
     done = spindle_command("plan", "model.py", "--cluster", "1x2:cpu", "--profile", "profile.json")
     assert done.code == 0
