@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 StepCallback = Callable[[int, dict[str, float]], None]
 
+VALIDATED = 8
+"""Devices up to which `validate` adds counts: one, two, four and eight give two inner points to leave out."""
+
 
 def make_plan(
     workload: "Workload | MetaGraph",
@@ -81,13 +84,34 @@ def make_metagraph(workload: "Workload") -> MetaGraph:
 
 
 def make_profile(
-    workload: "Workload", *, num_devices: int, progress: Callable[[int, int], None] | None = None
+    workload: "Workload",
+    *,
+    num_devices: int,
+    known: Profile | None = None,
+    optimizer: "OptimizerFactory | None" = None,
+    validate: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Profile], None] | None = None,
 ) -> Profile:
-    """Time the workload's operators on this machine, for every device count up to `num_devices` that is valid."""
-    from spindle.capture import capture
-    from spindle.runtime.measure import measure_profile
+    """Time the workload's operators, its optimiser and messages on this machine, for up to `num_devices` devices.
 
-    return measure_profile(workload, capture(workload), num_devices=num_devices, progress=progress)
+    As many ranks measure at once as a run would have here. `known` is not measured again; `keep(profile)` is called
+    every second or so with what is known by then. `validate` adds counts, for `held_out` to leave out.
+    """
+    from spindle.capture import capture
+    from spindle.runtime.profiler import measure_profile, ranks_here
+
+    return measure_profile(
+        workload,
+        capture(workload),
+        num_devices=num_devices,
+        num_ranks=ranks_here(num_devices),
+        most_devices=max(num_devices, VALIDATED) if validate else None,
+        known=known,
+        optimizer=optimizer,
+        progress=progress,
+        keep=keep,
+    )
 
 
 def _profile(profile: Profile | Path | str | None) -> Profile | None:
