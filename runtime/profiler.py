@@ -130,10 +130,11 @@ def _conditions(captured: Captured, num_ranks: int, optimizer: OptimizerFactory 
         versions["threads"] = str(threads)
     if optimizer is not None:
         versions["optimizer"] = type(optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__
-    return Profile(_device_name(), tuple(sorted(versions.items())))
+    return Profile(device_name(), tuple(sorted(versions.items())))
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """What this machine computes on, as profiles name it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

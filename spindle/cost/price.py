@@ -20,6 +20,7 @@ from itertools import pairwise
 from math import prod
 
 from spindle.cluster import Cluster
+from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, shared_bytes
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
@@ -157,10 +158,10 @@ def _measured_or(predicted: Mapping[int, OperatorTime], n: int, measured: Mappin
     counts = sorted(count for count in measured if count in predicted)
     for low, high in pairwise(counts):
         if low < n < high:
-            share = (1 / n - 1 / high) / (1 / low - 1 / high)  # of the way from T(high) to T(low), linear in 1/n
             a, b = measured[low], measured[high]
             return OperatorTime(
-                b.forward_s + share * (a.forward_s - b.forward_s), b.backward_s + share * (a.backward_s - b.backward_s)
+                between(n, (low, a.forward_s), (high, b.forward_s)),
+                between(n, (low, a.backward_s), (high, b.backward_s)),
             )
     if not counts:
         return predicted[n]
