@@ -15,7 +15,7 @@ from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
 from spindle.capture.partition import Group, Partition
-from spindle.capture.probing import Prober
+from spindle.capture.probing import Fragile, Prober
 from spindle.capture.randomness import undrawn
 from spindle.capture.rows import (
     FAILURES,
@@ -71,12 +71,25 @@ def build_operators(
     workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
 ) -> TaskOperators:
     """Build the operators of one traced task. Raises WorkloadError when its loss needs no gradient."""
-    return _Builder(workload, traced, partition, batch, namer, memo).run()
+    names = namer.used.copy()
+    try:
+        return _Builder(workload, traced, partition, batch, namer, memo).run()
+    except Fragile:
+        namer.used = names
+        return _Builder(workload, traced, partition, batch, namer, memo, fragile=True).run()
 
 
 class _Builder:
     def __init__(
-        self, workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
+        self,
+        workload: Workload,
+        traced: TracedTask,
+        partition: Partition,
+        batch: Batch,
+        namer: Namer,
+        memo: Memo,
+        *,
+        fragile: bool = False,
     ) -> None:
         self.task = traced.task
         self.precision = workload.precision
@@ -87,7 +100,7 @@ class _Builder:
         self.memo = memo
         self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
         self.buffer_by_id = {id(b): name for name, b in workload.named_buffers()}
-        self.prober = Prober(self.task, traced, self.extractor, batch)
+        self.prober = Prober(self.task, traced, self.extractor, batch, fragile=fragile)
         self.specs: dict[fx.Node, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.drafts: list[_Draft] = []
 
@@ -120,9 +133,10 @@ class _Builder:
         results = [node for node in group.outputs if isinstance(node.meta["val"], Tensor)]
         code = self.extractor.operator(results, self.specs.keys())
         kind = self._kind(type(call.module).__name__, code)
-        if kind not in self.memo.findings:
-            self.memo.findings[kind] = self.prober.run(code)
-        findings, values = self.memo.findings[kind]
+        key = f"{kind} fragile" if self.prober.fragile else kind
+        if key not in self.memo.findings:
+            self.memo.findings[key] = self.prober.run(code)
+        findings, values = self.memo.findings[key]
         for index, node in enumerate(results):
             self.prober.probes[node] = [trial[index] for trial in values]
         splittable = all(finding.independent for finding in findings)

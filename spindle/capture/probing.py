@@ -17,7 +17,7 @@ from spindle.capture.rows import (
     Finding,
     Rows,
     Tolerant,
-    both,
+    agreed,
     compare,
     disturbed,
     jittered,
@@ -26,19 +26,31 @@ from spindle.capture.tracing import TracedTask
 from spindle.workload import Batch, Task
 
 
+class Fragile(Exception):
+    """A piece runs on real samples but not on shuffled ones: it demands an order of its integers."""
+
+
 class Prober:
-    """Runs pieces of one task on a few samples.
+    """Runs pieces of one task on a few samples: real ones, and shuffled ones.
+
+    `fragile`: shuffled samples stop some piece. Then there are gently disturbed ones too, which count where shuffled
+    ones give nothing.
 
     `rows` are those of tensors between operators, `probes` their values, one a trial, None where they cannot be had;
     who runs a piece enters what it gives.
     """
 
-    def __init__(self, task: Task, traced: TracedTask, extractor: Extractor, batch: Batch) -> None:
+    def __init__(
+        self, task: Task, traced: TracedTask, extractor: Extractor, batch: Batch, *, fragile: bool = False
+    ) -> None:
         self.task, self.traced, self.extractor, self.batch = task, traced, extractor, batch
         self.samples = min(PROBE_SAMPLES, task.batch_size)
         self.generator = torch.Generator().manual_seed(0)
         probe = {name: value[: self.samples].cpu() for name, value in batch.items()}
-        self.trials = (probe, disturbed(probe, self.generator))
+        self.fragile = fragile
+        self.trials = [probe, disturbed(probe, self.generator)]
+        if fragile:
+            self.trials.append(disturbed(probe, self.generator, gently=True))
         self.rows: dict[fx.Node, Rows | None] = {}
         self.probes: dict[fx.Node, list[Any]] = {}
         self.aux: dict[fx.Node, AuxCode] = {}
@@ -47,7 +59,7 @@ class Prober:
     def run(self, code: Extracted) -> tuple[list[Finding], list[list[Any]]]:
         """Findings for the results of `code`, and their values on the whole probe in each trial."""
         interpreter = Tolerant(jittered(code.module, self.generator))
-        findings: list[Finding] = []
+        findings: list[list[Finding]] = []
         values: list[list[Any]] = []
         for trial, batch in enumerate(self.trials):
 
@@ -61,9 +73,18 @@ class Prober:
                     return list(interpreter.run(high - low, *arguments))
 
             values.append(run(0, self.samples))
-            found = compare(values[-1], run, self.samples, known=len(code.results))
-            findings = found if not findings else [both(*pair) for pair in zip(findings, found, strict=True)]
-        return findings, values
+            findings.append(compare(values[-1], run, self.samples, known=len(code.results)))
+        by_result = list(zip(*values, strict=True)) if code.results else []
+        return [self._agreed(*pair) for pair in zip(zip(*findings, strict=True), by_result, strict=True)], values
+
+    def _agreed(self, findings: Sequence[Finding], values: Sequence[Any]) -> Finding:
+        """What all trials agree on that gave a value."""
+        if values[0] is not None and values[1] is None:
+            if not self.fragile:
+                raise Fragile
+            if values[2] is not None:
+                findings = [findings[0], findings[2]]
+        return agreed(findings)
 
     def _probe_inputs(self, code: Extracted, trial: int, batch: Batch, low: int, high: int) -> Iterator[Tensor | None]:
         for node, given in zip(code.arguments, code.inputs[1:], strict=True):
@@ -102,7 +123,7 @@ class Prober:
             with torch.no_grad(), unchecked_shares():
                 return compare(run(0, self.samples), run, self.samples, known=1)[0]
 
-        finding = both(*(run_on(batch) for batch in self.trials))
+        finding = agreed([run_on(batch) for batch in self.trials])
         constant = finding.rows is None and finding.independent and not fields
         rows = finding.rows or Rows(0, 0)
         return AuxCode(
