@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from models_base import Batch, Family, Sample, floats, ids
 from models_senses import VISION
@@ -70,11 +71,58 @@ def packed(model: str, config: str, patch_values: int, **settings: Any) -> Calla
     return build
 
 
+def by_towers(**settings: Any) -> Callable[[], Sample]:
+    """Qwen2.5-VL with its tower and its language model as components, and the positions from the loader."""
+
+    def build() -> Sample:
+        whole = hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(**settings))
+        eyes, lm, head = whole.model.visual, whole.model.language_model, whole.lm_head
+
+        def loss(batch: Batch) -> Tensor:
+            seen = eyes(batch["patches"].flatten(0, 1), grid_thw=batch["grid"]).pooler_output
+            words = lm.get_input_embeddings()(batch["ids"])
+            places = (batch["ids"] == IMAGE)[..., None].expand_as(words)
+            states = lm(
+                inputs_embeds=words.masked_scatter(places, seen.to(words.dtype)),
+                position_ids=batch["positions"].transpose(0, 1),
+            ).last_hidden_state
+            labels = batch["ids"].masked_fill(batch["ids"] == IMAGE, -100)
+            return F.cross_entropy(head(states[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+
+        grid = torch.tensor([[1, 4, 4]]).repeat(4, 1)
+        words = torch.cat([torch.full((4, 1), 35), prompt(4)[:, 2:]], 1)
+        kinds = (words == IMAGE).long()
+        positions = whole.model.get_rope_index(words, mm_token_type_ids=kinds, image_grid_thw=grid)[0]
+        batch = {
+            "patches": floats(4, 16, 3 * 2 * 16),
+            "grid": grid,
+            "ids": words,
+            "positions": positions.transpose(0, 1),
+        }
+        return Sample({"eyes": eyes, "lm": lm, "head": head}, batch, loss)
+
+    return build
+
+
 TEXT = {**GROUPED, "num_hidden_layers": 2}
 CLIP = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 3}
 SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
 QWEN_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 34, "vision_start_token_id": 35, "vision_end_token_id": 33}
+QWEN25: dict[str, Any] = {
+    "text_config": {**TEXT, "rope_parameters": QWEN_ROPE},
+    "vision_config": {
+        "depth": 3,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "patch_size": 4,
+        "window_size": 8,
+        "fullatt_block_indexes": [1],
+    },
+    **QWEN_IDS,
+}
 
 FAMILIES = (
     Family(
@@ -152,22 +200,7 @@ FAMILIES = (
     Family(
         "Qwen2.5-VL",
         "vision-language, packed patches",
-        packed(
-            "Qwen2_5_VLForConditionalGeneration",
-            "Qwen2_5_VLConfig",
-            3 * 2 * 16,
-            text_config={**TEXT, "rope_parameters": QWEN_ROPE},
-            vision_config={
-                "depth": 3,
-                "hidden_size": 32,
-                "out_hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 4,
-                "patch_size": 4,
-                "window_size": 8,
-                "fullatt_block_indexes": [1],
-            },
-            **QWEN_IDS,
-        ),
+        packed("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", 3 * 2 * 16, **QWEN25),
     ),
+    Family("Qwen2.5-VL, by towers", "the same, positions from the loader", by_towers(**QWEN25)),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import transformers as hf
 from models_base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
@@ -107,6 +108,32 @@ def ctc(**settings: Any) -> Callable[[], Sample]:
     return build
 
 
+class AlignmentLoss(nn.Module):
+    """CTC looks at the values of lengths, which a trace cannot; as a component it is one operator."""
+
+    def forward(self, logits: Tensor, wanted: Tensor, lengths: Tensor) -> Tensor:
+        likely = logits.log_softmax(-1).transpose(0, 1)
+        heard = torch.full_like(lengths, likely.shape[0])
+        return F.ctc_loss(likely, wanted, heard, lengths, reduction="none") / lengths
+
+
+def ctc_in_task(**settings: Any) -> Callable[[], Sample]:
+    """wav2vec 2.0 with the CTC loss as a component of its own, lengths from the loader."""
+
+    def build() -> Sample:
+        module, alignment = hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**settings)), AlignmentLoss()
+
+        def loss(batch: Batch) -> Tensor:
+            logits = module(input_values=batch["wave"]).logits
+            found: Tensor = alignment(logits, batch["wanted"], batch["lengths"]).mean()
+            return found
+
+        batch = {"wave": floats(4, 400), "wanted": ids(2), "lengths": torch.tensor([2, 1, 2, 2])}
+        return Sample({"model": module, "alignment": alignment}, batch, loss)
+
+    return build
+
+
 SOUND = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -205,6 +232,7 @@ FAMILIES = (
     ),
     Family("Whisper", "speech, encoder-decoder", whisper_model(**WHISPER)),
     Family("wav2vec 2.0", "speech", ctc(**SOUND)),
+    Family("wav2vec 2.0, loss apart", "the same, the loss a component", ctc_in_task(**SOUND)),
     Family(
         "HuBERT",
         "speech",

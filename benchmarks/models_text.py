@@ -166,6 +166,12 @@ FAMILIES = (
         torch.float32,  # torch has no grouped matrix product in float64
     ),
     Family(
+        "Mixtral, no balance loss",
+        "the same, router logits not collected",
+        decoder("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4),
+        torch.float32,
+    ),
+    Family(
         "Qwen3-MoE",
         "decoder with experts",
         decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, **EXPERTS),

@@ -72,9 +72,10 @@ def summary(plan: Plan) -> str:
     if plan.step_s:
         lines.append(
             f"step       {plan.step_s:.6f} s: forward and backward "
-            f"{plan.step_s - plan.reduction_s - plan.update_s:.6f} s, gradient reduction {plan.reduction_s:.6f} s, "
-            f"optimiser {plan.update_s:.6f} s"
+            f"{plan.step_s - plan.reduction_s - plan.update_s:.6f} s, gradient reduction {plan.reduction_s:.6f} s"
         )
+        if plan.update_s:
+            lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
     lines += _memory(plan)
     lines += _baselines(plan)
     return "\n".join(lines)

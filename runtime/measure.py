@@ -1,123 +1,273 @@
-"""Measure: the operators of a captured workload in; a Profile of their times on this machine out.
+"""Measure: one rank of a profile. Operators and messages in, seconds of them on this rank's device out.
 
-One operator of each kind runs forward and backward on random inputs and real batch fields, at the share of the batch
-that it would have on n devices. The median of a few runs counts, after warm-up.
+Each is run as a step runs it, or its time would be another:
+
+- A few layers of a MetaOp run one after the other and keep their activations; backward follows. One layer alone finds
+  its weights and its memory where it left them, which makes it up to a third faster than it is in a step.
+- On a CPU the caches are filled with something else first. All ranks measure at once, with a run's threads.
+- Gradients are added to buffers that are there already. The optimiser steps many tensors at once.
+
+Medians of repeated runs count, after one that warms up: CUDA events on a GPU, a monotonic clock on a CPU.
 """
 
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.capture.codes import Captured, OperatorCode, computing_in
+from spindle.capture.draws import Stream, drawing_from
 from spindle.graph import Operator, TensorSpec
-from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.lower import split_samples
-from spindle.workload import Batch, Precision, Workload
+from spindle.runtime.transport import Transport
+from spindle.runtime.worker import OptimizerFactory
+from spindle.workload import Batch
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
-Progress = Callable[[int, int], None]
+STEPPED = 64  # tensors in one step of the optimiser, so that what a call costs whatever it does weighs little
+CACHE_BYTES = 32 * 2**20
+MAX_MESSAGES = 256 * 2**20  # bytes of all messages of one size
+
+Mark = float | torch.cuda.Event
+"""A moment on a clock of this process, or on a GPU's."""
 
 
-def measure_profile(
-    workload: Workload,
-    captured: Captured,
-    *,
-    num_devices: int,
-    seconds_per_entry: float = 0.05,
-    progress: Progress | None = None,
-) -> Profile:
-    """Time each operator kind on every count up to `num_devices` that divides its batch.
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median seconds of one layer and of one optimiser step over it, and the quartiles' distance over the median."""
 
-    `progress(done, total)` is called after each entry. Runs on the first CUDA device if there is one, else on CPU with
-    the threads that torch has been given.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    todo = list(_distinct(captured, num_devices))
-    batches = {name: task.first_batch() for name, task in workload.tasks.items()}
-    entries = []
-    for index, (operator, count) in enumerate(todo):
-        entries.append(_measure(captured, operator, count, batches[operator.task], device, seconds_per_entry))
-        if progress is not None:
-            progress(index + 1, len(todo))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    versions = (("threads", str(torch.get_num_threads())), ("torch", torch.__version__))
-    return Profile(name, versions, tuple(entries))
+    forward_s: float
+    backward_s: float = 0.0
+    update_s: float = 0.0
+    spread: float = 0.0
 
 
-def _distinct(captured: Captured, num_devices: int) -> Iterator[tuple[Operator, int]]:
-    seen: set[str] = set()
-    for operator in captured.graph:
-        if operator.kind not in seen:
-            seen.add(operator.kind)
-            limit = min(num_devices, operator.batch_size) if operator.splittable else 1
-            yield from ((operator, n) for n in range(1, limit + 1) if operator.batch_size % n == 0)
+@dataclass(frozen=True, kw_only=True)
+class BenchJob:
+    """What one rank needs to measure: a captured workload, a batch of each task, operators of each kind in a chain."""
+
+    captured: Captured
+    batches: Mapping[str, Batch]
+    chains: Mapping[str, tuple[str, ...]]
+    optimizer: OptimizerFactory | None = None
+    num_threads: int | None = None
+    seconds: float = 0.15
 
 
-def _measure(
-    captured: Captured, operator: Operator, count: int, batch: Batch, device: torch.device, seconds: float
-) -> ProfileEntry:
-    low, high = split_samples(operator.batch_size, count)[0]
-    code = copy.deepcopy(captured.codes[operator.name])
-    code.module.to(device)
-    arguments = list(_arguments(captured, code, operator, batch, low, high, device))
-    live = [index for index, tensor in enumerate(operator.outputs) if tensor.needs_grad]
-    forward, backward = [], []
-    started = time.perf_counter()
-    for repeat in range(MAX_REPEATS + 1):
-        forward_s, backward_s = _once(code, arguments, live, device, captured.precision)
-        if repeat:  # the first warms up
-            forward.append(forward_s)
-            backward.append(backward_s)
-        if len(forward) >= MIN_REPEATS and time.perf_counter() - started > seconds:
-            break
-    return ProfileEntry(
-        kind=operator.kind,
-        num_devices=count,
-        forward_s=statistics.median(forward),
-        backward_s=statistics.median(backward) if live else 0.0,
-    )
+@dataclass(slots=True)
+class _Chain:
+    """Operators of one kind that hand their outputs on, copied, with the tensors and values that they read."""
+
+    codes: list[OperatorCode]
+    operators: list[Operator]
+    inputs: dict[str, Tensor]
+    aux: dict[str, Tensor]
+    samples: int
+    live: list[str] = field(default_factory=list)
 
 
-def _arguments(
-    captured: Captured, code: OperatorCode, operator: Operator, batch: Batch, low: int, high: int, device: torch.device
-) -> Iterator[Tensor | int]:
+class Bench:
+    """One rank, ready to measure. `transport` None: alone, on the first device of this machine."""
+
+    def __init__(self, job: BenchJob, transport: Transport | None = None) -> None:
+        """Takes the rank's share of the cores."""
+        if job.num_threads is not None:
+            torch.set_num_threads(job.num_threads)
+        self.job, self.transport = job, transport
+        self.device = transport.device if transport else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clutter = torch.zeros(CACHE_BYTES if self.device.type == "cpu" else 0, dtype=torch.uint8)
+        self.update_s: dict[str, float] = {}
+        if transport is not None:
+            transport.make_groups([tuple(range(count)) for count in range(2, transport.num_ranks + 1)])
+
+    # -- operators ------------------------------------------------------------------------------------------------
+
+    def operator(self, kind: str, count: int) -> Timing:
+        """Time a layer of `kind` on the samples that it would have on one of `count` devices."""
+        chain = self._chain(kind, count)
+        forward, backward = [], []
+        started = time.perf_counter()
+        for repeat in range(MAX_REPEATS + 1):
+            forward_s, backward_s = self._once(chain)
+            if repeat:  # the first warms up
+                forward.append(forward_s / len(chain.codes))
+                backward.append(backward_s / len(chain.codes))
+            if len(forward) >= MIN_REPEATS and time.perf_counter() - started > self.job.seconds:
+                break
+        if kind not in self.update_s:
+            self.update_s[kind] = self._update(chain)
+        return Timing(
+            forward_s=statistics.median(forward),
+            backward_s=statistics.median(backward) if chain.live else 0.0,
+            update_s=self.update_s[kind],
+            spread=_spread([f + b for f, b in zip(forward, backward, strict=True)]),
+        )
+
+    def _chain(self, kind: str, count: int) -> _Chain:
+        captured, names = self.job.captured, self.job.chains[kind]
+        operators = [captured.graph.by_name[name] for name in names]
+        codes = [copy.deepcopy(captured.codes[name]) for name in names]
+        for code in codes:
+            code.module.to(self.device)
+            for parameter in code.module.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        size = operators[0].batch_size
+        low, high = split_samples(size, count)[0]
+        given = [given for code in codes for given in code.inputs]
+        made = {name for code in codes for name in code.outputs}
+        batch = self.job.batches[operators[0].task]
+        aux = {g.name: captured.aux[g.name].value(batch, low, high, size) for g in given if g.kind == "aux"}
+        read = {g.name for g in given if g.kind == "tensor"}
+        return _Chain(
+            codes=codes,
+            operators=operators,
+            inputs={name: _random(captured.graph.tensors[name], high - low, self.device) for name in read - made},
+            aux={name: value.to(self.device) for name, value in aux.items()},
+            samples=high - low,
+            live=[t.name for op in operators for t in op.outputs if t.needs_grad and t.name not in read],
+        )
+
+    def _once(self, chain: _Chain) -> tuple[float, float]:
+        """Seconds of forward and of backward of the whole chain."""
+        self._fill_caches()
+        start = self._mark()
+        values = {
+            name: value.detach().requires_grad_(self.job.captured.graph.tensors[name].needs_grad)
+            for name, value in chain.inputs.items()
+        }
+        with (
+            torch.set_grad_enabled(bool(chain.live)),
+            computing_in(self.job.captured.precision, self.device),
+            drawing_from(Stream(device=self.device)),
+        ):
+            for code in chain.codes:
+                arguments = list(_arguments(code, values, chain))
+                values.update(zip(code.outputs, code.module(*arguments), strict=True))
+        middle = self._mark()
+        ends = [values[name] for name in chain.live]
+        self._fill_caches()
+        again = self._mark()
+        if ends:
+            torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+        end = self._mark()
+        self._settle()
+        return _seconds(start, middle), _seconds(again, end)
+
+    def _update(self, chain: _Chain) -> float:
+        """Seconds of the optimiser's step over one layer's trained parameters, as part of a step over many."""
+        trained = [p for code in chain.codes for p in code.module.parameters() if p.requires_grad]
+        if self.job.optimizer is None or not trained:
+            return 0.0
+        copies = -(-STEPPED // len(trained))
+        stepped = [nn.Parameter(p.detach().clone()) for _ in range(copies) for p in trained]
+        for parameter in stepped:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer = self.job.optimizer(stepped)
+        took = []
+        for _ in range(MIN_REPEATS + 3):
+            self._fill_caches()
+            start = self._mark()
+            optimizer.step()
+            torch._foreach_zero_([p.grad for p in stepped if p.grad is not None])
+            end = self._mark()
+            self._settle()
+            took.append(_seconds(start, end))
+        return statistics.median(took[1:]) / copies / len(chain.codes)
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, members: int, num_bytes: int) -> Timing:
+        """Time a sum over the first ranks; the others have nothing to do."""
+        transport = self.transport
+        assert transport is not None
+        if transport.rank >= members:
+            return Timing(0.0)
+        values, ranks = torch.zeros(num_bytes // 4, device=self.device), tuple(range(members))
+        return self._messages(num_bytes, lambda: transport.all_reduce(values, ranks)())
+
+    def transfer(self, num_bytes: int) -> Timing:
+        """Time a message from the first rank to the second: half of there and back."""
+        transport = self.transport
+        assert transport is not None
+        if transport.rank > 1:
+            return Timing(0.0)
+        posts = [(1 - transport.rank, torch.zeros(num_bytes // 4, device=self.device))]
+
+        def there_and_back() -> None:
+            for sends in (transport.rank == 0, transport.rank == 1):
+                departed, arrived = transport.start(posts if sends else [], [] if sends else posts)
+                departed()
+                arrived()
+
+        found = self._messages(num_bytes, there_and_back)
+        return Timing(found.forward_s / 2, spread=found.spread)
+
+    def _messages(self, num_bytes: int, exchange: Callable[[], None]) -> Timing:
+        """All ranks count alike: one that stopped earlier would leave the others waiting."""
+        repeats = max(MIN_REPEATS, min(MAX_REPEATS, MAX_MESSAGES // num_bytes))
+        took = []
+        for repeat in range(1 + repeats):
+            start = self._mark()
+            exchange()
+            end = self._mark()
+            self._settle()
+            if repeat:
+                took.append(_seconds(start, end))
+        return Timing(statistics.median(took), spread=_spread(took))
+
+    # -- clocks ---------------------------------------------------------------------------------------------------
+
+    def _mark(self) -> Mark:
+        """A moment: on a GPU of the work that was given to it, which may not have begun."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _fill_caches(self) -> None:
+        """Between two visits of a layer a step runs all others."""
+        if self.device.type == "cpu":
+            self.clutter.add_(1)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.transport is not None:
+            self.transport.close()
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    """Seconds between two moments of one clock, both of which have come."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float), "a moment of a GPU and one of this process do not compare"
+        assert isinstance(end, float), "a moment of this process and one of a GPU do not compare"
+        return end - start
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _arguments(code: OperatorCode, values: Mapping[str, Tensor], chain: _Chain) -> Iterator[Tensor | int]:
     for given in code.inputs:
         if given.kind == "rows":
-            yield high - low
-        elif given.kind == "aux":
-            yield captured.aux[given.name].value(batch, low, high, operator.batch_size).to(device)
+            yield chain.samples
         else:
-            yield _random(captured.graph.tensors[given.name], high - low, device)
+            yield (chain.aux if given.kind == "aux" else values)[given.name]
 
 
 def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if not dtype.is_floating_point:
         return torch.zeros(spec.shape_of(samples), dtype=dtype, device=device)
-    return torch.randn(spec.shape_of(samples), device=device).to(dtype).requires_grad_(spec.needs_grad)
+    return torch.randn(spec.shape_of(samples), device=device).to(dtype)
 
 
-def _once(
-    code: OperatorCode,
-    arguments: Sequence[Tensor | int],
-    live: Sequence[int],
-    device: torch.device,
-    precision: Precision,
-) -> tuple[float, float]:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start_s = now()
-    with torch.set_grad_enabled(bool(live)), computing_in(precision, device):
-        outputs = code.module(*arguments)
-    middle_s = now()
-    if live:
-        ends = [outputs[index] for index in live]
-        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
-    return middle_s - start_s, now() - middle_s
+def _spread(values: Sequence[float]) -> float:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle if middle > 0 else 0.0

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 StepCallback = Callable[[int, dict[str, float]], None]
 
+VALIDATED = 8
+"""Devices up to which `validate` adds counts: one, two, four and eight give two inner points to leave out."""
+
 
 def make_plan(
     workload: "Workload | MetaGraph",
@@ -60,6 +63,7 @@ def plan_source(
 
     Sharded optimiser states and recompute are only chosen for a dry run: the runtime does not do them yet.
     """
+    from spindle.cost.measured import check_device, measured_links
     from spindle.cost.price import price
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import solve
@@ -67,6 +71,9 @@ def plan_source(
     def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
         return solve(metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
 
+    if profile is not None:
+        check_device(cluster, profile)
+        cluster = measured_links(cluster, profile)
     if source.executable:
         return solved(price(source.metagraph, cluster, profile, pricing=source.pricing), cluster), source.pricing
     return solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
@@ -81,13 +88,42 @@ def make_metagraph(workload: "Workload") -> MetaGraph:
 
 
 def make_profile(
-    workload: "Workload", *, num_devices: int, progress: Callable[[int, int], None] | None = None
+    workload: "Workload",
+    *,
+    num_devices: int | None = None,
+    cluster: Cluster | str | None = None,
+    known: Profile | None = None,
+    optimizer: "OptimizerFactory | None" = None,
+    validate: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Profile], None] | None = None,
 ) -> Profile:
-    """Time the workload's operators on this machine, for every device count up to `num_devices` that is valid."""
-    from spindle.capture import capture
-    from spindle.runtime.measure import measure_profile
+    """Time the workload's operators, its optimiser and messages on this machine, for up to `num_devices` devices.
 
-    return measure_profile(workload, capture(workload), num_devices=num_devices, progress=progress)
+    `cluster`: what to measure for instead, of this machine's kind of device; without both, this machine. As many ranks
+    measure at once as a run would have here. `known` is not measured again; `keep(profile)` is called every second or
+    so with what is known by then. `validate` adds counts, for `spindle.cost.heldout` to leave out.
+    """
+    from spindle.capture import capture
+    from spindle.clusterfile import parse_cluster
+    from spindle.cost.measured import check_device
+    from spindle.runtime.profiler import device_name, measure_profile, ranks_here
+
+    where = parse_cluster(cluster or devices_at_hand()) if not isinstance(cluster, Cluster) else cluster
+    if cluster is not None:
+        check_device(where, Profile(device_name()))
+    num_devices = num_devices or where.num_devices
+    return measure_profile(
+        workload,
+        capture(workload),
+        num_devices=num_devices,
+        num_ranks=ranks_here(num_devices),
+        most_devices=max(num_devices, VALIDATED) if validate else None,
+        known=known,
+        optimizer=optimizer,
+        progress=progress,
+        keep=keep,
+    )
 
 
 def _profile(profile: Profile | Path | str | None) -> Profile | None:

@@ -323,30 +323,66 @@ def show(plan_file: str, trace_file: str | None, html: str | None, svg: str | No
 
 @cli.command()
 @_SOURCE
-@click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all here.")
-@click.option("--output", "-o", metavar="FILE", required=True, help="Where to write the profile.")
+@_CLUSTER
+@click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all.")
+@click.option("--profile", "-p", "old", metavar="FILE", help="A profile whose times are taken over.")
+@click.option("--output", "-o", metavar="FILE", required=True, help="The profile; what it holds is not measured again.")
+@click.option("--validate", is_flag=True, help="Measure more counts, and print how well curves tell them.")
 @_JSON
-def profile(source: str, num_devices: int | None, output: str, as_json: bool) -> None:
-    """Time the operators of SOURCE (file.py:workload) on this machine.
+def profile(
+    source: str,
+    cluster: str | None,
+    num_devices: int | None,
+    old: str | None,
+    output: str,
+    validate: bool,
+    as_json: bool,
+) -> None:
+    """Time the layers of SOURCE (file.py:workload) on this machine.
+
+    Also the optimiser's step and messages between ranks. Interrupted, the same command goes on.
 
     \b
     spindle profile model.py:workload -o profile.json
     spindle plan model.py:workload --profile profile.json
     """
-    from spindle.api import make_profile
-    from spindle.clusterfile import parse_cluster
-    from spindle.formats import write
+    import functools
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from spindle import api
+    from spindle.cost.heldout import held_out, render_held_out
+    from spindle.formats import read, write
+    from spindle.profile import Profile
     from spindle.source import load_workload
 
-    workload, _ = load_workload(source)
-    count = num_devices or parse_cluster(_this_machine()).num_devices
+    workload, module = load_workload(source)
+    found = [read(path, Profile) for path in (old, output if Path(output).exists() else None) if path]
+    known = functools.reduce(Profile.merge, found) if found else None
     with _progress("profiling") as update:
-        measured = make_profile(workload, num_devices=count, progress=update)
+        measured = api.make_profile(
+            workload,
+            num_devices=num_devices,
+            cluster=cluster,
+            known=known,
+            optimizer=getattr(module, "optimizer", None) or torch.optim.AdamW,
+            validate=validate,
+            progress=update,
+            keep=lambda so_far: write(so_far, output),
+        )
     write(measured, output)
-    kinds = len(measured.by_kind)
-    result = {"output": output, "kinds": kinds, "entries": len(measured.entries), "device": measured.device}
-    text = f"{len(measured.entries)} times of {kinds} operator kinds on {measured.device} written to {output}"
-    click.echo(_json(result) if as_json else text)
+    rows = held_out(measured) if validate else ()
+    if as_json:
+        counts = {"kinds": len(measured.by_kind), "entries": len(measured.entries), "messages": len(measured.links)}
+        new = measured.size - (known.size if known else 0)
+        told = {"output": output, "device": measured.device, **counts, "new": new}
+        click.echo(json.dumps(told | ({"held_out": [asdict(row) for row in rows]} if validate else {})))
+        return
+    click.echo(f"{measured.describe(known)}; written to {output}")
+    if validate:
+        click.echo(render_held_out(rows))
 
 
 @cli.command()

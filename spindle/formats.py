@@ -198,6 +198,7 @@ class _PlanModel(_JsonModel):
     planner_s: float = 0.0
     baselines_s: NameTable = {}
     reduction_s: float = 0.0
+    update_s: float = 0.0
     step_s: float = 0.0
     baseline_steps_s: NameTable = {}
     memory: _MemoryModel = _MemoryModel()

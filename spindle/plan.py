@@ -108,7 +108,8 @@ class Plan:
     lower_bound_s     no schedule of this MetaGraph on these devices is shorter; `certificate` proves it
     baselines_s       makespans of the usual ways, by name, in the same cost model
     reduction_s       gradient reductions after the last backward slice
-    step_s            a whole step: all forward slices, then backward in reverse, then reductions (0: not predicted)
+    update_s          the optimiser's step after the last reduction
+    step_s            a whole step: all forward slices, backward in reverse, reductions, update (0: not predicted)
     baseline_steps_s  the same of the usual ways, by name
     metagraph         what was planned (without operators), so that a plan can be checked and explained by itself
     cluster           what it was planned for; with it the checker also verifies transfers and memory
@@ -123,6 +124,7 @@ class Plan:
     planner_s: float = 0.0
     baselines_s: tuple[tuple[str, float], ...] = ()
     reduction_s: float = 0.0
+    update_s: float = 0.0
     step_s: float = 0.0
     baseline_steps_s: tuple[tuple[str, float], ...] = ()
     memory: Memory = Memory()

@@ -104,6 +104,22 @@ class Profile:
         """(operation, level, members, bytes) of every link entry."""
         return frozenset((e.operation, e.level, e.members, e.num_bytes) for e in self.links)
 
+    @property
+    def size(self) -> int:
+        """Entries of both sorts."""
+        return len(self.entries) + len(self.links)
+
+    def describe(self, known: "Profile | None" = None) -> str:
+        """One line on what there is, how far repeated runs lie apart, and what of it was `known` before."""
+        spreads = sorted([*(entry.spread for entry in self.entries), *(entry.spread for entry in self.links)])
+        versions = dict(self.versions)
+        terms = ", ".join(f"{name} {versions[name]}" for name in ("dtype", *CONDITIONS) if name in versions)
+        return (
+            f"{len(self.entries)} times of {len(self.by_kind)} operator kinds and {len(self.links)} of messages on "
+            f"{self.device} ({terms}), {self.size - (known.size if known else 0)} of them new, median spread "
+            f"{spreads[len(spreads) // 2] if spreads else 0.0:.0%}"
+        )
+
     def unlike(self, other: "Profile") -> tuple[str, ...]:
         """In what two profiles differ that must agree for their times to belong together, in words."""
         ours, theirs = dict(self.versions), dict(other.versions)

@@ -1,14 +1,18 @@
 """Capture: a Workload in; its TaskGraph and the code of every operator out. The data passes through in this order:
 
 blocks      repeated layers are found, and traced around
-tracing     the user's task function becomes a graph, on fake tensors
+tracing     the user's task function becomes a graph
+export      by torch.export on fake tensors; what it cannot follow is one block, seen on a few samples (recorded)
 rewrite     reductions over all samples go by sample first
+randomness  what draws random numbers does so as a function of its place (draws)
 partition   the graph falls into groups: blocks, glue, and what any rank can compute by itself
-rows        each group shows, by running, whether it goes by samples
+probing     each group shows, by running on a few samples (rows), whether it goes by samples
 extract     groups become torch modules
 costs       which are measured on fake tensors at the full batch
 operators   and put together, named by naming, as codes
 repeat      once for each micro-batch in flight
+
+eager runs the user's functions as they are, with the same random numbers: what planned runs are compared with.
 """
 
 import warnings

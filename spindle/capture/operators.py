@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -13,22 +12,16 @@ from spindle.capture import costs
 from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts
 from spindle.capture.partition import Group, Partition
+from spindle.capture.probing import Fragile, Prober
 from spindle.capture.randomness import undrawn
-from spindle.capture.rewrite import unchecked_shares
 from spindle.capture.rows import (
     FAILURES,
-    PROBE_SAMPLES,
     Finding,
     Rows,
-    Tolerant,
-    both,
-    compare,
-    disturbed,
     jittered,
     one_thread,
 )
@@ -79,34 +72,38 @@ def build_operators(
     workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
 ) -> TaskOperators:
     """Build the operators of one traced task. Raises WorkloadError when its loss needs no gradient."""
-    return _Builder(workload, traced, partition, batch, namer, memo).run()
+    names = namer.used.copy()
+    try:
+        return _Builder(workload, traced, partition, batch, namer, memo).run()
+    except Fragile:
+        namer.used = names
+        return _Builder(workload, traced, partition, batch, namer, memo, fragile=True).run()
 
 
 class _Builder:
     def __init__(
-        self, workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
+        self,
+        workload: Workload,
+        traced: TracedTask,
+        partition: Partition,
+        batch: Batch,
+        namer: Namer,
+        memo: Memo,
+        *,
+        fragile: bool = False,
     ) -> None:
         self.task = traced.task
         self.precision = workload.precision
         self.traced = traced
         self.partition = partition
         self.extractor = Extractor(workload, traced, partition)
-        self.batch = batch
         self.namer = namer
         self.memo = memo
         self.cuts = cuts(workload)
         self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
         self.buffer_by_id = {id(b): name for name, b in workload.named_buffers()}
-        self.samples = min(PROBE_SAMPLES, self.task.batch_size)
-        generator = torch.Generator().manual_seed(0)
-        probe = {name: value[: self.samples].cpu() for name, value in batch.items()}
-        self.trials = (probe, disturbed(probe, generator))
-        self.generator = generator
+        self.prober = Prober(self.task, traced, self.extractor, batch, fragile=fragile)
         self.specs: dict[fx.Node, ValueSpec] = {}  # of tensors between operators, at the full batch
-        self.rows: dict[fx.Node, Rows | None] = {}
-        self.probes: dict[fx.Node, list[Any]] = {}  # the same on the probe, one a trial; None where it cannot be had
-        self.aux: dict[fx.Node, AuxCode] = {}
-        self.specs_of_aux: dict[fx.Node, ValueSpec] = {}
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
@@ -126,7 +123,7 @@ class _Builder:
         return TaskOperators(
             operators=[self._operator(draft, cost) for draft, cost in costs_by_draft],
             codes=[self._code(draft) for draft in self.drafts],
-            aux=list(self.aux.values()),
+            aux=list(self.prober.aux.values()),
             loss=self._tensor_name(loss),
         )
 
@@ -138,11 +135,12 @@ class _Builder:
         results = [node for node in group.outputs if isinstance(node.meta["val"], Tensor)]
         code = self.extractor.operator(results, self.specs.keys())
         kind = self._kind(type(call.module).__name__, code)
-        if kind not in self.memo.findings:
-            self.memo.findings[kind] = self._probe(code)
-        findings, values = self.memo.findings[kind]
+        key = f"{kind} fragile" if self.prober.fragile else kind
+        if key not in self.memo.findings:
+            self.memo.findings[key] = self.prober.run(code)
+        findings, values = self.memo.findings[key]
         for index, node in enumerate(results):
-            self.probes[node] = [trial[index] for trial in values]
+            self.prober.probes[node] = [trial[index] for trial in values]
         splittable = all(finding.independent for finding in findings)
         self._add(name, component, code, kind, [finding.rows for finding in findings], splittable=splittable)
 
@@ -150,10 +148,10 @@ class _Builder:
         """Split the group into the part that goes by samples and the part that mixes them, if there is one."""
         nodes = [n for n in self._ancestors(group) if isinstance(n.meta.get("val"), Tensor)]
         everything = self.extractor.operator(nodes, self.specs.keys())
-        findings, values = self._probe(everything)
+        findings, values = self.prober.run(everything)
         found = dict(zip(nodes, findings, strict=True))
         for index, node in enumerate(nodes):
-            self.probes[node] = [trial[index] for trial in values]
+            self.prober.probes[node] = [trial[index] for trial in values]
         apart = [node for node in group.outputs if self._by_sample(found[node])]
         mixed = [node for node in group.outputs if node not in apart]
         late = [node for node in group.updates if not found[node].independent]
@@ -239,7 +237,7 @@ class _Builder:
         if cost.undrawn:
             raise undrawn(f"task {self.task.name!r}: {name!r}", cost.undrawn)
         for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
-            self.specs[node], self.rows[node] = spec, row
+            self.specs[node], self.prober.rows[node] = spec, row
         self.drafts.append(_Draft(name, component, code, kind, splittable))
 
     def _cost(self, kind: str, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None]) -> Cost:
@@ -257,32 +255,25 @@ class _Builder:
         self, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None], error: Exception
     ) -> Cost:
         arguments = zip(code.arguments, code.inputs[1:], strict=True)
-        values = [value for node, given in arguments if (value := self._probe_value(node, given)) is not None]
+        values = [value for node, given in arguments if (value := self.prober.value(node, given)) is not None]
         specs = self._input_specs(code)
         if len(values) < len(specs):
             raise self._unmeasured(code, error) from error
         try:
-            twin = jittered(code.module, self.generator)
-            cost = costs.measure_on_samples(twin, self.samples, values, specs, live, self.precision)
+            twin = jittered(code.module, self.prober.generator)
+            cost = costs.measure_on_samples(twin, self.prober.samples, values, specs, live, self.precision)
         except FAILURES as second:
             raise self._unmeasured(code, second) from error
         grown = [(row.dim, row.count) if row else None for row in rows]
-        return costs.at_full_batch(cost, self.samples, self.task.batch_size, grown)
+        return costs.at_full_batch(cost, self.prober.samples, self.task.batch_size, grown)
 
     def _unmeasured(self, code: Extracted, error: Exception) -> WorkloadError:
         blocks = [module.module for module in code.module.modules() if isinstance(module, BlockModule)]
         what = f"a layer of class {type(blocks[0]).__name__}" if blocks else "its glue"
         return WorkloadError(
-            f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.samples} samples: "
+            f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.prober.samples} samples: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; make it run on any number of samples"
         )
-
-    def _probe_value(self, node: fx.Node, given: CodeInput) -> Tensor | None:
-        """The first trial's value of an input."""
-        if given.kind == "aux":
-            return self._aux_probe(self._aux_code(node), self.trials[0], 0, self.samples)
-        value: Tensor | None = self.probes[node][0]
-        return value
 
     def _kind(self, label: str, code: Extracted) -> str:
         return costs.kind_of(label, code.module, self.task.batch_size, self._input_specs(code), self.precision)
@@ -294,7 +285,9 @@ class _Builder:
         for draft in reversed(self.drafts):
             code = draft.code
             live = tuple(node in wanted for node in code.results)
-            cost = self._cost(draft.kind, code, None if all(live) else live, [self.rows[node] for node in code.results])
+            cost = self._cost(
+                draft.kind, code, None if all(live) else live, [self.prober.rows[node] for node in code.results]
+            )
             if not all(live):
                 draft.kind += "-" + "".join("gn"[not alive] for alive in live)
             wanted |= {node for node, grad in zip(code.arguments, cost.input_grads, strict=True) if grad}
@@ -354,12 +347,12 @@ class _Builder:
         yield code.inputs[0]
         for node, given in zip(code.arguments, code.inputs[1:], strict=True):
             yield CodeInput(
-                given.kind, self._tensor_name(node) if given.kind == "tensor" else self._aux_code(node).name
+                given.kind, self._tensor_name(node) if given.kind == "tensor" else self.prober.aux_code(node).name
             )
 
     def _fields(self, code: Extracted) -> tuple[str, ...]:
         pairs = zip(code.arguments, code.inputs[1:], strict=True)
-        read = {field for node, given in pairs if given.kind == "aux" for field in self._aux_code(node).fields}
+        read = {field for node, given in pairs if given.kind == "aux" for field in self.prober.aux_code(node).fields}
         return tuple(sorted(read))
 
     def _tensor_inputs(self, code: Extracted) -> Iterator[tuple[fx.Node, CodeInput]]:
@@ -370,7 +363,7 @@ class _Builder:
         return f"{self.task.name}/{node.name}"
 
     def _tensor_spec(self, node: fx.Node) -> TensorSpec:
-        spec, rows = self.specs[node], self.rows[node]
+        spec, rows = self.specs[node], self.prober.rows[node]
         return TensorSpec(
             name=self._tensor_name(node),
             shape=spec.shape,
@@ -382,7 +375,7 @@ class _Builder:
 
     def _input_specs(self, code: Extracted) -> list[ValueSpec]:
         return [
-            self.specs[node] if given.kind == "tensor" else self._aux_spec(node)
+            self.specs[node] if given.kind == "tensor" else self.prober.aux_spec(node)
             for node, given in zip(code.arguments, code.inputs[1:], strict=True)
         ]
 
@@ -392,87 +385,6 @@ class _Builder:
         return {
             outer: sizes[inner] for inner, outer in parameter_names(code.module, self.parameter_by_id) if inner in sizes
         }
-
-    # -- the probe ------------------------------------------------------------------------------------------------
-
-    def _probe(self, code: Extracted) -> tuple[list[Finding], list[list[Any]]]:
-        """Findings for the results of `code`, and their values on the whole probe in each trial."""
-        interpreter = Tolerant(jittered(code.module, self.generator))
-        findings: list[Finding] = []
-        values: list[list[Any]] = []
-        for trial, batch in enumerate(self.trials):
-
-            def run(low: int, high: int, trial: int = trial, batch: Batch = batch) -> list[Any]:
-                arguments = self._probe_inputs(code, trial, batch, low, high)
-                with (
-                    torch.no_grad(),
-                    unchecked_shares(),
-                    drawing_from(Stream(step=trial, task=self.task.name, low=low)),
-                ):
-                    return list(interpreter.run(high - low, *arguments))
-
-            values.append(run(0, self.samples))
-            found = compare(values[-1], run, self.samples, known=len(code.results))
-            findings = found if not findings else [both(*pair) for pair in zip(findings, found, strict=True)]
-        return findings, values
-
-    def _probe_inputs(self, code: Extracted, trial: int, batch: Batch, low: int, high: int) -> Iterator[Tensor | None]:
-        for node, given in zip(code.arguments, code.inputs[1:], strict=True):
-            if given.kind == "aux":
-                yield self._aux_probe(self._aux_code(node), batch, low, high)
-                continue
-            value, rows = self.probes[node][trial], self.rows[node]
-            if value is not None and rows is not None:
-                value = value.narrow(rows.dim, low * rows.count, (high - low) * rows.count)
-            yield value
-
-    def _aux_probe(self, code: AuxCode, batch: Batch, low: int, high: int) -> Tensor | None:
-        try:
-            with unchecked_shares():
-                return code.value(batch, low, high, self.samples)
-        except FAILURES:
-            return None
-
-    # -- aux ------------------------------------------------------------------------------------------------------
-
-    def _aux_code(self, node: fx.Node) -> AuxCode:
-        if node not in self.aux:
-            code = self.extractor.aux(node)
-            fields = tuple(self.traced.fields[argument.name] for argument in code.arguments)
-            name = f"batch.{fields[0]}" if node.op == "placeholder" else node.name
-            self.aux[node] = self._classified(f"{self.task.name}/{name}", code.module, fields)
-        return self.aux[node]
-
-    def _classified(self, name: str, module: fx.GraphModule, fields: tuple[str, ...]) -> AuxCode:
-        interpreter = Tolerant(module)
-
-        def run_on(batch: Batch) -> Finding:
-            def run(low: int, high: int) -> Sequence[Any]:
-                found: Sequence[Any] = interpreter.run(high - low, *(batch[field][low:high] for field in fields))
-                return found
-
-            with torch.no_grad(), unchecked_shares():
-                return compare(run(0, self.samples), run, self.samples, known=1)[0]
-
-        finding = both(*(run_on(batch) for batch in self.trials))
-        constant = finding.rows is None and finding.independent and not fields
-        rows = finding.rows or Rows(0, 0)
-        return AuxCode(
-            name=name,
-            task=self.task.name,
-            module=module,
-            fields=fields,
-            whole=not (constant or (finding.independent and finding.rows is not None)),
-            rows=rows.count,
-            row_dim=rows.dim,
-        )
-
-    def _aux_spec(self, node: fx.Node) -> ValueSpec:
-        if node not in self.specs_of_aux:
-            size = self.task.batch_size
-            value = self._aux_code(node).value(self.batch, 0, size, size)
-            self.specs_of_aux[node] = ValueSpec(tuple(value.shape), value.dtype)
-        return self.specs_of_aux[node]
 
 
 def _parameters(

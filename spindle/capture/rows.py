@@ -63,9 +63,10 @@ def compare(
     ]
 
 
-def both(first: Finding, second: Finding) -> Finding:
-    """What two trials agree on."""
-    return Finding(first.rows if first.rows == second.rows else None, first.independent and second.independent)
+def agreed(findings: Sequence[Finding]) -> Finding:
+    """What trials agree on."""
+    rows = {finding.rows for finding in findings}
+    return Finding(rows.pop() if len(rows) == 1 else None, all(finding.independent for finding in findings))
 
 
 def _finding(whole: Any, parts: Sequence[tuple[int, Any]], samples: int) -> Finding:
@@ -110,18 +111,25 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def disturbed(batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch with its entries moved about: integers shuffled, masks cut short, floats jittered."""
-    return {name: _disturb(value, generator) for name, value in batch.items()}
+def disturbed(batch: Batch, generator: torch.Generator, *, gently: bool = False) -> Batch:
+    """The batch with its entries moved about: integers shuffled, masks cut short, floats jittered.
+
+    `gently`: integers keep their place in the sample and change samples alone, so that what a model demands of them
+    (grids, image tokens where images go) still holds.
+    """
+    return {name: _disturb(value, generator, gently=gently) for name, value in batch.items()}
 
 
-def _disturb(value: Tensor, generator: torch.Generator) -> Tensor:
+def _disturb(value: Tensor, generator: torch.Generator, *, gently: bool) -> Tensor:
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
         return value + noise * (float(value.double().std(correction=0)) or 1.0)
     if value.ndim > 1 and bool(((value == 0) | (value == 1)).all()) and bool((value == 1).any()):
         lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
         return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
+    if gently:
+        flat = value.flatten(1) if value.ndim > 1 else value[:, None]
+        return flat.gather(0, torch.rand(flat.shape, generator=generator).argsort(0)).reshape(value.shape)
     order = torch.randperm(value.numel(), generator=generator)
     return value.flatten()[order].reshape(value.shape)
 

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from spindle.cluster import Cluster, Link, Protocol
+from spindle.errors import ProfileError
 from spindle.profile import LinkEntry, LinkLevel, Profile
 
 SECOND_PROTOCOL_GAIN = 0.8  # two protocols are taken when their squared error is below this share of one's
@@ -23,6 +24,18 @@ class _Row:
     hops: int
     sent: float
     seconds: float
+
+
+def check_device(cluster: Cluster, profile: Profile) -> None:
+    """Raises ProfileError for a profile of a CPU and a cluster of GPUs, or the other way round.
+
+    Names of GPUs and of device types do not compare: drivers call an `a100-80g` by other names.
+    """
+    if profile.device.startswith("cpu") != cluster.device.name.startswith("cpu"):
+        raise ProfileError(
+            f"times of {profile.device!r} do not hold for a cluster of {cluster.device.name!r}; measure on its devices "
+            "(spindle profile), or plan without a profile: times are then predicted"
+        )
 
 
 def measured_links(cluster: Cluster, profile: Profile) -> Cluster:

@@ -8,7 +8,8 @@
   that the analytic model predicts. Kinds that were not measured are predicted (`spindle.cost.roofline`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
-  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once.
+  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimiser's step comes once
+  a device too: `layer_update_s`, measured or what moving its states takes.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
 - Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
 """
@@ -16,9 +17,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 
 from spindle.cluster import Cluster
-from spindle.cost.layout import tensor_parallel_s
+from spindle.cost.heldout import between
+from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, shared_bytes
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
@@ -34,7 +37,7 @@ def price(
     profile: Profile | None = None,
     pricing: Pricing | None = None,
 ) -> MetaGraph:
-    """Fill layer_time_s, memory_bytes, layer_param_bytes, output_bytes and forward_fraction of every MetaOp.
+    """Fill the times, bytes and forward_fraction of every MetaOp.
 
     MetaOps without operators (read from a file) keep what they have. `pricing`: optimiser, memory choices, layouts and
     spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
@@ -82,6 +85,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
     longest = {n: tail(spread, batch / dp) for n, dp in replicas.items()}
     shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
     trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
+    update = _update_s(operators, cluster, measured, pricing)
     return replace(
         metaop,
         layer_time_s=points({n: waits[n] * time.total_s for n, time in times.items()}),
@@ -93,9 +97,25 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
         ),
         layer_param_bytes=trainable / len(operators),
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
+        layer_update_s=update / (max(replicas.values()) if pricing.shard_optimizer else 1) / max(degrees.values()),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
     )
+
+
+def _update_s(
+    operators: Sequence[Operator], cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing
+) -> float:
+    """Seconds of the optimiser's step over a layer: measured, else what moving its states takes."""
+    timed = next((entry.update_s for entry in measured.values() if entry.update_s), 0.0)
+    if timed:
+        return timed
+    trained = [(prod(p.shape), p.num_bytes) for op in operators for p in op.parameters if p.trainable]
+    seconds = [
+        update_s(count, cluster.device, pricing.optimizer, width=num_bytes // max(count, 1))
+        for count, num_bytes in trained
+    ]
+    return sum(seconds) / len(operators)
 
 
 def _predict(
@@ -138,10 +158,10 @@ def _measured_or(predicted: Mapping[int, OperatorTime], n: int, measured: Mappin
     counts = sorted(count for count in measured if count in predicted)
     for low, high in pairwise(counts):
         if low < n < high:
-            share = (1 / n - 1 / high) / (1 / low - 1 / high)  # of the way from T(high) to T(low), linear in 1/n
             a, b = measured[low], measured[high]
             return OperatorTime(
-                b.forward_s + share * (a.forward_s - b.forward_s), b.backward_s + share * (a.backward_s - b.backward_s)
+                between(n, (low, a.forward_s), (high, b.forward_s)),
+                between(n, (low, a.backward_s), (high, b.backward_s)),
             )
     if not counts:
         return predicted[n]

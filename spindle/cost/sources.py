@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from spindle.cost.heldout import left_out
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
 from spindle.profile import Profile, ProfileEntry
@@ -62,13 +63,7 @@ def _source(metaop: MetaOp, entries: Mapping[int, ProfileEntry]) -> CostSource:
 
 def leave_one_out_error(entries: Mapping[int, ProfileEntry]) -> float:
     """Mean relative error at each inner measured count when T = a + b/n through its neighbours predicts it."""
-    counts = sorted(entries)
-    total_s = {n: entries[n].forward_s + entries[n].backward_s for n in counts}
-    errors = []
-    for low, n, high in zip(counts, counts[1:], counts[2:], strict=False):
-        share = (1 / n - 1 / high) / (1 / low - 1 / high)
-        between = total_s[high] + share * (total_s[low] - total_s[high])
-        errors.append(abs(between / total_s[n] - 1))
+    errors = [abs(row.error) for row in left_out("", entries)]
     return sum(errors) / len(errors) if errors else INTERPOLATED_ERROR
 
 

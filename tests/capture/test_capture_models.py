@@ -11,7 +11,7 @@ import spindle
 from spindle.capture import LARGE, Captured, capture
 from spindle.capture.blocks import BlockModule
 from spindle.errors import SpindleWarning, WorkloadError
-from tests.capture.capture_models import Branching, Counting, Coupled, Experts, Loose, Rotary
+from tests.capture.capture_models import Branching, Counting, Coupled, Demanding, Experts, Loose, Rotary
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, WIDTH, Residual, floats, tokens
 
@@ -200,6 +200,16 @@ def test_layers_whose_work_depends_on_values_are_still_layers() -> None:
     captured = capture(workload)
     assert blocks(captured) == ["t.m.layers.0", "t.m.layers.1", "t.m.layers.2"]
     assert all(op.splittable for op in captured.graph if "loss" not in op.name)
+    exact(workload)
+
+
+def test_integers_that_may_not_be_shuffled() -> None:
+    """A model that demands an order of its integers is looked at on samples that keep it, and still goes by samples."""
+    model = Demanding()
+    batch = {"x": x(6, 5), "grid": torch.tensor([[2, 3]] * BATCH)}
+    workload = wrapped(model, batch, lambda b: model(b["x"], b["grid"]).square().mean())
+    (whole,) = blocks(captured := capture(workload))
+    assert captured.graph.by_name[whole].splittable
     exact(workload)
 
 

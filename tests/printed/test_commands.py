@@ -135,9 +135,11 @@ def test_profile_then_plan(folder: Path, spindle_command: Spindle) -> None:
     profile = read(folder / "profile.json", Profile)
     assert found == {
         "output": "profile.json",
+        "device": profile.device,
         "kinds": len(profile.by_kind),
         "entries": len(profile.entries),
-        "device": "cpu",
+        "messages": len(profile.links),
+        "new": profile.size,
     }
     done = spindle_command("plan", "model.py", "--cluster", "1x2:cpu", "--profile", "profile.json")
     assert done.code == 0

@@ -1,0 +1,188 @@
+"""Predicted beside measured: steps and peak memory of `make demo`'s workload under its plan and under the usual ways.
+
+    python -m benchmarks.prediction [-o benchmarks/results/prediction.md]
+
+One profile, then all plans' crews take turns of a few steps, so that what else the machine does falls on all alike. A
+step is the median over turns; the quickest turn stands beside it. Memory is counted, not sampled: tensors that live
+between steps, and the most that torch's allocator holds beside them at one time in a step.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.profiler import ProfilerActivity
+
+import spindle
+from spindle.runtime.controller import Run, prepare
+from spindle.runtime.crew import threads_of_rank
+from spindle.runtime.processes import ProcessCrew
+from spindle.runtime.worker import Worker, make_job
+
+SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
+METHODS = ("auto", "sequential", "task_split", "component_split", "paper")
+STEPS, TURNS, LIMIT = 4, 11, 0.15
+
+
+class Counted(Worker):
+    """A worker that tells how many bytes it holds."""
+
+    def peak_bytes(self) -> tuple[int, int]:
+        """Bytes of tensors that live between steps, and the most that one step allocates beside them."""
+        state = self.optimizer.state if self.optimizer else {}
+        held = [*self.store.parameters.values(), *self.store.bucket.values(), *self.store.buffers.values()]
+        held += [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+        fixed = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.run(1, keep_spans=False)
+        results = profiler.profiler.kineto_results
+        moves = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+        now = most = 0
+        for _, num_bytes in moves:
+            now += num_bytes
+            most = max(most, now)
+        return fixed, most
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan: milliseconds of a step, and mebibytes of the fullest rank."""
+
+    method: str
+    predicted_ms: float
+    median_ms: float
+    quickest_ms: float
+    predicted_mib: float
+    measured_mib: float
+
+    @property
+    def step_error(self) -> float:
+        """Of the prediction, relative to the median."""
+        return self.predicted_ms / self.median_ms - 1
+
+    @property
+    def memory_error(self) -> float:
+        """Of the prediction, relative to what was counted."""
+        return self.predicted_mib / self.measured_mib - 1
+
+
+def load(path: Path) -> ModuleType:
+    """The user's file as a module."""
+    spec = importlib.util.spec_from_file_location("workload", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["workload"] = module
+    spec.loader.exec_module(module)
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)
+    return module
+
+
+@contextlib.contextmanager
+def started(module: ModuleType, plan: spindle.Plan) -> Iterator[Run]:
+    """A crew of counted workers."""
+    prepared = prepare(module.workload, plan)
+    ranks = prepared.program.num_ranks
+    jobs = [
+        make_job(
+            prepared.program,
+            rank,
+            prepared.captured,
+            module.workload,
+            optimizer=module.optimizer,
+            num_threads=threads_of_rank(ranks),
+        )
+        for rank in range(ranks)
+    ]
+    crew = ProcessCrew(jobs, worker=Counted)
+    try:
+        yield Run(prepared, crew)
+    finally:
+        crew.close()
+
+
+def measure(num_ranks: int) -> tuple[list[Row], str]:
+    """All rows, and what the profile says of itself."""
+    module = load(SOURCE)
+    profile = spindle.make_profile(module.workload, num_devices=num_ranks, optimizer=module.optimizer)
+    cluster = f"1x{num_ranks}:cpu"
+    plans = {method: spindle.make_plan(module.workload, cluster, profile=profile, method=method) for method in METHODS}
+    turns: dict[str, list[float]] = {method: [] for method in METHODS}
+    with contextlib.ExitStack() as stack:
+        runs = {method: stack.enter_context(started(module, plan)) for method, plan in plans.items()}
+        for run in runs.values():
+            run.steps(STEPS, keep_spans=False)
+        for _ in range(TURNS):
+            for method, run in runs.items():
+                began = time.perf_counter()
+                run.steps(STEPS, keep_spans=False)
+                turns[method].append((time.perf_counter() - began) / STEPS)
+        peaks = {method: [sum(p) for p in run.crew.call("peak_bytes")] for method, run in runs.items()}
+    return [
+        Row(
+            method=f"{method} ({plan.method})" if method == "auto" else method,
+            predicted_ms=1e3 * plan.step_s,
+            median_ms=1e3 * statistics.median(turns[method]),
+            quickest_ms=1e3 * min(turns[method]),
+            predicted_mib=max(plan.memory.peak_bytes_per_device) / 2**20,
+            measured_mib=max(peaks[method]) / 2**20,
+        )
+        for method, plan in plans.items()
+    ], profile.describe()
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows as Markdown."""
+    yield "| plan | predicted ms | measured ms | error | quickest ms | predicted MiB | counted MiB | error |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    for row in rows:
+        yield (
+            f"| {row.method} | {row.predicted_ms:.1f} | {row.median_ms:.1f} | {row.step_error:+.1%} | "
+            f"{row.quickest_ms:.1f} | {row.predicted_mib:.1f} | {row.measured_mib:.1f} | {row.memory_error:+.1%} |"
+        )
+
+
+def main() -> None:
+    """Print the report, and write it where asked; exit 1 when an error is beyond the limit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the ranks' profilers tell when they start and stop
+    before = os.getloadavg()[0]
+    rows, profiled = measure(options.ranks)
+    worst = max(abs(error) for row in rows for error in (row.step_error, row.memory_error))
+    lines = [
+        "# Predicted beside measured",
+        "",
+        f"`python -m benchmarks.prediction`: {options.ranks} ranks, {STEPS} steps a turn, {TURNS} turns a plan.",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores; load before "
+        f"{before:.1f}, after {os.getloadavg()[0]:.1f} (the ranks' own makes about {options.ranks}).",
+        f"Profile: {profiled}.",
+        "",
+        *table(rows),
+        "",
+        f"Largest error {worst:.1%}: {'within' if worst <= LIMIT else 'BEYOND'} {LIMIT:.0%}.",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+    if worst > LIMIT:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

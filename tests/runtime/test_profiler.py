@@ -1,0 +1,111 @@
+"""Profiler: what is known is not measured again, what does not belong together is refused."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spindle.capture import Captured, capture
+from spindle.errors import ProfileError
+from spindle.profile import Profile
+from spindle.runtime.profiler import MESSAGE_BYTES, counts_to_measure, measure_profile
+from spindle.workload import Workload
+from tests.tiny_workloads import two_towers
+
+
+@functools.cache
+def captured() -> tuple[Workload, Captured]:
+    workload = two_towers(torch.float32)
+    return workload, capture(workload)
+
+
+def profile(known: Profile | None = None, *, num_devices: int = 2, num_ranks: int = 1) -> tuple[Profile, int]:
+    """A profile, and how many entries were measured for it."""
+    told: list[int] = []
+    found = measure_profile(
+        *captured(),
+        num_devices=num_devices,
+        num_ranks=num_ranks,
+        known=known,
+        optimizer=torch.optim.AdamW,
+        seconds_per_entry=0.0,
+        progress=lambda done, total: told.append(total),
+    )
+    return found, len(told)
+
+
+@functools.cache
+def whole() -> Profile:
+    return profile()[0]
+
+
+def test_a_whole_profile_is_not_measured_again() -> None:
+    assert profile(whole()) == (whole(), 0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_an_interrupted_profile_goes_on(kept: int) -> None:
+    """What is there stays to the bit; the rest is measured, each once."""
+    part = replace(whole(), entries=whole().entries[:kept])
+    found, measured = profile(part)
+    assert found.entries[:kept] == part.entries
+    assert measured == len(whole().entries) - kept
+    assert {(e.kind, e.num_devices) for e in found.entries} == {(e.kind, e.num_devices) for e in whole().entries}
+
+
+def test_more_devices_measure_only_their_counts() -> None:
+    found, measured = profile(whole(), num_devices=4)
+    assert set(whole().entries) < set(found.entries)
+    assert measured == len(found.entries) - len(whole().entries)
+
+
+def test_what_interrupts_loses_at_most_what_was_not_kept() -> None:
+    """The profile is kept at the end whatever the time; what was kept goes on."""
+    kept: list[Profile] = []
+    found = measure_profile(*captured(), num_devices=1, seconds_per_entry=0.0, keep=kept.append)
+    assert kept[-1] == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "piece"),
+    [
+        ({"device": "cpu of another make"}, "another make"),
+        ({"versions": (("ranks", "8"),)}, "ranks 8 and 1"),
+        ({"versions": (("optimizer", "SGD"),)}, "optimizer SGD and AdamW"),
+    ],
+)
+def test_other_terms_are_refused(changed: dict[str, str], piece: str) -> None:
+    with pytest.raises(ProfileError, match="another output file") as caught:
+        profile(replace(whole(), **changed))  # type: ignore[arg-type]
+    assert piece in str(caught.value)
+
+
+def test_another_torch_is_told() -> None:
+    versions = tuple(sorted({**dict(whole().versions), "torch": "1.0"}.items()))
+    with pytest.warns(match=r"torch 1\.0"):
+        profile(replace(whole(), versions=versions))
+
+
+def test_trained_kinds_have_an_update_and_losses_none() -> None:
+    operators = {op.kind: op for op in captured()[1].graph}
+    for entry in whole().entries:
+        trained = any(p.trainable for p in operators[entry.kind].parameters)
+        assert (entry.update_s > 0) == trained
+
+
+def test_two_ranks_also_measure_messages() -> None:
+    found, _ = profile(num_ranks=2)
+    assert {(e.operation, e.members, e.num_bytes) for e in found.links} == {
+        (operation, 2, num_bytes) for operation in ("all_reduce", "transfer") for num_bytes in MESSAGE_BYTES
+    }
+    assert dict(found.versions)["ranks"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "counts"),
+    [(6, 4, [1, 2, 3]), (5, 4, [1]), (64, 64, [1, 2, 4, 8, 16, 32, 64]), (60, 60, [1, 2, 4, 60])],
+)
+def test_counts(batch: int, devices: int, counts: list[int]) -> None:
+    """All while they are few; else powers of two and the largest."""
+    assert counts_to_measure(batch, devices) == counts
