@@ -9,12 +9,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from math import inf
 
 from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
-from spindle.planner.search.decode import Decoder, FlatDecoder, draft_of
-from spindle.planner.search.finish import finish, forward_on_floor, runs_of_draft
+from spindle.planner.search.decode import Decoder, Draft, FlatDecoder, draft_of
+from spindle.planner.search.finish import finish, forward_on_floor, forward_runs, runs_of_draft
 from spindle.planner.search.floor import Floor, make_floor
 from spindle.planner.search.fluid import COLUMN_UNITS, LP_UNITS
 from spindle.planner.search.improve import Climber
@@ -27,6 +29,8 @@ from spindle.planner.search.work import Work
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
 BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
+BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
+CLOSE_CALL = 1.01
 STARTS, STARTS_LARGE = 6, 3
 CLOSE_ENOUGH = 0.0005
 
@@ -61,19 +65,59 @@ def search(
     model = make_model(problem, bound_s)
     floor: Floor | None = make_floor(problem)
     floor = floor if floor and floor.matters else None
-    sides = [
-        _Side(model, Beam(model, floor, work)),
-        _Side(model.reversed, Beam(model.reversed, floor and floor.reversed, work)),
-    ]
     share = BEAM_SHARE_WARM if is_warm else BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
-    _beams(sides, work, seed, share)
-    given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
-    found = given + [f for side in sides for f in side.beam.best]
+    found = given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
+    if floor is None:
+        found = found + _beams(_sides(model, None, work), work, seed, share)
+    else:
+        found = found + _placed_starts(model, floor, work, seed, share)
     found.sort(key=lambda f: f.makespan_s)
     climbers = _climb(model, floor, found, work, seed)
     finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
     others = [f for f in found if f not in given][:STARTS] + given
     return finished + [finish(problem, f.model, f.runs) for f in others]
+
+
+def _sides(model: Model, floor: Floor | None, work: Work) -> list[_Side]:
+    """Forward and backward."""
+    backward = floor.reversed if floor else None
+    return [_Side(model, Beam(model, floor, work)), _Side(model.reversed, Beam(model.reversed, backward, work))]
+
+
+def _placed_starts(model: Model, floor: Floor, work: Work, seed: int, share: float) -> list[Found]:
+    """Schedules on devices: of beams that know them, and of a search that only counts them and is charged afterwards.
+
+    Both begin; what does better goes on. With few nodes that is often the second, which makes many more moves.
+    """
+    counting, placing = _sides(model, None, work), _sides(model, floor, work)
+    blind = _charged(model, floor, _beams(counting, work, seed, BLIND_SHARE * share))
+    found = _beams(placing, work, seed, 2 * BLIND_SHARE * share)
+    if min((f.makespan_s for f in blind), default=inf) > min((f.makespan_s for f in found), default=inf) * CLOSE_CALL:
+        return blind + _beams(placing, work, seed + 50, share)
+    schedules = _beams(counting, work, seed + 50, 0.75 * share)
+    climbers = _climb(model, None, sorted(schedules, key=lambda f: f.makespan_s), work, seed, 1.2 * share)
+    schedules += [Found(c.best.total_s, _runs_of_climber(c), c.model) for c in climbers]
+    return blind + found + _charged(model, floor, schedules)
+
+
+def _charged(model: Model, floor: Floor, blind: Sequence[Found]) -> list[Found]:
+    """Schedules that know no devices, with devices and transfers: now and then better than what knew them."""
+    decoder, found = PlacedDecoder(model, floor), []
+    for f in blind:
+        forward = forward_runs(f.model, f.runs)
+        for draft in (_plain_draft(model, forward), draft_of(FlatDecoder(model), forward)):
+            decoded = decoder.decode(draft, inf)
+            if decoded is not None:
+                found.append(Found(decoded[0], runs_of_draft(model, draft, decoded), model))
+    return found
+
+
+def _plain_draft(model: Model, runs: list[Run]) -> Draft:
+    """Slices with their starts as ranks, none held."""
+    draft: Draft = [[] for _ in range(len(model))]
+    for m, c, layers, start, _, _ in runs:
+        draft[m].append((c, layers, start, 0.0, 0))
+    return draft
 
 
 def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:
@@ -103,23 +147,24 @@ def beam_units(model: Model, width: Width, factor: float) -> float:
     return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 
-def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> None:
-    turn, most = 0, 2
-    while True:
-        side = sides[turn] if turn < 2 else _chosen(sides, turn)
+def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> list[Found]:
+    """Wider and wider beams until the first `share` of the work is done; the best schedules of both directions.
+
+    A larger budget begins with the beams of a smaller one.
+    """
+    for turn in count():
+        side = sides[turn % 2] if turn < 4 else _chosen(sides, turn)
         left = work.left(share)
         if turn > 1 and (not left or _close(side.model, min(s.best_s for s in sides))):
-            return
+            break
         factor = side.beam.floor.simulation_factor if side.beam.floor else 1.0
-        part = left / (3 if turn < 2 else 1.5)
-        affordable = [w for w in LADDER if beam_units(side.model, w, factor) <= part]
+        affordable = [w for w in LADDER if beam_units(side.model, w, factor) <= left / 1.5]
         if turn > 1 and not affordable:
-            return
-        width = affordable[: most + 1][-1] if affordable else LADDER[0]
+            break
+        width = affordable[: turn // 2 + 1][-1] if affordable else LADDER[0]
         side.beam.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else share)
         side.rounds += 1
-        turn += 1
-        most += turn % 2 == 0
+    return [f for side in sides for f in side.beam.best]
 
 
 def _chosen(sides: list[_Side], turn: int) -> _Side:
@@ -137,11 +182,13 @@ def _order(side: _Side, work: Work, seed: int) -> list[int]:
     return by_level(model)
 
 
-def _climb(model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int) -> list[Climber]:
+def _climb(
+    model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int, share: float = 1.0
+) -> list[Climber]:
     """Successive halving over climbers from the best schedules; best first."""
-    count = STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
+    most = STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
     climbers: list[Climber] = []
-    for i, f in enumerate(found[:count]):
+    for i, f in enumerate(found[:most]):
         decoder: Decoder = FlatDecoder(f.model)
         runs = f.runs
         if floor is not None:
@@ -152,14 +199,14 @@ def _climb(model: Model, floor: Floor | None, found: list[Found], work: Work, se
             continue
     while climbers:
         climbers.sort(key=lambda c: c.best.total_s)
-        left = work.left()
+        left = work.left(share)
         if not left or _close(model, climbers[0].best.total_s):
             break
         if len(climbers) == 1:
-            climbers[0].run(left)
+            climbers[0].run(left, share)
             break
         for climber in climbers:
-            climber.run(0.35 * left / len(climbers))
+            climber.run(0.35 * left / len(climbers), share)
         climbers.sort(key=lambda c: c.best.total_s)
         del climbers[(len(climbers) + 1) // 2 :]
     return climbers

@@ -15,7 +15,6 @@ from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
-SWITCH_LAYERS = 0.5
 DECISION_UNITS = 1.8
 EVENT_UNITS = 1.4
 
@@ -35,6 +34,7 @@ class Style:
     two_pass    first all get the LP's smallest count, then what they want
     noise       chance to want a neighbouring count instead
     patience    a MetaOp waits rather than run on less than this share of what it wants
+    stick       a change of count may cost this share of what it saves
     """
 
     early: float = 0.0
@@ -45,6 +45,7 @@ class Style:
     two_pass: bool = False
     noise: float = 0.0
     patience: float = 0.0
+    stick: float = 0.5
 
 
 RULES = 6
@@ -61,6 +62,7 @@ def draw_style(rng: random.Random) -> Style:
         two_pass=rng.random() < 0.3,
         noise=0.1 if rng.random() < 0.25 else 0.0,
         patience=rng.choice((0.0, 0.0, 0.3, 0.6)),
+        stick=rng.choice((0.1, 0.3, 0.6)),
     )
 
 
@@ -158,7 +160,7 @@ class Tracker:
         wants.sort()
         chosen = self._share(state, wants, style)
         if self.floor:
-            self._start_placed(state, chosen)
+            self._start_placed(state, chosen, style)
         else:
             self._start(state, chosen)
 
@@ -267,7 +269,7 @@ class Tracker:
         started = {m for m, _ in chosen}
         state.idle = [m for m in state.idle if m not in started]
 
-    def _start_placed(self, state: State, chosen: list[tuple[int, int]]) -> None:
+    def _start_placed(self, state: State, chosen: list[tuple[int, int]], style: Style) -> None:
         """Who keeps its count keeps its devices; then the widest choose first, narrower if they must."""
         started = set()
         changed = []
@@ -278,42 +280,46 @@ class Tracker:
                 changed.append((-self.model.counts[m][c], m, c))
         changed.sort()
         for _, m, c in changed:
-            # a change that costs more than it can bring back within some layers is not made
-            if self._try_counts(state, m, c):
+            if self._try_counts(state, m, c, style):
                 started.add(m)
         if not state.heap:
             for m in state.idle:
-                if m not in started and self._try_counts(state, m, len(self.model.counts[m]) - 1):
+                if m not in started and self._try_counts(state, m, len(self.model.counts[m]) - 1, Style()):
                     started.add(m)
                     break
         state.idle = [m for m in state.idle if m not in started]
         if not state.heap:
             raise Stuck
 
-    def _try_counts(self, state: State, m: int, c: int) -> bool:
-        """Start m on c, on what it had, or on less."""
+    def _try_counts(self, state: State, m: int, c: int, style: Style) -> bool:
+        """Start m on c, on what it had, or on less; a change must bring back more than it costs."""
         floor, model = self.floor, self.model
         assert floor is not None
-        had = state.current[m]
+        had, counts = state.current[m], model.counts[m]
+        least = style.patience * counts[c] if had < 0 else 0.0
         sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
-        while c >= 0:
-            found = floor.choose(
-                m, model.counts[m][c], state.free, sources, memory=state.memory, first=self._next_layer(state, m)
-            )
+        first = self._next_layer(state, m)
+        while c >= 0 and counts[c] >= least:
+            found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
             if found is not None:
                 devices, cost_s = found
-                if (
-                    had >= 0
-                    and cost_s > SWITCH_LAYERS * min(state.left[m], 8) * model.times[m][c]
-                    and self._placed(state, m, had, state.where[m])
-                ):
+                if had < 0 or cost_s <= style.stick * self._gain_s(state, m, had, c):
+                    self._begin(state, m, c, devices, cost_s)
                     return True
-                self._begin(state, m, c, devices, cost_s)
+            if had >= 0 and (found is not None or had < c) and self._placed(state, m, had, state.where[m]):
                 return True
-            if 0 <= had < c and self._placed(state, m, had, state.where[m]):
+            if found is not None:
+                self._begin(state, m, c, devices, cost_s)
                 return True
             c -= 1
         return False
+
+    def _gain_s(self, state: State, m: int, had: int, c: int) -> float:
+        """What a change of count saves over the layers left: seconds when wider, device time when narrower."""
+        times, counts = self.model.times[m], self.model.counts[m]
+        if c > had:
+            return state.left[m] * (times[had] - times[c])
+        return state.left[m] * (counts[had] * times[had] - counts[c] * times[c]) / counts[c]
 
     def _next_layer(self, state: State, m: int) -> int:
         done = self.model.layers[m] - state.left[m]
