@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 	$(VENV)/bin/python docs/examples/digits/demo.py --out demo-out
@@ -16,6 +16,9 @@ lint: $(STAMP)  ## formatting, lint, types, import contracts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
+
+docs: $(STAMP)  ## the pages as a site in build/site; a broken link is an error
+	$(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
