@@ -47,6 +47,7 @@ class MetaOp:
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
     forward_fraction      share of layer_time_s that is forward
+    tensor_parallel       (n, degree): where one copy of a layer is spread over several of the n devices
     operators             what was contracted, first layer first; () when the MetaOp came from a file
     """
 
@@ -62,6 +63,7 @@ class MetaOp:
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
+    tensor_parallel: tuple[tuple[int, int], ...] = ()
     operators: tuple[Operator, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,11 @@ class MetaOp:
         for label in ("layer_param_bytes", "layer_state_bytes", "layer_update_s", "output_bytes"):
             if not 0 <= getattr(self, label) < math.inf:
                 raise GraphError(f"MetaOp {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
+        for count, degree in self.tensor_parallel:
+            if degree < 1 or count % degree:
+                raise GraphError(
+                    f"MetaOp {self.name!r}: tensor_parallel on {count} devices is {degree}; it must divide their number"
+                )
         self._check_points("layer_time_s", self.layer_time_s, least=0.0)
         self._check_points("memory_bytes", self.memory_bytes, least=-1.0)
 

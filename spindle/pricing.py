@@ -20,7 +20,8 @@ class Pricing:
     optimizer          decides the states kept for each trained parameter
     shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)
     recompute          a layer keeps its input only and runs forward again in backward
-    tensor_parallel, min_tensor_parallel   degrees allowed; the runtime executes data parallelism, so 1. A high least
+    recomputed         components of which this holds when it does not hold of all
+    tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
@@ -28,6 +29,7 @@ class Pricing:
     optimizer: Optimizer = "adamw"
     shard_optimizer: bool = False
     recompute: bool = False
+    recomputed: tuple[str, ...] = ()
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
     length_spread: tuple[tuple[str, str, float], ...] = ()
@@ -41,6 +43,10 @@ class Pricing:
         for task, component, spread in self.length_spread:
             if not 0 <= spread < float("inf"):
                 raise WorkloadError(f"{task}.{component}: length spread is {spread!r}; it must be zero or more")
+
+    def of(self, component: str) -> "Pricing":
+        """The same for one component alone."""
+        return replace(self, recompute=self.recompute or component in self.recomputed)
 
     def spread_of(self, task: str, component: str) -> float:
         """Spread of the lengths of a component's samples in a task; 0 when all are equal."""

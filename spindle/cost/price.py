@@ -1,8 +1,8 @@
 """Cost: a contracted MetaGraph and a cluster in, the same MetaGraph with T_m(n) and memory per device out.
 
 - A count n is valid for data parallelism when it divides the batch; a MetaOp that mixes samples runs on one device.
-- `Pricing.tensor_parallel` allows (dp, tp) layouts with dp * tp = n, tp inside a node; T_m(n) is the least of them. The
-  runtime executes data parallelism only, so that is the default.
+- Layouts are (dp, tp) with dp * tp = n, tp inside a node; T_m(n) is the least of them, and the MetaOp's
+  `tensor_parallel` tells which. A captured component says how far it may be spread, for a spec the Pricing does.
 - Where a Profile has measured a MetaOp's operator kind, measured counts are taken as they are. Between two measured
   counts T = a + b/n through both (paper, section 3.2); outside them the nearest measured time is scaled by the ratio
   that the analytic model predicts. Kinds that were not measured are predicted (`spindle.cost.roofline`).
@@ -59,9 +59,10 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     batch = operators[0].batch_size
     splittable = all(operator.splittable for operator in operators)
     layouts: dict[int, list[int]] = {}
-    highest = min(pricing.tensor_parallel, cluster.devices_per_node)
-    for tp in range(pricing.min_tensor_parallel, highest + 1) if splittable else (1,):
-        if cluster.devices_per_node % tp:
+    spread = min(operator.tensor_parallel for operator in operators)
+    for tp in range(1, max(pricing.tensor_parallel, spread) + 1) if splittable else (1,):
+        said = pricing.min_tensor_parallel <= tp <= pricing.tensor_parallel
+        if cluster.devices_per_node % tp or (splittable and not said and (tp == 1 or spread % tp)):
             continue
         for dp in range(1, min(batch, cluster.num_devices // tp) + 1 if splittable else 2):
             if batch % dp == 0:
@@ -70,13 +71,16 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
 
 
 def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing) -> MetaOp:
-    operators = metaop.operators
+    operators, pricing = metaop.operators, pricing.of(metaop.component)
     layouts = valid_layouts(operators, cluster, pricing)
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
         )
     predicted, degrees = _predict(operators, cluster, layouts, pricing)
+    if pricing.recompute:  # profiles know nothing of it; predictions have it already
+        measured = {n: replace(e, backward_s=e.backward_s + e.forward_s) for n, e in measured.items() if e.backward_s}
+    degrees |= dict.fromkeys(measured.keys() & degrees.keys(), 1)  # what was measured was data parallel
     times = {n: _measured_or(predicted, n, measured) for n in layouts}
     first = next(iter(times.values()))
     spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
@@ -100,6 +104,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
         layer_update_s=update / (max(replicas.values()) if pricing.shard_optimizer else 1) / max(degrees.values()),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
+        tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
 
 

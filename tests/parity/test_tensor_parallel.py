@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import spindle
+from spindle import formats
 from spindle.contract import contract
 from spindle.errors import WorkloadError
 from spindle.plan import Plan, Slice, make_waves
@@ -178,6 +179,26 @@ def test_processes_agree_too() -> None:
     """Over gloo, with collectives inside the layers."""
     made = workload(degree=2)
     report = compared(made, spread(made, 2, 2), "processes")
+    assert report.ok, str(report)
+
+
+SLOW = """
+nodes: 1
+devices_per_node: 4
+device: {name: slow, memory_gib: 8, peak_tflops: 0.0001, memory_bandwidth_gbps: 0.1}
+intra_node: {bandwidth_gbps: 300, latency_us: 1}
+"""
+
+
+def test_the_planner_spreads_layers_where_that_is_faster(tmp_path: Path) -> None:
+    """On slow devices with fast links five samples on four devices go by tensor parallelism; the run is exact."""
+    (tmp_path / "slow.yaml").write_text(SLOW)
+    made = workload()
+    plan = spindle.make_plan(made, str(tmp_path / "slow.yaml"))
+    layouts = {(len(s.devices), s.tensor_parallel) for s in plan if s.metaop.startswith("describe.lm.layers")}
+    assert any(degree > 1 for _, degree in layouts), str(plan)
+    formats.write(plan, tmp_path / "plan.json")
+    report = compared(made, formats.read(tmp_path / "plan.json", Plan))
     assert report.ok, str(report)
 
 

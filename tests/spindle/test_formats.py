@@ -210,7 +210,7 @@ def changed(text: str, path: Path_, change: Callable[[object], object]) -> str:
     return json.dumps(value["root"])
 
 
-FREE_TABLES = {"layer_time_s", "memory_bytes", "baselines_s", "baseline_steps_s", "versions"}
+FREE_TABLES = {"layer_time_s", "memory_bytes", "tensor_parallel", "baselines_s", "baseline_steps_s", "versions"}
 OBJECTS = [
     pytest.param(sample, kind, path, id=f"{name}:{'.'.join(map(str, path))}")
     for name, (sample, kind) in SAMPLES.items()
