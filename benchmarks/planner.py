@@ -94,9 +94,7 @@ def p90(values: Sequence[float]) -> float:
 
 def islands(instances: Sequence[Instance]) -> None:
     """Switch costs charged to plans made without them, and plans made with them."""
-    print(
-        "| instance | MetaOps | afterwards | afterwards, moved | inside | slices | cpu s | with reductions, 2 s: step |"
-    )
+    print("| instance | MetaOps | afterwards | overtaking | inside | slices | cpu s |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     columns: list[list[float]] = [[] for _ in range(3)]
     for instance in instances:

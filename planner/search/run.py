@@ -71,7 +71,7 @@ def search(
         found = found + _beams(_sides(model, None, work), work, seed, share)
     else:
         found = found + _placed_starts(model, floor, work, seed, share)
-    found.sort(key=lambda f: f.makespan_s)
+    found.sort(key=lambda f: f.makespan_s + _reduction_s(model, floor, f))
     climbers = _climb(model, floor, found, work, seed)
     finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
     others = [f for f in found if f not in given][:STARTS] + given
@@ -118,6 +118,17 @@ def _plain_draft(model: Model, runs: list[Run]) -> Draft:
     for m, c, layers, start, _, _ in runs:
         draft[m].append((c, layers, start, 0.0, 0))
     return draft
+
+
+def _reduction_s(model: Model, floor: Floor | None, f: Found) -> float:
+    """Seconds of gradient reductions after a placed schedule."""
+    if floor is None or not floor.sharing:
+        return 0.0
+    forward = forward_runs(f.model, f.runs)
+    devices: list[list[int]] = [[] for _ in range(len(model))]
+    for m, _, _, _, _, mask in forward:
+        devices[m].append(mask)
+    return PlacedDecoder(model, floor).reduction_s(_plain_draft(model, forward), devices)
 
 
 def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:
