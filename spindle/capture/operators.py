@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
 from spindle.capture.blocks import BlockModule
@@ -270,6 +271,12 @@ class _Builder:
     def _unmeasured(self, code: Extracted, error: Exception) -> WorkloadError:
         blocks = [module.module for module in code.module.modules() if isinstance(module, BlockModule)]
         what = f"a layer of class {type(blocks[0]).__name__}" if blocks else "its glue"
+        if isinstance(error, CheckpointError):
+            return WorkloadError(
+                f"task {self.task.name!r}: {what} draws random numbers under a checkpoint of its own, which would draw "
+                "others when it is computed again; switch that off (gradient_checkpointing_disable()) and name the "
+                "component in the workload's recompute="
+            )
         return WorkloadError(
             f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.prober.samples} samples: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; make it run on any number of samples"

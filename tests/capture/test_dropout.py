@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import spindle
 from spindle.capture import capture
@@ -178,6 +179,39 @@ class Drawing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.noise(self.linear(x))
         return y
+
+
+class Checkpointed(nn.Module):
+    """A layer that forgets what is in it until backward."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(rate), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + checkpoint(self.mlp, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_checkpoints_of_the_model_s_own(rate: float) -> None:
+    """They are exact without dropout, and refused with it, since masks would be drawn anew."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("checkpointed")
+    stem = workload.component("stem", nn.Linear(5, WIDTH).double())
+    net = workload.component("net", nn.Sequential(*(Checkpointed(rate) for _ in range(2))).double())
+
+    @workload.task("t", batch_size=4, data=[{"x": floats(4, 5, seed=0, dtype=torch.float64)}])
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y: Tensor = net(stem(batch["x"]))
+        return y.square().mean()
+
+    if rate:
+        with pytest.raises(WorkloadError, match=r"class Checkpointed draws random .* in the workload's recompute="):
+            capture(workload)
+    else:
+        report = compared(workload, widest_plan(spindle.make_metagraph(workload), 2))
+        assert report.ok, str(report)
 
 
 OWN = torch.Generator()
