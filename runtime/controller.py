@@ -56,8 +56,8 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         losses=captured.losses,
         weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
         max_grad_norm=workload.max_grad_norm,
-        recompute=workload.recompute,
-        shard_optimizer=workload.shard_optimizer,
+        recompute=workload.components if plan.recompute else workload.recompute,
+        shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
     )
     check_program(program)
     return Prepared(workload, captured, metagraph, plan, program)
@@ -66,9 +66,12 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
 class Run:
     """A crew at work on a prepared workload."""
 
-    def __init__(self, prepared: Prepared, crew: Crew) -> None:
-        """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree."""
-        self.prepared, self.crew = prepared, crew
+    def __init__(self, prepared: Prepared, crew: Crew, timeout_s: float = 60.0) -> None:
+        """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree.
+
+        A step may take as long as one rank may wait for another, `timeout_s`, and the first ones somewhat longer.
+        """
+        self.prepared, self.crew, self.timeout_s = prepared, crew, timeout_s
         self._check_batches(crew.call("digests"))
 
     @staticmethod
@@ -85,7 +88,7 @@ class Run:
 
     def steps(self, count: int, **options: Any) -> tuple[list[dict[str, float]], list[Report]]:
         """Run `count` steps on all ranks; losses by step, and the reports."""
-        reports = self.crew.call("run", count, **options)
+        reports = self.crew.call("run", count, patience_s=(count + 2) * self.timeout_s, **options)
         return merge_losses(reports), reports
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -138,7 +141,7 @@ def launched(
     ]
     crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)
     try:
-        yield Run(prepared, crew)
+        yield Run(prepared, crew, timeout_s)
     finally:
         crew.close()
 

@@ -72,7 +72,8 @@ def _slice_runs(
                 f"slice of {slice_.metaop!r} runs on device {max(slice_.devices)}, but the plan has {plan.num_devices} "
                 "devices, counted from 0; plan again"
             )
-    operators = [_operators(slice_, metagraph) for slice_ in slices]
+    parts = [(s, names) for s in slices for names in _parts(_operators(s, metagraph), graph, recompute)]
+    operators = [names for _, names in parts]
     _check_cover(operators, graph)
     home = {name: index for index, names in enumerate(operators) for name in names}
     outward = set(losses.values())
@@ -80,8 +81,17 @@ def _slice_runs(
         outward.update(name for name in op.inputs if home[graph.producers[name]] != home[op.name])
     return [
         _slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
-        for index, (slice_, names) in enumerate(zip(slices, operators, strict=True))
+        for index, (slice_, names) in enumerate(parts)
     ]
+
+
+def _parts(names: tuple[str, ...], graph: TaskGraph, recompute: Collection[str]) -> list[tuple[str, ...]]:
+    """The operators of a slice as runs: one, or one for each layer where backward computes activations again, so that
+    those of one layer exist at a time.
+    """
+    last = graph.by_name[names[-1]]
+    again = last.component in recompute and any(tensor.needs_grad for tensor in last.outputs)
+    return [(name,) for name in names] if again else [names]
 
 
 def _slice_run(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
+from spindle.plan import Plan, laid_out
 from spindle.pricing import Pricing
 from spindle.profile import Profile
 from spindle.trace import Trace
@@ -42,11 +42,12 @@ def make_plan(
     them; without it times are predicted from the architecture. Raises InfeasibleError when nothing fits.
     """
     from spindle.clusterfile import parse_cluster
-    from spindle.source import Source
+    from spindle.source import Source, pricing_of
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     metagraph = workload if isinstance(workload, MetaGraph) else make_metagraph(workload)
-    source = Source(metagraph, Pricing(), executable=True)
+    pricing = Pricing() if isinstance(workload, MetaGraph) else pricing_of(workload)
+    source = Source(metagraph, pricing, executable=True)
     return plan_source(source, where, _profile(profile), method=method, time_limit_s=time_limit_s)[0]
 
 
@@ -61,22 +62,21 @@ def plan_source(
 ) -> tuple[Plan, Pricing]:
     """The plan of a loaded source, and how it wants the workload trained so that it fits.
 
-    Sharded optimiser states and recompute are only chosen for a dry run: the runtime does not do them yet.
+    The plan says so too, and a run of it does so.
     """
     from spindle.cost.measured import check_device, measured_links
-    from spindle.cost.price import price
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import solve
 
     def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
-        return solve(metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+        plan = solve(metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+        return laid_out(plan, metagraph)
 
     if profile is not None:
         check_device(cluster, profile)
         cluster = measured_links(cluster, profile)
-    if source.executable:
-        return solved(price(source.metagraph, cluster, profile, pricing=source.pricing), cluster), source.pricing
-    return solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
+    plan, pricing = solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
+    return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:
@@ -216,7 +216,7 @@ def train(
     to a torch optimizer; each rank makes one over what it holds. `scheduler`: one from an optimizer to its schedule.
     `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
     steps late. The spans of the last `trace_steps` steps are returned. `timeout_s` bounds every wait of one rank for
-    another.
+    another, and how long a step may take.
 
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
     end; the newest `keep_checkpoints` stay. `resume`: go on from a checkpoint, or, when True, from the newest in the

@@ -61,6 +61,9 @@ def _count(key: object) -> object:
 CountTable = Annotated[
     dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], float], BeforeValidator(_table)
 ]
+DegreeTable = Annotated[
+    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], int], BeforeValidator(_table)
+]
 NameTable = Annotated[dict[str, float], BeforeValidator(_table)]
 
 
@@ -77,12 +80,14 @@ class _MetaOpModel(_JsonModel):
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
+    tensor_parallel: DegreeTable = {}
 
     def value(self) -> MetaOp:
         if not self.layer_time_s:
             raise FormatError(f"MetaOp {self.name!r}: layer_time_s is empty; give a time for at least one device count")
         tables = {"layer_time_s": points(self.layer_time_s), "memory_bytes": points(self.memory_bytes)}
-        return MetaOp(**{**dict(self), **tables})
+        degrees = tuple(sorted(self.tensor_parallel.items()))
+        return MetaOp(**{**dict(self), **tables, "tensor_parallel": degrees})
 
 
 class _MetaGraphModel(_JsonModel):
@@ -202,6 +207,8 @@ class _PlanModel(_JsonModel):
     step_s: float = 0.0
     baseline_steps_s: NameTable = {}
     memory: _MemoryModel = _MemoryModel()
+    recompute: bool = False
+    shard_optimizer: bool = False
     waves: tuple[_WaveModel, ...]
     certificate: _CertificateModel | None = None
     cluster: _ClusterModel | None = None

@@ -111,6 +111,8 @@ class Plan:
     update_s          the optimiser's step after the last reduction
     step_s            a whole step: all forward slices, backward in reverse, reductions, update (0: not predicted)
     baseline_steps_s  the same of the usual ways, by name
+    recompute, shard_optimizer   how it must be trained so that it fits: activations of all components recomputed in
+                      backward, each optimiser state on one of the devices that share it; a run of the plan does so
     metagraph         what was planned (without operators), so that a plan can be checked and explained by itself
     cluster           what it was planned for; with it the checker also verifies transfers and memory
     """
@@ -128,6 +130,8 @@ class Plan:
     step_s: float = 0.0
     baseline_steps_s: tuple[tuple[str, float], ...] = ()
     memory: Memory = Memory()
+    recompute: bool = False
+    shard_optimizer: bool = False
     certificate: Certificate | None = None
     metagraph: MetaGraph | None = None
     cluster: Cluster | None = None
@@ -193,6 +197,19 @@ def make_waves(slices: Iterable[Slice], *, tolerance_s: float = 1e-12) -> tuple[
         )
         for index, group in enumerate(groups)
     )
+
+
+def laid_out(plan: Plan, metagraph: MetaGraph) -> Plan:
+    """The plan with each slice in the layout, data and tensor parallel, that its MetaOp's time is of."""
+    degrees = {metaop.name: dict(metaop.tensor_parallel) for metaop in metagraph}
+    waves = tuple(
+        replace(
+            wave,
+            slices=tuple(replace(s, tensor_parallel=degrees[s.metaop].get(len(s.devices), 1)) for s in wave.slices),
+        )
+        for wave in plan.waves
+    )
+    return replace(plan, waves=waves)
 
 
 def without_operators(metagraph: MetaGraph) -> MetaGraph:

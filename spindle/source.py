@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.metagraph import MetaGraph
-from spindle.pricing import Pricing
+from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
     from spindle.workload import Workload
@@ -53,7 +53,26 @@ def load_source(source: str) -> Source:
     from spindle.capture import capture
     from spindle.contract import contract
 
-    return Source(contract(capture(load_workload(source)[0]).graph), Pricing(), executable=True)
+    workload, module = load_workload(source)
+    pricing = pricing_of(workload, getattr(module, "optimizer", None))
+    return Source(contract(capture(workload).graph), pricing, executable=True)
+
+
+def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
+    """How a workload says that it is trained; `optimizer` makes its optimiser. An unknown one counts as AdamW."""
+    kind: Optimizer = "adamw"
+    if optimizer is not None:
+        import torch
+
+        with _users_errors("optimizer"):
+            made = optimizer([torch.nn.Parameter(torch.zeros(1))])
+        sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"
+        kind = {"Adam": "adam", "SGD": sgd}.get(type(made).__name__, kind)
+    return Pricing(
+        optimizer=kind,
+        shard_optimizer=workload.shard_optimizer,
+        recomputed=tuple(sorted(workload.recompute)),
+    )
 
 
 def is_python(source: str) -> bool:
