@@ -1,0 +1,109 @@
+"""Terminal: how the command line says things: JSON, notes on costs, progress, warnings."""
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spindle.errors import SpindleWarning
+
+if TYPE_CHECKING:
+    from spindle.plan import Plan
+    from spindle.pricing import Pricing
+    from spindle.profile import Profile
+    from spindle.source import Source
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON, which has no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(member) for key, member in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(member) for member in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def losses_text(losses: dict[str, float]) -> str:
+    """Losses of one step on one line."""
+    return "  ".join(f"{task} {value:.4f}" for task, value in losses.items())
+
+
+def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
+    """Where the times come from and how far the makespan may be off; what the workload must do to fit."""
+    from collections import Counter
+    from dataclasses import replace
+
+    from spindle.cost.sources import cost_sources, makespan_error
+
+    metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
+    if plan.metagraph is not None:
+        times = {metaop.name: metaop.layer_time_s for metaop in plan.metagraph}
+        metagraph = replace(metagraph, metaops=tuple(replace(m, layer_time_s=times[m.name]) for m in metagraph))
+    sources = cost_sources(metagraph, measured)
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())
+    error = makespan_error(plan.slices, sources)
+    lines = [f"costs      {counts}: makespan +- {error:.0%}"]
+    wanted = [
+        text
+        for text, chosen, given in (
+            (
+                "optimiser states sharded over each parameter's devices",
+                pricing.shard_optimizer,
+                source.pricing.shard_optimizer,
+            ),
+            ("activations recomputed in backward", pricing.recompute, source.pricing.recompute),
+        )
+        if chosen and not given
+    ]
+    if wanted:
+        lines.append(f"to fit     {' and '.join(wanted)}")
+    return "\n".join(lines)
+
+
+class progress:  # noqa: N801 - used like a function
+    """A bar with the time left on a terminal; elsewhere a line every ten seconds. On stderr."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+        self.told_s = time.monotonic()
+
+    def __enter__(self) -> Callable[..., None]:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self.bar.start()
+            self.bar.add_task("", total=None)
+        return self.update
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """So much is done; `text` stands behind the bar."""
+        if self.bar is not None:
+            self.bar.update(0, completed=done, total=total, description=text)
+        elif time.monotonic() - self.told_s > 10.0:
+            self.told_s = time.monotonic()
+            click.echo(f"{self.title} {done}/{total}  {text}".rstrip(), err=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Warnings of Spindle as one line on stderr; others as Python has them."""
+    if issubclass(category, SpindleWarning):
+        click.echo(f"spindle: warning: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
