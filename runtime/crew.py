@@ -23,8 +23,11 @@ class Crew(Protocol):
 
     leads: bool
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Run `method` on every worker; the results by rank. Raises RunError for the first worker that fails."""
+    def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """Run `method` on every worker; the results by rank.
+
+        Raises RunError for the first worker that fails, or for those that have not answered after `patience_s`.
+        """
 
     def close(self) -> None:
         """End all workers."""
@@ -33,6 +36,14 @@ class Crew(Protocol):
 def threads_of_rank(num_ranks: int) -> int | None:
     """Threads that each rank on this machine's CPU computes with: its share of the cores. None where GPUs compute."""
     return None if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // num_ranks)
+
+
+def silent(ranks: Sequence[int], patience_s: float | None) -> RunError:
+    """What to say of ranks that do not answer."""
+    return RunError(
+        f"ranks {list(ranks)} did not answer within {patience_s:g} s; see what keeps them busy (py-spy dump), or raise "
+        "timeout_s"
+    )
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -60,19 +71,24 @@ class ThreadCrew:
             ]
         )
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew."""
         pairs = zip(self._threads, self._workers, strict=True)
-        return self._gather([thread.submit(getattr(w, method), *args, **kwargs) for thread, w in pairs])
+        return self._gather([thread.submit(getattr(w, method), *args, **kwargs) for thread, w in pairs], patience_s)
 
-    def _gather(self, futures: "list[concurrent.futures.Future[Any]]") -> list[Any]:
+    def _gather(
+        self, futures: "list[concurrent.futures.Future[Any]]", patience_s: float | None = None
+    ) -> list[Any]:
         self._running = futures
-        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        done, waiting = concurrent.futures.wait(futures, patience_s, concurrent.futures.FIRST_EXCEPTION)
         failed = [error for future in done if (error := future.exception()) is not None]
         if failed:
             self.close()
             error = next((e for e in failed if isinstance(e, Exception) and not is_lost_peer(e)), failed[0])
             raise error if isinstance(error, SpindleError) else RunError(str(error)) from error
+        if waiting:
+            self.close()
+            raise silent([rank for rank, future in enumerate(futures) if future in waiting], patience_s)
         return [future.result() for future in futures]
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import cloudpickle
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.crew import is_lost_peer
+from spindle.runtime.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
@@ -50,12 +50,12 @@ class ProcessCrew:
             self._children.append(child)
         self._results(timeout_s + 60.0)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # a dead child is noticed below
                 pipe.send_bytes(cloudpickle.dumps((method, args, kwargs)))
-        return self._results(None)
+        return self._results(patience_s)
 
     def _results(self, timeout_s: float | None) -> list[Any]:
         results: dict[int, Any] = {}
@@ -66,9 +66,7 @@ class ProcessCrew:
             ready = wait(list(waiting), left)
             if not ready:
                 self.close()
-                raise RunError(
-                    f"ranks {sorted(waiting.values())} did not answer within {timeout_s:g} s; is the machine busy?"
-                )
+                raise silent(sorted(waiting.values()), timeout_s)
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 results[waiting[pipe]] = self._result(waiting[pipe], pipe)

@@ -7,6 +7,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.crew import is_lost_peer
+from spindle.runtime.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Job, Worker
 
@@ -91,14 +92,19 @@ class RayCrew:
         options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": strategy}
         return ray.remote(**options)(_Rank).remote()
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew."""
-        return self._gather([actor.call.remote(method, args, kwargs) for actor in self._actors])
+        return self._gather([actor.call.remote(method, args, kwargs) for actor in self._actors], patience_s)
 
-    def _gather(self, references: Sequence[Any]) -> list[Any]:
+    def _gather(self, references: Sequence[Any], patience_s: float | None = None) -> list[Any]:
         waiting = list(references)
+        deadline_s = None if patience_s is None else time.monotonic() + patience_s
         while waiting:
-            done, waiting = ray.wait(waiting)
+            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            done, waiting = ray.wait(waiting, timeout=left_s)
+            if not done:
+                self._kill(self._actors)
+                raise silent([rank for rank, reference in enumerate(references) if reference in waiting], patience_s)
             try:
                 ray.get(done)
             except Exception as error:

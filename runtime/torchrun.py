@@ -32,8 +32,12 @@ class TorchrunCrew:
         self._worker = Worker(separate(jobs[rank]), ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """See Crew. A failure leaves the group at once, so that the other ranks fail too, and torchrun ends them."""
+    def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """See Crew; patience is that of the process group.
+
+        A failure leaves the group at once, so that the other ranks fail too, and torchrun ends them.
+        """
+        del patience_s
         try:
             result = getattr(self._worker, method)(*args, **kwargs)
         except Exception:

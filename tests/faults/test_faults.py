@@ -171,6 +171,13 @@ def test_a_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
     assert not RELEASE.is_set()
 
 
+@both
+def test_a_lone_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
+    """No other rank waits for it, so the driver does not for ever."""
+    error = failure(breaking_block(Stalling, tmp_path / "flag"), launcher, num_ranks=1, timeout_s=TIMEOUT_S)
+    assert str(error).startswith("ranks [0] did not answer within 3 s")
+
+
 def test_a_loader_that_stalls() -> None:
     """No batch in time: the task is named, and what to raise."""
 
