@@ -453,6 +453,7 @@ def train(
     from spindle.formats import write
     from spindle.source import load_workload
 
+    _check_directory(trace_file)
     workload, module = load_workload(source)
     optimizer = getattr(module, "optimizer", None) or functools.partial(torch.optim.AdamW, lr=lr)
     with _progress("training") as update:
@@ -527,6 +528,12 @@ def doctor(as_json: bool) -> None:
         click.echo(_json(found, indent=1))
     if not found["ok"]:
         click.get_current_context().exit(1)
+
+
+def _check_directory(file: str | None) -> None:
+    """Say so before the work is done when its result could not be written."""
+    if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+        raise FormatError(f"{file}: its directory does not exist; make it first")
 
 
 def main() -> None:
