@@ -10,6 +10,7 @@ from spindle.runtime.worker import Report
 
 if TYPE_CHECKING:
     from spindle.runtime.checkpoint import Checkpoints
+    from spindle.runtime.watch import Watch
 
 StepCallback = Callable[[int, dict[str, float]], None]
 
@@ -33,6 +34,7 @@ def run_steps(
     on_step: StepCallback | None = None,
     trace_steps: int = 5,
     checkpoints: "Checkpoints | None" = None,
+    watch: "Watch | None" = None,
 ) -> Steps:
     """Run steps `first` + 1 to `last`. A checkpoint is written every `checkpoints.every` steps and after the last."""
     found = Steps()
@@ -45,6 +47,8 @@ def run_steps(
         count = max(1, min(ends) - done)
         started = time.perf_counter()
         losses, reports = run.steps(count, keep_spans=keep)
+        if watch is not None:
+            watch.tell(done + 1, losses, reports)
         for values in losses:
             done += 1
             found.losses.append(values)

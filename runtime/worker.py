@@ -4,6 +4,8 @@ It knows nothing of Ray: the same class runs in threads, in spawned processes, u
 """
 
 import copy
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from spindle.runtime.progress import (
 )
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
+from spindle.runtime.watch import StepTold, peak_memory, step_told, tokens_of
 from spindle.trace import Span
 from spindle.workload import Batch, Precision, Task, Workload
 
@@ -76,6 +79,9 @@ class Report:
     spans: list[Span] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     ended: str | None = None
+    told: list[StepTold] = field(default_factory=list)  # of each step
+    memory_bytes: int = 0  # the most that it has held
+    learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by component
 
 
 def make_job(
@@ -162,6 +168,7 @@ class Worker:
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
+        self.tokens: Counter[str] = Counter()  # read in this step, by task
         transport.make_groups(job.program.groups)
 
     def digests(self) -> dict[str, str]:
@@ -176,13 +183,18 @@ class Worker:
             report.ended = self._ended()
             if report.ended is not None:
                 break
+            self.tokens.clear()
+            began = time.perf_counter()
             record = self._step(observe)
+            report.told.append(step_told(time.perf_counter() - began, record.spans, self.tokens))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if keep_spans:
                 report.spans += record.spans
         for feed in self.feeds.values():
             feed.settle()
+        report.memory_bytes = peak_memory(self.transport.device)
+        report.learning_rates = {name: float(group["lr"]) for name, group in self._groups().items() if "lr" in group}
         return report
 
     def _ended(self) -> str | None:
@@ -219,6 +231,7 @@ class Worker:
             base = base_task(task)
             if base not in read:
                 read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
+                self.tokens[base] += sum(map(tokens_of, read[base]))
             return read[base][micro_batch(task)]
 
         return fetch

@@ -1,6 +1,6 @@
 """The public verbs: plan, profile, verify, train. Each is a few lines around the rooms that do the work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from spindle.trace import Trace
 if TYPE_CHECKING:
     import torch
 
+    from spindle.metrics import Callback
     from spindle.runtime.controller import Launcher
     from spindle.runtime.parity import ParityReport
     from spindle.runtime.worker import OptimizerFactory, SchedulerFactory
@@ -202,6 +203,7 @@ def train(
     steps: int,
     launcher: "Launcher" = "auto",
     on_step: StepCallback | None = None,
+    callbacks: "Sequence[Callback]" = (),
     trace_steps: int = 5,
     seed: int = 0,
     timeout_s: float = 60.0,
@@ -215,8 +217,8 @@ def train(
     `optimizer`: a function from a list of parameters (or parameter groups, where components have settings of their own)
     to a torch optimizer; each rank makes one over what it holds. `scheduler`: one from an optimizer to its schedule.
     `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
-    steps late. The spans of the last `trace_steps` steps are returned. `timeout_s` bounds every wait of one rank for
-    another, and how long a step may take.
+    steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are returned.
+    `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
     end; the newest `keep_checkpoints` stay. `resume`: go on from a checkpoint, or, when True, from the newest in the
@@ -228,6 +230,7 @@ def train(
     from spindle.runtime.checkpoint import Checkpoints, to_resume
     from spindle.runtime.controller import launched, merge_traces, prepare
     from spindle.runtime.training import run_steps
+    from spindle.runtime.watch import Watch
 
     if steps < 1:
         raise PlanError(f"steps is {steps}; train at least one")
@@ -244,9 +247,17 @@ def train(
     ) as run:
         if before is not None:
             run.resume(before)
-        found = run_steps(
-            run, first=first, last=steps, seed=seed, on_step=on_step, trace_steps=trace_steps, checkpoints=kept
-        )
+        with Watch(prepared, callbacks, leads=run.crew.leads).running(first) as watch:
+            found = run_steps(
+                run,
+                first=first,
+                last=steps,
+                seed=seed,
+                on_step=on_step,
+                trace_steps=trace_steps,
+                checkpoints=kept,
+                watch=watch,
+            )
         state = run.state()
     _load(workload, state)
     trace = merge_traces(found.reports, prepared.program.num_ranks)

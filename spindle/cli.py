@@ -415,6 +415,8 @@ def verify(
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
+@click.option("--metrics", metavar="FILE", help="Write a line of JSON a step: losses, speed, shares of time, memory.")
+@click.option("--tensorboard", metavar="DIR", help="The same for TensorBoard (pip install tensorboard).")
 @click.option("--checkpoints", metavar="DIR", help="Write checkpoints here, the last one at the end.")
 @click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep, the newest. Default: all.")
@@ -428,6 +430,8 @@ def train(
     lr: float,
     seed: int,
     trace_file: str | None,
+    metrics: str | None,
+    tensorboard: str | None,
     checkpoints: str | None,
     every: int,
     keep: int | None,
@@ -441,7 +445,7 @@ def train(
     if there is one, makes its schedule.
 
     \b
-    spindle train model.py:workload --plan plan.json --steps 100
+    spindle train model.py:workload --plan plan.json --steps 100 --metrics run.jsonl
     spindle train model.py:workload --steps 5000 --checkpoints runs/a --every 500 --resume
     torchrun --nproc-per-node 2 -m spindle train model.py:workload --steps 100
     """
@@ -451,9 +455,12 @@ def train(
 
     from spindle import api
     from spindle.formats import write
+    from spindle.metrics import Callback, JsonLines, TensorBoard
     from spindle.source import load_workload
 
     _check_directory(trace_file)
+    callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
+    callbacks += [TensorBoard(tensorboard)] if tensorboard else []
     workload, module = load_workload(source)
     optimizer = getattr(module, "optimizer", None) or functools.partial(torch.optim.AdamW, lr=lr)
     with _progress("training") as update:
@@ -470,6 +477,7 @@ def train(
             keep_checkpoints=keep,
             resume=resume,
             on_step=lambda step, losses: update(step, steps, _losses(losses)),
+            callbacks=callbacks,
         )
     if trace_file:
         write(result.trace, trace_file)

@@ -1,0 +1,137 @@
+"""Metrics: what a training run tells of each step, and where it goes: JSON lines, TensorBoard, or a callback of yours.
+
+- Shares are of the ranks' time: `utilisation` goes into forward, backward and the optimizer, `communication` into
+  transfers and reductions with the waits for them, `loading` into batches; `idle` is all but utilisation.
+- `mfu` is the FLOPs that the model needs (what recompute adds does not count) over time and the devices' peak. It is
+  None where the plan does not name its devices, or names CPUs.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from spindle.errors import InputError
+
+if TYPE_CHECKING:
+    from spindle.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One step of a run, counted from 1. Mappings go by task, by rank, and by component ("" for all without settings).
+
+    step_s                    the slowest rank's seconds from the step's start to its end
+    samples_per_s, tokens_per_s   of tasks that took part; tokens of those whose batches have `attention_mask` (its sum)
+                              or `input_ids` (its size)
+    memory_bytes              peak of each rank so far: of its GPU, or of its process on a CPU
+    """
+
+    step: int
+    step_s: float
+    losses: Mapping[str, float]
+    samples_per_s: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_s: Mapping[str, float] = field(default_factory=dict)
+    utilisation: float = 0.0
+    communication: float = 0.0
+    loading: float = 0.0
+    idle: float = 0.0
+    mfu: float | None = None
+    grad_norm: float | None = None
+    memory_bytes: tuple[int, ...] = ()
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+
+
+class Callback:
+    """What a run calls in the process that drives it (under torchrun: on rank 0). Override what you need.
+
+    Steps are told a few at a time and late, since ranks run several before they report.
+    """
+
+    def on_begin(self, plan: "Plan", first_step: int) -> None:
+        """The run starts; `first_step` steps were done before, by the run that is resumed."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def on_end(self) -> None:
+        """The run ended, by an error too."""
+
+
+class JsonLines(Callback):
+    """A line of JSON for each step; a resumed run goes on in the same file. Numbers that are not finite are null."""
+
+    def __init__(self, path: Path | str) -> None:
+        """`path`: the file, in a folder that exists."""
+        self.path = Path(path)
+        self._file: IO[str] | None = None
+
+    def on_begin(self, plan: "Plan", first_step: int) -> None:
+        """Open the file."""
+        try:
+            self._file = self.path.open("a" if first_step else "w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self.path}: metrics cannot be written ({error.strerror}); check the path") from None
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Write a line."""
+        assert self._file is not None
+        self._file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def on_end(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    """Scalars for TensorBoard, under `loss/`, `samples_per_s/`, `learning_rate/` and so on."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Raises InputError when the package `tensorboard` is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError(
+                "tensorboard is not installed; pip install tensorboard, or write JSON lines (--metrics FILE.jsonl)"
+            ) from None
+        self._make: Any = SummaryWriter
+        self._directory = str(directory)
+        self._writer: Any = None
+
+    def on_begin(self, plan: "Plan", first_step: int) -> None:
+        """Open the log; steps after `first_step` of an earlier run are purged from it."""
+        self._writer = self._make(self._directory, purge_step=first_step + 1 if first_step else None)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Write all numbers."""
+        for name, value in scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)
+
+    def on_end(self) -> None:
+        """Close the log."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """The numbers of a step by flat names: `loss/image-text`, `step_s`, `memory_bytes/rank0`."""
+    found: dict[str, float] = {}
+    for name, value in asdict(metrics).items():
+        title = {"losses": "loss", "learning_rates": "learning_rate"}.get(name, name)
+        if isinstance(value, Mapping):
+            found |= {f"{title}/{key or 'all'}": number for key, number in value.items()}
+        elif isinstance(value, tuple):
+            found |= {f"{title}/rank{rank}": float(number) for rank, number in enumerate(value)}
+        elif value is not None and name != "step":
+            found[title] = value
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
