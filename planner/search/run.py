@@ -27,6 +27,7 @@ from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS, Run, Stuck
 from spindle.planner.search.work import Work
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
+ROLL_OUT = Width(1, 1, 1)  # one LP and one simulation: the least that gives a schedule
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
 BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
 BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
@@ -170,9 +171,9 @@ def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> list[Foun
             break
         factor = side.beam.floor.simulation_factor if side.beam.floor else 1.0
         affordable = [w for w in LADDER if beam_units(side.model, w, factor) <= left / 1.5]
-        if turn > 1 and not affordable:
+        if turn > 0 and not affordable:
             break
-        width = affordable[: turn // 2 + 1][-1] if affordable else LADDER[0]
+        width = affordable[: turn // 2 + 1][-1] if affordable else ROLL_OUT
         side.beam.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else share)
         side.rounds += 1
     return [f for side in sides for f in side.beam.best]
