@@ -1,0 +1,50 @@
+"""Laws: a Program in, every law that it breaks out, in words. It runs first, and shares no code with what made it.
+
+What these checks find, a network would answer with a hang or a dead process.
+
+places    where each instruction stands, and how often it should
+tables    names, runs, batches, parameters
+flow      samples and their gradients: all of them, once, from who has them
+order     buffers, and who waits for whom
+"""
+
+from collections.abc import Iterator
+
+from spindle.errors import ProgramError
+from spindle.runtime.laws.flow import samples_covered, transfers_complete
+from spindle.runtime.laws.order import buffers_sound, different_orders, stuck_ranks
+from spindle.runtime.laws.places import places_of
+from spindle.runtime.laws.tables import batches_loaded, names_resolve, parameters_reduced, runs_complete
+from spindle.runtime.program import Program
+
+__all__ = ["broken_laws", "check_program"]
+
+
+def check_program(program: Program) -> None:
+    """Raise ProgramError naming the first broken laws, with the stuck ranks where there are any."""
+    findings = list(broken_laws(program))
+    if findings:
+        more = f"\n(and {len(findings) - 5} more)" if len(findings) > 5 else ""
+        raise ProgramError(
+            "the program breaks the runtime's laws, so it was not started; this is a bug of Spindle unless the program "
+            "was edited:\n" + "\n".join(findings[:5]) + more
+        )
+
+
+def broken_laws(program: Program) -> Iterator[str]:
+    """Everything wrong with a program, in words."""
+    findings = list(names_resolve(program))
+    yield from findings
+    if findings:
+        return  # the rest looks names up
+    places = places_of(program)
+    yield from runs_complete(program, places)
+    yield from batches_loaded(program, places)
+    yield from samples_covered(program)
+    yield from transfers_complete(program, places)
+    yield from parameters_reduced(program, places)
+    yield from buffers_sound(program)
+    stuck = list(stuck_ranks(program))
+    if stuck:
+        yield from different_orders(program)
+        yield from stuck
