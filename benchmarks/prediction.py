@@ -24,14 +24,23 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import spindle
+from spindle.api import plan_source
+from spindle.clusterfile import parse_cluster
+from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, prepare
 from spindle.runtime.crew import threads_of_rank
 from spindle.runtime.processes import ProcessCrew
 from spindle.runtime.worker import Worker, make_job
+from spindle.source import Source
 
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
 METHODS = ("auto", "sequential", "task_split", "component_split", "paper")
-STEPS, TURNS, LIMIT = 4, 11, 0.15
+CHOICES = {  # memory for time, under one plan
+    "sequential, sharded states": Pricing(shard_optimizer=True),
+    "sequential, recomputed": Pricing(recompute=True),
+    "sequential, both": Pricing(shard_optimizer=True, recompute=True),
+}
+STEPS, TURNS, LIMIT = 4, 9, 0.15
 
 
 class Counted(Worker):
@@ -113,13 +122,22 @@ def started(module: ModuleType, plan: spindle.Plan) -> Iterator[Run]:
         crew.close()
 
 
+def planned(module: ModuleType, profile: spindle.Profile, cluster: str) -> Iterator[tuple[str, spindle.Plan]]:
+    """All plans, by the name of their row."""
+    for method in METHODS:
+        yield method, spindle.make_plan(module.workload, cluster, profile=profile, method=method)
+    metagraph = spindle.make_metagraph(module.workload)
+    for name, pricing in CHOICES.items():
+        source = Source(metagraph, pricing, executable=True)
+        yield name, plan_source(source, parse_cluster(cluster), profile, method="sequential")[0]
+
+
 def measure(num_ranks: int) -> tuple[list[Row], str]:
     """All rows, and what the profile says of itself."""
     module = load(SOURCE)
     profile = spindle.make_profile(module.workload, num_devices=num_ranks, optimizer=module.optimizer)
-    cluster = f"1x{num_ranks}:cpu"
-    plans = {method: spindle.make_plan(module.workload, cluster, profile=profile, method=method) for method in METHODS}
-    turns: dict[str, list[float]] = {method: [] for method in METHODS}
+    plans = dict(planned(module, profile, f"1x{num_ranks}:cpu"))
+    turns: dict[str, list[float]] = {method: [] for method in plans}
     with contextlib.ExitStack() as stack:
         runs = {method: stack.enter_context(started(module, plan)) for method, plan in plans.items()}
         for run in runs.values():

@@ -3,6 +3,7 @@
 - A device keeps what it runs: the layers of all its slices, weights, optimiser state and the activations that wait for
   backward, until the step ends. So the peak is the sum, and the order of slices does not matter.
 - `memory_bytes` of a MetaOp is for its whole chain; a slice takes its layers' share of it.
+- Activations that backward computes again exist for one layer at a time; a search counts them for each MetaOp.
 - Layers that share parameters stand in memory once (paper, section 3.5): each further MetaOp on the device saves
   `saved_bytes` a layer.
 """
@@ -46,15 +47,19 @@ def peak_bytes(metagraph: MetaGraph, slices: Iterable[Slice], num_devices: int) 
     """Predicted peak bytes of each device."""
     saved = saved_bytes(metagraph)
     peak = [0.0] * num_devices
+    again = [0.0] * num_devices
     held: list[dict[str, int]] = [defaultdict(int) for _ in range(num_devices)]
     for s in slices:
         metaop = metagraph[s.metaop]
         own = layer_memory_bytes(metaop, len(s.devices)) * s.num_layers
+        recomputed = metaop.recomputed_bytes / len(s.devices)
+        own -= recomputed * s.num_layers / metaop.layers  # is in it once for the whole chain
         bits = ((1 << s.num_layers) - 1) << s.first_layer
         for device in s.devices:
             peak[device] += own
+            again[device] = max(again[device], recomputed)
             if metaop.parameters:
                 twice = (held[device][metaop.parameters] & bits).bit_count()
                 peak[device] -= twice * saved[metaop.parameters]
                 held[device][metaop.parameters] |= bits
-    return tuple(peak)
+    return tuple(sum(parts) for parts in zip(peak, again, strict=True))

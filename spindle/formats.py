@@ -76,6 +76,7 @@ class _MetaOpModel(_JsonModel):
     memory_bytes: CountTable = {}
     layer_param_bytes: float = 0.0
     layer_state_bytes: float = 0.0
+    recomputed_bytes: float = 0.0
     layer_update_s: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""

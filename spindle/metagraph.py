@@ -43,6 +43,8 @@ class MetaOp:
     layer_param_bytes     parameters of one layer whose gradients are reduced
     layer_state_bytes     what MetaOps with the same parameters hold once on a device: parameters, gradients and states
                           of the optimiser, of one layer; 0: not known
+    recomputed_bytes      of memory_bytes: activations of one layer, whole batch, that exist only while backward
+                          computes them again, so once on a device
     layer_update_s        seconds of the optimiser's step over one layer, once a device for MetaOps that share it
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
@@ -59,6 +61,7 @@ class MetaOp:
     memory_bytes: Points = ()
     layer_param_bytes: float = 0.0
     layer_state_bytes: float = 0.0
+    recomputed_bytes: float = 0.0
     layer_update_s: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
@@ -81,7 +84,7 @@ class MetaOp:
             raise GraphError(
                 f"MetaOp {self.name!r}: forward_fraction is {self.forward_fraction!r}; it must be between 0 and 1"
             )
-        for label in ("layer_param_bytes", "layer_state_bytes", "layer_update_s", "output_bytes"):
+        for label in ("layer_param_bytes", "layer_state_bytes", "recomputed_bytes", "layer_update_s", "output_bytes"):
             if not 0 <= getattr(self, label) < math.inf:
                 raise GraphError(f"MetaOp {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
         for count, degree in self.tensor_parallel:

@@ -62,6 +62,11 @@ def kept_bytes(operators: Sequence[Operator], *, recompute: bool) -> float:
     return float(inputs + max(kept))
 
 
+def recomputed_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
+    """Of the bytes kept, those of the whole batch that exist only while backward computes one layer again."""
+    return float(max(operator.activation_bytes for operator in operators)) if pricing.recompute else 0.0
+
+
 def _distinct(operators: Sequence[Operator]) -> Iterator[Parameter]:
     seen: set[str] = set()
     for operator in operators:

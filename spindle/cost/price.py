@@ -22,7 +22,7 @@ from math import prod
 from spindle.cluster import Cluster
 from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s, update_s
-from spindle.cost.memory import chain_bytes, shared_bytes
+from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
 from spindle.graph import Operator
@@ -102,6 +102,7 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
         layer_param_bytes=trainable / len(operators),
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
         layer_update_s=update / (max(replicas.values()) if pricing.shard_optimizer else 1) / max(degrees.values()),
+        recomputed_bytes=recomputed_bytes(operators, pricing),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
