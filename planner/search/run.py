@@ -23,11 +23,12 @@ from spindle.planner.search.improve import Climber
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule, by_search
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS, Run, Stuck
+from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS, MOST_DECIDING, Run, Stuck
 from spindle.planner.search.work import Work
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
 ROLL_OUT = Width(1, 1, 1)  # one LP and one simulation: the least that gives a schedule
+HUGE = 400  # MetaOps from which on most wait at each decision
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
 BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
 BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
@@ -155,7 +156,8 @@ def _close(model: Model, makespan_s: float) -> bool:
 def beam_units(model: Model, width: Width, factor: float) -> float:
     """What a beam is expected to spend."""
     lp = LP_UNITS + COLUMN_UNITS * 0.6 * sum(map(len, model.hull))
-    whole_run = (DECISION_UNITS + EVENT_UNITS) * model.total_layers * factor
+    waiting = MOST_DECIDING // 2 if len(model) > HUGE else 1
+    whole_run = (DECISION_UNITS * waiting + EVENT_UNITS) * model.total_layers * factor
     return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 

@@ -15,6 +15,7 @@ from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
+MOST_DECIDING = 128
 DECISION_UNITS = 1.8
 EVENT_UNITS = 1.4
 
@@ -129,7 +130,7 @@ class Tracker:
             if state.idle:
                 if state.t >= until_s:
                     break
-                decisions += len(state.idle)
+                decisions += min(MOST_DECIDING, len(state.idle))
                 events += 1
                 self._decide(state, targets, base_s, style, rng)
             self._next(state)
@@ -171,7 +172,8 @@ class Tracker:
         model, left, now = self.model, state.left, state.t
         ends, slack, rule, late, stretch = targets.ends_s, style.slack, style.rule, style.late, 1 + style.early
         wants = []
-        for m in state.idle:
+        deciding = state.idle if len(state.idle) <= MOST_DECIDING else _foremost(state)
+        for m in deciding:
             times, layers = model.times[m], left[m]
             rests = targets.rest[m]
             k = 0
@@ -351,6 +353,15 @@ class Tracker:
         state.where[m] = devices
         state.chain = (m, c, state.t, end, devices, state.chain)
         heappush(state.heap, (end, m))
+
+
+def _foremost(state: State) -> list[int]:
+    """All that are at the end of a layer, and the first and last of those that wait: else each decision takes as long
+    as there are MetaOps."""
+    running = [m for m in state.idle if state.current[m] >= 0]
+    waiting = [m for m in state.idle if state.current[m] < 0]
+    half = max(1, (MOST_DECIDING - len(running)) // 2)
+    return running + (waiting if len(waiting) <= 2 * half else waiting[:half] + waiting[-half:])
 
 
 Run = tuple[int, int, int, float, float, int]
