@@ -56,7 +56,7 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         losses=captured.losses,
         weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
         max_grad_norm=workload.max_grad_norm,
-        recompute=workload.components if plan.recompute else workload.recompute,
+        recompute={metaop.component for metaop in metagraph} if plan.recompute else workload.recompute,
         shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
     )
     check_program(program)
