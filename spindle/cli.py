@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasibl
 import json
 import os
 import sys
+import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from spindle.terminal import progress as _progress
 from spindle.terminal import show_warning as _show_warning
 
 if TYPE_CHECKING:
+    from spindle.api import TrainResult
     from spindle.plan import Plan
+    from spindle.workload import Workload
 
 BUG = 70
 
@@ -493,6 +496,18 @@ def train(
         click.echo(f"first {_losses(result.losses[0])}\nlast  {_losses(result.losses[-1])}")
     if result.ended:
         click.echo(f"stopped: the data of task {result.ended!r} ended")
+    _advise_after(workload, result)
+
+
+def _advise_after(workload: "Workload", result: "TrainResult") -> None:
+    """What to do about steps that took longer than planned, where there are some and the plan is for all of them."""
+    from spindle.planner.advice import advise_after
+
+    if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
+        return
+    advice = advise_after(result.plan.step_s * workload.accumulate / workload.in_flight, result.step_s)
+    if advice is not None:
+        click.echo("\n".join(textwrap.wrap(advice.text, 100, initial_indent="advice ", subsequent_indent=" " * 7)))
 
 
 @cli.command()

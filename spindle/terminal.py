@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from spindle.pricing import Pricing
     from spindle.profile import Profile
     from spindle.source import Source
+
+WIDTH = 100
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -38,11 +41,12 @@ def losses_text(losses: dict[str, float]) -> str:
 
 
 def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
-    """Where the times come from and how far the makespan may be off; what the workload must do to fit."""
+    """Where the times come from and how far the makespan may be off; what the workload must do to fit; advice."""
     from collections import Counter
     from dataclasses import replace
 
     from spindle.cost.sources import cost_sources, makespan_error
+    from spindle.planner.advice import advise
 
     metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
     if plan.metagraph is not None:
@@ -66,6 +70,10 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     ]
     if wanted:
         lines.append(f"to fit     {' and '.join(wanted)}")
+    batches = {operator.task.partition("#")[0]: operator.batch_size for m in metagraph for operator in m.operators}
+    predicted = {str(s.source) for s in sources} == {"predicted"}
+    for advice in advise(plan, batches=batches, error=error, predicted=predicted):
+        lines += textwrap.wrap(advice.text, WIDTH, initial_indent="advice     ", subsequent_indent=" " * 11)
     return "\n".join(lines)
 
 
