@@ -16,6 +16,7 @@ from spindle.planner.search.decode import Decoded, Decoder, Draft, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
+CROWD = 400  # MetaOps from which on decoding a slice takes longer, since so many wait
 CHUNK_SLICES = 6000  # decoded between two looks at the budget
 HOT, COLD = 5e-4, 3e-5
 MOVE_UNITS = 2.0
@@ -55,6 +56,7 @@ class Climber:
         """Spend so much work, or what is left of the first `share` of all work."""
         work = self.work
         begun = work.spent
+        crowd = max(1.0, len(self.draft) / CROWD)
         until = begun + units
         if self.moves:
             self._restart()
@@ -66,7 +68,7 @@ class Climber:
             for _ in range(chunk):
                 self._step(heat)
             work.spend(
-                chunk * (MOVE_UNITS + self.decoder.slice_units * slices)
+                chunk * (MOVE_UNITS + self.decoder.slice_units * crowd * slices)
                 + self.reductions * self.decoder.reduction_units * slices
             )
             self.reductions = 0
