@@ -65,7 +65,7 @@ def plan_source(
 
     The plan says so too, and a run of it does so.
     """
-    from spindle.cost.measured import check_device, measured_links
+    from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import solve
 
@@ -75,6 +75,7 @@ def plan_source(
 
     if profile is not None:
         check_device(cluster, profile)
+        warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
     plan, pricing = solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
     return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing

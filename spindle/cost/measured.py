@@ -4,6 +4,7 @@ A level's transfers give its rate and latency, its all-reduces one or two protoc
 where a switch of algorithms makes one line miss). Levels that were not measured stay as they are.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -11,7 +12,8 @@ from itertools import combinations
 import numpy as np
 
 from spindle.cluster import Cluster, Link, Protocol
-from spindle.errors import ProfileError
+from spindle.errors import ProfileError, SpindleWarning
+from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, Profile
 
 SECOND_PROTOCOL_GAIN = 0.8  # two protocols are taken when their squared error is below this share of one's
@@ -35,6 +37,19 @@ def check_device(cluster: Cluster, profile: Profile) -> None:
         raise ProfileError(
             f"times of {profile.device!r} do not hold for a cluster of {cluster.device.name!r}; measure on its devices "
             "(spindle profile), or plan without a profile: times are then predicted"
+        )
+
+
+def warn_of_gaps(metagraph: MetaGraph, profile: Profile) -> None:
+    """Warns when a profile has no time of any operator kind of the MetaGraph; kinds tell shapes, batch and dtype."""
+    kinds = {op.kind for metaop in metagraph for op in metaop.operators}
+    if kinds and not kinds & profile.by_kind.keys():
+        dtype = dict(profile.versions).get("dtype", "unknown")
+        warnings.warn(
+            f"the profile (dtype {dtype}) has none of the {len(kinds)} operator kinds of this workload, whose shapes, "
+            "batch sizes or dtype differ: all times are predicted; run spindle profile on it to add what is missing",
+            SpindleWarning,
+            stacklevel=3,
         )
 
 

@@ -1,17 +1,22 @@
 """Links from a profile: what was measured is found again, noise and switches included; profiles merge."""
 
 import random
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from spindle.cluster import Link
 from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
 from spindle.cost.links import collective_s
-from spindle.cost.measured import measured_links
-from spindle.errors import ProfileError
+from spindle.cost.measured import check_device, measured_links, warn_of_gaps
+from spindle.errors import ProfileError, SpindleWarning
 from spindle.formats import dumps, loads
 from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.spec import build_graph
+from spindle.specfile import read_workload
 
 TRUE = parse_cluster("1x8:a100-80g")
 START = replace(TRUE, intra_node=Link(bytes_per_s=1e9, latency_s=1.0))
@@ -78,3 +83,25 @@ def test_bad_link_entries_are_refused() -> None:
         entry(1, 8, 1.0)
     with pytest.raises(ProfileError, match="nan"):
         entry(2, 8, float("nan"))
+
+
+def test_a_cpu_profile_is_refused_for_gpus() -> None:
+    """And the other way round; either names both and what to do."""
+    with pytest.raises(ProfileError, match=r"'cpu X' do not hold for a cluster of 'a100-80g'.*measure on its devices"):
+        check_device(parse_cluster("1x2:a100-80g"), Profile("cpu X"))
+    with pytest.raises(ProfileError, match="cpu"):
+        check_device(parse_cluster("1x2:cpu"), Profile("NVIDIA A100-SXM4-80GB"))
+    check_device(parse_cluster("1x2:cpu"), Profile("cpu X"))
+    check_device(parse_cluster("1x2:a100-80g"), Profile("NVIDIA A100-SXM4-80GB"))
+
+
+def test_a_profile_of_another_workload_is_told() -> None:
+    """With not one kind in common, the plan would be predicted from end to end without a word."""
+    spec = read_workload(Path(__file__).parents[2] / "benchmarks" / "workloads" / "multitask_clip.yaml")
+    metagraph = contract(build_graph(spec))
+    known = ProfileEntry(kind=metagraph.metaops[0].operators[0].kind, num_devices=1, forward_s=1.0, backward_s=1.0)
+    with pytest.warns(SpindleWarning, match="dtype bf16.*none of the"):
+        warn_of_gaps(metagraph, Profile("cpu", (("dtype", "bf16"),), (replace(known, kind="other"),)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_gaps(metagraph, Profile("cpu", entries=(known,)))

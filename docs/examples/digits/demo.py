@@ -61,6 +61,7 @@ def main() -> None:
         profile = spindle.make_profile(
             workload,
             num_devices=options.workers,
+            optimizer=optimizer,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
         )
     cluster = f"1x{options.workers}:cpu"
