@@ -36,11 +36,15 @@ def make_plan(
     profile: Profile | Path | str | None = None,
     method: str = "auto",
     time_limit_s: float | None = None,
+    start: Plan | Path | str | None = None,
+    pins: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Plan a workload (or a MetaGraph) on a cluster; no device is needed. `print(plan)` is a Gantt chart.
 
     `cluster`: a Cluster, `"4x8"`, `"4x8:a100-80g"` or a YAML file. `profile`: measured times, or the file that holds
-    them; without it times are predicted from the architecture. Raises InfeasibleError when nothing fits.
+    them; without it times are predicted from the architecture. `start`: a former plan, of a workload with other tasks
+    for instance, to begin from, which takes a fraction of the time. `pins`: devices by name of a MetaOp or component,
+    which then runs on exactly these. Raises InfeasibleError when nothing fits.
     """
     from spindle.clusterfile import parse_cluster
     from spindle.source import Source, pricing_of
@@ -49,7 +53,9 @@ def make_plan(
     metagraph = workload if isinstance(workload, MetaGraph) else make_metagraph(workload)
     pricing = Pricing() if isinstance(workload, MetaGraph) else pricing_of(workload)
     source = Source(metagraph, pricing, executable=True)
-    return plan_source(source, where, _profile(profile), method=method, time_limit_s=time_limit_s)[0]
+    former = _plan(start)
+    measured = _profile(profile)
+    return plan_source(source, where, measured, method=method, time_limit_s=time_limit_s, start=former, pins=pins)[0]
 
 
 def plan_source(
@@ -60,6 +66,8 @@ def plan_source(
     method: str = "auto",
     time_limit_s: float | None = None,
     aligned: bool = False,
+    start: Plan | None = None,
+    pins: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Plan, Pricing]:
     """The plan of a loaded source, and how it wants the workload trained so that it fits.
 
@@ -70,7 +78,9 @@ def plan_source(
     from spindle.planner.solve import solve
 
     def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
-        plan = solve(metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned)
+        plan = solve(
+            metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned, start=start, pins=pins
+        )
         return laid_out(plan, metagraph)
 
     if profile is not None:
@@ -126,6 +136,14 @@ def make_profile(
         progress=progress,
         keep=keep,
     )
+
+
+def _plan(plan: Plan | Path | str | None) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    from spindle.formats import read
+
+    return read(plan, Plan)
 
 
 def _profile(profile: Profile | Path | str | None) -> Profile | None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import textwrap
+import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,18 @@ def _not_negative(context: click.Context, option: click.Parameter, value: float 
     return value
 
 
+def _pins(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """NAME=0-3,6 as devices by name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for pin in given:
+        name, _equals, devices = pin.rpartition("=")
+        ends = [part.split("-") for part in devices.split(",")]
+        if not name or not all(len(end) <= 2 and all(number.isdecimal() for number in end) for end in ends):
+            raise click.BadParameter(f"{pin!r} is not NAME=DEVICES, for instance vision=0-3 or lm=0,2.")
+        found[name] = tuple(device for end in ends for device in range(int(end[0]), int(end[-1]) + 1))
+    return found
+
+
 _SOURCE = click.argument("source")
 _CLUSTER = click.option("--cluster", "-c", help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -81,6 +94,8 @@ _LAUNCHER = click.option(
 @click.option("--method", default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ...")
 @click.option("--time-limit", "time_limit_s", type=float, metavar="S", callback=_positive, help="Seconds to search.")
 @click.option("--aligned", is_flag=True, help="Strict waves: each starts when the one before has ended.")
+@click.option("--start", "start_file", metavar="PLAN", help="Begin from this plan, of other tasks for instance.")
+@click.option("--pin", "pins", multiple=True, metavar="NAME=0-3", callback=_pins, help="Keep a component on devices.")
 @click.option("--table", "with_table", is_flag=True, help="Print every slice.")
 @_JSON
 def plan(
@@ -91,6 +106,8 @@ def plan(
     method: str,
     time_limit_s: float | None,
     aligned: bool,
+    start_file: str | None,
+    pins: dict[str, tuple[int, ...]],
     with_table: bool,
     as_json: bool,
 ) -> None:
@@ -99,6 +116,7 @@ def plan(
     \b
     spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
+    spindle plan model.py:workload --start plan.json --pin vision=0-3
     """
     from spindle.api import plan_source
     from spindle.clusterfile import parse_cluster
@@ -115,7 +133,16 @@ def plan(
     where = parse_cluster(cluster or _this_machine())
     measured = read(profile, Profile) if profile else None
     loaded = load_source(source)
-    found, pricing = plan_source(loaded, where, measured, method=method, time_limit_s=time_limit_s, aligned=aligned)
+    found, pricing = plan_source(
+        loaded,
+        where,
+        measured,
+        method=method,
+        time_limit_s=time_limit_s,
+        aligned=aligned,
+        start=_read_plan(start_file) if start_file else None,
+        pins=pins or None,
+    )
     if output:
         write(found, output)
     if as_json:
@@ -576,6 +603,8 @@ def main() -> None:
         click.echo(f"spindle: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as error:  # commands end by click's exit; this one would pass for ours
+        if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
+            raise
         click.echo(f"spindle: the workload's own code ended the process (SystemExit {error.code}); mend it", err=True)
         sys.exit(SpindleError.exit_code)
     except (KeyboardInterrupt, click.Abort):

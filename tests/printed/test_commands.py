@@ -61,6 +61,26 @@ def test_a_plan_as_json(folder: Path, spindle_command: Spindle) -> None:
     assert read(folder / "plan.json", Plan).num_devices == 2
 
 
+def test_a_plan_begun_from_another_and_pinned(folder: Path, spindle_command: Spindle) -> None:
+    """`--start` takes a former plan's file; what `--pin` names runs on just these devices, and the plan is sound."""
+    assert spindle_command("plan", "small.yaml", "-c", "1x4", "-o", "former.json").code == 0
+    metaop = read("former.json", Plan).slices[0].metaop
+    done = spindle_command(
+        "plan", "small.yaml", "-c", "1x4", "--start", "former.json", "--pin", f"{metaop}=2", "-o", "pinned.json"
+    )
+    assert done.code == 0, done.err
+    assert {s.devices for s in read("pinned.json", Plan) if s.metaop == metaop} == {(2,)}
+    assert spindle_command("check", "pinned.json").code == 0
+
+
+@pytest.mark.parametrize("pin", ["vision", "vision=", "=1", "vision=a", "vision=1-2-3", "vision=1,,2"])
+def test_pins_that_cannot_be_read(folder: Path, spindle_command: Spindle, pin: str) -> None:
+    """The message shows how."""
+    done = spindle_command("plan", "small.yaml", "-c", "1x4", "--pin", pin)
+    assert done.code == 2
+    assert "is not NAME=DEVICES, for instance vision=0-3" in done.err
+
+
 def test_a_sound_plan_passes(folder: Path, spindle_command: Spindle) -> None:
     spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
     done = spindle_command("check", "plan.json")

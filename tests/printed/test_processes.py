@@ -118,3 +118,13 @@ def test_a_users_file_does_not_shadow_ours(folder: Path) -> None:
     (folder / "runtime.py").write_text("raise SystemExit('shadowed')\n")
     done = run("-m", "spindle", "plan", "graph.json", "-c", "1x2", cwd=folder)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_has_seen_enough(folder: Path) -> None:
+    """`spindle plan ... | head -1` says nothing of it."""
+    command = f"{sys.executable} -m spindle plan graph.json -c 1x2 | exec true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
