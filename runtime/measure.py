@@ -38,12 +38,16 @@ Mark = float | torch.cuda.Event
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median seconds of one layer and of one optimiser step over it, and the quartiles' distance over the median."""
+    """Median seconds of one layer and of one optimiser step over it, and the quartiles' distance over the median.
+
+    `runs` are forward and backward of each run, for ranks that must wait for each other.
+    """
 
     forward_s: float
     backward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
+    runs: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ class Bench:
             backward_s=statistics.median(backward) if chain.live else 0.0,
             update_s=self.update_s[kind],
             spread=_spread([f + b for f, b in zip(forward, backward, strict=True)]),
+            runs=tuple(zip(forward, backward, strict=True)),
         )
 
     def _chain(self, kind: str, count: int) -> _Chain:

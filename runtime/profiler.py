@@ -45,11 +45,18 @@ class Todo:
     arguments: tuple[Any, ...]
 
     def entry(self, timings: Sequence[Timing]) -> ProfileEntry | LinkEntry:
-        """The ranks' timings as an entry: their mean, of those that took part."""
+        """The ranks' timings as an entry: their mean, of those that took part; what several ranks share takes as long
+        as the slowest of them.
+        """
         took = [timing for timing in timings if timing.forward_s]
-        mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in Timing.__slots__}
+        names = ("forward_s", "backward_s", "update_s", "spread")
+        mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in names}
         if self.method == "operator":
             kind, count = self.arguments
+            if count > 1 and mean["backward_s"]:
+                together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
+                mean["forward_s"] = statistics.median(max(f for f, _ in runs) for runs in together)
+                mean["backward_s"] = statistics.median(max(b for _, b in runs) for runs in together)
             return ProfileEntry(kind=kind, num_devices=count, **mean)
         members, num_bytes = (2, *self.arguments)[-2:]
         return LinkEntry(
