@@ -33,12 +33,18 @@ class _Rank:
         """Node of this actor, and its address."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def start(self, payload: bytes, paths: list[str], num_ranks: int, host: str, port: int, timeout_s: float) -> None:
-        """Join the others and make the worker. `paths`: where the driver finds modules that the job may name."""
+    def start(
+        self, payload: bytes, paths: list[str], num_ranks: int, host: str, port: int, timeout_s: float, has_gpu: bool
+    ) -> None:
+        """Join the others and make the worker. `paths`: where the driver finds modules that the job may name.
+
+        `has_gpu`: Ray gave this actor a GPU, the only one that it sees.
+        """
         sys.path += [path for path in paths if path not in sys.path]
         job: Job = cloudpickle.loads(payload)
         store = join_store(host, port, timeout_s)
-        transport = ProcessTransport(store, job.rank, num_ranks, timeout_s=timeout_s)
+        place = (0, 1) if has_gpu else None
+        transport = ProcessTransport(store, job.rank, num_ranks, timeout_s=timeout_s, place=place)
         self.worker = Worker(job, transport)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,7 +85,7 @@ class RayCrew:
             address = _address()
             self._store = serve_store(address)
             here = [os.path.abspath(path) for path in sys.path]
-            common = (here, len(jobs), address, self._store.port, timeout_s)
+            common = (here, len(jobs), address, self._store.port, timeout_s, bool(num_gpus))
             pairs = zip(self._actors, jobs, strict=True)
             self._gather([actor.start.remote(cloudpickle.dumps(job), *common) for actor, job in pairs])
         except BaseException:

@@ -17,6 +17,12 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
+def place_here() -> tuple[int, int] | None:
+    """This rank's number on its machine, and how many ranks run there, as torchrun tells; None where nobody does."""
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return (int(os.environ[names[0]]), int(os.environ[names[1]])) if all(n in os.environ for n in names) else None
+
+
 class TorchrunCrew:
     """The ranks of a torchrun job."""
 
@@ -29,7 +35,8 @@ class TorchrunCrew:
                 f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
             )
         self.leads = rank == 0
-        self._worker = Worker(separate(jobs[rank]), ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s))
+        transport = ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s, place=place_here())
+        self._worker = Worker(separate(jobs[rank]), transport)
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:

@@ -76,6 +76,12 @@ class Transport(Protocol):
         """Leave; peers that still wait for this rank fail soon."""
 
 
+def own_gpu(place: tuple[int, int], num_gpus: int) -> torch.device | None:
+    """The GPU that a rank has to itself, of `num_gpus` that it sees; None where they are too few for one each."""
+    number, num_ranks = place
+    return torch.device("cuda", number) if num_ranks <= num_gpus else None
+
+
 class ProcessTransport:
     """Ranks as processes: NCCL where each has a GPU of its own, else gloo, which passes all through main memory."""
 
@@ -87,16 +93,18 @@ class ProcessTransport:
         *,
         timeout_s: float = 60.0,
         device: torch.device | None = None,
+        place: tuple[int, int] | None = None,
     ) -> None:
         """Join the process group through `store` (None: from the environment, as torchrun sets it up).
 
         `device`: where to compute, when ranks are to share one; None takes a GPU each where there are enough, or the
-        CPU.
+        CPU. `place`: this rank's number among those that see the same GPUs, and how many these are; None: all do.
         """
         self.rank, self.num_ranks = rank, num_ranks
         backend = "gloo"
-        if device is None and torch.cuda.is_available() and num_ranks <= torch.cuda.device_count():
-            device, backend = torch.device("cuda", rank % torch.cuda.device_count()), "nccl"
+        if device is None and torch.cuda.is_available():
+            device = own_gpu(place or (rank, num_ranks), torch.cuda.device_count())
+            backend = "nccl" if device is not None else backend
         self.device = device or torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

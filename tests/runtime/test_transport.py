@@ -10,7 +10,8 @@ from torch._C._distributed_c10d import HashStore
 
 from spindle.errors import RunError
 from spindle.runtime.crew import is_lost_peer
-from spindle.runtime.transport import ThreadTransport, is_loopback, join_store, serve_store
+from spindle.runtime.torchrun import place_here
+from spindle.runtime.transport import ThreadTransport, is_loopback, join_store, own_gpu, serve_store
 
 
 def filled(value: float, *shape: int) -> Tensor:
@@ -151,3 +152,23 @@ def test_other_stores_are_not_on_loopback() -> None:
     """torchrun's, and stores that are no network."""
     assert not is_loopback(None)
     assert not is_loopback(HashStore())
+
+
+@pytest.mark.parametrize(
+    ("place", "num_gpus", "gpu"),
+    [((0, 1), 1, 0), ((3, 4), 4, 3), ((3, 4), 8, 3), ((0, 2), 1, None), ((9, 16), 8, None), ((0, 1), 0, None)],
+)
+def test_a_gpu_for_each_rank_regression(place: tuple[int, int], num_gpus: int, gpu: int | None) -> None:
+    """One each where there are enough for those that see them: eight of sixteen ranks on each of two machines, or one
+    rank in a Ray actor that sees one GPU; else all compute on the CPU.
+    """
+    assert own_gpu(place, num_gpus) == (None if gpu is None else torch.device("cuda", gpu))
+
+
+def test_torchrun_tells_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 9 of 16 is number 1 of 8 on its machine; whoever sets up ranks by hand need not say."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert place_here() == (1, 8)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert place_here() is None
