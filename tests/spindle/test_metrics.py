@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import spindle
+from spindle.cli import cli
 from spindle.errors import InputError, RunError
 from spindle.metrics import Callback, JsonLines, StepMetrics, TensorBoard, scalars
 from spindle.plan import Plan
@@ -221,3 +223,25 @@ def test_a_callback_that_raises_ends_the_run() -> None:
     with pytest.raises(RunError, match="enough"):
         trained(words(), 3, callbacks=[recorder, Breaks()])
     assert recorder.told[-1] == "end"
+
+
+MODEL = Path(__file__).parents[2] / "docs" / "examples" / "quick" / "model.py"
+
+
+def test_metrics_of_the_command_line(tmp_path: Path) -> None:
+    """`spindle train --metrics` writes the same lines."""
+    path = tmp_path / "run.jsonl"
+    done = CliRunner().invoke(
+        cli, ["train", str(MODEL), "--steps", "3", "--launcher", "threads", "--metrics", str(path)]
+    )
+    assert done.exit_code == 0, done.output
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in told] == [1, 2, 3]
+    assert set(told[0]["samples_per_s"]) == {"classify", "match", "listen"}
+
+
+def test_the_command_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = CliRunner().invoke(cli, ["train", str(MODEL), "--steps", "1", "--tensorboard", "logs"])
+    assert "pip install tensorboard" in str(done.exception)
