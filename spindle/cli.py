@@ -6,7 +6,6 @@ Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasibl
 import json
 import os
 import sys
-import textwrap
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,12 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from spindle.errors import FormatError, PlanError, SpindleError
+from spindle.options import check_directory as _check_directory
+from spindle.options import counts as _counts
+from spindle.options import not_negative as _not_negative
+from spindle.options import pins as _pins
+from spindle.options import positive as _positive
+from spindle.terminal import advise_after as _advise_after
 from spindle.terminal import cost_notes as _cost_notes
 from spindle.terminal import json_text as _json
 from spindle.terminal import losses_text as _losses
@@ -22,9 +27,7 @@ from spindle.terminal import progress as _progress
 from spindle.terminal import show_warning as _show_warning
 
 if TYPE_CHECKING:
-    from spindle.api import TrainResult
     from spindle.plan import Plan
-    from spindle.workload import Workload
 
 BUG = 70
 
@@ -46,31 +49,6 @@ def cli() -> None:
     spindle verify model.py:workload                          same gradients as one process?
     spindle train model.py:workload --steps 100               on Ray
     """
-
-
-def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """Floats of the command line may be nan, which every range lets in."""
-    if value is not None and not 0 < value < float("inf"):
-        raise click.BadParameter(f"{value} is not a positive number.")
-    return value
-
-
-def _not_negative(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 <= value < float("inf"):
-        raise click.BadParameter(f"{value} is not a number from 0 up.")
-    return value
-
-
-def _pins(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """NAME=0-3,6 as devices by name."""
-    found: dict[str, tuple[int, ...]] = {}
-    for pin in given:
-        name, _equals, devices = pin.rpartition("=")
-        ends = [part.split("-") for part in devices.split(",")]
-        if not name or not all(len(end) <= 2 and all(number.isdecimal() for number in end) for end in ends):
-            raise click.BadParameter(f"{pin!r} is not NAME=DEVICES, for instance vision=0-3 or lm=0,2.")
-        found[name] = tuple(device for end in ends for device in range(int(end[0]), int(end[-1]) + 1))
-    return found
 
 
 _SOURCE = click.argument("source")
@@ -276,17 +254,6 @@ def whatif(
         click.echo(render_sizes(rows))
 
 
-def _counts(text: str) -> list[int]:
-    """Device counts of "8,16,32"."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise FormatError(f"--devices is {text!r}; give counts of at least one, for instance 8,16,32")
-    return counts
-
-
 @cli.command()
 @click.argument("plan_file", metavar="PLAN")
 @click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
@@ -489,6 +456,7 @@ def train(
     from spindle.source import load_workload
 
     _check_directory(trace_file)
+    _check_directory(metrics)
     callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
     callbacks += [TensorBoard(tensorboard)] if tensorboard else []
     workload, module = load_workload(source)
@@ -524,17 +492,6 @@ def train(
     if result.ended:
         click.echo(f"stopped: the data of task {result.ended!r} ended")
     _advise_after(workload, result)
-
-
-def _advise_after(workload: "Workload", result: "TrainResult") -> None:
-    """What to do about steps that took longer than planned, where there are some and the plan is for all of them."""
-    from spindle.planner.advice import advise_after
-
-    if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
-        return
-    advice = advise_after(result.plan.step_s * workload.accumulate / workload.in_flight, result.step_s)
-    if advice is not None:
-        click.echo("\n".join(textwrap.wrap(advice.text, 100, initial_indent="advice ", subsequent_indent=" " * 7)))
 
 
 @cli.command()
@@ -578,12 +535,6 @@ def doctor(as_json: bool) -> None:
         click.echo(_json(found, indent=1))
     if not found["ok"]:
         click.get_current_context().exit(1)
-
-
-def _check_directory(file: str | None) -> None:
-    """Say so before the work is done when its result could not be written."""
-    if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-        raise FormatError(f"{file}: its directory does not exist; make it first")
 
 
 def main() -> None:

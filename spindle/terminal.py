@@ -14,10 +14,12 @@ import click
 from spindle.errors import SpindleWarning
 
 if TYPE_CHECKING:
+    from spindle.api import TrainResult
     from spindle.plan import Plan
     from spindle.pricing import Pricing
     from spindle.profile import Profile
     from spindle.source import Source
+    from spindle.workload import Workload
 
 WIDTH = 100
 
@@ -75,6 +77,17 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     for advice in advise(plan, batches=batches, error=error, predicted=predicted):
         lines += textwrap.wrap(advice.text, WIDTH, initial_indent="advice     ", subsequent_indent=" " * 11)
     return "\n".join(lines)
+
+
+def advise_after(workload: "Workload", result: "TrainResult") -> None:
+    """What to do about steps that took longer than planned, where there are some and the plan is for all of them."""
+    from spindle.planner import advice as of_planner
+
+    if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
+        return
+    advice = of_planner.advise_after(result.plan.step_s * workload.accumulate / workload.in_flight, result.step_s)
+    if advice is not None:
+        click.echo("\n".join(textwrap.wrap(advice.text, WIDTH, initial_indent="advice ", subsequent_indent=" " * 7)))
 
 
 class progress:  # noqa: N801 - used like a function
