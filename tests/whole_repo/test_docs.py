@@ -133,6 +133,12 @@ def test_blocks_are_found() -> None:
     ]
 
 
+def test_the_model_of_the_quickstart_is_the_example() -> None:
+    """What the page tells to save stands in docs/examples as it is there."""
+    block = next(b for b in blocks_of((DOCS / "quickstart.md").read_text(encoding="utf-8")) if b.file == "model.py")
+    assert block.text == (DOCS / "examples" / "quick" / "model.py").read_text(encoding="utf-8")
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link to a page or heading that is not there is an error. Every command and public name is on it."""
     pytest.importorskip("mkdocs")
