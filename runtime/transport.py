@@ -112,7 +112,15 @@ class ProcessTransport:
         if is_loopback(store):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         self.timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=self.timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=num_ranks,
+            timeout=self.timeout,
+            # connected at once: NCCL wants all ranks in a group's first operation, which may be a message of two
+            device_id=self.device if backend == "nccl" else None,
+        )
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(num_ranks)): dist.group.WORLD}
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
