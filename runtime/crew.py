@@ -76,9 +76,7 @@ class ThreadCrew:
         pairs = zip(self._threads, self._workers, strict=True)
         return self._gather([thread.submit(getattr(w, method), *args, **kwargs) for thread, w in pairs], patience_s)
 
-    def _gather(
-        self, futures: "list[concurrent.futures.Future[Any]]", patience_s: float | None = None
-    ) -> list[Any]:
+    def _gather(self, futures: "list[concurrent.futures.Future[Any]]", patience_s: float | None = None) -> list[Any]:
         self._running = futures
         done, waiting = concurrent.futures.wait(futures, patience_s, concurrent.futures.FIRST_EXCEPTION)
         failed = [error for future in done if (error := future.exception()) is not None]
