@@ -22,7 +22,7 @@ from spindle.runtime.parity import ParityReport, Tolerance
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, floats, tokens
 
-few = settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+few = settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 ranks_and_seed = given(num_ranks=st.integers(2, 5), seed=st.integers(0, 10**6))
 
 
@@ -134,7 +134,7 @@ def test_random_layouts_are_exact(num_ranks: int, seed: int) -> None:
     assert report.ok, str(report)
 
 
-@settings(few, max_examples=5)
+@settings(few, max_examples=3)
 @given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
 @pytest.mark.parametrize(
     "options",
