@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import logging
 import random
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from spindle.capture.draws import GLOBAL_GENERATORS
 from spindle.errors import WorkloadError
 from spindle.workload import Batch, Task
 
 logger = logging.getLogger(__name__)
-
-_GLOBAL_GENERATORS = threading.Lock()  # threads of one process share them
 
 FeedState = dict[str, Any]
 """Plain values and tensors: {"pass": 0, "taken": 12, "generators": ..., "loader": None}."""
@@ -178,7 +176,7 @@ class Feed:
 
     @contextlib.contextmanager
     def _own_generators(self) -> Iterator[None]:
-        with _GLOBAL_GENERATORS:
+        with GLOBAL_GENERATORS:
             outside = _Generators.now()
             self._generators.set()
             try:

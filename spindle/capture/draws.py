@@ -10,6 +10,7 @@
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,9 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 CHUNK = {"cpu": 4096}
 GPU_CHUNK = 1 << 20  # a kernel launch takes the time of about a million numbers
+
+GLOBAL_GENERATORS = threading.Lock()
+"""Held by whoever puts the process's own generators in another state for a while, or watches whether they move."""
 
 Sites = Mapping[str, "tuple[Site, ...]"]
 """Of one task: what each of its scopes draws, in order. A scope is a call of a block, or "" for the glue."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from spindle.capture.blocks import Block, BlockCall, opaque_blocks, trace_for
 from spindle.capture.caches import caches_off, caching_configs
+from spindle.capture.draws import GLOBAL_GENERATORS
 from spindle.capture.randomness import Drawing
 from spindle.capture.recorded import Recording
 from spindle.capture.rewrite import SplitReductions
@@ -130,9 +131,14 @@ def _export(root: _TaskModule, batch: Batch) -> torch.export.ExportedProgram:
 @contextlib.contextmanager
 def _no_other_generators(task: Task) -> Iterator[None]:
     """Numbers of Python's or numpy's generators would be baked into the graph, the same in every step."""
-    before = random.getstate(), np.random.get_state()
-    yield
-    after = random.getstate(), np.random.get_state()
+    alone = GLOBAL_GENERATORS.acquire(timeout=5.0)  # a loader of another run moves them too; one that hangs we outwait
+    try:
+        before = random.getstate(), np.random.get_state()
+        yield
+        after = random.getstate(), np.random.get_state()
+    finally:
+        if alone:
+            GLOBAL_GENERATORS.release()
     for name, old, new in zip(("random", "numpy.random"), map(repr, before), map(repr, after), strict=True):
         if old != new:
             raise WorkloadError(

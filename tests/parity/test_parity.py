@@ -66,6 +66,16 @@ def test_planned_plans_are_exact(family: str, num_ranks: int, dtype: torch.dtype
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("family", ["five_families", "encoder_decoder"])
+@pytest.mark.parametrize("num_ranks", [6, 8])
+def test_many_ranks_are_exact_in_float32(family: str, num_ranks: int) -> None:
+    """Wide clusters: batches that do not divide evenly over them included."""
+    workload, _ = built(family, torch.float32)
+    plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed=num_ranks)
+    report = report_of(family, torch.float32, plan=plan)
+    assert report.ok, str(report)
+
+
 def test_a_reduction_left_out_is_found() -> None:
     """Negative control: without one bucket's reduction the gradients are wrong, and the report says so."""
     workload, _ = built("two_towers", torch.float64)
