@@ -134,15 +134,14 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield "| " + " | ".join([*cells, f"{row.instruction_ms:.3f}", f"{row.loss_error:.0e}"]) + " |"
 
 
+# no FSDP2 for the two with a language model: their tasks read its embeddings outside forward, where it holds shards
 CASES = (
     ("one-task", "eager", 1),
     ("multitask-clip", "eager", 1),
     ("multitask-clip", "ddp", 2),
     ("multitask-clip", "fsdp", 2),
     ("adaptor-encoder-decoder", "ddp", 2),
-    ("adaptor-encoder-decoder", "fsdp", 2),
     ("vla", "ddp", 2),
-    ("vla", "fsdp", 2),
 )
 
 

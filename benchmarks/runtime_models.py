@@ -148,7 +148,7 @@ def batches(count: int, rows: int, **shapes: tuple[int, ...]) -> list[dict[str, 
     ]
 
 
-def multitask_clip(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
+def multitask_clip(gather: Gather = lambda x: x, rows: int = 8) -> Workload:
     """Six modalities, each contrasted with images or text."""
     torch.manual_seed(0)
     workload = Workload("multitask-clip")
@@ -187,7 +187,7 @@ def multitask_clip(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
     return workload
 
 
-def adaptor_encoder_decoder(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
+def adaptor_encoder_decoder(gather: Gather = lambda x: x, rows: int = 8) -> Workload:
     """In the manner of OFASys: an adaptor a modality, one shared encoder, one shared decoder."""
     del gather
     torch.manual_seed(0)
@@ -221,7 +221,7 @@ def adaptor_encoder_decoder(gather: Gather = lambda x: x, rows: int = 16) -> Wor
     return workload
 
 
-def vla(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
+def vla(gather: Gather = lambda x: x, rows: int = 8) -> Workload:
     """A vision-language-action policy, trained on actions, questions about images, and plain text."""
     del gather
     torch.manual_seed(0)
@@ -266,7 +266,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
 }
 
 
-def one_task(gather: Gather = lambda x: x, rows: int = 16) -> Workload:
+def one_task(gather: Gather = lambda x: x, rows: int = 8) -> Workload:
     """The image-text task alone."""
     workload = multitask_clip(gather, rows)
     workload.tasks = {"image-text": workload.tasks["image-text"]}
