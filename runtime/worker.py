@@ -281,7 +281,8 @@ class Worker:
             stepped = self._stepped(self.store.updated)
             from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
 
-            held = tensors(Path(path), lambda name: name.startswith(f"{PREFIX}:"))
+            own = tuple(f"{PREFIX}:{name}:" for name in {parse_piece(name)[0] for name in stepped})
+            held = tensors(Path(path), lambda name: name.startswith(own))
             load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], held)
         if self.scheduler is not None:
             load_schedule(self.scheduler, list(self._groups()), progress["scheduler"])
