@@ -12,7 +12,7 @@ from cost_tables import Row, read_table
 
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
-from spindle.specblocks import RMS_NORM_COPIES, Transformer, transformer_block
+from spindle.spec.blocks import RMS_NORM_COPIES, Transformer, transformer_block
 
 VOCAB = 128_000
 DIMENSIONS = {"13B": (40, 5120, 40, 13824), "30B": (60, 6656, 52, 17920), "65B": (80, 8192, 64, 22016)}

@@ -10,7 +10,7 @@ from spindle.cluster import Cluster, Device
 from spindle.cost.layout import sharded_s, tensor_parallel_s, update_s
 from spindle.cost.links import collective_s
 from spindle.cost.roofline import OperatorTime, Work, time_operator
-from spindle.specblocks import Block, Transformer, transformer_block
+from spindle.spec.blocks import Block, Transformer, transformer_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

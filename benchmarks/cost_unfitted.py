@@ -15,9 +15,9 @@ from spindle.cost.links import collective_s, spread_over_nodes
 from spindle.cost.price import price
 from spindle.cost.roofline import Work, time_operator
 from spindle.pricing import Pricing
-from spindle.spec import build_graph
-from spindle.specblocks import Transformer, transformer_block
-from spindle.specfile import read_workload
+from spindle.spec.blocks import Transformer, transformer_block
+from spindle.spec.file import read_workload
+from spindle.spec.graph import build_graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
 from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, prepare
-from spindle.runtime.crew import threads_of_rank
-from spindle.runtime.processes import ProcessCrew
+from spindle.runtime.launch.crew import threads_of_rank
+from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.worker import Worker, make_job
 from spindle.source import Source
 

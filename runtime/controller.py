@@ -17,13 +17,13 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.runtime.crew import Crew, ThreadCrew, threads_of_rank
 from spindle.runtime.cuts import joined_pieces
+from spindle.runtime.launch.crew import Crew, ThreadCrew, threads_of_rank
+from spindle.runtime.launch.torchrun import TorchrunCrew, under_torchrun
 from spindle.runtime.laws import check_program
-from spindle.runtime.lower import lower
-from spindle.runtime.program import Program
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.program import Program
 from spindle.runtime.progress import merged
-from spindle.runtime.torchrun import TorchrunCrew, under_torchrun
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
@@ -158,11 +158,11 @@ def _chosen(launcher: str) -> str:
 
 def _make_crew(launcher: str, jobs: Sequence[Any], devices_per_node: int, timeout_s: float) -> Crew:
     if launcher == "ray":
-        from spindle.runtime.ray_crew import RayCrew
+        from spindle.runtime.launch.ray_crew import RayCrew
 
         return RayCrew(jobs, devices_per_node=devices_per_node, timeout_s=timeout_s)
     if launcher == "processes":
-        from spindle.runtime.processes import ProcessCrew
+        from spindle.runtime.launch.processes import ProcessCrew
 
         return ProcessCrew(jobs, timeout_s=timeout_s)
     if launcher == "torchrun":

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from spindle.capture.codes import Captured, OperatorCode
 from spindle.graph import parse_piece, piece_name
-from spindle.runtime.program import Program
+from spindle.runtime.programs.program import Program
 
 _PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)")
 

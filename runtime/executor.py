@@ -17,9 +17,18 @@ from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.cuts import Layout, Switch, compute_part
-from spindle.runtime.passes import accumulating
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
-from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, activations, arrivals, gradients
+from spindle.runtime.programs.passes import accumulating
+from spindle.runtime.programs.program import (
+    Instruction,
+    Message,
+    Op,
+    Program,
+    SliceRun,
+    activations,
+    arrivals,
+    gradients,
+)
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span, SpanKind

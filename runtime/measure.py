@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spindle.capture.codes import Captured, OperatorCode, computing_in
 from spindle.capture.draws import Stream, drawing_from
 from spindle.graph import Operator, TensorSpec
-from spindle.runtime.lower import split_samples
+from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.transport import Transport
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spindle.graph import BYTES_BY_DTYPE, TensorSpec
-from spindle.runtime.program import Message
+from spindle.runtime.programs.program import Message
 
 Piece = tuple[int, int, Tensor]
 """First sample, last sample + 1, and the tensor that holds them."""

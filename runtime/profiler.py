@@ -21,9 +21,9 @@ from spindle.contract import contract
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkOperation, Profile, ProfileEntry
-from spindle.runtime.crew import Crew, threads_of_rank
+from spindle.runtime.launch.crew import Crew, threads_of_rank
+from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.measure import Bench, BenchJob, Timing
-from spindle.runtime.processes import ProcessCrew
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Workload
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorCode
-from spindle.runtime.program import Program
+from spindle.runtime.programs.program import Program
 
 
 class ParameterStore:

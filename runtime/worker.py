@@ -20,8 +20,8 @@ from spindle.graph import parse_piece
 from spindle.runtime.cuts import Switch, cut_codes, held_names, held_pieces
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
-from spindle.runtime.passes import restricted
-from spindle.runtime.program import Op, Program
+from spindle.runtime.programs.passes import restricted
+from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
     PREFIX,
     Progress,

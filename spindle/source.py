@@ -41,8 +41,8 @@ def load_source(source: str) -> Source:
     """
     if source.endswith((".yaml", ".yml")):
         from spindle.contract import contract
-        from spindle.spec import build_graph
-        from spindle.specfile import read_workload
+        from spindle.spec.file import read_workload
+        from spindle.spec.graph import build_graph
 
         spec = read_workload(source)
         return Source(contract(build_graph(spec)), spec.pricing)

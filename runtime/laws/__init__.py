@@ -15,7 +15,7 @@ from spindle.runtime.laws.flow import samples_covered, transfers_complete
 from spindle.runtime.laws.order import buffers_sound, different_orders, stuck_ranks
 from spindle.runtime.laws.places import places_of
 from spindle.runtime.laws.tables import batches_loaded, names_resolve, parameters_reduced, runs_complete
-from spindle.runtime.program import Program
+from spindle.runtime.programs.program import Program
 
 __all__ = ["broken_laws", "check_program"]
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from spindle.runtime.laws.places import Places, exactly_once
-from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
 
 
 def samples_covered(program: Program) -> Iterator[str]:

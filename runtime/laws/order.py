@@ -5,7 +5,7 @@ The simulation is stricter than any transport: a transfer or reduction goes on o
 
 from collections.abc import Iterator
 
-from spindle.runtime.program import Instruction, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun, Transfer
 
 
 def buffers_sound(program: Program) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from spindle.runtime.program import Instruction, Program
+from spindle.runtime.programs.program import Instruction, Program
 
 Places = dict[Instruction, dict[int, list[int]]]
 """Where each instruction stands: positions by rank."""

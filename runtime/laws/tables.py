@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from spindle.runtime.laws.places import Places, exactly_once
-from spindle.runtime.program import Bucket, Instruction, Op, Program
+from spindle.runtime.programs.program import Bucket, Instruction, Op, Program
 
 _TABLES_BY_OP = {
     Op.FORWARD: ("slice_by_name",),

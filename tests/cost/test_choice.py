@@ -15,8 +15,8 @@ from spindle.plan import Plan, without_operators
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve
 from spindle.pricing import Pricing
-from spindle.spec import build_graph
-from spindle.specfile import parse_workload
+from spindle.spec.file import parse_workload
+from spindle.spec.graph import build_graph
 
 SPEC = """
 format: spindle.workload

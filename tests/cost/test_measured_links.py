@@ -15,8 +15,8 @@ from spindle.cost.measured import check_device, measured_links, warn_of_gaps
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.formats import dumps, loads
 from spindle.profile import LinkEntry, Profile, ProfileEntry
-from spindle.spec import build_graph
-from spindle.specfile import read_workload
+from spindle.spec.file import read_workload
+from spindle.spec.graph import build_graph
 
 TRUE = parse_cluster("1x8:a100-80g")
 START = replace(TRUE, intra_node=Link(bytes_per_s=1e9, latency_s=1.0))

@@ -13,8 +13,8 @@ from spindle.cost.price import price
 from spindle.metagraph import MetaGraph
 from spindle.pricing import Pricing
 from spindle.profile import Profile, ProfileEntry
-from spindle.spec import build_graph
-from spindle.specfile import parse_workload
+from spindle.spec.file import parse_workload
+from spindle.spec.graph import build_graph
 
 SPEC = """
 format: spindle.workload
@@ -140,7 +140,7 @@ def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Clu
 
 def test_pricing_loads_no_torch_and_no_ray() -> None:
     code = (
-        "import sys, spindle.specfile, spindle.spec, spindle.contract, spindle.cost.price; "
+        "import sys, spindle.spec.file, spindle.spec.graph, spindle.contract, spindle.cost.price; "
         "print(sorted({'torch', 'ray', 'transformers', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

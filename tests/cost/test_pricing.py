@@ -10,8 +10,8 @@ from spindle.cost.price import price
 from spindle.errors import WorkloadError
 from spindle.metagraph import MetaOp
 from spindle.pricing import Pricing, imbalance, length_spread, memory_choices, tail
-from spindle.spec import build_graph
-from spindle.specfile import parse_workload
+from spindle.spec.file import parse_workload
+from spindle.spec.graph import build_graph
 
 SPEC = """
 format: spindle.workload

@@ -19,8 +19,8 @@ from spindle.cost.sources import (
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice, without_operators
 from spindle.profile import Profile, ProfileEntry
-from spindle.spec import build_graph
-from spindle.specfile import parse_workload
+from spindle.spec.file import parse_workload
+from spindle.spec.graph import build_graph
 
 SPEC = """
 format: spindle.workload

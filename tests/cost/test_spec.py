@@ -8,8 +8,8 @@ from spindle.contract import contract
 from spindle.errors import FormatError, WorkloadError
 from spindle.graph import Operator, TaskGraph
 from spindle.pricing import length_spread
-from spindle.spec import build_graph
-from spindle.specfile import parse_workload
+from spindle.spec.file import parse_workload
+from spindle.spec.graph import build_graph
 
 HEADER = "format: spindle.workload\nversion: 1\nname: tiny\n"
 TOWERS = (

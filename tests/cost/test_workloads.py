@@ -10,9 +10,9 @@ import pytest
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.price import price
-from spindle.spec import build_graph
-from spindle.specfile import read_workload
-from spindle.specvalues import Task
+from spindle.spec.file import read_workload
+from spindle.spec.graph import build_graph
+from spindle.spec.values import Task
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "workloads"
 SPECS = sorted(FOLDER.glob("*.yaml"))

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from spindle.contract import contract
 from spindle.errors import ProgramError
 from spindle.graph import TaskGraph
-from spindle.runtime import text
 from spindle.runtime.laws import broken_laws, check_program
-from spindle.runtime.lower import lower
-from spindle.runtime.passes import accumulating, restricted
-from spindle.runtime.program import Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs import text
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.passes import accumulating, restricted
+from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
 from tests.random_plans import random_plan
 from tests.task_graphs import random_task_graph
 

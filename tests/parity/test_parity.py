@@ -12,7 +12,7 @@ import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Reference, Tolerance
-from spindle.runtime.program import Op, Program
+from spindle.runtime.programs.program import Op, Program
 from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import FAMILIES

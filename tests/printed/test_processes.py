@@ -70,7 +70,7 @@ def test_help_is_instant(folder: Path) -> None:
     done = run("-c", IMPORTS, "--help", cwd=folder)
     modules = set(json.loads(done.stderr.splitlines()[-1]))
     ours = {name for name in modules if name.startswith("spindle")}
-    assert ours == {"spindle", "spindle.cli", "spindle.errors", "spindle.options", "spindle.terminal"}
+    assert {name for name in ours if not name.startswith("spindle.cli")} == {"spindle", "spindle.errors"}
     assert modules.isdisjoint((*HEAVY, "pulp", "networkx", "pydantic", "numpy", "yaml", "rich"))
 
 

@@ -7,8 +7,8 @@ layers; the loss runs on rank 1 alone. So samples 0..3 travel there, and their g
 from spindle.contract import contract
 from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec
 from spindle.plan import Plan, Slice, make_waves
-from spindle.runtime.lower import lower
-from spindle.runtime.program import Program
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.program import Program
 
 TEXT = """\
 spindle.program 1

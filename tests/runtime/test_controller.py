@@ -12,8 +12,8 @@ import spindle
 from spindle.errors import PlanError, ProgramError, RunError, WorkloadError
 from spindle.runtime import controller
 from spindle.runtime.controller import Run, launched, merge_traces, prepare
-from spindle.runtime.lower import lower
-from spindle.runtime.program import Op, Program
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.worker import Report, merge_losses
 from spindle.trace import Span, SpanKind
 from tests.faults.breaking import marked, workload_of

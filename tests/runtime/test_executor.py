@@ -12,7 +12,7 @@ from torch import Tensor
 import spindle
 from spindle.errors import RunError
 from spindle.runtime.controller import Prepared, launched, prepare
-from spindle.runtime.program import Instruction, Op
+from spindle.runtime.programs.program import Instruction, Op
 from spindle.trace import Span
 from tests.faults.breaking import marked, workload_of
 from tests.random_plans import widest_plan

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import spindle
-from spindle.runtime import text
 from spindle.runtime.controller import prepare
+from spindle.runtime.programs import text
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import two_towers
 

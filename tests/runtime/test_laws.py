@@ -3,10 +3,10 @@
 import pytest
 
 from spindle.errors import ProgramError
-from spindle.runtime import text
 from spindle.runtime.laws import broken_laws, check_program
-from spindle.runtime.passes import run_passes
-from spindle.runtime.program import Program
+from spindle.runtime.programs import text
+from spindle.runtime.programs.passes import run_passes
+from spindle.runtime.programs.program import Program
 from tests.runtime.hand_program import TEXT, lowered
 
 RANK_0 = TEXT.index("rank 0\n")

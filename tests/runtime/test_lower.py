@@ -9,10 +9,10 @@ from spindle.errors import PlanError
 from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
-from spindle.runtime import lower as lowering
 from spindle.runtime.laws import check_program
-from spindle.runtime.lower import lower, split_samples
-from spindle.runtime.program import Message, Program
+from spindle.runtime.programs import lower as lowering
+from spindle.runtime.programs.lower import lower, split_samples
+from spindle.runtime.programs.program import Message, Program
 from tests.random_plans import random_plan
 from tests.runtime.hand_program import hand_graph, hand_plan, hand_slice, lowered
 from tests.task_graphs import random_task_graph

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from spindle.runtime.laws import broken_laws
-from spindle.runtime.passes import accumulating, add_compute, add_frees, add_loads, add_step, restricted
-from spindle.runtime.program import Bucket, Program
+from spindle.runtime.programs.passes import accumulating, add_compute, add_frees, add_loads, add_step, restricted
+from spindle.runtime.programs.program import Bucket, Program
 from tests.runtime.hand_program import hand_plan, hand_slice, lowered
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spindle.graph import TensorSpec
 from spindle.runtime.pieces import cut, joined, message_bytes, summed
-from spindle.runtime.program import Message
+from spindle.runtime.programs.program import Message
 
 PLAIN = TensorSpec(name="x", shape=(5, 2), dtype="float32")
 PATCHES = TensorSpec(name="x", shape=(15,), dtype="float32", rows=3)  # three rows a sample

@@ -8,7 +8,7 @@ import cloudpickle
 import pytest
 
 from spindle.errors import RunError, WorkloadError
-from spindle.runtime.processes import ProcessCrew
+from spindle.runtime.launch.processes import ProcessCrew
 
 LOST = RunError("rank 1, AWAIT s0>s1 raised RuntimeError: Connection closed by peer")
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from spindle.errors import ProgramError
-from spindle.runtime.program import Bucket, Instruction, Message, Op, Transfer, activations, arrivals, gradients
+from spindle.runtime.programs.program import (
+    Bucket,
+    Instruction,
+    Message,
+    Op,
+    Transfer,
+    activations,
+    arrivals,
+    gradients,
+)
 from tests.runtime.hand_program import lowered
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spindle.capture.codes import OperatorCode
-from spindle.runtime.program import Bucket, Program
+from spindle.runtime.programs.program import Bucket, Program
 from spindle.runtime.store import ParameterStore
 from tests.runtime.hand_program import lowered
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from spindle.errors import FormatError, ProgramError
-from spindle.runtime import text
 from spindle.runtime.laws import check_program
-from spindle.runtime.program import Instruction, Op
+from spindle.runtime.programs import text
+from spindle.runtime.programs.program import Instruction, Op
 from tests.runtime.hand_program import TEXT, lowered
 
 

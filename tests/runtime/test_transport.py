@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from spindle.errors import RunError
-from spindle.runtime.crew import is_lost_peer
-from spindle.runtime.torchrun import place_here
+from spindle.runtime.launch.crew import is_lost_peer
+from spindle.runtime.launch.torchrun import place_here
 from spindle.runtime.transport import ThreadTransport, is_loopback, join_store, own_gpu, serve_store
 
 

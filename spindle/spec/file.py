@@ -1,7 +1,7 @@
 """Workload specs as users write them: YAML in (`read_workload`), a checked WorkloadSpec out.
 
-    from spindle.specfile import read_workload
-    from spindle.spec import build_graph
+    from spindle.spec.file import read_workload
+    from spindle.spec.graph import build_graph
     graph = build_graph(read_workload("benchmarks/workloads/multitask_clip.yaml"))
 
 Stable names: `read_workload(path)`, `parse_workload(text)`. docs/cost-model.md describes every field; units stand in
@@ -17,7 +17,7 @@ from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
 from spindle.formats import StrictModel, explain_validation
 from spindle.pricing import Optimizer
-from spindle.specblocks import (
+from spindle.spec.blocks import (
     Component,
     CrossAttention,
     Embedding,
@@ -28,7 +28,7 @@ from spindle.specblocks import (
     Trained,
     Transformer,
 )
-from spindle.specvalues import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
+from spindle.spec.values import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
 
 FORMAT = "spindle.workload"
 

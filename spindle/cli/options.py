@@ -33,7 +33,7 @@ def pins(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[
     return found
 
 
-def counts(text: str) -> list[int]:
+def device_counts(text: str) -> list[int]:
     """Device counts of "8,16,32"."""
     try:
         counts = [int(part) for part in text.split(",")]

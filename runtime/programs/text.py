@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
 from spindle.graph import TensorSpec
-from spindle.runtime.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
 HEADER = "spindle.program 1"
 _UNSAFE = re.compile(r"[%\s]")

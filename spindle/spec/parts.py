@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from spindle.graph import Parameter
-from spindle.specblocks import Block, Component, Transformer, Weight
-from spindle.specvalues import WorkloadSpec
+from spindle.spec.blocks import Block, Component, Transformer, Weight
+from spindle.spec.values import WorkloadSpec
 
 
 @dataclass(slots=True)

@@ -16,8 +16,8 @@ from spindle.errors import PlanError
 from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
-from spindle.runtime.passes import run_passes
-from spindle.runtime.program import Bucket, Message, Program, SliceRun, Transfer
+from spindle.runtime.programs.passes import run_passes
+from spindle.runtime.programs.program import Bucket, Message, Program, SliceRun, Transfer
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 

@@ -6,7 +6,7 @@ Compute and transfers come from the one global order of slice runs; loads and fr
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spindle.runtime.program import (
+from spindle.runtime.programs.program import (
     Bucket,
     Instruction,
     Op,

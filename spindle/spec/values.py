@@ -1,6 +1,6 @@
-"""WorkloadSpec: components (spindle.specblocks) and the tasks that run them, as values with their rules.
+"""WorkloadSpec: components (spindle.spec.blocks) and the tasks that run them, as values with their rules.
 
-`spindle.specfile.read_workload` reads one from YAML; `spindle.spec.build_graph` makes its TaskGraph.
+`spindle.spec.file.read_workload` reads one from YAML; `spindle.spec.graph.build_graph` makes its TaskGraph.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from typing import Literal
 from spindle.errors import WorkloadError
 from spindle.graph import BYTES_BY_DTYPE
 from spindle.pricing import Optimizer, Pricing, length_spread
-from spindle.specblocks import Component
+from spindle.spec.blocks import Component
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component

@@ -16,7 +16,7 @@ from math import prod
 
 from spindle.errors import WorkloadError
 from spindle.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
-from spindle.specblocks import (
+from spindle.spec.blocks import (
     Component,
     Embedding,
     LmHead,
@@ -28,8 +28,8 @@ from spindle.specblocks import (
     other_block,
     transformer_block,
 )
-from spindle.specparts import Cost, Part, part_of, rows_of, stem_of, sum_parts, tail_of
-from spindle.specvalues import LOSS, Edge, Task, WorkloadSpec
+from spindle.spec.parts import Cost, Part, part_of, rows_of, stem_of, sum_parts, tail_of
+from spindle.spec.values import LOSS, Edge, Task, WorkloadSpec
 
 
 def build_graph(spec: WorkloadSpec) -> TaskGraph:

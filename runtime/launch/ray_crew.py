@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.crew import is_lost_peer, silent
+from spindle.runtime.launch.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Job, Worker
 

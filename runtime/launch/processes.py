@@ -18,7 +18,7 @@ from typing import Any
 import cloudpickle
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.crew import is_lost_peer, silent
+from spindle.runtime.launch.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
@@ -36,7 +36,7 @@ class ProcessCrew:
         """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls."""
         self._store = serve_store(HOST)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "spindle.runtime.processes"])
+        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes"])
         self._pipes: list[Connection] = []
         self._children = []
         for rank, job in enumerate(jobs):

@@ -1,0 +1,10 @@
+"""The command line. Each command parses, calls the room that does the work, and prints; it decides nothing itself.
+
+Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasible, 70 a bug of Spindle.
+"""
+
+from spindle.cli import plans, runs
+from spindle.cli.entry import main
+from spindle.cli.group import cli
+
+__all__ = ["cli", "main", "plans", "runs"]

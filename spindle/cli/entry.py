@@ -1,0 +1,51 @@
+"""The entry point: runs the command line, and turns what goes wrong into one to three lines and an exit code."""
+
+import os
+import sys
+import traceback
+import warnings
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+from spindle.cli.group import cli
+from spindle.cli.terminal import show_warning
+from spindle.errors import SpindleError
+
+BUG = 70
+
+
+def main() -> None:
+    """Run the command line; errors become one to three lines on stderr and an exit code, warnings one line."""
+    warnings.showwarning = show_warning
+    try:
+        status = cli.main(standalone_mode=False)
+    except NoArgsIsHelpError as error:  # `spindle` alone shows what there is
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"\nTry '{context.command_path} --help'." if context else ""
+        click.echo(f"spindle: {error.format_message()}{hint}", err=True)
+        sys.exit(2)
+    except SpindleError as error:
+        click.echo(f"spindle: {error}", err=True)
+        sys.exit(error.exit_code)
+    except SystemExit as error:  # commands end by click's exit; this one would pass for ours
+        if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
+            raise
+        click.echo(f"spindle: the workload's own code ended the process (SystemExit {error.code}); mend it", err=True)
+        sys.exit(SpindleError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("spindle: interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("SPINDLE_DEBUG"):
+            raise
+        click.echo(
+            f"spindle: a bug of Spindle: {type(error).__name__}: {error}\n"
+            "Set SPINDLE_DEBUG=1 to see where, and please report it.",
+            err=True,
+        )
+        sys.exit(BUG)
+    sys.exit(status if isinstance(status, int) else 0)

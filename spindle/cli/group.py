@@ -1,0 +1,48 @@
+"""The group of commands, and the arguments that several of them take."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from spindle.plan import Plan
+
+
+class _Commands(click.Group):
+    """Lists commands in the order in which one uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="spindle")
+def cli() -> None:
+    """Plan and run multi-task, multi-modal PyTorch training in waves.
+
+    \b
+    spindle plan workload.yaml --cluster 4x8 -o plan.json     no GPU needed
+    spindle verify model.py:workload                          same gradients as one process?
+    spindle train model.py:workload --steps 100               on Ray
+    """
+
+
+SOURCE = click.argument("source")
+CLUSTER = click.option("--cluster", "-c", help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+PROFILE = click.option("--profile", "-p", metavar="FILE", help="Measured times (spindle profile).")
+LAUNCHER = click.option(
+    "--launcher",
+    type=click.Choice(["auto", "ray", "processes", "threads", "torchrun"]),
+    default="auto",
+    show_default=True,
+    help="What starts the workers.",
+)
+
+
+def read_plan(path: str) -> "Plan":
+    """The plan in a file."""
+    from spindle.formats import read
+    from spindle.plan import Plan
+
+    return read(path, Plan)

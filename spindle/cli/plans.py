@@ -1,0 +1,224 @@
+"""Commands on plans: make one, check it, explain it, compare it, show it."""
+
+import json
+
+import click
+
+from spindle.cli.group import CLUSTER, JSON, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.options import device_counts, pins, positive
+from spindle.cli.terminal import cost_notes, json_text
+from spindle.errors import FormatError, PlanError
+
+
+@cli.command()
+@SOURCE
+@CLUSTER
+@PROFILE
+@click.option("--output", "-o", metavar="FILE", help="Write the plan.")
+@click.option("--method", default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ...")
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", callback=positive, help="Seconds to search.")
+@click.option("--aligned", is_flag=True, help="Strict waves: each starts when the one before has ended.")
+@click.option("--start", "start_file", metavar="PLAN", help="Begin from this plan, of other tasks for instance.")
+@click.option("--pin", "pins", multiple=True, metavar="NAME=0-3", callback=pins, help="Keep a component on devices.")
+@click.option("--table", "with_table", is_flag=True, help="Print every slice.")
+@JSON
+def plan(
+    source: str,
+    cluster: str | None,
+    profile: str | None,
+    output: str | None,
+    method: str,
+    time_limit_s: float | None,
+    aligned: bool,
+    start_file: str | None,
+    pins: dict[str, tuple[int, ...]],
+    with_table: bool,
+    as_json: bool,
+) -> None:
+    """Plan SOURCE: a spec (.yaml), a MetaGraph (.json) or file.py:workload. Needs no GPU.
+
+    \b
+    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
+    spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
+    spindle plan model.py:workload --start plan.json --pin vision=0-3
+    """
+    from spindle.api import plan_source
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import dumps, read, write
+    from spindle.planner.render import render, table
+    from spindle.planner.solve import METHODS
+    from spindle.profile import Profile
+    from spindle.source import is_python, load_source
+
+    if method not in METHODS:
+        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
+    if cluster is None and not is_python(source):
+        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
+    where = parse_cluster(cluster or _this_machine())
+    measured = read(profile, Profile) if profile else None
+    loaded = load_source(source)
+    found, pricing = plan_source(
+        loaded,
+        where,
+        measured,
+        method=method,
+        time_limit_s=time_limit_s,
+        aligned=aligned,
+        start=read_plan(start_file) if start_file else None,
+        pins=pins or None,
+    )
+    if output:
+        write(found, output)
+    if as_json:
+        click.echo(dumps(found))
+        return
+    click.echo(render(found))
+    click.echo(cost_notes(loaded, found, measured, pricing))
+    if with_table:
+        click.echo(f"\n{table(found)}")
+    if output:
+        click.echo(f"\nwritten to {output}")
+
+
+def _this_machine() -> str:
+    from spindle.api import devices_at_hand
+
+    return devices_at_hand()
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@click.option("--metagraph", "-g", metavar="FILE", help="Check against this MetaGraph instead of the plan's own.")
+@JSON
+def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
+    """Recompute every rule of PLAN; exit 1 when one is broken.
+
+    \b
+    spindle check plan.json
+    """
+    from spindle.formats import read
+    from spindle.metagraph import MetaGraph
+    from spindle.planner.check import check_plan, picture
+
+    loaded = read_plan(plan_file)
+    findings = check_plan(loaded, read(metagraph, MetaGraph) if metagraph else None)
+    if as_json:
+        click.echo(json_text({"ok": not findings, "findings": [str(finding) for finding in findings]}, indent=1))
+    elif not findings:
+        what = (
+            "rules and costs" if metagraph or loaded.metagraph else "rules (it carries no MetaGraph to check costs by)"
+        )
+        click.echo(f"{plan_file}: keeps all {what}; makespan {loaded.makespan_s:.6f} s, {len(loaded.slices)} slices")
+    else:
+        click.echo("\n".join(f"{plan_file}: {finding}" for finding in findings[:10]))
+        click.echo(picture(loaded, findings))
+    if findings:
+        click.get_current_context().exit(PlanError.exit_code)
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@JSON
+def explain(plan_file: str, as_json: bool) -> None:
+    """Say why PLAN looks as it does: what bounds it, where its gap and its idle time come from.
+
+    \b
+    spindle explain plan.json
+    """
+    from dataclasses import asdict
+
+    from spindle.planner.explain import explain, render_explanation
+
+    found = explain(read_plan(plan_file))
+    click.echo(json_text(asdict(found)) if as_json else render_explanation(found))
+
+
+@cli.command()
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@JSON
+def diff(before: str, after: str, as_json: bool) -> None:
+    """Compare two plans: their figures, and the MetaOps that run otherwise.
+
+    \b
+    spindle diff old.json new.json
+    """
+    from dataclasses import asdict
+
+    from spindle.planner.compare import compare, render_difference
+
+    found = compare(read_plan(before), read_plan(after))
+    click.echo(json_text(asdict(found)) if as_json else render_difference(found))
+
+
+@cli.command()
+@SOURCE
+@click.option("--devices", "-n", required=True, metavar="N,N,...", help="Device counts to plan for.")
+@CLUSTER
+@PROFILE
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="Seconds to search, for each count.")
+@JSON
+def whatif(
+    source: str,
+    devices: str,
+    cluster: str | None,
+    profile: str | None,
+    time_limit_s: float | None,
+    as_json: bool,
+) -> None:
+    """Plan SOURCE on clusters of several sizes: time, gap, efficiency, and where more devices stop helping.
+
+    --cluster tells the type of devices and how many a node has.
+
+    \b
+    spindle whatif multitask_clip.yaml --devices 8,16,32,64 --cluster 1x8:a100-80g
+    """
+    from dataclasses import asdict
+
+    from spindle.api import plan_source
+    from spindle.clusterfile import parse_cluster
+    from spindle.formats import read
+    from spindle.planner.compare import enough, plan_sizes, render_sizes
+    from spindle.profile import Profile
+    from spindle.source import load_source
+
+    counts = device_counts(devices)
+    where = parse_cluster(cluster or "1x8")
+    measured = read(profile, Profile) if profile else None
+    loaded = load_source(source)
+    rows = plan_sizes(lambda c: plan_source(loaded, c, measured, time_limit_s=time_limit_s)[0], where, counts)
+    if as_json:
+        click.echo(json_text({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
+    else:
+        click.echo(render_sizes(rows))
+
+
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
+@click.option("--html", metavar="FILE", help="Write one page that needs no network.")
+@click.option("--svg", metavar="FILE", help="Write a picture for papers.")
+@click.option("--chrome", metavar="FILE", help="Write the trace for Perfetto or chrome://tracing.")
+def show(plan_file: str, trace_file: str | None, html: str | None, svg: str | None, chrome: str | None) -> None:
+    """Show PLAN, and a run beside it, on one time axis; without a file to write, as text.
+
+    \b
+    spindle show plan.json --trace trace.json --html timeline.html
+    """
+    from spindle.formats import read, write_text
+    from spindle.planner.render import render
+    from spindle.planner.simulate import simulate
+    from spindle.timeline import chrome_trace, render_page, render_svg
+    from spindle.trace import Trace
+
+    loaded = read_plan(plan_file)
+    predicted = simulate(loaded)
+    measured = read(trace_file, Trace) if trace_file else None
+    if html:
+        write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
+    if svg:
+        write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+    if chrome:
+        write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
+    written = [name for name in (html, svg, chrome) if name]
+    click.echo(f"written to {', '.join(written)}" if written else render(loaded))

@@ -1,0 +1,262 @@
+"""Commands that run the model: measure it, verify, train, export; and `doctor`."""
+
+import json
+from typing import Any
+
+import click
+
+from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
+from spindle.cli.options import check_directory, not_negative
+from spindle.cli.terminal import advise_after, json_text, losses_text, progress
+
+
+@cli.command()
+@SOURCE
+@CLUSTER
+@click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all.")
+@click.option("--profile", "-p", "old", metavar="FILE", help="A profile whose times are taken over.")
+@click.option("--output", "-o", metavar="FILE", required=True, help="The profile; what it holds is not measured again.")
+@click.option("--validate", is_flag=True, help="Measure more counts, and print how well curves tell them.")
+@JSON
+def profile(
+    source: str,
+    cluster: str | None,
+    num_devices: int | None,
+    old: str | None,
+    output: str,
+    validate: bool,
+    as_json: bool,
+) -> None:
+    """Time the layers of SOURCE (file.py:workload) on this machine.
+
+    Also the optimiser's step and messages between ranks. Interrupted, the same command goes on.
+
+    \b
+    spindle profile model.py:workload -o profile.json
+    spindle plan model.py:workload --profile profile.json
+    """
+    import functools
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from spindle import api
+    from spindle.cost.heldout import held_out, render_held_out
+    from spindle.formats import read, write
+    from spindle.profile import Profile
+    from spindle.source import load_workload
+
+    workload, module = load_workload(source)
+    found = [read(path, Profile) for path in (old, output if Path(output).exists() else None) if path]
+    known = functools.reduce(Profile.merge, found) if found else None
+    with progress("profiling") as update:
+        measured = api.make_profile(
+            workload,
+            num_devices=num_devices,
+            cluster=cluster,
+            known=known,
+            optimizer=getattr(module, "optimizer", None) or torch.optim.AdamW,
+            validate=validate,
+            progress=update,
+            keep=lambda so_far: write(so_far, output),
+        )
+    write(measured, output)
+    rows = held_out(measured) if validate else ()
+    if as_json:
+        counts = {"kinds": len(measured.by_kind), "entries": len(measured.entries), "messages": len(measured.links)}
+        new = measured.size - (known.size if known else 0)
+        told = {"output": output, "device": measured.device, **counts, "new": new}
+        click.echo(json.dumps(told | ({"held_out": [asdict(row) for row in rows]} if validate else {})))
+        return
+    click.echo(f"{measured.describe(known)}; written to {output}")
+    if validate:
+        click.echo(render_held_out(rows))
+
+
+@cli.command()
+@SOURCE
+@click.option("--plan", "plan_file", metavar="FILE", help="Verify this plan. Default: plan for --workers devices.")
+@click.option("--workers", "-n", type=click.IntRange(1), default=2, show_default=True, help="Devices to plan for.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--rtol", type=float, callback=not_negative, help="Default: 1e-4, or 1e-10 for float64 models.")
+@click.option("--atol", type=float, callback=not_negative, help="Default: 1e-5, or 1e-10 for float64 models.")
+@LAUNCHER
+@JSON
+def verify(
+    source: str,
+    plan_file: str | None,
+    workers: int,
+    steps: int,
+    rtol: float | None,
+    atol: float | None,
+    launcher: Any,
+    as_json: bool,
+) -> None:
+    """Compare a planned run of SOURCE with one process: losses, gradients, updates. Exit 1 when they differ.
+
+    \b
+    spindle verify model.py:workload --workers 4
+    """
+    from dataclasses import asdict
+
+    from spindle import api
+    from spindle.source import load_workload
+
+    workload, _ = load_workload(source)
+    report = api.verify(
+        workload,
+        read_plan(plan_file) if plan_file else None,
+        num_workers=workers,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        launcher=launcher,
+    )
+    if as_json:
+        values = {"ok": report.ok, "max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
+        losses = {"losses": report.losses, "reference_losses": report.reference_losses}
+        click.echo(json_text(values | losses | {"rows": [asdict(row) for row in report.rows]}))
+    else:
+        click.echo(str(report))
+    if not report.ok:
+        click.get_current_context().exit(1)
+
+
+@cli.command()
+@SOURCE
+@click.option("--plan", "plan_file", metavar="FILE", help="Default: plan for the devices of this machine.")
+@click.option("--steps", type=click.IntRange(1), required=True)
+@click.option(
+    "--lr",
+    type=float,
+    default=1e-3,
+    show_default=True,
+    callback=not_negative,
+    help="Of AdamW, unless the file has `optimizer`.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
+@click.option("--metrics", metavar="FILE", help="Write a line of JSON a step: losses, speed, shares of time, memory.")
+@click.option("--tensorboard", metavar="DIR", help="The same for TensorBoard (pip install tensorboard).")
+@click.option("--checkpoints", metavar="DIR", help="Write checkpoints here, the last one at the end.")
+@click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
+@click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep, the newest. Default: all.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
+@LAUNCHER
+@JSON
+def train(
+    source: str,
+    plan_file: str | None,
+    steps: int,
+    lr: float,
+    seed: int,
+    trace_file: str | None,
+    metrics: str | None,
+    tensorboard: str | None,
+    checkpoints: str | None,
+    every: int,
+    keep: int | None,
+    resume: bool,
+    launcher: Any,
+    as_json: bool,
+) -> None:
+    """Train SOURCE (file.py:workload) as planned, up to --steps steps in all.
+
+    A function `optimizer(parameters)` in the file makes the optimiser; without one it is AdamW. `scheduler(optimizer)`,
+    if there is one, makes its schedule.
+
+    \b
+    spindle train model.py:workload --plan plan.json --steps 100 --metrics run.jsonl
+    spindle train model.py:workload --steps 5000 --checkpoints runs/a --every 500 --resume
+    torchrun --nproc-per-node 2 -m spindle train model.py:workload --steps 100
+    """
+    import functools
+
+    import torch
+
+    from spindle import api
+    from spindle.formats import write
+    from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.source import load_workload
+
+    check_directory(trace_file)
+    check_directory(metrics)
+    callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
+    callbacks += [TensorBoard(tensorboard)] if tensorboard else []
+    workload, module = load_workload(source)
+    optimizer = getattr(module, "optimizer", None) or functools.partial(torch.optim.AdamW, lr=lr)
+    with progress("training") as update:
+        result = api.train(
+            workload,
+            read_plan(plan_file) if plan_file else None,
+            optimizer=optimizer,
+            scheduler=getattr(module, "scheduler", None),
+            steps=steps,
+            launcher=launcher,
+            seed=seed,
+            checkpoints=checkpoints,
+            checkpoint_every=every,
+            keep_checkpoints=keep,
+            resume=resume,
+            on_step=lambda step, losses: update(step, steps, losses_text(losses)),
+            callbacks=callbacks,
+        )
+    if trace_file:
+        write(result.trace, trace_file)
+    if as_json:
+        done = result.first_step + len(result.losses)
+        told = {"steps": done, "first_step": result.first_step, "ended": result.ended, "step_s": result.step_s}
+        click.echo(json_text(told | {"losses": result.losses}))
+        return
+    if result.first_step:
+        click.echo(f"resumed after {result.first_step} steps")
+    click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
+    if result.losses:
+        click.echo(f"first {losses_text(result.losses[0])}\nlast  {losses_text(result.losses[-1])}")
+    if result.ended:
+        click.echo(f"stopped: the data of task {result.ended!r} ended")
+    advise_after(workload, result)
+
+
+@cli.command()
+@SOURCE
+@click.option("--checkpoint", metavar="DIR", help="Weights to write. Default: as the file makes them.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Each component goes to DIR/NAME.")
+def export(source: str, checkpoint: str | None, output: str) -> None:
+    """Write the components of SOURCE as their library loads them: `save_pretrained`, or else safetensors.
+
+    \b
+    spindle export model.py:workload --checkpoint runs/a/step-00005000 -o trained
+    """
+    from spindle import api
+    from spindle.source import load_workload
+
+    workload, _ = load_workload(source)
+    if checkpoint:
+        api.load_checkpoint(workload, checkpoint)
+    for name, directory in api.export(workload, output).items():
+        click.echo(f"{name:20} {directory}")
+
+
+@cli.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say what would keep a run from working on this machine, and what to do about it. Exit 1 when something would.
+
+    \b
+    spindle doctor --json
+    """
+    from spindle.doctor import examine, render, verdict
+
+    colours = {"warn": "yellow", "fail": "red"}
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            click.secho("\n".join(render(finding)), fg=colours.get(finding.status))
+    found = verdict(findings)
+    if as_json:
+        click.echo(json_text(found, indent=1))
+    if not found["ok"]:
+        click.get_current_context().exit(1)

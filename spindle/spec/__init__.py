@@ -1,0 +1,1 @@
+"""Workload specs: YAML files in, checked values, TaskGraphs out."""
