@@ -199,16 +199,20 @@ def whatif(
 @click.option("--html", metavar="FILE", help="Write one page that needs no network.")
 @click.option("--svg", metavar="FILE", help="Write a picture for papers.")
 @click.option("--chrome", metavar="FILE", help="Write the trace for Perfetto or chrome://tracing.")
-def show(plan_file: str, trace_file: str | None, html: str | None, svg: str | None, chrome: str | None) -> None:
+@JSON
+def show(
+    plan_file: str, trace_file: str | None, html: str | None, svg: str | None, chrome: str | None, as_json: bool
+) -> None:
     """Show PLAN, and a run beside it, on one time axis; without a file to write, as text.
 
     \b
     spindle show plan.json --trace trace.json --html timeline.html
+    spindle show plan.json --trace trace.json --json
     """
     from spindle.formats import read, write_text
     from spindle.planner.render import render
     from spindle.planner.simulate import simulate
-    from spindle.timeline import chrome_trace, render_page, render_svg
+    from spindle.timeline import chrome_trace, render_page, render_svg, timeline_figures
     from spindle.trace import Trace
 
     loaded = read_plan(plan_file)
@@ -221,4 +225,7 @@ def show(plan_file: str, trace_file: str | None, html: str | None, svg: str | No
     if chrome:
         write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
     written = [name for name in (html, svg, chrome) if name]
-    click.echo(f"written to {', '.join(written)}" if written else render(loaded))
+    if as_json:
+        click.echo(json_text(timeline_figures(loaded, predicted=predicted, measured=measured) | {"written": written}))
+    else:
+        click.echo(f"written to {', '.join(written)}" if written else render(loaded))

@@ -223,7 +223,8 @@ def train(
 @SOURCE
 @click.option("--checkpoint", metavar="DIR", help="Weights to write. Default: as the file makes them.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Each component goes to DIR/NAME.")
-def export(source: str, checkpoint: str | None, output: str) -> None:
+@JSON
+def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> None:
     """Write the components of SOURCE as their library loads them: `save_pretrained`, or else safetensors.
 
     \b
@@ -235,8 +236,11 @@ def export(source: str, checkpoint: str | None, output: str) -> None:
     workload, _ = load_workload(source)
     if checkpoint:
         api.load_checkpoint(workload, checkpoint)
-    for name, directory in api.export(workload, output).items():
-        click.echo(f"{name:20} {directory}")
+    written = {name: str(directory) for name, directory in api.export(workload, output).items()}
+    if as_json:
+        click.echo(json_text({"components": written}))
+    else:
+        click.echo("\n".join(f"{name:20} {directory}" for name, directory in written.items()))
 
 
 @cli.command()

@@ -2,13 +2,16 @@
 
     page = render_page(plan, predicted=simulate(plan), measured=trace, title="clip on 8 devices")
 
-Data flows table -> index -> rows (items) -> accounts, waves, memory -> data -> page, and rows -> svg, chrome.
+Data flows table -> index -> rows (items) -> accounts, waves, memory -> data -> page, figures, and rows -> svg, chrome.
 """
+
+from typing import Any
 
 from spindle.errors import InputError
 from spindle.plan import Plan
 from spindle.timeline.chrome import chrome_trace
 from spindle.timeline.data import page_data
+from spindle.timeline.figures import figures
 from spindle.timeline.items import View
 from spindle.timeline.memory import memory_model
 from spindle.timeline.page import page
@@ -17,7 +20,7 @@ from spindle.timeline.svg import draw_svg
 from spindle.timeline.table import SliceTable, make_table
 from spindle.trace import Trace
 
-__all__ = ["chrome_trace", "render_page", "render_svg"]
+__all__ = ["chrome_trace", "render_page", "render_svg", "timeline_figures"]
 
 THRESHOLD = 0.2
 
@@ -55,6 +58,15 @@ def render_svg(
     _, views = _views(plan, predicted, measured)
     _check_threshold(threshold)
     return draw_svg(plan, views, title=title, threshold=threshold, standalone=True)
+
+
+def timeline_figures(
+    plan: Plan, *, predicted: Trace | None = None, measured: Trace | None = None, threshold: float = THRESHOLD
+) -> dict[str, Any]:
+    """The numbers of the page, for JSON: time by device and cause, memory, waves. Errors as `render_page`."""
+    _, views = _views(plan, predicted, measured)
+    _check_threshold(threshold)
+    return figures(plan, views, memory_model(plan), threshold=threshold)
 
 
 def _views(plan: Plan, predicted: Trace | None, measured: Trace | None) -> tuple[SliceTable, list[View]]:

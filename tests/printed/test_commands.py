@@ -138,6 +138,16 @@ def test_show_writes_what_it_is_asked_for(folder: Path, spindle_command: Spindle
     assert json.loads((folder / "p.json").read_text())["traceEvents"]
 
 
+def test_show_as_json(folder: Path, spindle_command: Spindle) -> None:
+    """The figures of the page, and the files that were written beside them."""
+    spindle_command("plan", "graph.json", "--cluster", "1x2", "-o", "plan.json")
+    done = spindle_command("show", "plan.json", "--svg", "p.svg", "--json")
+    found = one_object(done)
+    assert (done.code, found["written"], found["num_devices"]) == (0, ["p.svg"], 2)
+    assert [len(view["devices"]) for view in found["views"]] == [2]
+    assert (folder / "p.svg").read_text().startswith("<svg")
+
+
 def test_a_spec_is_planned(folder: Path, spindle_command: Spindle) -> None:
     """Its costs are predicted, and the text says so."""
     done = spindle_command("plan", "small.yaml", "--cluster", "1x2:a100-80g")
@@ -211,6 +221,14 @@ def test_train_as_text(folder: Path, spindle_command: Spindle) -> None:
     assert steps.startswith("2 steps in ")
     assert first.startswith("first t ")
     assert last.startswith("last  t ")
+
+
+def test_export_says_where_components_went(folder: Path, spindle_command: Spindle) -> None:
+    """The same as text and as JSON; what it names exists."""
+    assert spindle_command("export", "model.py", "-o", "out").out == f"{'net':20} out/net\n"
+    found = one_object(spindle_command("export", "model.py", "-o", "out", "--json"))
+    assert found == {"components": {"net": "out/net"}}
+    assert list((folder / "out" / "net").iterdir())
 
 
 def test_the_file_may_bring_its_optimizer(folder: Path, spindle_command: Spindle) -> None:
