@@ -394,12 +394,17 @@ def write(value: Value, path: str | Path) -> None:
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file; it appears whole or not at all. Raises FormatError when the path cannot be written."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: str | Path) -> None:
+    """The same of bytes."""
     target = Path(path)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except BaseException:

@@ -198,10 +198,17 @@ def whatif(
 @click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
 @click.option("--html", metavar="FILE", help="Write one page that needs no network.")
 @click.option("--svg", metavar="FILE", help="Write a picture for papers.")
+@click.option("--png", metavar="FILE", help="The same as points (pip install 'spindle[png]').")
 @click.option("--chrome", metavar="FILE", help="Write the trace for Perfetto or chrome://tracing.")
 @JSON
 def show(
-    plan_file: str, trace_file: str | None, html: str | None, svg: str | None, chrome: str | None, as_json: bool
+    plan_file: str,
+    trace_file: str | None,
+    html: str | None,
+    svg: str | None,
+    png: str | None,
+    chrome: str | None,
+    as_json: bool,
 ) -> None:
     """Show PLAN, and a run beside it, on one time axis; without a file to write, as text.
 
@@ -209,10 +216,10 @@ def show(
     spindle show plan.json --trace trace.json --html timeline.html
     spindle show plan.json --trace trace.json --json
     """
-    from spindle.formats import read, write_text
+    from spindle.formats import read, write_bytes, write_text
     from spindle.planner.render import render
     from spindle.planner.simulate import simulate
-    from spindle.timeline import chrome_trace, render_page, render_svg, timeline_figures
+    from spindle.timeline import chrome_trace, render_page, render_png, render_svg, timeline_figures
     from spindle.trace import Trace
 
     loaded = read_plan(plan_file)
@@ -222,9 +229,11 @@ def show(
         write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
     if svg:
         write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+    if png:
+        write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=plan_file), png)
     if chrome:
         write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
-    written = [name for name in (html, svg, chrome) if name]
+    written = [name for name in (html, svg, png, chrome) if name]
     if as_json:
         click.echo(json_text(timeline_figures(loaded, predicted=predicted, measured=measured) | {"written": written}))
     else:

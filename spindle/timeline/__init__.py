@@ -2,7 +2,8 @@
 
     page = render_page(plan, predicted=simulate(plan), measured=trace, title="clip on 8 devices")
 
-Data flows table -> index -> rows (items) -> accounts, waves, memory -> data -> page, figures, and rows -> svg, chrome.
+Data flows table -> index -> rows (items) -> accounts, waves, memory -> data -> page, figures, and rows -> svg -> png,
+and rows -> chrome.
 """
 
 from typing import Any
@@ -15,12 +16,13 @@ from spindle.timeline.figures import figures
 from spindle.timeline.items import View
 from spindle.timeline.memory import memory_model
 from spindle.timeline.page import page
+from spindle.timeline.png import to_png
 from spindle.timeline.rows import plan_view, trace_view
-from spindle.timeline.svg import draw_svg
+from spindle.timeline.svg import FONT, draw_svg
 from spindle.timeline.table import SliceTable, make_table
 from spindle.trace import Trace
 
-__all__ = ["chrome_trace", "render_page", "render_svg", "timeline_figures"]
+__all__ = ["chrome_trace", "render_page", "render_png", "render_svg", "timeline_figures"]
 
 THRESHOLD = 0.2
 
@@ -58,6 +60,19 @@ def render_svg(
     _, views = _views(plan, predicted, measured)
     _check_threshold(threshold)
     return draw_svg(plan, views, title=title, threshold=threshold, standalone=True)
+
+
+def render_png(
+    plan: Plan,
+    *,
+    predicted: Trace | None = None,
+    measured: Trace | None = None,
+    title: str = "",
+    threshold: float = THRESHOLD,
+) -> bytes:
+    """The same picture as a PNG file of 2240 points' width. Raises InputError without resvg_py too (extra `png`)."""
+    svg = render_svg(plan, predicted=predicted, measured=measured, title=title, threshold=threshold)
+    return to_png(svg, font=FONT)
 
 
 def timeline_figures(

@@ -5,7 +5,7 @@
 - Text takes `currentColor`, so the picture fits a dark page too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,8 +21,9 @@ WIDTH = 1120.0
 LEFT, RIGHT = 84.0, 14.0
 MAX_ROWS = 48
 LEAST_WIDTH = 0.3
-FONT = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
+FONT = "system-ui, 'Segoe UI', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', sans-serif"
 CHARACTER = 6.1  # width of a letter at 11 px
+LABELLED = 11.0  # least height of a row with a label of its own; of lower ones every second has one
 
 GREY = "#8793a1"
 DEFS = (
@@ -42,6 +43,7 @@ class _Style:
 
     scale: float  # pixels per second
     height: float  # of a row
+    longest_s: float  # what the axis reaches to
     fill_by_component: dict[str, str]
     line_by_task: dict[str, str]
 
@@ -67,12 +69,13 @@ def draw_svg(
     components, tasks = component_names(views), task_names(views)
     style = _Style(
         scale=(WIDTH - LEFT - RIGHT) / longest_s,
-        height=22.0 if len(groups) <= 12 else 14.0 if len(groups) <= 24 else 9.0,
+        height=_row_height(groups),
+        longest_s=longest_s,
         fill_by_component=dict(zip(components, fills(len(components)), strict=True)),
         line_by_task=dict(zip(tasks, lines(len(tasks), dark=False), strict=True)),
     )
     y = 22.0 if title else 4.0
-    parts = [_text(0, 14, title, size=14, weight="600")] if title else []
+    parts = [_text(LEFT, 14, title, size=14, weight="600")] if title else []
     for view in views:
         drawn, y = _panel(view, groups, y, style, threshold=threshold)
         parts += drawn
@@ -80,7 +83,7 @@ def draw_svg(
         drawn, y = _memory(views[-1], memory, y, style)
         parts += drawn
     if standalone:
-        drawn, y = _legend(style, y + 8)
+        drawn, y = _legend(style, {item.what.kind for v in views for row in v.shown.rows for item in row}, y + 8)
         parts += drawn
     shape = "static tall" if y > 0.62 * WIDTH else "static"
     head = 'xmlns="http://www.w3.org/2000/svg" color="#1b2027" ' if standalone else f'class="{shape}" '
@@ -111,6 +114,13 @@ def device_groups(plan: Plan) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups]
 
 
+def _row_height(groups: Sequence[tuple[int, ...]]) -> float:
+    """Pixels of a row; those of several devices are never too low for a label of their own."""
+    if len(groups) <= 12:
+        return 22.0
+    return 14.0 if len(groups) <= 24 else 9.0 if all(len(group) == 1 for group in groups) else LABELLED
+
+
 # -- panels -------------------------------------------------------------------------------------------------------
 
 
@@ -123,25 +133,28 @@ def _panel(
     which = f" in step {step.step}, the median of {view.num_steps}" if view.num_steps > 1 else ""
     grouped = "" if all(len(group) == 1 for group in groups) else "; rows show the first of their devices"
     heading = f"{TITLES[view.source]}: {seconds(step.step_s)}{which}{grouped}"
-    parts = [_text(LEFT, y + 14, heading, weight="600")]
+    parts = [
+        _text(LEFT, y + 14, heading, weight="600"),
+        _text(LEFT - 6, y + 30, "device", anchor="end", size=10, opacity=0.7),
+    ]
     top = y + 46
     bottom = top + style.height * len(groups)
     parts += _axis(step.step_s, y + 30, bottom, style)
     parts += _wave_marks(waves, y + 34, style)
     for place, group in enumerate(groups):
         row_y = top + place * style.height
-        if style.height >= 11 or place % 2 == 0:
+        if style.height >= LABELLED or place % 2 == 0:
             parts.append(_text(LEFT - 6, row_y + style.height / 2 + 3.5, ranges(group), anchor="end", size=10))
         parts += _row(step.rows[group[0]], row_y, style)
     return parts, bottom + 14
 
 
 def _axis(step_s: float, y: float, bottom: float, style: _Style) -> Iterator[str]:
-    for at_s in nice_ticks(step_s, 10):
+    for at_s in (tick_s for tick_s in nice_ticks(style.longest_s, 10) if tick_s <= step_s):
         x = style.x(at_s)
         yield f'<path d="M{x:.1f} {y + 4:g}V{bottom:g}" stroke="currentColor" stroke-opacity="0.14"/>'
         anchor = "start" if at_s == 0 else "end" if x > WIDTH - RIGHT - 30 else "middle"
-        yield _text(x, y, seconds_on_axis(at_s, step_s), anchor=anchor, size=10, opacity=0.7)
+        yield _text(x, y, seconds_on_axis(at_s, style.longest_s), anchor=anchor, size=10, opacity=0.7)
 
 
 def nice_ticks(length: float, most: int) -> list[float]:
@@ -197,7 +210,8 @@ def _item(item: Item, x: float, width: float, y: float, height: float, style: _S
             yield f'<rect {box} fill="{fill}"/>'
         if what.kind is Kind.BACKWARD:
             yield f'<rect {box} fill="url(#backward)"/>'
-        yield from _label(what.component or what.metaop, x, width, y, height, text_on(fill))
+        around = fill if what.kind is Kind.BACKWARD else ""
+        yield from _label(what.component or what.metaop, x, width, y, height, text_on(fill), around=around)
         return
     yield from _other(item, x, width, y, height, style)
 
@@ -228,11 +242,15 @@ def _other(item: Item, x: float, width: float, y: float, height: float, style: _
             return
 
 
-def _label(text: str, x: float, width: float, y: float, height: float, color: str) -> Iterator[str]:
+def _label(
+    text: str, x: float, width: float, y: float, height: float, color: str, *, around: str = ""
+) -> Iterator[str]:
+    """A name where there is room; `around`: a colour that keeps hatching away from its letters."""
+    halo = f' stroke="{around}" stroke-width="3" paint-order="stroke"' if around else ""
     if height >= 12 and width > CHARACTER * len(text) + 8:
         yield (
             f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 3.6:g}" text-anchor="middle" font-size="10.5" '
-            f'fill="{color}">{escape(text)}</text>'
+            f'fill="{color}"{halo}>{escape(text)}</text>'
         )
 
 
@@ -273,8 +291,8 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
 # -- legend -------------------------------------------------------------------------------------------------------
 
 
-def _legend(style: _Style, y: float) -> tuple[list[str], float]:
-    """Components by fill, tasks by outline, kinds by texture."""
+def _legend(style: _Style, drawn_kinds: Collection[Kind], y: float) -> tuple[list[str], float]:
+    """Components by fill, tasks by outline, those kinds that are drawn by texture."""
     kinds = [("forward", Kind.FORWARD), ("backward", Kind.BACKWARD), ("reduction", Kind.REDUCE)]
     kinds += [("transfer", Kind.WAIT), ("optimiser", Kind.STEP), ("load", Kind.LOAD)]
     entries = [(name, f'fill="{fill}"', "") for name, fill in style.fill_by_component.items()]
@@ -286,9 +304,12 @@ def _legend(style: _Style, y: float) -> tuple[list[str], float]:
     for heading, listed in lists:
         drawn, y = _legend_row(heading, listed, y)
         parts += drawn
-    shown = [(name, _kind_swatch(kind), "backward" if kind is Kind.BACKWARD else "") for name, kind in kinds]
-    drawn, y = _legend_row("drawn as", shown, y)
-    return parts + drawn, y
+    patterns = {Kind.BACKWARD: "backward", Kind.REDUCE: "reduce"}
+    shown = [(name, _kind_swatch(kind), patterns.get(kind, "")) for name, kind in kinds if kind in drawn_kinds]
+    if shown:
+        drawn, y = _legend_row("drawn as", shown, y)
+        parts += drawn
+    return parts, y
 
 
 def _kind_swatch(kind: Kind) -> str:

@@ -131,10 +131,13 @@ def test_show_writes_what_it_is_asked_for(folder: Path, spindle_command: Spindle
     shown = spindle_command("show", "plan.json")
     assert shown.code == 0
     assert shown.out.startswith("          0")
-    done = spindle_command("show", "plan.json", "--html", "p.html", "--svg", "p.svg", "--chrome", "p.json")
-    assert done.out == "written to p.html, p.svg, p.json\n"
+    done = spindle_command(
+        "show", "plan.json", "--html", "p.html", "--svg", "p.svg", "--png", "p.png", "--chrome", "p.json"
+    )
+    assert done.out == "written to p.html, p.svg, p.png, p.json\n"
     assert "<html" in (folder / "p.html").read_text()
     assert (folder / "p.svg").read_text().startswith("<svg")
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "p.json").read_text())["traceEvents"]
 
 

@@ -51,6 +51,21 @@ def test_nothing_leaves_the_picture() -> None:
         assert 0 <= y <= y + high <= height + 0.01
 
 
+def test_the_legend_names_what_is_drawn() -> None:
+    """No optimiser and no load where the picture shows none."""
+    assert "load" in texts(drawn("measured"))
+    assert "load" not in texts(drawn("predicted"))
+    assert {"forward", "backward", "load", "optimiser"}.isdisjoint(texts(drawn("neither")))
+
+
+def test_both_panels_have_one_axis() -> None:
+    """Their ticks bear the same labels at the same places."""
+    svg = drawn("both")
+    ticks = [(e.text, e.attrib["x"]) for e in svg.iter(f"{SVG}text") if (e.text or "").endswith(" ms")]
+    assert len(ticks) > len(set(ticks))
+    assert len(dict(ticks)) == len(set(ticks))
+
+
 def plan_of(num_devices: int, group: int) -> Plan:
     """Groups of neighbouring devices, each with a slice of its own."""
     slices = [
@@ -72,7 +87,8 @@ def test_rows_stay_few_when_all_devices_differ() -> None:
     groups = device_groups(plan_of(256, 1))
     assert len(groups) <= MAX_ROWS
     assert [device for group in groups for device in group] == list(range(256))
-    assert "0-5" in texts(ElementTree.fromstring(render_svg(plan_of(256, 1))))
+    shown = set(texts(ElementTree.fromstring(render_svg(plan_of(256, 1)))))
+    assert {"0-5", "6-11", "252-255"} <= shown  # each row has a label
 
 
 @pytest.mark.parametrize(
