@@ -260,7 +260,7 @@ def train(
     first, seed = (before.step, before.seed) if before else (0, seed)
     if first >= steps:
         raise PlanError(f"{first} steps are done already and steps is {steps}; ask for more, it counts from the start")
-    prepared = prepare(workload, plan or make_plan(workload, devices_at_hand()))
+    prepared = prepare(workload, plan or make_plan(workload, devices_at_hand(launcher)))
     with launched(
         prepared, optimizer=optimizer, scheduler=scheduler, launcher=launcher, seed=seed, timeout_s=timeout_s
     ) as run:
@@ -309,11 +309,17 @@ def _load(workload: "Workload", state: "Mapping[str, torch.Tensor]") -> None:
                 tensor.copy_(state[name])
 
 
-def devices_at_hand() -> str:
-    """This machine as a cluster: its GPUs, or its cores."""
+def devices_at_hand(launcher: "Launcher" = "processes") -> str:
+    """This machine as a cluster: its GPUs, or its cores. For Ray, where RAY_ADDRESS names a cluster, that one."""
     import os
 
     import torch
 
+    from spindle.runtime.launch.torchrun import under_torchrun
+
+    if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS") and not under_torchrun():
+        from spindle.runtime.launch.ray_crew import devices_of_cluster
+
+        return devices_of_cluster()
     gpus = torch.cuda.device_count()
     return f"1x{gpus}" if gpus else f"1x{os.cpu_count() or 1}:cpu"

@@ -1,6 +1,7 @@
 """Ray: a crew of Ray actors, one a rank. An actor is a thin shell around the Ray-free Worker.
 
-- Ranks are numbered node by node, as the plan numbers its devices; actors of one node stand together.
+- The devices of one plan node are an island: its ranks, in order, are on one Ray node. Several islands may share one.
+- In a Ray job, and wherever RAY_ADDRESS says so, ranks run in that cluster; otherwise in a Ray of this machine alone.
 - Ray starts the actors, carries results and notices deaths. It is not in the data path: a call runs many steps.
 - The driver holds the rendezvous store, so that nothing outlives it: actors are its children, and end with it.
 """
@@ -8,7 +9,8 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
@@ -22,6 +24,21 @@ from spindle.runtime.launch.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Job, Worker
 
+START_S = 300.0  # for actors to start; those of a job that names packages install them first
+GRACE_S = 5.0  # for the failure that caused the first one seen, or that came of it, to arrive too
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Node, address and GPU of an actor."""
+
+    node: str
+    address: str
+    gpu: str
+
+    def __str__(self) -> str:
+        return f"{self.address} ({self.node[:8]})"
+
 
 class _Rank:
     """What runs in an actor."""
@@ -29,9 +46,10 @@ class _Rank:
     def __init__(self) -> None:
         self.worker: Worker | None = None
 
-    def place(self) -> tuple[str, str]:
-        """Node of this actor, and its address."""
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    def place(self) -> "Place":
+        """Where this actor is."""
+        gpu = ",".join(map(str, ray.get_gpu_ids()))
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu)
 
     def start(
         self, payload: bytes, paths: list[str], num_ranks: int, host: str, port: int, timeout_s: float, has_gpu: bool
@@ -63,25 +81,25 @@ class RayCrew:
     leads = True
 
     def __init__(self, jobs: Sequence[Job], *, devices_per_node: int | None = None, timeout_s: float = 60.0) -> None:
-        """Start Ray on this machine unless it runs already, then an actor for each job.
+        """Join the cluster, or start a Ray, unless this process did; then start an actor for each job, in islands.
 
-        Raises RunError when the cluster has no room for them within `timeout_s`.
+        Raises RunError when the cluster has no room for an island within `timeout_s`.
         """
         self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
+        joined = not self._owns_ray or join_cluster()
+        if not joined:
             start_local_ray(len(jobs))
-        num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= len(jobs) else 0
-        bundle = {"CPU": 1.0, "GPU": float(num_gpus)} if num_gpus else {"CPU": 1.0}
-        self._group = placement_group([bundle] * len(jobs), strategy="PACK")
-        if not self._group.wait(timeout_s):
-            self.close()
-            raise RunError(
-                f"the Ray cluster has no room for {len(jobs)} workers of {bundle}: it has "
-                f"{ {k: v for k, v in ray.cluster_resources().items() if k in bundle} }; plan for fewer devices"
-            )
-        actors = [self._actor(index, num_gpus) for index in range(len(jobs))]
+        num_gpus = _gpus_of_rank(len(jobs), joined=joined)
+        self._actors: list[Any] = []
+        self._places: list[Place] = []
+        sizes = islands_of(len(jobs), devices_per_node)
+        self._group = placement_group([_room(size, num_gpus) for size in sizes], strategy="PACK")
         try:
-            self._actors = _in_node_order(actors)
+            if not self._group.wait(timeout_s):
+                raise _no_room(sizes, num_gpus, timeout_s)
+            for island, size in enumerate(sizes):
+                self._actors += [self._actor(island, num_gpus) for _ in range(size)]
+            self._places = self._in_order(sizes)
             address = _address()
             self._store = serve_store(address)
             here = [os.path.abspath(path) for path in sys.path]
@@ -89,69 +107,144 @@ class RayCrew:
             pairs = zip(self._actors, jobs, strict=True)
             self._gather([actor.start.remote(cloudpickle.dumps(job), *common) for actor, job in pairs])
         except BaseException:
-            self._kill(actors)
             self.close()
             raise
 
-    def _actor(self, bundle: int, num_gpus: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+    def _actor(self, island: int, num_gpus: int) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=island)
         options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": strategy}
         return ray.remote(**options)(_Rank).remote()
+
+    def _in_order(self, sizes: Sequence[int]) -> list[Place]:
+        """Sort the actors of each island by their GPUs; the places of all."""
+        island = [index for index, size in enumerate(sizes) for _ in range(size)]
+        places: list[Place] = self._gather([actor.place.remote() for actor in self._actors], START_S)
+        order = sorted(range(len(places)), key=lambda index: (island[index], places[index], index))
+        self._actors = [self._actors[index] for index in order]
+        return [places[index] for index in order]
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew."""
         return self._gather([actor.call.remote(method, args, kwargs) for actor in self._actors], patience_s)
 
     def _gather(self, references: Sequence[Any], patience_s: float | None = None) -> list[Any]:
+        rank_of = {reference: rank for rank, reference in enumerate(references)}
         waiting = list(references)
         deadline_s = None if patience_s is None else time.monotonic() + patience_s
         while waiting:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             done, waiting = ray.wait(waiting, timeout=left_s)
             if not done:
-                self._kill(self._actors)
-                raise silent([rank for rank, reference in enumerate(references) if reference in waiting], patience_s)
-            try:
-                ray.get(done)
-            except Exception as error:
-                cause = self._first_cause(error, waiting)
-                self._kill(self._actors)
-                raise cause from None
+                self._kill()
+                raise silent([rank_of[reference] for reference in waiting], patience_s)
+            if _failure(done[0]) is not None:
+                late, _ = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
+                found = {rank_of[r]: error for r in (*done, *late) if (error := _failure(r)) is not None}
+                self._kill()
+                raise self._first_cause(found) from None
         results: list[Any] = ray.get(list(references))
         return results
 
-    def _first_cause(self, error: Exception, waiting: Sequence[Any]) -> Exception:
+    def _first_cause(self, found: Mapping[int, Exception]) -> Exception:
         """Peers of a failed rank fail a moment later; the one to report is the one that did not just lose a peer."""
-        found = [_translated(error)]
-        late, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=2.0) if waiting else ([], [])
-        for reference in late:
-            try:
-                ray.get(reference)
-            except Exception as other:
-                found.append(_translated(other))
-        return next((e for e in found if not is_lost_peer(e)), found[0])
+        dead = [rank for rank, error in found.items() if isinstance(error, ray.exceptions.RayActorError)]
+        raised = [_translated(error) for rank, error in found.items() if rank not in dead]
+        own = [error for error in raised if not is_lost_peer(error)]
+        return own[0] if own else self._lost(dead, found[dead[0]]) if dead else raised[0]
 
-    def _kill(self, actors: Sequence[Any]) -> None:
-        for actor in actors:
+    def _lost(self, dead: Sequence[int], error: Exception) -> RunError:
+        if not self._places:
+            return RunError(f"a worker died while it started: {_first_line(error)}")
+        place = self._places[dead[0]]
+        here = [rank for rank, other in enumerate(self._places) if other.node == place.node]
+        whole = len(here) > 1 and set(here) <= set(dead)
+        what = f"all ranks on node {place} died, {here}" if whole else f"rank {dead[0]} on node {place} died"
+        return RunError(f"{what}: {_first_line(error)} (out of memory kills too). The run ended")
+
+    def _kill(self) -> None:
+        for actor in self._actors:
             ray.kill(actor)
 
     def close(self) -> None:
         """See Crew."""
-        self._kill(getattr(self, "_actors", ()))
+        self._kill()
         remove_placement_group(self._group)
         if self._owns_ray:
             ray.shutdown()
+
+
+def islands_of(num_ranks: int, devices_per_node: int | None) -> list[int]:
+    """Ranks of each plan node, in order; the last one may have fewer. One island when nothing is known of nodes."""
+    size = devices_per_node or num_ranks
+    return [min(size, num_ranks - first) for first in range(0, num_ranks, size)]
+
+
+def join_cluster() -> bool:
+    """Connect to the cluster that RAY_ADDRESS names, as it does in every Ray job; whether there is one."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return False
+    try:
+        ray.init(log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, and no Ray cluster answers there ({_first_line(error)}); "
+            "unset it to train on this machine alone"
+        ) from error
+    return True
 
 
 def start_local_ray(num_workers: int) -> None:
     """A Ray of this machine alone, listening on loopback, without dashboard or usage reports."""
     _stay_on_loopback()
     ray.init(
+        address="local",  # by default Ray joins a cluster that somebody started on this machine
         num_cpus=num_workers,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200 * 2**20,
         logging_level="error",
+    )
+
+
+def devices_of_cluster() -> str:
+    """The cluster that this process runs in, as planners are told (`4x8`).
+
+    Nodes without GPUs do not count where others have some; of uneven nodes each counts as the smallest.
+    """
+    if not ray.is_initialized():
+        join_cluster()
+    resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+    counts = [count for count in _counts(resource) if count]
+    if not counts:
+        raise RunError(
+            "the Ray cluster has neither a GPU nor a CPU for a rank; add a node with --num-cpus or --num-gpus"
+        )
+    return f"{len(counts)}x{min(counts)}" + (":cpu" if resource == "CPU" else "")
+
+
+def _counts(resource: str) -> list[int]:
+    return [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _gpus_of_rank(num_ranks: int, *, joined: bool) -> int:
+    """A GPU each where there are enough. In a cluster with too few, waiting for room says so; here the CPU will do."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    return 1 if gpus >= num_ranks or (joined and gpus) else 0
+
+
+def _room(num_ranks: int, num_gpus: int) -> dict[str, float]:
+    return {"CPU": float(num_ranks)} | ({"GPU": float(num_ranks)} if num_gpus else {})
+
+
+def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> RunError:
+    """What to say when islands do not fit: what is wanted, what nodes have, what of it is free."""
+    resource = "GPU" if num_gpus else "CPU"
+    counts, free = _counts(resource), int(ray.available_resources().get(resource, 0))
+    islands = f"{len(sizes)} islands of {sizes[0]} ranks" if len(sizes) > 1 else f"an island of {sizes[0]} ranks"
+    return RunError(
+        f"the Ray cluster had no room for {islands} within {timeout_s:g} s: an island needs a {resource} for each of "
+        f"its ranks on one node; the nodes have {', '.join(map(str, counts))}, of which {free} are free\n"
+        f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, or add nodes"
     )
 
 
@@ -172,16 +265,19 @@ def _address() -> str:
     return "127.0.0.1" if nodes <= {here, "127.0.0.1"} else here
 
 
-def _in_node_order(actors: Sequence[Any]) -> list[Any]:
-    places = ray.get([actor.place.remote() for actor in actors])
-    order = sorted(range(len(actors)), key=lambda index: (places[index], index))
-    return [actors[index] for index in order]
+def _failure(reference: Any) -> Exception | None:
+    """Why a call that has ended failed; None when it did not."""
+    try:
+        ray.get(reference)
+    except Exception as error:
+        return error
+    return None
 
 
 def _translated(error: Exception) -> Exception:
     cause = getattr(error, "cause", None)
-    if isinstance(cause, SpindleError):
-        return cause
-    if isinstance(error, ray.exceptions.RayActorError):
-        return RunError(f"a worker died: {str(error).splitlines()[0]} (out of memory kills too). The run ended")
-    return RunError(str(error))
+    return cause if isinstance(cause, SpindleError) else RunError(str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
