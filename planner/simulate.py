@@ -2,7 +2,7 @@
 
 - Forward: each device runs its slices in the plan's order; a slice starts when its data and its devices are there, then
   receives its input and runs. Backward is the same in reverse: each slice runs, then sends its input's gradient back.
-  Reductions follow when all of backward has ended; each device's optimiser step follows its own.
+  Reductions run beside the rest of backward or after it (`reduction`); each device's optimiser step follows its own.
 - A slice's forward share is its MetaOp's `forward_fraction`; a transfer takes as long in either direction.
 - Forward plus backward takes at least `makespan_s` (a longest path of sums is no longer than the sum of longest paths)
   and exactly that when all MetaOps have one forward_fraction and no slice of the plan starts later than it could.
@@ -16,13 +16,16 @@ from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import Flow, MetaGraph
 from spindle.plan import Plan, Slice
-from spindle.planner.traffic import (
+from spindle.planner.reduction import (
+    Reduction,
+    Share,
     reduced_by_device,
-    reduction_groups,
-    schedule_reductions,
-    transfer_s,
+    schedule,
+    shares_of,
+    slowed_by_device,
     update_by_device,
 )
+from spindle.planner.traffic import transfer_s
 from spindle.trace import Span, SpanKind, Trace
 
 
@@ -50,15 +53,34 @@ def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | 
     spans = _spans(plan, metagraph, slices, forward, SpanKind.FORWARD)
     spans += _spans(plan, metagraph, slices, backward, SpanKind.BACKWARD)
     if cluster is not None:
-        spans += _after_backward(cluster, metagraph, slices, max(t.end_s for t in backward))
+        spans += _after_backward(cluster, metagraph, slices, backward)
     spans.sort(key=lambda span: (span.start_s, span.rank, span.end_s))
     return Trace(num_ranks=plan.num_devices, source="predicted", spans=tuple(spans))
 
 
-def forward_backward_s(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> float:
-    """Predicted seconds of forward and backward, without reductions."""
-    _, _, backward = _timings(plan, metagraph, cluster)
-    return max(t.end_s for t in backward)
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of a step: forward and backward, what reductions add, and what the optimiser's step adds to that."""
+
+    both_s: float
+    reduction_s: float
+    update_s: float
+
+    @property
+    def step_s(self) -> float:
+        """All of it."""
+        return self.both_s + self.reduction_s + self.update_s
+
+
+def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
+    """Predicted seconds of one step."""
+    slices, _, backward = _timings(plan, metagraph, cluster)
+    shares = shares_of(metagraph, slices)
+    reduced_s = reduced_by_device(cluster, _reductions(cluster, shares, backward))
+    reduction_s = max(reduced_s.values(), default=0.0)
+    ends_s = [reduced_s.get(device, 0.0) + seconds for device, seconds in update_by_device(shares).items()]
+    both_s = max(t.end_s for t in backward)
+    return StepTimes(both_s, reduction_s, max([reduction_s, *ends_s]) - reduction_s)
 
 
 def _timings(
@@ -169,29 +191,43 @@ def _span(
     )
 
 
-def _after_backward(cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice], at_s: float) -> list[Span]:
-    groups = reduction_groups(metagraph, slices)
-    scheduled = schedule_reductions(cluster, groups)
-    reduced_s = reduced_by_device(scheduled)
-    steps = [
-        Span(
-            rank=device,
-            kind=SpanKind.STEP,
-            name="optimizer step",
-            start_s=at_s + reduced_s.get(device, 0.0),
-            end_s=at_s + reduced_s.get(device, 0.0) + seconds,
-        )
-        for device, seconds in update_by_device(metagraph, slices).items()
-    ]
-    return steps + [
+def _reductions(cluster: Cluster, shares: Sequence[Share], backward: Sequence[_Timed]) -> tuple[Reduction, ...]:
+    """Reductions of gradients that are ready when the last backward slice of their layers has run."""
+    end_s = max(t.end_s for t in backward)
+    computed_s = [t.end_s - t.transfer_s - end_s for t in backward]
+    wanted = [(share.devices, share.num_bytes, max(computed_s[i] for i in share.slices)) for share in shares]
+    return schedule(cluster, wanted)
+
+
+def _after_backward(
+    cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice], backward: Sequence[_Timed]
+) -> list[Span]:
+    """Reductions, what they take from backward, and the optimiser's steps."""
+    at_s = max(t.end_s for t in backward)
+    shares = shares_of(metagraph, slices)
+    reductions = _reductions(cluster, shares, backward)
+    done_s = reduced_by_device(cluster, reductions)
+    spans = [
         Span(
             rank=device,
             kind=SpanKind.REDUCE,
-            name=f"reduce over {len(devices)} devices from {devices[0]}",
-            start_s=at_s + start_s,
-            end_s=at_s + end_s,
-            num_bytes=int(groups[devices]),
+            name=f"reduce over {len(r.devices)} devices from {r.devices[0]}",
+            start_s=at_s + r.start_s,
+            end_s=at_s + r.end_s,
+            num_bytes=int(r.num_bytes),
         )
-        for devices, start_s, end_s in scheduled
-        for device in devices
+        for r in reductions
+        for device in r.devices
+    ]
+    after = [
+        (device, SpanKind.BACKWARD, "slowed by reductions", done_s[device] - seconds, done_s[device])
+        for device, seconds in slowed_by_device(cluster, reductions).items()
+    ]
+    after += [
+        (device, SpanKind.STEP, "optimizer step", done_s.get(device, 0.0), done_s.get(device, 0.0) + seconds)
+        for device, seconds in update_by_device(shares).items()
+    ]
+    return spans + [
+        Span(rank=device, kind=kind, name=name, start_s=at_s + start_s, end_s=at_s + end_s)
+        for device, kind, name, start_s, end_s in after
     ]

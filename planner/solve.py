@@ -25,8 +25,7 @@ from spindle.planner.place import place
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
-from spindle.planner.simulate import forward_backward_s
-from spindle.planner.traffic import reduction_s, updated_s
+from spindle.planner.simulate import step_times
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -134,11 +133,8 @@ def _searched(
 def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...]) -> Candidate:
     """Cost placed slices in the model that all methods share."""
     makespan_s = max(s.end_s for s in slices)
-    reduce_s = reduction_s(problem.cluster, problem.metagraph, slices)
-    after_s = updated_s(problem.cluster, problem.metagraph, slices)
-    draft = _draft(problem, method, slices, makespan_s)
-    both_s = forward_backward_s(draft, problem.metagraph, problem.cluster)
-    return Candidate(method, slices, makespan_s, reduce_s, after_s - reduce_s, both_s + after_s)
+    times = step_times(_draft(problem, method, slices, makespan_s), problem.metagraph, problem.cluster)
+    return Candidate(method, slices, makespan_s, times.reduction_s, times.update_s, times.step_s)
 
 
 def assemble(

@@ -46,8 +46,8 @@ class Decoder(Protocol):
     def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
         """The schedule; None as soon as it must end after `limit_s`, or when memory is full."""
 
-    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
-        """Seconds of gradient reduction after the schedule."""
+    def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
+        """Seconds that gradient reductions add to the schedule."""
 
 
 def draft_of(decoder: Decoder, runs: Sequence[Run]) -> Draft:
@@ -84,7 +84,7 @@ class FlatDecoder:
         """See Decoder."""
         return decode(self.model, draft, limit_s)
 
-    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
+    def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
         """Nothing is reduced."""
         return 0.0
 

@@ -42,7 +42,7 @@ class Climber:
         decoded = decoder.decode(draft, float("inf"))
         if decoded is None:
             raise Stuck
-        reduction_s = decoder.reduction_s(draft, decoded[3])
+        reduction_s = decoder.reduction_s(draft, decoded)
         self.draft, self.starts, self.devices = _with_ranks(draft, decoded[2]), decoded[2], decoded[3]
         self.value = self._value(decoded[0] + reduction_s, decoded[1])
         self.best = Result(decoded[0] + reduction_s, self.draft)
@@ -88,7 +88,7 @@ class Climber:
             value = self._value(decoded[0], decoded[1]) if decoded else float("inf")
             reduction_s = 0.0
             if decoded and value <= limit:
-                reduction_s = self.decoder.reduction_s(self.draft, decoded[3])
+                reduction_s = self.decoder.reduction_s(self.draft, decoded)
                 self.reductions += 1
             if decoded and value + reduction_s <= limit:
                 self._accept(decoded, value + reduction_s, reduction_s)
@@ -111,7 +111,7 @@ class Climber:
         if decoded is None:
             raise AssertionError("the best draft does not decode any more")
         self.draft, self.starts, self.devices = list(self.best.draft), decoded[2], decoded[3]
-        self.value = self._value(decoded[0] + self.decoder.reduction_s(self.draft, self.devices), decoded[1])
+        self.value = self._value(decoded[0] + self.decoder.reduction_s(self.draft, decoded), decoded[1])
 
     # ------------------------------------------------------------------------------------------------------ moves
 

@@ -5,15 +5,15 @@ layers and bringing its input take, and fills the memory of its devices.
 """
 
 from bisect import insort
-from collections import defaultdict
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
+from math import inf
 
+from spindle.planner.reduction import reduced_by_device, schedule
 from spindle.planner.search.decode import Decoded, Draft
 from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
-from spindle.planner.traffic import reduce_s
 
 REDUCTION_UNITS, DEVICE_UNITS = 3.0, 0.02  # for each slice, and for each slice and device
 
@@ -110,37 +110,32 @@ class PlacedDecoder:
                     break
                 _, m, devices = heappop(running)
 
-    def reduction_s(self, draft: Draft, devices: list[list[int]]) -> float:
-        """As `spindle.planner.traffic.reduction_s`, on sets of devices as bits."""
+    def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
+        """What gradient reductions add, as `spindle.planner.reduction` has it.
+
+        Backward runs the same slices in reverse: when those that started first run, all other gradients are ready.
+        """
         problem = self.floor.problem
-        groups: dict[int, float] = defaultdict(float)
+        _, _, starts, devices = decoded
+        wanted: list[tuple[tuple[int, ...], float, float]] = []
         for members in self.floor.sharing:
-            pieces: list[tuple[int, int, int]] = []
+            pieces: list[tuple[int, int, int, float]] = []
             most = 0.0
             for m in members:
-                most = max(most, problem.metaops[m].layer_param_bytes)
+                metaop = problem.metaops[m]
+                most = max(most, metaop.layer_param_bytes)
                 first = 0
-                for part, where in zip(draft[m], devices[m], strict=True):
-                    pieces.append((first, first + part[1], where))
+                for part, where, start_s in zip(draft[m], devices[m], starts[m], strict=True):
+                    ready_s = (metaop.forward_fraction - 1) * start_s
+                    pieces.append((first, first + part[1], where, ready_s))
                     first += part[1]
-            edges = sorted({e for begin, end, _ in pieces for e in (begin, end)})
-            for low, high in pairwise(edges):
-                holders = 0
-                for begin, end, where in pieces:
+            for low, high in pairwise(sorted({e for begin, end, _, _ in pieces for e in (begin, end)})):
+                holders, last_s = 0, -inf
+                for begin, end, where, ready_s in pieces:
                     if begin <= low and high <= end:
                         holders |= where
+                        last_s = max(last_s, ready_s)
                 if holders & (holders - 1):
-                    groups[holders] += (high - low) * most
-        return self._scheduled_s(groups)
-
-    def _scheduled_s(self, groups: dict[int, float]) -> float:
-        cluster = self.floor.problem.cluster
-        seconds = sorted(((-reduce_s(cluster, b, bits_of(g)), bits_of(g)) for g, b in groups.items()))
-        free_s = [0.0] * self.model.num_devices
-        last = 0.0
-        for minus_s, group in seconds:
-            end = max(free_s[d] for d in group) - minus_s
-            for d in group:
-                free_s[d] = end
-            last = max(last, end)
-        return last
+                    wanted.append((bits_of(holders), (high - low) * most, last_s))
+        reductions = schedule(problem.cluster, wanted)
+        return max(reduced_by_device(problem.cluster, reductions).values(), default=0.0)

@@ -127,10 +127,13 @@ def _reduction_s(model: Model, floor: Floor | None, f: Found) -> float:
     if floor is None or not floor.sharing:
         return 0.0
     forward = forward_runs(f.model, f.runs)
+    starts: list[list[float]] = [[] for _ in range(len(model))]
     devices: list[list[int]] = [[] for _ in range(len(model))]
-    for m, _, _, _, _, mask in forward:
+    for m, _, _, start_s, _, mask in forward:
+        starts[m].append(start_s)
         devices[m].append(mask)
-    return PlacedDecoder(model, floor).reduction_s(_plain_draft(model, forward), devices)
+    decoded = (f.makespan_s, 0.0, starts, devices)
+    return PlacedDecoder(model, floor).reduction_s(_plain_draft(model, forward), decoded)
 
 
 def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:

@@ -135,4 +135,7 @@ def _reductions(predicted: Iterable[Span]) -> dict[frozenset[int], float]:
     for span in predicted:
         if span.kind is SpanKind.REDUCE:
             members[span.name, span.start_s, span.end_s].add(span.rank)
-    return {frozenset(ranks): end_s - start_s for (_, start_s, end_s), ranks in members.items()}
+    seconds: dict[frozenset[int], float] = defaultdict(float)
+    for (_, start_s, end_s), ranks in members.items():
+        seconds[frozenset(ranks)] += end_s - start_s
+    return dict(seconds)

@@ -1,0 +1,135 @@
+"""Reduction: slices and a cluster in; which gradients each set of devices reduces, when, and when each device is done.
+
+- Layers of one parameter set that the same slices run are a Share. Shares on the same devices are reduced as one
+  all-reduce (the paper's parameter device group pool, section 3.6; costs: `spindle.cost.links`).
+- The runtime starts a reduction when the last backward slice of its layers has ended, beside the rest of backward. Each
+  second beside backward takes `Device.overlap_cost` seconds from it; where that is 1 or more nothing is gained, and
+  reductions are charged after backward.
+- All devices meet the reductions in one order: as they become ready, longest first. Each waits for all its devices.
+
+Times count from the end of backward; what happens beside it is negative.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from spindle.cluster import Cluster
+from spindle.cost.links import collective_s
+from spindle.metagraph import MetaGraph
+from spindle.plan import Slice
+from spindle.planner.traffic import Devices
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Layers of one parameter set that the same slices run.
+
+    devices     all that hold them, rising
+    num_bytes   of their gradients
+    update_s    of the optimiser's step on each device
+    slices      numbers of the slices that run them
+    """
+
+    devices: Devices
+    num_bytes: float
+    update_s: float
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """One all-reduce; times from the end of backward."""
+
+    devices: Devices
+    num_bytes: float
+    start_s: float
+    end_s: float
+
+
+def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...]:
+    """The shares of all parameters that are trained. MetaOps with the same `parameters` hold the same layers."""
+    by_key: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for i, s in enumerate(slices):
+        metaop = metagraph[s.metaop]
+        if metaop.layer_param_bytes or metaop.layer_update_s:
+            key = metaop.parameters or f"{metaop.name} (alone)"
+            by_key[key].append((s.first_layer, s.first_layer + s.num_layers, i))
+    found = []
+    for pieces in by_key.values():
+        for low, high in pairwise(sorted({edge for begin, end, _ in pieces for edge in (begin, end)})):
+            held = tuple(i for begin, end, i in pieces if begin <= low and high <= end)
+            metaops = [metagraph[slices[i].metaop] for i in held]
+            if held:
+                found.append(
+                    Share(
+                        devices=tuple(sorted({d for i in held for d in slices[i].devices})),
+                        num_bytes=(high - low) * max(m.layer_param_bytes for m in metaops),
+                        update_s=(high - low) * max(m.layer_update_s for m in metaops),
+                        slices=held,
+                    )
+                )
+    return tuple(found)
+
+
+def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
+    """Seconds of one all-reduce of `num_bytes` over `devices`, with the fastest protocol of the links."""
+    if not num_bytes or len(devices) < 2:
+        return 0.0
+    return collective_s("all_reduce", num_bytes, cluster, _members(cluster.devices_per_node, devices))
+
+
+@lru_cache(maxsize=65536)
+def _members(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
+    """How many of `devices` each node has."""
+    return tuple(Counter(device // devices_per_node for device in devices).values())
+
+
+def schedule(cluster: Cluster, wanted: Iterable[tuple[Devices, float, float]]) -> tuple[Reduction, ...]:
+    """When each of `wanted`, (devices, bytes, when they are ready), is reduced; the same devices' are one message."""
+    beside = cluster.device.overlap_cost < 1
+    parts: dict[tuple[float, Devices], float] = defaultdict(float)
+    total: dict[Devices, float] = defaultdict(float)
+    for devices, num_bytes, ready_s in wanted:
+        if num_bytes and len(devices) > 1:
+            parts[ready_s if beside else 0.0, devices] += num_bytes
+            total[devices] += num_bytes
+    seconds = {devices: reduce_s(cluster, num_bytes, devices) for devices, num_bytes in total.items()}
+    free_s: dict[int, float] = {}
+    done: list[Reduction] = []
+    for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
+        num_bytes = parts[ready_s, devices]
+        start_s = max(ready_s, max(free_s.get(d, ready_s) for d in devices))
+        end_s = start_s + seconds[devices] * (num_bytes / total[devices])
+        free_s.update(dict.fromkeys(devices, end_s))
+        done.append(Reduction(devices, num_bytes, start_s, end_s))
+    return tuple(done)
+
+
+def slowed_by_device(cluster: Cluster, reductions: Iterable[Reduction]) -> dict[int, float]:
+    """Seconds that reductions beside backward take from it, on the devices that have any."""
+    slowed_s: dict[int, float] = defaultdict(float)
+    for r in reductions:
+        for device in r.devices if r.start_s < 0 else ():
+            slowed_s[device] += cluster.device.overlap_cost * (min(r.end_s, 0.0) - r.start_s)
+    return dict(slowed_s)
+
+
+def reduced_by_device(cluster: Cluster, reductions: Sequence[Reduction]) -> dict[int, float]:
+    """Seconds from the end of backward until each device's reductions are done, and what they took is made up for."""
+    done_s = slowed_by_device(cluster, reductions)
+    last_s: dict[int, float] = {}
+    for r in reductions:
+        last_s.update((device, max(r.end_s, last_s.get(device, 0.0))) for device in r.devices)
+    return {device: end_s + done_s.get(device, 0.0) for device, end_s in last_s.items()}
+
+
+def update_by_device(shares: Iterable[Share]) -> dict[int, float]:
+    """Seconds of the optimiser's step on each device: over every layer that it holds, shared ones once."""
+    seconds: dict[int, float] = defaultdict(float)
+    for share in shares:
+        for device in share.devices if share.update_s else ():
+            seconds[device] += share.update_s
+    return dict(sorted(seconds.items()))

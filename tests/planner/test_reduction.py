@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+
+from spindle.planner.reduction import (
+    Reduction,
+    Share,
+    reduce_s,
+    reduced_by_device,
+    schedule,
+    shares_of,
+    slowed_by_device,
+    update_by_device,
+)
+from tests.planner.planner_graphs import cluster, graph, metaop, piece
+
+NODES = cluster(2, 4)  # 1 byte/s inside, 0.1 between; overlap gains nothing
+BESIDE = replace(NODES, device=replace(NODES.device, overlap_cost=0.25))
+
+
+def test_a_reduction_is_a_ring_inside_and_between_nodes() -> None:
+    """Eight bytes: 2 * 3/4 * 8 inside a node; a ring of eight over two nodes carries a quarter through each port."""
+    assert reduce_s(NODES, 8.0, (3,)) == 0
+    assert reduce_s(NODES, 8.0, (0, 1, 2, 3)) == pytest.approx(12.0)
+    assert reduce_s(NODES, 8.0, tuple(range(8))) == pytest.approx(2 * 7 / 8 * 2.0 / 0.1)
+    assert reduce_s(NODES, 8.0, (0, 4)) == pytest.approx(2 * 0.5 * 8.0 / 0.1)
+
+
+def test_shares_are_layers_held_by_the_same_slices() -> None:
+    """a and b share two layers: layer 0 lives on devices 0-2, layer 1 on 0 and 1; c is updated but not reduced."""
+    metagraph = graph(
+        metaop("a", 2, parameters="w", layer_param_bytes=6.0),
+        metaop("b", 2, parameters="w", layer_param_bytes=6.0),
+        replace(metaop("c", 1), layer_update_s=0.5),
+        metaop("frozen", 1),
+    )
+    slices = [
+        piece("a", range(0, 2), (0,), 0, 1),
+        piece("b", range(0, 1), (1, 2), 0, 1),
+        piece("b", range(1, 2), (1,), 1, 2),
+        piece("c", range(0, 1), (3,), 0, 1),
+        piece("frozen", range(0, 1), (3,), 1, 2),
+    ]
+    shares = shares_of(metagraph, slices)
+    assert shares == (
+        Share((0, 1, 2), 6.0, 0.0, (0, 1)),
+        Share((0, 1), 6.0, 0.0, (0, 2)),
+        Share((3,), 0.0, 0.5, (3,)),
+    )
+    assert update_by_device(shares) == {3: 0.5}
+
+
+def test_reductions_on_one_device_follow_each_other() -> None:
+    """8 s on devices 0-2 (2 * 2/3 * 6), then 6 s on 0 and 1; devices 2 and 3 reduce beside that."""
+    done = schedule(NODES, [((0, 1), 6.0, -9.0), ((0, 1, 2), 6.0, -1.0), ((2, 3), 1.0, -5.0), ((3,), 7.0, -5.0)])
+    assert [r.devices for r in done] == [(0, 1, 2), (0, 1), (2, 3)]
+    assert [r.start_s for r in done] == pytest.approx([0.0, 8.0, 8.0])
+    assert [r.end_s for r in done] == pytest.approx([8.0, 14.0, 9.0])
+    assert reduced_by_device(NODES, done) == pytest.approx({0: 14.0, 1: 14.0, 2: 9.0, 3: 9.0})
+
+
+def test_reductions_beside_backward_take_a_share_of_their_time_from_it() -> None:
+    """Devices 0 and 1 reduce for 4 s from 6 s before the end: 1 s is lost. Then 4 s, 2 of them after it: 0.5 s."""
+    done = schedule(BESIDE, [((0, 1), 4.0, -2.0), ((0, 1), 4.0, -6.0), ((2, 3), 1.0, 0.0)])
+    assert [r.devices for r in done] == [(0, 1), (0, 1), (2, 3)]
+    assert [r.start_s for r in done] == pytest.approx([-6.0, -2.0, 0.0])
+    assert [r.end_s for r in done] == pytest.approx([-2.0, 2.0, 1.0])
+    assert slowed_by_device(BESIDE, done) == pytest.approx({0: 1.5, 1: 1.5})
+    assert reduced_by_device(BESIDE, done) == pytest.approx({0: 3.5, 1: 3.5, 2: 1.0, 3: 1.0})
+
+
+def test_what_is_reduced_in_time_adds_only_what_it_takes_from_backward() -> None:
+    assert reduced_by_device(BESIDE, [Reduction((0,), 1.0, -8.0, -4.0)]) == {0: 1.0}
+
+
+def test_nothing_to_reduce_takes_no_time() -> None:
+    shares = shares_of(graph(metaop("a")), [piece("a", range(1), range(4), 0, 1)])
+    assert shares == ()
+    assert schedule(NODES, []) == ()
