@@ -12,6 +12,7 @@ from typing import Any
 SECTIONS = {
     "Start": ("index", "quickstart", "concepts", "wrapping", "models"),
     "Use": ("reading-a-plan", "timeline", "tuning", "training", "metrics", "cluster"),
+    "Examples": ("gallery/index",),
     "Reference": ("cli", "api", "faq"),
     "How it works": ("planner", "cost-model", "design", "benchmarks"),
 }
@@ -24,8 +25,9 @@ def on_config(config: Any) -> Any:
     pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")}
     named = {title: [name for name in names if name in pages] for title, names in SECTIONS.items()}
     rest = pages - {name for names in named.values() for name in names}
+    named["Examples"] += sorted(name for name in rest if name.startswith("gallery/"))
     named["Decisions"] = sorted(name for name in rest if name.startswith("decisions/"))
-    named["More"] = sorted(rest - set(named["Decisions"]))
+    named["More"] = sorted(rest - {*named["Decisions"], *named["Examples"]})
     config["nav"] = [{title: [f"{name}.md" for name in names]} for title, names in named.items() if names]
     return config
 
