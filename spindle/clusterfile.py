@@ -142,8 +142,14 @@ def _place(node: Any) -> str:
     return f"in the mapping that begins at line {node.start_mark.line + 1}"
 
 
+def device_types() -> dict[str, Any]:
+    """The built-in device types by name."""
+    types: dict[str, Any] = read_yaml(Path(__file__).with_name("devices.yaml"))
+    return types
+
+
 def _device_type(name: str) -> _DeviceTypeModel:
-    types = read_yaml(Path(__file__).with_name("devices.yaml"))
+    types = device_types()
     if name not in types:
         raise ClusterError(f"device type {name!r} is not known; the types are {', '.join(sorted(types))}")
     return _DeviceTypeModel.model_validate(types[name])

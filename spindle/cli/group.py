@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from spindle.cli.kinds import CLUSTER_TEXT, JSON_FILE, SOURCE_FILE
+
 if TYPE_CHECKING:
     from spindle.plan import Plan
 
@@ -27,10 +29,13 @@ def cli() -> None:
     """
 
 
-SOURCE = click.argument("source")
-CLUSTER = click.option("--cluster", "-c", help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine.")
+SOURCE = click.argument("source", type=SOURCE_FILE)
+PLAN = click.argument("plan_file", metavar="PLAN", type=JSON_FILE)
+CLUSTER = click.option(
+    "--cluster", "-c", type=CLUSTER_TEXT, help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-PROFILE = click.option("--profile", "-p", metavar="FILE", help="Measured times (spindle profile).")
+PROFILE = click.option("--profile", "-p", type=JSON_FILE, help="Measured times (spindle profile).")
 LAUNCHER = click.option(
     "--launcher",
     type=click.Choice(["auto", "ray", "processes", "threads", "torchrun"]),

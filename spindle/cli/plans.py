@@ -4,7 +4,8 @@ import json
 
 import click
 
-from spindle.cli.group import CLUSTER, JSON, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.kinds import FILE, JSON_FILE, METHOD
 from spindle.cli.options import device_counts, pins, positive
 from spindle.cli.terminal import cost_notes, json_text
 from spindle.errors import FormatError, PlanError
@@ -14,11 +15,15 @@ from spindle.errors import FormatError, PlanError
 @SOURCE
 @CLUSTER
 @PROFILE
-@click.option("--output", "-o", metavar="FILE", help="Write the plan.")
-@click.option("--method", default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ...")
+@click.option("--output", "-o", type=FILE, help="Write the plan.")
+@click.option(
+    "--method", type=METHOD, default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ..."
+)
 @click.option("--time-limit", "time_limit_s", type=float, metavar="S", callback=positive, help="Seconds to search.")
 @click.option("--aligned", is_flag=True, help="Strict waves: each starts when the one before has ended.")
-@click.option("--start", "start_file", metavar="PLAN", help="Begin from this plan, of other tasks for instance.")
+@click.option(
+    "--start", "start_file", metavar="PLAN", type=JSON_FILE, help="Begin from this plan, of other tasks for instance."
+)
 @click.option("--pin", "pins", multiple=True, metavar="NAME=0-3", callback=pins, help="Keep a component on devices.")
 @click.option("--table", "with_table", is_flag=True, help="Print every slice.")
 @JSON
@@ -87,8 +92,8 @@ def _this_machine() -> str:
 
 
 @cli.command()
-@click.argument("plan_file", metavar="PLAN")
-@click.option("--metagraph", "-g", metavar="FILE", help="Check against this MetaGraph instead of the plan's own.")
+@PLAN
+@click.option("--metagraph", "-g", type=JSON_FILE, help="Check against this MetaGraph instead of the plan's own.")
 @JSON
 def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
     """Recompute every rule of PLAN; exit 1 when one is broken.
@@ -117,7 +122,7 @@ def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("plan_file", metavar="PLAN")
+@PLAN
 @JSON
 def explain(plan_file: str, as_json: bool) -> None:
     """Say why PLAN looks as it does: what bounds it, where its gap and its idle time come from.
@@ -134,8 +139,8 @@ def explain(plan_file: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("before", metavar="A")
-@click.argument("after", metavar="B")
+@click.argument("before", metavar="A", type=JSON_FILE)
+@click.argument("after", metavar="B", type=JSON_FILE)
 @JSON
 def diff(before: str, after: str, as_json: bool) -> None:
     """Compare two plans: their figures, and the MetaOps that run otherwise.
@@ -194,12 +199,12 @@ def whatif(
 
 
 @cli.command()
-@click.argument("plan_file", metavar="PLAN")
-@click.option("--trace", "trace_file", metavar="FILE", help="A run to show beside the plan (spindle train --trace).")
-@click.option("--html", metavar="FILE", help="Write one page that needs no network.")
-@click.option("--svg", metavar="FILE", help="Write a picture for papers.")
-@click.option("--png", metavar="FILE", help="The same as points (pip install 'spindle[png]').")
-@click.option("--chrome", metavar="FILE", help="Write the trace for Perfetto or chrome://tracing.")
+@PLAN
+@click.option("--trace", "trace_file", type=JSON_FILE, help="A run to show beside the plan (spindle train --trace).")
+@click.option("--html", type=FILE, help="Write one page that needs no network.")
+@click.option("--svg", type=FILE, help="Write a picture for papers.")
+@click.option("--png", type=FILE, help="The same as points (pip install 'spindle[png]').")
+@click.option("--chrome", type=FILE, help="Write the trace for Perfetto or chrome://tracing.")
 @JSON
 def show(
     plan_file: str,

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
+from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, not_negative
 from spindle.cli.terminal import advise_after, json_text, losses_text, progress
 
@@ -14,8 +15,8 @@ from spindle.cli.terminal import advise_after, json_text, losses_text, progress
 @SOURCE
 @CLUSTER
 @click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all.")
-@click.option("--profile", "-p", "old", metavar="FILE", help="A profile whose times are taken over.")
-@click.option("--output", "-o", metavar="FILE", required=True, help="The profile; what it holds is not measured again.")
+@click.option("--profile", "-p", "old", type=JSON_FILE, help="A profile whose times are taken over.")
+@click.option("--output", "-o", type=FILE, required=True, help="The profile; what it holds is not measured again.")
 @click.option("--validate", is_flag=True, help="Measure more counts, and print how well curves tell them.")
 @JSON
 def profile(
@@ -76,7 +77,7 @@ def profile(
 
 @cli.command()
 @SOURCE
-@click.option("--plan", "plan_file", metavar="FILE", help="Verify this plan. Default: plan for --workers devices.")
+@click.option("--plan", "plan_file", type=JSON_FILE, help="Verify this plan. Default: plan for --workers devices.")
 @click.option("--workers", "-n", type=click.IntRange(1), default=2, show_default=True, help="Devices to plan for.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--rtol", type=float, callback=not_negative, help="Default: 1e-4, or 1e-10 for float64 models.")
@@ -125,7 +126,7 @@ def verify(
 
 @cli.command()
 @SOURCE
-@click.option("--plan", "plan_file", metavar="FILE", help="Default: plan for the devices of this machine.")
+@click.option("--plan", "plan_file", type=JSON_FILE, help="Default: plan for the devices of this machine.")
 @click.option("--steps", type=click.IntRange(1), required=True)
 @click.option(
     "--lr",
@@ -136,10 +137,10 @@ def verify(
     help="Of AdamW, unless the file has `optimizer`.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--trace", "trace_file", metavar="FILE", help="Write what the last steps did, when and where.")
-@click.option("--metrics", metavar="FILE", help="Write a line of JSON a step: losses, speed, shares of time, memory.")
-@click.option("--tensorboard", metavar="DIR", help="The same for TensorBoard (pip install tensorboard).")
-@click.option("--checkpoints", metavar="DIR", help="Write checkpoints here, the last one at the end.")
+@click.option("--trace", "trace_file", type=FILE, help="Write what the last steps did, when and where.")
+@click.option("--metrics", type=FILE, help="Write a line of JSON a step: losses, speed, shares of time, memory.")
+@click.option("--tensorboard", type=FOLDER, help="The same for TensorBoard (pip install tensorboard).")
+@click.option("--checkpoints", type=FOLDER, help="Write checkpoints here, the last one at the end.")
 @click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep, the newest. Default: all.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
@@ -221,8 +222,8 @@ def train(
 
 @cli.command()
 @SOURCE
-@click.option("--checkpoint", metavar="DIR", help="Weights to write. Default: as the file makes them.")
-@click.option("-o", "--output", required=True, metavar="DIR", help="Each component goes to DIR/NAME.")
+@click.option("--checkpoint", type=FOLDER, help="Weights to write. Default: as the file makes them.")
+@click.option("-o", "--output", required=True, type=FOLDER, help="Each component goes to DIR/NAME.")
 @JSON
 def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> None:
     """Write the components of SOURCE as their library loads them: `save_pretrained`, or else safetensors.
