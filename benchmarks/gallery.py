@@ -35,6 +35,7 @@ from spindle.spec.graph import build_graph
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
+SPEC = re.compile(r"(?:benchmarks/workloads|docs/examples/\w+)/[\w-]+\.yaml")
 NODES, DEVICES_PER_NODE, SMALLER = (1, 2, 4), 8, 8
 USUAL = ("sequential", "task_split", "component_split")
 STEPS, TURNS = 5, 9
@@ -43,7 +44,7 @@ STEPS, TURNS = 5, 9
 def examples() -> Iterator[tuple[str, Path]]:
     """Names of the examples in docs/examples that have a true size, and where their specs are."""
     for model in sorted(EXAMPLES.glob("*/model.py")):
-        named = re.search(r"benchmarks/workloads/\w+\.yaml", model.read_text(encoding="utf-8"))
+        named = SPEC.search(model.read_text(encoding="utf-8"))
         if named:
             yield model.parent.name, ROOT / named[0]
 

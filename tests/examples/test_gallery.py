@@ -15,7 +15,7 @@ from spindle.source import load_workload
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 PAGES = ROOT / "docs" / "gallery"
-SPEC = re.compile(r"benchmarks/workloads/\w+\.yaml")
+SPEC = re.compile(r"(?:benchmarks/workloads|docs/examples/\w+)/[\w-]+\.yaml")
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/model.py") if SPEC.search(path.read_text("utf-8")))
 SHOWN = sorted(path.stem for path in PAGES.glob("*.md") if path.stem != "index")
 EXCERPT = re.compile(r"<!-- not run: part of \S+ -->\n```python\n(.*?)```", re.DOTALL)

@@ -8,6 +8,7 @@
 | llm | Llama | 4 | 64 | yes |
 
 One task, `action`: a picture and an instruction in, the words of an action out, one word for each of its dimensions.
+True size: docs/examples/openvla_frozen/true-size.yaml.
 
 Data: a red and a blue blob on a picture; the instruction names one of them, the action is the way to it.
 """
