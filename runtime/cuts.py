@@ -1,17 +1,17 @@
-"""Cuts: parameters that tensor parallelism cuts into pieces, and Linear layers that compute with some of them.
+"""Cuts: parameters that tensor parallelism cuts into pieces, and layers that compute with some of them.
 
 - A rank holds the pieces that its slices need, each a parameter of its own with its own group of ranks: so gradients
   are reduced, clipped, updated and saved as those of any parameter, whatever the layouts of the slices that share it.
 - In a tensor-parallel run each rank of a copy computes its part of the features, between a layer cut by outputs and
   one cut by inputs (Megatron-LM, section 3): the former sums the gradient of its input over the copy, the latter its
-  output.
+  output. Heads put their parts of the words side by side; embeddings look up the words that they hold.
 - What is not cut is computed by all ranks of a copy alike, so each adds its share of the gradient; marked `partial`, it
   sees a part of the features, and its gradients are shares already.
 """
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.graph import parse_piece, piece_name
+from spindle.graph import Parameter, parse_piece
 from spindle.runtime.programs.program import Program
 
 _PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)")
@@ -61,29 +61,41 @@ def piece_of(whole: Tensor, name: str) -> Tensor:
     return whole.narrow(dim, index * size, size)
 
 
-def held_pieces(program: Program, captured: Captured, rank: int) -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which pieces of a parameter that is cut a rank holds."""
+
+    parameter: Parameter
+    indices: tuple[int, ...]
+
+    def names(self) -> list[tuple[int, str]]:
+        """Index and name of each."""
+        every = self.parameter.names()
+        return [(index, every[index]) for index in self.indices]
+
+
+def held_pieces(program: Program, captured: Captured, rank: int) -> dict[str, Held]:
     """Pieces that the slices of `rank` need of each parameter that is cut."""
-    held: dict[str, set[int]] = {}
+    held: dict[str, tuple[Parameter, set[int]]] = {}
     for run in (run for run in program.slices if rank in run.ranks):
         copy = run.copy_of(rank)
         for parameter in (p for name in run.operators for p in captured.graph.by_name[name].parameters):
             if parameter.pieces > 1:
-                names = parameter.names(copy.index(rank), len(copy))
-                held.setdefault(parameter.name, set()).update(parse_piece(name)[1] for name in names)
-    return {name: tuple(sorted(indices)) for name, indices in held.items()}
+                share = parameter.pieces // len(copy)
+                first = copy.index(rank) * share
+                held.setdefault(parameter.name, (parameter, set()))[1].update(range(first, first + share))
+    return {name: Held(parameter, tuple(sorted(indices))) for name, (parameter, indices) in held.items()}
 
 
 def held_names(program: Program, captured: Captured, rank: int) -> list[str]:
     """Parameters, pieces of parameters and buffers that `rank` holds."""
     pieces = held_pieces(program, captured, rank)
-    cut = {p.name: p for op in captured.graph for p in op.parameters if p.pieces > 1}
     names: dict[str, None] = {}
     for code in (captured.codes[name] for name in program.operators_of(rank)):
         for _, name in (*code.parameters, *code.buffers):
-            if name in cut:
-                names.update((piece_name(name, k, cut[name].pieces, cut[name].piece_dim), None) for k in pieces[name])
-            else:
-                names[name] = None
+            names.update((own, None) for _, own in pieces[name].names()) if name in pieces else names.update(
+                {name: None}
+            )
     return list(names)
 
 
@@ -114,40 +126,59 @@ class Switch:
             self.layout = None
 
 
-class CutLinear(nn.Module):
-    """A Linear layer of which a rank holds some of `count` pieces, cut by outputs (dim 0) or inputs (dim 1)."""
+class _CutLayer(nn.Module):
+    """A layer of which a rank holds some pieces of each parameter that is cut: `weight_0`, `weight_3`, `bias_0`."""
 
-    def __init__(self, linear: nn.Linear, dim: int, count: int, held: Sequence[int], switch: Switch) -> None:
-        super().__init__()
-        self.dim, self.count, self.held, self.switch = dim, count, tuple(held), switch
-        self.biased = linear.bias is not None
-        for index in held:
-            self._keep(f"weight_{index}", linear.weight, dim, index)
-            if self.biased and dim == 0:
-                self._keep(f"bias_{index}", linear.bias, 0, index)
-        if self.biased and dim == 1:
-            self.bias = linear.bias
+    switch: Switch
+    held: dict[str, Held]
 
-    def _keep(self, name: str, whole: Tensor, dim: int, index: int) -> None:
-        piece = whole.detach().chunk(self.count, dim)[index].clone()
-        self.register_parameter(name, nn.Parameter(piece, requires_grad=whole.requires_grad))
-
-    def _parts(self, name: str, dim: int, layout: Layout | None) -> Tensor:
-        indices: Iterable[int] = self.held if layout is None else _of_part(layout, self.count)
+    def _part(self, name: str) -> Tensor:
+        """What this rank computes with: of a parameter all pieces, or in a layout those of its part."""
+        held, layout = self.held[name], self.switch.layout
+        indices = held.indices if layout is None else _of_part(layout, held.parameter.pieces)
         pieces: list[Tensor] = [self.get_parameter(f"{name}_{index}") for index in indices]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, held.parameter.piece_dim)
+
+
+class CutLinear(_CutLayer, nn.Linear):
+    """A Linear layer cut by outputs (dim 0) or inputs (dim 1)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """All outputs, or in a layout this rank's part of them (dim 0), or all of them from its part of the inputs."""
-        layout = self.switch.layout
-        if self.dim == 0:
-            inputs = inputs if layout is None else _Given.apply(inputs, layout)  # type: ignore[no-untyped-call]
-            return F.linear(
-                inputs, self._parts("weight", 0, layout), self._parts("bias", 0, layout) if self.biased else None
-            )
-        outputs = F.linear(inputs, self._parts("weight", 1, layout))
+        """All outputs; or in a layout this rank's part of them, or all of them from its part of the inputs. Where the
+        cut is `joined` it takes and gives all features in a layout too.
+        """
+        layout, cut = self.switch.layout, self.held["weight"].parameter
+        if layout is not None and (cut.piece_dim == 0 or cut.joined):
+            inputs = _Given.apply(inputs, layout)  # type: ignore[no-untyped-call]
+        if cut.piece_dim == 0:
+            bias = self._part("bias") if "bias" in self.held else None
+            outputs = F.linear(inputs, self._part("weight"), bias)
+            joins = layout is not None and cut.joined
+            return _Joined.apply(outputs, layout) if joins else outputs  # type: ignore[no-untyped-call]
+        if layout is not None and cut.joined:
+            inputs = inputs.chunk(layout.parts, -1)[layout.part]
+        outputs = F.linear(inputs, self._part("weight"))
         outputs = outputs if layout is None else _Total.apply(outputs, layout)  # type: ignore[no-untyped-call]
-        return outputs + self.bias.to(outputs.dtype) if self.biased else outputs
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+
+class CutEmbedding(_CutLayer, nn.Embedding):
+    """An embedding cut by words."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        """The vectors of all words; in a layout each rank looks up those that it holds, and the rest is zero to it."""
+        layout, weight = self.switch.layout, self._part("weight")
+        if layout is None:
+            return F.embedding(words, weight, self.padding_idx)
+        first = layout.part * len(weight)
+        missing = (words < first) | (words >= first + len(weight))
+        pad = None if self.padding_idx is None else self.padding_idx - first
+        own = F.embedding((words - first).masked_fill(missing, 0), weight, pad if pad in range(len(weight)) else None)
+        found: Tensor = _Total.apply(own.masked_fill(missing[..., None], 0), layout)  # type: ignore[no-untyped-call]
+        return found
+
+
+_CUT: dict[type[nn.Module], type[_CutLayer]] = {nn.Linear: CutLinear, nn.Embedding: CutEmbedding}
 
 
 def _of_part(layout: Layout, count: int) -> range:
@@ -185,6 +216,24 @@ class _Total(torch.autograd.Function):
         return gradient, None
 
 
+class _Joined(torch.autograd.Function):
+    """The parts of the last dimension that the ranks of a copy made, side by side; the gradient of the whole is known
+    to all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        whole = value.new_zeros(*value.shape[:-1], value.shape[-1] * layout.parts)
+        whole.chunk(layout.parts, -1)[layout.part].copy_(value)
+        layout.total(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(ctx.layout.parts, -1)[ctx.layout.part], None
+
+
 class _Share(torch.autograd.Function):
     """A parameter that all ranks of a copy use alike: each adds its share of the gradient."""
 
@@ -211,27 +260,41 @@ def compute_part(
         return functional_call(code.module, shared, tuple(arguments))
 
 
-def cut_codes(
-    codes: Mapping[str, OperatorCode], cuts: Mapping[str, tuple[int, int, tuple[int, ...]]], switch: Switch
-) -> dict[str, OperatorCode]:
-    """Codes whose cut layers hold only the pieces of this rank. `cuts`: count, dimension and pieces held of each
-    parameter that is cut, by name. Their modules are changed.
+def cut_codes(codes: Mapping[str, OperatorCode], held: Mapping[str, Held], switch: Switch) -> dict[str, OperatorCode]:
+    """Codes whose cut layers hold only the pieces of this rank; `held` tells which, by parameter. Layers are changed in
+    place, since several codes may hold one; those that share a parameter go on to share its pieces.
     """
-    return {name: _cut_code(code, cuts, switch) if cuts else code for name, code in codes.items()}
+    pieces: dict[str, nn.Parameter] = {}
+    return {name: _cut_code(code, held, switch, pieces) if held else code for name, code in codes.items()}
 
 
-def _cut_code(code: OperatorCode, cuts: Mapping[str, tuple[int, int, tuple[int, ...]]], switch: Switch) -> OperatorCode:
+def _cut_code(
+    code: OperatorCode, held: Mapping[str, Held], switch: Switch, pieces: dict[str, nn.Parameter]
+) -> OperatorCode:
     parameters: list[tuple[str, str]] = []
     for inner, name in code.parameters:
-        if name not in cuts:
+        if name not in held:
             parameters.append((inner, name))
             continue
-        count, dim, held = cuts[name]
         path, _, leaf = inner.rpartition(".")
         layer = code.module.get_submodule(path)
-        if isinstance(layer, nn.Linear):
-            by_inputs = leaf == "weight" and dim == 1
-            owner, _, last = path.rpartition(".")
-            setattr(code.module.get_submodule(owner), last, CutLinear(layer, int(by_inputs), count, held, switch))
-        parameters += [(f"{path}.{leaf}_{index}", piece_name(name, index, count, dim)) for index in held]
+        if layer._parameters.get(leaf) is not None:
+            _cut_layer(layer, leaf, held[name], switch, pieces)
+        parameters += [(f"{path}.{leaf}_{index}", own) for index, own in held[name].names()]
     return replace(code, parameters=tuple(parameters))
+
+
+def _cut_layer(layer: nn.Module, leaf: str, held: Held, switch: Switch, pieces: dict[str, nn.Parameter]) -> None:
+    """Put pieces in place of one parameter of a layer."""
+    if not isinstance(layer, _CutLayer):
+        layer.__class__ = _CUT[type(layer)]
+        assert isinstance(layer, _CutLayer)
+        layer.switch, layer.held = switch, {}
+    layer.held[leaf] = held
+    whole = layer.get_parameter(leaf)
+    for index, name in held.names():
+        if name not in pieces:
+            piece = piece_of(whole.detach(), name).clone()
+            pieces[name] = nn.Parameter(piece, requires_grad=whole.requires_grad)
+        layer.register_parameter(f"{leaf}_{index}", pieces[name])
+    layer.register_parameter(leaf, None)

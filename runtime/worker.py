@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
-from spindle.runtime.cuts import Switch, cut_codes, held_names, held_pieces
+from spindle.runtime.cuts import Held, Switch, cut_codes, held_names, held_pieces
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
 from spindle.runtime.programs.passes import restricted
@@ -53,7 +53,7 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
-    cuts: Mapping[str, tuple[int, int, tuple[int, ...]]] = field(default_factory=dict)  # see cuts.cut_codes
+    cuts: Mapping[str, Held] = field(default_factory=dict)  # by parameter
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
@@ -103,7 +103,6 @@ def make_job(
     owned = owners(program, captured)
     used = {parse_piece(name)[0] for names in owned.values() for name in names}
     parameters = {p.name: p for op in captured.graph for p in op.parameters}
-    pieces = held_pieces(program, captured, rank)
     every = (*workload.named_parameters(), *workload.named_buffers()) if rank == 0 else ()
     return Job(
         program=program,
@@ -111,7 +110,7 @@ def make_job(
         codes=codes,
         aux={name: captured.aux[name] for name in sorted(read)},
         tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
-        cuts={name: (parameters[name].pieces, parameters[name].piece_dim, held) for name, held in pieces.items()},
+        cuts=held_pieces(program, captured, rank),
         partial=frozenset(name for name, parameter in parameters.items() if parameter.partial),
         owned=tuple(owned[rank]),
         unused={name: tensor.detach() for name, tensor in every if name not in used},

@@ -76,8 +76,9 @@ class TensorSpec:
 class Parameter:
     """A parameter tensor under the user's own name; equal names are one shared parameter.
 
-    Tensor parallelism cuts it into `pieces` along `piece_dim`; one piece cannot be cut. `partial`: it is not cut, but
-    each part of a tensor-parallel run adds a share of its own to its gradient, where others add the same.
+    Tensor parallelism cuts it into `pieces` along `piece_dim`; one piece cannot be cut. `joined`: each part of a
+    tensor-parallel run gives its layer all features and gets all from it. `partial`: it is not cut, but each part adds
+    a share of its own to its gradient, where others add the same.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Parameter:
     trainable: bool = True
     pieces: int = 1
     piece_dim: int = 0
+    joined: bool = False
     partial: bool = False
 
     def names(self, part: int = 0, parts: int = 1) -> tuple[str, ...]:

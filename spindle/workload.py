@@ -183,9 +183,9 @@ class Workload:
         them, () makes no blocks. `optimizer`: settings of this component's parameter group, such as
         {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters.
 
-        `tensor_parallel`: plans may spread each block over so many devices, or a divisor of that. `tensor_plan` says
-        how its Linear layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"}; None takes the
-        model's own plan, as transformers' language models have one.
+        `tensor_parallel`: plans may spread each block, embedding and head over so many devices, or a divisor of that.
+        `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
+        None takes the model's own plan, as transformers' language models have one.
 
         Raises WorkloadError on a name taken or malformed, a module registered before, or a layer that is
         not inside it.

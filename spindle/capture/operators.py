@@ -15,7 +15,7 @@ from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
 from spindle.capture.naming import Namer
-from spindle.capture.parallel import Cut, cuts
+from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.partition import Group, Partition
 from spindle.capture.probing import Fragile, Prober
 from spindle.capture.randomness import undrawn
@@ -400,6 +400,8 @@ def _parameters(
     values = dict(module.named_parameters(remove_duplicate=False))
     seen: set[str] = set()
     for inner, outer in named:
+        if outer in cuts:
+            refuse_bare_reads(module, inner, outer, cuts[outer])
         if outer not in seen:
             seen.add(outer)
             value, cut = values[inner], cuts.get(outer, Cut())
@@ -410,5 +412,6 @@ def _parameters(
                 trainable=outer in trained,
                 pieces=cut.pieces,
                 piece_dim=cut.dim,
+                joined=cut.joined,
                 partial=cut.partial,
             )

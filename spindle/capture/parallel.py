@@ -1,30 +1,51 @@
-"""Tensor parallelism: a component's plan in; which parameters of its blocks are cut, and how, out.
+"""Tensor parallelism: a component's plan in; which parameters of its layers are cut, and how, out.
 
-A plan maps dotted paths of Linear layers, `*` standing for one name, to a style: `colwise` cuts what comes out,
-`rowwise` what goes in; between the two each device works on its part of the features. `replicated_with_grad_allreduce`
-marks a module, such as a norm of the heads, that sees only part of them, so that its gradients are shares. These are
-the styles of `torch.distributed.tensor.parallel` under the names that transformers gives them.
+A plan maps dotted paths of layers, `*` standing for one name, to a style. These are the styles of
+`torch.distributed.tensor.parallel` under the names that transformers gives them.
+
+- In a block `colwise` cuts what comes out of a Linear layer, `rowwise` what goes in; between the two each device works
+  on its part of the features. `replicated_with_grad_allreduce` marks a module, such as a norm of the heads, that sees
+  only part of them, so that its gradients are shares.
+- `colwise_gather_output` and `rowwise_split_input` give and take all features, and `embedding_rowwise` cuts the words
+  of an embedding. Layers of these styles outside of blocks (embeddings, language heads) become operators of their own.
+- Layers that share a parameter are cut together: an embedding with the head that is tied to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from spindle.capture.blocks import find_blocks
+from spindle.capture.blocks import Block, find_blocks
 from spindle.errors import WorkloadError
 from spindle.workload import Component, Workload
 
 PARTIAL = "replicated_with_grad_allreduce"
+EMBEDDING, HEAD = "embedding_rowwise", "colwise_gather_output"
+_ALIASES = {"colwise_rep": HEAD, "rowwise_rep": "rowwise_split_input"}
+_JOINED = (HEAD, "rowwise_split_input")
+_LINEAR = ("colwise", "rowwise", *_JOINED)
+_OUTSIDE = (*_JOINED, EMBEDDING)
+_WHOLE = "replicate"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a parameter is held: in `pieces` along `dim`, or whole; `partial`: its gradients are shares."""
+    """How a parameter is held: in `pieces` along `dim`, or whole. `joined`: its layer gives and takes all features;
+    `partial`: its gradients are shares.
+    """
 
     pieces: int = 1
     dim: int = 0
+    joined: bool = False
     partial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    path: str
+    module: nn.Module
+    style: str
 
 
 def cuts(workload: Workload) -> dict[str, Cut]:
@@ -37,44 +58,131 @@ def cuts(workload: Workload) -> dict[str, Cut]:
         names[id(parameter)]: cut
         for component in workload.components.values()
         if component.tensor_parallel > 1
-        for parameter, cut in _cuts(component)
+        for layer in _layers(component)
+        for parameter, cut in _parameters(layer, component.tensor_parallel)
     }
 
 
-def _cuts(component: Component) -> Iterator[tuple[Tensor, Cut]]:
-    what = f"component {component.name!r}: tensor_parallel={component.tensor_parallel}"
+def cut_outside(component: Component) -> list[Block]:
+    """Layers outside of a component's blocks that are cut: each becomes a block, so that plans may spread it."""
+    if component.tensor_parallel == 1:
+        return []
+    return [Block(layer.path, layer.module) for layer in _outside(component, _plan(component))]
+
+
+def refuse_bare_reads(module: nn.Module, inner: str, name: str, cut: Cut) -> None:
+    """Code that reads a cut parameter itself, not through its layer, cannot run on pieces."""
+    owner = module.get_submodule(inner.rpartition(".")[0])
+    if cut.pieces > 1 and type(owner) not in (nn.Linear, nn.Embedding):
+        raise WorkloadError(
+            f"parameter {name!r} is cut by tensor parallelism, but {type(owner).__name__} reads it beside its layer; "
+            "call the layer, or leave it out of tensor_plan="
+        )
+
+
+def _what(component: Component) -> str:
+    return f"component {component.name!r}: tensor_parallel={component.tensor_parallel}"
+
+
+def _plan(component: Component) -> Mapping[str, str]:
     plan = component.tensor_plan if component.tensor_plan is not None else getattr(component.module, "_tp_plan", None)
     if not plan:
         raise WorkloadError(
-            f"{what}, but the model has no plan for it; give tensor_plan={{'layers.*.q_proj': 'colwise', ...}}"
+            f"{_what(component)}, but the model has no plan for it; "
+            "give tensor_plan={'layers.*.q_proj': 'colwise', ...}"
         )
-    found = False
+    return {pattern: _ALIASES.get(style, style) for pattern, style in plan.items()}
+
+
+def _layers(component: Component) -> list[_Layer]:
+    plan = _plan(component)
+    found = [*_inside(component, plan), *_outside(component, plan)]
+    if not found:
+        raise WorkloadError(
+            f"{_what(component)}, but its plan names nothing that can be cut; the patterns are {', '.join(plan)}"
+        )
+    return found
+
+
+def _inside(component: Component, plan: Mapping[str, str]) -> Iterator[_Layer]:
     for block in find_blocks(component.name, component.module, component.layers):
-        _check_block(what, block.module)
+        _check_block(_what(component), block.module)
         for inner, module in block.module.named_modules():
             path = f"{block.path}.{inner}" if inner else block.path
-            style = next((style for pattern, style in plan.items() if _matches(pattern, path)), None)
-            if style is not None:
-                found = True
-                yield from _parameters(f"{what}: {path!r}", style, module, component.tensor_parallel)
-    if not found:
-        raise WorkloadError(f"{what}, but its plan names nothing inside its blocks; the patterns are {', '.join(plan)}")
+            layer = _Layer(path, module, _style(plan, path))
+            if layer.style != _WHOLE:
+                _check(component, layer, (*_LINEAR, EMBEDDING, PARTIAL))
+                yield layer
 
 
-def _parameters(what: str, style: str, module: nn.Module, pieces: int) -> Iterator[tuple[Tensor, Cut]]:
-    if style == PARTIAL:
-        yield from ((parameter, Cut(partial=True)) for parameter in module.parameters())
+def _outside(component: Component, plan: Mapping[str, str]) -> list[_Layer]:
+    """What a model's own plan names here and does not fit stays whole; what the user's plan names is an error."""
+    blocks = find_blocks(component.name, component.module, component.layers)
+    inside = {module for block in blocks for module in block.module.modules()}
+    layers = {path: _Layer(path, m, _style(plan, path)) for path, m in component.module.named_modules() if path}
+    found: dict[str, _Layer] = {}
+    for layer in layers.values():
+        if layer.module in inside or layer.style == _WHOLE or layer.path in found:
+            continue
+        try:
+            _check(component, layer, _OUTSIDE)
+            others = [other for other in layers.values() if _share(layer.module, other.module)]
+            tied = [_tied(component, layer, other, outside=other.module not in inside) for other in others]
+        except WorkloadError:
+            if component.tensor_plan is not None:
+                raise
+        else:
+            found |= {each.path: each for each in (layer, *tied)}
+    return list(found.values())
+
+
+def _share(layer: nn.Module, other: nn.Module) -> bool:
+    held = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    return other is not layer and any(id(parameter) in held for parameter in other.parameters(recurse=False))
+
+
+def _tied(component: Component, layer: _Layer, other: _Layer, *, outside: bool) -> _Layer:
+    """A layer with a parameter of `layer`, cut as that one is."""
+    tied = _Layer(other.path, other.module, EMBEDDING if isinstance(other.module, nn.Embedding) else HEAD)
+    if layer.style not in (EMBEDDING, HEAD) or not outside:
+        raise WorkloadError(
+            f"{_what(component)}: {layer.path!r} is {layer.style!r} in its plan but shares a parameter with "
+            f"{other.path!r}; such layers stand outside of blocks, with the styles {EMBEDDING}, {HEAD}"
+        )
+    _check(component, tied, _OUTSIDE)
+    return tied
+
+
+def _check(component: Component, layer: _Layer, styles: tuple[str, ...]) -> None:
+    """Raises WorkloadError where a layer cannot be cut so."""
+    what, module, pieces = f"{_what(component)}: {layer.path!r}", layer.module, component.tensor_parallel
+    if layer.style not in styles:
+        raise WorkloadError(f"{what} is {layer.style!r} in its plan; the styles there are {', '.join(styles)}")
+    if layer.style == PARTIAL:
         return
-    if style not in ("colwise", "rowwise"):
-        raise WorkloadError(f"{what} is {style!r} in its plan; the styles are colwise, rowwise, {PARTIAL}")
-    if type(module) is not nn.Linear:
+    if layer.style == EMBEDDING:
+        if type(module) is not nn.Embedding or module.max_norm or module.scale_grad_by_freq or module.sparse:
+            raise WorkloadError(f"{what} is a {type(module).__name__}; only a plain torch.nn.Embedding can be cut")
+        size, name = int(module.num_embeddings), "words"
+    elif type(module) is not nn.Linear:
         raise WorkloadError(f"{what} is a {type(module).__name__}; only torch.nn.Linear can be cut")
-    size, name = (module.out_features, "outputs") if style == "colwise" else (module.in_features, "inputs")
+    else:
+        by_outputs = layer.style.startswith("colwise")
+        size, name = (module.out_features, "outputs") if by_outputs else (module.in_features, "inputs")
     if size % pieces:
         raise WorkloadError(f"{what} has {size} {name}; tensor_parallel must divide them")
-    yield module.weight, Cut(pieces, 0 if style == "colwise" else 1)
-    if style == "colwise" and module.bias is not None:
-        yield module.bias, Cut(pieces, 0)
+
+
+def _parameters(layer: _Layer, pieces: int) -> Iterator[tuple[Tensor, Cut]]:
+    if layer.style == PARTIAL:
+        yield from ((parameter, Cut(partial=True)) for parameter in layer.module.parameters())
+        return
+    dim = 1 if layer.style.startswith("rowwise") else 0
+    cut = Cut(pieces, dim, layer.style in _OUTSIDE)
+    yield layer.module.get_parameter("weight"), cut
+    bias = getattr(layer.module, "bias", None)
+    if dim == 0 and isinstance(bias, nn.Parameter):
+        yield bias, cut
 
 
 def _check_block(what: str, block: nn.Module) -> None:
@@ -86,6 +194,10 @@ def _check_block(what: str, block: nn.Module) -> None:
                 f"{what}, but its blocks drop out ({type(module).__name__}), which would differ from one process; "
                 "set dropout to 0 or leave tensor parallelism out"
             )
+
+
+def _style(plan: Mapping[str, str], path: str) -> str:
+    return next((style for pattern, style in plan.items() if _matches(pattern, path)), _WHOLE)
 
 
 def _matches(pattern: str, path: str) -> bool:

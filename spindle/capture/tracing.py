@@ -20,6 +20,7 @@ from spindle.capture.blocks import Block, BlockCall, find_blocks, opaque_block
 from spindle.capture.draws import Sites
 from spindle.capture.effects import Effects, find_effects
 from spindle.capture.export import export
+from spindle.capture.parallel import cut_outside
 from spindle.capture.randomness import draws, undrawn
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.workload import Batch, Task, Workload
@@ -80,7 +81,7 @@ def blocks_of(workload: Workload) -> list[Block]:
     return [
         Block(f"{component.name}.{block.path}", block.module)
         for component in workload.components.values()
-        for block in find_blocks(component.name, component.module, component.layers)
+        for block in (*find_blocks(component.name, component.module, component.layers), *cut_outside(component))
     ]
 
 

@@ -1,5 +1,6 @@
 """Tensor parallelism: any layout to any layout, forward and back, gives what one process gives."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ few = settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.genera
 ranks_and_seed = given(num_ranks=st.integers(2, 5), seed=st.integers(0, 10**6))
 
 
-def language(heads: int = 4) -> nn.Module:
-    """Grouped queries, norms of heads, tied embeddings."""
+WORDS = VOCABULARY + 1  # four devices share them evenly
+
+
+def language(heads: int = 4, *, tied: bool = True, words: int = WORDS) -> nn.Module:
+    """Grouped queries, norms of heads; its embedding and its head share their words or not."""
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=words,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=3,
@@ -37,7 +41,8 @@ def language(heads: int = 4) -> nn.Module:
         num_key_value_heads=heads,
         head_dim=4,
         max_position_embeddings=32,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
+        pad_token_id=3,
         use_cache=False,
     )
     model: nn.Module = Qwen3ForCausalLM(config)
@@ -77,6 +82,10 @@ class Encoder(nn.Module):
 OWN_PLAN = {"layers.*.up": "colwise", "layers.*.gate": "colwise", "layers.*.down": "rowwise"}
 
 
+def next_word(logits: Tensor, words: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
+
+
 def workload(*, degree: int = 4, frozen: bool = False, **options: Any) -> spindle.Workload:
     """An encoder into a language model, and each alone; both may be spread."""
     torch.manual_seed(0)
@@ -96,9 +105,6 @@ def workload(*, degree: int = 4, frozen: bool = False, **options: Any) -> spindl
             for i in range(2)
         ]
 
-    def next_word(logits: Tensor, words: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
-
     @made.task("describe", batch_size=5, data=rows(5, 1))
     def describe(batch: dict[str, Tensor]) -> Tensor:
         words = lm.get_input_embeddings()(batch["tokens"])
@@ -116,13 +122,22 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def compared(made: spindle.Workload, plan: Plan, launcher: Any = "threads") -> ParityReport:
+EXACT = Tolerance(1e-10, 1e-10)
+
+
+def tolerance_of(dtype: torch.dtype) -> Tolerance:
+    return EXACT if dtype == torch.float64 else Tolerance(1e-4, 1e-5)
+
+
+def compared(
+    made: spindle.Workload, plan: Plan, launcher: Any = "threads", tolerance: Tolerance = EXACT
+) -> ParityReport:
     reference = parity.run_reference(made, 3, optimizer=momentum)
     with launched(prepare(made, plan), optimizer=momentum, launcher=launcher, timeout_s=30.0) as run:
         losses, reports = run.steps(3, keep_gradients=True)
         final = {name: value for name, value in run.state().items() if name in reference.parameters}
     assert final.keys() == reference.parameters.keys()
-    return parity.compare(reference, losses, reports, final, tolerance=Tolerance(1e-10, 1e-10))
+    return parity.compare(reference, losses, reports, final, tolerance=tolerance)
 
 
 @few
@@ -148,18 +163,22 @@ def test_features_go_along(options: dict[str, Any], num_ranks: int, seed: int) -
     assert report.ok, str(report)
 
 
-def spread(made: spindle.Workload, num_devices: int, degree: int) -> Plan:
-    """Everything that can be cut in one copy of `degree` ranks, one MetaOp after another."""
+Layouts = Callable[[str], tuple[int, int]]
+"""Copies and devices a copy, by name of a MetaOp that can be cut."""
+
+
+def laid_out(made: spindle.Workload, num_devices: int, layout_of: Layouts) -> Plan:
+    """One MetaOp after another; what cannot be cut on one device."""
     metagraph = contract(prepare(made, widest_plan(spindle.make_metagraph(made), 1)).captured.graph)
     slices = []
     for place, name in enumerate(metagraph.topological_order):
-        parts = degree if metagraph[name].operators[0].tensor_parallel > 1 else 1
+        copies, parts = layout_of(name) if metagraph[name].operators[0].tensor_parallel > 1 else (1, 1)
         slices.append(
             Slice(
                 metaop=name,
                 first_layer=0,
                 num_layers=metagraph[name].layers,
-                devices=tuple(range(parts)),
+                devices=tuple(range(copies * parts)),
                 start_s=float(place),
                 end_s=float(place + 1),
                 tensor_parallel=parts,
@@ -168,10 +187,117 @@ def spread(made: spindle.Workload, num_devices: int, degree: int) -> Plan:
     return Plan(
         num_devices=num_devices,
         devices_per_node=num_devices,
-        method="spread",
+        method="laid out",
         waves=make_waves(slices),
         makespan_s=float(len(slices)),
     )
+
+
+def spread(made: spindle.Workload, num_devices: int, degree: int) -> Plan:
+    """Everything that can be cut in copies of `degree` ranks, on all devices."""
+    return laid_out(made, num_devices, lambda _: (num_devices // degree, degree))
+
+
+def talks(dtype: torch.dtype = torch.float64, **options: Any) -> spindle.Workload:
+    """Two tasks of one language model, whose embedding and head are cut with its layers."""
+    torch.manual_seed(0)
+    made = spindle.Workload("talks")
+    lm: Any = made.component("lm", language(**options).to(dtype), tensor_parallel=4)
+    for name, seed in (("ask", 1), ("answer", 40)):
+        rows = [{"tokens": tokens(5, 6, seed + i)} for i in range(2)]
+
+        @made.task(name, batch_size=5, data=rows)
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            return next_word(lm(input_ids=batch["tokens"]).logits, batch["tokens"])
+
+    return made
+
+
+LAYOUTS = [(1, 2), (2, 2), (1, 4)]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_embeddings_and_heads_are_cut(layout: tuple[int, int], dtype: torch.dtype, tied: bool) -> None:
+    """Each rank looks up the words it holds and gives their logits; padding's gradient stays zero."""
+    made = talks(dtype, tied=tied)
+    plan = laid_out(made, 4, lambda _: layout)
+    held = {name for bucket in prepare(made, plan).program.buckets for name in bucket.parameters}
+    assert "lm.model.embed_tokens.weight@3/4/0" in held
+    assert "lm.model.embed_tokens.weight" not in held
+    assert ("lm.lm_head.weight@3/4/0" in held) is not tied
+    report = compared(made, plan, tolerance=tolerance_of(dtype))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("ask", [*LAYOUTS, (4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tasks_hold_one_parameter_in_different_layouts(ask: tuple[int, int], dtype: torch.dtype) -> None:
+    """Embedding, layers and head of one task in one layout, of the other in another, the embedding in a third."""
+    others = {"ask": ask, "answer": (2, 2) if ask != (2, 2) else (4, 1)}
+    made = talks(dtype)
+    plan = laid_out(
+        made, 4, lambda name: (1, 4) if name == "answer.lm.model.embed_tokens" else others[name.split(".")[0]]
+    )
+    report = compared(made, plan, tolerance=tolerance_of(dtype))
+    assert report.ok, str(report)
+
+
+class Fused(nn.Module):
+    """A layer whose first product holds two parts, so that what it gives is put together before they part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.both, self.down = nn.LayerNorm(12), nn.Linear(12, 16), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(self.norm(x)).chunk(2, -1)
+        z: Tensor = x + self.down(torch.tanh(gate) * up)
+        return z
+
+
+class FusedEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Linear(8, 12), nn.ModuleList(Fused() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+FUSED_PLAN = {
+    "stem": "rowwise_rep",
+    "layers.*.both": "colwise_gather_output",
+    "layers.*.down": "rowwise_split_input",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_styles_that_give_and_take_all_features(layout: tuple[int, int]) -> None:
+    """Between layers that put their outputs together and divide their inputs, all ranks of a copy compute alike."""
+    torch.manual_seed(0)
+    made = spindle.Workload("fused")
+    encoder = made.component("encoder", FusedEncoder().double(), tensor_parallel=4, tensor_plan=FUSED_PLAN)
+
+    @made.task("fit", batch_size=4, data=[{"x": floats(4, 3, 8, seed=1, dtype=torch.float64)}])
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        return encoder(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    report = compared(made, laid_out(made, 4, lambda _: layout))
+    assert report.ok, str(report)
+
+
+def test_what_a_models_own_plan_names_and_does_not_fit_stays_whole() -> None:
+    """Four devices cannot share 23 words evenly: layers are cut, embedding and head are not."""
+    made = talks(words=VOCABULARY)
+    prepared = prepare(made, spread(made, 4, 4))
+    held = {name for bucket in prepared.program.buckets for name in bucket.parameters}
+    assert "lm.model.embed_tokens.weight" in held
+    assert "lm.model.layers.0.mlp.up_proj.weight@3/4/0" in held
 
 
 @pytest.mark.gloo
@@ -231,8 +357,11 @@ def test_checkpoints_know_no_layout(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"tensor_plan": None}, "the model has no plan"),
-        ({"tensor_plan": {"blocks.*.up": "colwise"}}, "names nothing inside its blocks"),
-        ({"tensor_plan": {"layers.*.up": "sideways"}}, "the styles are colwise, rowwise"),
+        ({"tensor_plan": {"blocks.*.up": "colwise"}}, "names nothing that can be cut"),
+        ({"tensor_plan": {"layers.*.up": "sideways"}}, "the styles there are colwise, rowwise"),
+        ({"tensor_plan": {"out": "colwise"}}, "the styles there are colwise_gather_output"),
+        ({"tensor_plan": {"out": "colwise_rep"}, "tensor_parallel": 3}, "16 outputs; tensor_parallel must divide"),
+        ({"tensor_plan": {"stem": "embedding_rowwise"}}, "only a plain torch.nn.Embedding"),
         ({"tensor_plan": {"layers.*.norm": "colwise"}}, "only torch.nn.Linear can be cut"),
         ({"tensor_plan": OWN_PLAN, "tensor_parallel": 3}, "must divide them"),
     ],
@@ -247,4 +376,18 @@ def test_plans_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -
         return encoder(batch["x"]).square().mean()  # type: ignore[no-any-return]
 
     with pytest.raises(WorkloadError, match=said):
+        spindle.make_metagraph(made)
+
+
+def test_a_cut_parameter_is_read_through_its_layer() -> None:
+    """A task that multiplies by the embedding itself would need all of it."""
+    made = spindle.Workload("bare")
+    lm: Any = made.component("lm", language(), tensor_parallel=4)
+
+    @made.task("bare", batch_size=2, data=[{"tokens": tokens(2, 6, 1)}])
+    def bare(batch: dict[str, Tensor]) -> Tensor:
+        hidden = lm.model(input_ids=batch["tokens"]).last_hidden_state
+        return (hidden @ lm.get_input_embeddings().weight.T).square().mean()  # type: ignore[no-any-return]
+
+    with pytest.raises(WorkloadError, match=r"'lm.model.embed_tokens.weight' is cut .* call the layer"):
         spindle.make_metagraph(made)
