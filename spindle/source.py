@@ -80,20 +80,32 @@ def is_python(source: str) -> bool:
     return source.rpartition(":")[0].endswith(".py") or source.endswith(".py")
 
 
+def python_file(source: str) -> str:
+    """The file of a source that names a workload in a Python file. Raises FormatError when it does not."""
+    if not is_python(source):
+        raise FormatError(
+            f"source {source!r} is not a workload; give file.py:workload, a spec (.yaml) or a MetaGraph (.json)"
+        )
+    return source if source.endswith(".py") else source.rpartition(":")[0]
+
+
+def check_syntax(path: Path) -> None:
+    """Read a Python file without running it. Raises FormatError when there is none, WorkloadError for broken syntax."""
+    _check_file(path)
+    with _users_errors(str(path)):
+        compile(path.read_bytes(), os.path.abspath(path), "exec")
+
+
 def load_workload(source: str) -> "tuple[Workload, ModuleType]":
     """The Workload that `file.py:name` names (`workload` when no name is given), and the file's module.
 
     The name may stand for a Workload or for a function without arguments that returns one.
     """
-    if not is_python(source):
-        raise FormatError(
-            f"source {source!r} is not a workload; give file.py:workload, a spec (.yaml) or a MetaGraph (.json)"
-        )
-    path, _, name = source.rpartition(":") if not source.endswith(".py") else (source, "", "")
+    path = python_file(source)
+    name = source.removeprefix(path).lstrip(":") or "workload"
     module = _import(Path(path))
     from spindle.workload import Workload
 
-    name = name or "workload"
     value: Any = getattr(module, name, None)
     if value is None:
         known = [key for key, member in vars(module).items() if isinstance(member, Workload)]
@@ -107,10 +119,14 @@ def load_workload(source: str) -> "tuple[Workload, ModuleType]":
     return workload, module
 
 
-def _import(path: Path) -> ModuleType:
+def _check_file(path: Path) -> None:
     if not path.is_file():
         reason = "a folder" if path.is_dir() else "no such file"
         raise FormatError(f"{path}: cannot be read ({reason}); check the path")
+
+
+def _import(path: Path) -> ModuleType:
+    _check_file(path)
     name = f"spindle_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
