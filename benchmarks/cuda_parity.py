@@ -27,7 +27,7 @@ from spindle.runtime import parity
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.parity import Tolerance
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
-from spindle.runtime.worker import Worker, make_job, merge_losses
+from spindle.runtime.worker import Worker, make_jobs, merge_losses
 from spindle.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -163,14 +163,13 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
     torch.backends.cuda.matmul.allow_tf32 = False
     case = CASES[number]
     prepared = prepared_for(case, num_ranks)
-    job = make_job(
+    job = make_jobs(
         prepared.program,
-        rank,
         prepared.captured,
         prepared.workload,
         optimizer=momentum,
         scheduler=halving if case.scheduled else None,
-    )
+    )[rank]
     share = None if device == "cuda" and num_ranks == 1 else torch.device(device)  # None: NCCL
     transport = ProcessTransport(join_store("127.0.0.1", port, 60.0), rank, num_ranks, device=share)
     worker = Worker(job, transport)

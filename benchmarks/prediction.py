@@ -30,7 +30,7 @@ from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, prepare
 from spindle.runtime.launch.crew import threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.worker import Worker, make_job
+from spindle.runtime.worker import Worker, make_jobs
 from spindle.source import Source
 
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
@@ -103,18 +103,13 @@ def load(path: Path) -> ModuleType:
 def started(module: ModuleType, plan: spindle.Plan) -> Iterator[Run]:
     """A crew of counted workers."""
     prepared = prepare(module.workload, plan)
-    ranks = prepared.program.num_ranks
-    jobs = [
-        make_job(
-            prepared.program,
-            rank,
-            prepared.captured,
-            module.workload,
-            optimizer=module.optimizer,
-            num_threads=threads_of_rank(ranks),
-        )
-        for rank in range(ranks)
-    ]
+    jobs = make_jobs(
+        prepared.program,
+        prepared.captured,
+        module.workload,
+        optimizer=module.optimizer,
+        num_threads=threads_of_rank(prepared.program.num_ranks),
+    )
     crew = ProcessCrew(jobs, worker=Counted)
     try:
         yield Run(prepared, crew)

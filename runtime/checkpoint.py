@@ -26,7 +26,7 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from spindle.errors import CheckpointError
-from spindle.runtime.cuts import joined_pieces, whole_name
+from spindle.runtime.parallel.names import joined_pieces, whole_name
 from spindle.runtime.progress import Progress
 from spindle.workload import Workload
 

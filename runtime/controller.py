@@ -17,14 +17,14 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.runtime.cuts import joined_pieces
 from spindle.runtime.launch.crew import Crew, ThreadCrew, threads_of_rank
 from spindle.runtime.launch.torchrun import TorchrunCrew, under_torchrun
 from spindle.runtime.laws import check_program
+from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
 from spindle.runtime.progress import merged
-from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_job, merge_losses
+from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_jobs, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
 
@@ -124,21 +124,16 @@ def launched(
 ) -> Iterator[Run]:
     """Start a crew for a prepared workload, and end it whatever happens."""
     program = prepared.program
-    threads = threads_of_rank(program.num_ranks)
-    jobs = [
-        make_job(
-            program,
-            rank,
-            prepared.captured,
-            prepared.workload,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            seed=seed,
-            num_threads=threads,
-            timeout_s=timeout_s,
-        )
-        for rank in range(program.num_ranks)
-    ]
+    jobs = make_jobs(
+        program,
+        prepared.captured,
+        prepared.workload,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        seed=seed,
+        num_threads=threads_of_rank(program.num_ranks),
+        timeout_s=timeout_s,
+    )
     crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)
     try:
         yield Run(prepared, crew, timeout_s)

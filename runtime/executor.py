@@ -16,7 +16,7 @@ from spindle.capture.codes import AuxCode, OperatorCode, computing_in
 from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.cuts import Layout, Switch, compute_part
+from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
 from spindle.runtime.programs.passes import accumulating
 from spindle.runtime.programs.program import (

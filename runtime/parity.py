@@ -17,8 +17,8 @@ from spindle.capture.codes import computing_in
 from spindle.capture.draws import Stream
 from spindle.capture.eager import drawing_as_planned
 from spindle.graph import parse_piece
-from spindle.runtime.cuts import piece_of
 from spindle.runtime.data import Feed
+from spindle.runtime.parallel.names import piece_of
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, parameter_groups
 from spindle.workload import Precision, Workload
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
 from spindle.graph import parse_piece
-from spindle.runtime.cuts import piece_of
+from spindle.runtime.parallel.names import piece_of
 
 Progress = dict[str, Any]
 """Plain values and tensors that tell where a run stands besides its tensors."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
-from spindle.runtime.cuts import Held, Switch, cut_codes, held_names, held_pieces
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
+from spindle.runtime.parallel.layers import Switch, cut_codes
+from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
@@ -84,9 +85,8 @@ class Report:
     learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by component
 
 
-def make_job(
+def make_jobs(
     program: Program,
-    rank: int,
     captured: Captured,
     workload: Workload,
     *,
@@ -95,34 +95,41 @@ def make_job(
     seed: int = 0,
     num_threads: int | None = None,
     timeout_s: float = 60.0,
-) -> Job:
-    """The part of a captured workload that `rank` runs."""
-    codes = {name: captured.codes[name] for name in program.operators_of(rank)}
-    read = {given.name for code in codes.values() for given in code.inputs if given.kind == "aux"}
-    loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
-    owned = owners(program, captured)
-    used = {parse_piece(name)[0] for names in owned.values() for name in names}
-    parameters = {p.name: p for op in captured.graph for p in op.parameters}
-    every = (*workload.named_parameters(), *workload.named_buffers()) if rank == 0 else ()
-    return Job(
-        program=program,
-        rank=rank,
-        codes=codes,
-        aux={name: captured.aux[name] for name in sorted(read)},
-        tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
-        cuts=held_pieces(program, captured, rank),
-        partial=frozenset(name for name, parameter in parameters.items() if parameter.partial),
-        owned=tuple(owned[rank]),
-        unused={name: tensor.detach() for name, tensor in every if name not in used},
-        rounds=workload.accumulate // workload.in_flight,
-        precision=captured.precision,
-        settings={component.name: component.optimizer for component in workload.components.values()},
-        optimizer=optimizer,
-        scheduler=scheduler,
-        seed=seed,
-        num_threads=num_threads,
-        timeout_s=timeout_s,
-    )
+) -> list[Job]:
+    """For each rank the part of a captured workload that it runs. Takes time by the ranks that the slices have."""
+    pieces = held_by_rank(program, captured)
+    codes = [{name: captured.codes[name] for name in names} for names in program.operators_by_rank]
+    owned = owners(program, [held_names(own.values(), held) for own, held in zip(codes, pieces, strict=True)])
+    used = {parse_piece(name)[0] for names in owned for name in names}
+    every = (*workload.named_parameters(), *workload.named_buffers())
+    unused = {name: tensor.detach() for name, tensor in every if name not in used}
+    partial = frozenset(p.name for operator in captured.graph for p in operator.parameters if p.partial)
+    jobs = []
+    for rank, own in enumerate(codes):
+        read = {given.name for code in own.values() for given in code.inputs if given.kind == "aux"}
+        loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
+        jobs.append(
+            Job(
+                program=program,
+                rank=rank,
+                codes=own,
+                aux={name: captured.aux[name] for name in sorted(read)},
+                tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+                cuts=pieces[rank],
+                partial=partial,
+                owned=tuple(owned[rank]),
+                unused={} if rank else unused,
+                rounds=workload.accumulate // workload.in_flight,
+                precision=captured.precision,
+                settings={component.name: component.optimizer for component in workload.components.values()},
+                optimizer=optimizer,
+                scheduler=scheduler,
+                seed=seed,
+                num_threads=num_threads,
+                timeout_s=timeout_s,
+            )
+        )
+    return jobs
 
 
 def _as_needed(task: Task, *, loads: bool) -> Task:
@@ -327,15 +334,15 @@ def group_of(name: str, settings: Mapping[str, Mapping[str, float]]) -> str:
     return component if settings.get(component) else ""
 
 
-def owners(program: Program, captured: Captured) -> dict[int, list[str]]:
-    """For each rank the parameters and buffers that it answers for: trained ones whose bucket it speaks for, and
-    others that no lower rank holds.
+def owners(program: Program, held: Sequence[Iterable[str]]) -> list[list[str]]:
+    """For each rank the parameters and buffers, of those `held` by each, that it answers for: trained ones whose bucket
+    it speaks for, and others that no lower rank holds.
     """
     home = {name: bucket.answering for bucket in program.buckets for name in bucket.parameters}
-    for rank in range(program.num_ranks):
-        for name in held_names(program, captured, rank):
+    for rank, names in enumerate(held):
+        for name in names:
             home.setdefault(name, rank)
-    found: dict[int, list[str]] = {rank: [] for rank in range(program.num_ranks)}
+    found: list[list[str]] = [[] for _ in held]
     for name, rank in home.items():
         found[rank].append(name)
     return found

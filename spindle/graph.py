@@ -94,10 +94,12 @@ class Parameter:
         """What part `part` of `parts` holds of it: the names of its pieces, or its own where it is not cut."""
         if self.pieces == 1:
             return (self.name,)
+        return tuple(piece_name(self.name, k, self.pieces, self.piece_dim) for k in self.indices(part, parts))
+
+    def indices(self, part: int, parts: int) -> range:
+        """The pieces of part `part` of `parts`."""
         share = self.pieces // parts
-        return tuple(
-            piece_name(self.name, k, self.pieces, self.piece_dim) for k in range(part * share, (part + 1) * share)
-        )
+        return range(part * share, (part + 1) * share)
 
     @property
     def num_bytes(self) -> int:

@@ -199,7 +199,16 @@ class Program:
 
     def operators_of(self, rank: int) -> tuple[str, ...]:
         """Operators that `rank` runs."""
-        return tuple(dict.fromkeys(op for run in self.slices if rank in run.ranks for op in run.operators))
+        return self.operators_by_rank[rank]
+
+    @cached_property
+    def operators_by_rank(self) -> tuple[tuple[str, ...], ...]:
+        """Operators that each rank runs, in the order of its first slices with them."""
+        found: list[dict[str, None]] = [{} for _ in range(self.num_ranks)]
+        for run in self.slices:
+            for rank in run.ranks:
+                found[rank].update(dict.fromkeys(run.operators))
+        return tuple(map(tuple, found))
 
     def describe(self, rank: int, instruction: Instruction) -> str:
         """An instruction in full, for messages: rank, wave, what it works on and with whom."""

@@ -1,6 +1,8 @@
 """Worker: what a rank is sent, and what it leaves to others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 import spindle
 from spindle.plan import Plan, Slice, make_waves
 from spindle.runtime.controller import Prepared, prepare
-from spindle.runtime.worker import Job, make_job, owners, parameter_groups, separate
+from spindle.runtime.parallel.names import held_names
+from spindle.runtime.programs.program import SliceRun
+from spindle.runtime.worker import Job, make_jobs, owners, parameter_groups, separate
 from spindle.workload import Workload
-from tests.faults.breaking import rows, workload_of
+from tests.faults.breaking import Plain, rows, workload_of
+from tests.random_plans import widest_plan
 
 
 def layers_then_loss(workload: Workload) -> Plan:
@@ -40,7 +45,7 @@ def prepared() -> Prepared:
 
 
 def jobs(found: Prepared) -> list[Job]:
-    return [make_job(found.program, rank, found.captured, found.workload) for rank in (0, 1)]
+    return make_jobs(found.program, found.captured, found.workload)
 
 
 def test_a_rank_is_sent_what_it_runs() -> None:
@@ -96,10 +101,65 @@ def test_ranks_of_one_process_share_no_parameters() -> None:
 def test_every_parameter_has_one_owner() -> None:
     """All that any rank holds, once."""
     found = prepared()
-    by_rank = owners(found.program, found.captured)
-    names = [name for owned in by_rank.values() for name in owned]
+    held = [held_names(job.codes.values(), job.cuts) for job in jobs(found)]
+    by_rank = owners(found.program, held)
+    names = [name for owned in by_rank for name in owned]
     assert sorted(names) == sorted(name for name, _ in found.workload.named_parameters())
     assert by_rank[1] == []
+
+
+class Counted(Mapping[str, Any]):
+    """A mapping that counts what is asked of it."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own, self.count = own, 0
+
+    def __getitem__(self, name: str) -> Any:
+        self.count += 1
+        return self.own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+class CountedSlices(tuple[SliceRun, ...]):
+    """Slice runs that count how many of them are visited."""
+
+    visits = 0
+
+    def __iter__(self) -> Iterator[SliceRun]:
+        for run in super().__iter__():
+            CountedSlices.visits += 1
+            yield run
+
+
+def counts(workload: Workload, num_ranks: int) -> tuple[int, int, int]:
+    """Codes looked up, slices visited and slices there are, to make the jobs of all ranks."""
+    found = prepare(workload, widest_plan(spindle.make_metagraph(workload), num_ranks))
+    codes = Counted(found.captured.codes)
+    program = replace(found.program, slices=CountedSlices(found.program.slices))
+    CountedSlices.visits = 0
+    made = make_jobs(program, replace(found.captured, codes=codes), workload)
+    assert [job.rank for job in made] == list(range(num_ranks))
+    return codes.count, CountedSlices.visits, len(found.program.slices)
+
+
+def test_jobs_of_many_ranks_take_work_by_their_number() -> None:
+    """Twice the ranks look up twice the codes; the slices are gone through as often for 64 ranks as for 16."""
+    workload = Workload("wide")
+    net = workload.component("net", nn.Sequential(Plain(), Plain(), Plain()))
+
+    @workload.task("t", batch_size=64, data=[rows(samples=64)])
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        return net(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    few, more, most = (counts(workload, ranks) for ranks in (16, 32, 64))
+    alone = 1  # the loss, on one rank
+    assert few[0] - alone == (more[0] - alone) // 2 == (most[0] - alone) // 4 > 0
+    assert few[1] == more[1] == most[1] == 2 * most[2]
 
 
 def test_parameters_without_settings_are_one_list() -> None:

@@ -1,7 +1,5 @@
-"""Cuts: parameters that tensor parallelism cuts into pieces, and layers that compute with some of them.
+"""Layers: Linear layers and embeddings that compute with some of the pieces of their parameters.
 
-- A rank holds the pieces that its slices need, each a parameter of its own with its own group of ranks: so gradients
-  are reduced, clipped, updated and saved as those of any parameter, whatever the layouts of the slices that share it.
 - In a tensor-parallel run each rank of a copy computes its part of the features, between a layer cut by outputs and
   one cut by inputs (Megatron-LM, section 3): the former sums the gradient of its input over the copy, the latter its
   output. Heads put their parts of the words side by side; embeddings look up the words that they hold.
@@ -10,7 +8,6 @@
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,86 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from spindle.capture.codes import Captured, OperatorCode
-from spindle.graph import Parameter, parse_piece
-from spindle.runtime.programs.program import Program
-
-_PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)")
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-def joined_pieces(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with pieces put together under the parameter's own name. A number a piece, as Adam's step, is one."""
-    whole: dict[str, Tensor] = {}
-    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = _PIECE.search(name)
-        if found is None:
-            whole[name] = tensor
-        else:
-            index, _, dim = map(int, found.groups())
-            parts.setdefault((whole_name(name), dim), {})[index] = tensor
-    for (name, dim), pieces in parts.items():
-        ordered = [pieces[index] for index in sorted(pieces)]
-        whole[name] = torch.cat(ordered, dim) if ordered[0].ndim > dim else ordered[0]
-    return whole
-
-
-def whole_name(name: str) -> str:
-    """A name in which no piece is told."""
-    return _PIECE.sub("", name)
-
-
-def piece_of(whole: Tensor, name: str) -> Tensor:
-    """The part of a parameter, or of a state of its shape, that `name` names."""
-    _, index, count, dim = parse_piece(name)
-    if count == 1 or whole.ndim <= dim:
-        return whole
-    size = whole.shape[dim] // count
-    return whole.narrow(dim, index * size, size)
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Which pieces of a parameter that is cut a rank holds."""
-
-    parameter: Parameter
-    indices: tuple[int, ...]
-
-    def names(self) -> list[tuple[int, str]]:
-        """Index and name of each."""
-        every = self.parameter.names()
-        return [(index, every[index]) for index in self.indices]
-
-
-def held_pieces(program: Program, captured: Captured, rank: int) -> dict[str, Held]:
-    """Pieces that the slices of `rank` need of each parameter that is cut."""
-    held: dict[str, tuple[Parameter, set[int]]] = {}
-    for run in (run for run in program.slices if rank in run.ranks):
-        copy = run.copy_of(rank)
-        for parameter in (p for name in run.operators for p in captured.graph.by_name[name].parameters):
-            if parameter.pieces > 1:
-                share = parameter.pieces // len(copy)
-                first = copy.index(rank) * share
-                held.setdefault(parameter.name, (parameter, set()))[1].update(range(first, first + share))
-    return {name: Held(parameter, tuple(sorted(indices))) for name, (parameter, indices) in held.items()}
-
-
-def held_names(program: Program, captured: Captured, rank: int) -> list[str]:
-    """Parameters, pieces of parameters and buffers that `rank` holds."""
-    pieces = held_pieces(program, captured, rank)
-    names: dict[str, None] = {}
-    for code in (captured.codes[name] for name in program.operators_of(rank)):
-        for _, name in (*code.parameters, *code.buffers):
-            names.update((own, None) for _, own in pieces[name].names()) if name in pieces else names.update(
-                {name: None}
-            )
-    return list(names)
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
+from spindle.capture.codes import OperatorCode
+from spindle.runtime.parallel.names import Held, piece_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +54,7 @@ class _CutLayer(nn.Module):
     def _part(self, name: str) -> Tensor:
         """What this rank computes with: of a parameter all pieces, or in a layout those of its part."""
         held, layout = self.held[name], self.switch.layout
-        indices = held.indices if layout is None else _of_part(layout, held.parameter.pieces)
+        indices = held.indices if layout is None else held.parameter.indices(layout.part, layout.parts)
         pieces: list[Tensor] = [self.get_parameter(f"{name}_{index}") for index in indices]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, held.parameter.piece_dim)
 
@@ -179,11 +98,6 @@ class CutEmbedding(_CutLayer, nn.Embedding):
 
 
 _CUT: dict[type[nn.Module], type[_CutLayer]] = {nn.Linear: CutLinear, nn.Embedding: CutEmbedding}
-
-
-def _of_part(layout: Layout, count: int) -> range:
-    share = count // layout.parts
-    return range(layout.part * share, (layout.part + 1) * share)
 
 
 class _Given(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Tensor parallelism: parameters in pieces, and layers that compute with some of them."""

@@ -1,0 +1,87 @@
+"""Names: parameters that tensor parallelism cuts into pieces, each piece a parameter of its own with a name of its own.
+
+A rank holds the pieces that its slices need, each with its own group of ranks: so gradients are reduced, clipped,
+updated and saved as those of any parameter, whatever the layouts of the slices that share it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spindle.capture.codes import Captured, OperatorCode
+from spindle.graph import Parameter, parse_piece
+from spindle.runtime.programs.program import Program
+
+_PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)")
+
+
+def joined_pieces(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with pieces put together under the parameter's own name. A number a piece, as Adam's step, is one."""
+    whole: dict[str, Tensor] = {}
+    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = _PIECE.search(name)
+        if found is None:
+            whole[name] = tensor
+        else:
+            index, _, dim = map(int, found.groups())
+            parts.setdefault((whole_name(name), dim), {})[index] = tensor
+    for (name, dim), pieces in parts.items():
+        ordered = [pieces[index] for index in sorted(pieces)]
+        whole[name] = torch.cat(ordered, dim) if ordered[0].ndim > dim else ordered[0]
+    return whole
+
+
+def whole_name(name: str) -> str:
+    """A name in which no piece is told."""
+    return _PIECE.sub("", name)
+
+
+def piece_of(whole: Tensor, name: str) -> Tensor:
+    """The part of a parameter, or of a state of its shape, that `name` names."""
+    _, index, count, dim = parse_piece(name)
+    if count == 1 or whole.ndim <= dim:
+        return whole
+    size = whole.shape[dim] // count
+    return whole.narrow(dim, index * size, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which pieces of a parameter that is cut a rank holds."""
+
+    parameter: Parameter
+    indices: tuple[int, ...]
+
+    def names(self) -> list[tuple[int, str]]:
+        """Index and name of each."""
+        every = self.parameter.names()
+        return [(index, every[index]) for index in self.indices]
+
+
+def held_by_rank(program: Program, captured: Captured) -> list[dict[str, Held]]:
+    """For each rank the pieces that its slices need of each parameter that is cut; one pass over the slices."""
+    indices: list[dict[str, set[int]]] = [{} for _ in range(program.num_ranks)]
+    cut: dict[str, Parameter] = {}
+    for run in program.slices:
+        here = {p.name: p for name in run.operators for p in captured.graph.by_name[name].parameters if p.pieces > 1}
+        cut |= here
+        for place, rank in enumerate(run.ranks) if here else ():
+            for parameter in here.values():
+                indices[rank].setdefault(parameter.name, set()).update(
+                    parameter.indices(place % run.tensor_parallel, run.tensor_parallel)
+                )
+    return [{name: Held(cut[name], tuple(sorted(found))) for name, found in held.items()} for held in indices]
+
+
+def held_names(codes: Iterable[OperatorCode], pieces: Mapping[str, Held]) -> list[str]:
+    """Parameters, pieces of parameters and buffers that a rank with these codes and pieces holds."""
+    names: dict[str, None] = {}
+    for code in codes:
+        for _, name in (*code.parameters, *code.buffers):
+            held = [own for _, own in pieces[name].names()] if name in pieces else [name]
+            names.update(dict.fromkeys(held))
+    return list(names)
