@@ -78,7 +78,7 @@ def picture(plan: Plan, findings: Sequence[Finding], *, rows: int = 24) -> str:
         if wave.index in near or (not marked and wave.index < rows):
             parts = ", ".join(f"{_name(s)} on {_devices(s.devices)}" for s in wave.slices)
             row = f"wave {wave.index:>4}  {wave.start_s:>10.6f} .. {wave.end_s:>10.6f} s  {parts}"
-            lines.append(row[:110] + (" <-- here" if wave.index in marked else ""))
+            lines.append(row[:91] + (" <-- here" if wave.index in marked else ""))
     return "\n".join(lines[:rows])
 
 

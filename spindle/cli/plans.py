@@ -1,14 +1,20 @@
 """Commands on plans: make one, check it, explain it, compare it, show it."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
+from spindle.cli.bars import busy, progress
 from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
 from spindle.cli.options import device_counts, pins, positive
-from spindle.cli.terminal import cost_notes, json_text
+from spindle.cli.terminal import cost_notes, folded, json_text
 from spindle.errors import FormatError, PlanError
+
+if TYPE_CHECKING:
+    from spindle.cluster import Cluster
+    from spindle.plan import Plan
 
 
 @cli.command()
@@ -51,7 +57,7 @@ def plan(
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
     from spindle.planner.render import render, table
-    from spindle.planner.solve import METHODS
+    from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
     from spindle.source import is_python, load_source
 
@@ -61,17 +67,18 @@ def plan(
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     where = parse_cluster(cluster or _this_machine())
     measured = read(profile, Profile) if profile else None
-    loaded = load_source(source)
-    found, pricing = plan_source(
-        loaded,
-        where,
-        measured,
-        method=method,
-        time_limit_s=time_limit_s,
-        aligned=aligned,
-        start=read_plan(start_file) if start_file else None,
-        pins=pins or None,
-    )
+    with busy("planning", default_limit_s(where) if time_limit_s is None else time_limit_s):
+        loaded = load_source(source)
+        found, pricing = plan_source(
+            loaded,
+            where,
+            measured,
+            method=method,
+            time_limit_s=time_limit_s,
+            aligned=aligned,
+            start=read_plan(start_file) if start_file else None,
+            pins=pins or None,
+        )
     if output:
         write(found, output)
     if as_json:
@@ -115,7 +122,7 @@ def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
         )
         click.echo(f"{plan_file}: keeps all {what}; makespan {loaded.makespan_s:.6f} s, {len(loaded.slices)} slices")
     else:
-        click.echo("\n".join(f"{plan_file}: {finding}" for finding in findings[:10]))
+        click.echo(folded("\n".join(f"{plan_file}: {finding}" for finding in findings[:10])))
         click.echo(picture(loaded, findings))
     if findings:
         click.get_current_context().exit(PlanError.exit_code)
@@ -161,7 +168,14 @@ def diff(before: str, after: str, as_json: bool) -> None:
 @click.option("--devices", "-n", required=True, metavar="N,N,...", help="Device counts to plan for.")
 @CLUSTER
 @PROFILE
-@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="Seconds to search, for each count.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=float,
+    metavar="S",
+    callback=positive,
+    help="Seconds to search each.",
+)
 @JSON
 def whatif(
     source: str,
@@ -191,7 +205,14 @@ def whatif(
     where = parse_cluster(cluster or "1x8")
     measured = read(profile, Profile) if profile else None
     loaded = load_source(source)
-    rows = plan_sizes(lambda c: plan_source(loaded, c, measured, time_limit_s=time_limit_s)[0], where, counts)
+    wanted = sorted(set(counts))
+    with progress("planning") as update:
+
+        def solve(some: "Cluster") -> "Plan":
+            update(wanted.index(some.num_devices), len(wanted), f"{some.num_devices} devices")
+            return plan_source(loaded, some, measured, time_limit_s=time_limit_s)[0]
+
+        rows = plan_sizes(solve, where, counts)
     if as_json:
         click.echo(json_text({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
     else:
@@ -227,17 +248,18 @@ def show(
     from spindle.timeline import chrome_trace, render_page, render_png, render_svg, timeline_figures
     from spindle.trace import Trace
 
-    loaded = read_plan(plan_file)
-    predicted = simulate(loaded)
-    measured = read(trace_file, Trace) if trace_file else None
-    if html:
-        write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
-    if svg:
-        write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
-    if png:
-        write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=plan_file), png)
-    if chrome:
-        write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
+    with busy("drawing"):
+        loaded = read_plan(plan_file)
+        predicted = simulate(loaded)
+        measured = read(trace_file, Trace) if trace_file else None
+        if html:
+            write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
+        if svg:
+            write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+        if png:
+            write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=plan_file), png)
+        if chrome:
+            write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
     written = [name for name in (html, svg, png, chrome) if name]
     if as_json:
         click.echo(json_text(timeline_figures(loaded, predicted=predicted, measured=measured) | {"written": written}))

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from spindle.cli.bars import busy, progress
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, not_negative
-from spindle.cli.terminal import advise_after, json_text, losses_text, progress
+from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted
 
 
 @cli.command()
@@ -70,7 +71,7 @@ def profile(
         told = {"output": output, "device": measured.device, **counts, "new": new}
         click.echo(json.dumps(told | ({"held_out": [asdict(row) for row in rows]} if validate else {})))
         return
-    click.echo(f"{measured.describe(known)}; written to {output}")
+    click.echo(folded(f"{measured.describe(known)}; written to {output}"))
     if validate:
         click.echo(render_held_out(rows))
 
@@ -104,22 +105,23 @@ def verify(
     from spindle import api
     from spindle.source import load_workload
 
-    workload, _ = load_workload(source)
-    report = api.verify(
-        workload,
-        read_plan(plan_file) if plan_file else None,
-        num_workers=workers,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        launcher=launcher,
-    )
+    with busy("verifying"):
+        workload, _ = load_workload(source)
+        report = api.verify(
+            workload,
+            read_plan(plan_file) if plan_file else None,
+            num_workers=workers,
+            steps=steps,
+            rtol=rtol,
+            atol=atol,
+            launcher=launcher,
+        )
     if as_json:
         values = {"ok": report.ok, "max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
         losses = {"losses": report.losses, "reference_losses": report.reference_losses}
         click.echo(json_text(values | losses | {"rows": [asdict(row) for row in report.rows]}))
     else:
-        click.echo(str(report))
+        click.echo(folded(str(report)))
     if not report.ok:
         click.get_current_context().exit(1)
 
@@ -214,7 +216,8 @@ def train(
         click.echo(f"resumed after {result.first_step} steps")
     click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
     if result.losses:
-        click.echo(f"first {losses_text(result.losses[0])}\nlast  {losses_text(result.losses[-1])}")
+        first, last = (losses_text(result.losses[i]) for i in (0, -1))
+        click.echo(folded(f"first {first}\nlast  {last}", indent=6))
     if result.ended:
         click.echo(f"stopped: the data of task {result.ended!r} ended")
     advise_after(workload, result)
@@ -234,10 +237,11 @@ def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> N
     from spindle import api
     from spindle.source import load_workload
 
-    workload, _ = load_workload(source)
-    if checkpoint:
-        api.load_checkpoint(workload, checkpoint)
-    written = {name: str(directory) for name, directory in api.export(workload, output).items()}
+    with busy("exporting"):
+        workload, _ = load_workload(source)
+        if checkpoint:
+            api.load_checkpoint(workload, checkpoint)
+        written = {name: str(directory) for name, directory in api.export(workload, output).items()}
     if as_json:
         click.echo(json_text({"components": written}))
     else:
@@ -259,7 +263,7 @@ def doctor(as_json: bool) -> None:
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            click.secho("\n".join(render(finding)), fg=colours.get(finding.status))
+            click.echo(painted(folded("\n".join(render(finding)), indent=23), colours.get(finding.status)))
     found = verdict(findings)
     if as_json:
         click.echo(json_text(found, indent=1))

@@ -1,12 +1,10 @@
-"""Terminal: how the command line says things: JSON, notes on costs, progress, warnings."""
+"""Terminal: how the command line says things: JSON, lines that fit, colours, notes on costs, warnings."""
 
 import json
 import math
-import sys
+import os
 import textwrap
-import time
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,6 +38,21 @@ def json_text(value: Any, **options: Any) -> str:
 def losses_text(losses: dict[str, float]) -> str:
     """Losses of one step on one line."""
     return "  ".join(f"{task} {value:.4f}" for task, value in losses.items())
+
+
+def folded(text: str, *, indent: int = 2) -> str:
+    """The text with its lines broken at spaces to fit the width; what goes on in a new line is indented."""
+
+    def lines(line: str) -> list[str]:
+        more = " " * indent
+        return textwrap.wrap(line, WIDTH, subsequent_indent=more, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(part for line in text.splitlines() for part in (lines(line) if len(line) > WIDTH else [line]))
+
+
+def painted(text: str, color: str | None) -> str:
+    """The text in a colour, unless NO_COLOR is set; click.echo leaves colours out where no terminal reads."""
+    return text if color is None or os.environ.get("NO_COLOR") else click.style(text, fg=color)
 
 
 def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
@@ -90,41 +103,9 @@ def advise_after(workload: "Workload", result: "TrainResult") -> None:
         click.echo("\n".join(textwrap.wrap(advice.text, WIDTH, initial_indent="advice ", subsequent_indent=" " * 7)))
 
 
-class progress:  # noqa: N801 - used like a function
-    """A bar with the time left on a terminal; elsewhere a line every ten seconds. On stderr."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-        self.told_s = time.monotonic()
-
-    def __enter__(self) -> Callable[..., None]:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
-            self.bar.start()
-            self.bar.add_task("", total=None)
-        return self.update
-
-    def update(self, done: int, total: int, text: str = "") -> None:
-        """So much is done; `text` stands behind the bar."""
-        if self.bar is not None:
-            self.bar.update(0, completed=done, total=total, description=text)
-        elif time.monotonic() - self.told_s > 10.0:
-            self.told_s = time.monotonic()
-            click.echo(f"{self.title} {done}/{total}  {text}".rstrip(), err=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
 def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Warnings of Spindle as one line on stderr; others as Python has them."""
     if issubclass(category, SpindleWarning):
-        click.echo(f"spindle: warning: {message}", err=True)
+        click.echo(f"{painted('spindle: warning:', 'yellow')} {message}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)

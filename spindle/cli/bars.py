@@ -1,0 +1,96 @@
+"""Bars: what the command line shows while it works, on stderr."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from spindle.cli.terminal import WIDTH
+
+PATIENCE_S = 2.0  # what takes longer shows a bar
+
+
+class progress:  # noqa: N801 - used like a function
+    """A bar with the time left on a terminal; elsewhere a line every ten seconds. On stderr."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+        self.told_s = time.monotonic()
+
+    def __enter__(self) -> Callable[..., None]:
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = _bar(*columns, TextColumn("{task.description}", markup=False))
+            self.bar.start()
+            self.bar.add_task("", total=None)
+        return self.update
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """So much is done; `text` stands behind the bar."""
+        if self.bar is not None:
+            self.bar.update(0, completed=done, total=total, description=text[: WIDTH // 2])
+        elif time.monotonic() - self.told_s > 10.0:
+            self.told_s = time.monotonic()
+            click.echo(f"{self.title} {done}/{total}  {text}".rstrip()[:WIDTH], err=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class busy:  # noqa: N801 - used like a function
+    """For work that cannot say how far it is: after two seconds a bar on a terminal, nothing elsewhere. On stderr.
+
+    It shows the seconds left of `limit_s`, where the work keeps to a limit, else those gone by.
+    """
+
+    def __init__(self, title: str, limit_s: float | None = None) -> None:
+        self.title, self.limit_s = title, limit_s
+        self.began_s = time.monotonic()
+        self.bar: Any = None
+        self.timer = threading.Timer(PATIENCE_S, self._show)
+        self.timer.daemon = True
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            self.timer.start()
+
+    def _show(self) -> None:
+        from rich.progress import BarColumn, ProgressColumn, TextColumn
+        from rich.text import Text
+
+        began_s, limit_s = self.began_s, self.limit_s or 0.0
+
+        class Clock(ProgressColumn):
+            """Seconds left, or gone by; moves the bar behind it."""
+
+            def render(self, task: Any) -> Text:
+                task.completed = time.monotonic() - began_s
+                left_s = limit_s - task.completed
+                return Text(f"{left_s:.0f} s left" if left_s > 0 else f"{task.completed:.0f} s")
+
+        bar = _bar(TextColumn(self.title), Clock(), BarColumn(), transient=True)
+        bar.add_task("", total=self.limit_s)
+        bar.start()
+        self.bar = bar
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        if self.timer.ident is not None:
+            self.timer.join()  # it may just be drawing
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _bar(*columns: Any, **options: Any) -> Any:
+    """A bar of rich on stderr; what the user's code prints to a pipe still goes there."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(), **options)
