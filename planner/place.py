@@ -167,6 +167,7 @@ class _Placer:
         self.cluster = problem.cluster
         self.balance_from = balance_from
         self.choices = 0
+        self.with_memory = problem.has_memory
         self.used_bytes = [0.0] * problem.num_devices
         self.last: list[Devices] = [()] * len(problem)
         # layers of each parameter set that each device holds, as bits
@@ -210,9 +211,9 @@ class _Placer:
 
     def _added_bytes(self, piece: Piece, device: int) -> float:
         """Memory that the piece takes on `device`, less what the device shares with it already."""
-        problem, op = self.problem, piece.op
-        if not problem.has_memory:
+        if not self.with_memory:
             return 0.0
+        problem, op = self.problem, piece.op
         key = problem.metaops[op].parameters
         shared = (self.held[device].get(key, 0) & _layer_bits(piece)).bit_count() if key else 0
         own = problem.layer_memory_bytes(op, piece.count) * piece.num_layers
@@ -221,11 +222,11 @@ class _Placer:
     def start(self, piece: Piece, devices: Devices, now_s: float) -> _Placed:
         """Put the piece on `devices` from now on."""
         end_s = now_s + self._received_s(piece, devices) + piece.num_layers * self.problem.time(piece.op, piece.count)
-        key = self.problem.metaops[piece.op].parameters
-        for device in devices:
+        key, bits = self.problem.metaops[piece.op].parameters, _layer_bits(piece)
+        for device in devices if self.with_memory else ():
             self.used_bytes[device] += self._added_bytes(piece, device)
             if key:
-                self.held[device][key] = self.held[device].get(key, 0) | _layer_bits(piece)
+                self.held[device][key] = self.held[device].get(key, 0) | bits
         self._mark(devices, free=False)
         self.last[piece.op] = devices
         self.choices += 1
@@ -249,11 +250,15 @@ class _Placer:
 
     def _fits(self, piece: Piece, device: int) -> bool:
         capacity = self.cluster.device.memory_bytes
-        return self.used_bytes[device] + self._added_bytes(piece, device) <= capacity
+        return not self.with_memory or self.used_bytes[device] + self._added_bytes(piece, device) <= capacity
 
     def _usable(self, piece: Piece, node: int, near: set[int], balance: bool) -> list[int]:
         """Devices of a node that are free and have room, preferred ones first."""
         size = self.cluster.devices_per_node
+        if not self.with_memory:
+            return sorted(
+                (d for d in range(node * size, (node + 1) * size) if self.free[d]), key=lambda d: d not in near
+            )
         usable = [d for d in range(node * size, (node + 1) * size) if self.free[d] and self._fits(piece, d)]
         if balance:
             return sorted(usable, key=lambda d: (self.used_bytes[d] + self._added_bytes(piece, d), d not in near, d))

@@ -16,6 +16,6 @@ def transfer_s(cluster: Cluster, num_bytes: float, source: Devices, target: Devi
     """Seconds to move `num_bytes` in one direction between two device sets."""
     if not num_bytes or source == target:
         return 0.0
-    nodes = {cluster.node_of(device) for device in (*source, *target)}
+    nodes = {cluster.node_of(d) for d in (min(*source, *target), max(*source, *target))}
     link = cluster.intra_node if len(nodes) == 1 else cluster.inter_node
     return link.transfer_s(num_bytes / min(len(source), len(target)))

@@ -8,14 +8,14 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
 from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
-from spindle.planner.search.decode import Decoder, Draft, FlatDecoder, draft_of
+from spindle.planner.search.decode import HOLDING_PASSES, SLICE_UNITS, Decoder, Draft, FlatDecoder, draft_of
 from spindle.planner.search.finish import finish, forward_on_floor, forward_runs, runs_of_draft
 from spindle.planner.search.floor import Floor, make_floor
 from spindle.planner.search.fluid import COLUMN_UNITS, LP_UNITS
@@ -34,6 +34,7 @@ BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
 BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
 CLOSE_CALL = 1.01
 STARTS, STARTS_LARGE = 6, 3
+OUTSIDE_UNITS = 3000.0  # for each MetaOp beyond SMALL: the usual ways, and finishing and costing what is found
 CLOSE_ENOUGH = 0.0005
 
 
@@ -44,10 +45,25 @@ class _Side:
     model: Model
     beam: Beam
     rounds: int = 0
+    found: list[Found] = field(default_factory=list)
+
+    def search(self, first: list[int], width: Width, seed: int, share: float) -> None:
+        """One more beam; on a floor, what runs backwards counts for what it takes forwards."""
+        self.beam.search(first, width, seed, share)
+        self.rounds += 1
+        self.found = list(self.beam.best)
+        if self.beam.floor and self.model.is_reversed:
+            self.found = [_turned(self.beam.floor.reversed, f) for f in self.found]
 
     @property
     def best_s(self) -> float:
-        return self.beam.best[0].makespan_s if self.beam.best else float("inf")
+        return min((f.makespan_s for f in self.found), default=inf)
+
+
+def _turned(floor: Floor, f: Found) -> Found:
+    """A schedule of the reversed model with forward times, transfers charged to who receives."""
+    runs = forward_on_floor(floor.problem, floor, f.model, f.runs)
+    return Found(max(end for _, _, _, _, end, _ in runs), runs, f.model.reversed)
 
 
 def search(
@@ -65,6 +81,7 @@ def search(
     lets no search finish.
     """
     model = make_model(problem, bound_s)
+    work.spend(OUTSIDE_UNITS * max(0, len(model) - SMALL))
     floor: Floor | None = make_floor(problem)
     floor = floor if floor and floor.matters else None
     share = BEAM_SHARE_WARM if is_warm else BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
@@ -76,7 +93,8 @@ def search(
     found.sort(key=lambda f: f.makespan_s + _reduction_s(model, floor, f))
     climbers = _climb(model, floor, found, work, seed)
     finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
-    others = [f for f in found if f not in given][:STARTS] + given
+    own = [f for f in found if f not in given]
+    others = own[:STARTS] + given if len(model) <= SMALL else found[:STARTS_LARGE]
     return finished + [finish(problem, f.model, f.runs) for f in others]
 
 
@@ -92,21 +110,23 @@ def _placed_starts(model: Model, floor: Floor, work: Work, seed: int, share: flo
     Both begin; what does better goes on. With few nodes that is often the second, which makes many more moves.
     """
     counting, placing = _sides(model, None, work), _sides(model, floor, work)
-    blind = _charged(model, floor, _beams(counting, work, seed, BLIND_SHARE * share))
+    blind = _charged(model, floor, work, _beams(counting, work, seed, BLIND_SHARE * share))
     found = _beams(placing, work, seed, 2 * BLIND_SHARE * share)
     if min((f.makespan_s for f in blind), default=inf) > min((f.makespan_s for f in found), default=inf) * CLOSE_CALL:
         return blind + _beams(placing, work, seed + 50, share)
     schedules = _beams(counting, work, seed + 50, 0.75 * share)
     climbers = _climb(model, None, sorted(schedules, key=lambda f: f.makespan_s), work, seed, 1.2 * share)
     schedules += [Found(c.best.total_s, _runs_of_climber(c), c.model) for c in climbers]
-    return blind + found + _charged(model, floor, schedules)
+    return blind + found + _charged(model, floor, work, schedules)
 
 
-def _charged(model: Model, floor: Floor, blind: Sequence[Found]) -> list[Found]:
+def _charged(model: Model, floor: Floor, work: Work, blind: Sequence[Found]) -> list[Found]:
     """Schedules that know no devices, with devices and transfers: now and then better than what knew them."""
     decoder, found = PlacedDecoder(model, floor), []
-    for f in blind:
+    most = len(blind) if len(model) <= SMALL else STARTS_LARGE
+    for f in sorted(blind, key=lambda f: f.makespan_s)[:most]:
         forward = forward_runs(f.model, f.runs)
+        work.spend(2 * len(forward) * (floor.slice_units + HOLDING_PASSES / 2 * SLICE_UNITS))
         for draft in (_plain_draft(model, forward), draft_of(FlatDecoder(model), forward)):
             decoded = decoder.decode(draft, inf)
             if decoded is not None:
@@ -179,9 +199,8 @@ def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> list[Foun
         if turn > 0 and not affordable:
             break
         width = affordable[: turn // 2 + 1][-1] if affordable else ROLL_OUT
-        side.beam.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else share)
-        side.rounds += 1
-    return [f for side in sides for f in side.beam.best]
+        side.search(_order(side, work, seed + turn), width, seed + turn, 1.0 if turn < 2 else share)
+    return [f for side in sides for f in side.found]
 
 
 def _chosen(sides: list[_Side], turn: int) -> _Side:
