@@ -148,10 +148,20 @@ class Climber:
         return c if c < len(self.model.counts[m]) else -1
 
     def _send(self, m: int) -> list[tuple[int, list[Part]]] | None:
-        """A slice prefers the devices of another slice of its count, or none."""
+        """A slice prefers the devices of what it reads, on as many, or those of another slice of its count, or none."""
         rng, parts = self.rng, self.draft[m]
         i = int(rng.random() * len(parts))
         c, layers, rank, held, hint = parts[i]
+        if rng.random() < 0.4:
+            before = self.model.before[m]
+            if not i and not before:
+                return None
+            source = self.devices[m][i - 1] if i else self.devices[before[int(rng.random() * len(before))]][-1]
+            counts = self.model.counts[m]
+            if source == self.devices[m][i] or source.bit_count() not in counts:
+                return None
+            c = counts.index(source.bit_count())
+            return [(m, [*parts[:i], (c, layers, rank, held, source), *parts[i + 1 :]])]
         if hint and rng.random() < 0.3:
             return [(m, [*parts[:i], (c, layers, rank, held, 0), *parts[i + 1 :]])]
         count = self.model.counts[m][c]

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from spindle.planner.search.floor import Floor, Memory
+from spindle.planner.search.floor import Floor, Memory, Sources
 from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
@@ -301,6 +301,8 @@ class Tracker:
         least = style.patience * counts[c] if had < 0 else 0.0
         sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
         first = self._next_layer(state, m)
+        if had < 0 and self._begin_where_input_is(state, m, c, sources):
+            return True
         while c >= 0 and counts[c] >= least:
             found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
             if found is not None:
@@ -315,6 +317,31 @@ class Tracker:
                 return True
             c -= 1
         return False
+
+    def _begin_where_input_is(self, state: State, m: int, c: int, sources: Sources) -> bool:
+        """Start m on the devices of one of its sources, when that saves device time and m ends no later for it."""
+        floor, model = self.floor, self.model
+        assert floor is not None
+        counts, times, layers = model.counts[m], model.times[m], state.left[m]
+        first = self._next_layer(state, m)
+        found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
+        if found is None or not found[1] or m in floor.pins:
+            return False
+        span_s = found[1] + layers * times[c]
+        best = (counts[c] * span_s, span_s, c, found)
+        for devices, _ in sources:
+            count = devices.bit_count()
+            if devices & state.free == devices and count in counts:
+                cost_s = floor.cost_s(devices, count, sources)
+                there = counts.index(count)
+                span_s = cost_s + layers * times[there]
+                if span_s <= best[1] and count * span_s < best[0]:
+                    best = (count * span_s, span_s, there, (devices, cost_s))
+        _, _, there, (devices, cost_s) = best
+        if state.memory and floor.with_room(m, counts[there], devices, state.memory, first, 1) != devices:
+            return False
+        self._begin(state, m, there, devices, cost_s)
+        return True
 
     def _gain_s(self, state: State, m: int, had: int, c: int) -> float:
         """What a change of count saves over the layers left: seconds when wider, device time when narrower."""
