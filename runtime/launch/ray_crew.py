@@ -7,6 +7,7 @@
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import cloudpickle
 import ray
 from ray._private import ray_constants as constants
+from ray._private import services
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +26,7 @@ from spindle.runtime.launch.crew import is_lost_peer, silent
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Job, Worker
 
+CONNECT_S = 10.0
 START_S = 300.0  # for actors to start; those of a job that names packages install them first
 GRACE_S = 5.0  # for the failure that caused the first one seen, or that came of it, to arrive too
 
@@ -79,6 +82,8 @@ class RayCrew:
     """Workers as Ray actors."""
 
     leads = True
+    places: list[Place]
+    """Where each rank is."""
 
     def __init__(self, jobs: Sequence[Job], *, devices_per_node: int | None = None, timeout_s: float = 60.0) -> None:
         """Join the cluster, or start a Ray, unless this process did; then start an actor for each job, in islands.
@@ -91,7 +96,7 @@ class RayCrew:
             start_local_ray(len(jobs))
         num_gpus = _gpus_of_rank(len(jobs), joined=joined)
         self._actors: list[Any] = []
-        self._places: list[Place] = []
+        self.places = []
         sizes = islands_of(len(jobs), devices_per_node)
         self._group = placement_group([_room(size, num_gpus) for size in sizes], strategy="PACK")
         try:
@@ -99,7 +104,7 @@ class RayCrew:
                 raise _no_room(sizes, num_gpus, timeout_s)
             for island, size in enumerate(sizes):
                 self._actors += [self._actor(island, num_gpus) for _ in range(size)]
-            self._places = self._in_order(sizes)
+            self.places = self._in_order(sizes)
             address = _address()
             self._store = serve_store(address)
             here = [os.path.abspath(path) for path in sys.path]
@@ -153,10 +158,10 @@ class RayCrew:
         return own[0] if own else self._lost(dead, found[dead[0]]) if dead else raised[0]
 
     def _lost(self, dead: Sequence[int], error: Exception) -> RunError:
-        if not self._places:
+        if not self.places:
             return RunError(f"a worker died while it started: {_first_line(error)}")
-        place = self._places[dead[0]]
-        here = [rank for rank, other in enumerate(self._places) if other.node == place.node]
+        place = self.places[dead[0]]
+        here = [rank for rank, other in enumerate(self.places) if other.node == place.node]
         whole = len(here) > 1 and set(here) <= set(dead)
         what = f"all ranks on node {place} died, {here}" if whole else f"rank {dead[0]} on node {place} died"
         return RunError(f"{what}: {_first_line(error)} (out of memory kills too). The run ended")
@@ -181,15 +186,30 @@ def islands_of(num_ranks: int, devices_per_node: int | None) -> list[int]:
 
 def join_cluster() -> bool:
     """Connect to the cluster that RAY_ADDRESS names, as it does in every Ray job; whether there is one."""
-    if not os.environ.get("RAY_ADDRESS"):
+    wanted = os.environ.get("RAY_ADDRESS", "local")
+    if wanted in ("", "local"):
         return False
     try:
-        ray.init(log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = services.canonicalize_bootstrap_address(wanted)
+        if address is None or not _listens(address):  # Ray itself would try without an end
+            if not _listens(wanted):
+                raise ConnectionError("nothing listens there")
+            _stay_on_loopback()  # Ray takes 127.0.0.1 for this machine's outer address
+        ray.init(address=wanted, log_to_driver=False, logging_level="error")
+    except (OSError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, and no Ray cluster answers there ({_first_line(error)}); "
-            "unset it to train on this machine alone"
+            f"RAY_ADDRESS is {wanted!r}, where no Ray cluster answers ({_first_line(error)}); give HOST:6379 of its "
+            "head node, or unset it to train on this machine alone"
         ) from error
+    return True
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, ValueError):
+        return False
     return True
 
 
