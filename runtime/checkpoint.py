@@ -141,8 +141,14 @@ def _sum_of(file: Path) -> tuple[int, int]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Checkpoint:
-    """Read what a checkpoint says of itself. Raises CheckpointError when it is missing, truncated or tampered with."""
+Share = tuple[int, int]
+"""Which of how many processes that check a checkpoint's files between them; each takes its own part of the files."""
+
+
+def read(path: Path, share: Share = (0, 1)) -> Checkpoint:
+    """Read what a checkpoint says of itself. Raises CheckpointError when it is missing, or where a file of `share` is not
+    as it was written.
+    """
     try:
         about = _About.model_validate_json((path / _ABOUT).read_text())
     except OSError as error:
@@ -152,7 +158,7 @@ def read(path: Path) -> Checkpoint:
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path / _ABOUT} cannot be read ({first}); take an older checkpoint") from None
-    for name, expected in about.files.items():
+    for name, expected in sorted(about.files.items())[share[0] :: share[1]]:
         file = path / name
         if Path(name).name != name or not file.is_file() or _sum_of(file) != expected:
             raise CheckpointError(
@@ -200,25 +206,27 @@ def fill(path: Path, places: Mapping[str, Tensor]) -> None:
             place.copy_(held[name])
 
 
-def load_weights(workload: Workload, path: Path) -> Checkpoint:
+def load_weights(workload: Workload, path: Path, share: Share = (0, 1)) -> Checkpoint:
     """Put the parameters and buffers of a checkpoint into the user's modules."""
-    checkpoint = read(path)
+    checkpoint = read(path, share)
     fill(path, dict((*workload.named_parameters(), *workload.named_buffers())))
     return checkpoint
 
 
-def to_resume(workload: Workload, checkpoints: Checkpoints | None, resume: bool | Path | str) -> Checkpoint | None:
+def to_resume(
+    workload: Workload, checkpoints: Checkpoints | None, resume: bool | Path | str, share: Share = (0, 1)
+) -> Checkpoint | None:
     """The checkpoint to go on from, its weights in the user's modules; None to begin afresh."""
     if resume is False:
         return None
     if resume is not True:
-        return load_weights(workload, Path(resume))
+        return load_weights(workload, Path(resume), share)
     if checkpoints is None:
         raise CheckpointError(
             "resume is True but no directory of checkpoints is given; give one, or a checkpoint's path"
         )
     newest = latest(checkpoints.directory)
-    return load_weights(workload, newest) if newest else None
+    return load_weights(workload, newest, share) if newest else None
 
 
 def export(workload: Workload, directory: Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.runtime.launch.crew import Crew, ThreadCrew, threads_of_rank
-from spindle.runtime.launch.torchrun import TorchrunCrew, under_torchrun
+from spindle.runtime.launch.torchrun import TorchrunCrew, place_among_all, under_torchrun
 from spindle.runtime.laws import check_program
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.programs.lower import lower
@@ -139,6 +139,11 @@ def launched(
         yield Run(prepared, crew, timeout_s)
     finally:
         crew.close()
+
+
+def place_among_drivers(launcher: Launcher) -> tuple[int, int]:
+    """Which of how many processes that drive one run this is: under torchrun every rank is one."""
+    return place_among_all() if _chosen(launcher) == "torchrun" else (0, 1)
 
 
 def _chosen(launcher: str) -> str:

@@ -247,7 +247,7 @@ def train(
     checkpoint that is not whole or of another model.
     """
     from spindle.runtime.checkpoint import Checkpoints, to_resume
-    from spindle.runtime.controller import launched, merge_traces, prepare
+    from spindle.runtime.controller import launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.training import run_steps
     from spindle.runtime.watch import Watch
 
@@ -256,7 +256,7 @@ def train(
     kept = None
     if checkpoints is not None:
         kept = Checkpoints(directory=Path(checkpoints), every=checkpoint_every, keep=keep_checkpoints)
-    before = to_resume(workload, kept, resume)
+    before = to_resume(workload, kept, resume, place_among_drivers(launcher))
     first, seed = (before.step, before.seed) if before else (0, seed)
     if first >= steps:
         raise PlanError(f"{first} steps are done already and steps is {steps}; ask for more, it counts from the start")

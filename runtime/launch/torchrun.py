@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from spindle.errors import RunError
+from spindle.runtime.launch.agreement import agreement, refuse_differences
 from spindle.runtime.transport import ProcessTransport
 from spindle.runtime.worker import Job, Worker, separate
 
@@ -23,21 +24,39 @@ def place_here() -> tuple[int, int] | None:
     return (int(os.environ[names[0]]), int(os.environ[names[1]])) if all(n in os.environ for n in names) else None
 
 
+def place_among_all() -> tuple[int, int]:
+    """This rank and the number of all ranks, as torchrun tells."""
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 class TorchrunCrew:
     """The ranks of a torchrun job."""
 
     def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
-        """Join with the others. Raises RunError when torchrun started another number of processes than planned for."""
-        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if num_ranks != len(jobs):
-            raise RunError(
-                f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
-                f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
-            )
+        """Join with the others, and compare jobs with them: each rank made its own.
+
+        Raises RunError when they differ, or when torchrun started another number of processes than planned for.
+        """
+        rank, num_ranks = place_among_all()
         self.leads = rank == 0
         transport = ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s, place=place_here())
-        self._worker = Worker(separate(jobs[rank]), transport)
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        try:
+            refuse_differences(self._gathered(agreement(jobs)))
+            if num_ranks != len(jobs):
+                raise RunError(
+                    f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
+                    f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
+                )
+        except Exception:
+            transport.close()
+            raise
+        self._worker = Worker(separate(jobs[rank]), transport)
+
+    def _gathered(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own, group=self._results)
+        return found
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew; patience is that of the process group.
@@ -50,9 +69,7 @@ class TorchrunCrew:
         except Exception:
             self._worker.close()
             raise
-        results: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(results, result, group=self._results)
-        return results
+        return self._gathered(result)
 
     def close(self) -> None:
         """See Crew."""

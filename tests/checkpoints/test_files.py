@@ -13,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 
 import spindle
 from spindle.errors import CheckpointError
+from spindle.runtime.checkpoint import read
 from tests.checkpoints.test_resume import towers, trained, weights
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import HandWritten, clip_vision
@@ -113,6 +114,23 @@ def test_what_is_not_as_written_is_refused(checkpoint: Path, damage: Any, said: 
     with pytest.raises(CheckpointError, match=said):
         spindle.load_checkpoint(workload, checkpoint)
     assert all(torch.equal(before[name], value) for name, value in weights(workload).items())
+
+
+def test_processes_that_resume_together_check_each_file_once(checkpoint: Path) -> None:
+    """Whichever file was changed, one of two processes finds it; the other does not read it."""
+    files = sorted(json.loads((checkpoint / "spindle.json").read_text())["files"])
+    assert len(files) >= 2
+    for index, name in enumerate(files):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{name} is not the file that was written"):
+            read(checkpoint, (index % 2, 2))
+        (checkpoint / name).write_bytes(whole)
+        assert read(checkpoint, (index % 2, 2)).step == 2
+        if name != "progress.pt":  # which each of them needs
+            (checkpoint / name).write_bytes(b"")
+            assert read(checkpoint, (1 - index % 2, 2)).step == 2
+            (checkpoint / name).write_bytes(whole)
 
 
 def test_nothing_is_unpickled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

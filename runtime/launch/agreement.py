@@ -1,0 +1,118 @@
+"""Agreement: ranks that each made a job of their own, as under torchrun, find out whether all made the same.
+
+Nobody sends jobs around there, so a rank with another plan, other code or another seed would hang the others in the
+first collective that it does not come to, or train something else beside them.
+"""
+
+import functools
+import hashlib
+import inspect
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import spindle
+from spindle.capture.signature import module_signature
+from spindle.errors import RunError
+from spindle.runtime.programs.text import dumps
+from spindle.runtime.worker import Job
+
+SAMPLED = 16  # numbers of each weight that are compared: a model's weights take seconds to read through
+
+_REMEDY = {
+    "versions of Python, torch or spindle": "install the same ones",
+    "plan": "give all the same file as --plan",
+    "program": "give all the same tasks, batch sizes and settings",
+    "code": "run the same files",
+    "weights": "seed the model alike on all ranks, or load the same weights",
+    "seed": "give all the same seed=",
+}
+
+
+def agreement(jobs: Sequence[Job]) -> dict[str, str]:
+    """Digests of what all ranks must have alike, by what they are of. `jobs`: those of all ranks, as made here."""
+    program = jobs[0].program
+    slices = [(run.metaop, run.operators, run.ranks, run.tensor_parallel, run.recompute) for run in program.slices]
+    parts: dict[str, Iterable[str]] = {
+        "versions of Python, torch or spindle": (platform.python_version(), torch.__version__, spindle.__version__),
+        "plan": (str(program.num_ranks), *map(str, slices)),
+        "program": (dumps(program), str(jobs[0].rounds), jobs[0].precision, str(jobs[0].settings)),
+        "code": _code_texts(jobs),
+        "weights": _weight_texts(jobs),
+        "seed": (str(jobs[0].seed),),
+    }
+    return {what: hashlib.sha256("\n".join(texts).encode()).hexdigest() for what, texts in parts.items()}
+
+
+def refuse_differences(found: Sequence[Mapping[str, str]]) -> None:
+    """Raises RunError, the same on every rank, that names the ranks whose digests are not those of most of them."""
+    told = [tuple(digests.items()) for digests in found]
+    most = Counter(told).most_common(1)[0][0]
+    others = [rank for rank, digests in enumerate(told) if digests != most]
+    if others:
+        expected = dict(most)
+        kinds = [what for what in _REMEDY if any(found[rank][what] != expected[what] for rank in others)]
+        remedies = "; ".join(f"{what} ({_REMEDY[what]})" for what in kinds)
+        raise RunError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} came with another {remedies} than rank "
+            f"{told.index(most)}, so that the run was not started"
+        )
+
+
+def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
+    codes = {name: code for job in jobs for name, code in job.codes.items()}
+    aux = {name: code.module for job in jobs for name, code in job.aux.items()}
+    modules = {**{name: code.module for name, code in codes.items()}, **aux}
+    classes: dict[type, None] = {}
+    for name, module in sorted(modules.items()):  # plans order operators otherwise
+        yield f"{name} {getattr(module, 'code', '')} {module_signature(module)}"
+        classes.update(dict.fromkeys(type(child) for child in module.modules()))
+    for cls in classes:
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+            if not base.__module__.startswith("torch."):
+                yield from (f"{base.__qualname__}.{n} {_text(f)}" for n, f in vars(base).items())
+    yield from (_text(maker) for maker in (jobs[0].optimizer, jobs[0].scheduler))
+
+
+def _text(value: Any) -> str:
+    """Code and plain values as text that is equal in every process; other objects count by their class."""
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {[_text(constant) for constant in value.co_consts]}"
+    if isinstance(value, FunctionType):
+        names = value.__code__.co_freevars
+        held = inspect.getclosurevars(value).nonlocals if names else {}
+        inner = [
+            _text(getattr(held.get(name), "__code__", held.get(name))) for name in names
+        ]  # closures may be circles
+        return f"{_text(value.__code__)} {_text(value.__defaults__)} {inner}"
+    if isinstance(value, functools.partial):
+        return f"{_text(value.func)} {_text(value.args)} {_text(value.keywords)}"
+    if isinstance(value, Mapping):
+        return str([(str(key), _text(held)) for key, held in value.items()])
+    if isinstance(value, list | tuple):
+        return str([_text(held) for held in value])
+    if isinstance(value, bool | int | float | str | bytes | None):
+        return repr(value)
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
+
+
+def _weight_texts(jobs: Sequence[Job]) -> Iterator[str]:
+    seen: set[str] = set()
+    codes = {name: code for job in jobs for name, code in job.codes.items()}
+    for _, code in sorted(codes.items()):
+        for names, get in ((code.parameters, code.module.get_parameter), (code.buffers, code.module.get_buffer)):
+            for inner, name in names:
+                if name not in seen:
+                    seen.add(name)
+                    yield f"{name} {_sampled(get(inner))}"
+
+
+def _sampled(value: Tensor) -> str:
+    flat = value.detach().flatten()
+    some = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
+    return f"{tuple(value.shape)} {value.dtype} {some.view(torch.uint8).numpy().tobytes().hex()}"
