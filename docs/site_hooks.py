@@ -11,7 +11,7 @@ from typing import Any
 
 SECTIONS = {
     "Start": ("index", "quickstart", "concepts", "wrapping", "models"),
-    "Use": ("reading-a-plan", "timeline", "tuning", "training", "metrics", "cluster"),
+    "Use": ("reading-a-plan", "timeline", "tuning", "training", "metrics", "cluster", "interop"),
     "Examples": ("gallery/index",),
     "Reference": ("cli", "api", "faq"),
     "How it works": ("planner", "cost-model", "design", "benchmarks"),

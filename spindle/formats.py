@@ -329,16 +329,21 @@ def loads(text: str, expect: type[ValueT], *, source: str = "text") -> ValueT:
 
     Raises FormatError unless the text is well formed, of that format and of a known version.
     """
-    try:
-        data = json.loads(text, object_pairs_hook=_without_duplicates)
-    except FormatError as error:
-        raise FormatError(f"{source}: {error}") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets too
-        raise FormatError(f"{source}: not JSON ({error}); the file may be cut off, write it again") from None
+    data = parse_json(text, source=source)
     value = _checked(data, source)
     if not isinstance(value, expect):
         raise FormatError(f"{source}: is a {data['format']} file; here a {expect.__name__} is needed")
     return value
+
+
+def parse_json(text: str, *, source: str = "text") -> Any:
+    """What a JSON text holds; raises FormatError when it is no JSON or gives one key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets too
+        raise FormatError(f"{source}: not JSON ({error}); the file may be cut off, write it again") from None
 
 
 def _checked(data: Any, source: str) -> Value:

@@ -1,0 +1,1 @@
+"""Exchange: files of other systems: `galvatron` reads its profiles, `megatron` writes parallelisms by module."""
