@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import spindle
+from spindle.runtime.launch.processes import ProcessCrew
+from spindle.runtime.transport import Transport
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
 
@@ -30,6 +32,31 @@ def test_processes_agree_with_one(num_ranks: int, seed: int) -> None:
     plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
     report = spindle.verify(workload, plan, launcher="processes")
     assert report.ok, str(report)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to cores")
+@pytest.mark.parametrize("num_ranks", [2, 2 * (os.cpu_count() or 1)])
+def test_ranks_have_cores_of_their_own(num_ranks: int) -> None:
+    """Where there is a core for each, no two ranks share one; where there are fewer, all share all."""
+
+    class Where:
+        def __init__(self, job: object, transport: Transport) -> None:
+            del job, transport
+
+        def cores(self) -> set[int]:
+            return os.sched_getaffinity(0)
+
+    cores = os.sched_getaffinity(0)
+    crew = ProcessCrew([None] * num_ranks, worker=Where)
+    try:
+        found = crew.call("cores")
+    finally:
+        crew.close()
+    if num_ranks > len(cores):
+        assert found == [cores] * num_ranks
+    else:
+        assert not set.intersection(*found)
+        assert {len(own) for own in found} == {len(cores) // num_ranks}
 
 
 def test_rows_in_the_second_dimension_travel() -> None:
