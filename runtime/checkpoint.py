@@ -146,8 +146,8 @@ Share = tuple[int, int]
 
 
 def read(path: Path, share: Share = (0, 1)) -> Checkpoint:
-    """Read what a checkpoint says of itself. Raises CheckpointError when it is missing, or where a file of `share` is not
-    as it was written.
+    """Read what a checkpoint says of itself. Raises CheckpointError when it is missing, or where a file of `share` is
+    not as it was written.
     """
     try:
         about = _About.model_validate_json((path / _ABOUT).read_text())

@@ -5,7 +5,6 @@ Every promise of the program is checked while it is kept: what an instruction re
 
 import contextlib
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -132,7 +131,7 @@ class Executor:
         `new_round` gives what fetches a task's batch in the next round; `observe` sees the gradients that the update
         uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend on `seed`
         and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
-        instruction, with the traceback of what went wrong.
+        instruction, with the user's own line that went wrong.
         """
         self.observe = observe
         self.grad_norm: Tensor | None = None
@@ -173,8 +172,7 @@ class Executor:
         where = self.program.describe(self.rank, instruction)
         if isinstance(error, SpindleError):
             return type(error)(f"{where}: {error}")
-        text = "".join(traceback.format_exception(error))
-        return RunError(f"{where} raised {type(error).__name__}: {error}\n{text}")
+        return RunError.of(error, where)
 
     def _span(self, instruction: Instruction, start_s: float, end_s: float, step: int) -> Span:
         transfer = self.program.transfer_by_name.get(instruction.target)

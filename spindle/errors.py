@@ -19,6 +19,9 @@
 Each message names the value, the rule and the remedy, in that order. `exit_code` is what the command line returns.
 """
 
+import os
+import traceback
+
 
 class SpindleError(Exception):
     """Base of every error that a user can mend."""
@@ -86,3 +89,39 @@ class RunError(SpindleError):
     """A worker raised, died or stalled; the message carries rank, wave and instruction."""
 
     exit_code = 1
+
+    @classmethod
+    def of(cls, error: BaseException, where: str = "") -> "RunError":
+        """An error as two lines: what was raised where, and the line of the user's own code that was running.
+
+        The whole traceback goes along as a note: Python prints it below the message, the command line when asked to.
+        """
+        text = next(iter(str(error).splitlines()), "")
+        raised = f"{where} raised " if where else ""
+        told = cls("\n".join(filter(None, (f"{raised}{type(error).__name__}: {text}", _own_line(error)))))
+        told.add_note("".join(traceback.format_exception(error)).rstrip())
+        return told
+
+
+def _own_line(error: BaseException) -> str:
+    """The innermost line that is neither ours, torch's nor Python's; of another library where there is none else."""
+    frames = traceback.extract_tb(error.__traceback__)
+    shown = [[frame for frame in frames if _place_of(frame.filename) == place] for place in ("user", "library")]
+    if not any(shown):
+        return ""
+    frame = (shown[0] or shown[1])[-1]
+    code = f": {frame.line}" if frame.line else ""
+    return f"{frame.filename}:{frame.lineno} in {frame.name}{code}"
+
+
+def _place_of(file: str) -> str:
+    if file.startswith(("<", *_OURS)):
+        return "ours"
+    _, found, inner = file.replace(os.sep, "/").rpartition("/site-packages/")
+    if found:
+        return "torch" if inner.startswith("torch/") else "library"
+    return "python" if file.startswith(_PYTHON) else "user"
+
+
+_HERE, _PYTHON = os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep
+_OURS = (_HERE, *(os.path.realpath(f"{_HERE}{room}") + os.sep for room in ("", "planner", "runtime")))

@@ -83,7 +83,7 @@ class ThreadCrew:
         if failed:
             self.close()
             error = next((e for e in failed if isinstance(e, Exception) and not is_lost_peer(e)), failed[0])
-            raise error if isinstance(error, SpindleError) else RunError(str(error)) from error
+            raise error if isinstance(error, SpindleError) else RunError.of(error) from error
         if waiting:
             self.close()
             raise silent([rank for rank, future in enumerate(futures) if future in waiting], patience_s)

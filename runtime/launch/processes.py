@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -151,9 +150,8 @@ def _reported(pipe: Connection) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = "".join(traceback.format_exception(error))
-        report = error if isinstance(error, SpindleError) else RunError(f"{type(error).__name__}: {error}\n{text}")
-        report.__cause__ = report.__context__ = None  # the text has it all; causes may not travel
+        report = error if isinstance(error, SpindleError) else RunError.of(error)
+        report.__cause__ = report.__context__ = None  # its note has it all; causes may not travel
         with contextlib.suppress(OSError):
             pipe.send_bytes(cloudpickle.dumps((False, report)))
 

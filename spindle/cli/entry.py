@@ -29,7 +29,7 @@ def main() -> None:
         click.echo(f"{_name()} {error.format_message()}{hint}", err=True)
         sys.exit(2)
     except SpindleError as error:
-        click.echo(f"{_name()} {error}", err=True)
+        click.echo("\n".join((f"{_name()} {error}", *_more(error))), err=True)
         sys.exit(error.exit_code)
     except SystemExit as error:  # commands end by click's exit; this one would pass for ours
         if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
@@ -49,6 +49,12 @@ def main() -> None:
         )
         sys.exit(BUG)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _more(error: SpindleError) -> list[str]:
+    """The traceback of a worker, or how to see it."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return notes if os.environ.get("SPINDLE_DEBUG") else ["Set SPINDLE_DEBUG=1 to see the traceback."] * bool(notes)
 
 
 def _name() -> str:

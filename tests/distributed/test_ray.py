@@ -54,6 +54,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_traceback(tmp_path: Path) ->
     with pytest.raises(RunError, match=r"rank \d, wave \d+, FORWARD s\d+ \(task.*too hot") as caught:
         spindle.train(workload, plan, optimizer=sgd, steps=3, launcher="ray", timeout_s=30.0)
     assert "faulty.py" in str(caught.value)
+    assert "Traceback (most recent call last)" in caught.value.__notes__[0]
 
 
 def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:

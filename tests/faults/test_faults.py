@@ -75,12 +75,16 @@ def failure(workload: Workload, launcher: Launcher, *, num_ranks: int = 2, timeo
 
 @both
 def test_a_block_that_raises(launcher: Launcher, tmp_path: Path) -> None:
-    """Rank, wave, instruction and layers come first, then the user's own line, then the traceback to it."""
+    """Rank, wave, instruction and layers come first, then the user's own line; the traceback to it is a note."""
     error = failure(breaking_block(Raising, tmp_path / "flag"), launcher)
     assert type(error) is RunError
-    first, *rest = str(error).splitlines()
+    first, second = str(error).splitlines()
     assert first == "rank 0, wave 0, FORWARD s0 (t.net.0) raised ValueError: too hot"
-    assert any("breaking.py" in line and "in act" in line for line in rest)
+    assert re.fullmatch(r'.*breaking\.py:\d+ in act: raise ValueError\("too hot"\)', second)
+    (note,) = error.__notes__
+    assert note.startswith("Traceback (most recent call last):")
+    assert "in forward" in note
+    assert note.endswith("ValueError: too hot")
 
 
 @both

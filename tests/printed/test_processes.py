@@ -24,8 +24,8 @@ finally:
 """
 
 
-def run(*command: str, cwd: Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run(*command: str, cwd: Path, stdin: str = "", **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -110,6 +110,54 @@ def test_a_bug_of_ours_is_told_apart(folder: Path) -> None:
         "spindle: a bug of Spindle: ZeroDivisionError: division by zero",
         "Set SPINDLE_DEBUG=1 to see where, and please report it.",
     ]
+
+
+BREAKS = """
+from pathlib import Path
+import torch
+from torch import nn
+import spindle
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if Path("hot").exists():
+            raise ValueError("too hot\\nand more of it")
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+def data():
+    for index in range(5):
+        if index == 3:
+            Path("hot").touch()
+        yield {"x": torch.zeros(4, 4)}
+
+workload = spindle.Workload("w")
+net = workload.component("net", nn.Sequential(Layer(), Layer()))
+
+@workload.task("t", batch_size=4, data=data)
+def task(batch):
+    return net(batch["x"]).square().mean()
+"""
+
+
+def test_what_a_worker_raises_is_three_lines(folder: Path) -> None:
+    """What failed and where, the user's own line, how to see the rest; with SPINDLE_DEBUG the rest."""
+    (folder / "breaks.py").write_text(BREAKS)
+    command = ("-m", "spindle", "train", "breaks.py:workload", "--steps", "9", "--launcher", "threads")
+    done = run(*command, cwd=folder)
+    assert done.returncode == 1
+    first, second, third = [line for line in done.stderr.splitlines() if not line.startswith("training")]
+    assert first.startswith("spindle: rank ")
+    assert first.endswith("FORWARD s0 (t.net.0) raised ValueError: too hot")
+    assert second == f'{folder / "breaks.py"}:14 in forward: raise ValueError("too hot\\nand more of it")'
+    assert third == "Set SPINDLE_DEBUG=1 to see the traceback."
+    (folder / "hot").unlink()
+    done = run(*command, cwd=folder, SPINDLE_DEBUG="1")
+    assert "Traceback (most recent call last):" in done.stderr
+    assert done.stderr.splitlines()[-2:] == ["ValueError: too hot", "and more of it"]
 
 
 def test_a_users_file_does_not_shadow_ours(folder: Path) -> None:
