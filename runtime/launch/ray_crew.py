@@ -234,7 +234,7 @@ def devices_of_cluster() -> str:
     if not ray.is_initialized():
         join_cluster()
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
-    counts = [count for count in _counts(resource) if count]
+    counts = _counts(resource)
     if not counts:
         raise RunError(
             "the Ray cluster has neither a GPU nor a CPU for a rank; add a node with --num-cpus or --num-gpus"
@@ -243,7 +243,9 @@ def devices_of_cluster() -> str:
 
 
 def _counts(resource: str) -> list[int]:
-    return [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+    """What each node has of it, without those that have none."""
+    counts = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+    return sorted(count for count in counts if count)
 
 
 def _gpus_of_rank(num_ranks: int, *, joined: bool) -> int:
@@ -263,7 +265,7 @@ def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> RunError:
     islands = f"{len(sizes)} islands of {sizes[0]} ranks" if len(sizes) > 1 else f"an island of {sizes[0]} ranks"
     return RunError(
         f"the Ray cluster had no room for {islands} within {timeout_s:g} s: an island needs a {resource} for each of "
-        f"its ranks on one node; the nodes have {', '.join(map(str, counts))}, of which {free} are free\n"
+        f"its ranks on one node; its nodes have {', '.join(map(str, counts)) or 'none'}, of which {free} are free\n"
         f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, or add nodes"
     )
 

@@ -65,13 +65,13 @@ def submit(
     if train_args:
         folder = Path(working_dir or ".")
         needed = _checked(train_args, folder)
-        env_vars, packages = _variables(env), _packages(pip)
-        jobs = _jobs(where)
+        packages = _packages(pip)
+        runtime_env: dict[str, Any] = {"env_vars": _variables(env)} | ({"pip": packages} if packages else {})
         follow = job_id or time.strftime(f"spindle-%Y%m%d-%H%M%S-{secrets.token_hex(2)}")
         with tempfile.TemporaryDirectory() as scratch:
-            runtime_env: dict[str, Any] = {"env_vars": env_vars} | ({"pip": packages} if packages else {})
             if working_dir or needed:
                 runtime_env["working_dir"] = _packed(folder, Path(scratch), needed, exclude)
+            jobs = _jobs(where)
             jobs.submit(shlex.join(("python", "-m", "spindle", "train", *train_args)), runtime_env, follow)
         if no_wait:
             told = {"job_id": follow, "address": jobs.address, "status": "PENDING"}
@@ -154,11 +154,7 @@ def _checked(train_args: Sequence[str], folder: Path) -> list[str]:
 def _packed(folder: Path, scratch: Path, needed: Sequence[str], exclude: Sequence[str]) -> str:
     from spindle.runtime.launch.package import pack
 
-    package = pack(folder, scratch / "working_dir.zip", needed=needed, exclude=exclude)
-    click.echo(
-        f"sending {package.num_files} files of {folder.resolve()}, {package.size_bytes / 2**20:.1f} MiB", err=True
-    )
-    return str(package.path)
+    return str(pack(folder, scratch / "working_dir.zip", needed=needed, exclude=exclude).path)
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:

@@ -1,8 +1,16 @@
 """Real processes: what they share."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +23,48 @@ def local_ray() -> Iterator[None]:
     start_local_ray(4)
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A head without CPUs for ranks, and two nodes of two. `address` is for RAY_ADDRESS, `dashboard` for jobs."""
+
+    dashboard: str
+    address: str
+    process: "subprocess.Popen[str]"
+
+    def kill(self, node: str) -> None:
+        """Kill the node of this id as a power cut would; another takes its place."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print("kill", node, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline().split()[:1] == ["DONE"]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """One cluster for all tests that need several nodes; no process is left of it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # where jobs find `python`
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.ray_cluster"],
+        cwd=ROOT,
+        env=environment | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        family: list[psutil.Process] = []
+        try:
+            ready = process.stdout.readline().split()
+            assert ready[:1] == ["READY"], "the cluster did not start"
+            yield RayCluster(ready[1], ready[2], process)
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.stdin.close()
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not [left.name() for left in alive if left.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,38 @@
+"""A Ray cluster of several nodes on this machine, on loopback, in a process of its own that ends when its input does.
+
+Tells `READY DASHBOARD ADDRESS`, then takes orders, a line each: `kill NODE` kills the node of that id, without a word
+to it, and puts a new one in its place. Answers each with `DONE`.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+
+CPUS = (2, 2)
+"""Of each node on which ranks may run; the head takes none."""
+
+
+def main() -> None:
+    folder = tempfile.mkdtemp(prefix="rc", dir="/tmp")  # Ray's sockets lie in it: their paths may have 107 characters
+    os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "dashboard_host": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for num_cpus in CPUS:
+            cluster.add_node(num_cpus=num_cpus)
+        print("READY", f"http://{cluster.webui_url}", cluster.address, flush=True)
+        for order in sys.stdin:
+            (victim,) = (node for node in cluster.worker_nodes if node.node_id == order.split()[1])
+            cluster.remove_node(victim, allow_graceful=False)
+            cluster.add_node(num_cpus=CPUS[-1])
+            print("DONE", flush=True)
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
