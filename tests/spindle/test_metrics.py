@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -184,32 +183,6 @@ def test_tensorboard_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         TensorBoard("logs")
-
-
-def test_tensorboard_gets_all_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number of every step; the log is purged behind the step that is resumed, and closed."""
-    calls: list[tuple[Any, ...]] = []
-
-    class Writer:
-        def __init__(self, directory: str, purge_step: int | None) -> None:
-            calls.append(("open", directory, purge_step))
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            calls.append((name, value, step))
-
-        def close(self) -> None:
-            calls.append(("close",))
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    board = TensorBoard("logs")
-    board.on_begin(None, 4)  # type: ignore[arg-type]
-    board.on_step(StepMetrics(step=5, step_s=0.5, losses={"t": 1.5}))
-    board.on_end()
-    assert calls[0] == ("open", "logs", 5)
-    assert ("loss/t", 1.5, 5) in calls
-    assert calls[-1] == ("close",)
 
 
 def test_a_callback_that_raises_ends_the_run() -> None:
