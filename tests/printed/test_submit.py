@@ -90,6 +90,7 @@ def test_too_large_a_folder_is_refused_before_anything_is_sent(
     """With what is largest, and what to do."""
     from spindle.runtime.launch.package import pack
 
+    assert pack.__kwdefaults__ is not None
     monkeypatch.setitem(pack.__kwdefaults__, "limit_bytes", 1000)
     (folder / "data.bin").write_bytes(bytes(range(256)) * 8)
     done = spindle_command("submit", *PLACE, *TRAIN)
