@@ -108,6 +108,11 @@ class What:
         return self.idle if self.kind is Kind.IDLE else _CAUSE_BY_KIND[self.kind]
 
     @property
+    def is_slowing(self) -> bool:
+        """Predicted: what all of backward loses to reductions beside it, so that it belongs to no slice."""
+        return self.kind is Kind.BACKWARD and self.slice < 0 and not self.component
+
+    @property
     def blocked_cause(self) -> Cause:
         """Where its `blocked_s` are booked."""
         return _BLOCKED_CAUSE.get(self.kind, self.cause)

@@ -73,6 +73,8 @@ def _kinds(views: Sequence[View]) -> Iterator[str]:
     for kind, name, swatch in shown:
         if kind in found:
             yield f'<span class="entry">{swatch}{name}</span>'
+    if any(item.what.is_slowing for view in views for row in view.shown.rows for item in row):
+        yield f'<span class="entry">{_svg(solid.format("issue") + stripes)}backward lost to reductions beside it</span>'
     if any(item.what.cause is Cause.OTHER for view in views for row in view.shown.rows for item in row):
         yield f'<span class="entry">{_svg(solid.format("other"))}at the step before or after</span>'
     if any(view.source == "measured" for view in views):

@@ -12,7 +12,7 @@ from html import escape
 from spindle.plan import Plan
 from spindle.timeline.colors import fills, lines, text_on
 from spindle.timeline.data import component_names, task_names
-from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View
+from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What
 from spindle.timeline.memory import MemoryModel
 from spindle.timeline.waves import WaveTime, wave_times
 from spindle.timeline.words import ranges, seconds, seconds_on_axis, size
@@ -23,6 +23,7 @@ MAX_ROWS = 48
 LEAST_WIDTH = 0.3
 FONT = "system-ui, 'Segoe UI', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', sans-serif"
 CHARACTER = 6.1  # width of a letter at 11 px
+FOOT = 0.3  # share of a row's height
 LABELLED = 11.0  # least height of a row with a label of its own; of lower ones every second has one
 
 GREY = "#8793a1"
@@ -34,6 +35,7 @@ DEFS = (
     '<rect width="1" height="4" fill="#ffffff" fill-opacity="0.45"/></pattern>'
     "</defs>"
 )
+COMMUNICATION_KINDS = (Kind.WAIT, Kind.ISSUE, Kind.REDUCE)
 TITLES = {"plan": "Plan", "predicted": "Planned", "measured": "Measured"}
 
 
@@ -83,7 +85,7 @@ def draw_svg(
         drawn, y = _memory(views[-1], memory, y, style)
         parts += drawn
     if standalone:
-        drawn, y = _legend(style, {item.what.kind for v in views for row in v.shown.rows for item in row}, y + 8)
+        drawn, y = _legend(style, {item.what for v in views for row in v.shown.rows for item in row}, y + 8)
         parts += drawn
     shape = "static tall" if y > 0.62 * WIDTH else "static"
     head = 'xmlns="http://www.w3.org/2000/svg" color="#1b2027" ' if standalone else f'class="{shape}" '
@@ -187,11 +189,32 @@ def _wave_marks(waves: Sequence[WaveTime], y: float, style: _Style) -> Iterator[
 
 
 def _row(row: Sequence[Item], y: float, style: _Style) -> Iterator[str]:
+    """What a device does; communication beside computation lies over its foot."""
     gap = 1.0 if style.height >= 9 else 0.0
-    for item in row:
+    height = style.height - gap
+    under = _beside_compute(row)
+    for place in [*(i for i in range(len(row)) if i not in under), *sorted(under)]:
+        item = row[place]
         x, width = style.x(item.start_s), (item.end_s - item.start_s) * style.scale
         if width >= LEAST_WIDTH:
-            yield from _item(item, x, width, y, style.height - gap, style)
+            low = height * FOOT if place in under else height
+            yield from _item(item, x, width, y + height - low, low, style)
+
+
+def _beside_compute(row: Sequence[Item]) -> set[int]:
+    """Places of communication during which the device computes."""
+    found: set[int] = set()
+    compute_end_s, last = -1.0, -1
+    for place, item in enumerate(row):
+        if item.what.kind in COMMUNICATION_KINDS:
+            if item.start_s < compute_end_s:
+                found.add(place)
+            last = place
+        elif item.what.kind is not Kind.IDLE:
+            compute_end_s = max(compute_end_s, item.end_s)
+            if last >= 0 and row[last].end_s > item.start_s:
+                found.add(last)
+    return found
 
 
 def _item(item: Item, x: float, width: float, y: float, height: float, style: _Style) -> Iterator[str]:
@@ -291,7 +314,7 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
 # -- legend -------------------------------------------------------------------------------------------------------
 
 
-def _legend(style: _Style, drawn_kinds: Collection[Kind], y: float) -> tuple[list[str], float]:
+def _legend(style: _Style, whats: Collection[What], y: float) -> tuple[list[str], float]:
     """Components by fill, tasks by outline, those kinds that are drawn by texture."""
     kinds = [("forward", Kind.FORWARD), ("backward", Kind.BACKWARD), ("reduction", Kind.REDUCE)]
     kinds += [("transfer", Kind.WAIT), ("optimiser", Kind.STEP), ("load", Kind.LOAD)]
@@ -305,7 +328,10 @@ def _legend(style: _Style, drawn_kinds: Collection[Kind], y: float) -> tuple[lis
         drawn, y = _legend_row(heading, listed, y)
         parts += drawn
     patterns = {Kind.BACKWARD: "backward", Kind.REDUCE: "reduce"}
-    shown = [(name, _kind_swatch(kind), patterns.get(kind, "")) for name, kind in kinds if kind in drawn_kinds]
+    found = {what.kind for what in whats}
+    shown = [(name, _kind_swatch(kind), patterns.get(kind, "")) for name, kind in kinds if kind in found]
+    if any(what.is_slowing for what in whats):
+        shown.append(("lost to reductions beside backward", f'fill="{GREY}"', "backward"))
     if shown:
         drawn, y = _legend_row("drawn as", shown, y)
         parts += drawn

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from spindle.plan import Plan, Slice, make_waves
-from spindle.timeline import render_svg
+from spindle.timeline import render_page, render_svg
 from spindle.timeline.svg import MAX_ROWS, device_groups, nice_ticks
+from spindle.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_samples import made_up_run, planned
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -56,6 +57,36 @@ def test_the_legend_names_what_is_drawn() -> None:
     assert "load" in texts(drawn("measured"))
     assert "load" not in texts(drawn("predicted"))
     assert {"forward", "backward", "load", "optimiser"}.isdisjoint(texts(drawn("neither")))
+
+
+def test_communication_beside_computation_is_a_foot() -> None:
+    """A reduction while backward runs is drawn low, on the row's lower edge, after the box that it lies over."""
+    plan, _ = planned(2)
+    spans = (
+        Span(rank=0, kind=SpanKind.BACKWARD, name="BACKWARD s0", start_s=0.0, end_s=0.6),
+        Span(rank=0, kind=SpanKind.REDUCE, name="REDUCE b0", start_s=0.3, end_s=0.8),
+        Span(rank=0, kind=SpanKind.REDUCE, name="REDUCE b1", start_s=0.8, end_s=1.0),
+        Span(rank=1, kind=SpanKind.STEP, name="STEP", start_s=0.0, end_s=1.0),
+    )
+    svg = ElementTree.fromstring(render_svg(plan, measured=Trace(num_ranks=2, source="measured", spans=spans)))
+    boxes = [e.attrib for e in svg.iter(f"{SVG}rect") if e.attrib.get("fill") == "#5d6b7b"]
+    (foot, high) = sorted(boxes[:2], key=lambda box: float(box["height"]))
+    assert float(foot["height"]) == pytest.approx(0.3 * float(high["height"]))
+    assert float(foot["y"]) + float(foot["height"]) == pytest.approx(float(high["y"]) + float(high["height"]))
+    assert float(foot["x"]) < float(high["x"])
+
+
+def test_what_reductions_cost_backward_has_a_name() -> None:
+    """The legend tells what belongs to no slice, where there is such a thing."""
+    plan, predicted = planned(8)
+    slowing = Span(rank=0, kind=SpanKind.BACKWARD, name="slowed by reductions", start_s=1.0, end_s=1.1)
+    told = "lost to reductions beside backward"
+    for extra in ((), (slowing,)):
+        spans = tuple(s for s in predicted if s.name != slowing.name)
+        trace = replace(predicted, spans=(*spans, *extra))
+        svg = ElementTree.fromstring(render_svg(plan, predicted=trace))
+        assert (told in texts(svg)) == bool(extra)
+        assert ("backward lost to reductions beside it" in render_page(plan, predicted=trace)) == bool(extra)
 
 
 def test_both_panels_have_one_axis() -> None:
