@@ -221,8 +221,16 @@ class Executor:
     def _compute(self, run: SliceRun, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the operators of a slice on this rank's samples; its outputs."""
         values = dict(inputs)
-        task, low = base_task(run.task), run.bounds_of(self.rank)[0]
-        stream = replace(self.stream, batch=self.first_batch + micro_batch(run.task), task=task, low=low)
+        low, high = run.bounds_of(self.rank)
+        stream = replace(
+            self.stream,
+            batch=self.first_batch + micro_batch(run.task),
+            task=base_task(run.task),
+            low=low,
+            samples=high - low,
+            part=run.copy_of(self.rank).index(self.rank),
+            parts=run.tensor_parallel,
+        )
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for operator in run.operators:
                 code = self.codes[operator]

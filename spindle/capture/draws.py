@@ -6,6 +6,7 @@
 - A generator is seeded for each chunk of samples, as many as make up `CHUNK` numbers: seeding one for each sample costs
   more than drawing when samples are small, and one for the whole batch would draw all of it on every rank.
 - `Site` tells which dimension of a draw the samples lie along; it is found while the task is traced.
+- In a tensor-parallel run a rank that computes a part of the features draws what the whole would, and takes its part.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from spindle.errors import WorkloadError
 
 _CPU = torch.device("cpu")
 CHUNK = {"cpu": 4096}
@@ -33,11 +36,12 @@ Sites = Mapping[str, "tuple[Site, ...]"]
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where one call draws: `per_sample` entries of dimension `dim` belong to each sample. -1: the draw is not made of
-    samples, and every part of the batch gets all of it.
+    samples, and every part of the batch gets all of it. `inner`: its other sizes where all features are computed.
     """
 
     dim: int
     per_sample: int
+    inner: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Stream:
     """A position in training: which step, batch and task a piece of code runs for, and its first sample.
 
     `device`: where the code runs. `portable`: draw on the CPU, whose numbers are the same in front of every device.
-    `fake`: shapes alone are wanted.
+    `fake`: shapes alone are wanted. `part` of `parts` of the features of `samples` samples are computed.
     """
 
     seed: int = 0
@@ -56,6 +60,9 @@ class Stream:
     device: torch.device = _CPU
     portable: bool = False
     fake: bool = False
+    part: int = 0
+    parts: int = 1
+    samples: int = 0
 
     def key(self, scope: str, index: int) -> int:
         """Seed of draw number `index` in `scope`."""
@@ -127,12 +134,30 @@ def draw(what: Draw, scope: str, index: int, site: Site) -> Tensor:
     with torch._C.DisableTorchFunction(), torch.no_grad():  # modes must not see these calls
         generator, key = torch.Generator(device), stream.key(scope, index)
         if site.dim < 0:
-            return what.filled(generator.manual_seed(key), what.shape).to(what.device)
+            shape = (stream.parts > 1 and site.inner) or what.shape
+            whole = what.filled(generator.manual_seed(key), shape)
+            return _own_part(whole, what.shape, stream).to(what.device)
         inner = list(what.shape)
         rows = inner.pop(site.dim)
-        parts = list(_chunks(what, generator, key, (rows // site.per_sample, site.per_sample, *inner), stream.low))
-        values = torch.cat(parts) if parts else what.filled(generator, (0, site.per_sample, *inner))
+        samples = stream.samples if stream.parts > 1 else rows // site.per_sample
+        of_sample = (site.per_sample, *((stream.parts > 1 and site.inner) or inner))
+        parts = list(_chunks(what, generator, key, (samples, *of_sample), stream.low))
+        values = torch.cat(parts) if parts else what.filled(generator, (0, *of_sample))
+        values = _own_part(values, (samples, rows // max(1, samples), *inner), stream)
         return values.flatten(0, 1).movedim(0, site.dim).to(what.device)
+
+
+def _own_part(whole: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
+    """The part of what the whole draws that belongs to this rank's part of the features."""
+    cut = [dim for dim, (size, own) in enumerate(zip(whole.shape, shape, strict=True)) if size != own]
+    if not cut:
+        return whole
+    if len(cut) > 1 or whole.shape[cut[0]] != shape[cut[0]] * stream.parts:
+        raise WorkloadError(
+            f"a layer that tensor parallelism cuts over {stream.parts} devices draws {tuple(shape)} random numbers "
+            f"where one process draws {tuple(whole.shape)}; it must draw an equal part along one dimension, or all"
+        )
+    return whole.narrow(cut[0], stream.part * shape[cut[0]], shape[cut[0]])
 
 
 def _chunks(what: Draw, generator: torch.Generator, key: int, shape: tuple[int, ...], first: int) -> Iterator[Tensor]:

@@ -106,7 +106,6 @@ def _layers(component: Component) -> list[_Layer]:
 
 def _inside(component: Component, plan: Mapping[str, str]) -> Iterator[_Layer]:
     for block in find_blocks(component.name, component.module, component.layers):
-        _check_block(_what(component), block.module)
         for inner, module in block.module.named_modules():
             path = f"{block.path}.{inner}" if inner else block.path
             layer = _Layer(path, module, _style(plan, path))
@@ -183,17 +182,6 @@ def _parameters(layer: _Layer, pieces: int) -> Iterator[tuple[Tensor, Cut]]:
     bias = getattr(layer.module, "bias", None)
     if dim == 0 and isinstance(bias, nn.Parameter):
         yield bias, cut
-
-
-def _check_block(what: str, block: nn.Module) -> None:
-    """Parts of the heads cannot draw what the whole would."""
-    for module in block.modules():
-        rates = (getattr(module, name, 0.0) for name in ("p", "attention_dropout", "dropout"))
-        if module.training and any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise WorkloadError(
-                f"{what}, but its blocks drop out ({type(module).__name__}), which would differ from one process; "
-                "set dropout to 0 or leave tensor parallelism out"
-            )
 
 
 def _style(plan: Mapping[str, str], path: str) -> str:

@@ -92,11 +92,12 @@ def _site(shape: Sequence[int]) -> Site:
     sizes: Sequence[int | SymInt] = shape
     found = [(dim, size.node.expr) for dim, size in enumerate(sizes) if isinstance(size, SymInt)]
     found = [(dim, expression) for dim, expression in found if expression.free_symbols]
+    inner = tuple(int(size) for dim, size in enumerate(sizes) if dim not in dict(found))
     if len(found) != 1 or len(found[0][1].free_symbols) != 1:
-        return Site(-1, 0)
+        return Site(-1, 0, () if found else inner)
     (dim, expression), symbol = found[0], next(iter(found[0][1].free_symbols))
     count = expression / symbol
-    return Site(dim, int(count)) if count.is_Integer and count > 0 else Site(-1, 0)
+    return Site(dim, int(count), inner) if count.is_Integer and count > 0 else Site(-1, 0)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------

@@ -95,15 +95,16 @@ class Recording:
     def _site(self, shapes: Sequence[Shape], scope: str) -> Site:
         """The dimension that grows with the number of samples."""
         grown = [dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+        inner = tuple(size for dim, size in enumerate(shapes[0]) if dim not in grown)
         if not grown:
-            return Site(-1, 0)
+            return Site(-1, 0, inner)
         ratios = {shape[grown[0]] / count for shape, count in zip(shapes, self.counts, strict=True)}
         if len(grown) > 1 or len(ratios) > 1 or not (ratio := ratios.pop()).is_integer():
             raise WorkloadError(
                 f"task {self.task.name!r}: {scope!r} gives a tensor of {' and '.join(map(str, shapes))} for "
                 f"{' and '.join(map(str, self.counts))} samples; its size must be a multiple of their number"
             )
-        return Site(grown[0], int(ratio))
+        return Site(grown[0], int(ratio), inner)
 
     def _run(self) -> None:
         if self.runs is None:

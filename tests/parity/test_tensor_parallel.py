@@ -30,7 +30,7 @@ ranks_and_seed = given(num_ranks=st.integers(2, 5), seed=st.integers(0, 10**6))
 WORDS = VOCABULARY + 1  # four devices share them evenly
 
 
-def language(heads: int = 4, *, tied: bool = True, words: int = WORDS) -> nn.Module:
+def language(heads: int = 4, *, tied: bool = True, words: int = WORDS, **options: Any) -> nn.Module:
     """Grouped queries, norms of heads; its embedding and its head share their words or not."""
     config = Qwen3Config(
         vocab_size=words,
@@ -43,6 +43,7 @@ def language(heads: int = 4, *, tied: bool = True, words: int = WORDS) -> nn.Mod
         max_position_embeddings=32,
         tie_word_embeddings=tied,
         pad_token_id=3,
+        **options,
         use_cache=False,
     )
     model: nn.Module = Qwen3ForCausalLM(config)
@@ -288,6 +289,83 @@ def test_styles_that_give_and_take_all_features(layout: tuple[int, int]) -> None
         return encoder(batch["x"]).square().mean()  # type: ignore[no-any-return]
 
     report = compared(made, laid_out(made, 4, lambda _: layout))
+    assert report.ok, str(report)
+
+
+class Dropping(nn.Module):
+    """Attention whose dropped weights are of some heads, here folded into the samples and there beside them; dropout of
+    cut features, of whole ones, of whole paths; and noise that no sample has to itself.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.norm = nn.LayerNorm(12)
+        self.q, self.k, self.v, self.out = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 12)
+        self.up, self.down = nn.Linear(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).view(*y.shape[:2], -1, 2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-1, -2)).flatten(0, 1).softmax(-1)
+        own = F.dropout(weights, self.rate).view(q.shape[0], -1, *weights.shape[1:]) @ v
+        own = own + F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate)
+        x = x + F.dropout(self.out(own.transpose(1, 2).flatten(2)), self.rate)
+        path = (torch.rand(x.shape[0], 1, 1, dtype=x.dtype) > self.rate).to(x.dtype)
+        hidden = F.dropout(self.up(x).relu(), self.rate)
+        z: Tensor = x + path * self.down(hidden * (1 + 0.1 * torch.randn(hidden.shape[-1], dtype=x.dtype)))
+        return z
+
+
+class DroppingEncoder(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Dropping(rate) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+DROPPING_PLAN = {f"layers.*.{name}": "colwise" for name in ("q", "k", "v", "up")}
+DROPPING_PLAN |= {"layers.*.out": "rowwise", "layers.*.down": "rowwise"}
+
+
+def drops(rate: float = 0.3, **options: Any) -> spindle.Workload:
+    torch.manual_seed(0)
+    made = spindle.Workload("drops", **options)
+    encoder = made.component("encoder", DroppingEncoder(rate).double(), tensor_parallel=4, tensor_plan=DROPPING_PLAN)
+
+    @made.task("fit", batch_size=5, data=[{"x": floats(5, 3, 12, seed=1, dtype=torch.float64)}])
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        return encoder(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    return made
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, (4, 1)], ids=str)
+def test_dropout_draws_its_part_of_the_whole(layout: tuple[int, int], recompute: bool) -> None:
+    """The same numbers whatever the layout, where the features that are dropped are cut and where they are not."""
+    made = drops(recompute=["encoder"] if recompute else [])
+    report = compared(made, laid_out(made, 4, lambda _: layout))
+    assert report.ok, str(report)
+
+
+@few
+@ranks_and_seed
+def test_dropout_in_random_layouts(num_ranks: int, seed: int) -> None:
+    """Each layer in a layout of its own."""
+    made = drops()
+    report = compared(made, random_plan(spindle.make_metagraph(made), num_ranks, seed))
+    assert report.ok, str(report)
+
+
+def test_a_models_own_attention_dropout() -> None:
+    """A model of transformers with its own plan, its two tasks in two layouts."""
+    made = talks(attention_dropout=0.2)
+    report = compared(made, laid_out(made, 4, lambda name: (1, 4) if name.startswith("ask") else (2, 2)))
     assert report.ok, str(report)
 
 
