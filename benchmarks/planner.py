@@ -4,6 +4,7 @@
     python benchmarks/planner.py fresh       the same on seeds that nothing was tuned on
     python benchmarks/planner.py islands     islands and switch costs: charged afterwards, and inside the search
     python benchmarks/planner.py scale       1024 devices, 60 tasks: the whole process
+    python benchmarks/planner.py change      a task leaves or joins: planned anew, and from the former plan
     python benchmarks/planner.py tiny        against the true optimum
 
 Gaps are per cent of the bound on ANY schedule without traffic. Every plan is checked by `spindle.planner.check`.
@@ -48,10 +49,23 @@ FRESH = [
 ]
 
 
-def planned(metagraph: MetaGraph, cluster: Cluster, limit_s: float, method: str = "lp") -> tuple[Plan, float]:
+CHANGING = [
+    *(Instance(family, tasks, 32) for family, tasks in (("clip", 10), ("ofasys", 7), ("vla", 6), ("omni", 12))),
+    *(Instance(family, tasks, 64) for family, tasks in (("clip", 10), ("ofasys", 7), ("vla", 6), ("omni", 12))),
+    *(Instance(family, tasks, 256) for family, tasks in (("clip", 30), ("vla", 30), ("omni", 60))),
+]
+
+
+def planned(
+    metagraph: MetaGraph,
+    cluster: Cluster,
+    limit_s: float | None = None,
+    method: str = "lp",
+    start: Plan | None = None,
+) -> tuple[Plan, float]:
     """A plan that passed the check, and the processor seconds it took."""
     begun = time.process_time()
-    plan = solve(metagraph, cluster, method=method, time_limit_s=limit_s)
+    plan = solve(metagraph, cluster, method=method, time_limit_s=limit_s, start=start)
     cpu_s = time.process_time() - begun
     findings = check_plan(plan)
     if findings:
@@ -157,6 +171,35 @@ def in_order_s(predecessors: Sequence[Sequence[int]], model: Model, floor: Floor
     return max(ends)
 
 
+def change() -> None:
+    """The last task leaves, or joins: a plan made anew with the default limit, and one from the former plan."""
+    print("| instance | change | MetaOps | anew | cpu s | from the former plan | cpu s |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    columns: list[list[float]] = [[] for _ in range(4)]
+    for instance in CHANGING:
+        whole, cluster = instance.metagraph(), instance.cluster()
+        less = without_last_task(whole)
+        for name, before, after in (("leaves", whole, less), ("joins", less, whole)):
+            former, _ = planned(before, cluster)
+            anew, anew_s = planned(after, cluster)
+            again, again_s = planned(after, cluster, start=former)
+            row = [100 * anew.gap, anew_s, 100 * again.gap, again_s]
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            cells = f"{row[0]:.2f} | {row[1]:.1f} | {row[2]:.2f} | {row[3]:.1f}"
+            print(f"| {instance.name} | a task {name} | {len(after)} | {cells} |", flush=True)
+    cells = " | ".join(f"{statistics.mean(column):.2f}" for column in columns)
+    print(f"| **mean** | | | {cells} |")
+
+
+def without_last_task(metagraph: MetaGraph) -> MetaGraph:
+    """The MetaGraph of all tasks but the last."""
+    last = metagraph.metaops[-1].task
+    kept = tuple(m for m in metagraph if m.task != last)
+    names = {m.name for m in kept}
+    return MetaGraph(kept, tuple(f for f in metagraph.flows if {f.source, f.target} <= names))
+
+
 def scale() -> None:
     """1024 devices and 60 tasks: `spindle plan` from start to end, default limit."""
     print("| instance | MetaOps | traffic | wall s | cpu s | gap % | peak MiB |")
@@ -201,7 +244,7 @@ def against_optimum(count: int = 200) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("gaps", "fresh", "islands", "scale", "tiny"))
+    parser.add_argument("table", choices=("gaps", "fresh", "islands", "scale", "change", "tiny"))
     parser.add_argument("--only", default="", help="instances whose name begins so")
     chosen = parser.parse_args()
     print(f"{os.cpu_count()} cores of a shared {platform.machine()} machine, Python {platform.python_version()}\n")
@@ -211,6 +254,7 @@ def main() -> None:
         "fresh": lambda: gaps(FRESH),
         "islands": lambda: islands(wanted),
         "scale": scale,
+        "change": change,
         "tiny": against_optimum,
     }
     tables[chosen.table]()

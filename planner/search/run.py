@@ -30,7 +30,7 @@ LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), W
 ROLL_OUT = Width(1, 1, 1)  # one LP and one simulation: the least that gives a schedule
 HUGE = 400  # MetaOps from which on most wait at each decision
 SMALL = 90  # MetaOps up to which the local search makes enough moves to be worth half the budget
-BEAM_SHARE, BEAM_SHARE_LARGE, BEAM_SHARE_WARM = 0.55, 0.9, 0.5
+BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
 BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
 CLOSE_CALL = 1.01
 STARTS, STARTS_LARGE = 6, 3
@@ -46,6 +46,7 @@ class _Side:
     beam: Beam
     rounds: int = 0
     found: list[Found] = field(default_factory=list)
+    guide: Sequence[Run] = ()  # a schedule expected to be good, whose order the first beam takes
 
     def search(self, first: list[int], width: Width, seed: int, share: float) -> None:
         """One more beam; on a floor, what runs backwards counts for what it takes forwards."""
@@ -77,19 +78,20 @@ def search(
 ) -> list[tuple[Slice, ...]]:
     """Schedules, the most promising first; `starts` are schedules to begin from, besides the beams'.
 
-    `is_warm`: one of them is expected to be good, so that most of the work goes into improving it. Empty when memory
-    lets no search finish.
+    `is_warm`: the last of them is expected to be good, and beams begin with its order. Empty when memory lets no search
+    finish.
     """
     model = make_model(problem, bound_s)
     work.spend(OUTSIDE_UNITS * max(0, len(model) - SMALL))
     floor: Floor | None = make_floor(problem)
     floor = floor if floor and floor.matters else None
-    share = BEAM_SHARE_WARM if is_warm else BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
+    share = BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
     found = given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
+    guide = given[-1].runs if is_warm else ()
     if floor is None:
-        found = found + _beams(_sides(model, None, work), work, seed, share)
+        found = found + _beams(_sides(model, None, work, guide), work, seed, share)
     else:
-        found = found + _placed_starts(model, floor, work, seed, share)
+        found = found + _placed_starts(model, floor, work, seed, share, guide)
     found.sort(key=lambda f: f.makespan_s + _reduction_s(model, floor, f))
     climbers = _climb(model, floor, found, work, seed)
     finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
@@ -98,18 +100,23 @@ def search(
     return finished + [finish(problem, f.model, f.runs) for f in others]
 
 
-def _sides(model: Model, floor: Floor | None, work: Work) -> list[_Side]:
+def _sides(model: Model, floor: Floor | None, work: Work, guide: Sequence[Run]) -> list[_Side]:
     """Forward and backward."""
-    backward = floor.reversed if floor else None
-    return [_Side(model, Beam(model, floor, work)), _Side(model.reversed, Beam(model.reversed, backward, work))]
+    back, backward = model.reversed, floor.reversed if floor else None
+    return [
+        _Side(model, Beam(model, floor, work), guide=guide),
+        _Side(back, Beam(back, backward, work), guide=forward_runs(back, list(guide)) if guide else ()),
+    ]
 
 
-def _placed_starts(model: Model, floor: Floor, work: Work, seed: int, share: float) -> list[Found]:
+def _placed_starts(
+    model: Model, floor: Floor, work: Work, seed: int, share: float, guide: Sequence[Run]
+) -> list[Found]:
     """Schedules on devices: of beams that know them, and of a search that only counts them and is charged afterwards.
 
     Both begin; what does better goes on. With few nodes that is often the second, which makes many more moves.
     """
-    counting, placing = _sides(model, None, work), _sides(model, floor, work)
+    counting, placing = _sides(model, None, work, guide), _sides(model, floor, work, guide)
     blind = _charged(model, floor, work, _beams(counting, work, seed, BLIND_SHARE * share))
     found = _beams(placing, work, seed, 2 * BLIND_SHARE * share)
     if min((f.makespan_s for f in blind), default=inf) > min((f.makespan_s for f in found), default=inf) * CLOSE_CALL:
@@ -210,6 +217,8 @@ def _chosen(sides: list[_Side], turn: int) -> _Side:
 
 def _order(side: _Side, work: Work, seed: int) -> list[int]:
     model = side.model
+    if side.guide and not side.rounds:
+        return by_schedule(model, side.guide, 8)
     kind = side.rounds % 3
     if kind == 1 and side.beam.best:
         return by_schedule(model, side.beam.best[0].runs, 8)
