@@ -201,7 +201,7 @@ function drawGutter(pen, layout) {
 }
 
 function drawRow(pen, row, state, layout, labelled) {
-  const items = row.items, whats = row.view.whats, scale = layout.scale;
+  const items = row.items, whats = row.view.whats, scale = layout.scale, feet = [];
   let painted = -1;
   for (let i = firstAfter(items, state.t0); i < items.count && items.start[i] < state.t1; i++) {
     const what = whats[items.what[i]];
@@ -213,7 +213,13 @@ function drawRow(pen, row, state, layout, labelled) {
     }
     pen.globalAlpha = dimmed(state, what) ? 0.13 : 1;
     if (COMPUTE_KINDS.has(what[WHAT.kind])) drawCompute(pen, row, i, what, x0, x1, state, layout, labelled);
+    else if (items.under[i]) feet.push(i); // over the boxes, whichever began first
     else drawOther(pen, row, i, what, x0, x1, scale);
+  }
+  for (const i of feet) {
+    const what = whats[items.what[i]];
+    pen.globalAlpha = dimmed(state, what) ? 0.13 : 1;
+    drawOther(pen, row, i, what, layout.x(items.start[i]), layout.x(items.end[i]), scale);
   }
   pen.globalAlpha = 1;
 }
