@@ -12,13 +12,15 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
+from spindle import source
 from spindle.cli import cli
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,7 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for name in [name for name in sys.modules if name in ("model", "spindle_source_model")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(source, "_import", read_once(source._import))
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page.read_text(encoding="utf-8")):
         where = f"{page.name}, line {block.line}"
@@ -94,6 +97,19 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
         else:
             shell(block.text, where)
+
+
+def read_once(load: Callable[[Path], ModuleType]) -> Callable[[Path], ModuleType]:
+    """Commands of a page that name the same file share its workload: tracing it for each takes most of their time."""
+    known: dict[tuple[Path, bytes], ModuleType] = {}
+
+    def shared(path: Path) -> ModuleType:
+        key = path, path.read_bytes() if path.is_file() else b""
+        if key not in known:
+            known[key] = load(path)
+        return known[key]
+
+    return shared
 
 
 def shell(text: str, where: str) -> None:
