@@ -7,7 +7,7 @@ A plan that gives a component other devices from slice to slice has no such form
 from collections.abc import Iterable
 from itertools import combinations, pairwise
 
-from spindle.errors import PlanError
+from spindle.errors import InputError, PlanError
 from spindle.plan import Plan, Slice
 
 LANGUAGE = "language"  # what Megatron calls the module that the others feed
@@ -20,15 +20,18 @@ Parallelism = dict[str, int]
 def module_parallelisms(plan: Plan, language: str = LANGUAGE) -> dict[str, Parallelism]:
     """Keyword arguments of a ModuleParallelismConfig by module; component `language` becomes the language module.
 
-    Raises PlanError, which names the component and its slices, when Megatron cannot run the plan's layout.
+    Raises PlanError, which names the component and its slices, when Megatron cannot run the plan's layout, and
+    InputError when no component is called so.
     """
     slices = _by_component(plan)
     if language not in slices:
-        raise PlanError(f"no component is called {language!r}; name Megatron's language module: {', '.join(slices)}")
+        raise InputError(f"no component is called {language!r}; say which is the language module: {', '.join(slices)}")
     if LANGUAGE in slices and language != LANGUAGE:
-        raise PlanError(f"component {LANGUAGE!r} bears the name of the language module, which is to be {language!r}")
+        raise InputError(
+            f"{language!r} is to be Megatron's language module, but another component is called {LANGUAGE!r}; rename it"
+        )
     if len(slices) == 1:
-        raise PlanError(f"the plan has no component beside {language!r}; Megatron MIMO needs one that feeds it")
+        raise _refused(plan, f"it has no component beside {language!r}; Megatron MIMO needs one that feeds it")
     names = {component: LANGUAGE if component == language else component for component in slices}
     found = {names[c]: _parallelism(plan, c, own) for c, own in slices.items()}
     _check_places(plan, found)
@@ -48,7 +51,7 @@ def module_parallelisms(plan: Plan, language: str = LANGUAGE) -> dict[str, Paral
 
 def _by_component(plan: Plan) -> dict[str, list[Slice]]:
     if plan.metagraph is None:
-        raise PlanError("the plan carries no MetaGraph, which says what its components are; plan again")
+        raise InputError("the plan carries no MetaGraph, which says what its components are; plan again")
     found: dict[str, list[Slice]] = {}
     for s in plan.slices:
         component = plan.metagraph[s.metaop].component or s.metaop

@@ -8,7 +8,7 @@ import pytest
 
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
-from spindle.errors import PlanError
+from spindle.errors import InputError, PlanError
 from spindle.exchange.megatron import module_parallelisms
 from spindle.formats import write
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
@@ -128,8 +128,6 @@ REFUSED: dict[str, tuple[Plan, str]] = {
         "module 'vision' has 2 copies, fewer than the 4 of the language module",
     ),
     "one component": (plan_of(("t.llm", 0, 8, along(0, 8), 1), LOSS), "no component beside 'llm'"),
-    "no language": (plan_of(("t.vision", 0, 4, along(0, 8), 1)), "no component is called 'llm'; .*: vision"),
-    "no MetaGraph": (replace(plan_of(LOSS), metagraph=None), "carries no MetaGraph"),
 }
 
 
@@ -138,6 +136,24 @@ def test_what_is_refused(case: tuple[Plan, str]) -> None:
     plan, words = case
     with pytest.raises(PlanError, match=words):
         module_parallelisms(plan, "llm")
+
+
+def test_input_that_will_not_do(tmp_path: Path, spindle_command: Spindle) -> None:
+    """A language module that is no component, or a name taken twice, is bad input: exit 2, with the names there are."""
+    plan = plan_of(("t.vision", 0, 4, along(0, 8), 1), ("t.llm", 0, 8, along(0, 8), 1))
+    write(plan, tmp_path / "plan.json")
+    done = spindle_command("export-plan", "plan.json", "--format", "megatron", "-o", "m.json")
+    assert done.code == 2
+    assert "no component is called 'language'; say which is the language module: llm, vision" in done.err
+    names = tuple(replace(m, component="language" if m.component == "vision" else m.component) for m in GRAPH)
+    with pytest.raises(InputError, match="another component is called 'language'; rename it"):
+        module_parallelisms(replace(plan, metagraph=MetaGraph(names, GRAPH.flows)), "llm")
+    with pytest.raises(InputError, match="carries no MetaGraph"):
+        module_parallelisms(replace(plan, metagraph=None), "llm")
+    done = spindle_command("export-plan", "gone.json", "--format", "megatron", "-o", "m.json")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    done = spindle_command("export-plan", "plan.json", "--format", "megatron", "-o", "no/m.json")
+    assert (done.code, "its directory does not exist" in done.err) == (2, True)
 
 
 def test_no_advice_to_do_what_was_done() -> None:

@@ -38,6 +38,14 @@ def test_every_command_shows_an_example(command: str) -> None:
     assert [line for line in lines if line.startswith((f"spindle {command} ", "torchrun"))]
 
 
+WITHOUT_JSON = {"completion"}  # it prints lines for a shell
+
+
+@pytest.mark.parametrize("command", sorted(set(cli.commands) - WITHOUT_JSON))
+def test_every_command_speaks_json(command: str) -> None:
+    assert "--json" in help_of(command)
+
+
 def test_commands_stand_in_the_order_of_use() -> None:
     """Not in that of the alphabet."""
     listed = help_of().partition("Commands:")[2].split("\n")
