@@ -6,6 +6,7 @@ Each is run as a step runs it, or its time would be another:
   its weights and its memory where it left them, which makes it up to a third faster than it is in a step.
 - On a CPU the caches are filled with something else first. All ranks measure at once, with a run's threads.
 - Gradients are added to buffers that are there already. The optimiser steps many tensors at once.
+- A message comes after other work and, where one rank sends, before more of it.
 
 Medians of repeated runs count, after one that warms up: CUDA events on a GPU, a monotonic clock on a CPU.
 """
@@ -40,7 +41,8 @@ Mark = float | torch.cuda.Event
 class Timing:
     """Median seconds of one layer and of one optimiser step over it, and the quartiles' distance over the median.
 
-    `runs` are forward and backward of each run, for ranks that must wait for each other.
+    `runs` are forward and backward of each run, for ranks that must wait for each other. Of a message they are when
+    this rank began and ended, and the seconds mean nothing.
     """
 
     forward_s: float
@@ -108,7 +110,7 @@ class Bench:
             forward_s=statistics.median(forward),
             backward_s=statistics.median(backward) if chain.live else 0.0,
             update_s=self.update_s[kind],
-            spread=_spread([f + b for f, b in zip(forward, backward, strict=True)]),
+            spread=spread([f + b for f, b in zip(forward, backward, strict=True)]),
             runs=tuple(zip(forward, backward, strict=True)),
         )
 
@@ -186,43 +188,54 @@ class Bench:
     # -- messages -------------------------------------------------------------------------------------------------
 
     def all_reduce(self, members: int, num_bytes: int) -> Timing:
-        """Time a sum over the first ranks; the others have nothing to do."""
+        """Sums over the first ranks, each after other work; the others have nothing to do."""
         transport = self.transport
         assert transport is not None
         if transport.rank >= members:
             return Timing(0.0)
         values, ranks = torch.zeros(num_bytes // 4, device=self.device), tuple(range(members))
-        return self._messages(num_bytes, lambda: transport.all_reduce(values, ranks)())
+
+        def exchange() -> tuple[float, float]:
+            self._fill_caches()
+            started = self._now()
+            transport.all_reduce(values, ranks)()
+            return started, self._now()
+
+        return self._messages(num_bytes, exchange)
 
     def transfer(self, num_bytes: int) -> Timing:
-        """Time a message from the first rank to the second: half of there and back."""
+        """Messages from the first rank, which computes before and after each, to the second, which waits for it."""
         transport = self.transport
         assert transport is not None
         if transport.rank > 1:
             return Timing(0.0)
-        posts = [(1 - transport.rank, torch.zeros(num_bytes // 4, device=self.device))]
+        values, answer = torch.zeros(num_bytes // 4, device=self.device), torch.zeros(1, device=self.device)
 
-        def there_and_back() -> None:
-            for sends in (transport.rank == 0, transport.rank == 1):
-                departed, arrived = transport.start(posts if sends else [], [] if sends else posts)
-                departed()
-                arrived()
+        def send() -> tuple[float, float]:
+            self._fill_caches()
+            started = self._now()
+            departed, answered = transport.start([(1, values)], [(1, answer)])
+            self._fill_caches()
+            departed()
+            answered()
+            return started, started
 
-        found = self._messages(num_bytes, there_and_back)
-        return Timing(found.forward_s / 2, spread=found.spread)
+        def receive() -> tuple[float, float]:
+            _, arrived = transport.start([], [(0, values)])
+            arrived()
+            ended = self._now()
+            transport.start([(0, answer)], [])[0]()
+            return 0.0, ended
 
-    def _messages(self, num_bytes: int, exchange: Callable[[], None]) -> Timing:
-        """All ranks count alike: one that stopped earlier would leave the others waiting."""
+        return self._messages(num_bytes, receive if transport.rank else send)
+
+    def _messages(self, num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
+        """Moments at which this rank began and ended each exchange, on the clock that all ranks of a machine share.
+
+        All ranks count alike: one that stopped earlier would leave the others waiting.
+        """
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, MAX_MESSAGES // num_bytes))
-        took = []
-        for repeat in range(1 + repeats):
-            start = self._mark()
-            exchange()
-            end = self._mark()
-            self._settle()
-            if repeat:
-                took.append(_seconds(start, end))
-        return Timing(statistics.median(took), spread=_spread(took))
+        return Timing(1.0, runs=tuple(exchange() for _ in range(1 + repeats))[1:])
 
     # -- clocks ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +246,11 @@ class Bench:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    def _now(self) -> float:
+        """A moment of the machine's clock, once the device has done what it was given."""
+        self._settle()
+        return time.perf_counter()
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -273,6 +291,11 @@ def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:
     return torch.randn(spec.shape_of(samples), device=device).to(dtype)
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
+    """Distance of the quartiles over the median.
+
+    >>> spread([1.0, 2.0, 3.0])
+    1.0
+    """
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle if middle > 0 else 0.0

@@ -23,7 +23,7 @@ from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkOperation, Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew, threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.measure import Bench, BenchJob, Timing
+from spindle.runtime.measure import Bench, BenchJob, Timing, spread
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Workload
 
@@ -49,23 +49,29 @@ class Todo:
         as the slowest of them.
         """
         took = [timing for timing in timings if timing.forward_s]
+        if self.method != "operator":
+            return self._link_entry(took)
         names = ("forward_s", "backward_s", "update_s", "spread")
         mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in names}
-        if self.method == "operator":
-            kind, count = self.arguments
-            if count > 1 and mean["backward_s"]:
-                together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
-                mean["forward_s"] = statistics.median(max(f for f, _ in runs) for runs in together)
-                mean["backward_s"] = statistics.median(max(b for _, b in runs) for runs in together)
-            return ProfileEntry(kind=kind, num_devices=count, **mean)
+        kind, count = self.arguments
+        if count > 1 and mean["backward_s"]:
+            together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
+            mean["forward_s"] = statistics.median(max(f for f, _ in runs) for runs in together)
+            mean["backward_s"] = statistics.median(max(b for _, b in runs) for runs in together)
+        return ProfileEntry(kind=kind, num_devices=count, **mean)
+
+    def _link_entry(self, took: Sequence[Timing]) -> LinkEntry:
+        """From when the last rank had begun until the last had ended."""
+        together = list(zip(*(timing.runs for timing in took), strict=True))
+        seconds = [max(end for _, end in runs) - max(start for start, _ in runs) for runs in together]
         members, num_bytes = (2, *self.arguments)[-2:]
         return LinkEntry(
             operation=cast(LinkOperation, self.method),
             level="intra_node",
             members=members,
             num_bytes=num_bytes,
-            seconds=mean["forward_s"],
-            spread=mean["spread"],
+            seconds=statistics.median(seconds),
+            spread=spread(seconds),
         )
 
 
