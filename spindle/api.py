@@ -87,7 +87,9 @@ def plan_source(
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
-    plan, pricing = solve_fitting(source.metagraph, cluster, solved, profile=profile, pricing=source.pricing)
+    plan, pricing = solve_fitting(
+        source.metagraph, cluster, solved, profile=profile, pricing=source.pricing, usual_ways=not pins
+    )
     return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing
 
 

@@ -1,4 +1,4 @@
-"""Memory choices: the first that fits is taken; shared layers stand in memory once."""
+"""Memory choices: the first that leaves room is taken, or what is shorter; shared layers stand in memory once."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, without_operators
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve
-from spindle.pricing import Pricing
+from spindle.pricing import Pricing, memory_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 
@@ -48,7 +48,7 @@ def peak(metagraph: MetaGraph, pricing: Pricing) -> float:
     return max(plan(price(metagraph, CLUSTER, pricing=pricing), CLUSTER).memory.peak_bytes_per_device)
 
 
-def test_the_first_choice_that_fits_is_taken(metagraph: MetaGraph) -> None:
+def test_the_first_choice_that_leaves_room_is_taken(metagraph: MetaGraph) -> None:
     plain, both = Pricing(), Pricing(shard_optimizer=True, recompute=True)
     roomy = solve_fitting(metagraph, with_memory(2 * peak(metagraph, plain)), plan)
     assert roomy[1] == plain
@@ -57,6 +57,39 @@ def test_the_first_choice_that_fits_is_taken(metagraph: MetaGraph) -> None:
     assert tight[0].memory.fits
     with pytest.raises(InfeasibleError):
         solve_fitting(metagraph, with_memory(1e6), plan)
+
+
+UNEVEN = """
+format: spindle.workload
+version: 1
+name: uneven
+components:
+  small: {layers: 2, hidden: 256, heads: 4, tokens: 64}
+  large: {layers: 12, hidden: 1024, heads: 16, tokens: 256}
+tasks:
+  a: {batch_size: 16, flow: [small]}
+  b: {batch_size: 16, flow: [large]}
+"""
+
+
+@pytest.mark.parametrize("share", [1.0, 0.95, 0.7, 0.5])
+def test_no_usual_way_is_shorter_under_any_memory_choice_regression(share: float) -> None:
+    """A plan that just fits may idle where all tasks in sequence with sharded states would not."""
+    graph = contract(build_graph(parse_workload(UNEVEN)))
+    cluster = with_memory(share * peak(graph, Pricing()))
+
+    def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
+        return solve(metagraph, where, time_limit_s=0.05)
+
+    made, _ = solve_fitting(graph, cluster, solved)
+    assert made.memory.fits
+    for choice in memory_choices(Pricing()):
+        for method in ("sequential", "task_split", "component_split", "paper"):
+            try:
+                usual = solve(price(graph, cluster, pricing=choice), cluster, method=method)
+            except InfeasibleError:
+                continue
+            assert made.step_s <= usual.step_s * 1.011, (choice, method)
 
 
 def test_costs_from_a_file_offer_no_choice(metagraph: MetaGraph) -> None:
