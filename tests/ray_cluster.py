@@ -8,9 +8,16 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
+from typing import Any
 
 CPUS = (2, 2)
 """Of each node on which ranks may run; the head takes none."""
+
+
+def add_node(cluster: Any, num_cpus: int) -> None:
+    """One more node. The nodes of a real cluster do not share a disk; here each would unpack jobs over the others'."""
+    cluster.add_node(num_cpus=num_cpus, runtime_env_dir_name=f"runtime_env_{uuid.uuid4().hex[:8]}")
 
 
 def main() -> None:
@@ -22,12 +29,12 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for num_cpus in CPUS:
-            cluster.add_node(num_cpus=num_cpus)
+            add_node(cluster, num_cpus)
         print("READY", f"http://{cluster.webui_url}", cluster.address, flush=True)
         for order in sys.stdin:
             (victim,) = (node for node in cluster.worker_nodes if node.node_id == order.split()[1])
             cluster.remove_node(victim, allow_graceful=False)
-            cluster.add_node(num_cpus=CPUS[-1])
+            add_node(cluster, CPUS[-1])
             print("DONE", flush=True)
     finally:
         cluster.shutdown()

@@ -190,6 +190,7 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
     def __init__(self, address: str, request_s: float) -> None:
         self.request_s = request_s
         super().__init__(address)
+        self._ssl_context: Any = True  # None, Ray's default, means the same, and is deprecated in aiohttp
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         timeout_s = UPLOAD_S if method in ("PUT", "POST") else self.request_s

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import secrets
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -95,7 +94,7 @@ def _follow(jobs: "Jobs", job_id: str, as_json: bool) -> None:
     except KeyboardInterrupt:
         here = f"spindle submit --address {jobs.address}"
         tell(f"\njob {job_id} goes on\nfollow it:  {here} --follow {job_id}\nstop it:    {here} --stop {job_id}")
-        sys.exit(130)
+        click.get_current_context().exit(130)
     if as_json:
         told = {"job_id": job_id, "address": jobs.address, "status": ended.status, "message": ended.message}
         click.echo(json_text(told | {"last_lines": ended.last_lines[-10:]}))
