@@ -73,7 +73,10 @@ class busy:  # noqa: N801 - used like a function
             def render(self, task: Any) -> Text:
                 task.completed = time.monotonic() - began_s
                 left_s = limit_s - task.completed
-                return Text(f"{left_s:.0f} s left" if left_s > 0 else f"{task.completed:.0f} s")
+                if left_s > 0:
+                    return Text(f"at least {left_s:.0f} s left")  # of one search; to make a plan fit takes several
+                task.total = None  # what is not bound by the limit still goes on, and the bar says that it knows no end
+                return Text(f"{task.completed:.0f} s")
 
         bar = _bar(TextColumn(self.title), Clock(), BarColumn(), transient=True)
         bar.add_task("", total=self.limit_s)

@@ -162,6 +162,15 @@ def test_a_bar_of_work_with_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 15 < int(text.partition(" s left")[0].split()[-1]) <= 30
 
 
+def test_a_bar_past_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells the seconds gone by, and no longer how much is done."""
+    monkeypatch.setattr("spindle.cli.bars.PATIENCE_S", 0.0)
+    with terminal(monkeypatch) as reader, busy("planning", 1e-6):
+        text = drawn(reader, " s")
+    assert "planning" in text
+    assert "left" not in text
+
+
 def test_a_bar_of_work_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spindle.cli.bars.PATIENCE_S", 0.0)
     with terminal(monkeypatch) as reader, busy("verifying"):
