@@ -20,6 +20,7 @@ from spindle.plan import Plan, Slice, make_waves
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
+from spindle.workload import Precision
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, floats, tokens
 
@@ -87,21 +88,29 @@ def next_word(logits: Tensor, words: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
 
 
-def workload(*, degree: int = 4, frozen: bool = False, **options: Any) -> spindle.Workload:
-    """An encoder into a language model, and each alone; both may be spread."""
+def workload(
+    *,
+    degree: int = 4,
+    frozen: bool = False,
+    dtype: torch.dtype = torch.float64,
+    fit_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> spindle.Workload:
+    """An encoder into a language model, and each alone; both may be spread. `fit_options` go to the second task."""
     torch.manual_seed(0)
     made = spindle.Workload("spread", **options)
-    encoder = made.component("encoder", Encoder().double(), tensor_parallel=degree, tensor_plan=OWN_PLAN)
-    lm: Any = made.component("lm", language().double(), tensor_parallel=degree, optimizer={"lr": 0.05})
+    encoder = made.component("encoder", Encoder().to(dtype), tensor_parallel=degree, tensor_plan=OWN_PLAN)
+    settings_of_lm = {"lr": 0.05, "weight_decay": 0.2}
+    lm: Any = made.component("lm", language().to(dtype), tensor_parallel=degree, optimizer=settings_of_lm)
     if frozen:
         encoder.layers[1].requires_grad_(False)
 
     def rows(batch: int, seed: int) -> list[dict[str, Tensor]]:
         return [
             {
-                "frames": floats(batch, 3, 5, seed=seed + i, dtype=torch.float64),
+                "frames": floats(batch, 3, 5, seed=seed + i, dtype=dtype),
                 "tokens": tokens(batch, 6, seed + i),
-                "y": floats(batch, 16, seed=seed + i + 50, dtype=torch.float64),
+                "y": floats(batch, 16, seed=seed + i + 50, dtype=dtype),
             }
             for i in range(2)
         ]
@@ -112,7 +121,7 @@ def workload(*, degree: int = 4, frozen: bool = False, **options: Any) -> spindl
         logits = lm(inputs_embeds=torch.cat([encoder(batch["frames"]), words], 1)).logits
         return next_word(logits[:, 3:], batch["tokens"])
 
-    @made.task("fit", batch_size=4, data=rows(4, 20))
+    @made.task("fit", batch_size=4, data=rows(4, 20), **(fit_options or {}))
     def fit(batch: dict[str, Tensor]) -> Tensor:
         return F.mse_loss(encoder(batch["frames"]).mean(1), batch["y"])
 
@@ -130,12 +139,22 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
     return EXACT if dtype == torch.float64 else Tolerance(1e-4, 1e-5)
 
 
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
 def compared(
-    made: spindle.Workload, plan: Plan, launcher: Any = "threads", tolerance: Tolerance = EXACT
+    made: spindle.Workload,
+    plan: Plan,
+    launcher: Any = "threads",
+    tolerance: Tolerance = EXACT,
+    scheduler: Any = None,
+    steps: int = 3,
 ) -> ParityReport:
-    reference = parity.run_reference(made, 3, optimizer=momentum)
-    with launched(prepare(made, plan), optimizer=momentum, launcher=launcher, timeout_s=30.0) as run:
-        losses, reports = run.steps(3, keep_gradients=True)
+    reference = parity.run_reference(made, steps, optimizer=momentum, scheduler=scheduler)
+    prepared = prepare(made, plan)
+    with launched(prepared, optimizer=momentum, scheduler=scheduler, launcher=launcher, timeout_s=30.0) as run:
+        losses, reports = run.steps(steps, keep_gradients=True)
         final = {name: value for name, value in run.state().items() if name in reference.parameters}
     assert final.keys() == reference.parameters.keys()
     return parity.compare(reference, losses, reports, final, tolerance=tolerance)
@@ -150,17 +169,28 @@ def test_random_layouts_are_exact(num_ranks: int, seed: int) -> None:
     assert report.ok, str(report)
 
 
-@settings(few, max_examples=3)
+FEATURES: dict[str, dict[str, Any]] = {
+    "clipping": {"max_grad_norm": 0.3},
+    "sharded states": {"shard_optimizer": True, "max_grad_norm": 0.3},
+    "recompute": {"recompute": ["encoder", "lm"]},
+    "frozen": {"frozen": True},
+    "accumulation": {"accumulate": 4, "in_flight": 2, "max_grad_norm": 0.3},
+    "every second step": {"fit_options": {"every": 2}},
+    "probability": {"fit_options": {"probability": 0.5}, "shard_optimizer": True},
+    "loss weights": {"fit_options": {"weight": 3.0}},
+}
+
+
+@settings(few, max_examples=2)
 @given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
-@pytest.mark.parametrize(
-    "options",
-    [{"max_grad_norm": 0.3}, {"shard_optimizer": True}, {"recompute": ["encoder", "lm"]}, {"frozen": True}],
-    ids=lambda options: next(iter(options)),
-)
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
 def test_features_go_along(options: dict[str, Any], num_ranks: int, seed: int) -> None:
-    """Clipping counts every piece once; sharded states, recompute and frozen layers know pieces too."""
+    """Clipping counts every piece once; states, recompute, schedules and tasks that rest know pieces too. A component's
+    own learning rate and decay, and a schedule, are always there.
+    """
     made = workload(**options)
-    report = compared(made, random_plan(spindle.make_metagraph(made), num_ranks, seed))
+    plan = random_plan(spindle.make_metagraph(made), num_ranks, seed)
+    report = compared(made, plan, scheduler=halving, steps=4)
     assert report.ok, str(report)
 
 
@@ -199,10 +229,15 @@ def spread(made: spindle.Workload, num_devices: int, degree: int) -> Plan:
     return laid_out(made, num_devices, lambda _: (num_devices // degree, degree))
 
 
-def talks(dtype: torch.dtype = torch.float64, **options: Any) -> spindle.Workload:
-    """Two tasks of one language model, whose embedding and head are cut with its layers."""
+def talks(
+    dtype: torch.dtype = torch.float64,
+    precision: Precision = "fp32",
+    max_grad_norm: float | None = None,
+    **options: Any,
+) -> spindle.Workload:
+    """Two tasks of one language model, whose embedding and head are cut with its layers; `options` go to the model."""
     torch.manual_seed(0)
-    made = spindle.Workload("talks")
+    made = spindle.Workload("talks", precision=precision, max_grad_norm=max_grad_norm)
     lm: Any = made.component("lm", language(**options).to(dtype), tensor_parallel=4)
     for name, seed in (("ask", 1), ("answer", 40)):
         rows = [{"tokens": tokens(5, 6, seed + i)} for i in range(2)]
@@ -243,6 +278,16 @@ def test_tasks_hold_one_parameter_in_different_layouts(ask: tuple[int, int], dty
     )
     report = compared(made, plan, tolerance=tolerance_of(dtype))
     assert report.ok, str(report)
+
+
+def test_bf16_agrees_to_its_precision() -> None:
+    """Parts are cast as the whole is; two tasks in two layouts sum their copies in bfloat16."""
+    made = talks(torch.float32, precision="bf16", max_grad_norm=1.0)
+    plan = laid_out(made, 4, lambda name: (1, 4) if name.startswith("ask") else (2, 2))
+    tolerance = parity.default_tolerance(dict(made.named_parameters()), "bf16")
+    report = compared(made, plan, tolerance=tolerance, steps=1)
+    assert report.ok, str(report)
+    assert {tensor.dtype for tensor in prepare(made, plan).program.tensors} == {"bfloat16", "float32"}
 
 
 class Fused(nn.Module):
@@ -429,6 +474,41 @@ def test_checkpoints_know_no_layout(tmp_path: Path) -> None:
     expected = dict(whole.named_parameters())
     for name, value in second.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def plainly(made: spindle.Workload, steps: range, states: dict[str, Any]) -> dict[str, Any]:
+    """Train in this process by a loop of one's own, from these states of the optimizer; its states afterwards."""
+    trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for n, p in trained.items() if n.startswith(f"{c.name}.")], **c.optimizer}
+        for c in made.components.values()
+    ]
+    optimizer = momentum(groups)
+    optimizer.state.update({trained[name]: state for name, state in states.items()})
+    for step in steps:
+        optimizer.zero_grad()
+        for task in made.tasks.values():
+            torch.autograd.backward(task.function(list(task.batches())[step % 2]))
+        optimizer.step()
+    return {name: optimizer.state[p] for name, p in trained.items()}
+
+
+def test_a_layer_unfrozen_later(tmp_path: Path) -> None:
+    """Frozen in one layout, it learns from the checkpoint on in another, as in a plain loop; the others keep their
+    momentum.
+    """
+    alone, first, second = (workload(frozen=True) for _ in range(3))
+    states = plainly(alone, range(2), {})
+    options: dict[str, Any] = {"optimizer": momentum, "launcher": "threads", "checkpoints": tmp_path}
+    spindle.train(first, spread(first, 4, 2), steps=2, **options)
+    for made in (alone, second):
+        made.components["encoder"].module.requires_grad_(True)
+    plainly(alone, range(2, 4), states)
+    spindle.train(second, spread(second, 4, 4), steps=4, resume=True, **options)
+    expected, start = dict(alone.named_parameters()), dict(first.named_parameters())
+    for name, value in second.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+    assert not torch.equal(start["encoder.layers.1.up.weight"], expected["encoder.layers.1.up.weight"])
 
 
 @pytest.mark.parametrize(
