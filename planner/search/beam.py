@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from spindle.planner.search.floor import Floor
 from spindle.planner.search.fluid import Targets, WaveLp, residual_waves
 from spindle.planner.search.model import Model
-from spindle.planner.search.track import Run, State, Stuck, Style, Tracker, draw_style, runs_of, start_state
+from spindle.planner.search.style import Style, draw_style
+from spindle.planner.search.track import Run, State, Stuck, Tracker, runs_of, start_state
 from spindle.planner.search.work import Work
 
 ROLLOUTS = 2

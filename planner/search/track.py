@@ -7,12 +7,12 @@
 """
 
 import random
-from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from spindle.planner.search.floor import Floor, Memory, Sources
 from spindle.planner.search.fluid import Targets
 from spindle.planner.search.model import Model
+from spindle.planner.search.style import Style
 from spindle.planner.search.work import Work
 
 MOST_DECIDING = 128
@@ -21,50 +21,6 @@ EVENT_UNITS = 1.4
 
 Chain = tuple[int, int, float, float, int, "Chain"] | None
 """What was started: (MetaOp, index of count, start, end, devices, what came before). One entry for each layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How a simulation decides; the beam draws many.
-
-    early       finish waves this share of time before they end
-    slack       layers by which a target may be missed
-    grow        idle devices go to who saves at least this share of what ideal scaling would
-    rule        who chooses first
-    late        steps of the curve beyond the LP's largest count that a late MetaOp may take
-    two_pass    first all get the LP's smallest count, then what they want
-    noise       chance to want a neighbouring count instead
-    patience    a MetaOp waits rather than run on less than this share of what it wants
-    stick       a change of count may cost this share of what it saves
-    """
-
-    early: float = 0.0
-    slack: float = 0.3
-    grow: float = 0.5
-    rule: int = 0
-    late: int = 1
-    two_pass: bool = False
-    noise: float = 0.0
-    patience: float = 0.0
-    stick: float = 0.5
-
-
-RULES = 6
-
-
-def draw_style(rng: random.Random) -> Style:
-    """A random style; the middle ones more often."""
-    return Style(
-        early=rng.choice((0.0, 0.0, -0.01, 0.01)),
-        slack=rng.choice((0.0, 0.3, 0.5)),
-        grow=rng.choice((0.3, 0.5, 1.1)),
-        rule=rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 5)),
-        late=rng.choice((0, 1, 1, 2)),
-        two_pass=rng.random() < 0.3,
-        noise=0.1 if rng.random() < 0.25 else 0.0,
-        patience=rng.choice((0.0, 0.0, 0.3, 0.6)),
-        stick=rng.choice((0.1, 0.3, 0.6)),
-    )
 
 
 class Stuck(Exception):

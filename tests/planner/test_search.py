@@ -13,7 +13,8 @@ from spindle.planner.search.floor import bits_of, make_floor
 from spindle.planner.search.fluid import WaveLp, residual_waves
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule
-from spindle.planner.search.track import Style, Tracker, runs_of, start_state
+from spindle.planner.search.style import Style
+from spindle.planner.search.track import Tracker, runs_of, start_state
 from spindle.planner.search.work import UNITS_PER_S, Work
 from spindle.planner.solve import solve
 from spindle.planner.traffic import transfer_s
