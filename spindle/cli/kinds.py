@@ -32,6 +32,28 @@ class File(StringParamType):
         return [CompletionItem(os.path.join(folder, name)) for name in (*fit, *folders)]
 
 
+class SourceFile(File):
+    """A spec, a MetaGraph, or file.py:name; names are read off the text of the file, which is not run."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files, and what file.py assigns and defines behind its colon."""
+        path, colon, start = incomplete.partition(".py:")
+        if not colon:
+            return super().shell_complete(ctx, param, incomplete)
+        import ast
+
+        try:
+            with open(os.path.expanduser(f"{path}.py"), encoding="utf-8") as file:
+                body = ast.parse(file.read()).body
+        except (OSError, ValueError, SyntaxError):
+            return []
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [node.name for node in body if isinstance(node, ast.FunctionDef)]
+        fit = [name for name in dict.fromkeys(names) if name.startswith(start) and not name.startswith("_")]
+        return [CompletionItem(f"{path}.py:{name}") for name in fit]
+
+
 class Folder(StringParamType):
     """The name of a folder."""
 
@@ -66,7 +88,7 @@ class Method(StringParamType):
         return [CompletionItem(name) for name in METHODS if name.startswith(incomplete)]
 
 
-SOURCE_FILE = File(".py", ".yaml", ".yml", ".json")
+SOURCE_FILE = SourceFile(".py", ".yaml", ".yml", ".json")
 SPEC_FILE = File(".yaml", ".yml")
 JSON_FILE = File(".json")
 FILE, FOLDER, CLUSTER_TEXT, METHOD = File(), Folder(), ClusterText(), Method()

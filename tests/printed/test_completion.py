@@ -52,6 +52,16 @@ def test_a_source_is_a_file_of_its_kinds(folder: Path, command: str) -> None:
     assert plain(command, "") == ["clip.yaml", "model.py", "plan.json", "runs/"]
 
 
+def test_names_in_a_python_file(folder: Path) -> None:
+    """What it assigns and defines, without running it; nothing where it cannot be read."""
+    text = "raise SystemExit\nworkload = 1\n_hidden = 2\n\n\ndef make():\n    inner = 3\n\n\nworkload = 4\n"
+    (folder / "model.py").write_text(text)
+    assert plain("plan", "model.py:") == ["model.py:workload", "model.py:make"]
+    assert plain("train", "model.py:w") == ["model.py:workload"]
+    (folder / "model.py").write_text("def f(:")
+    assert plain("plan", "model.py:") == plain("plan", "gone.py:") == []
+
+
 @pytest.mark.parametrize(
     "words",
     [("check",), ("explain",), ("show",), ("diff", "plan.json"), ("train", "m.py", "--plan"), ("plan", "m.py", "-p")],
