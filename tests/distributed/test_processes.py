@@ -1,6 +1,7 @@
 """The same worker in spawned processes over gloo, and under torchrun."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import spindle
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.transport import Transport
+from spindle.runtime.transport import Transport, keep_freed_memory
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
 
@@ -57,6 +58,28 @@ def test_ranks_have_cores_of_their_own(num_ranks: int) -> None:
     else:
         assert not set.intersection(*found)
         assert {len(own) for own in found} == {len(cores) // num_ranks}
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="this system's malloc cannot be told")
+def test_a_step_takes_no_pages_that_another_gave_back() -> None:
+    """64 MiB of tensors made and dropped again and again need hardly a new page of their 16384."""
+
+    class Faulting:
+        def __init__(self, job: object, transport: Transport) -> None:
+            del job, transport
+
+        def faults(self) -> int:
+            for _ in range(9):
+                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+                made = [torch.ones(2**size) for size in (22, 22, 21, 21, 20, 20, 20, 20)]
+                del made
+            return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    crew = ProcessCrew([None], worker=Faulting)
+    try:
+        assert crew.call("faults")[0] < 1638
+    finally:
+        crew.close()
 
 
 def test_rows_in_the_second_dimension_travel() -> None:
