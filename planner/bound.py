@@ -6,21 +6,25 @@
   bound C. It relaxes only when things run. Its duals are a Certificate, which any (area price, paths) would be: the
   bound is evaluated from the prices, not taken from the solver, so an inexact solve costs strength and not validity.
 - headtail: what `m` waits for, then `m` at its fastest, then what waits for `m`. Stronger where the graph is narrow.
+- tix (`spindle.planner.tix`): prices over time, of up to a tenth of the search's time, where a plan's gap is worth it.
 
 Transfers, reductions and memory only lengthen schedules, so the bound holds with them too.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spindle.plan import Certificate
 from spindle.planner.problem import Problem
+from spindle.planner.search.work import UNITS_PER_S
 
 if TYPE_CHECKING:
     import pulp
 
 HEADTAIL_PASSES = 4  # MetaOps whose head and tail are bounded by their own LPs; each costs two
+TIX_SHARE = 0.1  # of the search's time, and
+TIX_GAP = 0.003  # the least gap that prices over time are worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,18 @@ def lower_bound(problem: Problem) -> Bound:
     for certificate in _narrow_certificates(problem, best.bound_s):
         best = max(best, _bound(problem, "headtail", certificate), key=lambda b: b.bound_s)
     return best
+
+
+def tightened(problem: Problem, bound: Bound, makespan_s: float, limit_s: float) -> Bound:
+    """`bound`, or a stronger one by prices over time when a plan of `makespan_s` made in `limit_s` leaves a gap."""
+    from spindle.planner.tix import timed_bound
+
+    if makespan_s <= bound.bound_s * (1 + TIX_GAP):
+        return bound
+    prices = timed_bound(problem, bound.bound_s, makespan_s, TIX_SHARE * limit_s * UNITS_PER_S)
+    if prices is None:
+        return bound
+    return Bound(bound_s=prices.horizon_s, kind="tix", certificate=replace(bound.certificate, over_time=prices))
 
 
 def _bound(problem: Problem, kind: str, certificate: Certificate) -> Bound:

@@ -59,7 +59,10 @@ class IdleWindow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """All that `spindle explain` prints. Seconds of `gap_s` add up to makespan_s - priced_bound_s."""
+    """All that `spindle explain` prints. Seconds of `gap_s` add up to makespan_s - priced_bound_s.
+
+    `over_time`: what lies between priced_bound_s and lower_bound_s is proved by prices over time.
+    """
 
     makespan_s: float
     lower_bound_s: float
@@ -71,6 +74,7 @@ class Explanation:
     metaops: tuple[MetaOpReason, ...]
     idle_s: tuple[tuple[str, float], ...]
     windows: tuple[IdleWindow, ...]
+    over_time: bool = False
 
 
 def explain(plan: Plan) -> Explanation:
@@ -95,6 +99,7 @@ def explain(plan: Plan) -> Explanation:
         metaops=tuple(_reason(plan, prices, name) for name in plan.metagraph.by_name),
         idle_s=_idle(plan),
         windows=_windows(plan, plan.metagraph),
+        over_time=plan.certificate is not None and plan.certificate.over_time is not None,
     )
 
 
@@ -276,7 +281,11 @@ def _gap_lines(found: Explanation) -> list[str]:
         lines.append(f"{name:32} {seconds:>12.6f} {100 * seconds / found.priced_bound_s:>11.2f}")
     lines.append(f"{'together':32} {gap_s:>12.6f} {100 * gap_s / found.priced_bound_s:>11.2f}")
     if found.lower_bound_s > found.priced_bound_s * (1 + 1e-6):
-        lines.append(f"(the prices prove {found.priced_bound_s:.6f} s; the plan's bound is a little stronger)")
+        rest_s = found.lower_bound_s - found.priced_bound_s
+        lines.append(
+            f"of that, no schedule can save {rest_s:.6f} s: these prices prove {found.priced_bound_s:.6f} s, "
+            f"{'those over time' if found.over_time else 'the plan'} the rest"
+        )
     return lines
 
 

@@ -18,7 +18,7 @@ from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
-from spindle.planner.bound import Bound, lower_bound
+from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.memory import peak_bytes
 from spindle.planner.place import place
@@ -75,18 +75,16 @@ def solve(
         raise PlanError(f"the time limit is {time_limit_s!r}; give seconds, zero or more")
     if pins and (aligned or method not in ("auto", "lp")):
         raise PlanError(f"pins are kept by methods auto and lp without strict waves, not by {method!r}; leave them out")
-    problem = make_problem(metagraph, cluster)
-    bound = lower_bound(problem)  # of the problem without pins: it holds with them
-    problem = pinned(problem, pins) if pins else problem
+    unpinned = make_problem(metagraph, cluster)  # what bounds it holds with pins too
+    bound = lower_bound(unpinned)
+    problem = pinned(unpinned, pins) if pins else unpinned
     baselines, reason = ({}, None) if pins else _baselines(problem, aligned=aligned)
     if method in WAVES_BY_BASELINE:
         chosen = _only(problem, baselines, method)
     else:
         found: list[Candidate] = []
+        limit_s = default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
         if not aligned:
-            limit_s = (
-                default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
-            )
             found = _searched(problem, bound, limit_s, baselines, start=start, seed=seed, clock=clock)
         if not found or method == "auto":
             found += baselines.values()
@@ -95,6 +93,8 @@ def solve(
                 "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
             )
         chosen = best(found, baselines.values() if method == "auto" else ())
+        if not aligned:
+            bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import FormatError, InputError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, Slice, Wave, sorted_pairs
+from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, Wave, sorted_pairs
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -139,16 +139,24 @@ class _MemoryModel(_JsonModel):
     fits: bool = True
 
 
+class _TimePricesModel(_JsonModel):
+    edges_s: tuple[float, ...]
+    device_prices: tuple[float, ...]
+    wait_prices: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
+
+
 class _CertificateModel(_JsonModel):
     area_price: float = 0.0
     paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
     through: str = ""
     head: "_CertificateModel | None" = None
     tail: "_CertificateModel | None" = None
+    over_time: _TimePricesModel | None = None
 
     def value(self) -> Certificate:
         ends = {name: part.value() if part else None for name, part in (("head", self.head), ("tail", self.tail))}
-        return Certificate(**{**dict(self), **ends})
+        over_time = TimePrices(**dict(self.over_time)) if self.over_time else None
+        return Certificate(**{**dict(self), **ends, "over_time": over_time})
 
 
 class _DeviceModel(_JsonModel):

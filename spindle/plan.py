@@ -8,6 +8,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
@@ -78,6 +79,40 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimePrices:
+    """Prices over time that prove a horizon, the last of `edges_s`: no schedule ends by it.
+
+    edges_s         K + 1 times from 0 up; between them stand K intervals
+    device_prices   p: of a device-second, by interval
+    wait_prices     q: for flows (m, s), of each second after s has started less each second after m has ended, by
+                    interval; since m ends before s starts, this is never more than 0
+
+    A schedule that ends by the horizon pays at most N sum p_k d_k for device time. Each MetaOp pays at least the
+    minimum, over its start S and its end E, of its layers' device time in [S, E], plus the seconds after S at the
+    prices q of flows into it, less those after E at the prices q of flows out of it. Where these are more in sum, no
+    schedule exists.
+    """
+
+    edges_s: tuple[float, ...]
+    device_prices: tuple[float, ...]
+    wait_prices: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.edges_s or self.edges_s[0] != 0 or any(a >= b for a, b in pairwise(self.edges_s)):
+            raise PlanError("the edges of a certificate over time do not rise from 0; plan again")
+        for prices in (self.device_prices, *(prices for _, _, prices in self.wait_prices)):
+            if len(prices) != len(self.edges_s) - 1 or any(price < 0 for price in prices):
+                raise PlanError("a certificate over time needs one price of 0 or more for each interval; plan again")
+        if not any(self.device_prices):
+            raise PlanError("a certificate over time gives device time no price, which proves nothing; plan again")
+
+    @property
+    def horizon_s(self) -> float:
+        """What the prices prove."""
+        return self.edges_s[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
     """Prices that prove a lower bound; whoever has the curves can verify it by arithmetic alone.
 
@@ -86,7 +121,7 @@ class Certificate:
     A path names MetaOps that wait for each other, first to last.
 
     With `through`, the bound is that of `head` over all that `through` waits for, plus its fastest time, plus that of
-    `tail` over all that waits for it; None where there is nothing.
+    `tail` over all that waits for it; None where there is nothing. Prices `over_time` prove a second, larger bound.
     """
 
     area_price: float = 0.0
@@ -94,6 +129,7 @@ class Certificate:
     through: str = ""
     head: "Certificate | None" = None
     tail: "Certificate | None" = None
+    over_time: TimePrices | None = None
 
     def __post_init__(self) -> None:
         if self.area_price < 0 or any(weight < 0 for weight, _ in self.paths):

@@ -48,3 +48,18 @@ def test_a_plan_without_costs_cannot_be_explained() -> None:
     plan = replace(solve(graph(metaop("t.a")), cluster()), metagraph=None)
     with pytest.raises(PlanError, match="carries no MetaGraph"):
         explain(plan)
+
+
+def test_what_no_schedule_can_save_is_told_apart() -> None:
+    """Two of four devices idle while a.in and b.in run: half a second over 4.5 s that only prices over time prove."""
+    inputs = (metaop(name, 1, {1: 1.0}) for name in ("a.in", "b.in"))
+    outputs = (metaop(name, 4, {1: 2.0, 2: 1.0, 4: 0.5}) for name in ("a.out", "b.out"))
+    metagraph = graph(*inputs, *outputs, flows="a.in>a.out b.in>b.out")
+    found = explain(solve(metagraph, cluster(), time_limit_s=10.0))
+    assert found.over_time
+    assert found.priced_bound_s == pytest.approx(4.5)
+    (line,) = (row for row in render_explanation(found).splitlines() if row.startswith("of that"))
+    rest_s = found.lower_bound_s - 4.5
+    assert line == (
+        f"of that, no schedule can save {rest_s:.6f} s: these prices prove 4.500000 s, those over time the rest"
+    )

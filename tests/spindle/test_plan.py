@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spindle.errors import PlanError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Certificate, Plan, Slice, make_waves, sorted_pairs, without_operators
+from spindle.plan import Certificate, Plan, Slice, TimePrices, make_waves, sorted_pairs, without_operators
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")
@@ -32,6 +32,10 @@ def plan(*slices: Slice, num_devices: int = 2, per_node: int = 2, makespan: floa
     )
 
 
+def over_time(*edges_s: float, prices: tuple[float, ...]) -> TimePrices:
+    return TimePrices(edges_s=(0.0, *edges_s), device_prices=prices)
+
+
 RULES: dict[str, Refusal] = {
     "a layer below zero": (lambda: piece(first=-1), "'t.a'", "layers -1..+1", "the first is 0 or more"),
     "no layers": (lambda: piece(layers=0), "'t.a'", "layers 0..+0", "there is at least one"),
@@ -47,6 +51,15 @@ RULES: dict[str, Refusal] = {
     "no device in a node": (lambda: plan(piece(), per_node=0), "0 a node", "both are at least 1", "both"),
     "no waves": (lambda: plan(), "the plan", "no waves", "plan a workload"),
     "a price below zero": (lambda: Certificate(area_price=-1.0), "certificate", "negative price", "plan again"),
+    "edges that fall": (lambda: over_time(2.0, 1.0, prices=(1.0, 1.0)), "the edges", "rise from 0", "plan again"),
+    "a price too few": (
+        lambda: over_time(1.0, 2.0, prices=(1.0,)),
+        "over time",
+        "one price of 0 or more",
+        "plan again",
+    ),
+    "a price over time below zero": (lambda: over_time(1.0, prices=(-1.0,)), "over time", "0 or more", "plan again"),
+    "only free devices": (lambda: over_time(1.0, prices=(0.0,)), "over time", "proves nothing", "plan again"),
     "a path below zero": (lambda: Certificate(paths=((-1.0, ("a",)),)), "certificate", "0 or more", "plan again"),
 }
 

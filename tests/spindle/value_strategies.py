@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, Slice, make_waves
+from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, make_waves
 from spindle.profile import LinkEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -38,11 +38,18 @@ def metagraphs(draw: st.DrawFn) -> MetaGraph:
     return MetaGraph(metaops, tuple(Flow(a, b, draw(st.one_of(st.none(), amounts))) for a, b in pairs))
 
 
+time_prices = st.builds(
+    lambda price, waits: TimePrices(edges_s=(0.0, 1.0), device_prices=(price,), wait_prices=waits),
+    seconds,
+    st.lists(st.tuples(text, text, st.tuples(amounts)), max_size=2).map(tuple),
+)
+
 certificates: st.SearchStrategy[Certificate] = st.recursive(
     st.builds(
         Certificate,
         area_price=amounts,
         paths=st.lists(st.tuples(amounts, st.lists(text, max_size=3).map(tuple)), max_size=2).map(tuple),
+        over_time=st.one_of(st.none(), time_prices),
     ),
     lambda inner: st.builds(
         Certificate, through=text, head=st.one_of(st.none(), inner), tail=st.one_of(st.none(), inner)

@@ -1,0 +1,199 @@
+"""Rules of the schedule: waves, devices, layers, counts, data and memory."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from math import isclose
+
+from spindle.metagraph import MetaGraph
+from spindle.plan import Slice
+from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, by_metaop, layer_bytes, named, received_s
+
+# ------------------------------------------------------------------------------------ rules of the plan by itself
+
+
+def _waves_in_order(case: Case) -> Iterator[Finding]:
+    before_s = 0.0
+    for index, wave in enumerate(case.plan.waves):
+        if wave.index != index:
+            yield Finding(f"wave {wave.index} stands at place {index}; number waves from 0 up", (wave.index,))
+        if not wave.slices:
+            yield Finding(f"wave {wave.index} has no slices; remove it", (wave.index,))
+            continue
+        if wave.start_s < before_s - case.slack_s:
+            yield Finding(
+                f"wave {wave.index} starts at {wave.start_s} s, before the wave in front of it", (wave.index,)
+            )
+        before_s = wave.start_s
+        ends_s = max(s.end_s for s in wave.slices)
+        if abs(wave.end_s - ends_s) > case.slack_s:
+            yield Finding(f"wave {wave.index} ends at {wave.end_s} s but its last slice at {ends_s} s", (wave.index,))
+        for s in wave.slices:
+            if abs(s.start_s - wave.start_s) > case.slack_s + 1e-12:
+                yield Finding(
+                    f"{named(s)} starts at {s.start_s} s in wave {wave.index}, which starts at {wave.start_s} s; "
+                    "the slices of a wave start together",
+                    (wave.index,),
+                )
+
+
+def _devices_exist(case: Case) -> Iterator[Finding]:
+    for wave, s in case.slices:
+        if max(s.devices) >= case.plan.num_devices:
+            yield Finding(
+                f"{named(s)} runs on device {max(s.devices)} but the plan has {case.plan.num_devices} devices", (wave,)
+            )
+
+
+def _one_slice_at_a_time(case: Case) -> Iterator[Finding]:
+    last: dict[int, tuple[int, Slice]] = {}
+    told: set[tuple[Slice, Slice]] = set()
+    for wave, s in case.slices:
+        for device in s.devices:
+            before = last.get(device)
+            if before and s.start_s < before[1].end_s - case.slack_s and (before[1], s) not in told:
+                told.add((before[1], s))
+                yield Finding(
+                    f"device {device} runs {named(s)} from {s.start_s} s while {named(before[1])} holds it until "
+                    f"{before[1].end_s} s; a device runs one slice at a time",
+                    (before[0], wave),
+                )
+            if not before or s.end_s >= before[1].end_s:
+                last[device] = (wave, s)
+
+
+def _makespan(case: Case) -> Iterator[Finding]:
+    plan = case.plan
+    ends_s = max((s.end_s for _, s in case.slices), default=0.0)
+    if abs(plan.makespan_s - ends_s) > case.slack_s:
+        yield Finding(f"makespan_s is {plan.makespan_s} but the last slice ends at {ends_s} s")
+    if plan.makespan_s < plan.lower_bound_s - case.slack_s:
+        yield Finding(
+            f"makespan_s is {plan.makespan_s}, below lower_bound_s {plan.lower_bound_s}, which no schedule can beat"
+        )
+
+
+# --------------------------------------------------------------------------------- rules that need the MetaGraph
+
+
+def unknown_metaops(slices: Sequence[tuple[int, Slice]], metagraph: MetaGraph) -> Iterator[Finding]:
+    """Slices of MetaOps that are not there: nothing else can then be said of costs."""
+    for wave, s in slices:
+        if s.metaop not in metagraph.by_name:
+            yield Finding(f"{named(s)}: the MetaGraph has no MetaOp {s.metaop!r}", (wave,))
+
+
+def _every_layer_once(case: PricedCase) -> Iterator[Finding]:
+    slices_of = by_metaop(case)
+    for metaop in case.metagraph:
+        following, until_s = 0, 0.0
+        for wave, s in slices_of[metaop.name]:
+            if s.first_layer != following:
+                yield Finding(
+                    f"{named(s)} comes when layer {following} of {metaop.name!r} is due; "
+                    "every layer runs once and in order",
+                    (wave,),
+                )
+            if s.start_s < until_s - case.slack_s:
+                yield Finding(f"{named(s)} starts at {s.start_s} s, before the layers in front of it end", (wave,))
+            following, until_s = s.first_layer + s.num_layers, s.end_s
+        if following != metaop.layers:
+            yield Finding(f"{metaop.name!r} has {metaop.layers} layers but the plan runs {following} of them")
+
+
+def _counts_and_spans(case: PricedCase) -> Iterator[Finding]:
+    transfers_s = received_s(case)
+    for (wave, s), extra_s in zip(case.slices, transfers_s, strict=True):
+        metaop = case.metagraph[s.metaop]
+        time_s = metaop.times.get(len(s.devices))
+        if time_s is None:
+            valid = ", ".join(str(n) for n in metaop.times)
+            yield Finding(f"{named(s)} runs on {len(s.devices)} devices; valid counts are {valid}", (wave,))
+            continue
+        least_s = s.num_layers * time_s + extra_s
+        if s.end_s - s.start_s < least_s - case.slack_s:
+            why = f"{s.num_layers} layers of {time_s} s" + (f" and {extra_s} s of transfers" if extra_s else "")
+            yield Finding(f"{named(s)} lasts {s.end_s - s.start_s} s but takes {least_s} s: {why}", (wave,))
+
+
+def _dependencies(case: PricedCase) -> Iterator[Finding]:
+    ends: dict[str, tuple[float, int]] = {}
+    for wave, s in case.slices:
+        ends[s.metaop] = max(ends.get(s.metaop, (0.0, wave)), (s.end_s, wave))
+    for wave, s in case.slices:
+        for name in case.metagraph.predecessors[s.metaop]:
+            end_s, its_wave = ends.get(name, (0.0, wave))
+            if s.start_s < end_s - case.slack_s:
+                yield Finding(
+                    f"{named(s)} starts at {s.start_s} s but needs {name!r}, which ends at {end_s} s", (its_wave, wave)
+                )
+
+
+def _memory(case: PricedCase) -> Iterator[Finding]:
+    plan, cluster = case.plan, case.cluster
+    peaks = _peaks(case)
+    reported = plan.memory.peak_bytes_per_device
+    if reported and len(reported) != len(peaks):
+        yield Finding(f"memory tells of {len(reported)} devices but the plan has {len(peaks)}")
+    for device, (peak, told) in enumerate(zip(peaks, reported, strict=False)):
+        if not isclose(peak, told, rel_tol=1e-6, abs_tol=1.0):
+            yield Finding(f"device {device} needs {peak:.0f} bytes but the plan says {told:.0f}")
+            break
+    if cluster is None:
+        return
+    full = [device for device, peak in enumerate(peaks) if peak > cluster.device.memory_bytes * (1 + RELATIVE)]
+    if full:
+        worst = max(full, key=lambda device: peaks[device])
+        waves = tuple(sorted({wave for wave, s in case.slices if worst in s.devices}))
+        yield Finding(
+            f"device {worst} needs {peaks[worst] / 2**30:.2f} GiB but {cluster.device.name!r} has "
+            f"{cluster.device.memory_bytes / 2**30:.2f} GiB ({len(full)} devices overflow)",
+            waves[:1],
+        )
+    if plan.memory.fits == bool(full):
+        yield Finding(f"memory.fits is {str(plan.memory.fits).lower()} but {len(full)} devices overflow")
+
+
+def _cluster_shape(case: PricedCase) -> Iterator[Finding]:
+    plan, cluster = case.plan, case.cluster
+    if cluster and (plan.num_devices, plan.devices_per_node) != (cluster.num_devices, cluster.devices_per_node):
+        yield Finding(
+            f"the plan is for {plan.num_devices} devices, {plan.devices_per_node} a node, but the cluster has "
+            f"{cluster.num_devices}, {cluster.devices_per_node} a node"
+        )
+
+
+def _peaks(case: PricedCase) -> list[float]:
+    """Bytes of each device: all its layers; weight and gradient of a shared layer once."""
+    twice: dict[str, float] = {}
+    for metaop in case.metagraph:
+        if metaop.parameters:
+            smallest = min((b / metaop.layers for _, b in metaop.memory_bytes), default=0.0)
+            saved = min(smallest, metaop.layer_state_bytes or 2 * metaop.layer_param_bytes)
+            twice[metaop.parameters] = min(saved, twice.get(metaop.parameters, saved))
+    peaks = [0.0] * case.plan.num_devices
+    copies: dict[tuple[int, str, int], int] = defaultdict(int)
+    for _, s in case.slices:
+        metaop = case.metagraph[s.metaop]
+        for device in (d for d in s.devices if d < len(peaks)):
+            peaks[device] += layer_bytes(metaop, len(s.devices)) * s.num_layers
+            if twice.get(metaop.parameters):
+                for layer in range(s.first_layer, s.first_layer + s.num_layers):
+                    copies[device, metaop.parameters, layer] += 1
+    for (device, key, _), count in copies.items():
+        peaks[device] -= (count - 1) * twice[key]
+    return peaks
+
+
+PLAN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    _waves_in_order,
+    _devices_exist,
+    _one_slice_at_a_time,
+    _makespan,
+)
+METAGRAPH_RULES: tuple[Callable[[PricedCase], Iterator[Finding]], ...] = (
+    _cluster_shape,
+    _every_layer_once,
+    _counts_and_spans,
+    _dependencies,
+    _memory,
+)
