@@ -4,9 +4,10 @@ Every promise of the program is checked while it is kept: what an instruction re
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
-from spindle.runtime.pieces import Piece, cut, joined, message_bytes, summed
+from spindle.runtime.pieces import Piece, cut, joined, summed
 from spindle.runtime.programs.passes import accumulating
 from spindle.runtime.programs.program import (
     Instruction,
@@ -28,25 +29,14 @@ from spindle.runtime.programs.program import (
     arrivals,
     gradients,
 )
+from spindle.runtime.record import StepRecord, span_of
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
-from spindle.trace import Span, SpanKind
+from spindle.trace import Span
 from spindle.workload import Batch, Precision
 
 Fetch = Callable[[str], Batch]
 Observe = Callable[[dict[str, Tensor]], None]
-
-_KIND_BY_OP = {
-    Op.LOAD: SpanKind.LOAD,
-    Op.FORWARD: SpanKind.FORWARD,
-    Op.BACKWARD: SpanKind.BACKWARD,
-    Op.TRANSFER: SpanKind.TRANSFER,
-    Op.AWAIT: SpanKind.TRANSFER,
-    Op.REDUCE: SpanKind.REDUCE,
-    Op.CLIP: SpanKind.REDUCE,
-    Op.STEP: SpanKind.STEP,
-    Op.GATHER: SpanKind.REDUCE,
-}
 
 
 @dataclass(slots=True)
@@ -55,17 +45,6 @@ class _Activations:
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What one step leaves behind on a rank: losses of the tasks that end on it, the norm of all gradients when it was
-    clipped, and its spans.
-    """
-
-    losses: dict[str, float] = field(default_factory=dict)
-    grad_norm: float | None = None
-    spans: list[Span] = field(default_factory=list)
 
 
 class Executor:
@@ -92,6 +71,8 @@ class Executor:
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
         self.instructions = program.instructions[self.rank]
+        sizes = {name: flat.nbytes for name, flat in store.bucket.items()}
+        self.timed = functools.partial(span_of, program, self.rank, sizes)
         self.in_flight = 1 + max((micro_batch(task) for task, _ in program.losses), default=0)
         self.adding = accumulating(self.instructions, program.bucket_by_name)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
@@ -162,7 +143,7 @@ class Executor:
             except Exception as error:
                 raise self._explained(instruction, error) from error
             if instruction.op is not Op.FREE:
-                spans.append(self._span(instruction, start_s, time.perf_counter(), step))
+                spans.append(self.timed(instruction, start_s, time.perf_counter(), step))
         for _, departed in self.departures:
             departed()
         if self.buffers:
@@ -173,30 +154,6 @@ class Executor:
         if isinstance(error, SpindleError):
             return type(error)(f"{where}: {error}")
         return RunError.of(error, where)
-
-    def _span(self, instruction: Instruction, start_s: float, end_s: float, step: int) -> Span:
-        transfer = self.program.transfer_by_name.get(instruction.target)
-        run = self.program.slice_by_name.get(transfer.target if transfer else instruction.target)
-        num_bytes = 0
-        if transfer is not None:
-            mine = (m for m in transfer.messages if self.rank in (m.source, m.target))
-            num_bytes = sum(message_bytes(self.program.tensor_by_name[m.tensor], m) for m in mine)
-        elif instruction.target in self.store.bucket:
-            num_bytes = self.store.bucket[instruction.target].nbytes
-        kind = SpanKind.REDUCE if instruction.target in self.store.bucket else _KIND_BY_OP[instruction.op]
-        return Span(
-            rank=self.rank,
-            kind=kind,
-            name=str(instruction),
-            start_s=start_s,
-            end_s=end_s,
-            task=run.task if run else instruction.target if instruction.op is Op.LOAD else "",
-            component=run.component if run else "",
-            metaop=run.metaop if run else "",
-            wave=run.wave if run else -1,
-            num_bytes=num_bytes,
-            step=step,
-        )
 
     # -- compute --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from spindle.capture.codes import AuxCode, Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
 from spindle.runtime.data import Feed, keeps_state
-from spindle.runtime.executor import Executor, Fetch, Observe, StepRecord
+from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
@@ -32,6 +32,7 @@ from spindle.runtime.progress import (
     optimizer_tensors,
     schedule_state,
 )
+from spindle.runtime.record import StepRecord
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told, tokens_of

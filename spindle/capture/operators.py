@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
-from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
@@ -19,13 +17,7 @@ from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.partition import Group, Partition
 from spindle.capture.probing import Fragile, Prober
 from spindle.capture.randomness import undrawn
-from spindle.capture.rows import (
-    FAILURES,
-    Finding,
-    Rows,
-    jittered,
-    one_thread,
-)
+from spindle.capture.rows import Finding, Rows, one_thread
 from spindle.capture.tracing import TracedTask
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import Operator, Parameter, TensorSpec
@@ -245,42 +237,12 @@ class _Builder:
         """Cost of a piece of code whose results have `rows`, with a gradient for those that are `live` (None: all)."""
         key = f"{kind}{live or ''}"
         if key not in self.memo.costs:
+            specs, size = self._input_specs(code), self.task.batch_size
             try:
-                specs, size = self._input_specs(code), self.task.batch_size
                 self.memo.costs[key] = costs.measure(code.module, size, specs, live, self.precision)
             except Exception as error:  # whatever fake tensors cannot do: sizes, branches, types that only data tell
-                self.memo.costs[key] = self._cost_on_samples(code, live, rows, error)
+                self.memo.costs[key] = self.prober.cost(code, specs, live, rows, self.precision, error)
         return self.memo.costs[key]
-
-    def _cost_on_samples(
-        self, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None], error: Exception
-    ) -> Cost:
-        arguments = zip(code.arguments, code.inputs[1:], strict=True)
-        values = [value for node, given in arguments if (value := self.prober.value(node, given)) is not None]
-        specs = self._input_specs(code)
-        if len(values) < len(specs):
-            raise self._unmeasured(code, error) from error
-        try:
-            twin = jittered(code.module, self.prober.generator)
-            cost = costs.measure_on_samples(twin, self.prober.samples, values, specs, live, self.precision)
-        except FAILURES as second:
-            raise self._unmeasured(code, second) from error
-        grown = [(row.dim, row.count) if row else None for row in rows]
-        return costs.at_full_batch(cost, self.prober.samples, self.task.batch_size, grown)
-
-    def _unmeasured(self, code: Extracted, error: Exception) -> WorkloadError:
-        blocks = [module.module for module in code.module.modules() if isinstance(module, BlockModule)]
-        what = f"a layer of class {type(blocks[0]).__name__}" if blocks else "its glue"
-        if isinstance(error, CheckpointError):
-            return WorkloadError(
-                f"task {self.task.name!r}: {what} draws random numbers under a checkpoint of its own, which would draw "
-                "others when it is computed again; switch that off (gradient_checkpointing_disable()) and name the "
-                "component in the workload's recompute="
-            )
-        return WorkloadError(
-            f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.prober.samples} samples: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; make it run on any number of samples"
-        )
 
     def _kind(self, label: str, code: Extracted) -> str:
         return costs.kind_of(label, code.module, self.task.batch_size, self._input_specs(code), self.precision)

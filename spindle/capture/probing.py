@@ -1,13 +1,18 @@
-"""Probing: pieces of a task in, what runs on a few samples show of them out: rows of values, codes of aux values."""
+"""Probing: pieces of a task in, what runs on a few samples show of them out: rows of values, codes of aux values, and
+the costs of what fake tensors cannot run through.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointError
 
+from spindle.capture import costs
+from spindle.capture.blocks import BlockModule
 from spindle.capture.codes import AuxCode, CodeInput
-from spindle.capture.costs import ValueSpec
+from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.extract import Extracted, Extractor
 from spindle.capture.rewrite import unchecked_shares
@@ -23,7 +28,8 @@ from spindle.capture.rows import (
     jittered,
 )
 from spindle.capture.tracing import TracedTask
-from spindle.workload import Batch, Task
+from spindle.errors import WorkloadError
+from spindle.workload import Batch, Precision, Task
 
 
 class Fragile(Exception):
@@ -150,3 +156,43 @@ class Prober:
             return self._aux_probe(self.aux_code(node), self.trials[0], 0, self.samples)
         value: Tensor | None = self.probes[node][0]
         return value
+
+    # -- costs ----------------------------------------------------------------------------------------------------
+
+    def cost(
+        self,
+        code: Extracted,
+        specs: Sequence[ValueSpec],
+        live: tuple[bool, ...] | None,
+        rows: Sequence[Rows | None],
+        precision: Precision,
+        error: Exception,
+    ) -> Cost:
+        """What `code`, with inputs of `specs` and results of `rows`, costs by a run on the samples; `error` is what it
+        raised on fake tensors. Raises WorkloadError where it does not run on the samples either.
+        """
+        arguments = zip(code.arguments, code.inputs[1:], strict=True)
+        values = [value for node, given in arguments if (value := self.value(node, given)) is not None]
+        if len(values) < len(specs):
+            raise self._unmeasured(code, error) from error
+        try:
+            twin = jittered(code.module, self.generator)
+            cost = costs.measure_on_samples(twin, self.samples, values, specs, live, precision)
+        except FAILURES as second:
+            raise self._unmeasured(code, second) from error
+        grown = [(row.dim, row.count) if row else None for row in rows]
+        return costs.at_full_batch(cost, self.samples, self.task.batch_size, grown)
+
+    def _unmeasured(self, code: Extracted, error: Exception) -> WorkloadError:
+        blocks = [module.module for module in code.module.modules() if isinstance(module, BlockModule)]
+        what = f"a layer of class {type(blocks[0]).__name__}" if blocks else "its glue"
+        if isinstance(error, CheckpointError):
+            return WorkloadError(
+                f"task {self.task.name!r}: {what} draws random numbers under a checkpoint of its own, which would draw "
+                "others when it is computed again; switch that off (gradient_checkpointing_disable()) and name the "
+                "component in the workload's recompute="
+            )
+        return WorkloadError(
+            f"task {self.task.name!r}: {what} runs neither on fake tensors nor on {self.samples} samples: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; make it run on any number of samples"
+        )

@@ -1,0 +1,65 @@
+"""Record: what a step leaves behind on a rank, and the span of each instruction that it carried out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from spindle.runtime.pieces import message_bytes
+from spindle.runtime.programs.program import Instruction, Op, Program
+from spindle.trace import Span, SpanKind
+
+_KIND_BY_OP = {
+    Op.LOAD: SpanKind.LOAD,
+    Op.FORWARD: SpanKind.FORWARD,
+    Op.BACKWARD: SpanKind.BACKWARD,
+    Op.TRANSFER: SpanKind.TRANSFER,
+    Op.AWAIT: SpanKind.TRANSFER,
+    Op.REDUCE: SpanKind.REDUCE,
+    Op.CLIP: SpanKind.REDUCE,
+    Op.STEP: SpanKind.STEP,
+    Op.GATHER: SpanKind.REDUCE,
+}
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one step leaves behind on a rank: losses of the tasks that end on it, the norm of all gradients when it was
+    clipped, and its spans.
+    """
+
+    losses: dict[str, float] = field(default_factory=dict)
+    grad_norm: float | None = None
+    spans: list[Span] = field(default_factory=list)
+
+
+def span_of(
+    program: Program,
+    rank: int,
+    bucket_bytes: Mapping[str, int],
+    instruction: Instruction,
+    start_s: float,
+    end_s: float,
+    step: int,
+) -> Span:
+    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds."""
+    transfer = program.transfer_by_name.get(instruction.target)
+    run = program.slice_by_name.get(transfer.target if transfer else instruction.target)
+    num_bytes = 0
+    if transfer is not None:
+        mine = (m for m in transfer.messages if rank in (m.source, m.target))
+        num_bytes = sum(message_bytes(program.tensor_by_name[m.tensor], m) for m in mine)
+    elif instruction.target in bucket_bytes:
+        num_bytes = bucket_bytes[instruction.target]
+    kind = SpanKind.REDUCE if instruction.target in bucket_bytes else _KIND_BY_OP[instruction.op]
+    return Span(
+        rank=rank,
+        kind=kind,
+        name=str(instruction),
+        start_s=start_s,
+        end_s=end_s,
+        task=run.task if run else instruction.target if instruction.op is Op.LOAD else "",
+        component=run.component if run else "",
+        metaop=run.metaop if run else "",
+        wave=run.wave if run else -1,
+        num_bytes=num_bytes,
+        step=step,
+    )
