@@ -119,6 +119,8 @@ def _placed_starts(
     counting, placing = _sides(model, None, work, guide), _sides(model, floor, work, guide)
     blind = _charged(model, floor, work, _beams(counting, work, seed, BLIND_SHARE * share))
     found = _beams(placing, work, seed, 2 * BLIND_SHARE * share)
+    if work.left(share) < 2 * beam_units(model, ROLL_OUT, floor.simulation_factor):
+        return blind + found
     if min((f.makespan_s for f in blind), default=inf) > min((f.makespan_s for f in found), default=inf) * CLOSE_CALL:
         return blind + _beams(placing, work, seed + 50, share)
     schedules = _beams(counting, work, seed + 50, 0.75 * share)
@@ -231,7 +233,7 @@ def _climb(
     model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int, share: float = 1.0
 ) -> list[Climber]:
     """Successive halving over climbers from the best schedules; best first."""
-    most = STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
+    most = 1 if len(model) > HUGE else STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
     climbers: list[Climber] = []
     for i, f in enumerate(found[:most]):
         decoder: Decoder = FlatDecoder(f.model)
