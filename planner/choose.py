@@ -17,7 +17,10 @@ from spindle.profile import Profile
 
 WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
-Solve = Callable[[MetaGraph, Cluster], Plan]
+Solve = Callable[[MetaGraph, Cluster, float], Plan]
+"""A priced MetaGraph, a cluster and a share of the time limit in; raises InfeasibleError."""
+Probe = Callable[[MetaGraph, Cluster], Plan]
+"""A plan of a usual way, which carries all usual ways that fit; raises InfeasibleError."""
 
 
 def solve_fitting(
@@ -27,34 +30,48 @@ def solve_fitting(
     *,
     profile: Profile | None = None,
     pricing: Pricing | None = None,
-    usual_ways: bool = True,
+    probe: Probe | None = None,
 ) -> tuple[Plan, Pricing]:
-    """The plan that fits under the first memory choice that leaves room, or one before that which is as short.
+    """The shortest plan of the memory choices up to the first under which all usual ways fit.
 
-    Raises the last InfeasibleError when there is none; a plan that does not fit is returned where only such are found.
-
-    `usual_ways`: whether `solve` costs them; with pins it does not. `metagraph` still carries its operators; one from a
-    file is planned as it is, since its costs cannot change.
+    Without `probe` the plan of the first choice under which one fits. The choices share the time limit.
+    Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
+    `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change.
     """
     choices = memory_choices(pricing or Pricing())
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
+    priced = [(choice, price(metagraph, cluster, profile, pricing=choice)) for choice in choices]
+    if probe is not None and len(priced) > 1:
+        priced = _until_all_fit(priced, cluster, probe)
     last: InfeasibleError | None = None
     best: tuple[Plan, Pricing] | None = None
-    for choice in choices:
+    for choice, graph in priced:
         try:
-            plan = solve(price(metagraph, cluster, profile, pricing=choice), cluster)
+            plan = solve(graph, cluster, 1 / len(priced) if probe else 1.0)
         except InfeasibleError as error:
             last = error
             continue
         if best is None or plan.memory.fits > best[0].memory.fits or _is_worth_it(plan, best[0]):
             best = plan, choice
-        if plan.memory.fits and (not usual_ways or len(plan.baselines_s) == len(WAVES_BY_BASELINE)):
+        if probe is None and plan.memory.fits:
             break
     if best is not None:
         return best
     assert last is not None, "each choice gives a plan or an InfeasibleError"
     raise last
+
+
+def _until_all_fit(
+    priced: list[tuple[Pricing, MetaGraph]], cluster: Cluster, probe: Probe
+) -> list[tuple[Pricing, MetaGraph]]:
+    for i, (_, graph) in enumerate(priced):
+        try:
+            if len(probe(graph, cluster).baselines_s) == len(WAVES_BY_BASELINE):
+                return priced[: i + 1]
+        except InfeasibleError:
+            continue
+    return priced
 
 
 def _is_worth_it(plan: Plan, best: Plan) -> bool:

@@ -98,9 +98,10 @@ def solve(
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 
-def default_limit_s(cluster: Cluster) -> float:
-    """Seconds that the search may take unless the user says otherwise."""
-    return SMALL_LIMIT_S if cluster.num_devices <= SMALL_CLUSTER else LARGE_LIMIT_S
+def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
+    """Seconds that the search may take unless the user says otherwise; a quarter when it begins from a former plan."""
+    limit_s = SMALL_LIMIT_S if cluster.num_devices <= SMALL_CLUSTER else LARGE_LIMIT_S
+    return limit_s * (WARM_SHARE if is_warm else 1.0)
 
 
 def _searched(

@@ -75,20 +75,30 @@ def plan_source(
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.planner.choose import solve_fitting
-    from spindle.planner.solve import solve
+    from spindle.planner.solve import default_limit_s, solve
 
-    def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
+    limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
+
+    def solved(metagraph: MetaGraph, where: Cluster, share: float) -> Plan:
         plan = solve(
-            metagraph, where, method=method, time_limit_s=time_limit_s, aligned=aligned, start=start, pins=pins
+            metagraph, where, method=method, time_limit_s=share * limit_s, aligned=aligned, start=start, pins=pins
         )
         return laid_out(plan, metagraph)
+
+    def probe(metagraph: MetaGraph, where: Cluster) -> Plan:
+        return solve(metagraph, where, method="sequential", aligned=aligned)
 
     if profile is not None:
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
     plan, pricing = solve_fitting(
-        source.metagraph, cluster, solved, profile=profile, pricing=source.pricing, usual_ways=not pins
+        source.metagraph,
+        cluster,
+        solved,
+        profile=profile,
+        pricing=source.pricing,
+        probe=probe if method in ("auto", "lp") and not pins else None,
     )
     return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing
 

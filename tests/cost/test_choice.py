@@ -36,7 +36,7 @@ def metagraph() -> MetaGraph:
     return contract(build_graph(parse_workload(SPEC)))
 
 
-def plan(metagraph: MetaGraph, cluster: Cluster) -> Plan:
+def plan(metagraph: MetaGraph, cluster: Cluster, share: float = 1.0) -> Plan:
     return solve(metagraph, cluster, method="paper")
 
 
@@ -78,10 +78,14 @@ def test_no_usual_way_is_shorter_under_any_memory_choice_regression(share: float
     graph = contract(build_graph(parse_workload(UNEVEN)))
     cluster = with_memory(share * peak(graph, Pricing()))
 
-    def solved(metagraph: MetaGraph, where: Cluster) -> Plan:
+    shares = []
+
+    def solved(metagraph: MetaGraph, where: Cluster, share: float) -> Plan:
+        shares.append(share)
         return solve(metagraph, where, time_limit_s=0.05)
 
-    made, _ = solve_fitting(graph, cluster, solved)
+    made, _ = solve_fitting(graph, cluster, solved, probe=lambda *given: solve(*given, method="sequential"))
+    assert sum(shares) == pytest.approx(1.0)
     assert made.memory.fits
     for choice in memory_choices(Pricing()):
         for method in ("sequential", "task_split", "component_split", "paper"):
