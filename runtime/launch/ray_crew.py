@@ -51,7 +51,7 @@ class _Rank:
 
     def place(self) -> "Place":
         """Where this actor is."""
-        gpu = ",".join(map(str, ray.get_gpu_ids()))
+        gpu = ",".join(f"{number:>3}" for number in ray.get_gpu_ids())  # 9 before 10
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu)
 
     def start(
