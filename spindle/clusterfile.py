@@ -7,7 +7,8 @@ from pydantic import BeforeValidator, ValidationError
 
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import ClusterError, FormatError
-from spindle.formats import StrictModel, explain_validation, read_text
+from spindle.filemodels import StrictModel
+from spindle.formats import explain_validation, read_text
 
 DEFAULT_DEVICE = "a100-80g"
 

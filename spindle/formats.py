@@ -9,31 +9,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import FormatError, InputError
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, Wave, sorted_pairs
-from spindle.profile import LinkEntry, LinkLevel, LinkOperation, Profile, ProfileEntry
-from spindle.trace import Span, SpanKind, Trace
+from spindle.filemodels import MetaGraphModel, PlanModel, ProfileModel, TraceModel
+from spindle.metagraph import MetaGraph
+from spindle.plan import Plan
+from spindle.profile import Profile
+from spindle.trace import Trace
 
 Value = MetaGraph | Plan | Profile | Trace
 ValueT = TypeVar("ValueT", MetaGraph, Plan, Profile, Trace)
-
-
-class StrictModel(BaseModel):
-    """What all file models share: unknown fields and loose types are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, from_attributes=True)
-
-
-class _JsonModel(StrictModel):
-    """JSON has no NaN and no infinity; Python's parser would let them in."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,276 +34,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _table(values: object) -> object:
-    """Values hold tables as pairs, files as objects."""
-    return dict(values) if isinstance(values, tuple) else values
-
-
-def _count(key: object) -> object:
-    """JSON keys are strings; "01" would be a second name for "1" and hide its value."""
-    if isinstance(key, str) and not (key.isdecimal() and str(int(key)) == key):
-        raise ValueError("keys should be device counts, for instance 4")
-    return key
-
-
-CountTable = Annotated[
-    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], float], BeforeValidator(_table)
-]
-DegreeTable = Annotated[
-    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], int], BeforeValidator(_table)
-]
-NameTable = Annotated[dict[str, float], BeforeValidator(_table)]
-
-
-class _MetaOpModel(_JsonModel):
-    name: str
-    task: str
-    component: str
-    layers: int
-    layer_time_s: CountTable
-    memory_bytes: CountTable = {}
-    layer_param_bytes: float = 0.0
-    layer_state_bytes: float = 0.0
-    recomputed_bytes: float = 0.0
-    layer_update_s: float = 0.0
-    output_bytes: float = 0.0
-    parameters: str = ""
-    forward_fraction: float = 1 / 3
-    tensor_parallel: DegreeTable = {}
-
-    def value(self) -> MetaOp:
-        if not self.layer_time_s:
-            raise FormatError(f"MetaOp {self.name!r}: layer_time_s is empty; give a time for at least one device count")
-        tables = {"layer_time_s": points(self.layer_time_s), "memory_bytes": points(self.memory_bytes)}
-        degrees = tuple(sorted(self.tensor_parallel.items()))
-        return MetaOp(**{**dict(self), **tables, "tensor_parallel": degrees})
-
-
-class _MetaGraphModel(_JsonModel):
-    format: Literal["spindle.metagraph"] = "spindle.metagraph"
-    version: Literal[1] = 1
-    metaops: tuple[_MetaOpModel, ...]
-    flows: tuple[tuple[str, str], ...] = ()
-    flow_bytes: tuple[float | None, ...] = ()
-
-    @classmethod
-    def of(cls, graph: MetaGraph) -> "_MetaGraphModel":
-        return cls(
-            metaops=tuple(_MetaOpModel.model_validate(metaop) for metaop in graph.metaops),
-            flows=tuple((flow.source, flow.target) for flow in graph.flows),
-            flow_bytes=tuple(flow.num_bytes for flow in graph.flows),
-        )
-
-    def value(self) -> MetaGraph:
-        payloads = self.flow_bytes or (None,) * len(self.flows)
-        if len(payloads) != len(self.flows):
-            raise FormatError(f"flow_bytes has {len(payloads)} values for {len(self.flows)} flows; give one each")
-        flows = (Flow(*pair, payload) for pair, payload in zip(self.flows, payloads, strict=True))
-        return MetaGraph(tuple(metaop.value() for metaop in self.metaops), tuple(flows))
-
-
-class _SliceModel(_JsonModel):
-    metaop: str
-    first_layer: int
-    num_layers: int
-    devices: tuple[int, ...]
-    start_s: float
-    end_s: float
-    tensor_parallel: int = 1
-
-
-class _WaveModel(_JsonModel):
-    index: int
-    start_s: float
-    end_s: float
-    slices: tuple[_SliceModel, ...]
-
-    def value(self) -> Wave:
-        return Wave(**{**dict(self), "slices": tuple(Slice(**dict(s)) for s in self.slices)})
-
-
-class _MemoryModel(_JsonModel):
-    peak_bytes_per_device: tuple[float, ...] = ()
-    fits: bool = True
-
-
-class _TimePricesModel(_JsonModel):
-    edges_s: tuple[float, ...]
-    device_prices: tuple[float, ...]
-    wait_prices: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
-
-
-class _CertificateModel(_JsonModel):
-    area_price: float = 0.0
-    paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
-    through: str = ""
-    head: "_CertificateModel | None" = None
-    tail: "_CertificateModel | None" = None
-    over_time: _TimePricesModel | None = None
-
-    def value(self) -> Certificate:
-        ends = {name: part.value() if part else None for name, part in (("head", self.head), ("tail", self.tail))}
-        over_time = TimePrices(**dict(self.over_time)) if self.over_time else None
-        return Certificate(**{**dict(self), **ends, "over_time": over_time})
-
-
-class _DeviceModel(_JsonModel):
-    name: str
-    memory_bytes: float
-    peak_flops: float
-    memory_bytes_per_s: float
-    matmul_efficiency: float = 0.8
-    attention_efficiency: float = 0.3
-    elementwise_traffic: float = 5.0
-    overlap_cost: float = 1.0
-    launch_s: float = 5e-6
-    parallel_units: int = 108
-    float32_rate: float = 0.5
-
-
-class _ProtocolModel(_JsonModel):
-    latency_s: float
-    hop_s: float
-    bytes_per_s: float
-    in_network: bool = False
-
-
-class _LinkModel(_JsonModel):
-    bytes_per_s: float
-    latency_s: float
-    protocols: tuple[_ProtocolModel, ...] = ()
-
-    def value(self) -> Link:
-        return Link(**{**dict(self), "protocols": tuple(Protocol(**dict(p)) for p in self.protocols)})
-
-
-class _ClusterModel(_JsonModel):
-    nodes: int
-    devices_per_node: int
-    device: _DeviceModel
-    intra_node: _LinkModel
-    inter_node: _LinkModel
-
-    def value(self) -> Cluster:
-        links = {"intra_node": self.intra_node.value(), "inter_node": self.inter_node.value()}
-        return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
-
-
-class _PlanModel(_JsonModel):
-    format: Literal["spindle.plan"] = "spindle.plan"
-    version: Literal[1] = 1
-    num_devices: int
-    devices_per_node: int
-    method: str
-    makespan_s: float
-    lower_bound_s: float = 0.0
-    planner_s: float = 0.0
-    baselines_s: NameTable = {}
-    reduction_s: float = 0.0
-    update_s: float = 0.0
-    step_s: float = 0.0
-    baseline_steps_s: NameTable = {}
-    memory: _MemoryModel = _MemoryModel()
-    recompute: bool = False
-    shard_optimizer: bool = False
-    waves: tuple[_WaveModel, ...]
-    certificate: _CertificateModel | None = None
-    cluster: _ClusterModel | None = None
-    metagraph: _MetaGraphModel | None = None
-
-    @classmethod
-    def of(cls, plan: Plan) -> "_PlanModel":
-        names = [name for name in cls.model_fields if name not in ("format", "version", "metagraph")]
-        metagraph = _MetaGraphModel.of(plan.metagraph) if plan.metagraph else None
-        return cls(**{name: getattr(plan, name) for name in names}, metagraph=metagraph)
-
-    def value(self) -> Plan:
-        fields = {name: value for name, value in self if name not in ("format", "version")}
-        fields |= {
-            "baselines_s": sorted_pairs(self.baselines_s),
-            "baseline_steps_s": sorted_pairs(self.baseline_steps_s),
-            "memory": Memory(**dict(self.memory)),
-            "waves": tuple(wave.value() for wave in self.waves),
-            "certificate": self.certificate.value() if self.certificate else None,
-            "cluster": self.cluster.value() if self.cluster else None,
-            "metagraph": self.metagraph.value() if self.metagraph else None,
-        }
-        return Plan(**fields)
-
-
-class _EntryModel(_JsonModel):
-    kind: str
-    num_devices: int
-    forward_s: float
-    backward_s: float
-    peak_bytes: float = 0.0
-    update_s: float = 0.0
-    spread: float = 0.0
-
-
-class _LinkEntryModel(_JsonModel):
-    operation: LinkOperation
-    level: LinkLevel
-    members: int
-    num_bytes: int
-    seconds: float
-    spread: float = 0.0
-
-
-class _ProfileModel(_JsonModel):
-    format: Literal["spindle.profile"] = "spindle.profile"
-    version: Literal[1] = 1
-    device: str
-    versions: Annotated[dict[str, str], BeforeValidator(_table)] = {}
-    entries: tuple[_EntryModel, ...]
-    links: tuple[_LinkEntryModel, ...] = ()
-
-    @classmethod
-    def of(cls, profile: Profile) -> "_ProfileModel":
-        return cls.model_validate(profile)
-
-    def value(self) -> Profile:
-        entries = tuple(ProfileEntry(**dict(entry)) for entry in self.entries)
-        links = tuple(LinkEntry(**dict(entry)) for entry in self.links)
-        return Profile(self.device, tuple(sorted(self.versions.items())), entries, links)
-
-
-class _SpanModel(_JsonModel):
-    rank: int
-    kind: SpanKind
-    name: str
-    start_s: float
-    end_s: float
-    task: str = ""
-    component: str = ""
-    metaop: str = ""
-    wave: int = -1
-    num_bytes: int = 0
-    step: int = 0
-
-
-class _TraceModel(_JsonModel):
-    format: Literal["spindle.trace"] = "spindle.trace"
-    version: Literal[1] = 1
-    num_ranks: int
-    source: str
-    spans: tuple[_SpanModel, ...]
-
-    @classmethod
-    def of(cls, trace: Trace) -> "_TraceModel":
-        return cls.model_validate(trace)
-
-    def value(self) -> Trace:
-        spans = tuple(Span(**dict(span)) for span in self.spans)
-        return Trace(num_ranks=self.num_ranks, source=self.source, spans=spans)
-
-
-_Models = type[_MetaGraphModel] | type[_PlanModel] | type[_ProfileModel] | type[_TraceModel]
+_Models = type[MetaGraphModel] | type[PlanModel] | type[ProfileModel] | type[TraceModel]
 _MODEL_BY_TYPE: Mapping[type, _Models] = {
-    MetaGraph: _MetaGraphModel,
-    Plan: _PlanModel,
-    Profile: _ProfileModel,
-    Trace: _TraceModel,
+    MetaGraph: MetaGraphModel,
+    Plan: PlanModel,
+    Profile: ProfileModel,
+    Trace: TraceModel,
 }
 _MODEL_BY_FORMAT: Mapping[str, _Models] = {
     str(model.model_fields["format"].default): model for model in _MODEL_BY_TYPE.values()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import spindle
 from spindle.capture.signature import module_signature
 from spindle.errors import RunError
 from spindle.runtime.programs.text import dumps
@@ -25,7 +24,7 @@ from spindle.runtime.worker import Job
 SAMPLED = 16  # numbers of each weight that are compared: a model's weights take seconds to read through
 
 _REMEDY = {
-    "versions of Python, torch or spindle": "install the same ones",
+    "versions of Python or torch": "install the same ones",
     "plan": "give all the same file as --plan",
     "program": "give all the same tasks, batch sizes and settings",
     "code": "run the same files",
@@ -39,7 +38,7 @@ def agreement(jobs: Sequence[Job]) -> dict[str, str]:
     program = jobs[0].program
     slices = [(run.metaop, run.operators, run.ranks, run.tensor_parallel, run.recompute) for run in program.slices]
     parts: dict[str, Iterable[str]] = {
-        "versions of Python, torch or spindle": (platform.python_version(), torch.__version__, spindle.__version__),
+        "versions of Python or torch": (platform.python_version(), torch.__version__),
         "plan": (str(program.num_ranks), *map(str, slices)),
         "program": (dumps(program), str(jobs[0].rounds), jobs[0].precision, str(jobs[0].settings)),
         "code": _code_texts(jobs),

@@ -24,7 +24,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from spindle.clusterfile import read_yaml
 from spindle.errors import FormatError
-from spindle.formats import StrictModel, explain_validation, parse_json, read_text
+from spindle.filemodels import StrictModel
+from spindle.formats import explain_validation, parse_json, read_text
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.spec.values import stages_to_edges
 

@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
-from spindle.formats import StrictModel, explain_validation
+from spindle.filemodels import StrictModel
+from spindle.formats import explain_validation
 from spindle.pricing import Optimizer
 from spindle.spec.blocks import (
     Component,

@@ -79,7 +79,7 @@ def test_what_differs_is_told_apart(otherwise: dict[str, Any], kinds: set[str]) 
 
 def test_the_few_are_named() -> None:
     """Of four ranks two came with other things than the rest, each with its own."""
-    most = {"plan": "a", "seed": "a"} | dict.fromkeys(("versions of Python, torch or spindle", "program"), "a")
+    most = {"plan": "a", "seed": "a"} | dict.fromkeys(("versions of Python or torch", "program"), "a")
     most |= {"code": "a", "weights": "a"}
     found = [most | {"seed": "b"}, most, most | {"plan": "b"}, most]
     refuse_differences([most] * 4)
