@@ -26,12 +26,14 @@ from torch.profiler import ProfilerActivity
 import spindle
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
+from spindle.planner.simulate import simulate
 from spindle.pricing import Pricing
-from spindle.runtime.controller import Run, prepare
+from spindle.runtime.controller import Run, merge_traces, prepare
 from spindle.runtime.launch.crew import threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.worker import Worker, make_jobs
 from spindle.source import Source
+from spindle.trace import SpanKind, Trace
 
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
 METHODS = ("auto", "sequential", "task_split", "component_split", "paper")
@@ -73,6 +75,8 @@ class Row:
     quickest_ms: float
     predicted_mib: float
     measured_mib: float
+    predicted_kinds: dict[str, float]
+    measured_kinds: dict[str, float]
 
     @property
     def step_error(self) -> float:
@@ -127,12 +131,24 @@ def planned(module: ModuleType, profile: spindle.Profile, cluster: str) -> Itera
         yield name, plan_source(source, parse_cluster(cluster), profile, method="sequential")[0]
 
 
+def by_kind(trace: Trace) -> dict[str, float]:
+    """Milliseconds of a rank and step in each kind of work; waits for messages and sums are in theirs."""
+    steps = len({span.step for span in trace})
+    return {str(kind): 1e3 * trace.busy_s(kind) / steps / trace.num_ranks for kind in SpanKind}
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each kind over turns."""
+    return {kind: statistics.median(turn[kind] for turn in found) for kind in found[0]}
+
+
 def measure(num_ranks: int) -> tuple[list[Row], str]:
     """All rows, and what the profile says of itself."""
     module = load(SOURCE)
     profile = spindle.make_profile(module.workload, num_devices=num_ranks, optimizer=module.optimizer)
     plans = dict(planned(module, profile, f"1x{num_ranks}:cpu"))
     turns: dict[str, list[float]] = {method: [] for method in plans}
+    kinds: dict[str, list[dict[str, float]]] = {method: [] for method in plans}
     with contextlib.ExitStack() as stack:
         runs = {method: stack.enter_context(started(module, plan)) for method, plan in plans.items()}
         for run in runs.values():
@@ -142,6 +158,7 @@ def measure(num_ranks: int) -> tuple[list[Row], str]:
                 began = time.perf_counter()
                 run.steps(STEPS, keep_spans=False)
                 turns[method].append((time.perf_counter() - began) / STEPS)
+                kinds[method].append(by_kind(merge_traces(run.steps(2)[1], num_ranks)))
         peaks = {method: [sum(p) for p in run.crew.call("peak_bytes")] for method, run in runs.items()}
     return [
         Row(
@@ -151,6 +168,8 @@ def measure(num_ranks: int) -> tuple[list[Row], str]:
             quickest_ms=1e3 * min(turns[method]),
             predicted_mib=max(plan.memory.peak_bytes_per_device) / 2**20,
             measured_mib=max(peaks[method]) / 2**20,
+            predicted_kinds=by_kind(simulate(plan)),
+            measured_kinds=medians(kinds[method]),
         )
         for method, plan in plans.items()
     ], profile.describe()
@@ -165,6 +184,16 @@ def table(rows: list[Row]) -> Iterator[str]:
             f"| {row.method} | {row.predicted_ms:.1f} | {row.median_ms:.1f} | {row.step_error:+.1%} | "
             f"{row.quickest_ms:.1f} | {row.predicted_mib:.1f} | {row.measured_mib:.1f} | {row.memory_error:+.1%} |"
         )
+
+
+def table_by_kind(rows: list[Row]) -> Iterator[str]:
+    """Where a rank's time goes, predicted and measured, as Markdown."""
+    kinds = list(rows[0].measured_kinds)
+    yield "| ms of a rank, predicted / measured | " + " | ".join(kinds) + " |"
+    yield "|---" + "|--:" * len(kinds) + "|"
+    for row in rows:
+        cells = [f"{row.predicted_kinds[kind]:.1f} / {row.measured_kinds[kind]:.1f}" for kind in kinds]
+        yield f"| {row.method} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -186,6 +215,8 @@ def main() -> None:
         f"Profile: {profiled}.",
         "",
         *table(rows),
+        "",
+        *table_by_kind(rows),
         "",
         f"Largest error {worst:.1%}: {'within' if worst <= LIMIT else 'BEYOND'} {LIMIT:.0%}.",
     ]
