@@ -7,6 +7,7 @@ case   what the rules look at
 rules  waves, devices, layers, counts, data, memory
 proof  what the certificate of the lower bound proves
 timed  the same of prices over time
+step   reductions, update and step as predicted; the usual ways
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from spindle.plan import Plan
 from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, named, ranges
 from spindle.planner.check.proof import bound_is_proved
 from spindle.planner.check.rules import METAGRAPH_RULES, PLAN_RULES, unknown_metaops
+from spindle.planner.check.step import baselines_are_possible, step_is_predicted
 
 __all__ = ["Finding", "check_plan", "picture", "require_plan"]
 
@@ -38,8 +40,9 @@ def check_plan(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster 
         findings += unknown
         if not unknown:
             priced = PricedCase(plan, case.slack_s, slices, metagraph, cluster)
-            priced_rules = (*METAGRAPH_RULES, bound_is_proved)
+            priced_rules = (*METAGRAPH_RULES, bound_is_proved, baselines_are_possible)
             findings += [finding for priced_rule in priced_rules for finding in priced_rule(priced)]
+            findings += step_is_predicted(priced) if not findings else ()  # slices that break rules have no step
     return tuple(findings)
 
 

@@ -1,0 +1,170 @@
+"""Rules of the whole step: reductions, update and step as predicted, and what the usual ways are said to take.
+
+The step is run through once more: forward slices in the plan's order, backward in reverse, each as soon as its data and
+its devices are there; then gradients, reduced beside backward where the device type gains by it, and the optimiser.
+Seconds of one collective come from `spindle.cost.links`, as those of a layer come from the MetaGraph.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isclose
+
+from spindle.cluster import Cluster
+from spindle.cost.links import collective_s
+from spindle.plan import Slice
+from spindle.planner.check.case import Finding, PricedCase, received_s
+
+CLOSE = 1e-6  # of the step
+
+
+def step_is_predicted(case: PricedCase) -> Iterator[Finding]:
+    """reduction_s, update_s and step_s are what the slices take; a plan without step_s predicts none of them."""
+    plan = case.plan
+    if case.cluster is None or not plan.step_s:
+        return
+    found = _run_step(case, case.cluster)
+    for name, told_s, takes_s in (
+        ("reduction_s", plan.reduction_s, found.reduction_s),
+        ("update_s", plan.update_s, found.update_s),
+        ("step_s", plan.step_s, found.both_s + found.reduction_s + found.update_s),
+    ):
+        if not isclose(told_s, takes_s, rel_tol=CLOSE, abs_tol=CLOSE * plan.makespan_s):
+            yield Finding(
+                f"{name} is {told_s} but the slices take {takes_s} s; write that, or step_s 0 for no prediction"
+            )
+
+
+def baselines_are_possible(case: PricedCase) -> Iterator[Finding]:
+    """No usual way is said to be shorter than any schedule can be."""
+    plan = case.plan
+    for field, pairs in (("baselines_s", plan.baselines_s), ("baseline_steps_s", plan.baseline_steps_s)):
+        for name, seconds in pairs:
+            if seconds < plan.lower_bound_s - case.slack_s:
+                yield Finding(
+                    f"{field} says {name!r} takes {seconds} s, below lower_bound_s {plan.lower_bound_s}, "
+                    "which no schedule can beat"
+                )
+    told = dict(plan.baselines_s).get(plan.method)
+    if told is not None and abs(told - plan.makespan_s) > case.slack_s:
+        yield Finding(
+            f"the plan is {plan.method!r}, whose makespan baselines_s gives as {told}, not {plan.makespan_s} s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    both_s: float
+    reduction_s: float
+    update_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Layers of one parameter set that the same slices run: their numbers, gradients' bytes, seconds of the update."""
+
+    slices: tuple[int, ...]
+    devices: tuple[int, ...]
+    num_bytes: float
+    update_s: float
+
+
+def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
+    computed_s, both_s = _backward(case)
+    held = _held(case)
+    done_s = _reduce(cluster, [(h, max(computed_s[i] for i in h.slices) - both_s) for h in held])
+    reduction_s = max(done_s.values(), default=0.0)
+    busy_s = defaultdict[int, float](float)
+    for h in held:
+        for device in h.devices:
+            busy_s[device] += h.update_s
+    last_s = max((done_s.get(device, 0.0) + seconds for device, seconds in busy_s.items()), default=0.0)
+    return _Step(both_s, reduction_s, max(last_s - reduction_s, 0.0))
+
+
+def _backward(case: PricedCase) -> tuple[list[float], float]:
+    """When each slice's gradients are there, and when backward ends."""
+    slices = [s for _, s in case.slices]
+    moves_s = [both / 2 for both in received_s(case)]
+    graph = case.metagraph
+    free_s, ends_s = defaultdict[int, float](float), defaultdict[str, float](float)
+    for s, moved_s in zip(slices, moves_s, strict=True):
+        own = [ends_s[name] for name in (s.metaop, *graph.predecessors[s.metaop])]
+        end_s = max(*own, *(free_s[d] for d in s.devices)) + moved_s + _work_s(case, s, forward=True)
+        ends_s[s.metaop] = end_s
+        free_s.update(dict.fromkeys(s.devices, end_s))
+    turn_s = max(ends_s.values())
+    back_s, idle_s = defaultdict[str, float](lambda: turn_s), defaultdict[int, float](lambda: turn_s)
+    computed_s = [0.0] * len(slices)
+    for i in range(len(slices) - 1, -1, -1):
+        s = slices[i]
+        own = [back_s[name] for name in (s.metaop, *graph.successors[s.metaop])]
+        end_s = max(*own, *(idle_s[d] for d in s.devices)) + moves_s[i] + _work_s(case, s, forward=False)
+        computed_s[i] = end_s - moves_s[i]  # the input's gradient is sent last
+        back_s[s.metaop] = end_s
+        idle_s.update(dict.fromkeys(s.devices, end_s))
+    return computed_s, max(back_s.values())
+
+
+def _work_s(case: PricedCase, s: Slice, *, forward: bool) -> float:
+    metaop = case.metagraph[s.metaop]
+    share = metaop.forward_fraction if forward else 1 - metaop.forward_fraction
+    return s.num_layers * metaop.times[len(s.devices)] * share
+
+
+def _held(case: PricedCase) -> list[_Held]:
+    """Trained layers by who runs them, neighbours together."""
+    runs: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, (_, s) in enumerate(case.slices):
+        metaop = case.metagraph[s.metaop]
+        if metaop.layer_param_bytes or metaop.layer_update_s:
+            for layer in range(s.first_layer, s.first_layer + s.num_layers):
+                runs[metaop.parameters or f"only {metaop.name}"][layer].append(i)
+    found = []
+    for by_layer in runs.values():
+        edges = {e for s in {i for held in by_layer.values() for i in held} for e in _edges(case.slices[s][1])}
+        for first in sorted(edges & by_layer.keys()):
+            count = min(e for e in edges if e > first) - first
+            slices = tuple(by_layer[first])
+            metaops = [case.metagraph[case.slices[i][1].metaop] for i in slices]
+            found.append(
+                _Held(
+                    slices=slices,
+                    devices=tuple(sorted({d for i in slices for d in case.slices[i][1].devices})),
+                    num_bytes=count * max(m.layer_param_bytes for m in metaops),
+                    update_s=count * max(m.layer_update_s for m in metaops),
+                )
+            )
+    return found
+
+
+def _edges(s: Slice) -> tuple[int, int]:
+    return s.first_layer, s.first_layer + s.num_layers
+
+
+def _reduce(cluster: Cluster, ready: list[tuple[_Held, float]]) -> dict[int, float]:
+    """When each device is done after backward. Gradients of the same devices are parts of one message.
+
+    All devices meet the reductions in one order: as they become ready, then the longest first.
+    """
+    cost = cluster.device.overlap_cost
+    parts, whole = defaultdict[tuple[float, tuple[int, ...]], float](float), defaultdict[tuple[int, ...], float](float)
+    for held, ready_s in ready:
+        if held.num_bytes and len(held.devices) > 1:
+            parts[ready_s if cost < 1 else 0.0, held.devices] += held.num_bytes
+            whole[held.devices] += held.num_bytes
+    seconds = {
+        devices: collective_s(
+            "all_reduce", num_bytes, cluster, tuple(Counter(d // cluster.devices_per_node for d in devices).values())
+        )
+        for devices, num_bytes in whole.items()
+    }
+    free_s, beside_s = dict[int, float](), defaultdict[int, float](float)
+    for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
+        start_s = max(free_s.get(d, ready_s) for d in devices)
+        start_s = max(start_s, ready_s)
+        end_s = start_s + seconds[devices] * (parts[ready_s, devices] / whole[devices])
+        for device in devices:
+            free_s[device] = end_s
+            beside_s[device] += cost * max(0.0, min(end_s, 0.0) - start_s)
+    return {device: max(end_s, 0.0) + beside_s[device] for device, end_s in free_s.items()}
