@@ -8,6 +8,7 @@ A plan maps dotted paths of layers, `*` standing for one name, to a style. These
   only part of them, so that its gradients are shares.
 - `colwise_gather_output` and `rowwise_split_input` give and take all features, and `embedding_rowwise` cuts the words
   of an embedding. Layers of these styles outside of blocks (embeddings, language heads) become operators of their own.
+- Experts (`moe_tp_experts`) stay whole: all devices of a copy compute them alike, while attention beside them is cut.
 - Layers that share a parameter are cut together: an embedding with the head that is tied to it.
 """
 
@@ -22,7 +23,7 @@ from spindle.workload import Component, Workload
 
 PARTIAL = "replicated_with_grad_allreduce"
 EMBEDDING, HEAD = "embedding_rowwise", "colwise_gather_output"
-_ALIASES = {"colwise_rep": HEAD, "rowwise_rep": "rowwise_split_input"}
+_ALIASES = {"colwise_rep": HEAD, "rowwise_rep": "rowwise_split_input", "moe_tp_experts": "replicate"}
 _JOINED = (HEAD, "rowwise_split_input")
 _LINEAR = ("colwise", "rowwise", *_JOINED)
 _OUTSIDE = (*_JOINED, EMBEDDING)
