@@ -1,7 +1,8 @@
 """Memory: a chain of operators and a layout in, bytes on each of its devices out.
 
 Per device over a whole step: parameters, their gradients and optimiser states, activations kept for backward, and a
-buffer for what one layer boundary hands over, twice (an activation and the gradient of the one before).
+buffer for what one layer boundary hands over, twice (an activation and the gradient of the one before; the gradient
+alone where layers are recomputed).
 
 Sixteen-bit parameters have a master copy and states of four bytes beside them (mixed precision: 2 + 2 + 12 bytes a
 parameter with Adam); wider ones have states of their own width. Frozen parameters are parameters only.
@@ -30,7 +31,8 @@ def chain_bytes(
     if pricing.shard_optimizer:
         sharded /= data_parallel
     kept = kept_bytes(operators, recompute=pricing.recompute)
-    boundary = 2 * max(operator.output_bytes for operator in operators)
+    # recompute keeps the layers' inputs, so what a layer hands over is counted already, as the next one's
+    boundary = (1 if pricing.recompute else 2) * max(operator.output_bytes for operator in operators)
     return (fixed + sharded) / tensor_parallel + longest * (kept / tensor_parallel + boundary) / data_parallel
 
 
