@@ -5,7 +5,6 @@ to it, and puts a new one in its place. Answers each with `DONE`.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import uuid
@@ -21,8 +20,14 @@ def add_node(cluster: Any, num_cpus: int) -> None:
 
 
 def main() -> None:
-    folder = tempfile.mkdtemp(prefix="rc", dir="/tmp")  # Ray's sockets lie in it: their paths may have 107 characters
-    os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    # Ray's sockets lie in the folder: their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        serve()
+
+
+def serve() -> None:
+    """Start the cluster, obey until the input ends, and end it."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "dashboard_host": "127.0.0.1"}
@@ -38,7 +43,6 @@ def main() -> None:
             print("DONE", flush=True)
     finally:
         cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
