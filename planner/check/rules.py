@@ -163,7 +163,8 @@ def _cluster_shape(case: PricedCase) -> Iterator[Finding]:
 
 
 def _peaks(case: PricedCase) -> list[float]:
-    """Bytes of each device: all its layers; weight and gradient of a shared layer once."""
+    """Bytes of each device: all its layers; weight and gradient of a shared layer once; what backward computes again,
+    which each MetaOp's bytes hold once, for one layer at a time."""
     twice: dict[str, float] = {}
     for metaop in case.metagraph:
         if metaop.parameters:
@@ -171,17 +172,20 @@ def _peaks(case: PricedCase) -> list[float]:
             saved = min(smallest, metaop.layer_state_bytes or 2 * metaop.layer_param_bytes)
             twice[metaop.parameters] = min(saved, twice.get(metaop.parameters, saved))
     peaks = [0.0] * case.plan.num_devices
+    again = [0.0] * case.plan.num_devices
     copies: dict[tuple[int, str, int], int] = defaultdict(int)
     for _, s in case.slices:
         metaop = case.metagraph[s.metaop]
+        computed_again = metaop.recomputed_bytes / len(s.devices)
         for device in (d for d in s.devices if d < len(peaks)):
-            peaks[device] += layer_bytes(metaop, len(s.devices)) * s.num_layers
+            peaks[device] += (layer_bytes(metaop, len(s.devices)) - computed_again / metaop.layers) * s.num_layers
+            again[device] = max(again[device], computed_again)
             if twice.get(metaop.parameters):
                 for layer in range(s.first_layer, s.first_layer + s.num_layers):
                     copies[device, metaop.parameters, layer] += 1
     for (device, key, _), count in copies.items():
         peaks[device] -= (count - 1) * twice[key]
-    return peaks
+    return [kept + once for kept, once in zip(peaks, again, strict=True)]
 
 
 PLAN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (

@@ -100,3 +100,14 @@ def test_the_error_shows_the_picture() -> None:
 
 def test_a_picture_without_marks_shows_the_first_waves() -> None:
     assert picture(good(), ()).count("\n") == 1
+
+
+def test_what_backward_computes_again_stands_once_regression() -> None:
+    """a keeps 16 of its 40 bytes and b 6 of its 30; one layer that is computed again needs 24 more at a time."""
+    metaops = (replace(metaop, recomputed_bytes=48.0) for metaop in GRAPH.metaops[:2])
+    metagraph = MetaGraph((*metaops, GRAPH.metaops[2]), GRAPH.flows)
+    on_one = plan(A, replace(B, devices=(0, 1), start_s=2.0, end_s=3.5), metagraph=metagraph, num_devices=2)
+    made = replace(on_one, memory=Memory(peak_bytes_per_device=(16.0 + 6.0 + 24.0,) * 2))
+    assert not any("bytes" in str(finding) for finding in check_plan(made))
+    told = replace(made, memory=Memory(peak_bytes_per_device=(70.0, 70.0)))
+    assert any("device 0 needs 46 bytes but the plan says 70" in str(finding) for finding in check_plan(told))
