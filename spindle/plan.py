@@ -78,6 +78,9 @@ class Memory:
     fits: bool = True
 
 
+MOST_EDGES = 257  # a check takes their square
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimePrices:
     """Prices over time that prove a horizon, the last of `edges_s`: no schedule ends by it.
@@ -100,6 +103,10 @@ class TimePrices:
     def __post_init__(self) -> None:
         if not self.edges_s or self.edges_s[0] != 0 or any(a >= b for a, b in pairwise(self.edges_s)):
             raise PlanError("the edges of a certificate over time do not rise from 0; plan again")
+        if len(self.edges_s) > MOST_EDGES:
+            raise PlanError(
+                f"a certificate over time has {len(self.edges_s)} edges; at most {MOST_EDGES} are checked, plan again"
+            )
         for prices in (self.device_prices, *(prices for _, _, prices in self.wait_prices)):
             if len(prices) != len(self.edges_s) - 1 or any(price < 0 for price in prices):
                 raise PlanError("a certificate over time needs one price of 0 or more for each interval; plan again")

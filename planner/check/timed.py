@@ -24,6 +24,8 @@ def horizon_proved_s(case: PricedCase, prices: TimePrices) -> float:
             raise BadCertificate(f"the certificate prices a flow {source} -> {target} that the MetaGraph does not have")
         starting[target] = starting[target] + seconds
         ending[source] = ending[source] + seconds
+    if not all(usable(case, metaop) for metaop in case.metagraph):
+        return 0.0  # no schedule on so few devices, so nothing to prove
     earliest_s = _away_s(case, case.metagraph.topological_order, case.metagraph.predecessors)
     last_s = _away_s(case, case.metagraph.topological_order[::-1], case.metagraph.successors)
     worth, paid = case.plan.num_devices * float(device @ np.diff(edges)), 0.0

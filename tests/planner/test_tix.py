@@ -178,6 +178,13 @@ def test_the_checker_knows_the_flows() -> None:
     assert str(found) == "the certificate prices a flow a.out -> a.in that the MetaGraph does not have"
 
 
+def test_the_checker_bears_a_plan_for_too_few_devices() -> None:
+    """b.out then runs on no count that there is: findings, not a crash."""
+    wide = (*LATE.metaops[:3], replace(LATE.metaops[3], layer_time_s=((4, 0.5),)))
+    few = replace(proved_plan(), num_devices=2, metagraph=MetaGraph(wide, LATE.flows), cluster=None)
+    assert any("valid counts are 4" in str(finding) or "has 2 devices" in str(finding) for finding in check_plan(few))
+
+
 def test_prices_survive_a_file() -> None:
     plan = proved_plan()
     assert loads(dumps(plan), Plan) == plan

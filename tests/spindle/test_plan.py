@@ -58,6 +58,7 @@ RULES: dict[str, Refusal] = {
         "one price of 0 or more",
         "plan again",
     ),
+    "edges without end": (lambda: over_time(*range(1, 999), prices=(1.0,) * 998), "999 edges", "at most", "plan again"),
     "a price over time below zero": (lambda: over_time(1.0, prices=(-1.0,)), "over time", "0 or more", "plan again"),
     "only free devices": (lambda: over_time(1.0, prices=(0.0,)), "over time", "proves nothing", "plan again"),
     "a path below zero": (lambda: Certificate(paths=((-1.0, ("a",)),)), "certificate", "0 or more", "plan again"),
