@@ -7,10 +7,12 @@
 
 Devices are divided one valid step at a time, to whoever gains most by it, (T(n) - T(n')) / (n' - n), or to the slowest:
 a split takes the better of the two, and components that are faster one after another than side by side run so. The
-baselines are as good as their idea allows, lest the gain over them be flattery.
+baselines are as good as their idea allows, lest the gain over them be flattery. `wide` variants run every MetaOp on all
+devices of its share, also where that is no faster: what it reads is there already. The shorter step of both counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -21,12 +23,12 @@ from spindle.planner.waves import Piece, Waves, paper_waves
 Baseline = Literal["sequential", "task_split", "component_split", "paper"]
 
 
-def sequential_waves(problem: Problem) -> Waves:
-    """Each MetaOp alone on the count that is fastest."""
-    return tuple((_whole(problem, op, problem.curves[op].counts[-1]),) for op in problem.order)
+def sequential_waves(problem: Problem, *, wide: bool = False) -> Waves:
+    """Each MetaOp alone on the count that is fastest, or on the widest."""
+    return tuple((_alone(problem, op, wide),) for op in problem.order)
 
 
-def task_split_waves(problem: Problem) -> Waves:
+def task_split_waves(problem: Problem, *, wide: bool = False) -> Waves:
     """Each task on its own consecutive devices, its MetaOps one after another.
 
     Where the tasks need more devices than there are, the lightest are bundled and take turns on one share.
@@ -39,7 +41,8 @@ def task_split_waves(problem: Problem) -> Waves:
     for share, ops in sorted(zip(shares, bundles, strict=True), key=lambda sb: -sb[0]):
         previous |= dict(pairwise(reversed(ops)))
         for op in ops:
-            count = max(n for n in problem.curves[op].counts if n <= share)
+            curve = problem.curves[op]
+            count = max(n for n in (curve.time_by_count if wide else curve.counts) if n <= share)
             pieces[op] = _whole(problem, op, count, tuple(range(first, first + count)))
         first += share
     waves: list[list[Piece]] = []
@@ -53,7 +56,7 @@ def task_split_waves(problem: Problem) -> Waves:
     return tuple(map(tuple, waves))
 
 
-def component_split_waves(problem: Problem) -> Waves:
+def component_split_waves(problem: Problem, *, wide: bool = False) -> Waves:
     """Task after task; what is ready in a task runs side by side, and a wave ends when all of it has ended."""
     waves: list[tuple[Piece, ...]] = []
     for ops in _task_steps(problem):
@@ -61,21 +64,27 @@ def component_split_waves(problem: Problem) -> Waves:
             now, ops = _first_fitting(problem, ops)
             slowest_s, shares = _divide([_sequence_curve(problem, [op]) for op in now], problem.num_devices)
             alone_s = sum(problem.layers[op] * problem.curves[op].times_s[-1] for op in now)
-            if alone_s < slowest_s:
-                waves += [(_whole(problem, op, problem.curves[op].counts[-1]),) for op in now]
+            if alone_s < slowest_s or (wide and len(now) == 1):
+                waves += [(_alone(problem, op, wide),) for op in now]
             else:
                 waves.append(tuple(_whole(problem, op, n) for op, n in zip(now, shares, strict=True)))
     return tuple(waves)
 
 
-WAVES_BY_BASELINE: Mapping[Baseline, Callable[[Problem], Waves]] = {
-    "sequential": sequential_waves,
-    "task_split": task_split_waves,
-    "component_split": component_split_waves,
-    "paper": paper_waves,
+WAVES_BY_BASELINE: Mapping[Baseline, tuple[Callable[[Problem], Waves], ...]] = {
+    "sequential": (sequential_waves, partial(sequential_waves, wide=True)),
+    "task_split": (task_split_waves, partial(task_split_waves, wide=True)),
+    "component_split": (component_split_waves, partial(component_split_waves, wide=True)),
+    "paper": (paper_waves,),
 }
+"""The variants of each; wide ones come second."""
 ALIGNED_BASELINES: frozenset[Baseline] = frozenset({"sequential", "component_split", "paper"})
 """Those that run their waves one after another; tasks on their own devices do not wait for each other."""
+
+
+def _alone(problem: Problem, op: int, wide: bool) -> Piece:
+    curve = problem.curves[op]
+    return _whole(problem, op, curve.widest if wide else curve.counts[-1])
 
 
 def _whole(problem: Problem, op: int, count: int, devices: tuple[int, ...] = ()) -> Piece:

@@ -56,7 +56,8 @@ def _kept(model: Model, m: int, slices: Sequence[Slice], num_devices: int) -> li
     parts: list[Part] = []
     for s in slices:
         counts = model.counts[m]
-        c = max(0, bisect_right(counts, len(s.devices)) - 1)
+        near = max(0, bisect_right(counts, len(s.devices), hi=model.useful[m]) - 1)
+        c = counts.index(len(s.devices)) if len(s.devices) in counts else near
         hint = sum(1 << d for d in s.devices if d < num_devices)
         parts.append((c, s.num_layers, s.start_s, 0.0, hint))
     return parts
@@ -82,11 +83,11 @@ def pinned(problem: Problem, pins: Pins) -> Problem:
                 f"pin {name!r} wants devices {list(wanted)}; name each once, from 0 to {problem.num_devices - 1}"
             )
         for m in ops:
-            counts = problem.curves[m].counts
+            counts = sorted(problem.curves[m].time_by_count)
             if len(devices) not in counts:
                 raise PlanError(
                     f"pin {name!r} gives MetaOp {problem.metaops[m].name!r} {len(devices)} devices; "
-                    f"counts that help it are {', '.join(map(str, counts))}"
+                    f"it runs on {', '.join(map(str, counts))}"
                 )
             fixed[m] = devices
     curves = tuple(

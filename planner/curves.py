@@ -1,7 +1,8 @@
 """Curves: measured points of a MetaOp in, T(n) for any real n out.
 
-- Only counts that are strictly faster than every smaller one are kept: measured times come unordered and need not
-  fall, and a count that gains nothing only wastes devices (paper, section 3.2; our reading of a "valid allocation").
+- `counts` are those that are strictly faster than every smaller one: measured times come unordered and need not fall,
+  and a count that gains nothing only wastes devices (paper, section 3.2; our reading of a "valid allocation").
+- `idle` keeps the others where traffic costs time: running on all devices of its input may be cheaper than moving it.
 - Between points T(n) = a + b/n (paper, section 3.2); Fig. 5a of the paper uses this form, its appendix a straight line.
 - Theorem 1 of the paper needs a concave rate 1/T(n), which measured points do not promise. `hull` keeps the counts on
   the concave envelope of {(0, 0)} and (n, 1/T(n)); mixing two neighbouring hull counts is all that fractional
@@ -19,10 +20,11 @@ from spindle.metagraph import MetaOp
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of one layer by device count: counts rise, times fall."""
+    """Seconds of one layer by device count: counts rise, times fall. `idle`: counts that are no faster, by time."""
 
     counts: tuple[int, ...]
     times_s: tuple[float, ...]
+    idle: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in pairwise(self.counts))
@@ -32,8 +34,13 @@ class Curve:
 
     @cached_property
     def time_by_count(self) -> dict[int, float]:
-        """Seconds of one layer at each kept count."""
-        return dict(zip(self.counts, self.times_s, strict=True))
+        """Seconds of one layer at each count."""
+        return dict(zip(self.counts, self.times_s, strict=True)) | dict(self.idle)
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest count, whether it is faster or not."""
+        return max(self.time_by_count)
 
     @cached_property
     def hull(self) -> "Curve":
@@ -96,21 +103,24 @@ class Curve:
         return self.counts[high - 1], self.counts[high]
 
 
-def clean_curve(metaop: MetaOp, num_devices: int) -> Curve:
+def clean_curve(metaop: MetaOp, num_devices: int, *, with_idle: bool = False) -> Curve:
     """The usable points of a MetaOp on `num_devices` devices; raises InfeasibleError when no count is that small."""
     counts: list[int] = []
     times: list[float] = []
+    idle: list[tuple[int, float]] = []
     for n, time_s in metaop.layer_time_s:
         if n <= num_devices and (not times or time_s < times[-1]):
             counts.append(n)
             times.append(time_s)
+        elif n <= num_devices and with_idle:
+            idle.append((n, time_s))
     if not counts:
         given = ", ".join(str(n) for n, _ in metaop.layer_time_s) or "none"
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} runs on {given} devices but the cluster has {num_devices}; "
             "use a larger cluster, or give layer_time_s for a smaller count"
         )
-    return Curve(tuple(counts), tuple(times))
+    return Curve(tuple(counts), tuple(times), tuple(idle))
 
 
 def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:

@@ -5,7 +5,7 @@ to names. The checker does not use this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 
@@ -104,7 +104,7 @@ class Problem:
     @cached_property
     def has_traffic(self) -> bool:
         """Whether any transfer or gradient reduction takes time."""
-        return any(m.output_bytes or m.layer_param_bytes for m in self.metaops) or any(self.flow_bytes.values())
+        return _has_traffic(self.metagraph)
 
     def layer_memory_bytes(self, op: int, count: int) -> float:
         """Bytes that one layer takes on each of `count` devices."""
@@ -124,7 +124,7 @@ def make_problem(metagraph: MetaGraph, cluster: Cluster) -> Problem:
     problem = Problem(
         metagraph=metagraph,
         cluster=cluster,
-        curves=tuple(_fitting_curve(metaop, cluster) for metaop in metagraph),
+        curves=tuple(_fitting_curve(metaop, cluster, with_idle=_has_traffic(metagraph)) for metaop in metagraph),
         predecessors=before,
         successors=after,
         flow_bytes={(index[f.source], index[f.target]): metagraph.flow_bytes(f) for f in metagraph.flows},
@@ -133,19 +133,24 @@ def make_problem(metagraph: MetaGraph, cluster: Cluster) -> Problem:
     return problem
 
 
-def _fitting_curve(metaop: MetaOp, cluster: Cluster) -> Curve:
-    """Drop counts on which not even one layer fits a device."""
+def _has_traffic(metagraph: MetaGraph) -> bool:
+    moved = any(metagraph.flow_bytes(flow) for flow in metagraph.flows)
+    return moved or any(m.output_bytes or m.layer_param_bytes for m in metagraph)
+
+
+def _fitting_curve(metaop: MetaOp, cluster: Cluster, *, with_idle: bool) -> Curve:
+    """The curve over counts on which at least one layer fits a device."""
     capacity = cluster.device.memory_bytes
-    curve = clean_curve(metaop, cluster.num_devices)
-    fitting = [n for n in curve.counts if layer_memory_bytes(metaop, n) <= capacity]
-    if not fitting:
-        least = min(layer_memory_bytes(metaop, n) for n in curve.counts)
+    there = [n for n, _ in metaop.layer_time_s if n <= cluster.num_devices]
+    fitting = tuple((n, t) for n, t in metaop.layer_time_s if layer_memory_bytes(metaop, n) <= capacity)
+    if there and not any(n in there for n, _ in fitting):
+        least = min(layer_memory_bytes(metaop, n) for n in there)
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} needs {least / 2**30:.1f} GiB a device for one of its {metaop.layers} layers "
             f"but {cluster.device.name!r} has {capacity / 2**30:.1f} GiB; "
             "recompute activations, shard the optimiser, use more devices or a smaller batch"
         )
-    return Curve(tuple(fitting), tuple(curve.time_by_count[n] for n in fitting))
+    return clean_curve(replace(metaop, layer_time_s=fitting), cluster.num_devices, with_idle=with_idle)
 
 
 def _require_memory(problem: Problem) -> None:
@@ -167,4 +172,6 @@ def _require_memory(problem: Problem) -> None:
 def _least_bytes(problem: Problem, op: int) -> float:
     """Bytes of a MetaOp over all its devices, at the count that needs least and with all sharable bytes shared."""
     saved = problem.saved_bytes.get(problem.metaops[op].parameters, 0.0)
-    return problem.layers[op] * min(n * (problem.layer_memory_bytes(op, n) - saved) for n in problem.curves[op].counts)
+    return problem.layers[op] * min(
+        n * (problem.layer_memory_bytes(op, n) - saved) for n in problem.curves[op].time_by_count
+    )

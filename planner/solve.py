@@ -2,8 +2,8 @@
 
 - Every plan carries the makespans of the usual ways in the same cost model, the lower bound with its certificate, and
   the memory of each device.
-- `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods, which is never slower than a
-  usual way, in makespan and in the whole step.
+- `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods: its whole step is never longer
+  than a usual way's, and its makespan neither unless reductions make that impossible.
 - Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the usual ways.
 """
 
@@ -165,12 +165,12 @@ def assemble(
 
 
 def best(candidates: Iterable[Candidate], baselines: Iterable[Candidate]) -> Candidate:
-    """The shortest step among candidates that no baseline beats in makespan; else the shortest makespan."""
+    """The shortest step among candidates that no baseline beats, in the step and if possible in makespan too."""
     baselines = list(baselines)
     makespan_s = min((c.makespan_s for c in baselines), default=float("inf"))
     step_s = min((c.step_s for c in baselines), default=float("inf"))
     return min(
-        candidates, key=lambda c: (c.makespan_s > makespan_s, c.step_s > step_s, c.step_s, c.makespan_s, c.method)
+        candidates, key=lambda c: (c.step_s > step_s, c.makespan_s > makespan_s, c.step_s, c.makespan_s, c.method)
     )
 
 
@@ -188,13 +188,17 @@ def _baselines(problem: Problem, *, aligned: bool) -> tuple[dict[str, Candidate]
     """The usual ways that fit in memory, and why the last of the others does not."""
     found: dict[str, Candidate] = {}
     reason: InfeasibleError | None = None
-    for name, make in WAVES_BY_BASELINE.items():
-        try:
-            slices = place(problem, make(problem), aligned=aligned or name in ALIGNED_BASELINES)
-        except InfeasibleError as error:
-            reason = error
-        else:
-            found[name] = evaluate(problem, name, slices)
+    has_idle = any(curve.idle for curve in problem.curves)
+    for name, variants in WAVES_BY_BASELINE.items():
+        for make in variants if has_idle else variants[:1]:
+            try:
+                slices = place(problem, make(problem), aligned=aligned or name in ALIGNED_BASELINES)
+            except InfeasibleError as error:
+                reason = error
+                continue
+            candidate = evaluate(problem, name, slices)
+            if name not in found or candidate.step_s < found[name].step_s:
+                found[name] = candidate
     return found, reason
 
 

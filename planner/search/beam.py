@@ -116,7 +116,7 @@ class Beam:
         for end_s, m in state.heap:
             time_s = model.times[m][state.current[m]]
             left[m] += min(1.0, max(1e-6, (end_s - state.t) / time_s))
-            tail_s = max(tail_s, end_s + state.left[m] * model.times[m][-1] + model.tail_s[m])
+            tail_s = max(tail_s, end_s + state.left[m] * model.fastest_s[m] + model.tail_s[m])
         if not any(left):
             return None
         targets = self.lp.solve(left, residual_waves(model, left, ready, first))

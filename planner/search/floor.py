@@ -233,7 +233,7 @@ class Floor:
     def _layer_bytes(self) -> tuple[dict[int, float], ...]:
         problem = self.problem
         return tuple(
-            {n: problem.layer_memory_bytes(m, n) for n in problem.curves[m].counts} for m in range(len(problem))
+            {n: problem.layer_memory_bytes(m, n) for n in problem.curves[m].time_by_count} for m in range(len(problem))
         )
 
     def with_room(self, m: int, count: int, free: int, memory: Memory, first: int, layers: int) -> int:
@@ -293,7 +293,7 @@ def _memory_matters(problem: Problem) -> bool:
     if not problem.has_memory:
         return False
     most = sum(
-        layers * max(problem.layer_memory_bytes(m, n) for n in problem.curves[m].counts)
+        layers * max(problem.layer_memory_bytes(m, n) for n in problem.curves[m].time_by_count)
         for m, layers in enumerate(problem.layers)
     )
     return most > problem.cluster.device.memory_bytes

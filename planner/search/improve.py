@@ -145,7 +145,7 @@ class Climber:
     def _stepped(self, m: int, c: int) -> int:
         """A neighbouring index of count; -1 when there is none that way."""
         c += 1 if self.rng.random() < 0.5 else -1
-        return c if c < len(self.model.counts[m]) else -1
+        return min(c, self.model.useful[m] - 1) if c < len(self.model.counts[m]) else -1
 
     def _send(self, m: int) -> list[tuple[int, list[Part]]] | None:
         """A slice prefers the devices of what it reads, on as many, or those of another slice of its count, or none."""
@@ -224,7 +224,7 @@ class Climber:
         i = int(rng.random() * len(draft[m]))
         c, layers, rank, held, _ = draft[m][i]
         up = 1 if rng.random() < 0.5 else -1
-        if not 0 <= c + up < len(self.model.counts[m]):
+        if not 0 <= c + up < self.model.useful[m]:
             return None
         start = starts[m][i]
         end = start + layers * self.model.times[m][c]
@@ -236,7 +236,7 @@ class Climber:
             oc, olayers, orank, oheld, _ = draft[other][j]
             ostart = starts[other][j]
             if ostart < end and start < ostart + olayers * self.model.times[other][oc]:
-                if not 0 <= oc - up < len(self.model.counts[other]):
+                if not 0 <= oc - up < self.model.useful[other]:
                     continue
                 mine = [*draft[m][:i], (c + up, layers, rank, held, 0), *draft[m][i + 1 :]]
                 theirs = [*draft[other][:j], (oc - up, olayers, orank, oheld, 0), *draft[other][j + 1 :]]

@@ -14,7 +14,8 @@ from spindle.planner.problem import Problem
 class Model:
     """Numbers by MetaOp.
 
-    counts, times   valid counts, rising, and seconds of one layer at each
+    counts, times   valid counts, rising, and seconds of one layer at each; then, in `times` no faster, the idle ones
+    useful          how many of them are not idle
     hull            indices of the counts on the concave envelope of the rate: those an LP would mix
     bound_s         no schedule is shorter
     is_reversed     whether time runs backwards
@@ -24,6 +25,7 @@ class Model:
     layers: tuple[int, ...]
     counts: tuple[tuple[int, ...], ...]
     times: tuple[tuple[float, ...], ...]
+    useful: tuple[int, ...]
     hull: tuple[tuple[int, ...], ...]
     before: tuple[tuple[int, ...], ...]
     after: tuple[tuple[int, ...], ...]
@@ -35,11 +37,16 @@ class Model:
         return len(self.layers)
 
     @cached_property
+    def fastest_s(self) -> tuple[float, ...]:
+        """Seconds of one layer of each MetaOp at the count that is fastest."""
+        return tuple(times[useful - 1] for times, useful in zip(self.times, self.useful, strict=True))
+
+    @cached_property
     def tail_s(self) -> tuple[float, ...]:
         """Least seconds from the end of each MetaOp to the end of everything."""
         tail = [0.0] * len(self)
         for m in reversed(self.order):
-            tail[m] = max((tail[s] + self.layers[s] * self.times[s][-1] for s in self.after[m]), default=0.0)
+            tail[m] = max((tail[s] + self.layers[s] * self.fastest_s[s] for s in self.after[m]), default=0.0)
         return tuple(tail)
 
     @cached_property
@@ -68,8 +75,9 @@ def make_model(problem: Problem, bound_s: float) -> Model:
     return Model(
         num_devices=problem.num_devices,
         layers=problem.layers,
-        counts=tuple(curve.counts for curve in problem.curves),
-        times=tuple(curve.times_s for curve in problem.curves),
+        counts=tuple(curve.counts + tuple(n for n, _ in curve.idle) for curve in problem.curves),
+        times=tuple(curve.times_s + tuple(t for _, t in curve.idle) for curve in problem.curves),
+        useful=tuple(len(curve.counts) for curve in problem.curves),
         hull=tuple(tuple(curve.counts.index(n) for n in curve.hull.counts) for curve in problem.curves),
         before=problem.predecessors,
         after=problem.successors,

@@ -142,12 +142,13 @@ class Tracker:
             need = layers - rests[k]
             span = (base_s + ends[k] - now) * stretch
             widest = targets.widest[m][k]
-            top = min(len(times) - 1, widest + late)
+            most = model.useful[m] - 1
+            top = min(most, widest + late)
             want = 0
             while want < top and (need - slack) * times[want] > span:
                 want += 1
             if style.noise and rng.random() < style.noise:
-                want = min(len(times) - 1, max(0, want + (1 if rng.random() < 0.5 else -1)))
+                want = min(most, max(0, want + (1 if rng.random() < 0.5 else -1)))
             needed_s = need * times[widest]
             if rule == 0:
                 key, second = (span - needed_s) / needed_s, 0.0
@@ -160,7 +161,7 @@ class Tracker:
             elif rule == 4:
                 key, second = float(k), -model.counts[m][want] * times[want]
             else:
-                key, second = -(model.tail_s[m] + layers * times[-1]), 0.0
+                key, second = -(model.tail_s[m] + layers * model.fastest_s[m]), 0.0
             wants.append((key, second, m, want, min(want, targets.narrowest[m][k])))
         return wants
 
@@ -183,7 +184,7 @@ class Tracker:
             free -= counts[c]
         if not given and not state.heap:
             m, counts = wants[0][2], model.counts[wants[0][2]]
-            given[m] = max(c for c in range(len(counts)) if counts[c] <= free)
+            given[m] = max(c for c in range(model.useful[m]) if counts[c] <= free)
             free -= counts[given[m]]
         if free and style.two_pass:
             for _, _, m, want, _ in wants:
@@ -205,7 +206,7 @@ class Tracker:
             best, best_gain = -1, least_gain
             for m, c in given.items():
                 counts, times = model.counts[m], model.times[m]
-                if c + 1 < len(counts) and counts[c + 1] - counts[c] <= free:
+                if c + 1 < model.useful[m] and counts[c + 1] - counts[c] <= free:
                     gain = (times[c] / times[c + 1] - 1) / (counts[c + 1] / counts[c] - 1)
                     if gain > best_gain:
                         best, best_gain = m, gain
@@ -242,7 +243,7 @@ class Tracker:
                 started.add(m)
         if not state.heap:
             for m in state.idle:
-                if m not in started and self._try_counts(state, m, len(self.model.counts[m]) - 1, Style()):
+                if m not in started and self._try_counts(state, m, self.model.useful[m] - 1, Style()):
                     started.add(m)
                     break
         state.idle = [m for m in state.idle if m not in started]
@@ -302,7 +303,7 @@ class Tracker:
     def _gain_s(self, state: State, m: int, had: int, c: int) -> float:
         """What a change of count saves over the layers left: seconds when wider, device time when narrower."""
         times, counts = self.model.times[m], self.model.counts[m]
-        if c > had:
+        if counts[c] > counts[had]:
             return state.left[m] * (times[had] - times[c])
         return state.left[m] * (counts[had] * times[had] - counts[c] * times[c]) / counts[c]
 

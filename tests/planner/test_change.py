@@ -62,7 +62,7 @@ def test_a_pin_by_metaop_wins_no_devices_for_others() -> None:
         ({"x.enc": (0, 9)}, r"pin 'x.enc' wants devices \[0, 9\]; name each once, from 0 to 3"),
         ({"x.enc": (1, 1)}, "name each once"),
         ({"x.enc": ()}, "name each once"),
-        ({"x.enc": (0, 1, 2)}, "3 devices; counts that help it are 1, 2, 4"),
+        ({"x.enc": (0, 1, 2)}, "3 devices; it runs on 1, 2, 4"),
     ],
 )
 def test_pins_that_cannot_be_kept_are_refused(pins: dict[str, tuple[int, ...]], message: str) -> None:

@@ -35,6 +35,19 @@ def test_baselines_are_costed() -> None:
     assert set(baselines) == {"sequential", "task_split", "component_split", "paper"}
 
 
+def test_what_gets_no_faster_stays_where_its_input_is_regression() -> None:
+    """b takes 1 s on any count. On all four devices nothing moves: 2 + 1 s; on one, 8 bytes would take 2 * 8 s."""
+    metagraph = graph(
+        metaop("t.a", 1, {1: 8.0, 4: 2.0}, output_bytes=8.0), metaop("t.b", 1, {1: 1.0, 4: 1.0}), flows="t.a>t.b"
+    )
+    made = solve(metagraph, cluster())
+    assert dict(made.baseline_steps_s) == pytest.approx(
+        {"sequential": 3.0, "task_split": 3.0, "component_split": 3.0, "paper": 19.0}
+    )
+    assert made.step_s == pytest.approx(3.0)
+    assert check_plan(made) == ()
+
+
 def test_auto_is_never_slower_than_a_usual_way() -> None:
     made = solve(PAIRS, cluster())
     assert made.makespan_s <= min(s for _, s in made.baselines_s)

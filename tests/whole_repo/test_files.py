@@ -114,9 +114,11 @@ def test_commands_of_the_readme_exist() -> None:
     from spindle.cli import cli
 
     for verb, rest in re.findall(r"^spindle (\w+)(.*)$", readme(), re.MULTILINE):
-        assert verb in cli.commands
-        known = {name for option in cli.commands[verb].params for name in (*option.opts, *option.secondary_opts)}
-        assert set(re.findall(r"(?<=\s)(--?[a-z][\w-]*)", rest.partition("#")[0])) <= known
+        own, _, of_train = rest.partition("#")[0].partition(" -- ")  # what follows -- is for another command
+        for name, typed in ((verb, own), ("train", of_train)):
+            command = cli.commands[name]
+            known = {word for option in command.params for word in (*option.opts, *option.secondary_opts)}
+            assert set(re.findall(r"(?<=\s)(--?[a-z][\w-]*)", typed)) <= known
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)", readme()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
