@@ -2,8 +2,8 @@
 
 Both sides of a row are started, then take turns of a few steps; a figure is the median over turns, a ratio the median
 of the ratios of neighbouring turns. Same modules, batches, optimizer and threads; losses are compared. The side that is
-not running waits on a pipe and takes no time. Spindle's ranks keep to their cores and keep the memory that they free,
-which its transport sees to; the other side runs as torch starts it.
+not running waits on a pipe and takes no time. Ranks of both sides keep to their cores and keep the memory that they
+free, which Spindle's transport sees to.
 """
 
 import argparse

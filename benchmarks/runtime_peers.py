@@ -19,7 +19,7 @@ from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
 from spindle.capture.blocks import find_blocks
-from spindle.runtime.transport import join_store, serve_store
+from spindle.runtime.transport import join_store, keep_freed_memory, own_cores, serve_store
 from spindle.workload import Workload
 
 
@@ -83,6 +83,8 @@ def peak_bytes() -> int:
 
 def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, num_threads: int, port: int) -> None:
     torch.set_num_threads(num_threads)
+    keep_freed_memory()  # this and the next line as Spindle's ranks do it: the sides differ in the plan alone
+    os.sched_setaffinity(0, own_cores((rank, num_ranks), list(os.sched_getaffinity(0))))
     if num_ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
