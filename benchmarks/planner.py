@@ -3,7 +3,7 @@
     python benchmarks/planner.py gaps        gap to the bound on 45 instances: usual ways, paper, lp at 2 and 10 s
     python benchmarks/planner.py fresh       the same on seeds that nothing was tuned on
     python benchmarks/planner.py islands     islands and switch costs: charged afterwards, and inside the search
-    python benchmarks/planner.py scale       1024 devices, 60 tasks: the whole process
+    python benchmarks/planner.py scale       1024 devices, 60 to 180 tasks: the whole process
     python benchmarks/planner.py change      a task leaves or joins: planned anew, and from the former plan
     python benchmarks/planner.py tiny        against the true optimum
 
@@ -201,12 +201,12 @@ def without_last_task(metagraph: MetaGraph) -> MetaGraph:
 
 
 def scale() -> None:
-    """1024 devices and 60 tasks: `spindle plan` from start to end, default limit."""
+    """1024 devices, 60 tasks and 1000 MetaOps: `spindle plan` from start to end, default limit."""
     print("| instance | MetaOps | traffic | wall s | cpu s | gap % | peak MiB |")
     print("|---|--:|---|--:|--:|--:|--:|")
-    for family in ("vla", "omni", "ofasys", "clip"):
+    for family, tasks in (("vla", 60), ("omni", 60), ("ofasys", 60), ("clip", 60), ("vla", 180)):
         for traffic in (False, True):
-            instance = Instance(family, 60, 1024)
+            instance = Instance(family, tasks, 1024)
             metagraph = instance.metagraph(traffic=traffic)
             with tempfile.TemporaryDirectory() as folder:
                 source, out = Path(folder) / "graph.json", Path(folder) / "plan.json"
