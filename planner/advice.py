@@ -13,7 +13,7 @@ from math import ceil
 
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
-from spindle.planner.render import LEAST_GAIN
+from spindle.planner.render import LEAST_GAIN, usual_ways
 
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good
 SATURATED = 0.15  # more devices are said to be of no use when they save at most this share
@@ -64,10 +64,8 @@ def advise_after(predicted_s: float, measured_s: float) -> Advice | None:
 
 
 def _as_good(plan: Plan) -> Advice | None:
-    steps = dict(plan.baseline_steps_s)
-    whole = bool(plan.step_s) and "sequential" in steps
-    usual_s = steps["sequential"] if whole else dict(plan.baselines_s).get("sequential")
-    own_s = plan.step_s if whole else plan.makespan_s
+    ways, own_s = usual_ways(plan)
+    usual_s = dict(ways).get("sequential")
     if usual_s is None or own_s < usual_s * (1 - AS_GOOD):
         return None
     return Advice(
@@ -157,10 +155,11 @@ def slowest_chain(metagraph: MetaGraph, num_devices: int) -> tuple[float, tuple[
 
 
 def _profile(plan: Plan, error: float) -> Advice | None:
-    usual = [seconds for name, seconds in plan.baselines_s if name != "paper"]
+    ways, own_s = usual_ways(plan)
+    usual = [seconds for name, seconds in ways if name != "paper"]
     if not usual:
         return None
-    gain = 1 - plan.makespan_s / min(usual)
+    gain = 1 - own_s / min(usual)
     if not LEAST_GAIN <= gain < error:
         return None  # a gain of nothing is told already
     text = f"a gain of {gain:.1%} is less than the error of predicted costs, {error:.0%}: measure before building on it"

@@ -95,13 +95,18 @@ def _memory(plan: Plan) -> list[str]:
     ]
 
 
+def usual_ways(plan: Plan) -> tuple[tuple[tuple[str, float], ...], float]:
+    """Seconds of the usual ways by name, and those of the plan: whole steps if predicted, else makespans."""
+    if plan.step_s and plan.baseline_steps_s:
+        return plan.baseline_steps_s, plan.step_s
+    return plan.baselines_s, plan.makespan_s
+
+
 def _baselines(plan: Plan) -> list[str]:
-    """Whole steps where they are predicted, else makespans."""
     if not plan.baselines_s:
         return []
-    whole = bool(plan.step_s and plan.baseline_steps_s)
-    ways, own_s = (plan.baseline_steps_s, plan.step_s) if whole else (plan.baselines_s, plan.makespan_s)
-    lines = ["against    whole steps of the usual ways" if whole else "against"]
+    ways, own_s = usual_ways(plan)
+    lines = ["against    whole steps of the usual ways" if own_s == plan.step_s else "against"]
     for name, seconds in sorted(ways, key=lambda pair: -pair[1]):
         lines.append(f"  {name:<16} {seconds:>12.6f} s  {_gain(seconds, own_s)}  {_title(name)}".rstrip())
     usual = [(seconds, name) for name, seconds in ways if name != "paper"]
