@@ -73,7 +73,7 @@ def planned_cells(plans: dict[str, spindle.Plan]) -> Iterator[str]:
         return
     steps = {method: plan.step_s for method, plan in plans.items()}
     usual_s = min((steps[method] for method in USUAL if method in steps), default=None)
-    yield f"{1e3 * steps['auto']:.0f}"
+    yield f"{1e3 * steps['auto']:.1f}" if steps["auto"] < 0.1 else f"{1e3 * steps['auto']:.0f}"
     for other_s in (steps.get("sequential"), usual_s):
         yield "does not fit" if other_s is None else f"{1 - steps['auto'] / other_s:.1%}"
     yield f"{plans['auto'].gap:.1%}"
