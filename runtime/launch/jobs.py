@@ -29,6 +29,8 @@ QUIET_S = 5.0  # of a log before its job is asked for
 RETRY_S = 0.5
 PATIENCE_S = 120.0  # with a cluster that no longer answers
 STOP_S = 60.0
+AGENTS_S = 60.0  # with a cluster whose nodes have just been started
+NO_AGENT = "No available agent"
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,18 @@ class Jobs:
 
     def submit(self, entrypoint: str, runtime_env: Mapping[str, Any], job_id: str) -> None:
         """Send a job; Ray runs it when it can. Raises FormatError when a job of this name was there before."""
-        try:
-            with self._answers():
-                self._client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), submission_id=job_id)
-        except ClusterError:
-            if not self._has(job_id):  # else only the answer was lost
-                raise
+        until_s = time.monotonic() + AGENTS_S
+        while True:
+            try:
+                with self._answers():
+                    self._client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), submission_id=job_id)
+                return
+            except ClusterError as error:
+                if self._has(job_id):  # only the answer was lost
+                    return
+                if NO_AGENT not in str(error) or time.monotonic() > until_s:
+                    raise
+            time.sleep(RETRY_S)
 
     def _has(self, job_id: str) -> bool:
         try:
