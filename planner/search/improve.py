@@ -45,7 +45,7 @@ class Climber:
         reduction_s = decoder.reduction_s(draft, decoded)
         self.draft, self.starts, self.devices = _with_ranks(draft, decoded[2]), decoded[2], decoded[3]
         self.value = self._value(decoded[0] + reduction_s, decoded[1])
-        self.best = Result(decoded[0] + reduction_s, self.draft)
+        self.best = Result(decoded[0] + reduction_s, draft)
         self.best_value = self.value
         self.moves = self.reductions = 0
 
@@ -99,11 +99,11 @@ class Climber:
     def _accept(self, decoded: Decoded, value: float, reduction_s: float) -> None:
         makespan_s = decoded[0] + reduction_s
         self.value, self.starts, self.devices = value, decoded[2], decoded[3]
-        self.draft = _with_ranks(self.draft, decoded[2])
+        accepted, self.draft = self.draft, _with_ranks(self.draft, decoded[2])  # other ranks: ties may fall otherwise
         if value < self.best_value * (1 - 1e-9):
             self.best_value = value
         if makespan_s < self.best.total_s * (1 - 1e-12):
-            self.best = Result(makespan_s, self.draft)
+            self.best = Result(makespan_s, accepted)
 
     def _restart(self) -> None:
         """Back to the best draft."""

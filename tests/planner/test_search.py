@@ -1,9 +1,12 @@
 """The search's parts, each on something solvable in the head."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from spindle.api import plan_source
+from spindle.clusterfile import parse_cluster
 from spindle.errors import SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.planner.check import check_plan
@@ -18,8 +21,10 @@ from spindle.planner.search.track import Tracker, runs_of, start_state
 from spindle.planner.search.work import UNITS_PER_S, Work
 from spindle.planner.solve import solve
 from spindle.planner.traffic import transfer_s
+from spindle.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop
 
+ROOT = Path(__file__).parents[2]
 PERFECT = {1: 4.0, 2: 2.0, 4: 1.0}
 FLAT = {1: 1.0}
 PAIR = graph(metaop("x.a", 4, PERFECT), metaop("y.b", 4, FLAT), metaop("x.c", 2, PERFECT), flows="x.a>x.c")
@@ -162,3 +167,10 @@ def test_slices_of_different_levels_run_side_by_side() -> None:
     plan = solve(metagraph, cluster(), time_limit_s=0.1)
     assert plan.makespan_s == pytest.approx(2.0)
     assert next(s.start_s for s in plan.slices if s.metaop == "x.c") == pytest.approx(1.0)
+
+
+def test_the_best_draft_decodes_again_where_memory_is_tight_regression() -> None:
+    """Starts as ranks let ties fall otherwise; then memory filled, and the search ended in an assertion."""
+    source = load_source(str(ROOT / "benchmarks/workloads/vla_cotrain.yaml"))
+    made, _ = plan_source(source, parse_cluster("4x8:a100-80g"), time_limit_s=2.0)
+    assert check_plan(made) == ()
