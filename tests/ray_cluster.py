@@ -31,6 +31,7 @@ def serve() -> None:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "dashboard_host": "127.0.0.1"}
+    head["dashboard_agent_listen_port"] = 0  # another Ray of the tests has the usual one; without it no job is taken
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for num_cpus in CPUS:
