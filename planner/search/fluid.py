@@ -23,6 +23,8 @@ from spindle.planner.search.work import Work
 
 LP_UNITS = 180.0  # of any LP, and
 COLUMN_UNITS = 5.0  # for each column
+ITERATION_UNITS = 40.0  # of the simplex method with more than LARGE MetaOps, where these may take longer
+LARGE = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ class WaveLp:
         lower[: len(ops)] = upper[: len(ops)] = 1.0
         cost = np.zeros(num_cols)
         cost[n:] = 1.0
-        self.work.spend(LP_UNITS + COLUMN_UNITS * num_cols)
+        units = LP_UNITS + COLUMN_UNITS * num_cols
+        self.work.spend(units)
         self.highs.clearModel()
         value[0::3] *= scale
         self.highs.passModel(
@@ -113,6 +116,8 @@ class WaveLp:
             np.zeros(num_cols, dtype=np.int32),  # all continuous
         )
         self.highs.run()
+        if len(self.model) > LARGE:
+            self.work.spend(max(0.0, ITERATION_UNITS * self.highs.getInfo().simplex_iteration_count - units))
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
         return [scale * v for v in self.highs.getSolution().col_value]
