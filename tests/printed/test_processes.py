@@ -1,8 +1,8 @@
 """The command line as a process of its own: what it imports, how it is called, how it ends."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
