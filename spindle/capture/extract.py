@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -13,6 +14,41 @@ from spindle.capture.partition import Partition
 from spindle.capture.tracing import BLOCK, TracedTask
 from spindle.errors import WorkloadError
 from spindle.workload import Workload
+
+
+class OperatorModule(fx.GraphModule):
+    """A GraphModule that is sent as its code.
+
+    fx's own way is to trace the code again where it arrives, which fails where a size is computed from the number of
+    samples, as of the zeros that an LSTM begins with.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        code = self.graph.python_code(root_module="self")
+        own = nn.Module().__dict__.keys()
+        state = {name: value for name, value in self.__dict__.items() if name in own}
+        return SentModule, (code.src, code.globals, state)
+
+
+class SentModule(nn.Module):
+    """An OperatorModule after its journey: code, what the code names, and the parts of the module."""
+
+    def __init__(self, source: str, names: dict[str, Any], state: dict[str, Any]) -> None:
+        """`source` defines `forward(self, ...)`; `state` is what every torch module holds."""
+        super().__init__()
+        self.__dict__.update(state)
+        self._sent = source, names
+        found = dict(names)
+        exec(compile(source, "<operator>", "exec"), found)
+        self._forward = found["forward"]
+
+    def forward(self, *values: Any) -> Any:
+        """What the code computes."""
+        return self._forward(self, *values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_sent", "_forward")}
+        return SentModule, (*self._sent, state)
 
 
 @dataclass(frozen=True)
@@ -96,7 +132,7 @@ class _Copy:
         for index, node in enumerate(self.graph.nodes):
             node._rename(f"v{index}")
         return Extracted(
-            fx.GraphModule(self.root, self.graph),
+            OperatorModule(self.root, self.graph),
             tuple(node for node, _ in self.arguments),
             (CodeInput("rows"), *(kind for _, kind in self.arguments)),
             results,
