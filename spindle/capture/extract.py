@@ -1,5 +1,6 @@
 """Extraction: some nodes of a traced task in, a torch module that computes them out."""
 
+import copy
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,8 +48,14 @@ class SentModule(nn.Module):
         return self._forward(self, *values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_sent", "_forward")}
-        return SentModule, (*self._sent, state)
+        return SentModule, (*self._sent, self._state())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SentModule":
+        """What the code names is shared by the copies: among it is `torch` itself."""
+        return SentModule(*self._sent, copy.deepcopy(self._state(), memo))
+
+    def _state(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_sent", "_forward")}
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,22 @@ if TYPE_CHECKING:
     from spindle.plan import Plan
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class _Commands(click.Group):
     """Lists commands in the order in which one uses them."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Also parsed without this group a command has both help options: click keeps the first that it makes."""
+        cmd.context_settings = {**HELP, **cmd.context_settings}
+        super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings=HELP)
 @click.version_option(package_name="spindle")
 def cli() -> None:
     """Plan and run multi-task, multi-modal PyTorch training in waves.

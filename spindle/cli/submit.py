@@ -127,8 +127,7 @@ def _checked(train_args: Sequence[str], folder: Path) -> list[str]:
         raise FormatError(f"{folder}: cannot be sent (not a folder); give --working-dir")
     from spindle.source import check_syntax, python_file
 
-    train = cli.commands["train"]
-    given = train.make_context("spindle train", list(train_args), parent=click.get_current_context().parent).params
+    given = cli.commands["train"].make_context("spindle train", list(train_args)).params
     if given["launcher"] not in ("auto", "ray"):
         raise FormatError(f"launcher {given['launcher']!r} does not run in a Ray job; leave --launcher out")
     for name in OUTPUTS:

@@ -1,11 +1,15 @@
 """What capture makes can be sent to other processes: as code, not to be traced again there."""
 
+import copy
+from collections.abc import Mapping
+
 import cloudpickle
 import torch
 from torch import Tensor, nn
 
 import spindle
 from spindle.capture import capture
+from spindle.capture.codes import OperatorCode
 
 
 class Words(nn.Module):
@@ -21,8 +25,7 @@ class Words(nn.Module):
         return value[:, -1]
 
 
-def test_sizes_from_the_number_of_samples_survive_the_journey_regression() -> None:
-    """Twice, as from driver to worker and on; with its parameters, and equal results for another number of samples."""
+def operators() -> Mapping[str, OperatorCode]:
     torch.manual_seed(0)
     workload = spindle.Workload("words")
     words = workload.component("words", Words())
@@ -33,13 +36,35 @@ def test_sizes_from_the_number_of_samples_survive_the_journey_regression() -> No
         value: Tensor = words(batch["words"]).square().mean()
         return value
 
+    return capture(workload).codes
+
+
+def sent(module: nn.Module) -> nn.Module:
+    arrived = cloudpickle.loads(cloudpickle.dumps(module))
+    assert isinstance(arrived, nn.Module)
+    return arrived
+
+
+def test_sizes_from_the_number_of_samples_survive_the_journey_regression() -> None:
+    """Twice, as from driver to worker and on; with its parameters, and equal results for another number of samples."""
     compared: list[str] = []
-    for name, code in capture(workload).codes.items():
-        sent = cloudpickle.loads(cloudpickle.dumps(cloudpickle.loads(cloudpickle.dumps(code.module))))
-        assert [n for n, _ in sent.named_parameters()] == [n for n, _ in code.module.named_parameters()], name
-        assert all(map(torch.equal, sent.parameters(), code.module.parameters())), name
+    for name, code in operators().items():
+        arrived = sent(sent(code.module))
+        assert [n for n, _ in arrived.named_parameters()] == [n for n, _ in code.module.named_parameters()], name
+        assert all(map(torch.equal, arrived.parameters(), code.module.parameters())), name
         if [given.kind for given in code.inputs] == ["rows", "aux"]:
             compared.append(name)
             value = torch.randint(0, 11, (3, 5))
-            assert torch.equal(sent(3, value)[0], code.module(3, value)[0])
+            assert torch.equal(arrived(3, value)[0], code.module(3, value)[0])
     assert compared
+
+
+def test_a_sent_operator_can_be_copied_regression() -> None:
+    """As the profiler does: parameters of their own, the same values."""
+    for code in operators().values():
+        arrived = sent(code.module)
+        copied = copy.deepcopy(arrived)
+        assert type(copied) is type(arrived)
+        for one, other in zip(arrived.parameters(), copied.parameters(), strict=True):
+            assert one is not other
+            assert torch.equal(one, other)

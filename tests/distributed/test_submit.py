@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -232,18 +232,23 @@ class Line:
         self.server = socket.create_server(("127.0.0.1", 0))
         self.open: list[socket.socket] = []
         self.lost = self.silent = False
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.threads: list[threading.Thread] = []
+        self._start(self._accept)
 
     def lose(self, *, silent: bool) -> None:
         self.lost, self.silent = True, silent
         if not silent:
-            self._close()
+            self._end_all()
 
     def pass_on(self) -> None:
         """New connections work again; those of before stay as they are."""
         self.lost = False
 
-    def _close(self) -> None:
+    def _start(self, work: Callable[..., None], *arguments: socket.socket) -> None:
+        self.threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+        self.threads[-1].start()
+
+    def _end_all(self) -> None:
         for end in self.open:
             end_of(end)
 
@@ -261,7 +266,7 @@ class Line:
             there = socket.create_connection(self.target, 10)
             self.open.append(there)
             for source, sink in ((here, there), (there, here)):
-                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+                self._start(self._copy, source, sink)
 
     def _copy(self, source: socket.socket, sink: socket.socket) -> None:
         stale = False
@@ -276,8 +281,13 @@ class Line:
             end_of(sink)
 
     def close(self) -> None:
-        self.server.close()
-        self._close()
+        end_of(self.server)
+        self.threads[0].join(20)  # from here on no connection is new
+        self._end_all()
+        for thread in self.threads:
+            thread.join(20)
+        for end in (self.server, *self.open):
+            end.close()
 
 
 def end_of(end: socket.socket) -> None:
