@@ -11,7 +11,6 @@ from spindle.cost.price import price
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.planner.baselines import WAVES_BY_BASELINE
 from spindle.pricing import Pricing, memory_choices
 from spindle.profile import Profile
 
@@ -19,8 +18,8 @@ WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
 Solve = Callable[[MetaGraph, Cluster, float], Plan]
 """A priced MetaGraph, a cluster and a share of the time limit in; raises InfeasibleError."""
-Probe = Callable[[MetaGraph, Cluster], Plan]
-"""A plan of a usual way, which carries all usual ways that fit; raises InfeasibleError."""
+AllFit = Callable[[MetaGraph, Cluster], bool]
+"""Whether all usual ways of a priced MetaGraph fit."""
 
 
 def solve_fitting(
@@ -30,11 +29,11 @@ def solve_fitting(
     *,
     profile: Profile | None = None,
     pricing: Pricing | None = None,
-    probe: Probe | None = None,
+    all_fit: AllFit | None = None,
 ) -> tuple[Plan, Pricing]:
     """The shortest plan of the memory choices up to the first under which all usual ways fit.
 
-    Without `probe` the plan of the first choice under which one fits. The choices share the time limit.
+    Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit.
     Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
     `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change.
     """
@@ -42,36 +41,25 @@ def solve_fitting(
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
     priced = [(choice, price(metagraph, cluster, profile, pricing=choice)) for choice in choices]
-    if probe is not None and len(priced) > 1:
-        priced = _until_all_fit(priced, cluster, probe)
+    if all_fit is not None:  # the last choice is tried in any case
+        least = next((i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph, cluster)), len(priced) - 1)
+        priced = priced[: least + 1]
     last: InfeasibleError | None = None
     best: tuple[Plan, Pricing] | None = None
     for choice, graph in priced:
         try:
-            plan = solve(graph, cluster, 1 / len(priced) if probe else 1.0)
+            plan = solve(graph, cluster, 1 / len(priced) if all_fit else 1.0)
         except InfeasibleError as error:
             last = error
             continue
         if best is None or plan.memory.fits > best[0].memory.fits or _is_worth_it(plan, best[0]):
             best = plan, choice
-        if probe is None and plan.memory.fits:
+        if all_fit is None and plan.memory.fits:
             break
     if best is not None:
         return best
     assert last is not None, "each choice gives a plan or an InfeasibleError"
     raise last
-
-
-def _until_all_fit(
-    priced: list[tuple[Pricing, MetaGraph]], cluster: Cluster, probe: Probe
-) -> list[tuple[Pricing, MetaGraph]]:
-    for i, (_, graph) in enumerate(priced):
-        try:
-            if len(probe(graph, cluster).baselines_s) == len(WAVES_BY_BASELINE):
-                return priced[: i + 1]
-        except InfeasibleError:
-            continue
-    return priced
 
 
 def _is_worth_it(plan: Plan, best: Plan) -> bool:

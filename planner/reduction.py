@@ -11,16 +11,21 @@ Times count from the end of backward; what happens beside it is negative.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 from spindle.cluster import Cluster
 from spindle.cost.links import collective_s
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 from spindle.planner.traffic import Devices
+
+T = TypeVar("T")
+Piece = tuple[int, int, T]
+"""(first layer, layer behind the last one, what runs them)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Reduction:
 
 def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...]:
     """The shares of all parameters that are trained. MetaOps with the same `parameters` hold the same layers."""
-    by_key: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    by_key: dict[str, list[Piece[int]]] = defaultdict(list)
     for i, s in enumerate(slices):
         metaop = metagraph[s.metaop]
         if metaop.layer_param_bytes or metaop.layer_update_s:
@@ -59,19 +64,25 @@ def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...
             by_key[key].append((s.first_layer, s.first_layer + s.num_layers, i))
     found = []
     for pieces in by_key.values():
-        for low, high in pairwise(sorted({edge for begin, end, _ in pieces for edge in (begin, end)})):
-            held = tuple(i for begin, end, i in pieces if begin <= low and high <= end)
+        for num_layers, held in stretches(pieces):
             metaops = [metagraph[slices[i].metaop] for i in held]
-            if held:
-                found.append(
-                    Share(
-                        devices=tuple(sorted({d for i in held for d in slices[i].devices})),
-                        num_bytes=(high - low) * max(m.layer_param_bytes for m in metaops),
-                        update_s=(high - low) * max(m.layer_update_s for m in metaops),
-                        slices=held,
-                    )
+            found.append(
+                Share(
+                    devices=tuple(sorted({d for i in held for d in slices[i].devices})),
+                    num_bytes=num_layers * max(m.layer_param_bytes for m in metaops),
+                    update_s=num_layers * max(m.layer_update_s for m in metaops),
+                    slices=tuple(held),
                 )
+            )
     return tuple(found)
+
+
+def stretches(pieces: Sequence[Piece[T]]) -> Iterator[tuple[int, list[T]]]:
+    """Layers that the same pieces cover, first to last: how many, and the pieces."""
+    for low, high in pairwise(sorted({edge for begin, end, _ in pieces for edge in (begin, end)})):
+        covering = [value for begin, end, value in pieces if begin <= low and high <= end]
+        if covering:
+            yield high - low, covering
 
 
 def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:

@@ -98,6 +98,15 @@ def solve(
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 
+def usual_ways_fit(metagraph: MetaGraph, cluster: Cluster, *, aligned: bool = False) -> bool:
+    """Whether each of the usual ways has a plan within the memory of the devices."""
+    try:
+        found, _ = _baselines(make_problem(metagraph, cluster), aligned=aligned)
+    except InfeasibleError:
+        return False
+    return len(found) == len(WAVES_BY_BASELINE)
+
+
 def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
     """Seconds that the search may take unless the user says otherwise; a quarter when it begins from a former plan."""
     limit_s = SMALL_LIMIT_S if cluster.num_devices <= SMALL_CLUSTER else LARGE_LIMIT_S

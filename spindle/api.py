@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def plan_source(
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.planner.choose import solve_fitting
-    from spindle.planner.solve import default_limit_s, solve
+    from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
 
@@ -84,9 +85,6 @@ def plan_source(
             metagraph, where, method=method, time_limit_s=share * limit_s, aligned=aligned, start=start, pins=pins
         )
         return laid_out(plan, metagraph)
-
-    def probe(metagraph: MetaGraph, where: Cluster) -> Plan:
-        return solve(metagraph, where, method="sequential", aligned=aligned)
 
     if profile is not None:
         check_device(cluster, profile)
@@ -98,7 +96,7 @@ def plan_source(
         solved,
         profile=profile,
         pricing=source.pricing,
-        probe=probe if method in ("auto", "lp") and not pins else None,
+        all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
     )
     return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing
 

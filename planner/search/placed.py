@@ -7,10 +7,9 @@ layers and bringing its input take, and fills the memory of its devices.
 from bisect import insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import pairwise
 from math import inf
 
-from spindle.planner.reduction import reduced_by_device, schedule
+from spindle.planner.reduction import Piece, reduced_by_device, schedule, stretches
 from spindle.planner.search.decode import Decoded, Draft
 from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
@@ -119,7 +118,7 @@ class PlacedDecoder:
         _, _, starts, devices = decoded
         wanted: list[tuple[tuple[int, ...], float, float]] = []
         for members in self.floor.sharing:
-            pieces: list[tuple[int, int, int, float]] = []
+            pieces: list[Piece[tuple[int, float]]] = []
             most = 0.0
             for m in members:
                 metaop = problem.metaops[m]
@@ -127,15 +126,14 @@ class PlacedDecoder:
                 first = 0
                 for part, where, start_s in zip(draft[m], devices[m], starts[m], strict=True):
                     ready_s = (metaop.forward_fraction - 1) * start_s
-                    pieces.append((first, first + part[1], where, ready_s))
+                    pieces.append((first, first + part[1], (where, ready_s)))
                     first += part[1]
-            for low, high in pairwise(sorted({e for begin, end, _, _ in pieces for e in (begin, end)})):
+            for num_layers, held in stretches(pieces):
                 holders, last_s = 0, -inf
-                for begin, end, where, ready_s in pieces:
-                    if begin <= low and high <= end:
-                        holders |= where
-                        last_s = max(last_s, ready_s)
+                for where, ready_s in held:
+                    holders |= where
+                    last_s = max(last_s, ready_s)
                 if holders & (holders - 1):
-                    wanted.append((bits_of(holders), (high - low) * most, last_s))
+                    wanted.append((bits_of(holders), num_layers * most, last_s))
         reductions = schedule(problem.cluster, wanted)
         return max(reduced_by_device(problem.cluster, reductions).values(), default=0.0)

@@ -46,6 +46,7 @@ class _Side:
     beam: Beam
     rounds: int = 0
     found: list[Found] = field(default_factory=list)
+    turned: dict[int, tuple[Found, Found]] = field(default_factory=dict)  # by id: the beam's best, and what they became
     guide: Sequence[Run] = ()  # a schedule expected to be good, whose order the first beam takes
 
     def search(self, first: list[int], width: Width, seed: int, share: float) -> None:
@@ -54,7 +55,9 @@ class _Side:
         self.rounds += 1
         self.found = list(self.beam.best)
         if self.beam.floor and self.model.is_reversed:
-            self.found = [_turned(self.beam.floor.reversed, f) for f in self.found]
+            floor = self.beam.floor.reversed
+            self.turned = {id(f): self.turned.get(id(f)) or (f, _turned(floor, f)) for f in self.found}
+            self.found = [turned for _, turned in self.turned.values()]
 
     @property
     def best_s(self) -> float:

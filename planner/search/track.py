@@ -258,11 +258,12 @@ class Tracker:
         least = style.patience * counts[c] if had < 0 else 0.0
         sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
         first = self._next_layer(state, m)
-        if had < 0 and self._begin_where_input_is(state, m, c, sources):
-            return True
+        wanted = c
         while c >= 0 and counts[c] >= least:
             found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
             if found is not None:
+                if had < 0 and c == wanted and self._begin_where_input_is(state, m, c, found, sources):
+                    return True
                 devices, cost_s = found
                 if had < 0 or cost_s <= style.stick * self._gain_s(state, m, had, c):
                     self._begin(state, m, c, devices, cost_s)
@@ -275,14 +276,15 @@ class Tracker:
             c -= 1
         return False
 
-    def _begin_where_input_is(self, state: State, m: int, c: int, sources: Sources) -> bool:
-        """Start m on the devices of one of its sources, when that saves device time and m ends no later for it."""
+    def _begin_where_input_is(self, state: State, m: int, c: int, found: tuple[int, float], sources: Sources) -> bool:
+        """Start m on the devices of one of its sources, when that saves device time and m ends no later for it.
+
+        `found`: the devices it would start on otherwise, and what it costs to bring its input there.
+        """
         floor, model = self.floor, self.model
         assert floor is not None
         counts, times, layers = model.counts[m], model.times[m], state.left[m]
-        first = self._next_layer(state, m)
-        found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
-        if found is None or not found[1] or m in floor.pins:
+        if not found[1] or m in floor.pins:
             return False
         span_s = found[1] + layers * times[c]
         best = (counts[c] * span_s, span_s, c, found)
@@ -295,6 +297,7 @@ class Tracker:
                 if span_s <= best[1] and count * span_s < best[0]:
                     best = (count * span_s, span_s, there, (devices, cost_s))
         _, _, there, (devices, cost_s) = best
+        first = self._next_layer(state, m)
         if state.memory and floor.with_room(m, counts[there], devices, state.memory, first, 1) != devices:
             return False
         self._begin(state, m, there, devices, cost_s)

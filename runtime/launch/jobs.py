@@ -21,7 +21,6 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from spindle.errors import ClusterError, FormatError, RunError, SpindleError
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 REQUEST_S = 10.0
 UPLOAD_S = 120.0
@@ -56,7 +55,7 @@ class Jobs:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str,
         *,
         request_s: float = REQUEST_S,
         quiet_s: float = QUIET_S,

@@ -74,7 +74,7 @@ class busy:  # noqa: N801 - used like a function
                 task.completed = time.monotonic() - began_s
                 left_s = limit_s - task.completed
                 if left_s > 0:
-                    return Text(f"at least {left_s:.0f} s left")  # of one search; to make a plan fit takes several
+                    return Text(f"at least {left_s:.0f} s left")  # what the limit does not bind comes on top
                 task.total = None  # what is not bound by the limit still goes on, and the bar says that it knows no end
                 return Text(f"{task.completed:.0f} s")
 

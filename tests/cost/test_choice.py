@@ -13,7 +13,7 @@ from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, without_operators
 from spindle.planner.choose import solve_fitting
-from spindle.planner.solve import solve
+from spindle.planner.solve import solve, usual_ways_fit
 from spindle.pricing import Pricing, memory_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
@@ -84,7 +84,7 @@ def test_no_usual_way_is_shorter_under_any_memory_choice_regression(share: float
         shares.append(share)
         return solve(metagraph, where, time_limit_s=0.05)
 
-    made, _ = solve_fitting(graph, cluster, solved, probe=lambda *given: solve(*given, method="sequential"))
+    made, _ = solve_fitting(graph, cluster, solved, all_fit=usual_ways_fit)
     assert sum(shares) == pytest.approx(1.0)
     assert made.memory.fits
     for choice in memory_choices(Pricing()):
