@@ -90,15 +90,18 @@ def _sweep(problem: Problem, floor: Floor, steps: list[Step]) -> list[int]:
     """Devices for each step: enough are free at each start, whatever was chosen before."""
     free = floor.all_devices
     running: list[tuple[float, int]] = []
-    last = [0] * len(problem)
+    last, kin = [0] * len(problem), floor.start_kin()
     given = []
     slack_s = 1e-9 * max(step.end_s for step in steps)
     for step in steps:
         while running and (running[0][0] <= step.start_s + slack_s or free.bit_count() < step.count):
             free |= heappop(running)[1]
         near = [(last[step.op], 0.0)] if last[step.op] else [(last[p], 0.0) for p in problem.predecessors[step.op]]
-        found = floor.choose(step.op, step.count, free, near)
+        group = floor.kin[step.op]
+        found = floor.choose(step.op, step.count, free, near, kin=kin[group])
         devices = found[0] if found else _any(free, step.count)
+        if group >= 0:
+            kin[group] |= devices
         free &= ~devices
         last[step.op] = devices
         given.append(devices)

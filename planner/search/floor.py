@@ -3,8 +3,8 @@
 - Sets of devices are the bits of an int.
 - A slice takes as few nodes as its count allows: one node, or whole nodes and the rest on one more. If no such set is
   free it waits.
-- Among such sets, the one the input already lies on costs nothing; else one in the same node; else the tightest node,
-  so that whole nodes stay free.
+- Among such sets, the one the input already lies on costs nothing; else one in the same node; else one where layers of
+  the same parameters ran, which makes gradient reductions small; else the tightest node, so that whole nodes stay free.
 - With memory, only devices with room are taken. What a device holds it keeps until the step ends; layers that share
   parameters count once (`spindle.planner.memory`).
 - Costs are those of `spindle.planner.traffic`: activation forward, gradient back, charged to the slice that receives.
@@ -102,6 +102,17 @@ class Floor:
         return tuple(map(tuple, groups.values()))
 
     @cached_property
+    def kin(self) -> tuple[int, ...]:
+        """For each MetaOp the number of those that share its parameters; -1 where it has no such."""
+        shared = [members for members in self.sharing if len(members) > 1]
+        group = {m: i for i, members in enumerate(shared) for m in members}
+        return tuple(group.get(m, -1) for m in range(len(self.problem)))
+
+    def start_kin(self) -> list[int]:
+        """Devices on which each group of `kin` has run: none yet. Its last entry is that of MetaOps without a group."""
+        return [0] * (max(self.kin, default=-1) + 2)
+
+    @cached_property
     def _links(self) -> tuple[float, float, float, float]:
         """Twice the latency and twice the seconds of a byte: inside a node, between nodes."""
         inside, across = self.problem.cluster.intra_node, self.problem.cluster.inter_node
@@ -149,11 +160,15 @@ class Floor:
         sources: Sources,
         *,
         hint: int = 0,
+        kin: int = 0,
         memory: Memory | None = None,
         first: int = 0,
         layers: int = 1,
     ) -> tuple[int, float] | None:
-        """(devices, cost) for layers of m on `count` of the `free` devices; None when it has to wait."""
+        """(devices, cost) for layers of m on `count` of the `free` devices; None when it has to wait.
+
+        `kin`: devices where layers of the same parameters ran.
+        """
         if memory is not None:
             free = self.with_room(m, count, free, memory, first, layers)
         if m in self.pins:
@@ -171,18 +186,19 @@ class Floor:
                     best, best_s = source, cost_s
         if best and not best_s:
             return best, 0.0
-        compact = self._compact(count, free, near)
+        compact = self._compact(count, free, near, kin)
         if compact:
             cost_s = self.cost_s(compact, count, sources)
             if cost_s < best_s:
                 best, best_s = compact, cost_s
         return (best, best_s) if best else None
 
-    def _compact(self, count: int, free: int, near: int) -> int:
-        """Free devices over as few nodes as the count allows, near `near` where possible; 0 when there are none."""
+    def _compact(self, count: int, free: int, near: int, kin: int) -> int:
+        """Free devices over as few nodes as the count allows, near `near` where possible, else where `kin` is; 0 when
+        there are none."""
         size = self.size
         if count <= size:
-            return self._in_one_node(count, free, near)
+            return self._in_one_node(count, free, near, kin)
         whole, rest = divmod(count, size)
         empty = free
         for shift in range(1, size):
@@ -191,11 +207,14 @@ class Floor:
         if empty.bit_count() < whole:
             return 0
         chosen = 0
-        preferred = 0
+        close = known = 0
         for mask in self.node_masks:
-            if mask & near and mask & free == mask:
-                preferred |= mask & -mask
-        for pool in (preferred & empty, empty & ~preferred):
+            if mask & free == mask:
+                if mask & near:
+                    close |= mask & -mask
+                elif mask & kin:
+                    known |= mask & -mask
+        for pool in (close & empty, known & empty, empty & ~(close | known)):
             while pool and whole:
                 bit = pool & -pool
                 pool ^= bit
@@ -204,24 +223,24 @@ class Floor:
         chosen *= (1 << size) - 1
         if not rest:
             return chosen
-        last = self._in_one_node(rest, free & ~chosen, near)
+        last = self._in_one_node(rest, free & ~chosen, near, kin)
         return chosen | last if last else 0
 
-    def _in_one_node(self, count: int, free: int, near: int) -> int:
-        best, best_key = 0, (2, 0)
+    def _in_one_node(self, count: int, free: int, near: int, kin: int) -> int:
+        best, best_key = 0, (4, 0)
         for mask in self.node_masks:
             there = free & mask
             if there:
                 spare = there.bit_count() - count
                 if spare >= 0:
-                    key = (0 if near & mask else 1, spare)
+                    key = ((0 if near & mask else 2) + (0 if kin & mask else 1), spare)
                     if key < best_key:
                         best, best_key = there, key
-                        if key == (0, 0) or (not near and not spare):
+                        if key == (0, 0) or (not near and not kin and not spare):
                             break
         if not best:
             return 0
-        return lowest(best & near, count, best & ~near)
+        return lowest((best & near & kin, best & near & ~kin, best & kin & ~near, best & ~(near | kin)), count)
 
     # -------------------------------------------------------------------------------------------------- memory
 
@@ -299,10 +318,10 @@ def _memory_matters(problem: Problem) -> bool:
     return most > problem.cluster.device.memory_bytes
 
 
-def lowest(preferred: int, count: int, others: int) -> int:
-    """`count` lowest bits of `preferred`, then of `others`."""
+def lowest(pools: Sequence[int], count: int) -> int:
+    """`count` lowest bits of the first of `pools`, then of those behind it."""
     chosen = 0
-    for pool in (preferred, others):
+    for pool in pools:
         while pool and count:
             bit = pool & -pool
             pool ^= bit

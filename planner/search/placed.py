@@ -39,7 +39,7 @@ class PlacedDecoder:
         """See Decoder."""
         model, floor = self.model, self.floor
         counts, times, after, tails, bound_s = model.counts, model.times, model.after, model.tail_s, model.bound_s
-        free, memory = floor.all_devices, floor.start_memory()
+        free, memory, kin, kin_of = floor.all_devices, floor.start_memory(), floor.start_kin(), floor.kin
         missing = list(map(len, model.before))
         at, done, where = [0] * len(draft), [0] * len(draft), [0] * len(draft)
         starts: list[list[float]] = [[] for _ in draft]
@@ -65,7 +65,9 @@ class PlacedDecoder:
                     continue
                 c, layers, _, _, hint = draft[m][at[m]]
                 sources = floor.sources(m, not done[m], where)
-                found = floor.choose(m, count, free, sources, hint=hint, memory=memory, first=done[m], layers=layers)
+                found = floor.choose(
+                    m, count, free, sources, hint=hint, kin=kin[kin_of[m]], memory=memory, first=done[m], layers=layers
+                )
                 if found is None:
                     kept.append(entry)
                     if memory is None and m not in floor.pins:
@@ -79,6 +81,8 @@ class PlacedDecoder:
                     beyond += count * (end - bound_s)
                 if memory is not None:
                     floor.occupy(m, count, devices, memory, done[m], layers)
+                if kin_of[m] >= 0:
+                    kin[kin_of[m]] |= devices
                 free &= ~devices
                 room -= count
                 fails_from = min(fails_from, room + 1)

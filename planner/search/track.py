@@ -30,7 +30,7 @@ class Stuck(Exception):
 class State:
     """A cluster at a moment of decision. `left` counts layers that were not started yet."""
 
-    __slots__ = ("chain", "current", "free", "heap", "idle", "left", "memory", "missing", "t", "where")
+    __slots__ = ("chain", "current", "free", "heap", "idle", "kin", "left", "memory", "missing", "t", "where")
 
     t: float
     left: list[int]
@@ -40,6 +40,7 @@ class State:
     missing: list[int]
     current: list[int]
     where: list[int]
+    kin: list[int]
     chain: Chain
     memory: Memory | None
 
@@ -49,6 +50,7 @@ class State:
         other.t, other.free, other.chain = self.t, self.free, self.chain
         other.left, other.heap, other.idle = self.left[:], self.heap[:], self.idle[:]
         other.missing, other.current, other.where = self.missing[:], self.current[:], self.where[:]
+        other.kin = self.kin[:]
         other.memory = self.memory.copy() if self.memory is not None else None
         return other
 
@@ -67,6 +69,7 @@ def start_state(model: Model, floor: Floor | None) -> State:
     state.missing = [len(before) for before in model.before]
     state.idle = [m for m in range(len(model)) if not state.missing[m]]
     state.current, state.where = [-1] * len(model), [0] * len(model)
+    state.kin = floor.start_kin() if floor else []
     state.memory = floor.start_memory() if floor else None
     return state
 
@@ -257,10 +260,10 @@ class Tracker:
         had, counts = state.current[m], model.counts[m]
         least = style.patience * counts[c] if had < 0 else 0.0
         sources = floor.sources(m, state.left[m] == model.layers[m], state.where)
-        first = self._next_layer(state, m)
+        first, kin = self._next_layer(state, m), state.kin[floor.kin[m]]
         wanted = c
         while c >= 0 and counts[c] >= least:
-            found = floor.choose(m, counts[c], state.free, sources, memory=state.memory, first=first)
+            found = floor.choose(m, counts[c], state.free, sources, kin=kin, memory=state.memory, first=first)
             if found is not None:
                 if had < 0 and c == wanted and self._begin_where_input_is(state, m, c, found, sources):
                     return True
@@ -329,9 +332,11 @@ class Tracker:
         return True
 
     def _begin(self, state: State, m: int, c: int, devices: int, cost_s: float) -> None:
+        assert self.floor is not None
         end = state.t + cost_s + self.model.times[m][c]
+        if self.floor.kin[m] >= 0:
+            state.kin[self.floor.kin[m]] |= devices
         if state.memory is not None:
-            assert self.floor is not None
             first = self._next_layer(state, m)
             self.floor.occupy(m, self.model.counts[m][c], devices, state.memory, first, 1)
         state.free &= ~devices

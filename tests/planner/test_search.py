@@ -11,11 +11,12 @@ from spindle.errors import SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.planner.check import check_plan
 from spindle.planner.problem import make_problem
-from spindle.planner.search.decode import FlatDecoder, draft_of
+from spindle.planner.search.decode import Draft, FlatDecoder, draft_of
 from spindle.planner.search.floor import bits_of, make_floor
 from spindle.planner.search.fluid import WaveLp, residual_waves
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule
+from spindle.planner.search.placed import PlacedDecoder
 from spindle.planner.search.style import Style
 from spindle.planner.search.track import Tracker, runs_of, start_state
 from spindle.planner.search.work import UNITS_PER_S, Work
@@ -114,6 +115,31 @@ def test_a_slice_takes_few_nodes_near_its_input() -> None:
     assert floor.choose(1, 2, 0b00010001, []) is None
     assert floor.choose(1, 4, 0b11110111, []) == (0b11110000, 0.0)
     assert floor.choose(1, 6, 0b11111111, []) == (0b00111111, 0.0)
+
+
+def test_layers_of_the_same_parameters_share_devices_where_their_input_lies_anywhere() -> None:
+    """So their gradients are reduced over few devices; the input comes first, and what is free."""
+    floor = make_floor(make_problem(TRAFFIC, cluster(2, 4)))
+    assert floor.choose(1, 2, 0b11111111, [], kin=0b11000000) == (0b11000000, 0.0)
+    assert floor.choose(1, 2, 0b01110111, [], kin=0b11000000) == (0b01010000, 0.0)
+    assert floor.choose(1, 4, 0b11111111, [], kin=0b11000000) == (0b11110000, 0.0)
+    assert floor.choose(1, 2, 0b11111101, [(0b10, 8.0)], kin=0b1100) == (0b1100, 4.0 * 4)
+    assert floor.choose(1, 1, 0b11111101, [(0b10, 8.0)], kin=0b11000000) == (0b1, 16.0)
+
+
+def test_a_schedule_knows_where_parameters_are() -> None:
+    """Three MetaOps of one device each; the last is held until all is free, and returns to where its parameters are."""
+    metagraph = graph(
+        metaop("t.b", 1, {1: 1.0}, layer_param_bytes=1.0),
+        metaop("u.a", 1, {1: 1.0}, layer_param_bytes=1.0, parameters="s"),
+        metaop("v.a", 1, {1: 1.0}, layer_param_bytes=1.0, parameters="s"),
+    )
+    problem = make_problem(metagraph, cluster(2, 1))
+    model, floor = make_model(problem, 0.0), make_floor(problem)
+    draft: Draft = [[(0, 1, float(m), 3.0 if m == 2 else 0.0, 0)] for m in range(3)]
+    decoded = PlacedDecoder(model, floor).decode(draft, float("inf"))
+    assert decoded is not None
+    assert decoded[3] == [[0b01], [0b10], [0b10]]
 
 
 def test_full_devices_are_not_taken() -> None:
