@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 	$(VENV)/bin/python docs/examples/digits/demo.py --out demo-out
 
-test: $(STAMP)  ## all tests
-	$(VENV)/bin/python -m pytest -q
+test: $(STAMP)  ## all tests, on two cores; those that start Ray last
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not ray"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m ray
 
 lint: $(STAMP)  ## formatting, lint, types, import contracts
 	$(VENV)/bin/ruff check .

@@ -46,16 +46,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """`spindle ARGUMENTS` in a folder."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "spindle", *arguments],
-        cwd=folder,
-        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """`spindle ARGUMENTS` in a folder. It heeds Ctrl-C, also where a shell's background made us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spindle", *arguments],
+            cwd=folder,
+            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+            | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def spindle(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -63,31 +67,6 @@ def spindle(folder: Path, *arguments: str) -> tuple[int, str, str]:
     with command(folder, *arguments) as process:
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
-
-
-def test_a_job_trains_over_two_nodes(ray_cluster: RayCluster, folder: Path) -> None:
-    """Four ranks on nodes of two CPUs: what is printed at its end is what a run on this machine prints."""
-    plan = ("plan", "model.py:workload", "--cluster", "2x2:cpu", "-o", "plan.json")
-    assert spindle(folder, *plan)[0] == 0
-    train = ("model.py:workload", "--plan", "plan.json", "--steps", "2")
-    code, out, err = spindle(folder, "submit", "--address", ray_cluster.dashboard, "--", *train)
-    assert code == 0, out + err
-    losses = re.findall(r"^(?:first|last) .*", out, re.MULTILINE)
-    assert losses == re.findall(
-        r"^(?:first|last) .*", spindle(folder, "train", *train, "--launcher", "threads")[1], re.M
-    )
-    assert len(losses) == 2
-    assert re.search(r"job spindle-\d{8}-\d{6}-\w{4} SUCCEEDED", err)
-
-
-def test_a_job_without_a_plan_plans_for_the_cluster(ray_cluster: RayCluster, folder: Path) -> None:
-    """Not for the machine that its driver is on, which has no devices."""
-    trace = folder / "trace.json"
-    code, out, err = spindle(
-        folder, "submit", "-a", ray_cluster.dashboard, "--", "model.py", "--steps", "1", "--trace", str(trace)
-    )
-    assert code == 0, out + err
-    assert json.loads(trace.read_text())["num_ranks"] == 4
 
 
 def test_a_job_that_fails(ray_cluster: RayCluster, folder: Path) -> None:
@@ -180,16 +159,18 @@ def test_a_cluster_that_stays_away(ray_cluster: RayCluster, tmp_path: Path) -> N
     assert jobs.stop("away") == "STOPPED"
 
 
-def test_a_job_is_left_found_again_and_stopped(ray_cluster: RayCluster, folder: Path) -> None:
-    """Ctrl-C only detaches, and says how to go on; a stopped job frees what its ranks had."""
+def test_jobs_train_over_two_nodes_and_are_left_found_again_and_stopped(ray_cluster: RayCluster, folder: Path) -> None:
+    """Four ranks on nodes of two CPUs, by a plan that is sent along. Ctrl-C only detaches, and says how to go on."""
+    assert spindle(folder, "plan", "model.py:workload", "--cluster", "2x2:cpu", "-o", "plan.json")[0] == 0
     where = ("submit", "--address", ray_cluster.dashboard)
-    started, _, _ = spindle(folder, *where, "--no-wait", "--job-id", "long", "--", "model.py", "--steps", "1000000")
+    train = ("--", "model.py", "--plan", "plan.json", "--steps", "1000000")
+    started, _, _ = spindle(folder, *where, "--no-wait", "--job-id", "long", *train)
     assert started == 0
-    process = command(folder, *where, "--follow", "long")
-    assert process.stdout is not None
-    assert any("training" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with command(folder, *where, "--follow", "long") as process:
+        assert process.stdout is not None
+        assert any("training" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     here = f"spindle submit --address {ray_cluster.dashboard}"
     assert err.splitlines()[-3:] == [
@@ -203,7 +184,22 @@ def test_a_job_is_left_found_again_and_stopped(ray_cluster: RayCluster, folder: 
     code, out, err = spindle(folder, *where, "--follow", "long")
     assert code == 1
     assert "spindle: job long STOPPED" in err
-    assert spindle(folder, *where, "--", "model.py", "--steps", "1")[0] == 0  # all four CPUs are free again
+    all_cpus_are_free(where, folder)
+
+
+def all_cpus_are_free(where: tuple[str, ...], folder: Path) -> None:
+    """A job without a plan plans for all four, not for the machine its driver is on, which has none; and prints at its
+    end what a run on this machine prints."""
+    trace = folder / "trace.json"
+    train = ("model.py:workload", "--steps", "2")
+    code, out, err = spindle(folder, *where, "--", *train, "--trace", str(trace))
+    assert code == 0, out + err
+    assert json.loads(trace.read_text())["num_ranks"] == 4
+    here = spindle(folder, "train", *train, "--launcher", "threads")[1]
+    losses = re.findall(r"^(?:first|last) .*", out, re.MULTILINE)
+    assert losses == re.findall(r"^(?:first|last) .*", here, re.MULTILINE)
+    assert len(losses) == 2
+    assert re.search(r"job spindle-\d{8}-\d{6}-\w{4} SUCCEEDED", err)
 
 
 def test_a_job_that_nobody_knows(ray_cluster: RayCluster) -> None:
