@@ -3,13 +3,16 @@
 A Draft holds for each MetaOp its slices, each with a rank; whoever is ready starts in order of rank as soon as enough
 devices are free, later ranks overtaking those that do not fit. A slice may also be held: it does not start before its
 release, so that devices stay idle for what comes soon. O(slices * (ready + log running)).
+
+Drafts that differ in one slice have the same schedule until that slice is ready. Moments of a schedule may be kept, and
+another draft's decoded from there on.
 """
 
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import Any, Protocol
 
 from spindle.planner.search.model import Model
 from spindle.planner.search.track import Run
@@ -26,6 +29,37 @@ Decoded = tuple[float, float, list[list[float]], list[list[int]]]
 """(makespan, device-seconds beyond the bound, starts by MetaOp, devices by MetaOp where there is a floor)."""
 
 HOLDING_PASSES = 12
+MOMENTS = 8  # kept of a schedule: more save little decoding, and each takes time
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A schedule when some slices have just ended and nothing was started for it yet.
+
+    at, begun   slices of each MetaOp that have ended, and that have started
+    starts, placed      of the whole schedule; at this moment only the first `begun` of each
+    """
+
+    now: float
+    free: int
+    beyond: float
+    missing: list[int]
+    at: list[int]
+    begun: list[int]
+    starts: list[list[float]]
+    placed: list[list[int]]
+    ready: list[Any]
+    running: list[tuple[float, int, int]]
+    floor: Any = None  # what a decoder on a floor wants to know besides
+
+    @property
+    def num_begun(self) -> int:
+        """Slices that have started."""
+        return sum(self.begun)
+
+    def is_before(self, m: int, i: int) -> bool:
+        """Whether slice i of MetaOp m was not ready yet."""
+        return self.at[m] < i or self.missing[m] > 0
 
 
 class Decoder(Protocol):
@@ -43,8 +77,14 @@ class Decoder(Protocol):
     def reduction_units(self) -> float:
         """Work of reducing the gradients of one slice."""
 
-    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
-        """The schedule; None as soon as it must end after `limit_s`, or when memory is full."""
+    def decode(
+        self, draft: Draft, limit_s: float, since: Moment | None = None, keep: list[Moment] | None = None
+    ) -> Decoded | None:
+        """The schedule; None as soon as it must end after `limit_s`, or when memory is full.
+
+        since   a moment of the schedule of another draft, before any slice that differs was ready
+        keep    takes moments of this schedule, earliest first
+        """
 
     def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
         """Seconds that gradient reductions add to the schedule."""
@@ -80,35 +120,51 @@ class FlatDecoder:
     slice_units: float = SLICE_UNITS
     reduction_units: float = 0.0
 
-    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
+    def decode(
+        self, draft: Draft, limit_s: float, since: Moment | None = None, keep: list[Moment] | None = None
+    ) -> Decoded | None:
         """See Decoder."""
-        return decode(self.model, draft, limit_s)
+        return decode(self.model, draft, limit_s, since, keep)
 
     def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
         """Nothing is reduced."""
         return 0.0
 
 
-def decode(model: Model, draft: Draft, limit_s: float) -> Decoded | None:
+def decode(
+    model: Model, draft: Draft, limit_s: float, since: Moment | None = None, keep: list[Moment] | None = None
+) -> Decoded | None:
     """See Decoder."""
     counts, times, after, tails = model.counts, model.times, model.after, model.tail_s
     bound_s = model.bound_s
-    free = model.num_devices
-    missing = list(map(len, model.before))
-    at = [0] * len(draft)
-    starts: list[list[float]] = [[] for _ in draft]
     ready: list[tuple[float, int, int, float]] = []
     running: list[tuple[float, int, int]] = []
-    for m, parts in enumerate(draft):
-        if not missing[m]:
-            c, layers, rank, release, _ = parts[0]
-            if release > 0:
-                heappush(running, (release, ~m, 0))
-            else:
-                ready.append((rank, m, counts[m][c], layers * times[m][c]))
-    ready.sort()
-    now = beyond = 0.0
+    starts: list[list[float]]
+    if since is not None:
+        now, free, beyond = since.now, since.free, since.beyond
+        missing, at = since.missing[:], since.at[:]
+        starts = [of[:begun] for of, begun in zip(since.starts, since.begun, strict=True)]
+        ready, running = since.ready[:], since.running[:]
+    else:
+        now, free, beyond = 0.0, model.num_devices, 0.0
+        missing, at = list(map(len, model.before)), [0] * len(draft)
+        starts = [[] for _ in draft]
+        for m, parts in enumerate(draft):
+            if not missing[m]:
+                c, layers, rank, release, _ = parts[0]
+                if release > 0:
+                    heappush(running, (release, ~m, 0))
+                else:
+                    ready.append((rank, m, counts[m][c], layers * times[m][c]))
+        ready.sort()
+    turn, every = 0, max(1, sum(map(len, draft)) // MOMENTS)
     while True:
+        if keep is not None:
+            turn += 1
+            if turn % every == 0:
+                begun = list(map(len, starts))
+                moment = Moment(now, free, beyond, missing[:], at[:], begun, starts, [], ready[:], running[:])
+                keep.append(moment)
         if free and ready:
             kept = []
             for i, entry in enumerate(ready):

@@ -10,9 +10,9 @@ narrow is closer to a better one.
 
 import random
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 
-from spindle.planner.search.decode import Decoded, Decoder, Draft, Part
+from spindle.planner.search.decode import Decoded, Decoder, Draft, Moment, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
@@ -39,7 +39,7 @@ class Climber:
         self.model = decoder.model
         self.decoder, self.work = decoder, work
         self.rng = random.Random(seed)
-        decoded = decoder.decode(draft, float("inf"))
+        decoded = decoder.decode(draft, inf)
         if decoded is None:
             raise Stuck
         reduction_s = decoder.reduction_s(draft, decoded)
@@ -47,7 +47,9 @@ class Climber:
         self.value = self._value(decoded[0] + reduction_s, decoded[1])
         self.best = Result(decoded[0] + reduction_s, draft)
         self.best_value = self.value
-        self.moves = self.reductions = 0
+        self.moves = self.reductions = self.decoded = 0
+        self.moments: list[Moment] = []
+        self._keep_moments()
 
     def _value(self, makespan_s: float, beyond: float) -> float:
         return makespan_s + BEYOND_WEIGHT * beyond / self.model.num_devices
@@ -68,10 +70,11 @@ class Climber:
             for _ in range(chunk):
                 self._step(heat)
             work.spend(
-                chunk * (MOVE_UNITS + self.decoder.slice_units * crowd * slices)
+                chunk * MOVE_UNITS
+                + self.decoder.slice_units * crowd * self.decoded
                 + self.reductions * self.decoder.reduction_units * slices
             )
-            self.reductions = 0
+            self.reductions = self.decoded = 0
             slices = sum(map(len, self.draft))
             if self.best.total_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
                 return
@@ -84,8 +87,10 @@ class Climber:
             old = [(m, self.draft[m]) for m, _ in changed]
             for m, parts in changed:
                 self.draft[m] = parts
-            decoded = self.decoder.decode(self.draft, limit)
-            value = self._value(decoded[0], decoded[1]) if decoded else float("inf")
+            since = self._latest_before([(m, _first_change(parts, self.draft[m])) for m, parts in old])
+            self.decoded += sum(map(len, self.draft)) - (since.num_begun if since else 0)
+            decoded = self.decoder.decode(self.draft, limit, since)
+            value = self._value(decoded[0], decoded[1]) if decoded else inf
             reduction_s = 0.0
             if decoded and value <= limit:
                 reduction_s = self.decoder.reduction_s(self.draft, decoded)
@@ -100,6 +105,7 @@ class Climber:
         makespan_s = decoded[0] + reduction_s
         self.value, self.starts, self.devices = value, decoded[2], decoded[3]
         accepted, self.draft = self.draft, _with_ranks(self.draft, decoded[2])  # other ranks: ties may fall otherwise
+        self._keep_moments()
         if value < self.best_value * (1 - 1e-9):
             self.best_value = value
         if makespan_s < self.best.total_s * (1 - 1e-12):
@@ -107,11 +113,24 @@ class Climber:
 
     def _restart(self) -> None:
         """Back to the best draft."""
-        decoded = self.decoder.decode(self.best.draft, float("inf"))
+        decoded = self.decoder.decode(self.best.draft, inf)
         if decoded is None:
             raise AssertionError("the best draft does not decode any more")
         self.draft, self.starts, self.devices = list(self.best.draft), decoded[2], decoded[3]
         self.value = self._value(decoded[0] + self.decoder.reduction_s(self.draft, decoded), decoded[1])
+        self._keep_moments()
+
+    def _keep_moments(self) -> None:
+        self.moments = []
+        self.decoder.decode(self.draft, inf, keep=self.moments)
+        self.decoded += sum(map(len, self.draft))
+
+    def _latest_before(self, changes: list[tuple[int, int]]) -> Moment | None:
+        """The last moment before any of these (MetaOp, slice) was ready."""
+        for moment in reversed(self.moments):
+            if all(moment.is_before(m, i) for m, i in changes):
+                return moment
+        return None
 
     # ------------------------------------------------------------------------------------------------------ moves
 
@@ -242,6 +261,11 @@ class Climber:
                 theirs = [*draft[other][:j], (oc - up, olayers, orank, oheld, 0), *draft[other][j + 1 :]]
                 return [(m, mine), (other, theirs)]
         return None
+
+
+def _first_change(old: list[Part], new: list[Part]) -> int:
+    """The first slice that differs."""
+    return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
 
 
 def _with_ranks(draft: Draft, starts: list[list[float]]) -> Draft:

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from spindle.planner.reduction import Piece, reduced_by_device, schedule, stretches
-from spindle.planner.search.decode import Decoded, Draft
+from spindle.planner.search.decode import MOMENTS, Decoded, Draft, Moment
 from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
 
@@ -35,19 +35,32 @@ class PlacedDecoder:
         each = REDUCTION_UNITS + DEVICE_UNITS * self.model.num_devices
         return each if self.floor.sharing else 0.0
 
-    def decode(self, draft: Draft, limit_s: float) -> Decoded | None:
+    def decode(
+        self, draft: Draft, limit_s: float, since: Moment | None = None, keep: list[Moment] | None = None
+    ) -> Decoded | None:
         """See Decoder."""
         model, floor = self.model, self.floor
         counts, times, after, tails, bound_s = model.counts, model.times, model.after, model.tail_s, model.bound_s
-        free, memory, kin, kin_of = floor.all_devices, floor.start_memory(), floor.start_kin(), floor.kin
-        missing = list(map(len, model.before))
-        at, done, where = [0] * len(draft), [0] * len(draft), [0] * len(draft)
-        starts: list[list[float]] = [[] for _ in draft]
-        placed: list[list[int]] = [[] for _ in draft]
+        kin_of, arriving = floor.kin, list[int]()
         ready: list[tuple[float, int, int]] = []
         running: list[tuple[float, int, int]] = []
-        now = beyond = 0.0
-        arriving = [m for m in range(len(draft)) if not missing[m]]
+        starts: list[list[float]]
+        placed: list[list[int]]
+        if since is not None:
+            now, free, beyond = since.now, since.free, since.beyond
+            missing, at = since.missing[:], since.at[:]
+            starts = [of[:begun] for of, begun in zip(since.starts, since.begun, strict=True)]
+            placed = [of[:begun] for of, begun in zip(since.placed, since.begun, strict=True)]
+            ready, running = since.ready[:], since.running[:]
+            done, where, kin = (values[:] for values in since.floor[:3])
+            memory = since.floor[3].copy() if since.floor[3] is not None else None
+        else:
+            now, free, beyond = 0.0, floor.all_devices, 0.0
+            missing, at = list(map(len, model.before)), [0] * len(draft)
+            starts, placed = [[] for _ in draft], [[] for _ in draft]
+            done, where, kin, memory = [0] * len(draft), [0] * len(draft), floor.start_kin(), floor.start_memory()
+            arriving = [m for m in range(len(draft)) if not missing[m]]
+        turn, every = 0, max(1, sum(map(len, draft)) // MOMENTS)
         while True:
             for m in arriving:
                 c, _, rank, release, _ = draft[m][at[m]]
@@ -55,6 +68,14 @@ class PlacedDecoder:
                     heappush(running, (release, ~m, 0))
                 else:
                     insort(ready, (rank, m, counts[m][c]))
+            if keep is not None:
+                turn += 1
+                if turn % every == 0:
+                    begun = list(map(len, starts))
+                    there = (done[:], where[:], kin[:], memory.copy() if memory is not None else None)
+                    keep.append(
+                        Moment(now, free, beyond, missing[:], at[:], begun, starts, placed, ready[:], running[:], there)
+                    )
             kept: list[tuple[float, int, int]] = []
             room = free.bit_count()
             fails_from = room + 1
