@@ -1,4 +1,5 @@
-"""Reduction: slices and a cluster in; which gradients each set of devices reduces, when, and when each device is done.
+"""Reduction: slices and a cluster in; which gradients each set of devices reduces, when, and when each device has
+stepped and has its new parameters.
 
 - Layers of one parameter set that the same slices run are a Share. Shares on the same devices are reduced as one
   all-reduce (the paper's parameter device group pool, section 3.6; costs: `spindle.cost.links`).
@@ -6,12 +7,14 @@
   second beside backward takes `Device.overlap_cost` seconds from it; where that is 1 or more nothing is gained, and
   reductions are charged after backward.
 - All devices meet the reductions in one order: as they become ready, longest first. Each waits for all its devices.
+- With sharded optimiser states a part of the gradients is reduced to each of the devices, which alone steps it and then
+  sends the new parameters to the others: two messages a part, the second after the step.
 
 Times count from the end of backward; what happens beside it is negative.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -33,8 +36,8 @@ class Share:
     """Layers of one parameter set that the same slices run.
 
     devices     all that hold them, rising
-    num_bytes   of their gradients
-    update_s    of the optimiser's step on each device
+    num_bytes   of their gradients, and as many of their parameters
+    update_s    of the optimiser's step on each device, divided by their number where states are sharded
     slices      numbers of the slices that run them
     """
 
@@ -46,7 +49,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """One all-reduce; times from the end of backward."""
+    """One set of devices' gradients reduced, or new parameters handed out; times from the end of backward."""
 
     devices: Devices
     num_bytes: float
@@ -66,11 +69,13 @@ def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...
     for pieces in by_key.values():
         for num_layers, held in stretches(pieces):
             metaops = [metagraph[slices[i].metaop] for i in held]
+            devices = tuple(sorted({d for i in held for d in slices[i].devices}))
+            owners = len(devices) if metagraph.shard_optimizer else 1
             found.append(
                 Share(
-                    devices=tuple(sorted({d for i in held for d in slices[i].devices})),
+                    devices=devices,
                     num_bytes=num_layers * max(m.layer_param_bytes for m in metaops),
-                    update_s=num_layers * max(m.layer_update_s for m in metaops),
+                    update_s=num_layers * max(m.layer_update_s for m in metaops) / owners,
                     slices=tuple(held),
                 )
             )
@@ -85,11 +90,22 @@ def stretches(pieces: Sequence[Piece[T]]) -> Iterator[tuple[int, list[T]]]:
             yield high - low, covering
 
 
-def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
-    """Seconds of one all-reduce of `num_bytes` over `devices`, with the fastest protocol of the links."""
+def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: bool = False) -> float:
+    """Seconds in which `num_bytes` are summed over `devices`, with the fastest protocol of the links: in one
+    all-reduce, or, with `sharded` states, a part to each of them.
+    """
     if not num_bytes or len(devices) < 2:
         return 0.0
-    return collective_s("all_reduce", num_bytes, cluster, _members(cluster.devices_per_node, devices))
+    members = _members(cluster.devices_per_node, devices)
+    if sharded:
+        return len(devices) * collective_s("reduce", num_bytes / len(devices), cluster, members)
+    return collective_s("all_reduce", num_bytes, cluster, members)
+
+
+def hand_out_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
+    """Seconds in which each of `devices` sends its part of `num_bytes` of new parameters to the others."""
+    members = _members(cluster.devices_per_node, devices)
+    return len(devices) * collective_s("broadcast", num_bytes / len(devices), cluster, members)
 
 
 @lru_cache(maxsize=65536)
@@ -98,8 +114,10 @@ def _members(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
     return tuple(Counter(device // devices_per_node for device in devices).values())
 
 
-def schedule(cluster: Cluster, wanted: Iterable[tuple[Devices, float, float]]) -> tuple[Reduction, ...]:
-    """When each of `wanted`, (devices, bytes, when they are ready), is reduced; the same devices' are one message."""
+def schedule(
+    cluster: Cluster, wanted: Iterable[tuple[Devices, float, float]], *, sharded: bool = False
+) -> tuple[Reduction, ...]:
+    """When each of `wanted`, (devices, bytes, when they are ready), is reduced; the same devices' cost one message."""
     beside = cluster.device.overlap_cost < 1
     parts: dict[tuple[float, Devices], float] = defaultdict(float)
     total: dict[Devices, float] = defaultdict(float)
@@ -107,7 +125,7 @@ def schedule(cluster: Cluster, wanted: Iterable[tuple[Devices, float, float]]) -
         if num_bytes and len(devices) > 1:
             parts[ready_s if beside else 0.0, devices] += num_bytes
             total[devices] += num_bytes
-    seconds = {devices: reduce_s(cluster, num_bytes, devices) for devices, num_bytes in total.items()}
+    seconds = {devices: reduce_s(cluster, size, devices, sharded=sharded) for devices, size in total.items()}
     free_s: dict[int, float] = {}
     done: list[Reduction] = []
     for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
@@ -144,3 +162,18 @@ def update_by_device(shares: Iterable[Share]) -> dict[int, float]:
         for device in share.devices if share.update_s else ():
             seconds[device] += share.update_s
     return dict(sorted(seconds.items()))
+
+
+def handed_out(cluster: Cluster, reduced: Iterable[Reduction], stepped_s: Mapping[int, float]) -> tuple[Reduction, ...]:
+    """When devices hand out what they have updated: after the steps of all that reduced it, in the order of that."""
+    total: dict[Devices, float] = defaultdict(float)
+    for r in reduced:
+        total[r.devices] += r.num_bytes
+    free_s = dict(stepped_s)
+    done: list[Reduction] = []
+    for devices, num_bytes in total.items():
+        start_s = max(free_s[device] for device in devices)
+        end_s = start_s + hand_out_s(cluster, num_bytes, devices)
+        free_s.update(dict.fromkeys(devices, end_s))
+        done.append(Reduction(devices, num_bytes, start_s, end_s))
+    return tuple(done)

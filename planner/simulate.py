@@ -1,24 +1,27 @@
 """Simulate: a plan in, the Trace of one step that it predicts out.
 
 - Forward: each device runs its slices in the plan's order; a slice starts when its data and its devices are there, then
-  receives its input and runs. Backward is the same in reverse: each slice runs, then sends its input's gradient back.
-  Reductions run beside the rest of backward or after it (`reduction`); each device's optimiser step follows its own.
+  receives its input, loads its batch (`loading`) and runs. Backward is the same in reverse: each slice runs, then sends
+  its input's gradient back. Reductions run beside the rest of backward or after it (`reduction`); each device's
+  optimiser step follows its own, and then what devices with sharded states hand to each other.
 - A slice's forward share is its MetaOp's `forward_fraction`; a transfer takes as long in either direction.
 - Forward plus backward takes at least `makespan_s` (a longest path of sums is no longer than the sum of longest paths)
-  and exactly that when all MetaOps have one forward_fraction and no slice of the plan starts later than it could.
+  and exactly that when nothing is loaded, all MetaOps have one forward_fraction and no slice of the plan starts later
+  than it could.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import Flow, MetaGraph
 from spindle.plan import Plan, Slice
+from spindle.planner.loading import Loads, in_line, loads_of, waits_by_device
 from spindle.planner.reduction import (
     Reduction,
-    Share,
+    handed_out,
     reduced_by_device,
     schedule,
     shares_of,
@@ -41,26 +44,30 @@ class _Timed:
 def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | None = None) -> Trace:
     """Predict one step of `plan`; MetaGraph and cluster are those it carries unless given.
 
-    Without a cluster nothing is charged for transfers and reductions. Raises PlanError when the plan carries no
-    MetaGraph and none is given.
+    Without a cluster nothing is charged for transfers, loading and reductions. Raises PlanError when the plan carries
+    no MetaGraph and none is given.
     """
     metagraph, cluster = metagraph or plan.metagraph, cluster or plan.cluster
     if metagraph is None:
         raise PlanError(
             "the plan carries no MetaGraph, so its slices have no costs; give the MetaGraph it was made for"
         )
-    slices, forward, backward = _timings(plan, metagraph, cluster)
-    spans = _spans(plan, metagraph, slices, forward, SpanKind.FORWARD)
-    spans += _spans(plan, metagraph, slices, backward, SpanKind.BACKWARD)
+    run = _run(plan, metagraph, cluster)
+    spans = _forward_spans(plan, metagraph, run) + _backward_spans(plan, metagraph, run)
     if cluster is not None:
-        spans += _after_backward(cluster, metagraph, slices, backward)
+        ending = _ending(cluster, metagraph, run)
+        spans += _after_backward(run.both_s, ending)
+        waits_s = waits_by_device(cluster, run.loads, ending.end_s + run.both_s)
+        spans = _late(spans, waits_s)
     spans.sort(key=lambda span: (span.start_s, span.rank, span.end_s))
     return Trace(num_ranks=plan.num_devices, source="predicted", spans=tuple(spans))
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step: forward and backward, what reductions add, and what the optimiser's step adds to that."""
+    """Seconds of a step: loading, forward and backward; what reductions add; what the optimiser's step adds to that,
+    with the new parameters that devices send each other.
+    """
 
     both_s: float
     reduction_s: float
@@ -74,19 +81,29 @@ class StepTimes:
 
 def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
     """Predicted seconds of one step."""
-    slices, _, backward = _timings(plan, metagraph, cluster)
-    shares = shares_of(metagraph, slices)
-    reduced_s = reduced_by_device(cluster, _reductions(cluster, shares, backward))
-    reduction_s = max(reduced_s.values(), default=0.0)
-    ends_s = [reduced_s.get(device, 0.0) + seconds for device, seconds in update_by_device(shares).items()]
-    both_s = max(t.end_s for t in backward)
-    return StepTimes(both_s, reduction_s, max([reduction_s, *ends_s]) - reduction_s)
+    run = _run(plan, metagraph, cluster)
+    ending = _ending(cluster, metagraph, run)
+    reduction_s = max(ending.reduced_s.values(), default=0.0)
+    waits_s = waits_by_device(cluster, run.loads, run.both_s + ending.end_s)
+    return StepTimes(run.both_s + max(waits_s.values(), default=0.0), reduction_s, ending.end_s - reduction_s)
 
 
-def _timings(
-    plan: Plan, metagraph: MetaGraph, cluster: Cluster | None
-) -> tuple[list[Slice], list[_Timed], list[_Timed]]:
-    """Slices in the plan's order, and when each runs forward and backward."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Slices in the plan's order, when each runs forward and backward, and what its devices load, and load in line."""
+
+    slices: list[Slice]
+    forward: list[_Timed]
+    backward: list[_Timed]
+    loads: Loads
+    loads_in_line: Loads
+
+    @property
+    def both_s(self) -> float:
+        return max(t.end_s for t in self.backward)
+
+
+def _run(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> _Run:
     slices = sorted(plan.slices, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer))
     before = waits(metagraph, slices)
     after: list[list[int]] = [[] for _ in slices]
@@ -94,11 +111,17 @@ def _timings(
         for source in sources:
             after[source].append(follower)
     moved_s = received_s(metagraph, cluster, slices) if cluster is not None else [0.0] * len(slices)
-    forward_s = [_work_s(metagraph, s, forward=True) for s in slices]
+    loads = loads_of(metagraph, slices)
+    loads_in_line = in_line(cluster, loads)
+    forward_s = [
+        max(load.values(), default=0.0) + _work_s(metagraph, s, forward=True)
+        for s, load in zip(slices, loads_in_line, strict=True)
+    ]
     forward = _timed(range(len(slices)), before, moved_s, forward_s, 0.0)
     backward_s = [_work_s(metagraph, s, forward=False) for s in slices]
     middle_s = max(t.end_s for t in forward)
-    return slices, forward, _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
+    backward = _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
+    return _Run(slices, forward, backward, loads, loads_in_line)
 
 
 def waits(metagraph: MetaGraph, slices: Sequence[Slice]) -> list[list[int]]:
@@ -155,79 +178,120 @@ def _timed(
     return [timed[i] for i in range(len(timed))]
 
 
-def _spans(
-    plan: Plan, metagraph: MetaGraph, slices: Sequence[Slice], timed: Sequence[_Timed], kind: SpanKind
-) -> list[Span]:
+def _forward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
+    """Of each slice on each device: receive its input, load its batch, compute."""
     spans: list[Span] = []
-    parts: tuple[tuple[SpanKind, float, float], ...]
-    for s, t in zip(slices, timed, strict=True):
-        name = f"{s.metaop}[{s.first_layer}:{s.last_layer + 1}]"
-        if kind is SpanKind.FORWARD:
-            middle_s = t.start_s + t.transfer_s
-            parts = ((SpanKind.TRANSFER, t.start_s, middle_s), (kind, middle_s, t.end_s))
-        else:
-            middle_s = t.end_s - t.transfer_s
-            parts = ((kind, t.start_s, middle_s), (SpanKind.TRANSFER, middle_s, t.end_s))
-        for part, start_s, end_s in parts:
-            if end_s > start_s:
-                spans += [_span(plan, metagraph, s, device, part, name, start_s, end_s) for device in s.devices]
+    for s, t, load in zip(run.slices, run.forward, run.loads_in_line, strict=True):
+        received_s = t.start_s + t.transfer_s
+        computes_s = received_s + max(load.values(), default=0.0)
+        for device in s.devices:
+            parts = (
+                (SpanKind.TRANSFER, t.start_s, received_s),
+                (SpanKind.LOAD, received_s, received_s + load.get(device, 0.0)),
+                (SpanKind.FORWARD, computes_s, t.end_s),
+            )
+            spans += _slice_spans(plan, metagraph, s, device, parts)
     return spans
 
 
-def _span(
-    plan: Plan, metagraph: MetaGraph, s: Slice, device: int, kind: SpanKind, name: str, start_s: float, end_s: float
-) -> Span:
-    metaop = metagraph[s.metaop]
-    return Span(
-        rank=device,
-        kind=kind,
-        name=name,
-        start_s=start_s,
-        end_s=end_s,
-        task=metaop.task,
-        component=metaop.component,
-        metaop=s.metaop,
-        wave=plan.wave_of(s),
-    )
+def _backward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
+    """Of each slice on each device: compute, send the gradient of its input."""
+    spans: list[Span] = []
+    for s, t in zip(run.slices, run.backward, strict=True):
+        sends_s = t.end_s - t.transfer_s
+        parts = ((SpanKind.BACKWARD, t.start_s, sends_s), (SpanKind.TRANSFER, sends_s, t.end_s))
+        for device in s.devices:
+            spans += _slice_spans(plan, metagraph, s, device, parts)
+    return spans
 
 
-def _reductions(cluster: Cluster, shares: Sequence[Share], backward: Sequence[_Timed]) -> tuple[Reduction, ...]:
-    """Reductions of gradients that are ready when the last backward slice of their layers has run."""
-    end_s = max(t.end_s for t in backward)
-    computed_s = [t.end_s - t.transfer_s - end_s for t in backward]
-    wanted = [(share.devices, share.num_bytes, max(computed_s[i] for i in share.slices)) for share in shares]
-    return schedule(cluster, wanted)
-
-
-def _after_backward(
-    cluster: Cluster, metagraph: MetaGraph, slices: Sequence[Slice], backward: Sequence[_Timed]
+def _slice_spans(
+    plan: Plan, metagraph: MetaGraph, s: Slice, device: int, parts: Sequence[tuple[SpanKind, float, float]]
 ) -> list[Span]:
-    """Reductions, what they take from backward, and the optimiser's steps."""
-    at_s = max(t.end_s for t in backward)
-    shares = shares_of(metagraph, slices)
-    reductions = _reductions(cluster, shares, backward)
-    done_s = reduced_by_device(cluster, reductions)
+    """Parts of a slice's time on a device that take any."""
+    metaop, wave = metagraph[s.metaop], plan.wave_of(s)
+    return [
+        Span(
+            rank=device,
+            kind=kind,
+            name=f"{s.metaop}[{s.first_layer}:{s.last_layer + 1}]",
+            start_s=start_s,
+            end_s=end_s,
+            task=metaop.task,
+            component=metaop.component,
+            metaop=s.metaop,
+            wave=wave,
+        )
+        for kind, start_s, end_s in parts
+        if end_s > start_s
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What follows backward; times from its end. By device: when its reductions are done, and when it has stepped."""
+
+    reductions: tuple[Reduction, ...]
+    slowed_s: dict[int, float]
+    reduced_s: dict[int, float]
+    stepped_s: dict[int, float]
+    handed_out: tuple[Reduction, ...]
+
+    @property
+    def end_s(self) -> float:
+        return max([0.0, *self.stepped_s.values(), *(r.end_s for r in self.handed_out)])
+
+
+def _ending(cluster: Cluster, metagraph: MetaGraph, run: _Run) -> _Ending:
+    """Gradients are ready when the last backward slice of their layers has run."""
+    shares = shares_of(metagraph, run.slices)
+    computed_s = [t.end_s - t.transfer_s - run.both_s for t in run.backward]
+    wanted = [(share.devices, share.num_bytes, max(computed_s[i] for i in share.slices)) for share in shares]
+    reductions = schedule(cluster, wanted, sharded=metagraph.shard_optimizer)
+    reduced_s = reduced_by_device(cluster, reductions)
+    stepped_s = dict(reduced_s)
+    for device, seconds in update_by_device(shares).items():
+        stepped_s[device] = reduced_s.get(device, 0.0) + seconds
+    out = handed_out(cluster, reductions, stepped_s) if metagraph.shard_optimizer else ()
+    return _Ending(reductions, slowed_by_device(cluster, reductions), reduced_s, stepped_s, out)
+
+
+def _after_backward(at_s: float, ending: _Ending) -> list[Span]:
+    """Reductions, what they take from backward, the optimiser's steps, and what is handed out."""
     spans = [
         Span(
             rank=device,
             kind=SpanKind.REDUCE,
-            name=f"reduce over {len(r.devices)} devices from {r.devices[0]}",
+            name=f"{what} over {len(r.devices)} devices from {r.devices[0]}",
             start_s=at_s + r.start_s,
             end_s=at_s + r.end_s,
             num_bytes=int(r.num_bytes),
         )
-        for r in reductions
+        for what, messages in (("reduce", ending.reductions), ("new parameters", ending.handed_out))
+        for r in messages
         for device in r.devices
     ]
+    done_s = ending.reduced_s
     after = [
         (device, SpanKind.BACKWARD, "slowed by reductions", done_s[device] - seconds, done_s[device])
-        for device, seconds in slowed_by_device(cluster, reductions).items()
+        for device, seconds in ending.slowed_s.items()
     ]
     after += [
-        (device, SpanKind.STEP, "optimizer step", done_s.get(device, 0.0), done_s.get(device, 0.0) + seconds)
-        for device, seconds in update_by_device(shares).items()
+        (device, SpanKind.STEP, "optimizer step", done_s.get(device, 0.0), end_s)
+        for device, end_s in ending.stepped_s.items()
+        if end_s > done_s.get(device, 0.0)
     ]
     return spans + [
         Span(rank=device, kind=kind, name=name, start_s=at_s + start_s, end_s=at_s + end_s)
         for device, kind, name, start_s, end_s in after
+    ]
+
+
+def _late(spans: list[Span], waits_s: Mapping[int, float]) -> list[Span]:
+    """The same after the longest wait for a loader."""
+    last_s = max(waits_s.values(), default=0.0)
+    moved = [replace(span, start_s=span.start_s + last_s, end_s=span.end_s + last_s) for span in spans]
+    return moved + [
+        Span(rank=device, kind=SpanKind.LOAD, name="wait for loaders", start_s=last_s - seconds, end_s=last_s)
+        for device, seconds in waits_s.items()
     ]

@@ -1,4 +1,4 @@
-"""Measure: one rank of a profile. Operators and messages in, seconds of them on this rank's device out.
+"""Measure: one rank of a profile. Operators, messages and loaders in, seconds of them on this rank's device out.
 
 Each is run as a step runs it, or its time would be another:
 
@@ -7,6 +7,7 @@ Each is run as a step runs it, or its time would be another:
 - On a CPU the caches are filled with something else first. All ranks measure at once, with a run's threads.
 - Gradients are added to buffers that are there already. The optimiser steps many tensors at once.
 - A message comes after other work and, where one rank sends, before more of it.
+- A batch is read by a run's feed, from when the one before it is taken until the feed rests.
 
 Medians of repeated runs count, after one that warms up: CUDA events on a GPU, a monotonic clock on a CPU.
 """
@@ -15,7 +16,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from spindle.capture.codes import Captured, OperatorCode, computing_in
 from spindle.capture.draws import Stream, drawing_from
 from spindle.graph import Operator, TensorSpec
+from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.transport import Transport
 from spindle.runtime.worker import OptimizerFactory
-from spindle.workload import Batch
+from spindle.workload import Batch, Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
 STEPPED = 64  # tensors in one step of the optimiser, so that what a call costs whatever it does weighs little
@@ -54,9 +56,12 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchJob:
-    """What one rank needs to measure: a captured workload, a batch of each task, operators of each kind in a chain."""
+    """What one rank needs to measure: a captured workload, its tasks without their functions, a batch of each,
+    operators of each kind in a chain.
+    """
 
     captured: Captured
+    tasks: Mapping[str, Task]
     batches: Mapping[str, Batch]
     chains: Mapping[str, tuple[str, ...]]
     optimizer: OptimizerFactory | None = None
@@ -236,6 +241,27 @@ class Bench:
         """
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, MAX_MESSAGES // num_bytes))
         return Timing(1.0, runs=tuple(exchange() for _ in range(1 + repeats))[1:])
+
+    # -- loaders --------------------------------------------------------------------------------------------------
+
+    def load(self, name: str) -> Timing:
+        """Batches of a task. Its data starts over where it ends, and a loader that has a state keeps it."""
+        task = replace(self.job.tasks[name], on_end="restart")
+        feed = Feed(replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task, seed=0)
+        took: list[float] = []
+        started = time.perf_counter()
+        try:
+            while len(took) < MIN_REPEATS + 1 or time.perf_counter() - started < self.job.seconds:
+                self._fill_caches()
+                start = time.perf_counter()
+                feed.next()
+                feed.settle()
+                took.append(time.perf_counter() - start)
+                if len(took) > MAX_REPEATS:
+                    break
+        finally:
+            feed.close()
+        return Timing(forward_s=statistics.median(took[1:]), spread=spread(took[1:]))
 
     # -- clocks ---------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,12 @@ from spindle.capture.codes import Captured
 from spindle.contract import contract
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.metagraph import MetaGraph
-from spindle.profile import LinkEntry, LinkOperation, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew, threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.measure import Bench, BenchJob, Timing, spread
 from spindle.runtime.worker import OptimizerFactory
-from spindle.workload import Workload
+from spindle.workload import Batch, Task, Workload
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
@@ -39,18 +39,24 @@ Keep = Callable[[Profile], None]
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """One entry to measure: a method of Bench and its arguments."""
+    """One entry to measure: a method of Bench and its arguments; `samples` of a batch that is loaded."""
 
     method: str
     arguments: tuple[Any, ...]
+    samples: int = 0
 
-    def entry(self, timings: Sequence[Timing]) -> ProfileEntry | LinkEntry:
-        """The ranks' timings as an entry: their mean, of those that took part; what several ranks share takes as long
-        as the slowest of them.
+    def added_to(self, profile: Profile, timings: Sequence[Timing]) -> Profile:
+        """The profile with the ranks' timings as one more entry: their mean, of those that took part; what several
+        ranks share takes as long as the slowest of them.
         """
         took = [timing for timing in timings if timing.forward_s]
-        if self.method != "operator":
-            return self._link_entry(took)
+        if self.method == "operator":
+            return replace(profile, entries=(*profile.entries, self._operator_entry(took)))
+        if self.method == "load":
+            return replace(profile, loads=(*profile.loads, self._load_entry(took)))
+        return replace(profile, links=(*profile.links, self._link_entry(took)))
+
+    def _operator_entry(self, took: Sequence[Timing]) -> ProfileEntry:
         names = ("forward_s", "backward_s", "update_s", "spread")
         mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in names}
         kind, count = self.arguments
@@ -59,6 +65,14 @@ class Todo:
             mean["forward_s"] = statistics.median(max(f for f, _ in runs) for runs in together)
             mean["backward_s"] = statistics.median(max(b for _, b in runs) for runs in together)
         return ProfileEntry(kind=kind, num_devices=count, **mean)
+
+    def _load_entry(self, took: Sequence[Timing]) -> LoadEntry:
+        return LoadEntry(
+            task=self.arguments[0],
+            batch_size=self.samples,
+            seconds=statistics.fmean(timing.forward_s for timing in took),
+            spread=statistics.fmean(timing.spread for timing in took),
+        )
 
     def _link_entry(self, took: Sequence[Timing]) -> LinkEntry:
         """From when the last rank had begun until the last had ended."""
@@ -88,8 +102,8 @@ def measure_profile(
     progress: Progress | None = None,
     keep: Keep | None = None,
 ) -> Profile:
-    """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, and messages
-    between `num_ranks` ranks.
+    """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, a batch of
+    each task, and messages between `num_ranks` ranks.
 
     `num_ranks` processes of this machine measure at once; 1: this process does. `most_devices`: counts go up to there
     instead, as smaller local batches. `progress(done, total)` is called after each entry, `keep(profile)` about once a
@@ -98,11 +112,12 @@ def measure_profile(
     here = _conditions(captured, num_ranks, optimizer)
     found = _merged(known, here)
     metagraph = contract(captured.graph)
-    todo = list(_missing(metagraph, found, most_devices or num_devices, num_ranks))
+    todo = list(_missing(metagraph, workload.tasks.values(), found, most_devices or num_devices, num_ranks))
     if not todo:
         return found
     job = BenchJob(
         captured=captured,
+        tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
         batches={name: task.first_batch() for name, task in workload.tasks.items()},
         chains={kind: names for kind, (names, _) in _kinds(metagraph).items()},
         optimizer=optimizer,
@@ -112,10 +127,7 @@ def measure_profile(
     kept_s = time.monotonic()
     with _crew(job, num_ranks) as crew:
         for done, item in enumerate(todo, 1):
-            entry = item.entry(crew.call(item.method, *item.arguments))
-            links = (entry,) if isinstance(entry, LinkEntry) else ()
-            entries = (entry,) if isinstance(entry, ProfileEntry) else ()
-            found = found.merge(Profile(here.device, here.versions, entries, links))
+            found = item.added_to(found, crew.call(item.method, *item.arguments))
             if keep is not None and (time.monotonic() - kept_s > KEEP_S or done == len(todo)):
                 keep(found)
                 kept_s = time.monotonic()
@@ -175,7 +187,11 @@ def _merged(known: Profile | None, here: Profile) -> Profile:
         )
     dtypes = sorted({*then.get("dtype", now["dtype"]).split(", "), now["dtype"]})
     versions = {**then, **now, "dtype": ", ".join(dtypes)}
-    return Profile(known.device, tuple(sorted(versions.items())), known.entries, known.links)
+    return replace(known, versions=tuple(sorted(versions.items())))
+
+
+def _stayed_behind(batch: Batch) -> torch.Tensor:
+    raise AssertionError("loaders are measured without their tasks' functions, and the modules these bring along")
 
 
 def _kinds(metagraph: MetaGraph) -> Mapping[str, tuple[tuple[str, ...], int]]:
@@ -189,11 +205,16 @@ def _kinds(metagraph: MetaGraph) -> Mapping[str, tuple[tuple[str, ...], int]]:
     return found
 
 
-def _missing(metagraph: MetaGraph, known: Profile, num_devices: int, num_ranks: int) -> Iterator[Todo]:
+def _missing(
+    metagraph: MetaGraph, tasks: Iterable[Task], known: Profile, num_devices: int, num_ranks: int
+) -> Iterator[Todo]:
     for kind, (_, limit) in _kinds(metagraph).items():
         for count in counts_to_measure(limit, num_devices):
             if count not in known.by_kind.get(kind, {}):
                 yield Todo("operator", (kind, count))
+    for task in tasks:
+        if (task.name, task.batch_size) not in known.load_s:
+            yield Todo("load", (task.name,), task.batch_size)
     groups = sorted({*(2**i for i in range(1, num_ranks.bit_length())), num_ranks} - {1})
     for num_bytes in MESSAGE_BYTES if num_ranks > 1 else ():
         for members in (count for count in groups if count <= num_ranks):

@@ -40,6 +40,11 @@ class Device:
     parallel_units: int = 108
     float32_rate: float = 0.5
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether what a rank does beside its computation, such as loading, takes time from it."""
+        return self.name.startswith("cpu")
+
     def __post_init__(self) -> None:
         positive = ["memory_bytes", "peak_flops", "memory_bytes_per_s"]
         positive += ["matmul_efficiency", "attention_efficiency", "float32_rate"]

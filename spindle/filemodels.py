@@ -8,7 +8,7 @@ from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, Wave, sorted_pairs
-from spindle.profile import LinkEntry, LinkLevel, LinkOperation, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
 
@@ -56,6 +56,7 @@ class _MetaOpModel(_JsonModel):
     layer_state_bytes: float = 0.0
     recomputed_bytes: float = 0.0
     layer_update_s: float = 0.0
+    load_s: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
@@ -77,6 +78,7 @@ class MetaGraphModel(_JsonModel):
     metaops: tuple[_MetaOpModel, ...]
     flows: tuple[tuple[str, str], ...] = ()
     flow_bytes: tuple[float | None, ...] = ()
+    shard_optimizer: bool = False
 
     @classmethod
     def of(cls, graph: MetaGraph) -> "MetaGraphModel":
@@ -85,6 +87,7 @@ class MetaGraphModel(_JsonModel):
             metaops=tuple(_MetaOpModel.model_validate(metaop) for metaop in graph.metaops),
             flows=tuple((flow.source, flow.target) for flow in graph.flows),
             flow_bytes=tuple(flow.num_bytes for flow in graph.flows),
+            shard_optimizer=graph.shard_optimizer,
         )
 
     def value(self) -> MetaGraph:
@@ -93,7 +96,7 @@ class MetaGraphModel(_JsonModel):
         if len(payloads) != len(self.flows):
             raise FormatError(f"flow_bytes has {len(payloads)} values for {len(self.flows)} flows; give one each")
         flows = (Flow(*pair, payload) for pair, payload in zip(self.flows, payloads, strict=True))
-        return MetaGraph(tuple(metaop.value() for metaop in self.metaops), tuple(flows))
+        return MetaGraph(tuple(metaop.value() for metaop in self.metaops), tuple(flows), self.shard_optimizer)
 
 
 class _SliceModel(_JsonModel):
@@ -248,6 +251,13 @@ class _LinkEntryModel(_JsonModel):
     spread: float = 0.0
 
 
+class _LoadEntryModel(_JsonModel):
+    task: str
+    batch_size: int
+    seconds: float
+    spread: float = 0.0
+
+
 class ProfileModel(_JsonModel):
     """A profile file."""
 
@@ -257,6 +267,7 @@ class ProfileModel(_JsonModel):
     versions: Annotated[dict[str, str], BeforeValidator(_table)] = {}
     entries: tuple[_EntryModel, ...]
     links: tuple[_LinkEntryModel, ...] = ()
+    loads: tuple[_LoadEntryModel, ...] = ()
 
     @classmethod
     def of(cls, profile: Profile) -> "ProfileModel":
@@ -267,7 +278,8 @@ class ProfileModel(_JsonModel):
         """The value, checked."""
         entries = tuple(ProfileEntry(**dict(entry)) for entry in self.entries)
         links = tuple(LinkEntry(**dict(entry)) for entry in self.links)
-        return Profile(self.device, tuple(sorted(self.versions.items())), entries, links)
+        loads = tuple(LoadEntry(**dict(entry)) for entry in self.loads)
+        return Profile(self.device, tuple(sorted(self.versions.items())), entries, links, loads)
 
 
 class _SpanModel(_JsonModel):

@@ -22,6 +22,7 @@ Points = tuple[tuple[int, float], ...]
 """(device count, value) pairs, counts rising and unique."""
 
 
+_AMOUNTS = ("layer_param_bytes", "layer_state_bytes", "recomputed_bytes", "layer_update_s", "load_s", "output_bytes")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -46,6 +47,7 @@ class MetaOp:
     recomputed_bytes      of memory_bytes: activations of one layer, whole batch, that exist only while backward
                           computes them again, so once on a device
     layer_update_s        seconds of the optimiser's step over one layer, once a device for MetaOps that share it
+    load_s                seconds in which a rank loads a batch of the task; 0: the MetaOp reads no field of it
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
     forward_fraction      share of layer_time_s that is forward
@@ -63,6 +65,7 @@ class MetaOp:
     layer_state_bytes: float = 0.0
     recomputed_bytes: float = 0.0
     layer_update_s: float = 0.0
+    load_s: float = 0.0
     output_bytes: float = 0.0
     parameters: str = ""
     forward_fraction: float = 1 / 3
@@ -84,7 +87,7 @@ class MetaOp:
             raise GraphError(
                 f"MetaOp {self.name!r}: forward_fraction is {self.forward_fraction!r}; it must be between 0 and 1"
             )
-        for label in ("layer_param_bytes", "layer_state_bytes", "recomputed_bytes", "layer_update_s", "output_bytes"):
+        for label in _AMOUNTS:
             if not 0 <= getattr(self, label) < math.inf:
                 raise GraphError(f"MetaOp {self.name!r}: {label} is {getattr(self, label)!r}; it must be 0 or more")
         for count, degree in self.tensor_parallel:
@@ -127,10 +130,15 @@ class Flow:
 
 @dataclass(frozen=True)
 class MetaGraph:
-    """MetaOps and the flows between them: a DAG."""
+    """MetaOps and the flows between them: a DAG.
+
+    `shard_optimizer`: the devices that hold a layer divide its optimiser's step, and then send each other what they
+    have updated.
+    """
 
     metaops: tuple[MetaOp, ...]
     flows: tuple[Flow, ...] = ()
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if not self.metaops:

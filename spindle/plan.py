@@ -257,7 +257,7 @@ def laid_out(plan: Plan, metagraph: MetaGraph) -> Plan:
 
 def without_operators(metagraph: MetaGraph) -> MetaGraph:
     """The MetaGraph as a plan carries it: costs and flows, not what was contracted."""
-    return MetaGraph(tuple(replace(metaop, operators=()) for metaop in metagraph.metaops), metagraph.flows)
+    return replace(metagraph, metaops=tuple(replace(metaop, operators=()) for metaop in metagraph.metaops))
 
 
 def sorted_pairs(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:

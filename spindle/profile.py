@@ -1,8 +1,9 @@
-"""Profile: measured times of operator kinds and of links, to price a MetaGraph with and to plan on.
+"""Profile: measured times of operator kinds, links and loaders, to price a MetaGraph with and to plan on.
 
 An entry is one operator kind on so many devices: seconds of its forward and of its backward on each device's share.
-A link entry is one collective or transfer of so many bytes by a group. Profiles are a database: `merge` adds what
-another workload has measured on the same device type, and `unlike` says why two do not belong together.
+A link entry is one collective or transfer of so many bytes by a group, a load entry one batch of a task. Profiles are a
+database: `merge` adds what another workload has measured on the same device type, and `unlike` says why two do not
+belong together.
 """
 
 from dataclasses import dataclass
@@ -69,6 +70,23 @@ class LinkEntry:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadEntry:
+    """One batch of a task, as a rank's loader gives it."""
+
+    task: str
+    batch_size: int
+    seconds: float
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 < self.seconds < float("inf"):
+            raise ProfileError(
+                f"load entry {self.task!r}: a batch of {self.batch_size} samples took {self.seconds!r} s; give at "
+                "least one sample and a positive time. Measure it again"
+            )
+
+
 CONDITIONS = ("ranks", "threads", "optimizer")
 """What, beside the device, changes measured times so much that profiles which differ in it do not merge."""
 
@@ -85,6 +103,7 @@ class Profile:
     versions: tuple[tuple[str, str], ...] = ()
     entries: tuple[ProfileEntry, ...] = ()
     links: tuple[LinkEntry, ...] = ()
+    loads: tuple[LoadEntry, ...] = ()
 
     @cached_property
     def by_kind(self) -> dict[str, dict[int, ProfileEntry]]:
@@ -104,19 +123,26 @@ class Profile:
         """(operation, level, members, bytes) of every link entry."""
         return frozenset((e.operation, e.level, e.members, e.num_bytes) for e in self.links)
 
+    @cached_property
+    def load_s(self) -> dict[tuple[str, int], float]:
+        """Seconds of a batch by (task, batch size)."""
+        return {(entry.task, entry.batch_size): entry.seconds for entry in self.loads}
+
     @property
     def size(self) -> int:
-        """Entries of both sorts."""
-        return len(self.entries) + len(self.links)
+        """Entries of all sorts."""
+        return len(self.entries) + len(self.links) + len(self.loads)
 
     def describe(self, known: "Profile | None" = None) -> str:
         """One line on what there is, how far repeated runs lie apart, and what of it was `known` before."""
-        spreads = sorted([*(entry.spread for entry in self.entries), *(entry.spread for entry in self.links)])
+        spreads = [entry.spread for entry in self.entries] + [entry.spread for entry in self.links]
+        spreads = sorted(spreads + [entry.spread for entry in self.loads])
         versions = dict(self.versions)
         terms = ", ".join(f"{name} {versions[name]}" for name in ("dtype", *CONDITIONS) if name in versions)
         return (
-            f"{len(self.entries)} times of {len(self.by_kind)} operator kinds and {len(self.links)} of messages on "
-            f"{self.device} ({terms}), {self.size - (known.size if known else 0)} of them new, median spread "
+            f"{len(self.entries)} times of {len(self.by_kind)} operator kinds, {len(self.links)} of messages "
+            f"and {len(self.loads)} of loaders on {self.device} ({terms}), "
+            f"{self.size - (known.size if known else 0)} of them new, median spread "
             f"{spreads[len(spreads) // 2] if spreads else 0.0:.0%}"
         )
 
@@ -139,5 +165,6 @@ class Profile:
             )
         entries = {(entry.kind, entry.num_devices): entry for entry in (*self.entries, *other.entries)}
         links = {(e.operation, e.level, e.members, e.num_bytes): e for e in (*self.links, *other.links)}
+        loads = {(entry.task, entry.batch_size): entry for entry in (*self.loads, *other.loads)}
         versions = tuple(sorted({**dict(self.versions), **dict(other.versions)}.items()))
-        return Profile(self.device, versions, tuple(entries.values()), tuple(links.values()))
+        return Profile(self.device, versions, tuple(entries.values()), tuple(links.values()), tuple(loads.values()))

@@ -1,7 +1,8 @@
 """Rules of the whole step: reductions, update and step as predicted, and what the usual ways are said to take.
 
-The step is run through once more: forward slices in the plan's order, backward in reverse, each as soon as its data and
-its devices are there; then gradients, reduced beside backward where the device type gains by it, and the optimiser.
+The step is run through once more: forward slices in the plan's order, each after its batch where the device loads that
+itself, backward in reverse, each as soon as its data and its devices are there; then gradients, reduced beside backward
+where the device type gains by it, the optimiser, and, where its states are sharded, the parameters that it updated.
 Seconds of one collective come from `spindle.cost.links`, as those of a layer come from the MetaGraph.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from math import isclose
 
 from spindle.cluster import Cluster
-from spindle.cost.links import collective_s
+from spindle.cost.links import Collective, collective_s
 from spindle.plan import Slice
 from spindle.planner.check.case import Finding, PricedCase, received_s
 
@@ -70,27 +71,55 @@ class _Held:
 
 
 def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
-    computed_s, both_s = _backward(case)
+    computed_s, both_s = _backward(case, loads=_loading(case) if cluster.device.is_cpu else {})
     held = _held(case)
-    done_s = _reduce(cluster, [(h, max(computed_s[i] for i in h.slices) - both_s) for h in held])
+    ready = [(h, max(computed_s[i] for i in h.slices) - both_s) for h in held]
+    done_s, order = _reduce(cluster, ready, "reduce" if case.metagraph.shard_optimizer else "all_reduce")
     reduction_s = max(done_s.values(), default=0.0)
     busy_s = defaultdict[int, float](float)
     for h in held:
         for device in h.devices:
             busy_s[device] += h.update_s
-    last_s = max((done_s.get(device, 0.0) + seconds for device, seconds in busy_s.items()), default=0.0)
-    return _Step(both_s, reduction_s, max(last_s - reduction_s, 0.0))
+    for device, seconds in done_s.items():
+        busy_s[device] += seconds
+    if case.metagraph.shard_optimizer:
+        _exchange(cluster, held, order, busy_s)
+    last_s = max([reduction_s, *busy_s.values()])
+    return _Step(_at_least_loading(case, cluster, both_s, last_s), reduction_s, last_s - reduction_s)
 
 
-def _backward(case: PricedCase) -> tuple[list[float], float]:
-    """When each slice's gradients are there, and when backward ends."""
+def _at_least_loading(case: PricedCase, cluster: Cluster, both_s: float, last_s: float) -> float:
+    """Forward and backward with what is waited for where loaders run beside them: no step is shorter than loading."""
+    if cluster.device.is_cpu:
+        return both_s
+    seconds = defaultdict[int, float](float)
+    for (device, _), load_s in _loading(case).items():
+        seconds[device] += load_s
+    return max([both_s, *(load_s - last_s for load_s in seconds.values())])
+
+
+def _loading(case: PricedCase) -> dict[tuple[int, str], float]:
+    """Seconds in which a device loads a task's batch, for all tasks of which it runs a MetaOp that reads fields."""
+    found = dict[tuple[int, str], float]()
+    for _, s in case.slices:
+        metaop = case.metagraph[s.metaop]
+        for device in s.devices if metaop.load_s else ():
+            found.setdefault((device, metaop.task), metaop.load_s)
+    return found
+
+
+def _backward(case: PricedCase, loads: dict[tuple[int, str], float]) -> tuple[list[float], float]:
+    """When each slice's gradients are there, and when backward ends. `loads` stand before a device's first slice that
+    reads a batch."""
     slices = [s for _, s in case.slices]
     moves_s = [both / 2 for both in received_s(case)]
     graph = case.metagraph
     free_s, ends_s = defaultdict[int, float](float), defaultdict[str, float](float)
     for s, moved_s in zip(slices, moves_s, strict=True):
         own = [ends_s[name] for name in (s.metaop, *graph.predecessors[s.metaop])]
-        end_s = max(*own, *(free_s[d] for d in s.devices)) + moved_s + _work_s(case, s, forward=True)
+        task = graph[s.metaop].task
+        loading_s = max(loads.pop((d, task), 0.0) for d in s.devices) if graph[s.metaop].load_s else 0.0
+        end_s = max(*own, *(free_s[d] for d in s.devices)) + moved_s + loading_s + _work_s(case, s, forward=True)
         ends_s[s.metaop] = end_s
         free_s.update(dict.fromkeys(s.devices, end_s))
     turn_s = max(ends_s.values())
@@ -121,18 +150,20 @@ def _held(case: PricedCase) -> list[_Held]:
             for layer in range(s.first_layer, s.first_layer + s.num_layers):
                 runs[metaop.parameters or f"only {metaop.name}"][layer].append(i)
     found = []
+    divided = case.metagraph.shard_optimizer
     for by_layer in runs.values():
         edges = {e for s in {i for held in by_layer.values() for i in held} for e in _edges(case.slices[s][1])}
         for first in sorted(edges & by_layer.keys()):
             count = min(e for e in edges if e > first) - first
             slices = tuple(by_layer[first])
             metaops = [case.metagraph[case.slices[i][1].metaop] for i in slices]
+            devices = tuple(sorted({d for i in slices for d in case.slices[i][1].devices}))
             found.append(
                 _Held(
                     slices=slices,
-                    devices=tuple(sorted({d for i in slices for d in case.slices[i][1].devices})),
+                    devices=devices,
                     num_bytes=count * max(m.layer_param_bytes for m in metaops),
-                    update_s=count * max(m.layer_update_s for m in metaops),
+                    update_s=count * max(m.layer_update_s for m in metaops) / (len(devices) if divided else 1),
                 )
             )
     return found
@@ -142,8 +173,11 @@ def _edges(s: Slice) -> tuple[int, int]:
     return s.first_layer, s.first_layer + s.num_layers
 
 
-def _reduce(cluster: Cluster, ready: list[tuple[_Held, float]]) -> dict[int, float]:
-    """When each device is done after backward. Gradients of the same devices are parts of one message.
+def _reduce(
+    cluster: Cluster, ready: list[tuple[_Held, float]], operation: Collective
+) -> tuple[dict[int, float], list[tuple[int, ...]]]:
+    """When each device is done after backward, and the sets of devices in the order of their reductions. Gradients of
+    the same devices are parts of one message.
 
     All devices meet the reductions in one order: as they become ready, then the longest first.
     """
@@ -153,18 +187,30 @@ def _reduce(cluster: Cluster, ready: list[tuple[_Held, float]]) -> dict[int, flo
         if held.num_bytes and len(held.devices) > 1:
             parts[ready_s if cost < 1 else 0.0, held.devices] += held.num_bytes
             whole[held.devices] += held.num_bytes
-    seconds = {
-        devices: collective_s(
-            "all_reduce", num_bytes, cluster, tuple(Counter(d // cluster.devices_per_node for d in devices).values())
-        )
-        for devices, num_bytes in whole.items()
-    }
+    seconds = {devices: _message_s(cluster, operation, num_bytes, devices) for devices, num_bytes in whole.items()}
+    order = sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1]))
     free_s, beside_s = dict[int, float](), defaultdict[int, float](float)
-    for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
+    for ready_s, devices in order:
         start_s = max(free_s.get(d, ready_s) for d in devices)
         start_s = max(start_s, ready_s)
         end_s = start_s + seconds[devices] * (parts[ready_s, devices] / whole[devices])
         for device in devices:
             free_s[device] = end_s
             beside_s[device] += cost * max(0.0, min(end_s, 0.0) - start_s)
-    return {device: max(end_s, 0.0) + beside_s[device] for device, end_s in free_s.items()}
+    done_s = {device: max(end_s, 0.0) + beside_s[device] for device, end_s in free_s.items()}
+    return done_s, list(dict.fromkeys(devices for _, devices in order))
+
+
+def _message_s(cluster: Cluster, operation: Collective, num_bytes: float, devices: tuple[int, ...]) -> float:
+    """Seconds of one collective, or of as many as devices for equal parts, where each has one of them as its end."""
+    parts = 1 if operation == "all_reduce" else len(devices)
+    members = tuple(Counter(d // cluster.devices_per_node for d in devices).values())
+    return parts * collective_s(operation, num_bytes / parts, cluster, members)
+
+
+def _exchange(cluster: Cluster, held: list[_Held], order: list[tuple[int, ...]], busy_s: dict[int, float]) -> None:
+    """Prolong `busy_s`, until when devices step, by what they then send each other: all parameters that they share."""
+    for devices in order:
+        num_bytes = sum(h.num_bytes for h in held if h.devices == devices)
+        end_s = max(busy_s[d] for d in devices) + _message_s(cluster, "broadcast", num_bytes, devices)
+        busy_s.update(dict.fromkeys(devices, end_s))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from spindle.cluster import Cluster, Link, Protocol
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "reduce", "broadcast"]
 
 
 def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
@@ -29,7 +29,8 @@ def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_
     total = sum(members)
     if total < 2 or num_bytes <= 0:
         return 0.0
-    ring = (total - 1) / total * (2 if operation == "all_reduce" else 1)
+    # from or to one member the whole buffer passes each link of the chain
+    ring = {"all_reduce": 2 * (total - 1) / total, "reduce": 1.0, "broadcast": 1.0}.get(operation, (total - 1) / total)
     seconds = []
     if max(members) > 1:
         in_network = operation == "all_reduce" and len(members) == 1
@@ -44,7 +45,7 @@ def _link_s(link: Link, num_bytes: float, ring: float, *, hops: int, in_network:
     """Seconds over one level of links with the fastest protocol.
 
     `ring` is how often each member of a ring sends the buffer: (n - 1) / n, twice for an all-reduce (Patarasuk and Yuan
-    2009); where the switch reduces (`in_network`), each sends it once.
+    2009), once to or from one of them; where the switch reduces (`in_network`), each sends it once.
     """
     usable = [p for p in link.protocols if in_network or not p.in_network] or [_plain(link, hops + 1)]
     return min(

@@ -9,7 +9,8 @@
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
   trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimiser's step comes once
-  a device too: `layer_update_s`, measured or what moving its states takes.
+  a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
+- Loading comes once a rank and task: `load_s` of the MetaOps that read a field of the batch, as measured, else none.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
 - Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
 """
@@ -44,11 +45,15 @@ def price(
     """
     pricing = pricing or Pricing()
     measured = profile.by_kind if profile else {}
+    loads = profile.load_s if profile else {}
     metaops = tuple(
-        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), pricing) if metaop.operators else metaop
+        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), loads, pricing)
+        if metaop.operators
+        else metaop
         for metaop in metagraph
     )
-    return MetaGraph(metaops, metagraph.flows)
+    sharded = metagraph.shard_optimizer or pricing.shard_optimizer
+    return replace(metagraph, metaops=metaops, shard_optimizer=sharded)
 
 
 def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pricing) -> dict[int, list[int]]:
@@ -70,7 +75,13 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     return dict(sorted(layouts.items()))
 
 
-def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing) -> MetaOp:
+def _price(
+    metaop: MetaOp,
+    cluster: Cluster,
+    measured: Mapping[int, ProfileEntry],
+    loads: Mapping[tuple[str, int], float],
+    pricing: Pricing,
+) -> MetaOp:
     operators, pricing = metaop.operators, pricing.of(metaop.component)
     layouts = valid_layouts(operators, cluster, pricing)
     if not layouts:
@@ -89,7 +100,12 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
     longest = {n: tail(spread, batch / dp) for n, dp in replicas.items()}
     shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
     trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
-    update = _update_s(operators, cluster, measured, pricing)
+    # pieces and shards together are as many as the devices, by which the planner divides a sharded update
+    update = _update_s(operators, cluster, measured, pricing) / (
+        1 if pricing.shard_optimizer else max(degrees.values())
+    )
+    reads = any(operator.batch_fields for operator in operators)
+    base_task = metaop.task.partition("#")[0]  # micro-batches are tasks of their own, and each loads a batch
     return replace(
         metaop,
         layer_time_s=points({n: waits[n] * time.total_s for n, time in times.items()}),
@@ -101,7 +117,8 @@ def _price(metaop: MetaOp, cluster: Cluster, measured: Mapping[int, ProfileEntry
         ),
         layer_param_bytes=trainable / len(operators),
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
-        layer_update_s=update / (max(replicas.values()) if pricing.shard_optimizer else 1) / max(degrees.values()),
+        layer_update_s=update,
+        load_s=loads.get((base_task, batch), 0.0) if reads else 0.0,
         recomputed_bytes=recomputed_bytes(operators, pricing),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,

@@ -14,6 +14,7 @@ from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.planner.check import check_plan
+from spindle.planner.simulate import simulate
 from spindle.planner.solve import solve
 from tests.laws.planner_strategies import clusters, metagraphs
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
@@ -26,16 +27,32 @@ def texts(made: Plan) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ predicted steps
 
 
-def stepped() -> Plan:
+def stepped(*, load_s: float = 0.0, sharded: bool = False) -> Plan:
     """One layer of 1 s on two devices: its 6 bytes of gradients take 6 s (half there, half back, at 1 byte a second),
-    then its update 2 s on each device: 9 s in all."""
-    layer = replace(metaop("a", 1, {2: 1.0}, layer_param_bytes=6.0), layer_update_s=2.0)
-    made = plan(piece("a", range(1), (0, 1), 0.0, 1.0), metagraph=graph(layer))
+    then its update 2 s on each device: 9 s in all, when nothing is loaded and states are not sharded."""
+    layer = replace(metaop("a", 1, {2: 1.0}, layer_param_bytes=6.0), layer_update_s=2.0, load_s=load_s)
+    made = plan(piece("a", range(1), (0, 1), 0.0, 1.0), metagraph=replace(graph(layer), shard_optimizer=sharded))
     return replace(made, cluster=cluster(), reduction_s=6.0, update_s=2.0, step_s=9.0)
 
 
 def test_a_step_by_hand() -> None:
     assert texts(stepped()) == []
+
+
+def test_a_step_with_sharded_states_by_hand() -> None:
+    """Each of the two devices gets half of the sums (3 s each), updates its half (1 s) and hands it out (3 s each)."""
+    made = stepped(sharded=True)
+    assert texts(replace(made, reduction_s=6.0, update_s=1.0 + 6.0, step_s=14.0)) == []
+    assert texts(made)
+
+
+@pytest.mark.parametrize(("name", "load_s", "step_s"), [("cpu", 5.0, 14.0), ("gpu", 5.0, 9.0), ("gpu", 10.0, 10.0)])
+def test_a_step_with_a_loader_by_hand(name: str, load_s: float, step_s: float) -> None:
+    """On a CPU loading comes on top; beside a GPU it is free until it takes longer than the step."""
+    toy = cluster()
+    made = replace(stepped(load_s=load_s), cluster=replace(toy, device=replace(toy.device, name=name)))
+    assert texts(replace(made, step_s=step_s)) == []
+    assert texts(replace(made, step_s=step_s + 0.5))
 
 
 @pytest.mark.parametrize("field", ["reduction_s", "update_s", "step_s"])
@@ -69,18 +86,31 @@ def test_a_reduction_beside_backward_hides() -> None:
     st.sampled_from(("lp", "paper", "sequential", "component_split")),
     st.sampled_from((0.0, 0.3, 1.0)),
     st.lists(st.floats(0.1, 0.9), min_size=7, max_size=7),
+    st.booleans(),
+    st.sampled_from(("cpu", "gpu")),
+    st.lists(st.sampled_from((0.0, 0.1, 50.0)), min_size=7, max_size=7),
 )
 def test_both_models_of_a_step_agree(
-    metagraph: MetaGraph, where: Cluster, method: str, overlap_cost: float, fractions: list[float]
+    metagraph: MetaGraph,
+    where: Cluster,
+    method: str,
+    overlap_cost: float,
+    fractions: list[float],
+    sharded: bool,
+    name: str,
+    loads_s: list[float],
 ) -> None:
-    """The planner's and the checker's, whatever the shares of forward and the cost of overlap; a change is seen."""
-    where = replace(where, device=replace(where.device, overlap_cost=overlap_cost))
+    """The planner's and the checker's, whatever the shares of forward, the cost of overlap, who keeps the optimiser's
+    states and what is loaded, in line or beside; a change is seen. The simulated trace ends with the step."""
+    where = replace(where, device=replace(where.device, overlap_cost=overlap_cost, name=name))
     metaops = (
-        replace(m, forward_fraction=fraction, layer_update_s=0.01 * layer)
-        for layer, (m, fraction) in enumerate(zip(metagraph.metaops, fractions, strict=False))
+        replace(m, forward_fraction=fraction, layer_update_s=0.01 * layer, load_s=load_s)
+        for layer, (m, fraction, load_s) in enumerate(zip(metagraph.metaops, fractions, loads_s, strict=False))
     )
-    made = solve(MetaGraph(tuple(metaops), metagraph.flows), where, method=method, time_limit_s=0.003)
+    whole = MetaGraph(tuple(metaops), metagraph.flows, sharded)
+    made = solve(whole, where, method=method, time_limit_s=0.003)
     assert texts(made) == []
+    assert max(span.end_s for span in simulate(made)) == pytest.approx(made.step_s)
     assert "step_s is" in texts(replace(made, step_s=made.step_s * 0.999))[0]
 
 

@@ -5,6 +5,8 @@ import pytest
 from spindle.planner.reduction import (
     Reduction,
     Share,
+    hand_out_s,
+    handed_out,
     reduce_s,
     reduced_by_device,
     schedule,
@@ -71,6 +73,26 @@ def test_reductions_beside_backward_take_a_share_of_their_time_from_it() -> None
 
 def test_what_is_reduced_in_time_adds_only_what_it_takes_from_backward() -> None:
     assert reduced_by_device(BESIDE, [Reduction((0,), 1.0, -8.0, -4.0)]) == {0: 1.0}
+
+
+def test_sharded_states_are_updated_by_one_and_handed_out_to_all() -> None:
+    """Twelve bytes: three parts are summed to one device each, 4 s each, and handed out alike. Two bytes of devices 0
+    and 1 wait for that."""
+    assert reduce_s(NODES, 12.0, (0, 1, 2), sharded=True) == pytest.approx(3 * 4.0)
+    assert hand_out_s(NODES, 12.0, (0, 1, 2)) == pytest.approx(3 * 4.0)
+    done = schedule(NODES, [((0, 1, 2), 12.0, 0.0), ((0, 1), 2.0, 0.0)], sharded=True)
+    assert [r.end_s for r in done] == pytest.approx([12.0, 14.0])
+    out = handed_out(NODES, done, {0: 15.0, 1: 15.0, 2: 12.5})
+    assert [(r.devices, r.num_bytes) for r in out] == [((0, 1, 2), 12.0), ((0, 1), 2.0)]
+    assert [r.start_s for r in out] == pytest.approx([15.0, 27.0])
+    assert [r.end_s for r in out] == pytest.approx([27.0, 29.0])
+
+
+def test_devices_divide_the_update_of_sharded_states() -> None:
+    layer = replace(metaop("a", 2), layer_update_s=3.0)
+    pieces = [piece("a", range(1), (0, 1, 2), 0, 1), piece("a", range(1, 2), (0,), 1, 2)]
+    assert update_by_device(shares_of(graph(layer), pieces)) == {0: 6.0, 1: 3.0, 2: 3.0}
+    assert update_by_device(shares_of(replace(graph(layer), shard_optimizer=True), pieces)) == {0: 4.0, 1: 1.0, 2: 1.0}
 
 
 def test_nothing_to_reduce_takes_no_time() -> None:
