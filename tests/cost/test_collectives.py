@@ -24,6 +24,14 @@ def test_ring_by_hand() -> None:
     assert collective_s("all_gather", 4e9, PLAIN, (4,)) == pytest.approx(4e-6 + 0.75 * 4e9 / 100e9)
 
 
+def test_from_one_to_all_and_back_the_buffer_passes_each_link_once() -> None:
+    """As a ring's two halves, which each carry all but one part of it; nothing on one device, and no switch helps."""
+    for operation in ("reduce", "broadcast"):
+        assert collective_s(operation, 4e9, PLAIN, (4,)) == pytest.approx(4e-6 + 4e9 / 100e9)
+        assert collective_s(operation, 4e9, PLAIN, (1,)) == 0.0
+        assert collective_s(operation, 4e9, PLAIN, (2,)) == pytest.approx(collective_s("all_reduce", 4e9, PLAIN, (2,)))
+
+
 def test_nothing_to_do() -> None:
     assert collective_s("all_reduce", 1e9, PLAIN, (1,)) == 0.0
     assert collective_s("all_reduce", 0.0, PLAIN, (4,)) == 0.0

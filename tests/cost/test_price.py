@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from spindle.contract import contract
 from spindle.cost.price import price
 from spindle.metagraph import MetaGraph
 from spindle.pricing import Pricing
-from spindle.profile import Profile, ProfileEntry
+from spindle.profile import LoadEntry, Profile, ProfileEntry
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 
@@ -89,6 +90,37 @@ def test_measured_counts_are_taken_as_they_are(metagraph: MetaGraph, cluster: Cl
     b = (1.2 - 0.6) / (1 - 1 / 3)
     assert times[2] == pytest.approx((1.2 - b) + b / 2)
     assert times[6] / times[4] == pytest.approx(predicted[6] / predicted[4])
+
+
+def test_what_reads_a_batch_is_charged_its_loader(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """By task and batch size; what reads none, or another task or size, is not."""
+    metaop = metagraph["pair.image"]
+    reading = tuple(replace(op, batch_fields=("pixels",)) for op in metaop.operators)
+    read = MetaGraph(tuple(replace(m, operators=reading) if m is metaop else m for m in metagraph), metagraph.flows)
+    size = metaop.operators[0].batch_size
+    others = (
+        LoadEntry(task="pair", batch_size=2 * size, seconds=1.0),
+        LoadEntry(task="x", batch_size=size, seconds=2.0),
+    )
+    assert not any(m.load_s for m in price(read, cluster, Profile("t", loads=others)))
+    loads = (LoadEntry(task="pair", batch_size=size, seconds=0.5), *others)
+    found = {m.name: m.load_s for m in price(read, cluster, Profile("t", loads=loads)) if m.load_s}
+    assert found == {"pair.image": 0.5}
+
+
+def test_micro_batches_load_a_batch_each(metagraph: MetaGraph, cluster: Cluster) -> None:
+    metaop = metagraph["pair.image"]
+    reading = tuple(replace(op, task="pair#1", batch_fields=("pixels",)) for op in metaop.operators)
+    loads = (LoadEntry(task="pair", batch_size=reading[0].batch_size, seconds=0.5),)
+    part = MetaGraph((replace(metaop, task="pair#1", operators=reading),))
+    assert price(part, cluster, Profile("t", loads=loads))["pair.image"].load_s == 0.5
+
+
+def test_sharded_states_are_told_and_updates_left_whole(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Who divides an update is known by plan."""
+    plain, sharded = price(metagraph, cluster), price(metagraph, cluster, pricing=Pricing(shard_optimizer=True))
+    assert (plain.shard_optimizer, sharded.shard_optimizer) == (False, True)
+    assert [m.layer_update_s for m in sharded] == [m.layer_update_s for m in plain]
 
 
 def test_forward_fraction_is_measured(metagraph: MetaGraph, cluster: Cluster) -> None:

@@ -1,14 +1,17 @@
 """Profiler: what is known is not measured again, what does not belong together is refused."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+import spindle
 from spindle.capture import Captured, capture
 from spindle.errors import ProfileError
 from spindle.profile import Profile
+from spindle.runtime.measure import MIN_REPEATS
 from spindle.runtime.profiler import MESSAGE_BYTES, counts_to_measure, measure_profile
 from spindle.workload import Workload
 from tests.tiny_workloads import two_towers
@@ -92,6 +95,37 @@ def test_trained_kinds_have_an_update_and_losses_none() -> None:
     for entry in whole().entries:
         trained = any(p.trainable for p in operators[entry.kind].parameters)
         assert (entry.update_s > 0) == trained
+
+
+def test_each_task_has_the_time_of_its_loader() -> None:
+    """By its batch size; a profile that lacks one measures that one."""
+    tasks = captured()[0].tasks.values()
+    assert {(e.task, e.batch_size) for e in whole().loads} == {(task.name, task.batch_size) for task in tasks}
+    assert all(entry.seconds > 0 for entry in whole().loads)
+    found, measured = profile(replace(whole(), loads=whole().loads[1:]))
+    assert measured == 1
+    assert found.loads[:-1] == whole().loads[1:]
+    assert found.entries == whole().entries
+
+
+def test_data_that_ends_starts_over_while_it_is_measured() -> None:
+    workload = spindle.Workload("short")
+    layer = workload.component("layer", torch.nn.Linear(2, 1))
+    passes: list[int] = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        passes.append(1)
+        yield {"x": torch.ones(4, 2)}
+
+    @workload.task("t", batch_size=4, data=batches, on_end="stop")
+    def fit(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return layer(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    found = capture(workload)
+    passes.clear()
+    (entry,) = measure_profile(workload, found, num_devices=1, seconds_per_entry=0.0).loads
+    assert (entry.task, entry.batch_size) == ("t", 4)
+    assert len(passes) > MIN_REPEATS
 
 
 def test_two_ranks_also_measure_messages() -> None:

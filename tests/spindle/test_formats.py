@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from spindle.errors import FormatError, InputError
 from spindle.formats import dumps, loads, read, write, write_text
 from spindle.metagraph import Flow, MetaGraph, MetaOp
 from spindle.plan import Certificate, Memory, Plan, Slice, make_waves
-from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 from tests.spindle import value_strategies as values
 
@@ -58,6 +59,7 @@ PROFILE = Profile(
     (("torch", "2"),),
     (ProfileEntry(kind="k", num_devices=1, forward_s=1.0, backward_s=2.0),),
     (LinkEntry(operation="all_reduce", level="intra_node", members=2, num_bytes=8, seconds=0.1),),
+    (LoadEntry(task="t", batch_size=4, seconds=0.01),),
 )
 TRACE = Trace(
     num_ranks=2,
@@ -111,6 +113,23 @@ def test_traces_survive(trace: Trace) -> None:
 def test_one_value_has_one_text(sample: str, kind: type) -> None:
     """Text, value, text: the same bytes, so that files can be compared and digested."""
     assert dumps(loads(sample, kind)) == sample
+
+
+@pytest.mark.parametrize(
+    ("value", "left_out"),
+    [(PROFILE, ["loads"]), (GRAPH, ["shard_optimizer"]), (GRAPH, ["metaops", "load_s"])],
+    ids=["profile", "metagraph", "metaop"],
+)
+def test_files_of_before_loaders_and_sharding_were_priced_are_read(
+    value: Profile | MetaGraph, left_out: list[str]
+) -> None:
+    """What they lack is none."""
+    data = json.loads(dumps(value))
+    for item in data[left_out[0]] if len(left_out) > 1 else [data]:
+        del item[left_out[-1]]
+    without = replace(value, loads=()) if isinstance(value, Profile) else value
+    kind = Profile if isinstance(value, Profile) else MetaGraph
+    assert loads(json.dumps(data), kind) == without  # type: ignore[type-var]
 
 
 def test_the_metagraph_of_the_contract_is_read() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.errors import ProfileError
-from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")
@@ -17,6 +17,10 @@ def entry(kind: str = "Block-1", devices: int = 1, forward: float = 1.0, backwar
 
 def link(members: int = 2, num_bytes: int = 1024, seconds: float = 0.1) -> LinkEntry:
     return LinkEntry(operation="all_reduce", level="intra_node", members=members, num_bytes=num_bytes, seconds=seconds)
+
+
+def load(task: str = "speech", batch_size: int = 8, seconds: float = 0.1) -> LoadEntry:
+    return LoadEntry(task=task, batch_size=batch_size, seconds=seconds)
 
 
 def merged(first: str, second: str) -> Profile:
@@ -40,6 +44,9 @@ RULES: dict[str, Refusal] = {
     "a link of no bytes": (lambda: link(num_bytes=0), "0 bytes", "one byte", "Measure it again"),
     "a link in no time": (lambda: link(seconds=0.0), "0.0 s", "a positive time", "Measure it again"),
     "a link of no number": (lambda: link(seconds=NAN), "nan s", "a positive time", "Measure it again"),
+    "a load of no samples": (lambda: load(batch_size=0), "'speech'", "0 samples", "Measure it again"),
+    "a load in no time": (lambda: load(seconds=0.0), "0.0 s", "a positive time", "Measure it again"),
+    "a load of no number": (lambda: load(seconds=NAN), "nan s", "a positive time", "Measure it again"),
     "one entry twice": (
         lambda: Profile("cpu", (), (entry(), entry(forward=3.0))).by_kind,
         "'Block-1' on 1 devices",
@@ -66,14 +73,16 @@ def test_entries_by_kind_and_count() -> None:
 
 
 profiles = st.builds(
-    lambda entries, links, versions: Profile(
+    lambda entries, links, loads, versions: Profile(
         "cpu",
         tuple(sorted(versions.items())),
         tuple(entry(kind, n, time) for (kind, n), time in entries.items()),
         tuple(link(members, size, time) for (members, size), time in links.items()),
+        tuple(load(task, size, time) for (task, size), time in loads.items()),
     ),
     st.dictionaries(st.tuples(st.sampled_from("ab"), st.integers(1, 3)), st.floats(0.1, 1.0), max_size=4),
     st.dictionaries(st.tuples(st.integers(2, 3), st.integers(1, 3)), st.floats(0.1, 1.0), max_size=4),
+    st.dictionaries(st.tuples(st.sampled_from("ab"), st.integers(1, 3)), st.floats(0.1, 1.0), max_size=4),
     st.dictionaries(st.sampled_from(("torch", "nccl")), st.sampled_from("12"), max_size=2),
 )
 
@@ -84,6 +93,8 @@ def test_merge_keeps_all_and_the_newer(first: Profile, second: Profile) -> None:
     both = first.merge(second)
     assert set(second.entries) <= set(both.entries)
     assert set(second.links) <= set(both.links)
+    assert both.load_s == first.load_s | second.load_s
+    assert len(both.loads) == len(both.load_s)
     measured = {(e.kind, e.num_devices) for e in (*first.entries, *second.entries)}
     assert sorted(measured) == sorted((e.kind, e.num_devices) for e in both.entries)
     assert both.by_kind.keys() == {kind for kind, _ in measured}

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, make_waves
-from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
 text = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=8)
@@ -28,6 +28,7 @@ def metagraphs(draw: st.DrawFn) -> MetaGraph:
             memory_bytes=points(draw(st.dictionaries(counts, amounts, max_size=4))),
             layer_param_bytes=draw(amounts),
             layer_state_bytes=draw(amounts),
+            load_s=draw(amounts),
             output_bytes=draw(amounts),
             parameters=draw(st.one_of(st.just(""), text)),
             forward_fraction=draw(st.floats(0, 1)),
@@ -35,7 +36,8 @@ def metagraphs(draw: st.DrawFn) -> MetaGraph:
         for name in names
     )
     pairs = [(a, b) for i, b in enumerate(names) for a in names[:i] if draw(st.booleans())]
-    return MetaGraph(metaops, tuple(Flow(a, b, draw(st.one_of(st.none(), amounts))) for a, b in pairs))
+    flows = tuple(Flow(a, b, draw(st.one_of(st.none(), amounts))) for a, b in pairs)
+    return MetaGraph(metaops, flows, shard_optimizer=draw(st.booleans()))
 
 
 time_prices = st.builds(
@@ -134,6 +136,9 @@ profiles = st.builds(
         ),
         max_size=3,
     ).map(tuple),
+    st.lists(st.builds(LoadEntry, task=text, batch_size=counts, seconds=seconds, spread=amounts), max_size=3).map(
+        tuple
+    ),
 )
 
 traces = st.builds(

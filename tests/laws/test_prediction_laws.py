@@ -1,0 +1,70 @@
+"""A predicted step has the rare instructions of the program that the same plan is lowered to, on the same ranks."""
+
+import random
+from dataclasses import replace
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from spindle.cluster import Cluster
+from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
+from spindle.metagraph import MetaGraph, MetaOp
+from spindle.plan import Plan
+from spindle.planner.simulate import simulate
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.program import Op, Program
+from spindle.trace import SpanKind, Trace
+from tests.random_plans import random_plan
+from tests.task_graphs import random_task_graph
+
+LOAD_S = 0.25
+
+
+def lowered_and_predicted(seed: int, *, sharded: bool) -> tuple[Plan, Program, Trace]:
+    """A random plan on CPUs, all of whose MetaOps read a batch in each layer or in none."""
+    rng = random.Random(seed)
+    sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))
+    metagraph = contract(sample.graph)
+    assume(all(len({bool(op.batch_fields) for op in metaop.operators}) == 1 for metaop in metagraph))
+    plan = random_plan(metagraph, rng.randint(1, 5), seed)
+    shard = {"losses": sample.losses, "weights": sample.weights, "shard_optimizer": sharded}
+    program = lower(plan, metagraph, sample.graph, **shard)  # type: ignore[arg-type]
+    costs = MetaGraph(tuple(_priced(m, plan) for m in metagraph), metagraph.flows, shard_optimizer=sharded)
+    return plan, program, simulate(plan, costs, _cluster(plan))
+
+
+def _priced(metaop: MetaOp, plan: Plan) -> MetaOp:
+    trained = any(p.trainable for op in metaop.operators for p in op.parameters)
+    return replace(
+        metaop,
+        layer_time_s=tuple((n, 1.0) for n in range(1, plan.num_devices + 1)),
+        layer_param_bytes=8.0 if trained else 0.0,
+        load_s=LOAD_S if metaop.operators[0].batch_fields else 0.0,
+    )
+
+
+def _cluster(plan: Plan) -> Cluster:
+    return parse_cluster(f"1x{plan.num_devices}:cpu")
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.integers(0, 10**9), st.booleans())
+def test_ranks_load_what_they_are_predicted_to(seed: int, sharded: bool) -> None:
+    """Each rank each task once, and for as long as was measured."""
+    _, program, trace = lowered_and_predicted(seed, sharded=sharded)
+    loads = sorted((s.rank, s.task) for s in trace if s.kind is SpanKind.LOAD)
+    assert loads == sorted(
+        (rank, i.target) for rank, own in enumerate(program.instructions) for i in own if i.op is Op.LOAD
+    )
+    assert all(abs(s.end_s - s.start_s - LOAD_S) < 1e-9 for s in trace if s.kind is SpanKind.LOAD)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.integers(0, 10**9), st.booleans())
+def test_new_parameters_go_where_they_are_predicted_to(seed: int, sharded: bool) -> None:
+    """To the ranks that hold what another has updated, and nowhere where states are not sharded."""
+    _, program, trace = lowered_and_predicted(seed, sharded=sharded)
+    gathering = {rank for rank, own in enumerate(program.instructions) if any(i.op is Op.GATHER for i in own)}
+    assert {s.rank for s in trace if s.name.startswith("new parameters")} == gathering
+    assert sharded or not gathering
