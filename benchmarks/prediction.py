@@ -132,9 +132,13 @@ def planned(module: ModuleType, profile: spindle.Profile, cluster: str) -> Itera
 
 
 def by_kind(trace: Trace) -> dict[str, float]:
-    """Milliseconds of a rank and step in each kind of work; waits for messages and sums are in theirs."""
-    steps = len({span.step for span in trace})
-    return {str(kind): 1e3 * trace.busy_s(kind) / steps / trace.num_ranks for kind in SpanKind}
+    """Milliseconds of a rank and step in each kind of work, and in none. Measured waits for messages and sums are in
+    theirs, predicted ones in none.
+    """
+    steps = {span.step for span in trace}
+    found = {str(kind): 1e3 * trace.busy_s(kind) / len(steps) / trace.num_ranks for kind in SpanKind}
+    whole = 1e3 * sum(map(trace.step_s, steps)) / len(steps)
+    return found | {"rest": whole - sum(found.values())}
 
 
 def medians(found: list[dict[str, float]]) -> dict[str, float]:
