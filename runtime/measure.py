@@ -43,15 +43,16 @@ Mark = float | torch.cuda.Event
 class Timing:
     """Median seconds of one layer and of one optimiser step over it, and the quartiles' distance over the median.
 
-    `runs` are forward and backward of each run, for ranks that must wait for each other. Of a message they are when
-    this rank began and ended, and the seconds mean nothing.
+    `runs` are forward, backward and bare forward of each run, for ranks that must wait for each other. Of a message
+    they are when this rank began and ended, and the seconds mean nothing.
     """
 
     forward_s: float
     backward_s: float = 0.0
+    bare_forward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
-    runs: tuple[tuple[float, float], ...] = ()
+    runs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,23 +101,24 @@ class Bench:
     def operator(self, kind: str, count: int) -> Timing:
         """Time a layer of `kind` on the samples that it would have on one of `count` devices."""
         chain = self._chain(kind, count)
-        forward, backward = [], []
+        runs: list[tuple[float, ...]] = []
         started = time.perf_counter()
         for repeat in range(MAX_REPEATS + 1):
-            forward_s, backward_s = self._once(chain)
+            run = (*self._once(chain), self._bare(chain))
             if repeat:  # the first warms up
-                forward.append(forward_s / len(chain.codes))
-                backward.append(backward_s / len(chain.codes))
-            if len(forward) >= MIN_REPEATS and time.perf_counter() - started > self.job.seconds:
+                runs.append(tuple(seconds / len(chain.codes) for seconds in run))
+            if len(runs) >= MIN_REPEATS and time.perf_counter() - started > self.job.seconds:
                 break
         if kind not in self.update_s:
             self.update_s[kind] = self._update(chain)
+        forward_s, backward_s, bare_s = map(statistics.median, zip(*runs, strict=True))
         return Timing(
-            forward_s=statistics.median(forward),
-            backward_s=statistics.median(backward) if chain.live else 0.0,
+            forward_s=forward_s,
+            backward_s=backward_s if chain.live else 0.0,
+            bare_forward_s=bare_s if chain.live else 0.0,
             update_s=self.update_s[kind],
-            spread=spread([f + b for f, b in zip(forward, backward, strict=True)]),
-            runs=tuple(zip(forward, backward, strict=True)),
+            spread=spread([f + b for f, b, _ in runs]),
+            runs=tuple(runs),
         )
 
     def _chain(self, kind: str, count: int) -> _Chain:
@@ -147,18 +149,7 @@ class Bench:
         """Seconds of forward and of backward of the whole chain."""
         self._fill_caches()
         start = self._mark()
-        values = {
-            name: value.detach().requires_grad_(self.job.captured.graph.tensors[name].needs_grad)
-            for name, value in chain.inputs.items()
-        }
-        with (
-            torch.set_grad_enabled(bool(chain.live)),
-            computing_in(self.job.captured.precision, self.device),
-            drawing_from(Stream(device=self.device)),
-        ):
-            for code in chain.codes:
-                arguments = list(_arguments(code, values, chain))
-                values.update(zip(code.outputs, code.module(*arguments), strict=True))
+        values = self._forward(chain, keeps=bool(chain.live))
         middle = self._mark()
         ends = [values[name] for name in chain.live]
         self._fill_caches()
@@ -168,6 +159,31 @@ class Bench:
         end = self._mark()
         self._settle()
         return _seconds(start, middle), _seconds(again, end)
+
+    def _bare(self, chain: _Chain) -> float:
+        """Seconds of forward that keeps nothing, as where activations are computed again: a quarter less on a CPU."""
+        self._fill_caches()
+        start = self._mark()
+        self._forward(chain, keeps=False)
+        end = self._mark()
+        self._settle()
+        return _seconds(start, end)
+
+    def _forward(self, chain: _Chain, *, keeps: bool) -> dict[str, Tensor]:
+        """All values of the chain, with their graph or without."""
+        values = {
+            name: value.detach().requires_grad_(self.job.captured.graph.tensors[name].needs_grad)
+            for name, value in chain.inputs.items()
+        }
+        with (
+            torch.set_grad_enabled(keeps),
+            computing_in(self.job.captured.precision, self.device),
+            drawing_from(Stream(device=self.device)),
+        ):
+            for code in chain.codes:
+                arguments = list(_arguments(code, values, chain))
+                values.update(zip(code.outputs, code.module(*arguments), strict=True))
+        return values
 
     def _update(self, chain: _Chain) -> float:
         """Seconds of the optimiser's step over one layer's trained parameters, as part of a step over many."""

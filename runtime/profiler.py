@@ -57,13 +57,13 @@ class Todo:
         return replace(profile, links=(*profile.links, self._link_entry(took)))
 
     def _operator_entry(self, took: Sequence[Timing]) -> ProfileEntry:
-        names = ("forward_s", "backward_s", "update_s", "spread")
+        names = ("forward_s", "backward_s", "bare_forward_s", "update_s", "spread")
         mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in names}
         kind, count = self.arguments
         if count > 1 and mean["backward_s"]:
             together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
-            mean["forward_s"] = statistics.median(max(f for f, _ in runs) for runs in together)
-            mean["backward_s"] = statistics.median(max(b for _, b in runs) for runs in together)
+            for index, name in enumerate(names[:3]):
+                mean[name] = statistics.median(max(run[index] for run in runs) for runs in together)
         return ProfileEntry(kind=kind, num_devices=count, **mean)
 
     def _load_entry(self, took: Sequence[Timing]) -> LoadEntry:

@@ -238,6 +238,7 @@ class _EntryModel(_JsonModel):
     forward_s: float
     backward_s: float
     peak_bytes: float = 0.0
+    bare_forward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
 

@@ -17,8 +17,9 @@ from spindle.errors import ProfileError
 class ProfileEntry:
     """Operator `kind` on `num_devices` devices, each holding its share of the batch; medians of repeated runs.
 
-    update_s   the optimiser's step over the trained parameters of one layer (0: none, or not measured)
-    spread     distance of the quartiles of forward and backward together, over their median
+    bare_forward_s   forward that keeps nothing, as where activations are computed again (0: not measured)
+    update_s         the optimiser's step over the trained parameters of one layer (0: none, or not measured)
+    spread           distance of the quartiles of forward and backward together, over their median
     """
 
     kind: str
@@ -26,6 +27,7 @@ class ProfileEntry:
     forward_s: float
     backward_s: float
     peak_bytes: float = 0.0
+    bare_forward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
 
@@ -37,10 +39,10 @@ class ProfileEntry:
                 f"profile entry {self.kind!r} on {self.num_devices} devices: forward {self.forward_s!r} s, "
                 f"backward {self.backward_s!r} s; forward must be positive, backward zero or more. Measure it again"
             )
-        if not (0 <= self.update_s < float("inf") and 0 <= self.spread < float("inf")):
+        if not all(0 <= value < float("inf") for value in (self.bare_forward_s, self.update_s, self.spread)):
             raise ProfileError(
-                f"profile entry {self.kind!r} on {self.num_devices} devices: update {self.update_s!r} s, spread "
-                f"{self.spread!r}; both are zero or more. Measure it again"
+                f"profile entry {self.kind!r} on {self.num_devices} devices: bare forward {self.bare_forward_s!r} s, "
+                f"update {self.update_s!r} s, spread {self.spread!r}; all are zero or more. Measure it again"
             )
 
 

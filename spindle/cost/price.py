@@ -89,8 +89,8 @@ def _price(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
         )
     predicted, degrees = _predict(operators, cluster, layouts, pricing)
-    if pricing.recompute:  # profiles know nothing of it; predictions have it already
-        measured = {n: replace(e, backward_s=e.backward_s + e.forward_s) for n, e in measured.items() if e.backward_s}
+    if pricing.recompute:  # predictions have it already
+        measured = {n: _recomputed(entry) for n, entry in measured.items() if entry.backward_s}
     degrees |= dict.fromkeys(measured.keys() & degrees.keys(), 1)  # what was measured was data parallel
     times = {n: _measured_or(predicted, n, measured) for n in layouts}
     first = next(iter(times.values()))
@@ -124,6 +124,12 @@ def _price(
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
+
+
+def _recomputed(entry: ProfileEntry) -> ProfileEntry:
+    """Forward keeps nothing, and comes once more before backward; then it keeps one layer's, which is as quick."""
+    forward_s = entry.bare_forward_s or entry.forward_s
+    return replace(entry, forward_s=forward_s, backward_s=entry.backward_s + forward_s)
 
 
 def _update_s(

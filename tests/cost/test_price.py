@@ -116,6 +116,18 @@ def test_micro_batches_load_a_batch_each(metagraph: MetaGraph, cluster: Cluster)
     assert price(part, cluster, Profile("t", loads=loads))["pair.image"].load_s == 0.5
 
 
+def test_recompute_takes_the_forward_that_keeps_nothing(metagraph: MetaGraph, cluster: Cluster) -> None:
+    """Twice, where it was measured; else forward twice."""
+    kind = metagraph["pair.image"].operators[0].kind
+    for bare_s, total_s in ((0.25, 0.25 + 1.0 + 0.25), (0.0, 0.5 + 1.0 + 0.5)):
+        entry = ProfileEntry(kind=kind, num_devices=1, forward_s=0.5, backward_s=1.0, bare_forward_s=bare_s)
+        profile = Profile("t", entries=(entry,))
+        again = price(metagraph, cluster, profile, Pricing(recompute=True))["pair.image"]
+        assert again.times[1] == pytest.approx(total_s)
+        assert again.forward_fraction == pytest.approx((bare_s or 0.5) / total_s)
+        assert price(metagraph, cluster, profile)["pair.image"].times[1] == pytest.approx(1.5)
+
+
 def test_sharded_states_are_told_and_updates_left_whole(metagraph: MetaGraph, cluster: Cluster) -> None:
     """Who divides an update is known by plan."""
     plain, sharded = price(metagraph, cluster), price(metagraph, cluster, pricing=Pricing(shard_optimizer=True))

@@ -122,6 +122,8 @@ profiles = st.builds(
             forward_s=seconds,
             backward_s=amounts,
             peak_bytes=amounts,
+            bare_forward_s=amounts,
+            update_s=amounts,
         ),
         max_size=4,
     ).map(tuple),
