@@ -34,8 +34,8 @@ class Source:
     executable: bool = False
 
 
-def load_source(source: str) -> Source:
-    """Load any source.
+def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
+    """Load any source; `on_task` is told which task of a model is being traced.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
@@ -55,7 +55,7 @@ def load_source(source: str) -> Source:
 
     workload, module = load_workload(source)
     pricing = pricing_of(workload, getattr(module, "optimizer", None))
-    return Source(contract(capture(workload).graph), pricing, executable=True)
+    return Source(contract(capture(workload, on_task).graph), pricing, executable=True)
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:

@@ -16,6 +16,7 @@ eager runs the user's functions as they are, with the same random numbers: what 
 """
 
 import warnings
+from collections.abc import Callable
 
 from spindle.capture.blocks import find_blocks
 from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
@@ -33,8 +34,10 @@ LARGE = 5_000_000  # parameters; below that an operator in one piece costs a pla
 __all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
 
 
-def capture(workload: Workload) -> Captured:
+def capture(workload: Workload, on_task: Callable[[str], object] = str) -> Captured:
     """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason.
+
+    `on_task` is told what is done before each.
 
     A workload that has not changed since is not traced again. With several micro-batches in flight each is a task.
     """
@@ -44,7 +47,7 @@ def capture(workload: Workload) -> Captured:
         known = workload.captured[1]
         assert isinstance(known, Captured)
         return known
-    found = repeated(_capture(workload), workload.in_flight)
+    found = repeated(_capture(workload, on_task), workload.in_flight)
     workload.captured = (version, found)
     return found
 
@@ -85,11 +88,12 @@ def _operators(workload: Workload, task: Task, namer: Namer, memo: Memo) -> tupl
             namer.used = names.copy()
 
 
-def _capture(workload: Workload) -> Captured:
+def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
     _warn_of_large_operators(workload)
     namer, memo = Namer(blocks_of(workload)), Memo()
     results, draws = [], {}
     for task in workload.tasks.values():
+        on_task(f"tracing {task.name}")
         traced, result = _operators(workload, task, namer, memo)
         draws[task.name] = traced.draws
         results.append(result)

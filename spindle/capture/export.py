@@ -14,12 +14,14 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 from spindle.capture.blocks import Block, BlockCall, opaque_blocks, trace_for
 from spindle.capture.caches import caches_off, caching_configs
@@ -46,6 +48,7 @@ def export(
     whole: list[Component] = [workload.components[name] for name in untraceable]
     failed = frozenset(untraceable)
     recording: Recording | None = None
+    imported = False
     if whole:
         blocks = _with_whole(whole, blocks)
         recording = _recording(workload, task, batch, blocks, failed, configs)
@@ -59,8 +62,17 @@ def export(
                 with _no_other_generators(task):
                     program = _export(root, batch)
                 return program, calls, root.drawing
+        except _Moved:
+            if imported:
+                raise
+            imported = True  # modules that are imported by the first call may draw while they are
         except WorkloadError:
             raise
+        except _Stranger as error:
+            raise WorkloadError(
+                f"task {task.name!r}{_place(error, task)} uses a trainable parameter ({error}) of no component, which "
+                "would never be trained; register its module by workload.component(...), or freeze it"
+            ) from error
         except Exception as error:
             culprits = [c for c in _culprits(error, workload, made) if c not in whole]
             fails = {call.path for call in made if call.failed}
@@ -107,13 +119,35 @@ class _TaskModule(nn.Module):
         for other in others:
             torch._check(other == rows)  # type: ignore[no-untyped-call] # each field came with a size of its own
         trace_for(rows)
-        with self.drawing, SplitReductions(rows):
+        with _NoStrangers(self), self.drawing, SplitReductions(rows):
             loss = self.task.function(batch)
         if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point() or loss.numel() != 1:
             raise WorkloadError(
                 f"task {self.task.name!r} returned {_told(loss)}; return the loss, one floating-point scalar"
             )
         return loss
+
+
+class _Stranger(Exception):
+    """A trainable parameter that belongs to no component."""
+
+
+class _NoStrangers(TorchFunctionMode):
+    """Parameters of modules that were never registered would be constants of the graph, and never be trained."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.known = set(map(id, root.parameters()))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at what the function is given."""
+        for value in (*args, *(kwargs or {}).values()):
+            strange = isinstance(value, nn.Parameter) and id(value) not in self.known
+            if strange and value.requires_grad and torch.is_grad_enabled():
+                raise _Stranger(" x ".join(map(str, value.shape)) or "one number")
+        return func(*args, **(kwargs or {}))
 
 
 def _told(value: object) -> str:
@@ -126,6 +160,10 @@ def _told(value: object) -> str:
 def _export(root: _TaskModule, batch: Batch) -> torch.export.ExportedProgram:
     shapes = {"batch": {name: {0: torch.export.Dim.AUTO} for name in batch}}
     return torch.export.export(root, (batch,), dynamic_shapes=shapes, strict=False)
+
+
+class _Moved(WorkloadError):
+    """A generator that is not ours has drawn."""
 
 
 @contextlib.contextmanager
@@ -141,7 +179,7 @@ def _no_other_generators(task: Task) -> Iterator[None]:
             GLOBAL_GENERATORS.release()
     for name, old, new in zip(("random", "numpy.random"), map(repr, before), map(repr, after), strict=True):
         if old != new:
-            raise WorkloadError(
+            raise _Moved(
                 f"task {task.name!r} draws from {name} in its function or model, which would give every step the same "
                 "numbers; draw with torch, or in the loader"
             )
@@ -186,6 +224,11 @@ def _warn(component: Component, task: Task, error: Exception) -> None:
 
 
 def _explained(error: Exception, task: Task, when: str = "was traced on fake tensors") -> WorkloadError:
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return WorkloadError(
+            f"task {task.name!r}{_place(error, task)} branches on a value of a tensor (if, while, int(), a mask whose "
+            "size matters), which a trace cannot follow; use torch.where, or put it into a module and register that"
+        )
     remedy = "Outside of blocks a task may not branch on tensor values" if _of_torch(error) else "Mend that line"
     return WorkloadError(
         f"task {task.name!r} raised {type(error).__name__} while it {when}"

@@ -276,8 +276,9 @@ class _Builder:
         if whole:
             more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
             warnings.warn(
-                f"task {self.task.name!r}: {', '.join(whole[:3])}{more} mix samples or hold the batch size as a number "
-                "and run on one device each; let them go by samples, and take sizes from tensors as in x.shape[0]",
+                f"task {self.task.name!r}: on one device each, since they mix samples (batch norm) or hold the batch "
+                f"size as a number: {', '.join(whole[:3])}{more}; let them go by samples (group norm), and take sizes "
+                "from tensors as in x.shape[0]",
                 SpindleWarning,
                 stacklevel=6,
             )

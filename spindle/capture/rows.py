@@ -9,6 +9,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError)
 """What code raises that cannot run on the number of samples it is given."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+_MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,20 @@ def _scales(whole: Tensor, parts: Sequence[tuple[int, Any]], dim: int, count: in
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results agree up to rounding: each entry as exactly as the largest one that is no mask."""
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = _TOLERANCE.get(b.dtype, 2e-4)
-    a, b = (torch.nan_to_num(value.detach().double(), nan=7.0) for value in (a, b))  # a parameter itself may come here
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
+    a, b = (value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in (a, b))  # or a parameter
+    if not b.numel():
+        return True
+    scale, distance = float(b.abs().max()), float((a - b).abs().max())
+    if math.isfinite(distance) and scale < _MASK:
+        return distance <= tolerance * max(scale, 1e-30)
+    a, b = (torch.nan_to_num(value.double(), nan=7.0) for value in (a, b))
+    size = b.abs()
+    scale = float(size[size < _MASK].max()) if bool((size < _MASK).any()) else 0.0
+    return bool(((a - b).abs() <= tolerance * torch.where(size < _MASK, max(scale, 1e-30), size)).all())
 
 
 @contextlib.contextmanager

@@ -47,53 +47,79 @@ class progress:  # noqa: N801 - used like a function
 class busy:  # noqa: N801 - used like a function
     """For work that cannot say how far it is: after two seconds a bar on a terminal, nothing elsewhere. On stderr.
 
-    It shows the seconds left of `limit_s`, where the work keeps to a limit, else those gone by.
+    It shows the seconds left of `limit_s`, where the work keeps to a limit, else those gone by. Gives a function that
+    says what is done now.
     """
 
     def __init__(self, title: str, limit_s: float | None = None) -> None:
-        self.title, self.limit_s = title, limit_s
-        self.began_s = time.monotonic()
+        self.stderr = sys.stderr
         self.bar: Any = None
+        self.shown = False
         self.timer = threading.Timer(PATIENCE_S, self._show)
         self.timer.daemon = True
+        self.doing(title, limit_s)
 
-    def __enter__(self) -> None:
+    def doing(self, title: str, limit_s: float | None = None) -> None:
+        """From now on the work is `title`."""
+        self.title, self.limit_s = title, limit_s
+        self.began_s = time.monotonic()
+
+    def __enter__(self) -> Callable[..., None]:
         if sys.stderr.isatty():
-            self.timer.start()
+            # Here, not when the bar is shown: importing rich draws random numbers, which a trace would take for the
+            # model's; and what redirects stderr for a while would hold ours if another thread put it there meanwhile.
+            from rich.file_proxy import FileProxy
 
-    def _show(self) -> None:
-        from rich.progress import BarColumn, ProgressColumn, TextColumn
+            self.bar = _bar(*self._columns(), transient=True, redirect_stderr=False)
+            self.bar.add_task("", total=None)
+            sys.stderr = FileProxy(self.bar.console, self.stderr)  # what is said meanwhile stands above the bar
+            self.timer.start()
+        return self.doing
+
+    def _columns(self) -> tuple[Any, ...]:
+        from rich.progress import BarColumn, ProgressColumn
         from rich.text import Text
 
-        began_s, limit_s = self.began_s, self.limit_s or 0.0
+        told = self
+
+        class Title(ProgressColumn):
+            """What is done now."""
+
+            def render(self, task: Any) -> Text:
+                return Text(told.title)
 
         class Clock(ProgressColumn):
             """Seconds left, or gone by; moves the bar behind it."""
 
             def render(self, task: Any) -> Text:
-                task.completed = time.monotonic() - began_s
-                left_s = limit_s - task.completed
+                task.completed = time.monotonic() - told.began_s
+                left_s = (told.limit_s or 0.0) - task.completed
                 if left_s > 0:
+                    task.total = told.limit_s
                     return Text(f"at least {left_s:.0f} s left")  # what the limit does not bind comes on top
                 task.total = None  # what is not bound by the limit still goes on, and the bar says that it knows no end
                 return Text(f"{task.completed:.0f} s")
 
-        bar = _bar(TextColumn(self.title), Clock(), BarColumn(), transient=True)
-        bar.add_task("", total=self.limit_s)
-        bar.start()
-        self.bar = bar
+        return Title(), Clock(), BarColumn()
+
+    def _show(self) -> None:
+        self.shown = True
+        self.bar.start()
 
     def __exit__(self, *_: object) -> None:
         self.timer.cancel()
-        if self.timer.ident is not None:
-            self.timer.join()  # it may just be drawing
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        self.timer.join()  # it may just be drawing
+        if self.shown:
             self.bar.stop()
+        sys.stderr.flush()
+        sys.stderr = self.stderr
 
 
 def _bar(*columns: Any, **options: Any) -> Any:
-    """A bar of rich on stderr; what the user's code prints to a pipe still goes there."""
+    """A bar of rich on what is stderr now; what the user's code prints to a pipe still goes there."""
     from rich.console import Console
     from rich.progress import Progress
 
-    return Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(), **options)
+    return Progress(*columns, console=Console(file=sys.stderr), redirect_stdout=sys.stdout.isatty(), **options)

@@ -9,7 +9,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from spindle.cli.group import cli
-from spindle.cli.terminal import painted, show_warning
+from spindle.cli.terminal import painted, say, show_warning
 from spindle.errors import SpindleError
 
 BUG = 70
@@ -26,15 +26,15 @@ def main() -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context else ""
-        click.echo(f"{_name()} {error.format_message()}{hint}", err=True)
+        say(f"{_name()} {error.format_message()}{hint}")
         sys.exit(2)
     except SpindleError as error:
-        click.echo("\n".join((f"{_name()} {error}", *_more(error))), err=True)
+        say("\n".join((f"{_name()} {error}", *_more(error))))
         sys.exit(error.exit_code)
     except SystemExit as error:  # commands end by click's exit; this one would pass for ours
         if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
             raise
-        click.echo(f"{_name()} the workload's own code ended the process (SystemExit {error.code}); mend it", err=True)
+        say(f"{_name()} the workload's own code ended the process (SystemExit {error.code}); mend it")
         sys.exit(SpindleError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"{_name()} interrupted", err=True)
@@ -42,10 +42,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SPINDLE_DEBUG"):
             raise
-        click.echo(
+        say(
             f"{_name()} a bug of Spindle: {type(error).__name__}: {error}\n"
-            "Set SPINDLE_DEBUG=1 to see where, and please report it.",
-            err=True,
+            "Set SPINDLE_DEBUG=1 to see where, and please report it."
         )
         sys.exit(BUG)
     sys.exit(status if isinstance(status, int) else 0)

@@ -1,16 +1,27 @@
 """The group of commands, and the arguments that several of them take."""
 
+import re
 from typing import TYPE_CHECKING
 
 import click
 
 from spindle.cli.kinds import CLUSTER_TEXT, JSON_FILE, SOURCE_FILE
+from spindle.cli.terminal import WIDTH
 
 if TYPE_CHECKING:
     from spindle.plan import Plan
 
 
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
+
+
+def _clause(text: str, most: int = 80) -> str:
+    """As much of a text's first sentence as fits into the list of commands, up to a mark between its clauses."""
+    for marks in ("[:;.]", ","):
+        ends = [mark.start() for mark in re.finditer(rf"{marks}(?=\s|$)", text) if mark.start() <= most]
+        if ends:
+            return " ".join(text[: ends[-1]].split()) + "."
+    return text
 
 
 class _Commands(click.Group):
@@ -19,6 +30,7 @@ class _Commands(click.Group):
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Also parsed without this group a command has both help options: click keeps the first that it makes."""
         cmd.context_settings = {**HELP, **cmd.context_settings}
+        cmd.short_help = cmd.short_help or _clause(cmd.help or "")
         super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -8,7 +8,7 @@ import click
 from spindle.cli.bars import busy, progress
 from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
-from spindle.cli.options import device_counts, pins, positive
+from spindle.cli.options import check_directory, device_counts, pins, positive
 from spindle.cli.terminal import cost_notes, folded, json_text
 from spindle.errors import FormatError, PlanError
 
@@ -59,16 +59,18 @@ def plan(
     from spindle.planner.render import render, table
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
-    from spindle.source import is_python, load_source
+    from spindle.source import load_source
 
     if method not in METHODS:
         raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
-    if cluster is None and not is_python(source):
+    check_directory(output)
+    if cluster is None and source.endswith((".json", ".yaml", ".yml")):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     where = parse_cluster(cluster or _this_machine())
     measured = read(profile, Profile) if profile else None
-    with busy("planning", default_limit_s(where) if time_limit_s is None else time_limit_s):
-        loaded = load_source(source)
+    with busy(f"reading {source}") as doing:
+        loaded = load_source(source, doing)
+        doing("planning", default_limit_s(where) if time_limit_s is None else time_limit_s)
         found, pricing = plan_source(
             loaded,
             where,
@@ -248,6 +250,8 @@ def show(
     from spindle.timeline import chrome_trace, render_page, render_png, render_svg, timeline_figures
     from spindle.trace import Trace
 
+    for file in (html, svg, png, chrome):
+        check_directory(file)
     with busy("drawing"):
         loaded = read_plan(plan_file)
         predicted = simulate(loaded)

@@ -9,7 +9,7 @@ from spindle.cli.bars import busy, progress
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, not_negative
-from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted
+from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
 
 
 @cli.command()
@@ -205,6 +205,7 @@ def train(
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
             callbacks=callbacks,
         )
+    warn_of_losses(result)
     if trace_file:
         write(result.trace, trace_file)
     if as_json:

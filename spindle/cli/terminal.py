@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,11 @@ def painted(text: str, color: str | None) -> str:
     return text if color is None or os.environ.get("NO_COLOR") else click.style(text, fg=color)
 
 
+def say(text: str) -> None:
+    """On stderr; folded on a terminal, while logs keep a line a message, which is what one searches them for."""
+    click.echo(folded(text) if sys.stderr.isatty() else text, err=True)
+
+
 def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
     """Where the times come from and how far the makespan may be off; what the workload must do to fit; advice."""
     from collections import Counter
@@ -103,9 +109,21 @@ def advise_after(workload: "Workload", result: "TrainResult") -> None:
         click.echo("\n".join(textwrap.wrap(advice.text, WIDTH, initial_indent="advice ", subsequent_indent=" " * 7)))
 
 
+def warn_of_losses(result: "TrainResult") -> None:
+    """A run whose losses are no longer numbers has ended as any other does."""
+    for step, losses in enumerate(result.losses, result.first_step + 1):
+        broken = [task for task, loss in losses.items() if not math.isfinite(loss)]
+        if broken:
+            told = (
+                f"step {step}: the loss of {', '.join(broken)} is {losses[broken[0]]}; lower the learning rate (--lr), "
+            )
+            warnings.warn(f"{told}clip gradients (max_grad_norm=), or look at the batch", SpindleWarning, stacklevel=2)
+            return
+
+
 def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Warnings of Spindle as one line on stderr; others as Python has them."""
     if issubclass(category, SpindleWarning):
-        click.echo(f"{painted('spindle: warning:', 'yellow')} {message}", err=True)
+        say(f"{painted('spindle: warning:', 'yellow')} {message}")
     else:
         click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)

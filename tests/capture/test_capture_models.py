@@ -1,5 +1,6 @@
 """Captured models: exact on random plans, split where they can be, and one operator where not."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.capture import LARGE, Captured, capture
 from spindle.capture.blocks import BlockModule
+from spindle.capture.rows import Finding, Rows, compare
 from spindle.errors import SpindleWarning, WorkloadError
 from tests.capture.capture_models import Branching, Counting, Coupled, Demanding, Experts, Loose, Rotary
 from tests.random_plans import random_plan, widest_plan
@@ -243,8 +245,54 @@ def test_a_size_that_only_data_tells_is_refused_outside_of_components() -> None:
             kept = kept * 2
         return kept.sum()
 
-    with pytest.raises(WorkloadError, match=r"line \d+ of test_capture_models.py: .*may not branch on tensor values"):
+    with pytest.raises(WorkloadError, match=r"line \d+ of test_capture_models.py branches on a value of a tensor"):
         capture(wrapped(model, {"x": x(5)}, task))
+
+
+def test_a_trained_module_that_was_never_registered_is_refused() -> None:
+    """Its parameters would be constants, and never change; frozen ones may be."""
+    model, extra = nn.Linear(5, 3), nn.Linear(3, 3)
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = extra(model(batch["x"])).square().mean()
+        return loss
+
+    with pytest.raises(WorkloadError, match=r"line \d+ of .* trainable parameter \(3 x 3\) of no component"):
+        capture(wrapped(model, {"x": x(5)}, task))
+    extra.requires_grad_(False)
+    capture(wrapped(model, {"x": x(5)}, task))
+
+
+def test_modules_that_draw_while_they_are_imported_are_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that draws from `random` once, the first time, is traced again; one that always does is refused."""
+    model = nn.Linear(5, 3)
+    drawn: list[float] = []
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        if len(drawn) < most:
+            drawn.append(random.random())
+        loss: Tensor = model(batch["x"]).square().mean()
+        return loss
+
+    most = 1
+    capture(wrapped(model, {"x": x(5)}, task))
+    most = 100
+    with pytest.raises(WorkloadError, match="draws from random"):
+        capture(wrapped(model, {"x": x(5)}, task))
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min, 0.0])
+def test_masks_do_not_hide_that_samples_mix(low: float) -> None:
+    """However large a mask's entries are, the others are compared as exactly as without."""
+
+    def run(begin: int, end: int) -> list[Tensor]:
+        values = torch.arange(20.0).reshape(5, 4)[begin:end]
+        values = values - values.mean(0) if mixes else values
+        return [values.masked_fill(torch.eye(5, 4, dtype=torch.bool)[begin:end], low)]
+
+    for mixes in (True, False):
+        (finding,) = compare(run(0, 5), run, 5, known=1)
+        assert finding == Finding(Rows(1, 0), not mixes)
 
 
 def test_images_among_words_go_by_sample() -> None:

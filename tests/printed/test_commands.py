@@ -217,6 +217,14 @@ def test_numbers_that_json_does_not_have(folder: Path, spindle_command: Spindle)
     assert (verified.code, one_object(verified)["ok"]) == (1, False)
 
 
+def test_losses_that_are_no_numbers_are_said(folder: Path, spindle_command: Spindle) -> None:
+    """The run itself goes on to its end."""
+    done = spindle_command("train", "model.py:overflowing", "--steps", "2", "--launcher", "threads")
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if "warning" in line]
+    assert re.match(r"spindle: warning: step 1: the loss of t is (inf|nan); lower the learning rate", line)
+
+
 def test_train_as_text(folder: Path, spindle_command: Spindle) -> None:
     done = spindle_command("train", "model.py", "--steps", "2", "--launcher", "threads")
     assert done.code == 0

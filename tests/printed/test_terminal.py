@@ -1,5 +1,6 @@
 """What is seen: lines of at most 100 columns; colours and bars on terminals only."""
 
+import io
 import json
 import os
 import pty
@@ -7,13 +8,14 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.terminal import WIDTH, folded
+from spindle.cli.terminal import WIDTH, folded, show_warning
+from spindle.errors import SpindleWarning
 from tests.printed.conftest import Outcome, Spindle
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +177,50 @@ def test_a_bar_of_work_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spindle.cli.bars.PATIENCE_S", 0.0)
     with terminal(monkeypatch) as reader, busy("verifying"):
         assert "verifying" in drawn(reader, " s")
+
+
+def test_a_bar_says_what_is_done_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spindle.cli.bars.PATIENCE_S", 0.0)
+    with terminal(monkeypatch) as reader, busy("reading") as doing:
+        drawn(reader, "reading")
+        doing("planning", 30.0)
+        assert "planning" in drawn(reader, " s left")
+
+
+def test_what_is_said_meanwhile_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own, folded; also while something else holds stderr for a moment. Then all is as it was."""
+    monkeypatch.setattr("spindle.cli.bars.PATIENCE_S", 0.0)
+    with terminal(monkeypatch) as reader:
+        before = sys.stderr
+        with redirect_stderr(io.StringIO()) as elsewhere, busy("planning"):
+            pass
+        assert (elsewhere.getvalue(), sys.stderr) == ("", before)
+        with busy("planning"):
+            with redirect_stderr(io.StringIO()):
+                drawn(reader, "planning")
+            show_warning("word " * 30, SpindleWarning)
+            text = drawn(reader, "  word")
+        assert sys.stderr is before
+    (line,) = [line for line in text.replace("\r", "\n").split("\n") if "warning:" in line]
+    assert "planning" not in line
+
+
+def test_a_bar_moves_no_generator(folder: Path) -> None:
+    """Modules that it needs draw while they are imported; a trace that runs meanwhile would blame the model."""
+    code = (
+        "import random\nfrom spindle.cli import bars\nbars.PATIENCE_S = 0.0\n"
+        "bar = bars.busy('planning')\nwith bar:\n    before = random.getstate()\n    bar.timer.join(30.0)\n"
+        "    print(bar.shown and before == random.getstate())\n"
+    )
+    ours, theirs = pty.openpty()
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    try:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=given, stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=False)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert done.stdout == b"True\n"
 
 
 def test_short_work_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
