@@ -7,7 +7,8 @@ Each is run as a step runs it, or its time would be another:
 - On a CPU the caches are filled with something else first. All ranks measure at once, with a run's threads.
 - Gradients are added to buffers that are there already. The optimiser steps many tensors at once.
 - A message comes after other work and, where one rank sends, before more of it.
-- A batch is read by a run's feed, from when the one before it is taken until the feed rests.
+- A batch is read by a run's feed, from when the one before it is taken until the feed rests; on a CPU what a task
+  computes of its fields alone (masks, positions, targets) belongs to it, since a rank computes it once a step too.
 
 Medians of repeated runs count, after one that warms up: CUDA events on a GPU, a monotonic clock on a CPU.
 """
@@ -90,6 +91,7 @@ class Bench:
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         self.job, self.transport = job, transport
+        self.num_ranks = transport.num_ranks if transport else 1
         self.device = transport.device if transport else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clutter = torch.zeros(CACHE_BYTES if self.device.type == "cpu" else 0, dtype=torch.uint8)
         self.update_s: dict[str, float] = {}
@@ -261,7 +263,10 @@ class Bench:
     # -- loaders --------------------------------------------------------------------------------------------------
 
     def load(self, name: str) -> Timing:
-        """Batches of a task. Its data starts over where it ends, and a loader that has a state keeps it."""
+        """Batches of a task, and on a CPU what is computed of their fields alone, for a rank's share of the samples.
+
+        Its data starts over where it ends, and a loader that has a state keeps it.
+        """
         task = replace(self.job.tasks[name], on_end="restart")
         feed = Feed(replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task, seed=0)
         took: list[float] = []
@@ -270,14 +275,25 @@ class Bench:
             while len(took) < MIN_REPEATS + 1 or time.perf_counter() - started < self.job.seconds:
                 self._fill_caches()
                 start = time.perf_counter()
-                feed.next()
+                batch = feed.next()
                 feed.settle()
+                self._aux_values(task, batch)
                 took.append(time.perf_counter() - start)
                 if len(took) > MAX_REPEATS:
                     break
         finally:
             feed.close()
         return Timing(forward_s=statistics.median(took[1:]), spread=spread(took[1:]))
+
+    def _aux_values(self, task: Task, batch: Batch) -> None:
+        if self.device.type != "cpu":
+            return
+        low, high = split_samples(task.batch_size, min(self.num_ranks, task.batch_size))[0]
+        captured = self.job.captured
+        with computing_in(captured.precision, self.device), drawing_from(Stream(device=self.device)):
+            for code in captured.aux.values():
+                if code.task == task.name:
+                    code.value(batch, low, high, task.batch_size)
 
     # -- clocks ---------------------------------------------------------------------------------------------------
 
