@@ -183,6 +183,8 @@ def train(
     from spindle.metrics import Callback, JsonLines, TensorBoard
     from spindle.source import load_workload
 
+    if resume and not checkpoints:
+        raise click.UsageError("--resume needs --checkpoints DIR, where the checkpoints of the run lie.")
     check_directory(trace_file)
     check_directory(metrics)
     callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []

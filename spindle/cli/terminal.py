@@ -58,7 +58,8 @@ def painted(text: str, color: str | None) -> str:
 
 def say(text: str) -> None:
     """On stderr; folded on a terminal, while logs keep a line a message, which is what one searches them for."""
-    click.echo(folded(text) if sys.stderr.isatty() else text, err=True)
+    seen = sys.stderr.isatty()
+    print(folded(text) if seen else click.unstyle(text), file=sys.stderr)  # click would write past a bar
 
 
 def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
@@ -117,7 +118,7 @@ def warn_of_losses(result: "TrainResult") -> None:
             told = (
                 f"step {step}: the loss of {', '.join(broken)} is {losses[broken[0]]}; lower the learning rate (--lr), "
             )
-            warnings.warn(f"{told}clip gradients (max_grad_norm=), or look at the batch", SpindleWarning, stacklevel=2)
+            say(f"{painted('spindle: warning:', 'yellow')} {told}clip gradients (max_grad_norm=), or look at the batch")
             return
 
 

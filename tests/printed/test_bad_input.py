@@ -182,7 +182,7 @@ FILES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "a MetaGraph to profile": (2, "'ok.json' is not a workload", ("profile", "ok.json", "-o", "profile.json")),
     "an output in no folder": (
         2,
-        "no/plan.json: cannot be written",
+        "no/plan.json: its directory does not exist; make it first",
         (*PLAN, "-o", "no/plan.json"),
     ),
     "an output that is a folder": (
@@ -260,6 +260,8 @@ def test_a_cluster_that_is_none(folder: Path, spindle_command: Spindle, cluster:
 
 
 USAGE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a source of no kind": ("source 'model' is not a workload; give file.py:workload", ("plan", "model")),
+    "no checkpoints": ("--resume needs --checkpoints DIR", ("train", "model.py", "--steps", "2", "--resume")),
     "no cluster": ("no cluster is given for ok.json; add --cluster", ("plan", "ok.json")),
     "no source": ("Missing argument 'SOURCE'", ("plan",)),
     "no such command": ("No such command 'plot'", ("plot",)),
