@@ -184,13 +184,21 @@ def _forward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
     for s, t, load in zip(run.slices, run.forward, run.loads_in_line, strict=True):
         received_s = t.start_s + t.transfer_s
         computes_s = received_s + max(load.values(), default=0.0)
+        parts = ((SpanKind.TRANSFER, t.start_s, received_s), (SpanKind.FORWARD, computes_s, t.end_s))
         for device in s.devices:
-            parts = (
-                (SpanKind.TRANSFER, t.start_s, received_s),
-                (SpanKind.LOAD, received_s, received_s + load.get(device, 0.0)),
-                (SpanKind.FORWARD, computes_s, t.end_s),
-            )
             spans += _slice_spans(plan, metagraph, s, device, parts)
+        task = metagraph[s.metaop].task
+        spans += [
+            Span(
+                rank=device,
+                kind=SpanKind.LOAD,
+                name=f"load {task}",
+                start_s=received_s,
+                end_s=received_s + seconds,
+                task=task,
+            )
+            for device, seconds in load.items()
+        ]
     return spans
 
 

@@ -98,8 +98,8 @@ def test_a_cpu_loads_before_the_first_slice_that_reads() -> None:
     """Once a step and task, on the ranks that run such a slice."""
     trace = loading("cpu", 0.5)
     assert trace.step_s() == pytest.approx(9.5)
-    loads = [(s.rank, s.task, s.metaop, s.start_s, s.end_s) for s in trace if s.kind is SpanKind.LOAD]
-    assert loads == [(0, "t", "t.a", 0.0, 0.5), (1, "u", "u.c", 0.0, 0.5)]
+    loads = [(s.rank, s.name, s.task, s.start_s, s.end_s) for s in trace if s.kind is SpanKind.LOAD]
+    assert loads == [(0, "load t", "t", 0.0, 0.5), (1, "load u", "u", 0.0, 0.5)]
     assert spans(trace, 0)[1:3] == [("forward", "t.a[0:1]", 0.5, 1.5), ("forward", "t.a[1:2]", 1.5, 2.5)]
 
 
