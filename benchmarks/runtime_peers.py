@@ -136,7 +136,7 @@ def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callab
             losses[name] = task.function(next(feeds[name])) * task.weight
             torch.autograd.backward(losses[name])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # as both DDP's views and Spindle keep their buffers
+        optimizer.zero_grad()
         return losses
 
     def together() -> dict[str, Tensor]:

@@ -346,6 +346,7 @@ class Executor:
 
     def _step(self, target: str) -> None:
         del target
+        self.store.complete_gradients(self.updated)
         if self.observe is not None:
             self.observe(self.store.gradients(self.updated))
         if self.optimizer is not None and self.updated:

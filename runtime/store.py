@@ -1,6 +1,8 @@
 """Store: the parameters that one rank holds, and flat buffers for their gradients.
 
-Gradients of a bucket lie side by side in one buffer: autograd adds into it, one reduction sums it.
+Gradients that ranks reduce, or clip, lie side by side in one buffer a bucket: autograd adds into it, one reduction
+sums it. Others are as autograd makes them, and gone after the step: a buffer to clear and to add into would cost two
+passes over them.
 """
 
 import contextlib
@@ -24,11 +26,15 @@ class ParameterStore:
         self.parameters = _collect_parameters(codes)
         self.buffers = _collect_buffers(codes)
         self.bucket: dict[str, Tensor] = {}
+        self.loose: list[str] = []  # trained ones whose gradients lie in no buffer
         self.trained: list[str] = []
         self.updated: list[str] = []
         for bucket in program.buckets:
             if rank in bucket.ranks:
-                self.bucket[bucket.name] = self._flat_gradients(bucket.parameters)
+                if len(bucket.ranks) > 1 or program.max_grad_norm is not None:
+                    self.bucket[bucket.name] = self._flat_gradients(bucket.parameters)
+                else:
+                    self.loose += bucket.parameters
                 self.trained += bucket.parameters
                 self.updated += bucket.parameters if bucket.updated_by(rank) else ()
 
@@ -39,10 +45,19 @@ class ParameterStore:
             parameter.grad = part
         return flat
 
+    def complete_gradients(self, names: Iterable[str]) -> None:
+        """Zeros for those of `names` that backward did not reach, so that every plan's optimizer steps the same."""
+        for name in names:
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def zero_gradients(self) -> None:
-        """Clear all gradients in place."""
+        """Clear all gradients: buffers in place."""
         for flat in self.bucket.values():
             flat.zero_()
+        for name in self.loose:
+            self.parameters[name].grad = None
 
     def pack(self, names: Sequence[str], flat: Tensor) -> None:
         """Copy parameters side by side into a flat buffer."""

@@ -46,7 +46,29 @@ def test_a_rank_takes_the_buckets_that_it_is_in() -> None:
     codes = [code("t.a", linear(1.0), "a"), code("t.b", linear(2.0), "b")]
     first, second = (ParameterStore(BOTH, rank, codes) for rank in (0, 1))
     assert (list(first.bucket), first.trained) == (["b0"], ["a.weight", "a.bias"])
-    assert (list(second.bucket), second.trained) == (["b0", "b1"], ["a.weight", "a.bias", "b.weight"])
+    assert (list(second.bucket), second.trained) == (["b0"], ["a.weight", "a.bias", "b.weight"])
+    assert (first.loose, second.loose) == ([], ["b.weight"])
+
+
+def test_what_is_clipped_lies_in_buffers() -> None:
+    codes = [code("t.a", linear(1.0), "a"), code("t.b", linear(2.0), "b")]
+    store = ParameterStore(replace(BOTH, max_grad_norm=1.0), 1, codes)
+    assert (list(store.bucket), store.loose) == (["b0", "b1"], [])
+
+
+def test_gradients_that_nobody_reduces_end_with_the_step() -> None:
+    """They are autograd's own; one that backward did not reach is zero when the optimizer steps."""
+    layers = linear(1.0), linear(2.0)
+    store = ParameterStore(BOTH, 1, [code("t.a", layers[0], "a"), code("t.b", layers[1], "b")])
+    (layers[1].weight.sum() * 3.0).backward()
+    assert store.gradients(["b.weight"])["b.weight"].tolist() == [[3.0, 3.0]]
+    store.zero_gradients()
+    assert layers[1].weight.grad is None
+    store.complete_gradients(["a.weight", "b.weight"])
+    assert {name: g.tolist() for name, g in store.gradients(["a.weight", "b.weight"]).items()} == {
+        "a.weight": [[0.0, 0.0]],
+        "b.weight": [[0.0, 0.0]],
+    }
 
 
 def test_gradients_lie_in_the_bucket() -> None:
