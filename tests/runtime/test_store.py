@@ -60,7 +60,7 @@ def test_gradients_that_nobody_reduces_end_with_the_step() -> None:
     """They are autograd's own; one that backward did not reach is zero when the optimizer steps."""
     layers = linear(1.0), linear(2.0)
     store = ParameterStore(BOTH, 1, [code("t.a", layers[0], "a"), code("t.b", layers[1], "b")])
-    (layers[1].weight.sum() * 3.0).backward()
+    torch.autograd.backward(layers[1].weight.sum() * 3.0)
     assert store.gradients(["b.weight"])["b.weight"].tolist() == [[3.0, 3.0]]
     store.zero_gradients()
     assert layers[1].weight.grad is None
