@@ -1,6 +1,7 @@
 """Commands that run the model: measure it, verify, train, export; and `doctor`."""
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -242,6 +243,8 @@ def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> N
 
     with busy("exporting"):
         workload, _ = load_workload(source)
+        if "transformers" in sys.modules:  # its bars would stand between our lines
+            sys.modules["transformers"].logging.disable_progress_bar()
         if checkpoint:
             api.load_checkpoint(workload, checkpoint)
         written = {name: str(directory) for name, directory in api.export(workload, output).items()}

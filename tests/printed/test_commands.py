@@ -242,6 +242,18 @@ def test_export_says_where_components_went(folder: Path, spindle_command: Spindl
     assert list((folder / "out" / "net").iterdir())
 
 
+def test_what_transformers_writes_is_told_once(folder: Path, spindle_command: Spindle) -> None:
+    """Its own bars do not stand between our lines."""
+    (folder / "words.py").write_text(
+        "import spindle\nfrom transformers import BertConfig, BertModel\n"
+        "sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)\n"
+        "workload = spindle.Workload('words')\nworkload.component('text', BertModel(BertConfig(**sizes)))\n"
+    )
+    done = spindle_command("export", "words.py", "-o", "out")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.split() == ["text", os.path.join("out", "text")]
+
+
 def test_the_file_may_bring_its_optimizer(folder: Path, spindle_command: Spindle) -> None:
     """A function `optimizer` in the file is used in place of AdamW: here it leaves the weights alone."""
     (folder / "still.py").write_text(
