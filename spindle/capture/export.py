@@ -211,10 +211,10 @@ def _warn(component: Component, task: Task, error: Exception) -> None:
             "switch that off, or compute what you need from the layers' results"
         )
     else:
+        reason = _branches(error) or _reason(error).removeprefix(f"task {task.name!r}: ")
         why = (
-            f"{_reason(error).removeprefix(f'task {task.name!r}: ')}; take what depends on values of the batch "
-            "(positions, grids, lengths) out of it and give it as arguments, or name parts of it that stand alone, as "
-            "in layers=['visual']"
+            f"{reason}; take what depends on values of the batch (positions, grids, lengths) out of it and give it as "
+            "arguments, or name parts of it that stand alone, as in layers=['visual']"
         )
     warnings.warn(
         f"task {task.name!r}: component {component.name!r} cannot be traced and runs as one operator: {why}",
@@ -224,16 +224,24 @@ def _warn(component: Component, task: Task, error: Exception) -> None:
 
 
 def _explained(error: Exception, task: Task, when: str = "was traced on fake tensors") -> WorkloadError:
-    if isinstance(error, GuardOnDataDependentSymNode):
+    if _branches(error):
         return WorkloadError(
-            f"task {task.name!r}{_place(error, task)} branches on a value of a tensor (if, while, int(), a mask whose "
-            "size matters), which a trace cannot follow; use torch.where, or put it into a module and register that"
+            f"task {task.name!r}{_place(error, task)}: {_branches(error)}, which a trace cannot follow; "
+            "use torch.where, or put it into a module and register that"
         )
     remedy = "Outside of blocks a task may not branch on tensor values" if _of_torch(error) else "Mend that line"
+    if "cuda" in str(error).lower() or "NVIDIA" in str(error):
+        remedy = "Leave devices out (.cuda(), .to(device)): modules and batches are moved to where they run"
     return WorkloadError(
         f"task {task.name!r} raised {type(error).__name__} while it {when}"
         f"{_place(error, task)}: {_reason(error)}. {remedy}"
     )
+
+
+def _branches(error: Exception) -> str:
+    """What stopped a trace, where it is a value of a tensor that decides what comes next."""
+    data_dependent = isinstance(error, GuardOnDataDependentSymNode)
+    return "it branches on a value of a tensor (if, while, int(), a mask whose size matters)" if data_dependent else ""
 
 
 def _reason(error: Exception) -> str:

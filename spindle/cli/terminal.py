@@ -94,6 +94,8 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
         lines.append(f"to fit     {' and '.join(wanted)}")
     batches = {operator.task.partition("#")[0]: operator.batch_size for m in metagraph for operator in m.operators}
     predicted = {str(s.source) for s in sources} == {"predicted"}
+    if measured is not None and predicted:
+        lines.append("profile    holds no times of these operators; measure them (spindle profile)")
     for advice in advise(plan, batches=batches, error=error, predicted=predicted):
         lines += textwrap.wrap(advice.text, WIDTH, initial_indent="advice     ", subsequent_indent=" " * 11)
     return "\n".join(lines)

@@ -245,7 +245,20 @@ def test_a_size_that_only_data_tells_is_refused_outside_of_components() -> None:
             kept = kept * 2
         return kept.sum()
 
-    with pytest.raises(WorkloadError, match=r"line \d+ of test_capture_models.py branches on a value of a tensor"):
+    with pytest.raises(WorkloadError, match=r"line \d+ of test_capture_models.py: it branches on a value of a tensor"):
+        capture(wrapped(model, {"x": x(5)}, task))
+
+
+def test_a_task_that_names_a_device_is_told_to_leave_it_out() -> None:
+    model = nn.Linear(5, 3)
+
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        if not torch.cuda.is_available():
+            raise RuntimeError("Found no NVIDIA driver on your system.")
+        loss: Tensor = model(batch["x"].cuda()).square().mean()
+        return loss
+
+    with pytest.raises(WorkloadError, match=r"Leave devices out"):
         capture(wrapped(model, {"x": x(5)}, task))
 
 

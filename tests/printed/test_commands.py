@@ -177,6 +177,15 @@ def test_profile_then_plan(folder: Path, spindle_command: Spindle) -> None:
     done = spindle_command("plan", "model.py", "--cluster", "1x2:cpu", "--profile", "profile.json")
     assert done.code == 0
     assert "measured" in done.out
+    assert "holds no times" not in done.out
+    (folder / "other.py").write_text(
+        "import torch, spindle\nworkload = spindle.Workload('other')\n"
+        "net = workload.component('net', torch.nn.Conv1d(3, 3, 1))\n"
+        "@workload.task('t', batch_size=2, data=[{'x': torch.ones(2, 3, 4)}])\n"
+        "def t(batch):\n    return net(batch['x']).square().mean()\n"
+    )
+    done = spindle_command("plan", "other.py", "--cluster", "1x2:cpu", "--profile", "profile.json")
+    assert "profile    holds no times of these operators" in done.out
 
 
 def test_verify_agrees(folder: Path, spindle_command: Spindle) -> None:
