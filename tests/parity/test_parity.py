@@ -120,3 +120,22 @@ def test_report_names_the_worst_parameters() -> None:
     assert not report.ok
     assert "left.stem.bias" in str(report)
     assert "DIFFERS" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("largest", "error", "dtype", "is_allowed"),
+    [
+        (1.0, 9e-6, torch.float32, True),
+        (1.0, 2e-5, torch.float32, False),
+        (1.2e4, 6e-3, torch.float32, True),  # half a rounding of the largest value
+        (1.2e4, 6e-2, torch.float32, False),
+        (1.2e4, 2e-5, torch.float64, False),
+        (0.1, 2e-5, torch.bfloat16, False),
+    ],
+)
+def test_small_sums_of_large_terms_are_as_exact_as_these(
+    largest: float, error: float, dtype: torch.dtype, is_allowed: bool
+) -> None:
+    """The error of an element that should be zero beside one of `largest`."""
+    allowed = Tolerance(1e-4, 1e-5).allowed(torch.tensor([0.0, largest], dtype=dtype))
+    assert bool(error <= allowed[0]) is is_allowed
