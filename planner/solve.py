@@ -17,15 +17,15 @@ from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
-from spindle.planner.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
 from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.memory import peak_bytes
-from spindle.planner.place import place
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import step_times
+from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
+from spindle.planner.usual.place import place
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -179,8 +179,8 @@ def verify(
     """Run `steps` steps as planned and in one process, and compare losses, all gradients and all updates.
 
     `plan` None makes one for `num_workers` devices. Tolerances default to 1e-10 for float64 models, to rtol 1e-4 and
-    atol 1e-5 for float32 (and 2e-6 of each tensor's largest value), and to 10 % of that under bf16. Modules have their values back
-    afterwards. The report's `ok` says whether both runs agree.
+    atol 1e-5 for float32 (and 2e-6 of each tensor's largest value), to 10 % of that under bf16. Modules have their
+    values back afterwards. The report's `ok` says whether both runs agree.
     """
     from spindle.runtime import parity
     from spindle.runtime.controller import launched, prepare

@@ -198,7 +198,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The Gantt chart, legend and summary that `spindle plan` prints."""
-        from spindle.planner.render import render
+        from spindle.planner.report.render import render
 
         return render(self)
 

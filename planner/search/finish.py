@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from spindle.plan import Slice
-from spindle.planner.place import join
 from spindle.planner.problem import Problem
 from spindle.planner.search.decode import Decoded, Draft
 from spindle.planner.search.floor import Floor, bits_of, make_floor
 from spindle.planner.search.model import Model
 from spindle.planner.search.track import Run
+from spindle.planner.usual.place import join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

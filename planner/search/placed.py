@@ -160,5 +160,5 @@ class PlacedDecoder:
                     last_s = max(last_s, ready_s)
                 if holders & (holders - 1):
                     wanted.append((bits_of(holders), num_layers * most, last_s))
-        reductions = schedule(problem.cluster, wanted)
+        reductions = schedule(problem.cluster, wanted, sharded=problem.metagraph.shard_optimizer)
         return max(reduced_by_device(problem.cluster, reductions).values(), default=0.0)

@@ -56,7 +56,7 @@ def plan(
     from spindle.api import plan_source
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
-    from spindle.planner.render import render, table
+    from spindle.planner.report.render import render, table
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
     from spindle.source import load_source
@@ -141,7 +141,7 @@ def explain(plan_file: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from spindle.planner.explain import explain, render_explanation
+    from spindle.planner.report.explain import explain, render_explanation
 
     found = explain(read_plan(plan_file))
     click.echo(json_text(asdict(found)) if as_json else render_explanation(found))
@@ -159,7 +159,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from spindle.planner.compare import compare, render_difference
+    from spindle.planner.report.compare import compare, render_difference
 
     found = compare(read_plan(before), read_plan(after))
     click.echo(json_text(asdict(found)) if as_json else render_difference(found))
@@ -199,7 +199,7 @@ def whatif(
     from spindle.api import plan_source
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
-    from spindle.planner.compare import enough, plan_sizes, render_sizes
+    from spindle.planner.report.compare import enough, plan_sizes, render_sizes
     from spindle.profile import Profile
     from spindle.source import load_source
 
@@ -245,7 +245,7 @@ def show(
     spindle show plan.json --trace trace.json --json
     """
     from spindle.formats import read, write_bytes, write_text
-    from spindle.planner.render import render
+    from spindle.planner.report.render import render
     from spindle.planner.simulate import simulate
     from spindle.timeline import chrome_trace, render_page, render_png, render_svg, timeline_figures
     from spindle.trace import Trace

@@ -68,7 +68,7 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     from dataclasses import replace
 
     from spindle.cost.sources import cost_sources, makespan_error
-    from spindle.planner.advice import advise
+    from spindle.planner.report.advice import advise
 
     metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
     if plan.metagraph is not None:
@@ -103,7 +103,7 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
 
 def advise_after(workload: "Workload", result: "TrainResult") -> None:
     """What to do about steps that took longer than planned, where there are some and the plan is for all of them."""
-    from spindle.planner import advice as of_planner
+    from spindle.planner.report import advice as of_planner
 
     if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
         return

@@ -6,7 +6,7 @@ import pytest
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice
-from spindle.planner.advice import MOST, advise, advise_after, slowest_chain
+from spindle.planner.report.advice import MOST, advise, advise_after, slowest_chain
 from tests.planner.planner_graphs import cluster, graph, metaop, plan
 
 

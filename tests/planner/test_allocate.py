@@ -1,7 +1,14 @@
 import pytest
 
-from spindle.planner.allocate import Tuple, allocate, discretise, optimum_by_bisection, optimum_by_lp, round_tuples
 from spindle.planner.curves import Curve
+from spindle.planner.usual.allocate import (
+    Tuple,
+    allocate,
+    discretise,
+    optimum_by_bisection,
+    optimum_by_lp,
+    round_tuples,
+)
 
 
 def hyperbola(a: float, b: float) -> Curve:

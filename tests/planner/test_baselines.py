@@ -1,6 +1,6 @@
-from spindle.planner.baselines import component_split_waves, sequential_waves, task_split_waves
 from spindle.planner.problem import Problem, make_problem
-from spindle.planner.waves import Waves
+from spindle.planner.usual.baselines import component_split_waves, sequential_waves, task_split_waves
+from spindle.planner.usual.waves import Waves
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 

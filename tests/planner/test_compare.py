@@ -3,7 +3,7 @@ import pytest
 from spindle.cluster import Cluster
 from spindle.errors import ClusterError
 from spindle.plan import Plan
-from spindle.planner.compare import (
+from spindle.planner.report.compare import (
     WIDTH,
     compare,
     enough,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
-from spindle.planner.explain import WIDTH, explain, render_explanation
+from spindle.planner.report.explain import WIDTH, explain, render_explanation
 from spindle.planner.solve import solve
 from tests.laws.planner_strategies import clusters, metagraphs
 from tests.planner.planner_graphs import cluster, graph, metaop

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spindle.planner.render import render, table
+from spindle.planner.report.render import render, table
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop
 

@@ -3,9 +3,9 @@ import pytest
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
-from spindle.planner.place import place
 from spindle.planner.problem import make_problem
-from spindle.planner.waves import Piece
+from spindle.planner.usual.place import place
+from spindle.planner.usual.waves import Piece
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from spindle.plan import Memory
-from spindle.planner.render import WIDTH, gantt, render, summary, table
+from spindle.planner.report.render import WIDTH, gantt, render, summary, table
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 

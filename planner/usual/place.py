@@ -18,7 +18,7 @@ from spindle.errors import InfeasibleError
 from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.traffic import Devices, transfer_s
-from spindle.planner.waves import Piece, Waves
+from spindle.planner.usual.waves import Piece, Waves
 
 MAX_TRIES = 64
 MAX_SETS = 8  # device sets that one choice compares: nearest and tightest nodes come first, so more rarely differ

@@ -18,7 +18,7 @@ from typing import Literal
 
 from spindle.planner.curves import Curve
 from spindle.planner.problem import Problem
-from spindle.planner.waves import Piece, Waves, paper_waves
+from spindle.planner.usual.waves import Piece, Waves, paper_waves
 
 Baseline = Literal["sequential", "task_split", "component_split", "paper"]
 

@@ -12,9 +12,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from spindle.planner.allocate import Allocation, Tuple, allocate
 from spindle.planner.curves import Curve
 from spindle.planner.problem import Problem
+from spindle.planner.usual.allocate import Allocation, Tuple, allocate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from math import ceil
 
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
-from spindle.planner.render import LEAST_GAIN, usual_ways
+from spindle.planner.report.render import LEAST_GAIN, usual_ways
 
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good
 SATURATED = 0.15  # more devices are said to be of no use when they save at most this share
