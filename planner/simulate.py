@@ -90,17 +90,15 @@ def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Slices in the plan's order, when each runs forward and backward, and what its devices load, and load in line."""
+    """Slices in the plan's order, when each runs forward and backward, what its devices load, and load in line; and when
+    all have run."""
 
     slices: list[Slice]
     forward: list[_Timed]
     backward: list[_Timed]
     loads: Loads
     loads_in_line: Loads
-
-    @property
-    def both_s(self) -> float:
-        return max(t.end_s for t in self.backward)
+    both_s: float
 
 
 def _run(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> _Run:
@@ -121,7 +119,7 @@ def _run(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> _Run:
     backward_s = [_work_s(metagraph, s, forward=False) for s in slices]
     middle_s = max(t.end_s for t in forward)
     backward = _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
-    return _Run(slices, forward, backward, loads, loads_in_line)
+    return _Run(slices, forward, backward, loads, loads_in_line, both_s=max(t.end_s for t in backward))
 
 
 def waits(metagraph: MetaGraph, slices: Sequence[Slice]) -> list[list[int]]:
