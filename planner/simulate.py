@@ -90,8 +90,8 @@ def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Slices in the plan's order, when each runs forward and backward, what its devices load, and load in line; and when
-    all have run."""
+    """Slices in the plan's order, when each runs forward and backward, what its devices load and load in line; and the
+    end of backward."""
 
     slices: list[Slice]
     forward: list[_Timed]

@@ -16,7 +16,7 @@ from spindle.planner.search.decode import Decoded, Decoder, Draft, Moment, Part
 from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 
-CROWD = 400  # MetaOps from which on decoding a slice takes longer, since so many wait
+CROWD = 400  # MetaOps from which on decoding a slice takes longer by the square, since so many wait
 CHUNK_SLICES = 6000  # decoded between two looks at the budget
 HOT, COLD = 5e-4, 3e-5
 MOVE_UNITS = 2.0
@@ -58,7 +58,7 @@ class Climber:
         """Spend so much work, or what is left of the first `share` of all work."""
         work = self.work
         begun = work.spent
-        crowd = max(1.0, len(self.draft) / CROWD)
+        crowd = max(1.0, (len(self.draft) / CROWD) ** 2)
         until = begun + units
         if self.moves:
             self._restart()
