@@ -151,9 +151,10 @@ def device_types() -> dict[str, Any]:
 
 def _device_type(name: str) -> _DeviceTypeModel:
     types = device_types()
-    if name not in types:
+    found = types.get(name.lower())
+    if found is None:
         raise ClusterError(f"device type {name!r} is not known; the types are {', '.join(sorted(types))}")
-    return _DeviceTypeModel.model_validate(types[name])
+    return _DeviceTypeModel.model_validate(found)
 
 
 def _read_cluster(path: str) -> Cluster:

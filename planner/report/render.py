@@ -87,12 +87,15 @@ def _memory(plan: Plan) -> list[str]:
         return []
     worst = max(range(len(peaks)), key=peaks.__getitem__)
     verdict = "fits" if plan.memory.fits else "DOES NOT FIT"
-    room = f" of {plan.cluster.device.memory_bytes / 2**30:.2f} GiB" if plan.cluster else ""
+    room = f" of {_size(plan.cluster.device.memory_bytes)}" if plan.cluster else ""
     average = sum(peaks) / len(peaks)
     return [
-        f"memory     {verdict}: at most {peaks[worst] / 2**30:.2f} GiB{room} (device {worst}), "
-        f"{average / 2**30:.2f} GiB on average"
+        f"memory     {verdict}: at most {_size(peaks[worst])}{room} (device {worst}), {_size(average)} on average"
     ]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def usual_ways(plan: Plan) -> tuple[tuple[tuple[str, float], ...], float]:

@@ -67,3 +67,12 @@ def test_large_plans_stay_within_the_page() -> None:
     for text in (render(made), table(made)):
         assert max(map(len, text.splitlines())) <= WIDTH
     assert len(gantt(made).splitlines()) < 90
+
+
+def test_memory_of_small_models_is_told_in_mebibytes() -> None:
+    made = replace(
+        MADE,
+        memory=Memory(peak_bytes_per_device=(3 * 2.0**20, 2.0**20), fits=True),
+        cluster=cluster(memory_bytes=2.0**32),
+    )
+    assert "at most 3.0 MiB of 4.00 GiB (device 0), 2.0 MiB on average" in summary(made)
