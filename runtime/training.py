@@ -17,7 +17,9 @@ StepCallback = Callable[[int, dict[str, float]], None]
 
 @dataclass(slots=True)
 class Steps:
-    """What some steps left behind. `ended` names the task whose data ended, where that stopped the training."""
+    """What some steps left behind. `ended` names the task whose data ended, where that stopped the training; `train_s`
+    leaves out what writing checkpoints took.
+    """
 
     losses: list[dict[str, float]] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)  # of the last steps, with their spans
@@ -58,8 +60,9 @@ def run_steps(
         found.ended = reports[0].ended
         chunk = _next_chunk(count, time.perf_counter() - started)
         if checkpoints is not None and done > saved and (done % checkpoints.every == 0 or found.ended or done == last):
+            started = time.perf_counter()
             run.save(checkpoints, done, seed)
-            saved = done
+            saved, began = done, began + time.perf_counter() - started
     found.train_s = time.perf_counter() - began
     return found
 

@@ -204,8 +204,9 @@ def verify(
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind: losses of each task by step, the trace of its last steps, and how long it took.
+    """What a run leaves behind: losses of each task by step, the trace of its last steps, and how long steps took.
 
+    `train_s` leaves out what writing checkpoints took.
     `first_step` steps were done before, by the run that was resumed. `ended` names the task whose data ended, where
     that stopped the training early.
     """
