@@ -89,9 +89,7 @@ def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.memory.fits else "DOES NOT FIT"
     room = f" of {_size(plan.cluster.device.memory_bytes)}" if plan.cluster else ""
     average = sum(peaks) / len(peaks)
-    return [
-        f"memory     {verdict}: at most {_size(peaks[worst])}{room} (device {worst}), {_size(average)} on average"
-    ]
+    return [f"memory     {verdict}: at most {_size(peaks[worst])}{room} (device {worst}), {_size(average)} on average"]
 
 
 def _size(num_bytes: float) -> str:
