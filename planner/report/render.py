@@ -35,10 +35,16 @@ def gantt(plan: Plan, *, width: int = WIDTH) -> str:
     columns = width - label - 3
     symbol_of, legend = _symbols(plan)
     lines = [f"{'':{label}}  {_scale(plan.makespan_s, columns)}"]
+    drawn: set[str] = set()
     for group in groups:
         slices = [s for s in plan.slices if group[0] in s.devices]
-        lines.append(f"{'device ' + _range(group):{label}} |{_bar(plan, slices, columns, symbol_of)}|")
-    return "\n".join([*lines, *_wrapped(legend, width)])
+        bar = _bar(plan, slices, columns, symbol_of)
+        drawn.update(bar)
+        lines.append(f"{'device ' + _range(group):{label}} |{bar}|")
+    seen = [entry for entry in legend if entry.startswith("...") or entry[0] in drawn]
+    if len(seen) < len(legend):
+        seen.append(f"... {len(legend) - len(seen)} more, too short for a cell")
+    return "\n".join([*lines, *_wrapped(seen, width)])
 
 
 def table(plan: Plan) -> str:

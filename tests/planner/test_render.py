@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from spindle.plan import Memory
+from spindle.plan import Memory, make_waves
 from spindle.planner.report.render import WIDTH, gantt, render, summary, table
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
@@ -76,3 +76,9 @@ def test_memory_of_small_models_is_told_in_mebibytes() -> None:
         cluster=cluster(memory_bytes=2.0**32),
     )
     assert "at most 3.0 MiB of 4.00 GiB (device 0), 2.0 MiB on average" in summary(made)
+
+
+def test_the_legend_has_what_the_chart_shows() -> None:
+    short, long = piece("t.b", range(1), (0,), 0.0, 0.001), piece("t.a", range(2), (0, 1), 0.001, 2.0)
+    made = replace(MADE, waves=make_waves([short, long]))
+    assert gantt(made, width=60).splitlines()[-1] == " B t.a   ... 1 more, too short for a cell"
