@@ -207,10 +207,10 @@ def compare(
         for report in reports:
             for name, gradient in report.gradients[step].items():
                 label = f"{name} on rank {report.rank}"
-                known = gradients.get(parse_piece(name)[0])
+                known = gradients.get(parse_piece(name).whole)
                 wanted = torch.zeros_like(gradient) if known is None else piece_of(known, name)
                 rows.append(_row("gradient", label, step, gradient, wanted, tolerance))
-        held = {parse_piece(name)[0] for report in reports for name in report.gradients[step]}
+        held = {parse_piece(name).whole for report in reports for name in report.gradients[step]}
         for name in gradients.keys() - held:
             rows.append(_row("gradient", name, step, torch.zeros_like(gradients[name]), gradients[name], tolerance))
     last = len(reference.losses) - 1

@@ -53,7 +53,7 @@ def load_optimizer(
     states: dict[str, dict[str, Tensor]] = {}
     by_whole: dict[str, list[str]] = {}
     for name in parameters:
-        by_whole.setdefault(parse_piece(name)[0], []).append(name)
+        by_whole.setdefault(parse_piece(name).whole, []).append(name)
     for full, value in tensors.items():
         _, name, key = full.split(":")
         for own in by_whole.get(name, ()):

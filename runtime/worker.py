@@ -101,7 +101,7 @@ def make_jobs(
     pieces = held_by_rank(program, captured)
     codes = [{name: captured.codes[name] for name in names} for names in program.operators_by_rank]
     owned = owners(program, [held_names(own.values(), held) for own, held in zip(codes, pieces, strict=True)])
-    used = {parse_piece(name)[0] for names in owned for name in names}
+    used = {parse_piece(name).whole for names in owned for name in names}
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
     partial = frozenset(p.name for operator in captured.graph for p in operator.parameters if p.partial)
@@ -288,7 +288,7 @@ class Worker:
             stepped = self._stepped(self.store.updated)
             from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
 
-            own = tuple(f"{PREFIX}:{name}:" for name in {parse_piece(name)[0] for name in stepped})
+            own = tuple(f"{PREFIX}:{name}:" for name in {parse_piece(name).whole for name in stepped})
             held = tensors(Path(path), lambda name: name.startswith(own))
             load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], held)
         if self.scheduler is not None:

@@ -76,9 +76,10 @@ class TensorSpec:
 class Parameter:
     """A parameter tensor under the user's own name; equal names are one shared parameter.
 
-    Tensor parallelism cuts it into `pieces` along `piece_dim`; one piece cannot be cut. `joined`: each part of a
-    tensor-parallel run gives its layer all features and gets all from it. `partial`: it is not cut, but each part adds
-    a share of its own to its gradient, where others add the same.
+    Tensor parallelism cuts it into `pieces` along `piece_dim`; one piece cannot be cut. Where that dimension holds
+    `packs` equal tensors one after the other, a piece has its part of each. `joined`: each part of a tensor-parallel
+    run gives its layer all features and gets all from it. `partial`: it is not cut, but each part adds a share of its
+    own to its gradient, where others add the same.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Parameter:
     trainable: bool = True
     pieces: int = 1
     piece_dim: int = 0
+    packs: int = 1
     joined: bool = False
     partial: bool = False
 
@@ -94,7 +96,8 @@ class Parameter:
         """What part `part` of `parts` holds of it: the names of its pieces, or its own where it is not cut."""
         if self.pieces == 1:
             return (self.name,)
-        return tuple(piece_name(self.name, k, self.pieces, self.piece_dim) for k in self.indices(part, parts))
+        indices = self.indices(part, parts)
+        return tuple(piece_name(self.name, k, self.pieces, self.piece_dim, self.packs) for k in indices)
 
     def indices(self, part: int, parts: int) -> range:
         """The pieces of part `part` of `parts`."""
@@ -107,18 +110,38 @@ class Parameter:
         return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
 
 
-def piece_name(name: str, index: int, count: int, dim: int) -> str:
-    """Name of one of `count` equal pieces of a parameter, cut along `dim`."""
-    return f"{name}@{index}/{count}/{dim}"
+def piece_name(name: str, index: int, count: int, dim: int, packs: int = 1) -> str:
+    """Name of one of `count` equal pieces of a parameter, cut along `dim` or in each of `packs` parts of it.
+
+    >>> piece_name("down.weight", 0, 2, 1), piece_name("gate_up", 1, 2, 1, packs=2)
+    ('down.weight@0/2/1', 'gate_up@1/2/1x2')
+    """
+    return f"{name}@{index}/{count}/{dim}" + (f"x{packs}" if packs > 1 else "")
 
 
-def parse_piece(name: str) -> tuple[str, int, int, int]:
-    """Parameter, index, count and dimension of a piece; a whole parameter is its own piece 0 of 1."""
+@dataclass(frozen=True, slots=True)
+class PiecePlace:
+    """Which piece of which parameter a name tells."""
+
+    whole: str
+    index: int = 0
+    count: int = 1
+    dim: int = 0
+    packs: int = 1
+
+
+def parse_piece(name: str) -> PiecePlace:
+    """What `piece_name` wrote; a whole parameter is its own piece 0 of 1.
+
+    >>> parse_piece("gate_up@1/2/1x2")
+    PiecePlace(whole='gate_up', index=1, count=2, dim=1, packs=2)
+    """
     whole, _, place = name.partition("@")
     if not place:
-        return whole, 0, 1, 0
-    index, count, dim = map(int, place.split("/"))
-    return whole, index, count, dim
+        return PiecePlace(whole)
+    index, count, along = place.split("/")
+    dim, _, packs = along.partition("x")
+    return PiecePlace(whole, int(index), int(count), int(dim), int(packs or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

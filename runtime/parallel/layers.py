@@ -1,8 +1,9 @@
-"""Layers: Linear layers and embeddings that compute with some of the pieces of their parameters.
+"""Layers: Linear layers, embeddings and experts that compute with some of the pieces of their parameters.
 
 - In a tensor-parallel run each rank of a copy computes its part of the features, between a layer cut by outputs and
   one cut by inputs (Megatron-LM, section 3): the former sums the gradient of its input over the copy, the latter its
-  output. Heads put their parts of the words side by side; embeddings look up the words that they hold.
+  output. Heads put their parts of the words side by side; embeddings look up the words that they hold. Experts compute
+  their part of each expert's features, and sum what they give.
 - What is not cut is computed by all ranks of a copy alike, so each adds its share of the gradient; marked `partial`, it
   sees a part of the features, and its gradients are shares already.
 """
@@ -10,7 +11,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spindle.capture.codes import OperatorCode
-from spindle.runtime.parallel.names import Held, piece_of
+from spindle.runtime.parallel.names import Held, join, piece_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class _CutLayer(nn.Module):
         held, layout = self.held[name], self.switch.layout
         indices = held.indices if layout is None else held.parameter.indices(layout.part, layout.parts)
         pieces: list[Tensor] = [self.get_parameter(f"{name}_{index}") for index in indices]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, held.parameter.piece_dim)
+        return pieces[0] if len(pieces) == 1 else join(pieces, held.parameter.piece_dim, held.parameter.packs)
 
 
 class CutLinear(_CutLayer, nn.Linear):
@@ -95,6 +96,28 @@ class CutEmbedding(_CutLayer, nn.Embedding):
         own = F.embedding((words - first).masked_fill(missing, 0), weight, pad if pad in range(len(weight)) else None)
         found: Tensor = _Total.apply(own.masked_fill(missing[..., None], 0), layout)  # type: ignore[no-untyped-call]
         return found
+
+
+class CutExperts(_CutLayer):
+    """Experts of any class, whose own forward finds the parts of its stacked parameters in their place."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """What the experts give; in a layout the sum of what the parts of each give."""
+        layout, parts = self.switch.layout, {name: self._part(name) for name in self.held}
+        if layout is not None:
+            inputs = tuple(_given(value, layout) for value in inputs)
+            named = {name: _given(value, layout) for name, value in named.items()}
+        self._parameters.update(cast("dict[str, nn.Parameter | None]", parts))
+        try:
+            outputs: Tensor = super().forward(*inputs, **named)
+        finally:
+            self._parameters.update(dict.fromkeys(parts))
+        return outputs if layout is None else _Total.apply(outputs, layout)  # type: ignore[no-untyped-call]
+
+
+def _given(value: Any, layout: Layout) -> Any:
+    flows = isinstance(value, Tensor) and value.is_floating_point()
+    return _Given.apply(value, layout) if flows else value  # type: ignore[no-untyped-call]
 
 
 _CUT: dict[type[nn.Module], type[_CutLayer]] = {nn.Linear: CutLinear, nn.Embedding: CutEmbedding}
@@ -201,7 +224,8 @@ def _cut_code(
 def _cut_layer(layer: nn.Module, leaf: str, held: Held, switch: Switch, pieces: dict[str, nn.Parameter]) -> None:
     """Put pieces in place of one parameter of a layer."""
     if not isinstance(layer, _CutLayer):
-        layer.__class__ = _CUT[type(layer)]
+        own = type(layer)
+        layer.__class__ = _CUT.get(own) or type(f"Cut{own.__name__}", (CutExperts, own), {})
         assert isinstance(layer, _CutLayer)
         layer.switch, layer.held = switch, {}
     layer.held[leaf] = held

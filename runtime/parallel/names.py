@@ -5,7 +5,7 @@ updated and saved as those of any parameter, whatever the layouts of the slices 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,24 +15,31 @@ from spindle.capture.codes import Captured, OperatorCode
 from spindle.graph import Parameter, parse_piece
 from spindle.runtime.programs.program import Program
 
-_PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)")
+_PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)(?:x(\d+))?")
 
 
 def joined_pieces(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors with pieces put together under the parameter's own name. A number a piece, as Adam's step, is one."""
     whole: dict[str, Tensor] = {}
-    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
+    parts: dict[tuple[str, int, int], dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _PIECE.search(name)
         if found is None:
             whole[name] = tensor
         else:
-            index, _, dim = map(int, found.groups())
-            parts.setdefault((whole_name(name), dim), {})[index] = tensor
-    for (name, dim), pieces in parts.items():
+            index, _, dim, packs = map(int, found.groups(default=1))
+            parts.setdefault((whole_name(name), dim, packs), {})[index] = tensor
+    for (name, dim, packs), pieces in parts.items():
         ordered = [pieces[index] for index in sorted(pieces)]
-        whole[name] = torch.cat(ordered, dim) if ordered[0].ndim > dim else ordered[0]
+        whole[name] = join(ordered, dim, packs) if ordered[0].ndim > dim else ordered[0]
     return whole
+
+
+def join(pieces: Sequence[Tensor], dim: int, packs: int) -> Tensor:
+    """Pieces side by side along `dim`, or where it holds `packs` tensors, each piece's part of the first, then of the
+    next.
+    """
+    return torch.cat([torch.unflatten(piece, dim, (packs, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 1)
 
 
 def whole_name(name: str) -> str:
@@ -42,11 +49,12 @@ def whole_name(name: str) -> str:
 
 def piece_of(whole: Tensor, name: str) -> Tensor:
     """The part of a parameter, or of a state of its shape, that `name` names."""
-    _, index, count, dim = parse_piece(name)
-    if count == 1 or whole.ndim <= dim:
+    piece = parse_piece(name)
+    if piece.count == 1 or whole.ndim <= piece.dim:
         return whole
-    size = whole.shape[dim] // count
-    return whole.narrow(dim, index * size, size)
+    dim, size = piece.dim, whole.shape[piece.dim] // piece.packs // piece.count
+    parts = torch.unflatten(whole, dim, (piece.packs, -1)).narrow(dim + 1, piece.index * size, size)
+    return parts.flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True, slots=True)

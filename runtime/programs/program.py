@@ -227,8 +227,8 @@ class Program:
 
 
 def _holds(name: str, part: int, parts: int) -> bool:
-    _, index, count, _ = parse_piece(name)
-    return count == 1 or index * parts // count == part
+    piece = parse_piece(name)
+    return piece.count == 1 or piece.index * parts // piece.count == part
 
 
 def activations(run: str) -> str:

@@ -375,6 +375,7 @@ def _parameters(
                 trainable=outer in trained,
                 pieces=cut.pieces,
                 piece_dim=cut.dim,
+                packs=cut.packs,
                 joined=cut.joined,
                 partial=cut.partial,
             )

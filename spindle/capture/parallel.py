@@ -8,12 +8,14 @@ A plan maps dotted paths of layers, `*` standing for one name, to a style. These
   only part of them, so that its gradients are shares.
 - `colwise_gather_output` and `rowwise_split_input` give and take all features, and `embedding_rowwise` cuts the words
   of an embedding. Layers of these styles outside of blocks (embeddings, language heads) become operators of their own.
-- Experts (`moe_tp_experts`) stay whole: all devices of a copy compute them alike, while attention beside them is cut.
+- Experts (`moe_tp_experts`) hold stacked parameters with a style each: `colwise` cuts the last dimension but one,
+  `rowwise` the last, and `packed_...` each half of it, where gate and up projection lie one after the other. Each
+  device computes its part of every expert, and the outputs are summed. Experts without such styles stay whole.
 - Layers that share a parameter are cut together: an embedding with the head that is tied to it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -21,9 +23,10 @@ from spindle.capture.blocks import Block, find_blocks
 from spindle.errors import WorkloadError
 from spindle.workload import Component, Workload
 
-PARTIAL = "replicated_with_grad_allreduce"
+PARTIAL, EXPERTS = "replicated_with_grad_allreduce", "moe_tp_experts"
 EMBEDDING, HEAD = "embedding_rowwise", "colwise_gather_output"
-_ALIASES = {"colwise_rep": HEAD, "rowwise_rep": "rowwise_split_input", "moe_tp_experts": "replicate"}
+_ALIASES = {"colwise_rep": HEAD, "rowwise_rep": "rowwise_split_input"}
+_STACKED = {"colwise": (-2, 1), "rowwise": (-1, 1), "packed_colwise": (-2, 2), "packed_rowwise": (-1, 2)}  # dim, packs
 _JOINED = (HEAD, "rowwise_split_input")
 _LINEAR = ("colwise", "rowwise", *_JOINED)
 _OUTSIDE = (*_JOINED, EMBEDDING)
@@ -32,14 +35,16 @@ _WHOLE = "replicate"
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a parameter is held: in `pieces` along `dim`, or whole. `joined`: its layer gives and takes all features;
-    `partial`: its gradients are shares.
+    """How a parameter is held: in `pieces` along `dim`, of each of the `packs` tensors in it, or whole. `joined`: its
+    layer gives and takes all features; `partial`: its gradients are shares; `experts`: the class whose parameter it is.
     """
 
     pieces: int = 1
     dim: int = 0
+    packs: int = 1
     joined: bool = False
     partial: bool = False
+    experts: type[nn.Module] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class _Layer:
     path: str
     module: nn.Module
     style: str
+    stacked: Mapping[str, str] = field(default_factory=dict)  # of experts: their parameters' styles
 
 
 def cuts(workload: Workload) -> dict[str, Cut]:
@@ -74,7 +80,7 @@ def cut_outside(component: Component) -> list[Block]:
 def refuse_bare_reads(module: nn.Module, inner: str, name: str, cut: Cut) -> None:
     """Code that reads a cut parameter itself, not through its layer, cannot run on pieces."""
     owner = module.get_submodule(inner.rpartition(".")[0])
-    if cut.pieces > 1 and type(owner) not in (nn.Linear, nn.Embedding):
+    if cut.pieces > 1 and type(owner) not in (nn.Linear, nn.Embedding, cut.experts):
         raise WorkloadError(
             f"parameter {name!r} is cut by tensor parallelism, but {type(owner).__name__} reads it beside its layer; "
             "call the layer, or leave it out of tensor_plan="
@@ -109,9 +115,11 @@ def _inside(component: Component, plan: Mapping[str, str]) -> Iterator[_Layer]:
     for block in find_blocks(component.name, component.module, component.layers):
         for inner, module in block.module.named_modules():
             path = f"{block.path}.{inner}" if inner else block.path
-            layer = _Layer(path, module, _style(plan, path))
+            layer = _Layer(path, module, _style(plan, path), _stacked(plan, path, module))
+            if layer.style == EXPERTS and not _cuts_all(component, layer):
+                continue
             if layer.style != _WHOLE:
-                _check(component, layer, (*_LINEAR, EMBEDDING, PARTIAL))
+                _check(component, layer, (*_LINEAR, EMBEDDING, PARTIAL, EXPERTS))
                 yield layer
 
 
@@ -160,6 +168,13 @@ def _check(component: Component, layer: _Layer, styles: tuple[str, ...]) -> None
         raise WorkloadError(f"{what} is {layer.style!r} in its plan; the styles there are {', '.join(styles)}")
     if layer.style == PARTIAL:
         return
+    if layer.style == EXPERTS:
+        for name, style in layer.stacked.items():
+            dim, packs = _STACKED[style]
+            size = module.get_parameter(name).shape[dim]
+            if size % (packs * pieces):
+                raise WorkloadError(f"{what}: {name} has {size // packs} features; tensor_parallel must divide them")
+        return
     if layer.style == EMBEDDING:
         if type(module) is not nn.Embedding or module.max_norm or module.scale_grad_by_freq or module.sparse:
             raise WorkloadError(f"{what} is a {type(module).__name__}; only a plain torch.nn.Embedding can be cut")
@@ -177,12 +192,34 @@ def _parameters(layer: _Layer, pieces: int) -> Iterator[tuple[Tensor, Cut]]:
     if layer.style == PARTIAL:
         yield from ((parameter, Cut(partial=True)) for parameter in layer.module.parameters())
         return
+    if layer.style == EXPERTS:
+        for name, style in layer.stacked.items():
+            parameter, (dim, packs) = layer.module.get_parameter(name), _STACKED[style]
+            yield parameter, Cut(pieces, dim % parameter.ndim, packs, experts=type(layer.module))
+        return
     dim = 1 if layer.style.startswith("rowwise") else 0
-    cut = Cut(pieces, dim, layer.style in _OUTSIDE)
+    cut = Cut(pieces, dim, joined=layer.style in _OUTSIDE)
     yield layer.module.get_parameter("weight"), cut
     bias = getattr(layer.module, "bias", None)
     if dim == 0 and isinstance(bias, nn.Parameter):
         yield bias, cut
+
+
+def _stacked(plan: Mapping[str, str], path: str, module: nn.Module) -> dict[str, str]:
+    """Styles of a module's own parameters, as experts have them."""
+    styles = {name: _style(plan, f"{path}.{name}") for name, _ in module.named_parameters(recurse=False)}
+    return {name: style for name, style in styles.items() if style in _STACKED}
+
+
+def _cuts_all(component: Component, layer: _Layer) -> bool:
+    """Whether a plan says how each parameter of the experts is cut: one that stays whole would be summed anew."""
+    missing = [name for name, _ in layer.module.named_parameters() if name not in layer.stacked]
+    if layer.stacked and missing and component.tensor_plan is not None:
+        raise WorkloadError(
+            f"{_what(component)}: {layer.path!r} is {EXPERTS!r} in its plan, which cuts {', '.join(layer.stacked)} "
+            f"but not {', '.join(missing)}; give each of its parameters one of {', '.join(_STACKED)}, or none"
+        )
+    return bool(layer.stacked) and not missing
 
 
 def _style(plan: Mapping[str, str], path: str) -> str:
