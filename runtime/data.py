@@ -1,6 +1,7 @@
 """Data: what a task's loader gives, the same on every rank that reads it.
 
-- Each rank that needs a task's batches runs its own copy of the loader, in a thread that reads ahead.
+- Each rank that needs a task's batches runs its own copy of the loader, in a thread that reads ahead. A list of batches
+  needs neither a thread, which would take time from the rank's own, nor random numbers.
 - Random numbers that the loader draws come from generators of its own, seeded alike everywhere, so that a shuffling
   loader gives all ranks the same order.
 - Where a feed stands is a small state: the generators at the start of the present pass, and the batches taken of it. A
@@ -49,6 +50,7 @@ class Feed:
     def __init__(self, task: Task, seed: int, *, timeout_s: float = 60.0) -> None:
         """Nothing is read until the first batch is asked for. `timeout_s`: how long to wait for one."""
         self.task, self.timeout_s = task, timeout_s
+        self._listed = type(task.data) in (list, tuple)
         state = np.random.RandomState(int.from_bytes(hashlib.sha256(f"{seed}/{task.name}".encode()).digest()[:4]))
         self._generators = _Generators(
             random.Random(int(state.randint(2**31))).getstate(),
@@ -77,8 +79,8 @@ class Feed:
             )
         self._ahead.popleft()
         self._state = read.state
-        for _ in range(self.task.prefetch - len(self._ahead)):
-            self._ahead.append(self._reader.submit(self._read))
+        for _ in range(0 if self._listed else self.task.prefetch - len(self._ahead)):
+            self._ahead.append(self._ordered())
         return read.batch
 
     def holds(self, count: int) -> bool:
@@ -118,7 +120,7 @@ class Feed:
 
     def _wait_for(self, index: int) -> _Read:
         while len(self._ahead) <= index:
-            self._ahead.append(self._reader.submit(self._read))
+            self._ahead.append(self._ordered())
         try:
             return self._ahead[index].result(self.timeout_s)
         except concurrent.futures.TimeoutError:
@@ -127,10 +129,20 @@ class Feed:
                 "raise timeout_s"
             ) from None
 
+    def _ordered(self) -> "concurrent.futures.Future[_Read]":
+        if not self._listed:
+            return self._reader.submit(self._read)
+        found: concurrent.futures.Future[_Read] = concurrent.futures.Future()
+        try:
+            found.set_result(self._read())
+        except WorkloadError as error:
+            found.set_exception(error)
+        return found
+
     # -- what its thread does -------------------------------------------------------------------------------------
 
     def _read(self) -> _Read:
-        with self._own_generators():
+        with contextlib.nullcontext() if self._listed else self._own_generators():
             try:
                 batch = self._advance()
                 while batch is not None and self._skip:
@@ -159,7 +171,8 @@ class Feed:
         raise WorkloadError(f"task {self.task.name!r}: its data holds no batch; give at least one")
 
     def _begin_pass(self) -> None:
-        self._pass_generators = _Generators.now().dumped()
+        if not self._listed:
+            self._pass_generators = _Generators.now().dumped()
         if self._loader_state is not None:
             self.task.data.load_state_dict(self._loader_state)  # type: ignore[union-attr]
             self._taken, self._skip, self._loader_state = self._skip, 0, None

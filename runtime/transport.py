@@ -28,7 +28,10 @@ Post = tuple[int, Tensor]
 
 Wait = Callable[[], None]
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h and mman.h
+MAPPED_APART = 32 * 2**20  # from here on malloc maps memory of its own for a tensor: the most it takes
+MARKED = 60 * MAPPED_APART  # of the heap; its free end is kept up to 2 GiB
+PAGE = 4096
 
 
 def serve_store(host: str) -> TCPStore:
@@ -97,15 +100,33 @@ def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed for the next step; whether this system's can.
+    """Have malloc keep what is freed for the next step, in large pages; whether this system's can.
 
     By itself glibc gives it back, or not, by what was freed first: then thousands of pages are faulted in again each
     step, which made steps of one model 84 or 119 ms long.
     """
-    if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, 32 * 2**20))  # the most it takes
+    kept = libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(M_MMAP_THRESHOLD, MAPPED_APART)
+    if kept and hasattr(libc, "madvise"):
+        _prefer_large_pages(libc)
+    return bool(kept)
+
+
+def _prefer_large_pages(libc: ctypes.CDLL) -> None:
+    """Have the heap grow once and mark it, so that it is made of pages of 2 MiB where the system gives them to who asks:
+    an optimizer's step over all parameters is a tenth shorter. What is never used takes no memory.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.argtypes, libc.madvise.argtypes = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    size = MAPPED_APART - 2**20
+    blocks = [block for block in (libc.malloc(size) for _ in range(MARKED // size)) if block]
+    begin, end = -(-min(blocks, default=0) // PAGE) * PAGE, (max(blocks, default=0) + size) // PAGE * PAGE
+    if end - begin <= MARKED:  # side by side: the heap alone
+        libc.madvise(begin, end - begin, MADV_HUGEPAGE)
+    for block in blocks:
+        libc.free(block)
 
 
 class ProcessTransport:

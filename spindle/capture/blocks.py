@@ -259,7 +259,10 @@ class BlockModule(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on its tensors; constants are those of the recorded call."""
         args, kwargs = filled(self.arguments, tensors)
-        with self.draws.opened(), caches_off(self.configs):
+        if self.draws.sites or self.configs:
+            with self.draws.opened(), caches_off(self.configs):
+                results = self.module(*args, **kwargs)
+        else:
             results = self.module(*args, **kwargs)
         return tuple(with_slots(results)[1])
 

@@ -20,6 +20,9 @@ class Slot:
     index: int
 
 
+_LEAVES = (Slot, type(None), bool, int, float, str)
+
+
 def with_slots(structure: Any) -> tuple[Any, list[Tensor]]:
     """A nested structure with Slots in place of its tensors, and the tensors."""
     tensors: list[Tensor] = []
@@ -39,7 +42,18 @@ def filled(structure: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
-    """A nested structure with `function` applied to each leaf."""
+    """A nested structure with `function` applied to each leaf.
+
+    Plain containers, which every call of a block goes through twice, are followed here: torch's way takes ten times as
+    long.
+    """
+    kind = type(structure)
+    if kind in _LEAVES or isinstance(structure, Tensor):
+        return function(structure)
+    if kind is tuple or kind is list:
+        return kind([mapped(function, value) for value in structure])
+    if kind is dict:
+        return {key: mapped(function, value) for key, value in structure.items()}
 
     def leaf(value: Any) -> Any:
         if isinstance(value, Slot) or not dataclasses.is_dataclass(value) or isinstance(value, type):
