@@ -198,7 +198,7 @@ class Executor:
     def _run_code(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
         arguments = self._arguments(run, code, values)
         if run.tensor_parallel == 1:
-            found: Sequence[Tensor] = code.module(*arguments)
+            found: Sequence[Tensor] = code.module.forward(*arguments)
             return found
         copy = run.copy_of(self.rank)
         group = tuple(sorted(copy))
