@@ -23,7 +23,7 @@ from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew, threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.measure import Bench, BenchJob, Timing, spread
+from spindle.runtime.measure import Bench, BenchJob, Timing, spread, steady
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
@@ -63,7 +63,7 @@ class Todo:
         if count > 1 and mean["backward_s"]:
             together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
             for index, name in enumerate(names[:3]):
-                mean[name] = statistics.median(max(run[index] for run in runs) for runs in together)
+                mean[name] = steady([max(run[index] for run in runs) for runs in together])
         return ProfileEntry(kind=kind, num_devices=count, **mean)
 
     def _load_entry(self, took: Sequence[Timing]) -> LoadEntry:
@@ -84,7 +84,7 @@ class Todo:
             level="intra_node",
             members=members,
             num_bytes=num_bytes,
-            seconds=statistics.median(seconds),
+            seconds=steady(seconds),
             spread=spread(seconds),
         )
 
@@ -98,7 +98,7 @@ def measure_profile(
     most_devices: int | None = None,
     known: Profile | None = None,
     optimizer: OptimizerFactory | None = None,
-    seconds_per_entry: float = 0.15,
+    seconds_per_entry: float = 0.3,
     progress: Progress | None = None,
     keep: Keep | None = None,
 ) -> Profile:

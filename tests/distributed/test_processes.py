@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import spindle
+from spindle.runtime.host import SocketThreads, keep_freed_memory
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.transport import Transport, keep_freed_memory
+from spindle.runtime.transport import Transport
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
 
@@ -78,6 +79,34 @@ def test_a_step_takes_no_pages_that_another_gave_back() -> None:
     crew = ProcessCrew([None], worker=Faulting)
     try:
         assert crew.call("faults")[0] < 1638
+    finally:
+        crew.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policies")
+def test_socket_threads_leave_the_core_to_a_rank_that_posts() -> None:
+    """Each group's threads are found; they are held back inside, and only there."""
+
+    class Watching:
+        def __init__(self, job: object, transport: Transport) -> None:
+            del job
+            self.transport = transport
+
+        def policies(self) -> list[set[int]]:
+            tasks = list(Path("/proc/self/task").iterdir())
+            threads = [int(task.name) for task in tasks if (task / "comm").read_text().strip() == "gloo_tcp_loop"]
+            held, found = SocketThreads(), []
+            held.find()
+            found.append({os.sched_getscheduler(thread) for thread in threads})
+            with held:
+                found.append({os.sched_getscheduler(thread) for thread in threads})
+            self.transport.start([(1 - self.transport.rank, torch.ones(1))], [])
+            found.append({os.sched_getscheduler(thread) for thread in threads})
+            return found
+
+    crew = ProcessCrew([None, None], worker=Watching)
+    try:
+        assert crew.call("policies") == [[{os.SCHED_OTHER}, {os.SCHED_BATCH}, {os.SCHED_OTHER}]] * 2
     finally:
         crew.close()
 
