@@ -7,14 +7,14 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spindle.capture.codes import AuxCode, OperatorCode, computing_in
 from spindle.capture.draws import Stream, drawing_from
-from spindle.capture.repeat import base_task, micro_batch
+from spindle.capture.repeat import micro_batch
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, summed
@@ -29,6 +29,7 @@ from spindle.runtime.programs.program import (
     arrivals,
     gradients,
 )
+from spindle.runtime.ready import Ready, of_dtype, ready_runs
 from spindle.runtime.record import StepRecord, span_of
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
@@ -77,6 +78,7 @@ class Executor:
         self.adding = accumulating(self.instructions, program.bucket_by_name)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
+        self.ready = ready_runs(program, self.rank, codes)
         self.maker = {name: run for run in program.slices for name in run.outputs}
         self.readers: dict[str, list[SliceRun]] = {name: [] for name in self.maker}
         for run in program.slices:
@@ -163,58 +165,49 @@ class Executor:
         self.batches[task] = {name: value.to(self.transport.device) for name, value in batch.items() if name in wanted}
 
     def _forward(self, name: str) -> None:
-        run = self.program.slice_by_name[name]
-        inputs = {}
-        for tensor in run.inputs:
-            spec = self.program.tensor_by_name[tensor]
-            value = joined(self._input_pieces(run, tensor), spec)
-            inputs[tensor] = value.detach().requires_grad_(spec.needs_grad and run.backward)
+        ready = self.ready[name]
+        run, inputs = ready.run, {}
+        for spec, needs_grad in ready.inputs:
+            source = ready.whole.get(spec.name)
+            if source is not None:
+                value = self._activations(source).outputs[spec.name]
+            else:
+                value = joined(self._input_pieces(run, spec.name), spec)
+            inputs[spec.name] = value.detach().requires_grad_(needs_grad)
         with torch.set_grad_enabled(run.backward and not run.recompute):
-            outputs = self._compute(run, inputs)
+            outputs = self._compute(ready, inputs)
         self._put(activations(name), _Activations(inputs, outputs))
         for tensor in outputs.keys() & self.task_by_loss.keys():
             self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
 
-    def _compute(self, run: SliceRun, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _compute(self, ready: Ready, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the operators of a slice on this rank's samples; its outputs."""
         values = dict(inputs)
-        low, high = run.bounds_of(self.rank)
-        stream = replace(
-            self.stream,
-            batch=self.first_batch + micro_batch(run.task),
-            task=base_task(run.task),
-            low=low,
-            samples=high - low,
-            part=run.copy_of(self.rank).index(self.rank),
-            parts=run.tensor_parallel,
-        )
+        stream = ready.stream(self.stream, self.first_batch)
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
-            for operator in run.operators:
-                code = self.codes[operator]
-                values.update(zip(code.outputs, self._run_code(run, code, values), strict=True))
+            for code in ready.codes:
+                values.update(zip(code.outputs, self._run_code(ready, code, values), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
-        return {tensor: values[tensor].to(self.dtypes[tensor]) for tensor in run.outputs}
+        return {spec.name: of_dtype(values[spec.name], dtype) for spec, dtype in ready.outputs}
 
-    def _run_code(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        arguments = self._arguments(run, code, values)
-        if run.tensor_parallel == 1:
-            found: Sequence[Tensor] = code.module.forward(*arguments)
+    def _run_code(self, ready: Ready, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        arguments = self._arguments(ready, code, values)
+        if len(ready.copy) == 1:
+            found: Sequence[Tensor] = code.module.forward(*arguments)  # which nobody hangs hooks on
             return found
-        copy = run.copy_of(self.rank)
-        group = tuple(sorted(copy))
-        layout = Layout(copy.index(self.rank), len(copy), lambda value: self.transport.all_reduce(value, group)())
+        group = ready.copy
+        layout = Layout(ready.part, len(group), lambda value: self.transport.all_reduce(value, group)())
         found = compute_part(code, arguments, layout, self.switch, self.partial)
         return found
 
-    def _arguments(self, run: SliceRun, code: OperatorCode, values: Mapping[str, Tensor]) -> Iterator[Tensor | int]:
-        low, high = run.bounds_of(self.rank)
+    def _arguments(self, ready: Ready, code: OperatorCode, values: Mapping[str, Tensor]) -> Iterator[Tensor | int]:
         for given in code.inputs:
             if given.kind == "tensor":
                 yield values[given.name]
             elif given.kind == "aux":
-                yield self._aux_value(given.name, low, high, run.bounds[-1][1])
+                yield self._aux_value(given.name, ready.low, ready.high, ready.run.bounds[-1][1])
             else:
-                yield high - low
+                yield ready.high - ready.low
 
     @contextlib.contextmanager
     def _live_outputs(self, run: SliceRun, held: _Activations) -> Iterator[dict[str, Tensor]]:
@@ -227,7 +220,7 @@ class Executor:
             return
         buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        outputs = self._compute(run, held.inputs)
+        outputs = self._compute(self.ready[run.name], held.inputs)
         yield outputs
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
