@@ -1,6 +1,7 @@
 """The other side of the runtime benchmark: the same workloads as people train them, in processes that wait for orders.
 
-- `eager`: one process, the plain loop: every task forward and backward, then one step.
+- `eager`: one process, the plain loop: every task forward and backward, then one step. It is as people write it; as
+  `eager, memory kept` it keeps the memory that it frees, in large pages, as Spindle's ranks and the others here do.
 - `ddp`: DistributedDataParallel over all tasks in turn, their losses summed, one backward and one reduction a step.
 - `fsdp`: fully_shard of every block and of the whole, the same loop.
 """
@@ -84,7 +85,8 @@ def peak_bytes() -> int:
 
 def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, num_threads: int, port: int) -> None:
     torch.set_num_threads(num_threads)
-    keep_freed_memory()  # this and the next line as Spindle's ranks do it: the sides differ in the plan alone
+    if kind != "eager":
+        keep_freed_memory()  # this and the next line as Spindle's ranks do it: the sides differ in the plan alone
     os.sched_setaffinity(0, own_cores((rank, num_ranks), list(os.sched_getaffinity(0))))
     if num_ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -147,7 +149,7 @@ def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callab
         optimizer.zero_grad(set_to_none=kind == "fsdp")
         return losses
 
-    return eager if kind == "eager" else together
+    return eager if kind.startswith("eager") else together
 
 
 def _used(whole: AllTasks, workload: Workload) -> set[int]:

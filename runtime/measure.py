@@ -36,7 +36,7 @@ from spindle.workload import Batch, Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
 STEPPED = 64  # tensors in one step of the optimiser, so that what a call costs whatever it does weighs little
-STEP_BYTES, SOME_BYTES = 64 * 2**20, 16 * 2**20  # that a CPU's caches are filled with
+STEP_BYTES, SOME_BYTES = 96 * 2**20, 24 * 2**20  # that a CPU's caches are filled with; see docs/log.md
 MAX_MESSAGES = 256 * 2**20  # bytes of all messages of one size
 
 Mark = float | torch.cuda.Event

@@ -15,7 +15,7 @@ from spindle.errors import ProfileError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileEntry:
-    """Operator `kind` on `num_devices` devices, each holding its share of the batch; medians of repeated runs.
+    """Operator `kind` on `num_devices` devices, each holding its share of the batch; means of repeated runs.
 
     bare_forward_s   forward that keeps nothing, as where activations are computed again (0: not measured)
     update_s         the optimiser's step over the trained parameters of one layer (0: none, or not measured)
