@@ -67,12 +67,17 @@ class SocketThreads:
 
     def find(self) -> None:
         """Look for the threads of all groups made so far."""
+        self._threads = []
         if sys.platform != "linux":
             return
         with contextlib.suppress(OSError):  # none at all, where a sandbox forbids it
             tasks = Path("/proc/self/task").iterdir()
             found = [int(task.name) for task in tasks if (task / "comm").read_text().strip() == "gloo_tcp_loop"]
-            self._threads = [thread for thread in found if os.sched_getscheduler(thread) == os.SCHED_OTHER]
+            ordinary = [thread for thread in found if os.sched_getscheduler(thread) == os.SCHED_OTHER]
+            for policy in (os.SCHED_BATCH, os.SCHED_OTHER):
+                for thread in ordinary:
+                    os.sched_setscheduler(thread, policy, os.sched_param(0))
+            self._threads = ordinary
 
     def __enter__(self) -> None:
         if sys.platform == "linux":
