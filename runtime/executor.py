@@ -29,7 +29,7 @@ from spindle.runtime.programs.program import (
     arrivals,
     gradients,
 )
-from spindle.runtime.ready import Ready, of_dtype, ready_runs
+from spindle.runtime.ready import Ready, ready_runs
 from spindle.runtime.record import StepRecord, span_of
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
@@ -188,7 +188,7 @@ class Executor:
             for code in ready.codes:
                 values.update(zip(code.outputs, self._run_code(ready, code, values), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
-        return {spec.name: of_dtype(values[spec.name], dtype) for spec, dtype in ready.outputs}
+        return {spec.name: values[spec.name].to(dtype) for spec, dtype in ready.outputs}
 
     def _run_code(self, ready: Ready, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
         arguments = self._arguments(ready, code, values)

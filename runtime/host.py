@@ -75,17 +75,19 @@ class SocketThreads:
             found = [int(task.name) for task in tasks if (task / "comm").read_text().strip() == "gloo_tcp_loop"]
             ordinary = [thread for thread in found if os.sched_getscheduler(thread) == os.SCHED_OTHER]
             for policy in (os.SCHED_BATCH, os.SCHED_OTHER):
-                for thread in ordinary:
-                    os.sched_setscheduler(thread, policy, os.sched_param(0))
+                _schedule(ordinary, policy)
             self._threads = ordinary
 
     def __enter__(self) -> None:
         if sys.platform == "linux":
-            for thread in self._threads:
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+            _schedule(self._threads, os.SCHED_BATCH)
 
     def __exit__(self, *error: object) -> None:
         if sys.platform == "linux" and self._threads:
-            for thread in self._threads:
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+            _schedule(self._threads, os.SCHED_OTHER)
             os.sched_yield()  # one that woke up meanwhile works now
+
+
+def _schedule(threads: Sequence[int], policy: int) -> None:
+    for thread in threads:
+        os.sched_setscheduler(thread, policy, os.sched_param(0))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from spindle.capture.codes import OperatorCode
 from spindle.capture.draws import Stream
@@ -80,8 +79,3 @@ def _stays_whole(spec: TensorSpec, source: SliceRun, target: SliceRun, rank: int
     if rank not in source.ranks:
         return False
     return source.bounds_of(rank) == target.bounds_of(rank) if spec.rows else source.ranks[0] == rank
-
-
-def of_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value in a type, which it mostly has."""
-    return value if value.dtype is dtype else value.to(dtype)

@@ -16,8 +16,15 @@ from spindle.graph import PiecePlace, parse_piece, piece_name
 from spindle.runtime.controller import prepare
 from spindle.runtime.parallel.names import join, joined_pieces, piece_of
 from spindle.runtime.parity import Tolerance
-from tests.parity.test_tensor_parallel import WORDS, compared, laid_out, next_word, spread, tolerance_of
-from tests.random_plans import widest_plan
+from tests.parity.test_tensor_parallel import (
+    WORDS,
+    ask_and_answer,
+    compared,
+    laid_out,
+    next_word,
+    resumed_beside_whole,
+    tolerance_of,
+)
 from tests.tiny_workloads import floats, tokens
 
 ROUTED = Tolerance(1e-5, 1e-8)  # routers compute in float32 whatever the model does
@@ -64,13 +71,7 @@ def experts(model: str, **options: Any) -> spindle.Workload:
     dtype = torch.float32 if model == "llama4" else torch.float64
     made = spindle.Workload("experts", **options)
     lm: Any = made.component("lm", MODELS[model]().to(dtype), tensor_parallel=4)
-    for name, seed in (("ask", 1), ("answer", 40)):
-        rows = [{"tokens": tokens(5, 6, seed + i)} for i in range(2)]
-
-        @made.task(name, batch_size=5, data=rows)
-        def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            return next_word(lm(input_ids=batch["tokens"]).logits, batch["tokens"])
-
+    ask_and_answer(made, lm)
     return made
 
 
@@ -99,15 +100,8 @@ def test_features_go_along(options: dict[str, Any]) -> None:
 
 def test_checkpoints_know_no_layout(tmp_path: Path) -> None:
     """A run spread over four ranks is resumed by two that hold everything, and goes on as one that never stopped."""
-    plans = [spread(experts("mixtral"), 4, 4), widest_plan(spindle.make_metagraph(experts("mixtral")), 2)]
-    whole, first, second = experts("mixtral"), experts("mixtral"), experts("mixtral")
-    options: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "launcher": "threads"}
-    spindle.train(whole, plans[1], steps=4, **options)
-    spindle.train(first, plans[0], steps=2, checkpoints=tmp_path, **options)
-    spindle.train(second, plans[1], steps=4, checkpoints=tmp_path, resume=True, **options)
-    expected = dict(whole.named_parameters())
-    for name, value in second.named_parameters():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name, (value, expected) in resumed_beside_whole(lambda: experts("mixtral"), tmp_path, steps=4, stop=2).items():
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def planned(plan: dict[str, str] | None, **options: Any) -> spindle.Workload:

@@ -229,6 +229,16 @@ def spread(made: spindle.Workload, num_devices: int, degree: int) -> Plan:
     return laid_out(made, num_devices, lambda _: (num_devices // degree, degree))
 
 
+def ask_and_answer(made: spindle.Workload, lm: Any) -> None:
+    """Two tasks of one language model."""
+    for name, seed in (("ask", 1), ("answer", 40)):
+        rows = [{"tokens": tokens(5, 6, seed + i)} for i in range(2)]
+
+        @made.task(name, batch_size=5, data=rows)
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            return next_word(lm(input_ids=batch["tokens"]).logits, batch["tokens"])
+
+
 def talks(
     dtype: torch.dtype = torch.float64,
     precision: Precision = "fp32",
@@ -239,13 +249,7 @@ def talks(
     torch.manual_seed(0)
     made = spindle.Workload("talks", precision=precision, max_grad_norm=max_grad_norm)
     lm: Any = made.component("lm", language(**options).to(dtype), tensor_parallel=4)
-    for name, seed in (("ask", 1), ("answer", 40)):
-        rows = [{"tokens": tokens(5, 6, seed + i)} for i in range(2)]
-
-        @made.task(name, batch_size=5, data=rows)
-        def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            return next_word(lm(input_ids=batch["tokens"]).logits, batch["tokens"])
-
+    ask_and_answer(made, lm)
     return made
 
 
@@ -463,17 +467,24 @@ def test_a_rank_holds_only_its_pieces() -> None:
     assert "encoder.layers.0.up.weight" not in held
 
 
+def resumed_beside_whole(
+    make: Callable[[], spindle.Workload], path: Path, *, steps: int, stop: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameters after a run spread over four ranks that two ranks went on with, and after one that never stopped."""
+    plans = [spread(make(), 4, 4), widest_plan(spindle.make_metagraph(make()), 2)]
+    whole, first, second = make(), make(), make()
+    options: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "launcher": "threads"}
+    spindle.train(whole, plans[1], steps=steps, **options)
+    spindle.train(first, plans[0], steps=stop, checkpoints=path, **options)
+    spindle.train(second, plans[1], steps=steps, checkpoints=path, resume=True, **options)
+    expected = dict(whole.named_parameters())
+    return {name: (value, expected[name]) for name, value in second.named_parameters()}
+
+
 def test_checkpoints_know_no_layout(tmp_path: Path) -> None:
     """A run spread over four ranks is resumed by two that hold everything, and goes on as one that never stopped."""
-    plans = [spread(workload(), 4, 4), widest_plan(spindle.make_metagraph(workload()), 2)]
-    whole, first, second = workload(), workload(), workload()
-    options: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "launcher": "threads"}
-    spindle.train(whole, plans[1], steps=5, **options)
-    spindle.train(first, plans[0], steps=3, checkpoints=tmp_path, **options)
-    spindle.train(second, plans[1], steps=5, checkpoints=tmp_path, resume=True, **options)
-    expected = dict(whole.named_parameters())
-    for name, value in second.named_parameters():
-        torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+    for name, (value, expected) in resumed_beside_whole(workload, tmp_path, steps=5, stop=3).items():
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def plainly(made: spindle.Workload, steps: range, states: dict[str, Any]) -> dict[str, Any]:
