@@ -41,7 +41,7 @@ Observe = Callable[[dict[str, Tensor]], None]
 
 
 @dataclass(slots=True)
-class _Activations:
+class Activations:
     """A slice run's inputs as leaves of an autograd graph of its own, and its outputs."""
 
     inputs: dict[str, Tensor]
@@ -124,13 +124,17 @@ class Executor:
         for left in reversed(range(rounds)):
             self.first_batch = (rounds - 1 - left) * self.in_flight
             self.fetch = new_round()
-            self._run(self.adding if left else self.instructions, record.spans, step)
+            self.begin()
+            for instruction in self.adding if left else self.instructions:
+                self.carry_out(instruction, record.spans, step)
+            self._end()
             losses.append(self.losses)
         record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
         record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
         return record
 
-    def _run(self, instructions: Sequence[Instruction], spans: list[Span], step: int) -> None:
+    def begin(self) -> None:
+        """Forget what an earlier round has left."""
         self.buffers: dict[str, object] = {}
         self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
         self.departures: list[tuple[list[Tensor], Wait]] = []
@@ -138,14 +142,18 @@ class Executor:
         self.batches: dict[str, Batch] = {}
         self.aux_values: dict[tuple[str, int, int], Tensor] = {}
         self.losses: dict[str, Tensor] = {}
-        for instruction in instructions:
-            start_s = time.perf_counter()
-            try:
-                self.perform[instruction.op](instruction.target)
-            except Exception as error:
-                raise self._explained(instruction, error) from error
-            if instruction.op is not Op.FREE:
-                spans.append(self.timed(instruction, start_s, time.perf_counter(), step))
+
+    def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
+        """Perform one instruction, and add its span."""
+        start_s = time.perf_counter()
+        try:
+            self.perform[instruction.op](instruction.target)
+        except Exception as error:
+            raise self._explained(instruction, error) from error
+        if instruction.op is not Op.FREE:
+            spans.append(self.timed(instruction, start_s, time.perf_counter(), step))
+
+    def _end(self) -> None:
         for _, departed in self.departures:
             departed()
         if self.buffers:
@@ -176,7 +184,7 @@ class Executor:
             inputs[spec.name] = value.detach().requires_grad_(needs_grad)
         with torch.set_grad_enabled(run.backward and not run.recompute):
             outputs = self._compute(ready, inputs)
-        self._put(activations(name), _Activations(inputs, outputs))
+        self._put(activations(name), Activations(inputs, outputs))
         for tensor in outputs.keys() & self.task_by_loss.keys():
             self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
 
@@ -210,7 +218,7 @@ class Executor:
                 yield ready.high - ready.low
 
     @contextlib.contextmanager
-    def _live_outputs(self, run: SliceRun, held: _Activations) -> Iterator[dict[str, Tensor]]:
+    def _live_outputs(self, run: SliceRun, held: Activations) -> Iterator[dict[str, Tensor]]:
         """Outputs of a run with their graph. With `recompute` they are computed again from the kept inputs: random
         numbers are a function of their place, so come out again; running statistics have counted this batch already
         and are put back.
@@ -370,9 +378,9 @@ class Executor:
             raise AssertionError(f"buffer {name!r} is freed but not there")
         del self.buffers[name]
 
-    def _activations(self, run: str) -> _Activations:
+    def _activations(self, run: str) -> Activations:
         held = self.buffers.get(activations(run))
-        assert isinstance(held, _Activations), f"activations of {run} are read but not there"
+        assert isinstance(held, Activations), f"activations of {run} are read but not there"
         return held
 
     def _gradients(self, run: str) -> dict[str, Tensor]:

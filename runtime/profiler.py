@@ -5,11 +5,12 @@ measured again: a profile goes on where it was interrupted, and serves other wor
 """
 
 import contextlib
+import functools
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,16 +20,14 @@ import torch
 from spindle.capture.codes import Captured
 from spindle.contract import contract
 from spindle.errors import ProfileError, SpindleWarning
-from spindle.metagraph import MetaGraph
-from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile, ProfileEntry
+from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew, threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.measure import Bench, BenchJob, Timing, spread, steady
+from spindle.runtime.rounds import kinds_of, other_work, room_bytes, rounds_of
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
-CHAIN = 4  # layers of a kind that run one after the other
-MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
 MESSAGE_BYTES = tuple(4 << shift for shift in range(10, 24, 2))  # 4 KiB to 16 MiB
 TIMEOUT_S = 120.0
 KEEP_S = 1.0
@@ -49,35 +48,26 @@ class Todo:
         """The profile with the ranks' timings as one more entry: their mean, of those that took part; what several
         ranks share takes as long as the slowest of them.
         """
-        took = [timing for timing in timings if timing.forward_s]
-        if self.method == "operator":
-            return replace(profile, entries=(*profile.entries, self._operator_entry(took)))
+        took = [timing for timing in timings if timing.seconds]
         if self.method == "load":
             return replace(profile, loads=(*profile.loads, self._load_entry(took)))
         return replace(profile, links=(*profile.links, self._link_entry(took)))
-
-    def _operator_entry(self, took: Sequence[Timing]) -> ProfileEntry:
-        names = ("forward_s", "backward_s", "bare_forward_s", "update_s", "spread")
-        mean = {name: statistics.fmean(getattr(t, name) for t in took) for name in names}
-        kind, count = self.arguments
-        if count > 1 and mean["backward_s"]:
-            together = list(zip(*(timing.runs for timing in took[:count]), strict=False))
-            for index, name in enumerate(names[:3]):
-                mean[name] = steady([max(run[index] for run in runs) for runs in together])
-        return ProfileEntry(kind=kind, num_devices=count, **mean)
 
     def _load_entry(self, took: Sequence[Timing]) -> LoadEntry:
         return LoadEntry(
             task=self.arguments[0],
             batch_size=self.samples,
-            seconds=statistics.fmean(timing.forward_s for timing in took),
+            seconds=statistics.fmean(timing.seconds for timing in took),
             spread=statistics.fmean(timing.spread for timing in took),
         )
 
     def _link_entry(self, took: Sequence[Timing]) -> LinkEntry:
-        """From when the last rank had begun until the last had ended."""
+        """Of a sum from when the last rank had begun until the last had ended."""
         together = list(zip(*(timing.runs for timing in took), strict=True))
-        seconds = [max(end for _, end in runs) - max(start for start, _ in runs) for runs in together]
+        if self.method == "transfer":
+            seconds = [(arrived - began) + (posted - began) for (began, posted), (arrived, _) in together]
+        else:
+            seconds = [max(end for _, end in runs) - max(start for start, _ in runs) for runs in together]
         members, num_bytes = (2, *self.arguments)[-2:]
         return LinkEntry(
             operation=cast(LinkOperation, self.method),
@@ -112,28 +102,56 @@ def measure_profile(
     here = _conditions(captured, num_ranks, optimizer)
     found = _merged(known, here)
     metagraph = contract(captured.graph)
-    todo = list(_missing(metagraph, workload.tasks.values(), found, most_devices or num_devices, num_ranks))
-    if not todo:
+    kinds = kinds_of(metagraph)
+    rounds = list(rounds_of(metagraph, kinds, found, most_devices or num_devices, room_bytes(num_ranks)))
+    todo = list(_missing(workload.tasks.values(), found, num_ranks))
+    total = sum(len(item.new) for item in rounds) + len(todo)
+    if not total:
         return found
     job = BenchJob(
         captured=captured,
         tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
         batches={name: task.first_batch() for name, task in workload.tasks.items()},
-        chains={kind: names for kind, (names, _) in _kinds(metagraph).items()},
+        chains={name: kind.names for name, kind in kinds.items()},
         optimizer=optimizer,
         num_threads=threads_of_rank(num_ranks) if num_ranks > 1 else None,
         seconds=seconds_per_entry,
     )
-    kept_s = time.monotonic()
+    steps = _Steps(total, progress, keep)
     with _crew(job, num_ranks) as crew:
-        for done, item in enumerate(todo, 1):
-            found = item.added_to(found, crew.call(item.method, *item.arguments))
-            if keep is not None and (time.monotonic() - kept_s > KEEP_S or done == len(todo)):
-                keep(found)
-                kept_s = time.monotonic()
-            if progress is not None:
-                progress(done, len(todo))
+        for item in rounds:
+            entries = item.measured(
+                crew, seconds_per_entry * len(item.new), functools.partial(steps.within, len(item.new))
+            )
+            found = replace(found, entries=(*found.entries, *entries))
+            steps.done(found, len(item.new))
+        crew.call("prepare", other_work(kinds, num_ranks), 0)
+        for one in todo:
+            found = one.added_to(found, crew.call(one.method, *one.arguments))
+            steps.done(found, 1)
     return found
+
+
+class _Steps:
+    """Tells how far a profile is, and has it kept about once a second and at the end."""
+
+    def __init__(self, total: int, progress: Progress | None, keep: Keep | None) -> None:
+        self.count, self.total, self.progress, self.keep = 0, total, progress, keep
+        self.kept_s = time.monotonic()
+
+    def within(self, entries: int, share: float) -> None:
+        """So much of the next entries is done."""
+        if self.progress is not None:
+            self.progress(self.count + int(share * entries), self.total)
+
+    def done(self, found: Profile, entries: int) -> None:
+        """The next entries are."""
+        self.count += entries
+        if self.keep is not None and (time.monotonic() - self.kept_s > KEEP_S or self.count == self.total):
+            self.keep(found)
+            self.kept_s = time.monotonic()
+        if self.progress is not None:
+            self.progress(self.count, self.total)
 
 
 def ranks_here(num_devices: int) -> int:
@@ -194,24 +212,7 @@ def _stayed_behind(batch: Batch) -> torch.Tensor:
     raise AssertionError("loaders are measured without their tasks' functions, and the modules these bring along")
 
 
-def _kinds(metagraph: MetaGraph) -> Mapping[str, tuple[tuple[str, ...], int]]:
-    """For each kind some operators of it in a chain, and the most devices that they can run on."""
-    found: dict[str, tuple[tuple[str, ...], int]] = {}
-    for metaop in metagraph:
-        operators = metaop.operators[:CHAIN]
-        first, names = operators[0], tuple(op.name for op in operators)
-        if len(names) > len(found.get(first.kind, ((), 0))[0]):
-            found[first.kind] = names, first.batch_size if first.splittable else 1
-    return found
-
-
-def _missing(
-    metagraph: MetaGraph, tasks: Iterable[Task], known: Profile, num_devices: int, num_ranks: int
-) -> Iterator[Todo]:
-    for kind, (_, limit) in _kinds(metagraph).items():
-        for count in counts_to_measure(limit, num_devices):
-            if count not in known.by_kind.get(kind, {}):
-                yield Todo("operator", (kind, count))
+def _missing(tasks: Iterable[Task], known: Profile, num_ranks: int) -> Iterator[Todo]:
     for task in tasks:
         if (task.name, task.batch_size) not in known.load_s:
             yield Todo("load", (task.name,), task.batch_size)
@@ -222,16 +223,6 @@ def _missing(
                 yield Todo("all_reduce", (members, num_bytes))
         if ("transfer", "intra_node", 2, num_bytes) not in known.link_keys:
             yield Todo("transfer", (num_bytes,))
-
-
-def counts_to_measure(batch_size: int, num_devices: int) -> list[int]:
-    """Counts that divide a batch; where they are many, one, powers of two and the largest.
-
-    >>> counts_to_measure(12, 4), counts_to_measure(60, 60)
-    ([1, 2, 3, 4], [1, 2, 4, 60])
-    """
-    valid = [n for n in range(1, min(num_devices, batch_size) + 1) if batch_size % n == 0]
-    return valid if len(valid) <= MANY else [n for n in valid if n & (n - 1) == 0 or n == valid[-1]]
 
 
 class _Alone:

@@ -50,7 +50,7 @@ def lower(
         tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
         slices=tuple(runs),
         transfers=tuple(t for t in (*forward, *backward) if t.messages),
-        buckets=tuple(_buckets(runs, graph, shard_optimizer)),
+        buckets=tuple(make_buckets(runs, graph, shard_optimizer)),
         losses=tuple(losses.items()),
         weights=tuple(weights.items()),
         instructions=((),) * plan.num_devices,
@@ -80,7 +80,7 @@ def _slice_runs(
     for op in graph:
         outward.update(name for name in op.inputs if home[graph.producers[name]] != home[op.name])
     return [
-        _slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
+        slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
         for index, (slice_, names) in enumerate(parts)
     ]
 
@@ -94,9 +94,10 @@ def _parts(names: tuple[str, ...], graph: TaskGraph, recompute: Collection[str])
     return [(name,) for name in names] if again else [names]
 
 
-def _slice_run(
+def slice_run(
     index: int, slice_: Slice, wave: int, ops: Sequence[Operator], outward: set[str], recompute: Collection[str]
 ) -> SliceRun:
+    """Some operators of a slice as run number `index`; `outward`: tensors that others read. Raises PlanError."""
     made = {tensor.name for op in ops for tensor in op.outputs}
     if len(slice_.devices) > 1 and not all(op.splittable for op in ops):
         raise PlanError(
@@ -276,7 +277,7 @@ def _gradient_messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -
 # -- parameters -------------------------------------------------------------------------------------------------------
 
 
-def _buckets(runs: Sequence[SliceRun], graph: TaskGraph, shard_optimizer: bool) -> list[Bucket]:
+def make_buckets(runs: Sequence[SliceRun], graph: TaskGraph, shard_optimizer: bool) -> list[Bucket]:
     """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6).
 
     Those whose gradients are ready first come first, in buckets of about BUCKET_BYTES, so that reductions overlap with

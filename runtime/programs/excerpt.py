@@ -1,0 +1,73 @@
+"""Excerpt: some layers as a program of their own, between neighbours that stand for the rest of a step.
+
+Run `BEFORE` has made what the layers read, run `AFTER` reads what they make; neither has operators. Who executes an
+excerpt puts the outputs of the one and the gradients of the other where a step would have left them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from spindle.graph import TaskGraph
+from spindle.plan import Slice
+from spindle.runtime.programs.lower import make_buckets, slice_run
+from spindle.runtime.programs.program import Program, SliceRun
+
+BEFORE, AFTER = "before", "after"
+
+
+def excerpt(
+    graph: TaskGraph,
+    parts: Sequence[Sequence[str]],
+    count: int,
+    *,
+    losses: Mapping[str, str],
+    recompute: bool = False,
+) -> Program:
+    """A program for `count` ranks that share the batch: each part is a slice run of operators that follow each other.
+
+    `losses`: the tensor that holds each task's loss; `recompute`: runs keep their inputs only.
+    """
+    operators = [[graph.by_name[name] for name in part] for part in parts]
+    home = {name: index for index, part in enumerate(parts) for name in part}
+    outward = set(losses.values()) | {
+        tensor for op in graph for tensor in op.inputs if home.get(op.name) != home.get(graph.producers[tensor])
+    }
+    again = frozenset(op.component for part in operators for op in part) if recompute else frozenset[str]()
+    runs = []
+    for index, part in enumerate(operators):
+        place = Slice(
+            metaop="", first_layer=0, num_layers=len(part), devices=tuple(range(count)), start_s=0.0, end_s=0.0
+        )
+        runs.append(slice_run(index, place, 0, part, outward, again))
+    made = {tensor: run for run in runs for tensor in run.outputs}
+    read = {tensor for run in runs for tensor in run.inputs}
+    before = _neighbour(BEFORE, runs[0], outputs=sorted(read - made.keys()))
+    after = _neighbour(AFTER, runs[-1], inputs=sorted(made.keys() - read - set(losses.values())))
+    own = {task: tensor for task, tensor in losses.items() if tensor in made}
+    return Program(
+        num_ranks=count,
+        tensors=tuple(graph.tensors[name] for name in sorted(read | made.keys())),
+        slices=(before, *runs, after),
+        transfers=(),
+        buckets=tuple(make_buckets(runs, graph, shard_optimizer=False)),
+        losses=tuple(own.items()),
+        weights=tuple((task, 1.0) for task in own),
+        instructions=((),) * count,
+    )
+
+
+def _neighbour(name: str, like: SliceRun, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SliceRun:
+    return SliceRun(
+        name=name,
+        metaop="",
+        task=like.task,
+        component="",
+        wave=0,
+        operators=(),
+        ranks=like.ranks,
+        bounds=like.bounds,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        trained=(),
+        loads=False,
+        backward=True,
+    )

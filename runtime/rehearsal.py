@@ -1,0 +1,92 @@
+"""Rehearsal: a few layers of one rank, run as a step runs them, again and again, without the rest of the step."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spindle.capture.codes import Captured
+from spindle.capture.draws import Stream
+from spindle.graph import TensorSpec
+from spindle.runtime.executor import Activations, Executor
+from spindle.runtime.programs.excerpt import AFTER, BEFORE, excerpt
+from spindle.runtime.programs.program import Instruction, Op, Program, activations, gradients
+from spindle.runtime.store import ParameterStore
+from spindle.runtime.transport import ThreadTransport
+from spindle.workload import Batch
+
+SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
+
+
+class Rehearsal:
+    """Layers `names`, which follow each other, on the first of `count` devices that share their batch.
+
+    They have parameters of their own. What they read of other layers are random numbers, and so are the gradients that
+    come back; `batch` is one of their task. `goes_back`: any of them has a backward. `trained`: what is stepped.
+    """
+
+    def __init__(
+        self, captured: Captured, names: Sequence[str], batch: Batch, count: int, device: torch.device
+    ) -> None:
+        self.captured, self.size, self.device = captured, len(names), device
+        self.codes = copy.deepcopy({name: captured.codes[name] for name in names})
+        for code in self.codes.values():
+            code.module.to(device)
+        program = excerpt(captured.graph, [names], count, losses=captured.losses)
+        self.store = ParameterStore(program, 0, self.codes.values())
+        self.trained = [parameter for parameter in self.store.parameters.values() if parameter.requires_grad]
+        again = excerpt(captured.graph, [[name] for name in names], count, losses=captured.losses, recompute=True)
+        self.executors = {False: self._executor(program), True: self._executor(again)}
+        before, run, after = program.slices
+        self.goes_back = run.backward
+        low, high = before.bounds[0]
+        self.given = {name: _random(program.tensor_by_name[name], high - low, device) for name in before.outputs}
+        wanted = [spec for spec in map(program.tensor_by_name.__getitem__, after.inputs) if spec.needs_grad]
+        self.wanted = {spec.name: _random(spec, high - low, device).mul_(SMALL) for spec in wanted}
+        read = {given.name for code in self.codes.values() for given in code.inputs if given.kind == "aux"}
+        self.aux = {
+            (name, low, high): captured.aux[name].value(batch, low, high, before.bounds[-1][1]).to(device)
+            for name in read
+        }
+
+    def _executor(self, program: Program) -> Executor:
+        [transport] = ThreadTransport.connect(1)
+        transport.device = self.device
+        executor = Executor(program, transport, self.codes, {}, self.store, None, self.captured.precision)
+        executor.stream, executor.first_batch = Stream(device=self.device), 0
+        return executor
+
+    def begin(self, *, recompute: bool) -> None:
+        """Put everything where the rest of a step would have left it.
+
+        With `recompute` each layer will be a run of its own, which keeps its inputs only and runs forward again in
+        backward; else all are one run.
+        """
+        self.executor = self.executors[recompute]
+        self.executor.begin()
+        self.executor.aux_values = dict(self.aux)
+        self.executor.buffers = {activations(BEFORE): Activations({}, self.given), gradients(AFTER): dict(self.wanted)}
+        self.runs = self.executor.program.slices[1:-1]
+
+    def forward(self) -> None:
+        """Run all layers forward."""
+        for run in self.runs:
+            self.executor.carry_out(Instruction(Op.FORWARD, run.name), [], 0)
+
+    def backward(self) -> None:
+        """Run them backward, those that have one, and drop what is not needed any more."""
+        later = AFTER
+        for run in reversed(self.runs):
+            if run.backward:
+                self.executor.carry_out(Instruction(Op.BACKWARD, run.name), [], 0)
+                for buffer in {activations(run.name), gradients(later)} & self.executor.buffers.keys():
+                    self.executor.carry_out(Instruction(Op.FREE, buffer), [], 0)
+                later = run.name
+
+
+def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if not dtype.is_floating_point:
+        return torch.zeros(spec.shape_of(samples), dtype=dtype, device=device)
+    return torch.randn(spec.shape_of(samples), device=device).to(dtype)
