@@ -24,6 +24,7 @@ class Steps:
     losses: list[dict[str, float]] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)  # of the last steps, with their spans
     train_s: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # by step; steps of one call took alike
     ended: str | None = None
 
 
@@ -49,6 +50,8 @@ def run_steps(
         count = max(1, min(ends) - done)
         started = time.perf_counter()
         losses, reports = run.steps(count, keep_spans=keep)
+        took_s = time.perf_counter() - started
+        found.seconds += [took_s / count] * len(losses)
         if watch is not None:
             watch.tell(done + 1, losses, reports)
         for values in losses:
@@ -58,7 +61,7 @@ def run_steps(
                 on_step(done, values)
         found.reports += reports if keep else []
         found.ended = reports[0].ended
-        chunk = _next_chunk(count, time.perf_counter() - started)
+        chunk = _next_chunk(count, took_s)
         if checkpoints is not None and done > saved and (done % checkpoints.every == 0 or found.ended or done == last):
             started = time.perf_counter()
             run.save(checkpoints, done, seed)
@@ -67,5 +70,6 @@ def run_steps(
     return found
 
 
-def _next_chunk(count: int, took_s: float, target_s: float = 0.25) -> int:
+def _next_chunk(count: int, took_s: float, target_s: float = 1.0) -> int:
+    """A call of Ray's actors takes some milliseconds."""
     return max(1, min(2 * count, int(count * target_s / max(took_s, 1e-6))))

@@ -1,5 +1,6 @@
 """The public verbs: plan, profile, verify, train. Each is a few lines around the rooms that do the work."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,7 +207,7 @@ def verify(
 class TrainResult:
     """What a run leaves behind: losses of each task by step, the trace of its last steps, and how long steps took.
 
-    `train_s` leaves out what writing checkpoints took.
+    `train_s` leaves out what writing checkpoints took. `step_seconds` of one call are alike: their mean.
     `first_step` steps were done before, by the run that was resumed. `ended` names the task whose data ended, where
     that stopped the training early.
     """
@@ -215,13 +216,14 @@ class TrainResult:
     trace: Trace
     plan: Plan
     train_s: float
+    step_seconds: tuple[float, ...] = ()
     first_step: int = 0
     ended: str | None = None
 
     @property
     def step_s(self) -> float:
-        """Mean seconds of a step; 0 when there was none."""
-        return self.train_s / len(self.losses) if self.losses else 0.0
+        """Median seconds of a step, since the first ones take longer; 0 when there was none."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
 
 
 def train(
@@ -291,7 +293,9 @@ def train(
         state = run.state()
     _load(workload, state)
     trace = merge_traces(found.reports, prepared.program.num_ranks)
-    return TrainResult(tuple(found.losses), trace, prepared.plan, found.train_s, first, found.ended)
+    return TrainResult(
+        tuple(found.losses), trace, prepared.plan, found.train_s, tuple(found.seconds), first, found.ended
+    )
 
 
 def load_checkpoint(workload: "Workload", path: Path | str) -> int:

@@ -218,7 +218,7 @@ def train(
         return
     if result.first_step:
         click.echo(f"resumed after {result.first_step} steps")
-    click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms each)")
+    click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms in the median)")
     if result.losses:
         first, last = (losses_text(result.losses[i]) for i in (0, -1))
         click.echo(folded(f"first {first}\nlast  {last}", indent=6))
