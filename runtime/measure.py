@@ -23,6 +23,7 @@ import torch
 
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.draws import Stream, drawing_from
+from spindle.capture.repeat import base_task, micro_batch
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.rehearsal import Rehearsal
@@ -91,7 +92,7 @@ class Bench:
         self.layers = {}  # before others take their memory
         for kind, count in counts.items():
             names = self.job.chains[kind]
-            batch = self.job.batches[captured.graph.by_name[names[0]].task]
+            batch = self.job.batches[base_task(captured.graph.by_name[names[0]].task)]
             self.layers[kind] = Rehearsal(captured, names, batch, count, self.device)
         trained = [parameter for each in self.layers.values() for parameter in each.trained]
         self.optimizer = self.job.optimizer(trained) if self.job.optimizer and trained else None
@@ -246,7 +247,7 @@ class Bench:
         captured = self.job.captured
         with computing_in(captured.precision, self.device), drawing_from(Stream(device=self.device)):
             for code in captured.aux.values():
-                if code.task == task.name:
+                if base_task(code.task) == task.name and micro_batch(code.task) == 0:
                     code.value(batch, low, high, task.batch_size)
 
     # -- clocks ---------------------------------------------------------------------------------------------------

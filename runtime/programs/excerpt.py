@@ -35,7 +35,12 @@ def excerpt(
     runs = []
     for index, part in enumerate(operators):
         place = Slice(
-            metaop="", first_layer=0, num_layers=len(part), devices=tuple(range(count)), start_s=0.0, end_s=0.0
+            metaop=part[0].name,
+            first_layer=0,
+            num_layers=len(part),
+            devices=tuple(range(count)),
+            start_s=0.0,
+            end_s=0.0,
         )
         runs.append(slice_run(index, place, 0, part, outward, again))
     made = {tensor: run for run in runs for tensor in run.outputs}
@@ -58,9 +63,9 @@ def excerpt(
 def _neighbour(name: str, like: SliceRun, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SliceRun:
     return SliceRun(
         name=name,
-        metaop="",
+        metaop=name,
         task=like.task,
-        component="",
+        component=name,
         wave=0,
         operators=(),
         ranks=like.ranks,

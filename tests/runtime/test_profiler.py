@@ -129,6 +129,22 @@ def test_data_that_ends_starts_over_while_it_is_measured() -> None:
     assert len(passes) > MIN_REPEATS
 
 
+def test_micro_batches_side_by_side_are_measured_as_one() -> None:
+    """They run the same layers on as many samples: entries are those of a workload without."""
+    kinds = []
+    for in_flight in (1, 2):
+        workload = spindle.Workload("several", accumulate=2, in_flight=in_flight)
+        layer = workload.component("layer", torch.nn.Linear(2, 1))
+
+        @workload.task("t", batch_size=4, data=[{"x": torch.ones(4, 2)}])
+        def fit(batch: dict[str, torch.Tensor], layer: torch.nn.Module = layer) -> torch.Tensor:
+            return layer(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+        found = spindle.make_profile(workload, num_devices=1)
+        kinds.append({(e.kind, e.num_devices) for e in found.entries} | {(e.task, e.batch_size) for e in found.loads})
+    assert kinds[0] == kinds[1] != set()
+
+
 def test_two_ranks_also_measure_messages() -> None:
     found, _ = profile(num_ranks=2)
     assert {(e.operation, e.members, e.num_bytes) for e in found.links} == {

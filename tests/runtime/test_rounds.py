@@ -1,0 +1,83 @@
+"""Rounds: each new kind is measured once on each of its counts, beside the others, in the room that there is."""
+
+import functools
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spindle.capture import capture
+from spindle.contract import contract
+from spindle.metagraph import MetaGraph
+from spindle.profile import Profile, ProfileEntry
+from spindle.runtime.measure import Timing
+from spindle.runtime.profiler import Todo
+from spindle.runtime.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
+from tests.tiny_workloads import two_towers
+
+
+@functools.cache
+def metagraph() -> MetaGraph:
+    return contract(capture(two_towers()).graph)
+
+
+def entries(keys: set[tuple[str, int]]) -> Profile:
+    return Profile(
+        "cpu", entries=tuple(ProfileEntry(kind=k, num_devices=n, forward_s=1.0, backward_s=1.0) for k, n in keys)
+    )
+
+
+ALL = [(name, n) for name, kind in kinds_of(metagraph()).items() for n in counts_to_measure(kind.limit, 4)]
+
+
+@given(st.sets(st.sampled_from(ALL)), st.floats(1.0, 1e6))
+def test_each_new_entry_comes_once(known: set[tuple[str, int]], room_bytes: float) -> None:
+    kinds = kinds_of(metagraph())
+    rounds = list(rounds_of(metagraph(), kinds, entries(known), 4, room_bytes))
+    new = Counter((kind, item.counts[kind]) for item in rounds for kind in item.new)
+    assert new == Counter(set(ALL) - known)
+    for item in rounds:
+        num_bytes = sum(kinds[kind].num_bytes(count) for kind, count in item.counts.items())
+        assert num_bytes <= room_bytes or len(item.counts) == 1
+        assert item.counts.items() <= set(ALL)
+        assert 0 <= item.rest_bytes <= MOST_REST_BYTES
+
+
+def test_what_is_known_runs_beside_what_is_new() -> None:
+    """So that the one new kind does not find its weights where it left them."""
+    kinds = kinds_of(metagraph())
+    (item,) = rounds_of(metagraph(), kinds, entries(set(ALL[1:])), 4, 1e9)
+    assert item.new == (ALL[0][0],)
+    assert item.counts.keys() == kinds.keys()
+
+
+def test_what_has_no_room_beside_the_others_goes_through_the_caches() -> None:
+    """What a step touches is the same however its kinds are divided."""
+    kinds = kinds_of(metagraph())
+    for room_bytes in (1.0, 1e9):
+        for item in rounds_of(metagraph(), kinds, entries(set()), 1, room_bytes):
+            there = sum(kinds[kind].num_bytes(count) for kind, count in item.counts.items())
+            whole = sum(op.activation_bytes + 4 * op.parameter_bytes for m in metagraph() for op in m.operators)
+            assert item.rest_bytes == pytest.approx(whole - there, abs=1.0)
+
+
+def test_other_work_is_one_kind_that_can_run_so() -> None:
+    ((kind, count),) = other_work(kinds_of(metagraph()), 2).items()
+    assert (kind, count) in ALL
+
+
+def test_a_transfer_takes_its_sender_s_time_too() -> None:
+    """From 1.0 the sender posts until 1.2, at 1.5 the message is there; and 2.0, 2.1, 2.6."""
+    sender = Timing(1.0, runs=((1.0, 1.2), (2.0, 2.1)))
+    receiver = Timing(1.0, runs=((1.5, 1.5), (2.6, 2.6)))
+    profile = Todo("transfer", (4096,)).added_to(Profile("cpu"), [sender, receiver])
+    (entry,) = profile.links
+    assert (entry.operation, entry.members, entry.num_bytes) == ("transfer", 2, 4096)
+    assert entry.seconds == pytest.approx(0.7)
+
+
+def test_a_sum_takes_from_the_last_to_begin_to_the_last_to_end() -> None:
+    timings = [Timing(1.0, runs=((1.0, 1.9), (3.0, 3.6))), Timing(1.0, runs=((1.5, 2.0), (3.1, 3.5))), Timing(0.0)]
+    (entry,) = Todo("all_reduce", (2, 4096)).added_to(Profile("cpu"), timings).links
+    assert entry.seconds == pytest.approx(0.5)
