@@ -54,6 +54,7 @@ LinkLevel = Literal["intra_node", "inter_node"]
 class LinkEntry:
     """An all-reduce of `num_bytes` by `members` devices, or a transfer between two, over one level of links.
 
+    A transfer's seconds are those until the receiver has it and those that posting it takes from the sender's own work.
     At level inter_node each member stands in a node of its own.
     """
 
