@@ -1,7 +1,8 @@
 """The cost model against what others measured: `python benchmarks/cost_model.py [--write]`.
 
 Prints every judged figure of the cost model with its error and what it was fitted on; `--write` also writes
-benchmarks/results/cost_model.md. `--fit` fits the device types' constants again (needs scipy) and prints them.
+benchmarks/results/cost_model.md. `--here` adds steps and memory of this machine (`prediction.py`, some minutes).
+`--fit` fits the device types' constants again (needs scipy) and prints them.
 """
 
 import argparse
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from a fre
 import cost_sections as sections
 import cost_unfitted as unfitted
 from cost_sections import Section
+from cost_tables import Figure
 
 HERE = Path(__file__).parent
 
@@ -32,6 +34,20 @@ def all_sections() -> list[Section]:
         unfitted.megatron(),
         unfitted.paper_workloads(str(HERE / "workloads")),
     ]
+
+
+def this_machine() -> Section:
+    """Steps and peak memory of `make demo`'s workload, predicted from a profile that is taken now."""
+    from prediction import LIMIT, measure
+
+    rows, profiled = measure(num_ranks=2)
+    found = []
+    for row in rows:
+        found += [
+            Figure(f"{row.method}: step, {row.median_ms:.1f} ms", abs(row.step_error), LIMIT, "nothing"),
+            Figure(f"{row.method}: peak, {row.measured_mib:.1f} MiB", abs(row.memory_error), LIMIT, "nothing"),
+        ]
+    return Section("This machine", (profiled,), tuple(found))
 
 
 def report(found: list[Section]) -> str:
@@ -54,13 +70,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/cost_model.md")
     parser.add_argument("--fit", action="store_true", help="fit the constants again and print them")
+    parser.add_argument("--here", action="store_true", help="measure this machine too")
     arguments = parser.parse_args()
     if arguments.fit:
         from cost_fit import fit_report
 
         print(fit_report())
         return 0
-    found = all_sections()
+    found = all_sections() + ([this_machine()] if arguments.here else [])
     text = report(found)
     print(text, end="")
     if arguments.write:
