@@ -66,20 +66,18 @@ class BenchJob:
 
 
 class Bench:
-    """One rank, ready to measure. `transport` None: alone, on the first device of this machine."""
+    """One rank, ready to measure."""
 
-    def __init__(self, job: BenchJob, transport: Transport | None = None) -> None:
+    def __init__(self, job: BenchJob, transport: Transport) -> None:
         """Takes the rank's share of the cores."""
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         self.job, self.transport = job, transport
-        self.num_ranks = transport.num_ranks if transport else 1
-        self.device = transport.device if transport else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.num_ranks, self.device = transport.num_ranks, transport.device
         self.layers: dict[str, Rehearsal] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
-        if transport is not None:
-            transport.make_groups([tuple(range(count)) for count in range(2, transport.num_ranks + 1)])
+        transport.make_groups([tuple(range(count)) for count in range(2, transport.num_ranks + 1)])
 
     # -- operators ------------------------------------------------------------------------------------------------
 
@@ -156,7 +154,6 @@ class Bench:
     def all_reduce(self, members: int, num_bytes: int) -> Timing:
         """Sums over the first ranks, each after other work; the others have nothing to do."""
         transport = self.transport
-        assert transport is not None
         if transport.rank >= members:
             return Timing(0.0)
         values, ranks = torch.zeros(num_bytes // 4, device=self.device), tuple(range(members))
@@ -174,7 +171,6 @@ class Bench:
         first when it began and was free to go on, of the second when it had the message.
         """
         transport = self.transport
-        assert transport is not None
         if transport.rank > 1:
             return Timing(0.0)
         values, answer = torch.zeros(num_bytes // 4, device=self.device), torch.zeros(1, device=self.device)
@@ -271,8 +267,7 @@ class Bench:
 
     def close(self) -> None:
         """Leave the group."""
-        if self.transport is not None:
-            self.transport.close()
+        self.transport.close()
 
 
 def _seconds(start: Mark, end: Mark) -> float:

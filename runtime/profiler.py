@@ -21,7 +21,7 @@ from spindle.capture.codes import Captured
 from spindle.contract import contract
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile
-from spindle.runtime.launch.crew import Crew, threads_of_rank
+from spindle.runtime.launch.crew import threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.measure import Bench, BenchJob, Timing, spread, steady
 from spindle.runtime.rounds import kinds_of, other_work, room_bytes, rounds_of
@@ -95,7 +95,7 @@ def measure_profile(
     """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, a batch of
     each task, and messages between `num_ranks` ranks.
 
-    `num_ranks` processes of this machine measure at once; 1: this process does. `most_devices`: counts go up to there
+    `num_ranks` processes of this machine measure at once. `most_devices`: counts go up to there
     instead, as smaller local batches. `progress(done, total)` is called after each entry, `keep(profile)` about once a
     second and at the end. Raises ProfileError when `known` is of another device or was measured otherwise.
     """
@@ -114,11 +114,11 @@ def measure_profile(
         batches={name: task.first_batch() for name, task in workload.tasks.items()},
         chains={name: kind.names for name, kind in kinds.items()},
         optimizer=optimizer,
-        num_threads=threads_of_rank(num_ranks) if num_ranks > 1 else None,
+        num_threads=threads_of_rank(num_ranks),
         seconds=seconds_per_entry,
     )
     steps = _Steps(total, progress, keep)
-    with _crew(job, num_ranks) as crew:
+    with contextlib.closing(ProcessCrew([job] * num_ranks, timeout_s=TIMEOUT_S, worker=Bench)) as crew:
         for item in rounds:
             entries = item.measured(
                 crew, seconds_per_entry * len(item.new), functools.partial(steps.within, len(item.new))
@@ -162,7 +162,7 @@ def ranks_here(num_devices: int) -> int:
 
 def _conditions(captured: Captured, num_ranks: int, optimizer: OptimizerFactory | None) -> Profile:
     """An empty profile that names this hardware, the versions and how it will measure."""
-    threads = threads_of_rank(num_ranks) if num_ranks > 1 else torch.get_num_threads()
+    threads = threads_of_rank(num_ranks)
     versions = {
         "dtype": captured.precision,
         "python": platform.python_version(),
@@ -223,27 +223,3 @@ def _missing(tasks: Iterable[Task], known: Profile, num_ranks: int) -> Iterator[
                 yield Todo("all_reduce", (members, num_bytes))
         if ("transfer", "intra_node", 2, num_bytes) not in known.link_keys:
             yield Todo("transfer", (num_bytes,))
-
-
-class _Alone:
-    """A crew of this process."""
-
-    leads = True
-
-    def __init__(self, job: BenchJob) -> None:
-        self.bench = Bench(job)
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return [getattr(self.bench, method)(*args, **kwargs)]
-
-    def close(self) -> None:
-        self.bench.close()
-
-
-@contextlib.contextmanager
-def _crew(job: BenchJob, num_ranks: int) -> Iterator[Crew]:
-    crew: Crew = _Alone(job) if num_ranks == 1 else ProcessCrew([job] * num_ranks, timeout_s=TIMEOUT_S, worker=Bench)
-    try:
-        yield crew
-    finally:
-        crew.close()
