@@ -87,7 +87,7 @@ class Bench:
         `rest_bytes`: what a step touches beside them.
         """
         captured = self.job.captured
-        self.layers = {}  # before others take their memory
+        self.layers, self.optimizer = {}, None  # before others take their memory
         for kind, count in counts.items():
             names = self.job.chains[kind]
             batch = self.job.batches[base_task(captured.graph.by_name[names[0]].task)]

@@ -95,9 +95,9 @@ def measure_profile(
     """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, a batch of
     each task, and messages between `num_ranks` ranks.
 
-    `num_ranks` processes of this machine measure at once. `most_devices`: counts go up to there
-    instead, as smaller local batches. `progress(done, total)` is called after each entry, `keep(profile)` about once a
-    second and at the end. Raises ProfileError when `known` is of another device or was measured otherwise.
+    `num_ranks` processes of this machine measure at once. `most_devices`: counts go up to there instead, as smaller
+    local batches. `progress(done, total)` tells of entries; `keep(profile)` is called between rounds of layers, then about
+    once a second, and at the end. Raises ProfileError when `known` is of another device or was measured otherwise.
     """
     here = _conditions(captured, num_ranks, optimizer)
     found = _merged(known, here)

@@ -124,8 +124,8 @@ def make_profile(
     """Time the workload's operators, its optimiser and messages on this machine, for up to `num_devices` devices.
 
     `cluster`: what to measure for instead, of this machine's kind of device; without both, this machine. As many ranks
-    measure at once as a run would have here. `known` is not measured again; `keep(profile)` is called every second or
-    so with what is known by then. `validate` adds counts, for `spindle.cost.heldout` to leave out.
+    measure at once as a run would have here. `known` is not measured again; `keep(profile)` is called every few seconds
+    with what is known by then. `validate` adds counts, for `spindle.cost.heldout` to leave out.
     """
     from spindle.capture import capture
     from spindle.clusterfile import parse_cluster
