@@ -96,8 +96,8 @@ def measure_profile(
     each task, and messages between `num_ranks` ranks.
 
     `num_ranks` processes of this machine measure at once. `most_devices`: counts go up to there instead, as smaller
-    local batches. `progress(done, total)` tells of entries; `keep(profile)` is called between rounds of layers, then about
-    once a second, and at the end. Raises ProfileError when `known` is of another device or was measured otherwise.
+    local batches. `progress(done, total)` tells of entries; `keep(profile)` is called between rounds of layers, later
+    about once a second, and at the end. Raises ProfileError when `known` is of another device or measured otherwise.
     """
     here = _conditions(captured, num_ranks, optimizer)
     found = _merged(known, here)
