@@ -8,6 +8,7 @@ code and the sample.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,12 @@ class ParityReport:
         lines += [
             f"  {row.quantity:8} step {row.step}  {row.max_abs_error:9.2e} {row.max_rel_error:9.2e}  {row.name}"
             for row in worst
+        ]
+        endless = [(n, t) for n, losses in enumerate(self.reference_losses) for t in losses if not isfinite(losses[t])]
+        lines += [
+            f"  one process itself has no finite loss of {task!r} in step {step}, and nothing agrees with that: mend "
+            "the task's data or its loss first"
+            for step, task in endless[:1]
         ]
         return "\n".join(lines)
 

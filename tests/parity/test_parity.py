@@ -112,6 +112,17 @@ def test_verify_leaves_the_modules_as_they_were() -> None:
     assert all(p.grad is None for _, p in workload.named_parameters())
 
 
+def test_a_reference_without_a_finite_loss_is_told() -> None:
+    """A loss that diverges in one process too is no fault of the plan, though nothing agrees with it."""
+    losses = [{"t": 1.0, "u": 1.0}, {"t": 1.0, "u": float("nan")}]
+    report = parity.compare(Reference(losses, [], {}), losses, [], {}, tolerance=Tolerance(1e-4, 1e-5))
+    assert not report.ok
+    assert "one process itself has no finite loss of 'u' in step 1" in str(report)
+    sound = parity.compare(Reference(losses[:1], [], {}), [{"t": 2.0}], [], {}, tolerance=Tolerance(1e-4, 1e-5))
+    assert not sound.ok
+    assert "itself" not in str(sound)
+
+
 def test_report_names_the_worst_parameters() -> None:
     """The text of a failed report says what differs, where and by how much."""
     _, reference = built("two_towers", torch.float64)
