@@ -7,6 +7,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -124,7 +125,8 @@ def _main_hidden() -> Iterator[None]:
 
 
 def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: int, timeout_s: float) -> None:
-    """Serve calls until the pipe closes."""
+    """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     with _reported(pipe):
         store = join_store(HOST, port, timeout_s)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,49 @@ def test_torchrun_launches_it_too(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=root, check=False)
     assert done.stdout.count("VERDICT True True False") == 2, done.stdout + done.stderr
+
+
+WAITS = """
+import threading
+from spindle.runtime.launch.processes import ProcessCrew
+
+class Waits:
+    def __init__(self, job, transport):
+        self.transport = transport
+    def wait(self):
+        print("waits", flush=True)
+        threading.Event().wait(60.0)
+    def close(self):
+        self.transport.close()
+
+crew = ProcessCrew([None, None], worker=Waits)
+try:
+    crew.call("wait")
+except KeyboardInterrupt:
+    print("heard", flush=True)
+finally:
+    crew.close()
+"""
+
+
+def test_ctrl_c_is_heard_by_the_driver_alone() -> None:
+    """A terminal sends it to all processes; ranks that are at work print no traceback, and end with the driver."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    try:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", WAITS],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert driver.stdout is not None
+    assert [driver.stdout.readline() for _ in range(2)] == ["waits\n"] * 2
+    os.killpg(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=30.0)
+    assert out == "heard\n"
+    assert "Traceback" not in err
+    assert driver.returncode == 0
