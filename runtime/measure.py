@@ -77,21 +77,28 @@ class Bench:
         self.layers: dict[str, Rehearsal] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
-        transport.make_groups([tuple(range(count)) for count in range(2, transport.num_ranks + 1)])
+        firsts = [tuple(range(count)) for count in range(2, self.num_ranks + 1)]
+        transport.make_groups(
+            [*firsts, *(copy for parts in degrees(self.num_ranks) for copy in copies(self.num_ranks, parts))]
+        )
 
     # -- operators ------------------------------------------------------------------------------------------------
 
-    def prepare(self, counts: Mapping[str, int], rest_bytes: int) -> None:
-        """Make a few layers of each of these kinds ready, on the samples that one of so many devices would have.
+    def prepare(self, layouts: Mapping[str, tuple[int, int]], rest_bytes: int) -> None:
+        """Make a few layers of each of these kinds ready, on the samples that one of so many devices would have, or so
+        many of them together: all ranks are then divided into such copies.
 
         `rest_bytes`: what a step touches beside them.
         """
         captured = self.job.captured
         self.layers, self.optimizer = {}, None  # before others take their memory
-        for kind, count in counts.items():
+        for kind, (count, parts) in layouts.items():
             names = self.job.chains[kind]
             batch = self.job.batches[base_task(captured.graph.by_name[names[0]].task)]
-            self.layers[kind] = Rehearsal(captured, names, batch, count, self.device)
+            copy_on = (
+                (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
+            )
+            self.layers[kind] = Rehearsal(captured, names, batch, count, self.device, copy_on)
         trained = [parameter for each in self.layers.values() for parameter in each.trained]
         self.optimizer = self.job.optimizer(trained) if self.job.optimizer and trained else None
         self.rest = torch.zeros(rest_bytes if self.device.type == "cpu" else 0, dtype=torch.uint8)
@@ -277,6 +284,20 @@ def _seconds(start: Mark, end: Mark) -> float:
         assert isinstance(end, float), "a moment of this process and one of a GPU do not compare"
         return end - start
     return float(start.elapsed_time(end)) / 1e3
+
+
+def degrees(num_ranks: int) -> list[int]:
+    """Degrees of tensor parallelism that so many ranks can measure: all of them in copies of so many.
+
+    >>> degrees(6)
+    [2, 3, 6]
+    """
+    return [parts for parts in range(2, num_ranks + 1) if num_ranks % parts == 0]
+
+
+def copies(num_ranks: int, parts: int) -> list[tuple[int, ...]]:
+    """The ranks in copies of `parts` that follow each other."""
+    return [tuple(range(first, first + parts)) for first in range(0, num_ranks, parts)]
 
 
 def steady(values: Sequence[float]) -> float:

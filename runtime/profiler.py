@@ -103,7 +103,7 @@ def measure_profile(
     found = _merged(known, here)
     metagraph = contract(captured.graph)
     kinds = kinds_of(metagraph)
-    rounds = list(rounds_of(metagraph, kinds, found, most_devices or num_devices, room_bytes(num_ranks)))
+    rounds = list(rounds_of(metagraph, kinds, found, most_devices or num_devices, num_ranks, room_bytes(num_ranks)))
     todo = list(_missing(workload.tasks.values(), found, num_ranks))
     total = sum(len(item.new) for item in rounds) + len(todo)
     if not total:

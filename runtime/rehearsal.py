@@ -10,10 +10,12 @@ from spindle.capture.codes import Captured
 from spindle.capture.draws import Stream
 from spindle.graph import TensorSpec
 from spindle.runtime.executor import Activations, Executor
+from spindle.runtime.parallel.layers import Switch, cut_codes
+from spindle.runtime.parallel.names import held_by_rank
 from spindle.runtime.programs.excerpt import AFTER, BEFORE, excerpt
 from spindle.runtime.programs.program import Instruction, Op, Program, activations, gradients
 from spindle.runtime.store import ParameterStore
-from spindle.runtime.transport import ThreadTransport
+from spindle.runtime.transport import ThreadTransport, Transport
 from spindle.workload import Batch
 
 SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
@@ -23,24 +25,35 @@ class Rehearsal:
     """Layers `names`, which follow each other, on the first of `count` devices that share their batch.
 
     They have parameters of their own. What they read of other layers are random numbers, and so are the gradients that
-    come back; `batch` is one of their task. `goes_back`: any of them has a backward. `trained`: what is stepped.
+    come back; `batch` is one of their task. `copy_on`: where they are cut, how this rank reaches those that hold a copy
+    of them between them, and which these are. `goes_back`: any has a backward. `trained`: what is stepped.
     """
 
     def __init__(
-        self, captured: Captured, names: Sequence[str], batch: Batch, count: int, device: torch.device
+        self,
+        captured: Captured,
+        names: Sequence[str],
+        batch: Batch,
+        count: int,
+        device: torch.device,
+        copy_on: tuple[Transport, tuple[int, ...]] | None = None,
     ) -> None:
         self.captured, self.size, self.device = captured, len(names), device
-        self.codes = copy.deepcopy({name: captured.codes[name] for name in names})
-        for code in self.codes.values():
+        self.transport, ranks = copy_on or (_alone(device), ())
+        self.rank, self.switch = self.transport.rank, Switch()
+        program = excerpt(captured.graph, [names], count, losses=captured.losses, copy=ranks)
+        codes = copy.deepcopy({name: captured.codes[name] for name in names})
+        for code in codes.values():
             code.module.to(device)
-        program = excerpt(captured.graph, [names], count, losses=captured.losses)
-        self.store = ParameterStore(program, 0, self.codes.values())
+        self.codes = cut_codes(codes, held_by_rank(program, captured)[self.rank], self.switch)
+        self.store = ParameterStore(program, self.rank, self.codes.values())
         self.trained = [parameter for parameter in self.store.parameters.values() if parameter.requires_grad]
-        again = excerpt(captured.graph, [[name] for name in names], count, losses=captured.losses, recompute=True)
+        each = [[name] for name in names]
+        again = excerpt(captured.graph, each, count, losses=captured.losses, recompute=True, copy=ranks)
         self.executors = {False: self._executor(program), True: self._executor(again)}
         before, run, after = program.slices
         self.goes_back = run.backward
-        low, high = before.bounds[0]
+        low, high = before.bounds_of(self.rank)
         self.given = {name: _random(program.tensor_by_name[name], high - low, device) for name in before.outputs}
         wanted = [spec for spec in map(program.tensor_by_name.__getitem__, after.inputs) if spec.needs_grad]
         self.wanted = {spec.name: _random(spec, high - low, device).mul_(SMALL) for spec in wanted}
@@ -51,9 +64,9 @@ class Rehearsal:
         }
 
     def _executor(self, program: Program) -> Executor:
-        [transport] = ThreadTransport.connect(1)
-        transport.device = self.device
-        executor = Executor(program, transport, self.codes, {}, self.store, None, self.captured.precision)
+        partial = frozenset(p.name for operator in self.captured.graph for p in operator.parameters if p.partial)
+        precision, switch = self.captured.precision, self.switch
+        executor = Executor(program, self.transport, self.codes, {}, self.store, None, precision, switch, partial)
         executor.stream, executor.first_batch = Stream(device=self.device), 0
         return executor
 
@@ -83,6 +96,12 @@ class Rehearsal:
                 for buffer in {activations(run.name), gradients(later)} & self.executor.buffers.keys():
                     self.executor.carry_out(Instruction(Op.FREE, buffer), [], 0)
                 later = run.name
+
+
+def _alone(device: torch.device) -> Transport:
+    [transport] = ThreadTransport.connect(1)
+    transport.device = device
+    return transport
 
 
 def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from spindle.graph import Operator
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew
-from spindle.runtime.measure import MIN_REPEATS, spread, steady
+from spindle.runtime.measure import MIN_REPEATS, degrees, spread, steady
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
@@ -42,18 +42,19 @@ Repeats = list[list[tuple[list[tuple[float, float]], float]]]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Kinds that are measured together, in the order of a step, each on so many devices; and which of them are new.
+    """Kinds that are measured together, in the order of a step, each on so many devices, of which so many hold a copy
+    between them; and which of them are new.
 
     `rest_bytes`: what a rank touches in a step beside them.
     """
 
-    counts: Mapping[str, int]
+    layouts: Mapping[str, tuple[int, int]]
     new: tuple[str, ...]
     rest_bytes: int = 0
 
     def measured(self, crew: Crew, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
         """An entry of each new kind, from repeats for about so many seconds; `told` gets the share that is done."""
-        crew.call("prepare", self.counts, self.rest_bytes)
+        crew.call("prepare", self.layouts, self.rest_bytes)
         kept = _repeated(crew, KEEPING * seconds, lambda share: told(KEEPING * share), recompute=False)
         bare = _repeated(
             crew, (1 - KEEPING) * seconds, lambda share: told(KEEPING + (1 - KEEPING) * share), recompute=True
@@ -61,7 +62,7 @@ class Round:
         shares = [statistics.fmean(of_ranks) for of_ranks in zip(*crew.call("shares"), strict=True)]
         step_s = statistics.fmean(steady([step_s for _, step_s in rank]) for rank in kept)
         found = []
-        for index, (kind, count) in enumerate(self.counts.items()):
+        for index, (kind, (count, parts)) in enumerate(self.layouts.items()):
             if kind in self.new:
                 (forward_s, backward_s), (bare_s, _) = _means(kept, index), _means(bare, index)
                 both_s = [[sum(times[index]) for times, _ in rank] for rank in kept]
@@ -73,6 +74,7 @@ class Round:
                     bare_forward_s=bare_s if backward_s else 0.0,
                     update_s=shares[index] * step_s,
                     spread=statistics.fmean(map(spread, both_s)),
+                    tensor_parallel=parts,
                 )
                 found.append(entry)
         return found
@@ -115,14 +117,21 @@ class Kind:
         first = self.operators[0]
         return first.batch_size if first.splittable else 1
 
-    def num_bytes(self, count: int) -> float:
-        """What they touch on one of so many devices."""
-        return _bytes_of(self.operators, count)
+    @property
+    def parts(self) -> int:
+        """What can hold a copy of each between them: a divisor of this is a degree of tensor parallelism."""
+        splittable = all(operator.splittable for operator in self.operators)
+        return min(operator.tensor_parallel for operator in self.operators) if splittable else 1
+
+    def num_bytes(self, layout: tuple[int, int]) -> float:
+        """What they touch on one device of a layout, at most."""
+        return _bytes_of(self.operators, layout)
 
 
-def _bytes_of(operators: Sequence[Operator], count: int) -> float:
-    """Activations on one of so many devices; parameters with gradients and an optimiser's two states."""
-    return sum(op.activation_bytes / count + 4 * op.parameter_bytes for op in operators)
+def _bytes_of(operators: Sequence[Operator], layout: tuple[int, int]) -> float:
+    """Activations on one device, were they not cut; parameters with gradients and an optimiser's two states."""
+    copies = layout[0] // layout[1]
+    return sum(op.activation_bytes / copies + 4 * op.parameter_bytes for op in operators)
 
 
 def kinds_of(metagraph: MetaGraph) -> dict[str, Kind]:
@@ -136,31 +145,60 @@ def kinds_of(metagraph: MetaGraph) -> dict[str, Kind]:
     return found
 
 
-def other_work(kinds: Mapping[str, Kind], num_ranks: int) -> dict[str, int]:
+def other_work(kinds: Mapping[str, Kind], num_ranks: int) -> dict[str, tuple[int, int]]:
     """The largest of the layers that are done in no time, on so many ranks: to run between messages."""
     counts = {name: max(counts_to_measure(kind.limit, num_ranks)) for name, kind in kinds.items()}
     flops = {name: sum(op.forward_flops for op in kind.operators) / counts[name] for name, kind in kinds.items()}
     small = [name for name, count in flops.items() if count <= OTHER_FLOPS] or [min(flops, key=flops.__getitem__)]
     name = max(small, key=flops.__getitem__)
-    return {name: counts[name]}
+    return {name: (counts[name], 1)}
 
 
 def rounds_of(
-    metagraph: MetaGraph, kinds: Mapping[str, Kind], known: Profile, num_devices: int, room_bytes: float
+    metagraph: MetaGraph,
+    kinds: Mapping[str, Kind],
+    known: Profile,
+    num_devices: int,
+    num_ranks: int,
+    room_bytes: float,
 ) -> Iterator[Round]:
-    """For each count what runs together with new kinds on it; a kind that cannot run on so many devices takes fewer.
+    """For each layout what runs together with new kinds on it; a kind that cannot run on so many devices takes fewer.
 
-    `room_bytes`: what layers that run together may take.
+    Copies that several devices hold between them are made of all `num_ranks` that measure. `room_bytes`: what layers
+    that run together may take.
     """
-    wanted = {name: counts_to_measure(kind.limit, num_devices) for name, kind in kinds.items()}
-    for count in sorted({count for counts in wanted.values() for count in counts}):
-        at = {name: max(c for c in counts if c <= count) for name, counts in wanted.items()}
-        step_bytes = sum(_bytes_of(metaop.operators, at[metaop.operators[0].kind]) for metaop in metagraph)
-        for names in _that_fit({name: kinds[name].num_bytes(at[name]) for name in kinds}, room_bytes):
-            new = [n for n in names if at[n] == count and count not in known.by_kind.get(n, {})]
-            rest_bytes = step_bytes - sum(kinds[name].num_bytes(at[name]) for name in names)
-            if new:
-                yield Round({n: at[n] for n in names}, tuple(new), min(max(0, int(rest_bytes)), MOST_REST_BYTES))
+    for parts in (1, *degrees(num_ranks)):
+        wanted = {
+            name: [parts * count for count in counts_to_measure(kind.limit, num_devices // parts)]
+            for name, kind in kinds.items()
+            if kind.parts % parts == 0
+        }
+        alone = {name: counts_to_measure(kind.limit, num_devices) for name, kind in kinds.items() if name not in wanted}
+        for count in sorted({count for counts in wanted.values() for count in counts}):
+            at = {
+                name: (max(c for c in wanted[name] if c <= count), parts)
+                if name in wanted
+                else (max(c for c in alone[name] if c <= count), 1)
+                for name in kinds
+            }
+            yield from _divided(metagraph, kinds, known, (count, parts), at, room_bytes)
+
+
+def _divided(
+    metagraph: MetaGraph,
+    kinds: Mapping[str, Kind],
+    known: Profile,
+    layout: tuple[int, int],
+    at: Mapping[str, tuple[int, int]],
+    room_bytes: float,
+) -> Iterator[Round]:
+    """What runs on one layout, in rounds that have room."""
+    step_bytes = sum(_bytes_of(metaop.operators, at[metaop.operators[0].kind]) for metaop in metagraph)
+    for names in _that_fit({name: kinds[name].num_bytes(at[name]) for name in kinds}, room_bytes):
+        new = [n for n in names if at[n] == layout and layout not in known.by_layout.get(n, {})]
+        rest_bytes = step_bytes - sum(kinds[name].num_bytes(at[name]) for name in names)
+        if new:
+            yield Round({n: at[n] for n in names}, tuple(new), min(max(0, int(rest_bytes)), MOST_REST_BYTES))
 
 
 def _that_fit(num_bytes: Mapping[str, float], room_bytes: float) -> Iterator[list[str]]:

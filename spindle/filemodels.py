@@ -241,6 +241,7 @@ class _EntryModel(_JsonModel):
     bare_forward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
+    tensor_parallel: int = 1
 
 
 class _LinkEntryModel(_JsonModel):

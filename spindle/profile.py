@@ -17,6 +17,7 @@ from spindle.errors import ProfileError
 class ProfileEntry:
     """Operator `kind` on `num_devices` devices, each holding its share of the batch; means of repeated runs.
 
+    tensor_parallel  devices that hold one copy of the layer between them; the copies share the batch
     bare_forward_s   forward that keeps nothing, as where activations are computed again (0: not measured)
     update_s         the optimiser's step over the trained parameters of one layer (0: none, or not measured)
     spread           distance of the quartiles of forward and backward together, over their median
@@ -30,10 +31,16 @@ class ProfileEntry:
     bare_forward_s: float = 0.0
     update_s: float = 0.0
     spread: float = 0.0
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
             raise ProfileError(f"profile entry {self.kind!r}: {self.num_devices} devices; counts start at 1")
+        if self.tensor_parallel < 1 or self.num_devices % self.tensor_parallel:
+            raise ProfileError(
+                f"profile entry {self.kind!r}: tensor_parallel is {self.tensor_parallel} on {self.num_devices} "
+                "devices; it must divide their number"
+            )
         if not (0 < self.forward_s < float("inf") and 0 <= self.backward_s < float("inf")):
             raise ProfileError(
                 f"profile entry {self.kind!r} on {self.num_devices} devices: forward {self.forward_s!r} s, "
@@ -110,15 +117,26 @@ class Profile:
 
     @cached_property
     def by_kind(self) -> dict[str, dict[int, ProfileEntry]]:
-        """Entries by operator kind and device count; raises ProfileError when one is given twice."""
-        found: dict[str, dict[int, ProfileEntry]] = {}
+        """Data-parallel entries by operator kind and device count; raises ProfileError when one is given twice."""
+        return {
+            kind: {count: entry for (count, parts), entry in by_layout.items() if parts == 1}
+            for kind, by_layout in self.by_layout.items()
+        }
+
+    @cached_property
+    def by_layout(self) -> dict[str, dict[tuple[int, int], ProfileEntry]]:
+        """Entries by operator kind, and by device count and degree of tensor parallelism; raises ProfileError when one
+        is given twice.
+        """
+        found: dict[str, dict[tuple[int, int], ProfileEntry]] = {}
         for entry in self.entries:
-            by_count = found.setdefault(entry.kind, {})
-            if entry.num_devices in by_count:
+            by_layout = found.setdefault(entry.kind, {})
+            layout = entry.num_devices, entry.tensor_parallel
+            if layout in by_layout:
                 raise ProfileError(
                     f"profile entry {entry.kind!r} on {entry.num_devices} devices is given twice; keep one"
                 )
-            by_count[entry.num_devices] = entry
+            by_layout[layout] = entry
         return found
 
     @cached_property
@@ -166,7 +184,7 @@ class Profile:
             raise ProfileError(
                 f"profiles of {'; '.join(unlike)} do not merge; measure both alike, or each into a file of its own"
             )
-        entries = {(entry.kind, entry.num_devices): entry for entry in (*self.entries, *other.entries)}
+        entries = {(e.kind, e.num_devices, e.tensor_parallel): e for e in (*self.entries, *other.entries)}
         links = {(e.operation, e.level, e.members, e.num_bytes): e for e in (*self.links, *other.links)}
         loads = {(entry.task, entry.batch_size): entry for entry in (*self.loads, *other.loads)}
         versions = tuple(sorted({**dict(self.versions), **dict(other.versions)}.items()))

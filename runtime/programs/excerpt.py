@@ -5,10 +5,11 @@ excerpt puts the outputs of the one and the gradients of the other where a step 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from spindle.graph import TaskGraph
 from spindle.plan import Slice
-from spindle.runtime.programs.lower import make_buckets, slice_run
+from spindle.runtime.programs.lower import make_buckets, slice_run, split_samples
 from spindle.runtime.programs.program import Program, SliceRun
 
 BEFORE, AFTER = "before", "after"
@@ -21,11 +22,14 @@ def excerpt(
     *,
     losses: Mapping[str, str],
     recompute: bool = False,
+    copy: tuple[int, ...] = (),
 ) -> Program:
     """A program for `count` ranks that share the batch: each part is a slice run of operators that follow each other.
 
-    `losses`: the tensor that holds each task's loss; `recompute`: runs keep their inputs only.
+    `losses`: the tensor that holds each task's loss; `recompute`: runs keep their inputs only. `copy`: these ranks
+    alone run, which hold one copy of the layers between them, on the first of the shares that all `count` would have.
     """
+    ranks = copy or tuple(range(count))
     operators = [[graph.by_name[name] for name in part] for part in parts]
     home = {name: index for index, part in enumerate(parts) for name in part}
     outward = set(losses.values()) | {
@@ -38,25 +42,28 @@ def excerpt(
             metaop=part[0].name,
             first_layer=0,
             num_layers=len(part),
-            devices=tuple(range(count)),
+            devices=ranks,
             start_s=0.0,
             end_s=0.0,
+            tensor_parallel=len(copy) or 1,
         )
-        runs.append(slice_run(index, place, 0, part, outward, again))
+        run = slice_run(index, place, 0, part, outward, again)
+        share = split_samples(part[0].batch_size, count // max(1, len(copy)))[0]
+        runs.append(replace(run, bounds=(share,) * len(copy)) if copy else run)
     made = {tensor: run for run in runs for tensor in run.outputs}
     read = {tensor for run in runs for tensor in run.inputs}
     before = _neighbour(BEFORE, runs[0], outputs=sorted(read - made.keys()))
     after = _neighbour(AFTER, runs[-1], inputs=sorted(made.keys() - read - set(losses.values())))
     own = {task: tensor for task, tensor in losses.items() if tensor in made}
     return Program(
-        num_ranks=count,
+        num_ranks=max(ranks) + 1,
         tensors=tuple(graph.tensors[name] for name in sorted(read | made.keys())),
         slices=(before, *runs, after),
         transfers=(),
         buckets=tuple(make_buckets(runs, graph, shard_optimizer=False)),
         losses=tuple(own.items()),
         weights=tuple((task, 1.0) for task in own),
-        instructions=((),) * count,
+        instructions=((),) * (max(ranks) + 1),
     )
 
 
@@ -75,4 +82,5 @@ def _neighbour(name: str, like: SliceRun, *, inputs: Sequence[str] = (), outputs
         trained=(),
         loads=False,
         backward=True,
+        tensor_parallel=like.tensor_parallel,
     )

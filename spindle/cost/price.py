@@ -3,9 +3,10 @@
 - A count n is valid for data parallelism when it divides the batch; a MetaOp that mixes samples runs on one device.
 - Layouts are (dp, tp) with dp * tp = n, tp inside a node; T_m(n) is the least of them, and the MetaOp's
   `tensor_parallel` tells which. A captured component says how far it may be spread, for a spec the Pricing does.
-- Where a Profile has measured a MetaOp's operator kind, measured counts are taken as they are. Between two measured
-  counts T = a + b/n through both (paper, section 3.2); outside them the nearest measured time is scaled by the ratio
-  that the analytic model predicts. Kinds that were not measured are predicted (`spindle.cost.roofline`).
+- Where a Profile has measured a MetaOp's operator kind, measured layouts are taken as they are, of a count the quickest
+  of them. Between two measured counts T = a + b/n through both (paper, section 3.2); outside them the nearest
+  measured time is scaled by the ratio that the analytic model predicts. Kinds that were not measured are predicted
+  (`spindle.cost.roofline`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
   trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimiser's step comes once
@@ -44,7 +45,7 @@ def price(
     spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
     """
     pricing = pricing or Pricing()
-    measured = profile.by_kind if profile else {}
+    measured = profile.by_layout if profile else {}
     loads = profile.load_s if profile else {}
     metaops = tuple(
         _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), loads, pricing)
@@ -78,7 +79,7 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
 def _price(
     metaop: MetaOp,
     cluster: Cluster,
-    measured: Mapping[int, ProfileEntry],
+    by_layout: Mapping[tuple[int, int], ProfileEntry],
     loads: Mapping[tuple[str, int], float],
     pricing: Pricing,
 ) -> MetaOp:
@@ -90,9 +91,18 @@ def _price(
         )
     predicted, degrees = _predict(operators, cluster, layouts, pricing)
     if pricing.recompute:  # predictions have it already
-        measured = {n: _recomputed(entry) for n, entry in measured.items() if entry.backward_s}
-    degrees |= dict.fromkeys(measured.keys() & degrees.keys(), 1)  # what was measured was data parallel
+        by_layout = {layout: _recomputed(entry) for layout, entry in by_layout.items() if entry.backward_s}
+    measured = {n: entry for (n, tp), entry in by_layout.items() if tp == 1}
+    degrees |= dict.fromkeys(measured.keys() & degrees.keys(), 1)
     times = {n: _measured_or(predicted, n, measured) for n in layouts}
+    for (n, tp), entry in by_layout.items():  # a cut layer that was measured, where it is quicker or nothing else was
+        time = OperatorTime(entry.forward_s, entry.backward_s)
+        if (
+            tp > 1
+            and tp in layouts.get(n, ())
+            and (not _timed(by_layout, n, degrees) or time.total_s < times[n].total_s)
+        ):
+            times[n], degrees[n] = time, tp
     first = next(iter(times.values()))
     spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
     replicas = {n: n // tp for n, tp in degrees.items()}
@@ -124,6 +134,11 @@ def _price(
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
+
+
+def _timed(by_layout: Mapping[tuple[int, int], ProfileEntry], n: int, degrees: Mapping[int, int]) -> bool:
+    """Whether the layout that is chosen so far for a count was measured."""
+    return (n, degrees[n]) in by_layout
 
 
 def _recomputed(entry: ProfileEntry) -> ProfileEntry:

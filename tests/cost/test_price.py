@@ -92,6 +92,28 @@ def test_measured_counts_are_taken_as_they_are(metagraph: MetaGraph, cluster: Cl
     assert times[6] / times[4] == pytest.approx(predicted[6] / predicted[4])
 
 
+@pytest.mark.parametrize(("cut_s", "degree", "total_s"), [(0.1, 2, 0.3), (0.3, 1, 0.6)])
+def test_a_count_takes_the_quickest_layout_that_was_measured(
+    metagraph: MetaGraph, cluster: Cluster, cut_s: float, degree: int, total_s: float
+) -> None:
+    """Two devices with a copy each, 0.2 s forward, or with one copy between them."""
+    kind = metagraph["pair.image"].operators[0].kind
+    entries = [
+        ProfileEntry(kind=kind, num_devices=2, forward_s=f, backward_s=2 * f, tensor_parallel=tp)
+        for tp, f in ((1, 0.2), (2, cut_s))
+    ]
+    priced = price(metagraph, cluster, Profile("test", entries=tuple(entries)), Pricing(tensor_parallel=2))
+    assert priced["pair.image"].times[2] == pytest.approx(total_s)
+    assert dict(priced["pair.image"].tensor_parallel).get(2, 1) == degree
+
+
+def test_a_layout_that_is_not_allowed_is_not_taken(metagraph: MetaGraph, cluster: Cluster) -> None:
+    kind = metagraph["pair.image"].operators[0].kind
+    cut = ProfileEntry(kind=kind, num_devices=2, forward_s=1e-9, backward_s=1e-9, tensor_parallel=2)
+    priced = price(metagraph, cluster, Profile("test", entries=(cut,)))
+    assert priced["pair.image"].times == price(metagraph, cluster)["pair.image"].times
+
+
 def test_what_reads_a_batch_is_charged_its_loader(metagraph: MetaGraph, cluster: Cluster) -> None:
     """By task and batch size; what reads none, or another task or size, is not."""
     metaop = metagraph["pair.image"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import spindle
 from spindle.capture import Captured, capture
@@ -146,6 +147,37 @@ def test_micro_batches_side_by_side_are_measured_as_one() -> None:
         found = spindle.make_profile(workload, num_devices=1)
         kinds.append({(e.kind, e.num_devices) for e in found.entries} | {(e.task, e.batch_size) for e in found.loads})
     assert kinds[0] == kinds[1] != set()
+
+
+def test_layers_that_may_be_cut_are_measured_so() -> None:
+    """Two ranks hold one copy between them: gradients cross, and each steps half of the weights."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("cut")
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    lm = workload.component("lm", Qwen2ForCausalLM(config), tensor_parallel=2)
+
+    @workload.task("t", batch_size=4, data=[{"tokens": torch.arange(32).reshape(4, 8)}])
+    def fit(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return lm(input_ids=batch["tokens"]).logits.square().mean()  # type: ignore[no-any-return]
+
+    captured = capture(workload)
+    found = measure_profile(workload, captured, num_devices=2, num_ranks=2, seconds_per_entry=0.0)
+    for operator in captured.graph:
+        layouts = {(1, 1), (2, 1)} if operator.splittable else {(1, 1)}
+        if operator.tensor_parallel == 2:
+            layouts |= {(2, 2)}
+            assert found.by_layout[operator.kind][2, 2].backward_s > 0
+        assert found.by_layout[operator.kind].keys() == layouts
+    assert any(entry.tensor_parallel == 2 for entry in found.entries)
+    assert measure_profile(workload, captured, num_devices=2, num_ranks=2, known=found) == found
 
 
 def test_two_ranks_also_measure_messages() -> None:

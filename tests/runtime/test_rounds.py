@@ -34,36 +34,36 @@ ALL = [(name, n) for name, kind in kinds_of(metagraph()).items() for n in counts
 @given(st.sets(st.sampled_from(ALL)), st.floats(1.0, 1e6))
 def test_each_new_entry_comes_once(known: set[tuple[str, int]], room_bytes: float) -> None:
     kinds = kinds_of(metagraph())
-    rounds = list(rounds_of(metagraph(), kinds, entries(known), 4, room_bytes))
-    new = Counter((kind, item.counts[kind]) for item in rounds for kind in item.new)
+    rounds = list(rounds_of(metagraph(), kinds, entries(known), 4, 2, room_bytes))
+    new = Counter((kind, item.layouts[kind][0]) for item in rounds for kind in item.new)
     assert new == Counter(set(ALL) - known)
     for item in rounds:
-        num_bytes = sum(kinds[kind].num_bytes(count) for kind, count in item.counts.items())
-        assert num_bytes <= room_bytes or len(item.counts) == 1
-        assert item.counts.items() <= set(ALL)
+        num_bytes = sum(kinds[kind].num_bytes(layout) for kind, layout in item.layouts.items())
+        assert num_bytes <= room_bytes or len(item.layouts) == 1
+        assert {(kind, count) for kind, (count, _) in item.layouts.items()} <= set(ALL)
         assert 0 <= item.rest_bytes <= MOST_REST_BYTES
 
 
 def test_what_is_known_runs_beside_what_is_new() -> None:
     """So that the one new kind does not find its weights where it left them."""
     kinds = kinds_of(metagraph())
-    (item,) = rounds_of(metagraph(), kinds, entries(set(ALL[1:])), 4, 1e9)
+    (item,) = rounds_of(metagraph(), kinds, entries(set(ALL[1:])), 4, 2, 1e9)
     assert item.new == (ALL[0][0],)
-    assert item.counts.keys() == kinds.keys()
+    assert item.layouts.keys() == kinds.keys()
 
 
 def test_what_has_no_room_beside_the_others_goes_through_the_caches() -> None:
     """What a step touches is the same however its kinds are divided."""
     kinds = kinds_of(metagraph())
     for room_bytes in (1.0, 1e9):
-        for item in rounds_of(metagraph(), kinds, entries(set()), 1, room_bytes):
-            there = sum(kinds[kind].num_bytes(count) for kind, count in item.counts.items())
+        for item in rounds_of(metagraph(), kinds, entries(set()), 1, 1, room_bytes):
+            there = sum(kinds[kind].num_bytes(layout) for kind, layout in item.layouts.items())
             whole = sum(op.activation_bytes + 4 * op.parameter_bytes for m in metagraph() for op in m.operators)
             assert item.rest_bytes == pytest.approx(whole - there, abs=1.0)
 
 
 def test_other_work_is_one_kind_that_can_run_so() -> None:
-    ((kind, count),) = other_work(kinds_of(metagraph()), 2).items()
+    ((kind, (count, _)),) = other_work(kinds_of(metagraph()), 2).items()
     assert (kind, count) in ALL
 
 

@@ -1,5 +1,7 @@
 """Profile: every rule of its entries, and how profiles merge."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +67,17 @@ def test_rules_of_profiles(refusal: Refusal) -> None:
 def test_backward_may_take_no_time() -> None:
     """Frozen layers have no backward."""
     assert entry(backward=0.0).backward_s == 0.0
+
+
+def test_entries_by_layout() -> None:
+    """By kind and count there are data-parallel ones alone; a degree divides the devices."""
+    cut = replace(entry("a", 2), tensor_parallel=2)
+    profile = Profile("cpu", (), (entry("a", 2), cut))
+    assert profile.by_layout["a"] == {(2, 1): entry("a", 2), (2, 2): cut}
+    assert profile.by_kind["a"] == {2: entry("a", 2)}
+    assert profile.merge(Profile("cpu", (), (cut,))).entries == profile.entries
+    with pytest.raises(ProfileError, match="divide"):
+        replace(cut, num_devices=3)
 
 
 def test_entries_by_kind_and_count() -> None:
