@@ -3,18 +3,22 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
 from spindle.capture.draws import Stream, drawing_from
 from spindle.contract import contract
+from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.programs.text import dumps, loads
 from spindle.runtime.rehearsal import Rehearsal
 from spindle.runtime.rounds import counts_to_measure, kinds_of
+from spindle.runtime.transport import ThreadTransport
 from spindle.workload import Workload
 from tests.tiny_workloads import encoder_decoder, five_families, frozen_tower, in_place, two_towers
 
@@ -84,6 +88,59 @@ def test_gradients_are_those_of_torch_alone(make: Callable[[], Workload], recomp
         assert layers.goes_back == bool(layers.wanted or layers.executors[False].program.losses)
         backwards += bool(got)
     assert backwards
+
+
+def cut_language_model() -> Workload:
+    """A Qwen2 whose layers two devices may hold between them."""
+    torch.manual_seed(0)
+    workload = Workload("cut")
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    lm = workload.component("lm", Qwen2ForCausalLM(config).double(), tensor_parallel=2)
+
+    @workload.task("t", batch_size=4, data=[{"tokens": torch.arange(32).reshape(4, 8)}])
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = lm(input_ids=batch["tokens"]).logits.square().mean()
+        return found
+
+    return workload
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_two_ranks_that_hold_a_copy_between_them_have_its_gradients(count: int, recompute: bool) -> None:
+    """Pieces side by side, shares added up; on the first half of the batch where two copies share it."""
+    workload, found = captured(cut_language_model)
+    kinds = [kind for kind in kinds_of(contract(found.graph)).values() if kind.parts == 2]
+    assert len(kinds) >= 3
+    for kind in kinds:
+        batch = workload.tasks["t"].first_batch()
+        ranks = [
+            Rehearsal(found, kind.names, batch, count, torch.device("cpu"), (transport, (0, 1)))
+            for transport in ThreadTransport.connect(2, timeout_s=20.0)
+        ]
+        ranks[1].given, ranks[1].wanted = ranks[0].given, ranks[0].wanted
+
+        def run(layers: Rehearsal) -> dict[str, Tensor]:
+            layers.begin(recompute=recompute)
+            layers.forward()
+            layers.backward()
+            return {name: p.grad for name, p in layers.store.parameters.items() if p.grad is not None}
+
+        with ThreadPoolExecutor(2) as threads:
+            first, second = threads.map(run, ranks)
+        got = joined_pieces({n: first.get(n, 0) + second.get(n, 0) for n in first | second})
+        wanted = plain_gradients(ranks[0], copy.deepcopy({name: found.codes[name] for name in kind.names}))
+        assert wanted
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
