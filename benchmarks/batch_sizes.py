@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from runtime_models import VOCABULARY, batches, next_word
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -31,13 +31,13 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from spindle.capture import capture
 from spindle.contract import contract
-from spindle.cost.heldout import between, left_out
+from spindle.cost.heldout import between
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.profiler import measure_profile
 from spindle.workload import Batch, Workload
 
-BATCH, WORDS, LAYER_LIMIT, MODEL_LIMIT = 16, 1024, 0.10, 0.15
+BATCH, LAYER_LIMIT, MODEL_LIMIT = 16, 0.10, 0.15
 USED, TOLD = (1, 4, 16), (2, 8)  # devices that share the batch: local batches 16, 4, 1 and 8, 2
 TURNS = 15
 
@@ -98,10 +98,12 @@ def build(size: Size) -> Workload:
     lm = workload.component(
         "lm",
         Qwen2ForCausalLM(
-            Qwen2Config(**common(size, vocab_size=WORDS, num_key_value_heads=max(1, width // 128), use_cache=False))
+            Qwen2Config(
+                **common(size, vocab_size=VOCABULARY, num_key_value_heads=max(1, width // 128), use_cache=False)
+            )
         ),
     )
-    words = {"vocab_size": WORDS, "max_position_embeddings": size.words, "bos_token_id": 1, "pad_token_id": 0}
+    words = {"vocab_size": VOCABULARY, "max_position_embeddings": size.words, "bos_token_id": 1, "pad_token_id": 0}
     text = workload.component("text", CLIPTextModel(CLIPTextConfig(**common(size, **words, eos_token_id=2))))
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     bert = workload.component("bert", BertModel(BertConfig(**common(size, **words, **still)), add_pooling_layer=False))
@@ -119,29 +121,31 @@ def build(size: Size) -> Workload:
     )
     action = workload.component("action", Action(size))
 
-    @workload.task("caption", batch_size=BATCH, data=data(tokens=(size.words,), pixels=(3, size.pixels, size.pixels)))
+    @workload.task(
+        "caption", batch_size=BATCH, data=batches(1, BATCH, tokens=(size.words,), pixels=(3, size.pixels, size.pixels))
+    )
     def caption(batch: Batch) -> Tensor:
         seen = vision(pixel_values=batch["pixels"]).last_hidden_state
         read = lm.get_input_embeddings()(batch["tokens"])
         logits = lm(inputs_embeds=torch.cat([seen, read], 1)).logits[:, -size.words :]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["tokens"][:, 1:].flatten())
+        return next_word(logits, batch["tokens"])
 
-    @workload.task("read", batch_size=BATCH, data=data(tokens=(size.words,)))
+    @workload.task("read", batch_size=BATCH, data=batches(1, BATCH, tokens=(size.words,)))
     def read(batch: Batch) -> Tensor:
         found: Tensor = text(input_ids=batch["tokens"]).last_hidden_state.square().mean()
         return found
 
-    @workload.task("fill", batch_size=BATCH, data=data(tokens=(size.words,)))
+    @workload.task("fill", batch_size=BATCH, data=batches(1, BATCH, tokens=(size.words,)))
     def fill(batch: Batch) -> Tensor:
         found: Tensor = bert(input_ids=batch["tokens"]).last_hidden_state.square().mean()
         return found
 
-    @workload.task("hear", batch_size=BATCH, data=data(mel=(80, size.frames)))
+    @workload.task("hear", batch_size=BATCH, data=batches(1, BATCH, mel=(80, size.frames)))
     def hear(batch: Batch) -> Tensor:
         found: Tensor = speech(batch["mel"]).last_hidden_state.square().mean()
         return found
 
-    @workload.task("act", batch_size=BATCH, data=data(state=(size.words, width)))
+    @workload.task("act", batch_size=BATCH, data=batches(1, BATCH, state=(size.words, width)))
     def act(batch: Batch) -> Tensor:
         found: Tensor = action(batch["state"]).square().mean()
         return found
@@ -149,28 +153,13 @@ def build(size: Size) -> Workload:
     return workload
 
 
-def data(**shapes: tuple[int, ...]) -> list[Batch]:
-    """One batch of random fields; "tokens" are word numbers."""
-    made = torch.Generator().manual_seed(1)
-    return [
-        {
-            name: torch.randint(3, WORDS, (BATCH, *shape), generator=made)
-            if name == "tokens"
-            else torch.randn(BATCH, *shape, generator=made)
-            for name, shape in shapes.items()
-        }
-    ]
-
-
 def layer_rows(metagraph: MetaGraph, profile: Profile) -> Iterator[tuple[str, int, float, float]]:
     """Component, local batch, told and measured seconds of one layer of each component."""
     for metaop in metagraph:
         if len(metaop.operators) > 1:
             entries = profile.by_kind[metaop.operators[0].kind]
-            every_second = {n: entries[n] for n in USED}
             for n in TOLD:
-                (row,) = (r for r in left_out(metaop.component, every_second | {n: entries[n]}) if r.at == n)
-                yield metaop.component, BATCH // n, row.predicted_s, row.measured_s
+                yield metaop.component, BATCH // n, told_s(entries, n), entries[n].forward_s + entries[n].backward_s
 
 
 def told_s(entries: dict[int, ProfileEntry], n: int) -> float:

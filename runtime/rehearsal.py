@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured
+from spindle.capture.codes import Captured, aux_read
 from spindle.capture.draws import Stream
 from spindle.graph import TensorSpec
 from spindle.runtime.executor import Activations, Executor
@@ -57,15 +57,13 @@ class Rehearsal:
         self.given = {name: _random(program.tensor_by_name[name], high - low, device) for name in before.outputs}
         wanted = [spec for spec in map(program.tensor_by_name.__getitem__, after.inputs) if spec.needs_grad]
         self.wanted = {spec.name: _random(spec, high - low, device).mul_(SMALL) for spec in wanted}
-        read = {given.name for code in self.codes.values() for given in code.inputs if given.kind == "aux"}
         self.aux = {
             (name, low, high): captured.aux[name].value(batch, low, high, before.bounds[-1][1]).to(device)
-            for name in read
+            for name in aux_read(self.codes.values())
         }
 
     def _executor(self, program: Program) -> Executor:
-        partial = frozenset(p.name for operator in self.captured.graph for p in operator.parameters if p.partial)
-        precision, switch = self.captured.precision, self.switch
+        precision, switch, partial = self.captured.precision, self.switch, self.captured.graph.partial
         executor = Executor(program, self.transport, self.codes, {}, self.store, None, precision, switch, partial)
         executor.stream, executor.first_batch = Stream(device=self.device), 0
         return executor

@@ -168,19 +168,13 @@ def rounds_of(
     that run together may take.
     """
     for parts in (1, *degrees(num_ranks)):
-        wanted = {
-            name: [parts * count for count in counts_to_measure(kind.limit, num_devices // parts)]
+        degree = {name: parts if kind.parts % parts == 0 else 1 for name, kind in kinds.items()}
+        counts = {
+            name: [degree[name] * copies for copies in counts_to_measure(kind.limit, num_devices // degree[name])]
             for name, kind in kinds.items()
-            if kind.parts % parts == 0
         }
-        alone = {name: counts_to_measure(kind.limit, num_devices) for name, kind in kinds.items() if name not in wanted}
-        for count in sorted({count for counts in wanted.values() for count in counts}):
-            at = {
-                name: (max(c for c in wanted[name] if c <= count), parts)
-                if name in wanted
-                else (max(c for c in alone[name] if c <= count), 1)
-                for name in kinds
-            }
+        for count in sorted({count for name in kinds if degree[name] == parts for count in counts[name]}):
+            at = {name: (max(c for c in counts[name] if c <= count), degree[name]) for name in kinds}
             yield from _divided(metagraph, kinds, known, (count, parts), at, room_bytes)
 
 

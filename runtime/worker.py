@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.codes import AuxCode, Captured, OperatorCode
+from spindle.capture.codes import AuxCode, Captured, OperatorCode, aux_read
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
 from spindle.runtime.data import Feed, keeps_state
@@ -104,20 +104,18 @@ def make_jobs(
     used = {parse_piece(name).whole for names in owned for name in names}
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
-    partial = frozenset(p.name for operator in captured.graph for p in operator.parameters if p.partial)
     jobs = []
     for rank, own in enumerate(codes):
-        read = {given.name for code in own.values() for given in code.inputs if given.kind == "aux"}
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
         jobs.append(
             Job(
                 program=program,
                 rank=rank,
                 codes=own,
-                aux={name: captured.aux[name] for name in sorted(read)},
+                aux={name: captured.aux[name] for name in sorted(aux_read(own.values()))},
                 tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
                 cuts=pieces[rank],
-                partial=partial,
+                partial=captured.graph.partial,
                 owned=tuple(owned[rank]),
                 unused={} if rank else unused,
                 rounds=workload.accumulate // workload.in_flight,

@@ -225,6 +225,11 @@ class TaskGraph:
         return {tensor.name: operator.name for operator in self.operators for tensor in operator.outputs}
 
     @cached_property
+    def partial(self) -> frozenset[str]:
+        """Parameters whose gradients in a part of a copy are shares of it."""
+        return frozenset(p.name for operator in self.operators for p in operator.parameters if p.partial)
+
+    @cached_property
     def flows(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Tensors that pass from one operator straight to another, by (source, destination)."""
         tensors_by_pair: dict[tuple[str, str], list[str]] = {}

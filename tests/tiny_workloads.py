@@ -14,6 +14,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2Model,
     WhisperConfig,
 )
@@ -309,6 +310,29 @@ def frozen_tower(dtype: torch.dtype = torch.float64) -> Workload:
         y: Tensor = last(trained(first(batch["x"])))
         loss: Tensor = (y - wanted).abs().sum()
         return loss
+
+    return workload
+
+
+def cut_language_model(dtype: torch.dtype = torch.float64) -> Workload:
+    """A Qwen2 whose layers two devices may hold between them."""
+    torch.manual_seed(0)
+    workload = Workload("cut")
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    lm = workload.component("lm", Qwen2ForCausalLM(config).to(dtype), tensor_parallel=2)
+
+    @workload.task("t", batch_size=4, data=[{"tokens": torch.arange(32).reshape(4, 8)}])
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = lm(input_ids=batch["tokens"]).logits.square().mean()
+        return found
 
     return workload
 

@@ -29,7 +29,7 @@ def excerpt(
     `losses`: the tensor that holds each task's loss; `recompute`: runs keep their inputs only. `copy`: these ranks
     alone run, which hold one copy of the layers between them, on the first of the shares that all `count` would have.
     """
-    ranks = copy or tuple(range(count))
+    ranks, degree = copy or tuple(range(count)), len(copy) or 1
     operators = [[graph.by_name[name] for name in part] for part in parts]
     home = {name: index for index, part in enumerate(parts) for name in part}
     outward = set(losses.values()) | {
@@ -45,19 +45,19 @@ def excerpt(
             devices=ranks,
             start_s=0.0,
             end_s=0.0,
-            tensor_parallel=len(copy) or 1,
+            tensor_parallel=degree,
         )
         run = slice_run(index, place, 0, part, outward, again)
-        share = split_samples(part[0].batch_size, count // max(1, len(copy)))[0]
-        runs.append(replace(run, bounds=(share,) * len(copy)) if copy else run)
-    made = {tensor: run for run in runs for tensor in run.outputs}
+        share = split_samples(part[0].batch_size, count // degree)[0]
+        runs.append(replace(run, bounds=(share,) * degree) if copy else run)
+    made = {tensor for run in runs for tensor in run.outputs}
     read = {tensor for run in runs for tensor in run.inputs}
-    before = _neighbour(BEFORE, runs[0], outputs=sorted(read - made.keys()))
-    after = _neighbour(AFTER, runs[-1], inputs=sorted(made.keys() - read - set(losses.values())))
+    before = _neighbour(BEFORE, runs[0], outputs=sorted(read - made))
+    after = _neighbour(AFTER, runs[-1], inputs=sorted(made - read - set(losses.values())))
     own = {task: tensor for task, tensor in losses.items() if tensor in made}
     return Program(
         num_ranks=max(ranks) + 1,
-        tensors=tuple(graph.tensors[name] for name in sorted(read | made.keys())),
+        tensors=tuple(graph.tensors[name] for name in sorted(read | made)),
         slices=(before, *runs, after),
         transfers=(),
         buckets=tuple(make_buckets(runs, graph, shard_optimizer=False)),

@@ -7,7 +7,7 @@
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +40,11 @@ class OperatorCode:
     outputs: tuple[str, ...]
     parameters: tuple[tuple[str, str], ...]
     buffers: tuple[tuple[str, str], ...] = ()
+
+
+def aux_read(codes: Iterable[OperatorCode]) -> set[str]:
+    """Names of the aux values that operators read."""
+    return {given.name for code in codes for given in code.inputs if given.kind == "aux"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,11 +97,9 @@ def _price(
     times = {n: _measured_or(predicted, n, measured) for n in layouts}
     for (n, tp), entry in by_layout.items():  # a cut layer that was measured, where it is quicker or nothing else was
         time = OperatorTime(entry.forward_s, entry.backward_s)
-        if (
-            tp > 1
-            and tp in layouts.get(n, ())
-            and (not _timed(by_layout, n, degrees) or time.total_s < times[n].total_s)
-        ):
+        if tp == 1 or tp not in layouts.get(n, ()):
+            continue
+        if (n, degrees[n]) not in by_layout or time.total_s < times[n].total_s:
             times[n], degrees[n] = time, tp
     first = next(iter(times.values()))
     spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
@@ -134,11 +132,6 @@ def _price(
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
-
-
-def _timed(by_layout: Mapping[tuple[int, int], ProfileEntry], n: int, degrees: Mapping[int, int]) -> bool:
-    """Whether the layout that is chosen so far for a count was measured."""
-    return (n, degrees[n]) in by_layout
 
 
 def _recomputed(entry: ProfileEntry) -> ProfileEntry:

@@ -1,6 +1,8 @@
 """Real processes: what they share."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,16 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile heeds Ctrl-C, also where a shell's background made us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

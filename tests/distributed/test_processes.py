@@ -14,6 +14,7 @@ import spindle
 from spindle.runtime.host import SocketThreads, keep_freed_memory
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.transport import Transport
+from tests.distributed.conftest import ROOT, heeding_ctrl_c
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
 
@@ -177,18 +178,15 @@ finally:
 
 def test_ctrl_c_is_heard_by_the_driver_alone() -> None:
     """A terminal sends it to all processes; ranks that are at work print no traceback, and end with the driver."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-    try:
+    with heeding_ctrl_c():
         driver = subprocess.Popen(
             [sys.executable, "-c", WAITS],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert driver.stdout is not None
     assert [driver.stdout.readline() for _ in range(2)] == ["waits\n"] * 2
     os.killpg(driver.pid, signal.SIGINT)

@@ -17,7 +17,7 @@ import pytest
 
 from spindle.errors import ClusterError, FormatError
 from spindle.runtime.launch.jobs import Jobs
-from tests.distributed.conftest import ROOT, RayCluster
+from tests.distributed.conftest import ROOT, RayCluster, heeding_ctrl_c
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -47,8 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """`spindle ARGUMENTS` in a folder. It heeds Ctrl-C, also where a shell's background made us ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with heeding_ctrl_c():
         return subprocess.Popen(
             [sys.executable, "-m", "spindle", *arguments],
             cwd=folder,
@@ -58,8 +57,6 @@ def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
             stderr=subprocess.PIPE,
             text=True,
         )
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def spindle(folder: Path, *arguments: str) -> tuple[int, str, str]:

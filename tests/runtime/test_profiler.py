@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import spindle
 from spindle.capture import Captured, capture
@@ -17,7 +16,7 @@ from spindle.runtime.measure import MIN_REPEATS
 from spindle.runtime.profiler import MESSAGE_BYTES, measure_profile
 from spindle.runtime.rounds import counts_to_measure
 from spindle.workload import Workload
-from tests.tiny_workloads import two_towers
+from tests.tiny_workloads import cut_language_model, two_towers
 
 
 @functools.cache
@@ -151,23 +150,7 @@ def test_micro_batches_side_by_side_are_measured_as_one() -> None:
 
 def test_layers_that_may_be_cut_are_measured_so() -> None:
     """Two ranks hold one copy between them: gradients cross, and each steps half of the weights."""
-    torch.manual_seed(0)
-    workload = spindle.Workload("cut")
-    config = Qwen2Config(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    lm = workload.component("lm", Qwen2ForCausalLM(config), tensor_parallel=2)
-
-    @workload.task("t", batch_size=4, data=[{"tokens": torch.arange(32).reshape(4, 8)}])
-    def fit(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return lm(input_ids=batch["tokens"]).logits.square().mean()  # type: ignore[no-any-return]
-
+    workload = cut_language_model(torch.float32)
     captured = capture(workload)
     found = measure_profile(workload, captured, num_devices=2, num_ranks=2, seconds_per_entry=0.0)
     for operator in captured.graph:

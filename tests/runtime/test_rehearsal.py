@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
@@ -20,7 +19,7 @@ from spindle.runtime.rehearsal import Rehearsal
 from spindle.runtime.rounds import counts_to_measure, kinds_of
 from spindle.runtime.transport import ThreadTransport
 from spindle.workload import Workload
-from tests.tiny_workloads import encoder_decoder, five_families, frozen_tower, in_place, two_towers
+from tests.tiny_workloads import cut_language_model, encoder_decoder, five_families, frozen_tower, in_place, two_towers
 
 WORKLOADS: tuple[Callable[[], Workload], ...] = (
     two_towers,
@@ -88,29 +87,6 @@ def test_gradients_are_those_of_torch_alone(make: Callable[[], Workload], recomp
         assert layers.goes_back == bool(layers.wanted or layers.executors[False].program.losses)
         backwards += bool(got)
     assert backwards
-
-
-def cut_language_model() -> Workload:
-    """A Qwen2 whose layers two devices may hold between them."""
-    torch.manual_seed(0)
-    workload = Workload("cut")
-    config = Qwen2Config(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    lm = workload.component("lm", Qwen2ForCausalLM(config).double(), tensor_parallel=2)
-
-    @workload.task("t", batch_size=4, data=[{"tokens": torch.arange(32).reshape(4, 8)}])
-    def fit(batch: dict[str, Tensor]) -> Tensor:
-        found: Tensor = lm(input_ids=batch["tokens"]).logits.square().mean()
-        return found
-
-    return workload
 
 
 @pytest.mark.parametrize("recompute", [False, True])
