@@ -30,7 +30,6 @@ from spindle.clusterfile import parse_cluster
 from spindle.planner.simulate import simulate
 from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, merge_traces, prepare
-from spindle.runtime.launch.crew import threads_of_rank
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.worker import Worker, make_jobs
 from spindle.source import Source
@@ -113,7 +112,6 @@ def started(module: ModuleType, plan: spindle.Plan) -> Iterator[Run]:
         prepared.captured,
         module.workload,
         optimizer=module.optimizer,
-        num_threads=threads_of_rank(prepared.program.num_ranks),
     )
     crew = ProcessCrew(jobs, worker=Counted)
     try:

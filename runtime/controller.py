@@ -17,7 +17,7 @@ from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.runtime.launch.crew import Crew, ThreadCrew, threads_of_rank
+from spindle.runtime.launch.crew import Crew, ThreadCrew
 from spindle.runtime.launch.torchrun import TorchrunCrew, place_among_all, under_torchrun
 from spindle.runtime.laws import check_program
 from spindle.runtime.parallel.names import joined_pieces
@@ -131,7 +131,6 @@ def launched(
         optimizer=optimizer,
         scheduler=scheduler,
         seed=seed,
-        num_threads=threads_of_rank(program.num_ranks),
         timeout_s=timeout_s,
     )
     crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)

@@ -1,8 +1,12 @@
-"""Host: what a rank asks of the machine that it runs on: its cores, its memory, and who may take a core from it."""
+"""Host: what a rank asks of the machine that it runs on: its cores, its memory, who may take a core from it, and the
+network interface that leads to others.
+"""
 
 import contextlib
 import ctypes
 import os
+import socket
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h an
 MAPPED_APART = 32 * 2**20  # from here on malloc maps memory of its own for a tensor: the most it takes
 MARKED = 60 * MAPPED_APART  # of the heap; its free end is kept up to 2 GiB
 PAGE = 4096
+SIOCGIFADDR = 0x8915  # of linux/sockios.h
 
 
 def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
@@ -22,6 +27,11 @@ def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
     number, num_ranks = place
     share = len(cores) // num_ranks
     return sorted(cores)[number * share : (number + 1) * share] if share else sorted(cores)
+
+
+def threads_of_rank(ranks_here: int) -> int:
+    """Threads that each of so many ranks on this machine computes with on its CPU: a share of the cores."""
+    return max(1, (os.cpu_count() or 1) // ranks_here)
 
 
 def keep_freed_memory() -> bool:
@@ -91,3 +101,28 @@ class SocketThreads:
 def _schedule(threads: Sequence[int], policy: int) -> None:
     for thread in threads:
         os.sched_setscheduler(thread, policy, os.sched_param(0))
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface that leads to a host, or has its address; None where that cannot be told.
+
+    >>> interface_to("127.0.0.1") in ("lo", None)
+    True
+    """
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        wanted = probe.getsockname()[0]
+        return next((name for _, name in socket.if_nameindex() if _address_of(name, probe) == wanted), None)
+    return None
+
+
+def _address_of(interface: str, any_socket: socket.socket) -> str | None:
+    """Its IPv4 address; interfaces without one have none."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", interface.encode()))
+        return socket.inet_ntoa(answer[20:24])
+    return None

@@ -24,7 +24,11 @@ import torch
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
+from spindle.profile import LinkLevel
+from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
+from spindle.runtime.hardware import Hardware, hardware_here
+from spindle.runtime.host import threads_of_rank
 from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.rehearsal import Rehearsal
 from spindle.runtime.transport import Transport
@@ -42,7 +46,8 @@ Mark = float | torch.cuda.Event
 class Timing:
     """Steady seconds, and the quartiles' distance over the median.
 
-    Of a message `runs` are when this rank began and ended each, and the seconds mean nothing but that it took part.
+    Of a message `runs` are when this rank began and ended each, on the clock of the first that takes part; then the
+    seconds mean nothing but that this rank does.
     """
 
     seconds: float
@@ -53,15 +58,15 @@ class Timing:
 @dataclass(frozen=True, kw_only=True)
 class BenchJob:
     """What one rank needs to measure: a captured workload, its tasks without their functions, a batch of each,
-    operators of each kind in a chain.
+    operators of each kind in a chain, and how ranks stand on nodes.
     """
 
     captured: Captured
     tasks: Mapping[str, Task]
     batches: Mapping[str, Batch]
     chains: Mapping[str, tuple[str, ...]]
+    ranks_per_node: int
     optimizer: OptimizerFactory | None = None
-    num_threads: int | None = None
     seconds: float = 0.3
 
 
@@ -70,17 +75,22 @@ class Bench:
 
     def __init__(self, job: BenchJob, transport: Transport) -> None:
         """Takes the rank's share of the cores."""
-        if job.num_threads is not None:
-            torch.set_num_threads(job.num_threads)
-        self.job, self.transport = job, transport
+        self.job, self.transport, self.clock = job, transport, Clock()
         self.num_ranks, self.device = transport.num_ranks, transport.device
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads_of_rank(transport.ranks_here))
         self.layers: dict[str, Rehearsal] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
-        firsts = [tuple(range(count)) for count in range(2, self.num_ranks + 1)]
+        self.everyone = tuple(range(self.num_ranks))
+        groups = [ranks for level in link_groups(self.num_ranks, job.ranks_per_node).values() for ranks in level]
         transport.make_groups(
-            [*firsts, *(copy for parts in degrees(self.num_ranks) for copy in copies(self.num_ranks, parts))]
+            [*groups, *(copy for parts in degrees(job.ranks_per_node) for copy in copies(self.num_ranks, parts))]
         )
+
+    def hardware(self) -> Hardware:
+        """What this rank computes on."""
+        return hardware_here(self.transport.ranks_here)
 
     # -- operators ------------------------------------------------------------------------------------------------
 
@@ -111,6 +121,8 @@ class Bench:
         layers = list(self.layers.values())
         for each in layers:
             each.begin(recompute=recompute)
+        if self.num_ranks > 1:  # all at once, also where they were told one after the other
+            self.transport.all_reduce(torch.zeros(1, device=self.device), self.everyone)()
         self.rest.add_(1)
         forward = [self._marks(each.forward) for each in layers]
         self.rest.add_(1)
@@ -158,12 +170,12 @@ class Bench:
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, members: int, num_bytes: int) -> Timing:
-        """Sums over the first ranks, each after other work; the others have nothing to do."""
+    def all_reduce(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+        """Sums over some ranks, each after other work; the others have nothing to do."""
         transport = self.transport
-        if transport.rank >= members:
+        if transport.rank not in ranks:
             return Timing(0.0)
-        values, ranks = torch.zeros(num_bytes // 4, device=self.device), tuple(range(members))
+        values = torch.zeros(num_bytes // 4, device=self.device)
 
         def exchange() -> tuple[float, float]:
             self._work()
@@ -171,36 +183,36 @@ class Bench:
             transport.all_reduce(values, ranks)()
             return started, self._now()
 
-        return self._messages(num_bytes, exchange)
+        return self._messages(ranks, num_bytes, exchange)
 
-    def transfer(self, num_bytes: int) -> Timing:
+    def transfer(self, ranks: tuple[int, int], num_bytes: int) -> Timing:
         """Messages from the first rank, which computes before and after each, to the second, which waits for it. Of the
         first when it began and was free to go on, of the second when it had the message.
         """
-        transport = self.transport
-        if transport.rank > 1:
+        transport, (sender, receiver) = self.transport, ranks
+        if transport.rank not in ranks:
             return Timing(0.0)
         values, answer = torch.zeros(num_bytes // 4, device=self.device), torch.zeros(1, device=self.device)
 
         def send() -> tuple[float, float]:
             self._work()
             started = self._now()
-            departed, answered = transport.start([(1, values)], [(1, answer)])
-            posted = time.perf_counter()
+            departed, answered = transport.start([(receiver, values)], [(receiver, answer)])
+            posted = self.clock.now()
             self._work()
             departed()
             answered()
             return started, posted
 
         def receive() -> tuple[float, float]:
-            _, arrived = transport.start([], [(0, values)])
+            _, arrived = transport.start([], [(sender, values)])
             arrived()
             ended = self._now()
-            departed, _ = transport.start([(0, answer)], [])
+            departed, _ = transport.start([(sender, answer)], [])
             departed()
             return ended, ended
 
-        return self._messages(num_bytes, receive if transport.rank else send)
+        return self._messages(ranks, num_bytes, send if transport.rank == sender else receive)
 
     def _work(self) -> None:
         """Run some layers, as a step does between two messages: they leave nothing in the caches that posting needs."""
@@ -210,11 +222,12 @@ class Bench:
             each.backward()
             each.store.zero_gradients()
 
-    def _messages(self, num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
-        """Moments at which this rank began and ended each exchange, on the clock that all ranks of a machine share.
+    def _messages(self, ranks: Sequence[int], num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
+        """Moments at which this rank began and ended each exchange with the others.
 
-        All ranks count alike: one that stopped earlier would leave the others waiting.
+        All count alike: one that stopped earlier would leave the others waiting.
         """
+        self.clock.agree(self.transport, ranks)
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, MAX_MESSAGES // num_bytes))
         return Timing(1.0, runs=tuple(exchange() for _ in range(1 + repeats))[1:])
 
@@ -264,9 +277,9 @@ class Bench:
         return event
 
     def _now(self) -> float:
-        """A moment of the machine's clock, once the device has done what it was given."""
+        """A moment on the clock that ranks agree on, once the device has done what it was given."""
         self._settle()
-        return time.perf_counter()
+        return self.clock.now()
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -284,6 +297,24 @@ def _seconds(start: Mark, end: Mark) -> float:
         assert isinstance(end, float), "a moment of this process and one of a GPU do not compare"
         return end - start
     return float(start.elapsed_time(end)) / 1e3
+
+
+def link_groups(num_ranks: int, ranks_per_node: int) -> dict[LinkLevel, list[tuple[int, ...]]]:
+    """Ranks that exchange messages over each level of links: the first 2, 4, .. and all of one node, and as many that
+    stand in a node of their own each.
+
+    >>> link_groups(12, 4)
+    {'intra_node': [(0, 1), (0, 1, 2, 3)], 'inter_node': [(0, 4), (0, 4, 8)]}
+    """
+    sides: dict[LinkLevel, range] = {
+        "intra_node": range(ranks_per_node),
+        "inter_node": range(0, num_ranks, ranks_per_node),
+    }
+    return {level: [tuple(ranks[:count]) for count in _counts(len(ranks))] for level, ranks in sides.items()}
+
+
+def _counts(most: int) -> list[int]:
+    return sorted({*(2**i for i in range(1, most.bit_length())), most} - {1})
 
 
 def degrees(num_ranks: int) -> list[int]:

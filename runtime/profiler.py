@@ -6,25 +6,26 @@ measured again: a profile goes on where it was interrupted, and serves other wor
 
 import contextlib
 import functools
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Literal
 
 import torch
 
 from spindle.capture.codes import Captured
+from spindle.cluster import Cluster
 from spindle.contract import contract
+from spindle.cost.measured import check_device
 from spindle.errors import ProfileError, SpindleWarning
-from spindle.profile import LinkEntry, LinkOperation, LoadEntry, Profile
-from spindle.runtime.launch.crew import threads_of_rank
+from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
+from spindle.runtime.hardware import Hardware, hardware_here
+from spindle.runtime.launch.crew import Crew
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.measure import Bench, BenchJob, Timing, spread, steady
-from spindle.runtime.rounds import kinds_of, other_work, room_bytes, rounds_of
+from spindle.runtime.measure import Bench, BenchJob, Timing, link_groups, spread, steady
+from spindle.runtime.rounds import kinds_of, other_work, rounds_of
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
@@ -37,43 +38,91 @@ Keep = Callable[[Profile], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Todo:
-    """One entry to measure: a method of Bench and its arguments; `samples` of a batch that is loaded."""
+class Site:
+    """Where to measure: nodes, and ranks of each. Processes are on this machine, Ray's actors in its cluster."""
 
-    method: str
-    arguments: tuple[Any, ...]
-    samples: int = 0
+    nodes: int = 1
+    ranks_per_node: int = 1
+    launcher: Literal["processes", "ray"] = "processes"
 
-    def added_to(self, profile: Profile, timings: Sequence[Timing]) -> Profile:
-        """The profile with the ranks' timings as one more entry: their mean, of those that took part; what several
-        ranks share takes as long as the slowest of them.
-        """
-        took = [timing for timing in timings if timing.seconds]
-        if self.method == "load":
-            return replace(profile, loads=(*profile.loads, self._load_entry(took)))
-        return replace(profile, links=(*profile.links, self._link_entry(took)))
+    @property
+    def num_ranks(self) -> int:
+        """All that measure at once."""
+        return self.nodes * self.ranks_per_node
 
-    def _load_entry(self, took: Sequence[Timing]) -> LoadEntry:
-        return LoadEntry(
-            task=self.arguments[0],
+    def crew(self, job: BenchJob) -> Crew:
+        """Start all ranks, those of each node on a node of its own."""
+        jobs = [job] * self.num_ranks
+        if self.launcher == "processes":
+            return ProcessCrew(jobs, timeout_s=TIMEOUT_S, worker=Bench)
+        from spindle.runtime.launch.ray_crew import RayCrew
+
+        return RayCrew(jobs, devices_per_node=self.ranks_per_node, apart=True, timeout_s=TIMEOUT_S, worker=Bench)
+
+
+def site_for(cluster: Cluster, num_devices: int, launcher: Literal["processes", "ray"]) -> Site:
+    """As many ranks as a run on so many devices of the cluster would have on this machine, or in the Ray cluster."""
+    sizes: list[int] = []
+    if launcher == "ray":
+        from spindle.runtime.launch.ray_crew import node_sizes
+
+        sizes = node_sizes()
+    if not sizes:
+        return Site(1, min(num_devices, torch.cuda.device_count() or num_devices), launcher)
+    per_node = min(cluster.devices_per_node, num_devices, sizes[0])
+    return Site(max(1, min(cluster.nodes, num_devices // per_node, len(sizes))), per_node, launcher)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One batch to load: its task and samples."""
+
+    task: str
+    samples: int
+
+    def added_to(self, profile: Profile, crew: Crew) -> Profile:
+        """The profile with one more entry: the mean of the ranks."""
+        timings = crew.call("load", self.task)
+        entry = LoadEntry(
+            task=self.task,
             batch_size=self.samples,
-            seconds=statistics.fmean(timing.seconds for timing in took),
-            spread=statistics.fmean(timing.spread for timing in took),
+            seconds=statistics.fmean(timing.seconds for timing in timings),
+            spread=statistics.fmean(timing.spread for timing in timings),
         )
+        return replace(profile, loads=(*profile.loads, entry))
 
-    def _link_entry(self, took: Sequence[Timing]) -> LinkEntry:
-        """Of a sum from when the last rank had begun until the last had ended."""
-        together = list(zip(*(timing.runs for timing in took), strict=True))
-        if self.method == "transfer":
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message to time: who takes part."""
+
+    operation: LinkOperation
+    level: LinkLevel
+    ranks: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def key(self) -> tuple[LinkOperation, LinkLevel, int, int]:
+        """As profiles know it."""
+        return self.operation, self.level, len(self.ranks), self.num_bytes
+
+    def added_to(self, profile: Profile, crew: Crew) -> Profile:
+        """The profile with one more entry."""
+        timings = crew.call(self.operation, self.ranks, self.num_bytes)
+        return replace(profile, links=(*profile.links, self.entry(timings)))
+
+    def entry(self, timings: Sequence[Timing]) -> LinkEntry:
+        """Of all ranks' timings; of a sum from when the last had begun until the last had ended."""
+        together = list(zip(*(timings[rank].runs for rank in self.ranks), strict=True))
+        if self.operation == "transfer":
             seconds = [(arrived - began) + (posted - began) for (began, posted), (arrived, _) in together]
         else:
             seconds = [max(end for _, end in runs) - max(start for start, _ in runs) for runs in together]
-        members, num_bytes = (2, *self.arguments)[-2:]
         return LinkEntry(
-            operation=cast(LinkOperation, self.method),
-            level="intra_node",
-            members=members,
-            num_bytes=num_bytes,
+            operation=self.operation,
+            level=self.level,
+            members=len(self.ranks),
+            num_bytes=self.num_bytes,
             seconds=steady(seconds),
             spread=spread(seconds),
         )
@@ -84,7 +133,8 @@ def measure_profile(
     captured: Captured,
     *,
     num_devices: int,
-    num_ranks: int = 1,
+    site: Site | None = None,
+    cluster: Cluster | None = None,
     most_devices: int | None = None,
     known: Profile | None = None,
     optimizer: OptimizerFactory | None = None,
@@ -93,41 +143,53 @@ def measure_profile(
     keep: Keep | None = None,
 ) -> Profile:
     """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, a batch of
-    each task, and messages between `num_ranks` ranks.
+    each task, and messages between the ranks of `site` (None: one rank here).
 
-    `num_ranks` processes of this machine measure at once. `most_devices`: counts go up to there instead, as smaller
-    local batches. `progress(done, total)` tells of entries; `keep(profile)` is called between rounds of layers, later
-    about once a second, and at the end. Raises ProfileError when `known` is of another device or measured otherwise.
+    All ranks measure at once. `most_devices`: counts go up to there instead, as smaller local batches. `progress(done,
+    total)` tells of entries; `keep(profile)` is called between rounds of layers, later about once a second, and at the
+    end. Raises ProfileError when `known` is of another device or measured otherwise, when devices of the site differ,
+    or are of another sort than those of `cluster`.
     """
-    here = _conditions(captured, num_ranks, optimizer)
-    found = _merged(known, here)
+    site = site or Site()
     metagraph = contract(captured.graph)
     kinds = kinds_of(metagraph)
-    rounds = list(rounds_of(metagraph, kinds, found, most_devices or num_devices, num_ranks, room_bytes(num_ranks)))
-    todo = list(_missing(workload.tasks.values(), found, num_ranks))
-    total = sum(len(item.new) for item in rounds) + len(todo)
-    if not total:
-        return found
     job = BenchJob(
         captured=captured,
         tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
         batches={name: task.first_batch() for name, task in workload.tasks.items()},
         chains={name: kind.names for name, kind in kinds.items()},
+        ranks_per_node=site.ranks_per_node,
         optimizer=optimizer,
-        num_threads=threads_of_rank(num_ranks),
         seconds=seconds_per_entry,
     )
-    steps = _Steps(total, progress, keep)
-    with contextlib.closing(ProcessCrew([job] * num_ranks, timeout_s=TIMEOUT_S, worker=Bench)) as crew:
+    with contextlib.ExitStack() as stack:
+
+        def started() -> Crew:
+            return stack.enter_context(contextlib.closing(site.crew(job)))
+
+        crew = started() if site.launcher == "ray" else None  # only the ranks know what they compute on
+        hardware = _alike(crew.call("hardware")) if crew else hardware_here(site.num_ranks)
+        here = _conditions(captured, hardware, optimizer)
+        if cluster is not None:
+            check_device(cluster, here)
+        found = _merged(known, here)
+        rounds = list(
+            rounds_of(metagraph, kinds, found, most_devices or num_devices, site.ranks_per_node, hardware.room_bytes)
+        )
+        others: list[Load | Message] = [*_loads(workload.tasks.values(), found), *_messages(site, found)]
+        steps = _Steps(sum(len(item.new) for item in rounds) + len(others), progress, keep)
+        if not steps.total:
+            return found
+        crew = crew or started()
         for item in rounds:
             entries = item.measured(
                 crew, seconds_per_entry * len(item.new), functools.partial(steps.within, len(item.new))
             )
             found = replace(found, entries=(*found.entries, *entries))
             steps.done(found, len(item.new))
-        crew.call("prepare", other_work(kinds, num_ranks), 0)
-        for one in todo:
-            found = one.added_to(found, crew.call(one.method, *one.arguments))
+        crew.call("prepare", other_work(kinds, site.num_ranks), 0)
+        for one in others:
+            found = one.added_to(found, crew)
             steps.done(found, 1)
     return found
 
@@ -154,37 +216,32 @@ class _Steps:
             self.progress(self.count, self.total)
 
 
-def ranks_here(num_devices: int) -> int:
-    """Ranks that measure at once for a cluster of so many devices: those of this machine that take part in a run."""
-    gpus = torch.cuda.device_count()
-    return min(num_devices, gpus) if gpus else num_devices
+def _alike(found: Sequence[Hardware]) -> Hardware:
+    """What all ranks compute on, with the room of the smallest; raises ProfileError where they differ."""
+    least = min(hardware.room_bytes for hardware in found)
+    kinds = {replace(hardware, room_bytes=least) for hardware in found}
+    if len(kinds) > 1:
+        sorts = sorted({f"{h.device} ({h.ranks} ranks, torch {h.torch}, Python {h.python})" for h in kinds})
+        raise ProfileError(
+            f"the ranks that would measure are not alike: {'; '.join(sorts)}. Times of one do not hold for the other: "
+            "measure on nodes of one sort"
+        )
+    return kinds.pop()
 
 
-def _conditions(captured: Captured, num_ranks: int, optimizer: OptimizerFactory | None) -> Profile:
-    """An empty profile that names this hardware, the versions and how it will measure."""
-    threads = threads_of_rank(num_ranks)
+def _conditions(captured: Captured, hardware: Hardware, optimizer: OptimizerFactory | None) -> Profile:
+    """An empty profile that names the hardware, the versions and how it will be measured."""
     versions = {
         "dtype": captured.precision,
-        "python": platform.python_version(),
-        "ranks": str(num_ranks),
-        "torch": torch.__version__,
+        "python": hardware.python,
+        "ranks": str(hardware.ranks),
+        "torch": hardware.torch,
     }
-    if threads is not None:
-        versions["threads"] = str(threads)
+    if hardware.threads is not None:
+        versions["threads"] = str(hardware.threads)
     if optimizer is not None:
         versions["optimizer"] = type(optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__
-    return Profile(device_name(), tuple(sorted(versions.items())))
-
-
-def device_name() -> str:
-    """What this machine computes on, as profiles name it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"cpu {model}"
+    return Profile(hardware.device, tuple(sorted(versions.items())))
 
 
 def _merged(known: Profile | None, here: Profile) -> Profile:
@@ -212,14 +269,15 @@ def _stayed_behind(batch: Batch) -> torch.Tensor:
     raise AssertionError("loaders are measured without their tasks' functions, and the modules these bring along")
 
 
-def _missing(tasks: Iterable[Task], known: Profile, num_ranks: int) -> Iterator[Todo]:
+def _loads(tasks: Iterable[Task], known: Profile) -> Iterator[Load]:
     for task in tasks:
         if (task.name, task.batch_size) not in known.load_s:
-            yield Todo("load", (task.name,), task.batch_size)
-    groups = sorted({*(2**i for i in range(1, num_ranks.bit_length())), num_ranks} - {1})
-    for num_bytes in MESSAGE_BYTES if num_ranks > 1 else ():
-        for members in (count for count in groups if count <= num_ranks):
-            if ("all_reduce", "intra_node", members, num_bytes) not in known.link_keys:
-                yield Todo("all_reduce", (members, num_bytes))
-        if ("transfer", "intra_node", 2, num_bytes) not in known.link_keys:
-            yield Todo("transfer", (num_bytes,))
+            yield Load(task.name, task.batch_size)
+
+
+def _messages(site: Site, known: Profile) -> Iterator[Message]:
+    for level, groups in link_groups(site.num_ranks, site.ranks_per_node).items():
+        for num_bytes in MESSAGE_BYTES:
+            wanted = [Message("all_reduce", level, ranks, num_bytes) for ranks in groups]
+            wanted += [Message("transfer", level, ranks, num_bytes) for ranks in groups[:1]]
+            yield from (message for message in wanted if message.key not in known.link_keys)

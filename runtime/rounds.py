@@ -4,14 +4,11 @@ A round is a small step: layers of every kind, one after the other, on one count
 its code, its weights and its memory as it left them, which makes it up to a third faster than it is in a step.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph
@@ -159,15 +156,15 @@ def rounds_of(
     kinds: Mapping[str, Kind],
     known: Profile,
     num_devices: int,
-    num_ranks: int,
+    ranks_per_node: int,
     room_bytes: float,
 ) -> Iterator[Round]:
     """For each layout what runs together with new kinds on it; a kind that cannot run on so many devices takes fewer.
 
-    Copies that several devices hold between them are made of all `num_ranks` that measure. `room_bytes`: what layers
-    that run together may take.
+    Devices that hold a copy between them are on one node, and all that measure do. `room_bytes`: what layers that run
+    together may take.
     """
-    for parts in (1, *degrees(num_ranks)):
+    for parts in (1, *degrees(ranks_per_node)):
         degree = {name: parts if kind.parts % parts == 0 else 1 for name, kind in kinds.items()}
         counts = {
             name: [degree[name] * copies for copies in counts_to_measure(kind.limit, num_devices // degree[name])]
@@ -204,10 +201,3 @@ def _that_fit(num_bytes: Mapping[str, float], room_bytes: float) -> Iterator[lis
             part = []
         part.append(name)
     yield part
-
-
-def room_bytes(num_ranks: int) -> float:
-    """What layers that are measured together may take of a device's memory."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / num_ranks

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from spindle.errors import RunError
-from spindle.runtime.host import SocketThreads, keep_freed_memory, own_cores
+from spindle.runtime.host import SocketThreads, interface_to, keep_freed_memory, own_cores
 
 Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
@@ -48,11 +48,23 @@ def is_loopback(store: Store | None) -> bool:
     return isinstance(store, TCPStore) and ipaddress.ip_address(store.host).is_loopback
 
 
+def _interface(store: Store | None) -> str | None:
+    """Where gloo is to listen. By itself it takes what the machine's own name stands for: on many loopback, where ranks
+    of other machines do not find it.
+    """
+    if is_loopback(store):
+        return "lo0" if sys.platform == "darwin" else "lo"
+    host = store.host if isinstance(store, TCPStore) else os.environ.get("MASTER_ADDR")
+    return interface_to(host) if host else None
+
+
 class Transport(Protocol):
     """What the executor asks of a transport."""
 
     rank: int
     num_ranks: int
+    ranks_here: int
+    """Those that share this machine's cores; all, where that is not known."""
     device: torch.device
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
@@ -99,7 +111,8 @@ class ProcessTransport:
         """Join the process group through `store` (None: from the environment, as torchrun sets it up).
 
         `device`: where to compute, when ranks are to share one; None takes a GPU each where there are enough, or the
-        CPU. `place`: this rank's number among those that see the same GPUs, and how many these are; None: all do.
+        CPU. `place`: this rank's number among those of this machine that see the same GPUs, and how many these are;
+        None: all do.
         """
         self.rank, self.num_ranks = rank, num_ranks
         backend = "gloo"
@@ -114,11 +127,12 @@ class ProcessTransport:
         if self.device.type == "cpu":
             keep_freed_memory()
         here = place or ((rank, num_ranks) if is_loopback(store) else None)
+        self.ranks_here = here[1] if here else num_ranks
         if here is not None and self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
             # before gloo's threads start, which inherit it: a rank woken on a core where another computes waits 2-6 ms
             os.sched_setaffinity(0, own_cores(here, list(os.sched_getaffinity(0))))
-        if is_loopback(store):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        if (interface := _interface(store)) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self.timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend,
@@ -247,7 +261,7 @@ class ThreadTransport:
 
     def __init__(self, shared: _Exchange, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
         """Use `connect`."""
-        self.rank, self.num_ranks = rank, num_ranks
+        self.rank, self.num_ranks, self.ranks_here = rank, num_ranks, num_ranks
         self._shared, self._timeout_s = shared, timeout_s
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._reduced = Counter[tuple[int, ...]]()

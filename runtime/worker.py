@@ -19,6 +19,7 @@ from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
+from spindle.runtime.host import threads_of_rank
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
@@ -65,7 +66,6 @@ class Job:
     optimizer: OptimizerFactory | None = None
     scheduler: SchedulerFactory | None = None
     seed: int = 0
-    num_threads: int | None = None
     timeout_s: float = 60.0
 
 
@@ -94,7 +94,6 @@ def make_jobs(
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
     seed: int = 0,
-    num_threads: int | None = None,
     timeout_s: float = 60.0,
 ) -> list[Job]:
     """For each rank the part of a captured workload that it runs. Takes time by the ranks that the slices have."""
@@ -124,7 +123,6 @@ def make_jobs(
                 optimizer=optimizer,
                 scheduler=scheduler,
                 seed=seed,
-                num_threads=num_threads,
                 timeout_s=timeout_s,
             )
         )
@@ -156,9 +154,11 @@ class Worker:
     """One rank, ready to run."""
 
     def __init__(self, job: Job, transport: Transport) -> None:
-        """Takes over the codes of `job`, moves them to the transport's device, and makes the program's groups."""
-        if job.num_threads is not None:
-            torch.set_num_threads(job.num_threads)
+        """Takes over the codes of `job`, moves them to the transport's device, and makes the program's groups; on a CPU
+        also the rank's share of the cores.
+        """
+        if transport.device.type == "cpu":
+            torch.set_num_threads(threads_of_rank(transport.ranks_here))
         self.job, self.transport = job, transport
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)

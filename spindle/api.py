@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
@@ -117,30 +117,32 @@ def make_profile(
     cluster: Cluster | str | None = None,
     known: Profile | None = None,
     optimizer: "OptimizerFactory | None" = None,
+    launcher: Literal["auto", "ray", "processes"] = "auto",
     validate: bool = False,
     progress: Callable[[int, int], None] | None = None,
     keep: Callable[[Profile], None] | None = None,
 ) -> Profile:
-    """Time the workload's operators, its optimiser and messages on this machine, for up to `num_devices` devices.
+    """Time the workload's operators, its optimiser and messages, for up to `num_devices` devices.
 
-    `cluster`: what to measure for instead, of this machine's kind of device; without both, this machine. As many ranks
-    measure at once as a run would have here. `known` is not measured again; `keep(profile)` is called every few seconds
-    with what is known by then. `validate` adds counts, for `spindle.cost.heldout` to leave out.
+    `cluster`: what to measure for instead, of the kind of device at hand; without both, what is at hand. As many ranks
+    measure at once as a run would have: on this machine, or with `launcher` ray on the nodes of a Ray cluster, where
+    messages between nodes are measured too; auto takes the cluster that RAY_ADDRESS names. `known` is not measured
+    again; `keep(profile)` is called every few seconds with what is known by then. `validate` adds counts, for
+    `spindle.cost.heldout` to leave out.
     """
     from spindle.capture import capture
     from spindle.clusterfile import parse_cluster
-    from spindle.cost.measured import check_device
-    from spindle.runtime.profiler import device_name, measure_profile, ranks_here
+    from spindle.runtime.profiler import measure_profile, site_for
 
-    where = parse_cluster(cluster or devices_at_hand()) if not isinstance(cluster, Cluster) else cluster
-    if cluster is not None:
-        check_device(where, Profile(device_name()))
+    chosen = ("ray" if in_ray_cluster() else "processes") if launcher == "auto" else launcher
+    where = parse_cluster(cluster or devices_at_hand(launcher)) if not isinstance(cluster, Cluster) else cluster
     num_devices = num_devices or where.num_devices
     return measure_profile(
         workload,
         capture(workload),
         num_devices=num_devices,
-        num_ranks=ranks_here(num_devices),
+        site=site_for(where, num_devices, chosen),
+        cluster=where if cluster is not None else None,
         most_devices=max(num_devices, VALIDATED) if validate else None,
         known=known,
         optimizer=optimizer,
@@ -330,11 +332,18 @@ def devices_at_hand(launcher: "Launcher" = "processes") -> str:
 
     import torch
 
-    from spindle.runtime.launch.torchrun import under_torchrun
-
-    if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS") and not under_torchrun():
+    if launcher in ("auto", "ray") and in_ray_cluster():
         from spindle.runtime.launch.ray_crew import devices_of_cluster
 
         return devices_of_cluster()
     gpus = torch.cuda.device_count()
     return f"1x{gpus}" if gpus else f"1x{os.cpu_count() or 1}:cpu"
+
+
+def in_ray_cluster() -> bool:
+    """Whether runs go to a Ray cluster by themselves: where RAY_ADDRESS names one, as in every Ray job."""
+    import os
+
+    from spindle.runtime.launch.torchrun import under_torchrun
+
+    return bool(os.environ.get("RAY_ADDRESS")) and not under_torchrun()

@@ -5,11 +5,8 @@ that wait for the failed one are released, and the failure is raised with its ra
 """
 
 import concurrent.futures
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
-
-import torch
 
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.transport import ThreadTransport
@@ -31,11 +28,6 @@ class Crew(Protocol):
 
     def close(self) -> None:
         """End all workers."""
-
-
-def threads_of_rank(num_ranks: int) -> int | None:
-    """Threads that each rank on this machine's CPU computes with: its share of the cores. None where GPUs compute."""
-    return None if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // num_ranks)
 
 
 def silent(ranks: Sequence[int], patience_s: float | None) -> RunError:

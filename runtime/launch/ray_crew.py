@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.launch.crew import is_lost_peer, silent
-from spindle.runtime.transport import ProcessTransport, join_store, serve_store
-from spindle.runtime.worker import Job, Worker
+from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
+from spindle.runtime.worker import Worker
 
 CONNECT_S = 10.0
 START_S = 300.0  # for actors to start; those of a job that names packages install them first
@@ -43,34 +43,39 @@ class Place:
         return f"{self.address} ({self.node[:8]})"
 
 
+@dataclass(frozen=True)
+class Joining:
+    """How ranks find each other. `paths`: where the driver finds modules that jobs may name."""
+
+    paths: list[str]
+    num_ranks: int
+    host: str
+    port: int
+    timeout_s: float
+
+
 class _Rank:
     """What runs in an actor."""
 
     def __init__(self) -> None:
-        self.worker: Worker | None = None
+        self.worker: Any = None
 
     def place(self) -> "Place":
         """Where this actor is."""
         gpu = ",".join(f"{number:>3}" for number in ray.get_gpu_ids())  # 9 before 10
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu)
 
-    def start(
-        self, payload: bytes, paths: list[str], num_ranks: int, host: str, port: int, timeout_s: float, has_gpu: bool
-    ) -> None:
-        """Join the others and make the worker. `paths`: where the driver finds modules that the job may name.
-
-        `has_gpu`: Ray gave this actor a GPU, the only one that it sees.
-        """
-        sys.path += [path for path in paths if path not in sys.path]
-        job: Job = cloudpickle.loads(payload)
-        store = join_store(host, port, timeout_s)
-        place = (0, 1) if has_gpu else None
-        transport = ProcessTransport(store, job.rank, num_ranks, timeout_s=timeout_s, place=place)
-        self.worker = Worker(job, transport)
+    def start(self, payload: bytes, rank: int, place: tuple[int, int], joining: "Joining") -> None:
+        """Join the others and make the worker. `place`: as ProcessTransport takes it."""
+        sys.path += [path for path in joining.paths if path not in sys.path]
+        make, job = cloudpickle.loads(payload)
+        store = join_store(joining.host, joining.port, joining.timeout_s)
+        self.worker = make(
+            job, ProcessTransport(store, rank, joining.num_ranks, timeout_s=joining.timeout_s, place=place)
+        )
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the worker; on failure leave the group, which releases peers that wait."""
-        assert self.worker is not None
         try:
             return getattr(self.worker, method)(*args, **kwargs)
         except Exception:
@@ -85,8 +90,17 @@ class RayCrew:
     places: list[Place]
     """Where each rank is."""
 
-    def __init__(self, jobs: Sequence[Job], *, devices_per_node: int | None = None, timeout_s: float = 60.0) -> None:
-        """Join the cluster, or start a Ray, unless this process did; then start an actor for each job, in islands.
+    def __init__(
+        self,
+        jobs: Sequence[Any],
+        *,
+        devices_per_node: int | None = None,
+        apart: bool = False,
+        timeout_s: float = 60.0,
+        worker: Callable[[Any, Transport], Any] = Worker,
+    ) -> None:
+        """Join the cluster, or start a Ray, unless this process did; then start an actor for each job, in islands, and
+        have `worker` make of each job what serves calls. `apart`: no two islands on one Ray node.
 
         Raises RunError when the cluster has no room for an island within `timeout_s`.
         """
@@ -98,7 +112,9 @@ class RayCrew:
         self._actors: list[Any] = []
         self.places = []
         sizes = islands_of(len(jobs), devices_per_node)
-        self._group = placement_group([_room(size, num_gpus) for size in sizes], strategy="PACK")
+        self._group = placement_group(
+            [_room(size, num_gpus) for size in sizes], strategy="STRICT_SPREAD" if apart else "PACK"
+        )
         try:
             if not self._group.wait(timeout_s):
                 raise _no_room(sizes, num_gpus, timeout_s)
@@ -108,9 +124,15 @@ class RayCrew:
             address = _address()
             self._store = serve_store(address)
             here = [os.path.abspath(path) for path in sys.path]
-            common = (here, len(jobs), address, self._store.port, timeout_s, bool(num_gpus))
-            pairs = zip(self._actors, jobs, strict=True)
-            self._gather([actor.start.remote(cloudpickle.dumps(job), *common) for actor, job in pairs])
+            joining = Joining(here, len(jobs), address, self._store.port, timeout_s)
+            numbers = [(0, 1)] * len(jobs) if num_gpus else numbered([place.address for place in self.places])
+            sent = {id(job): ray.put(cloudpickle.dumps((worker, job))) for job in jobs}
+            self._gather(
+                [
+                    actor.start.remote(sent[id(job)], rank, number, joining)
+                    for rank, (actor, job, number) in enumerate(zip(self._actors, jobs, numbers, strict=True))
+                ]
+            )
         except BaseException:
             self.close()
             raise
@@ -178,6 +200,15 @@ class RayCrew:
             ray.shutdown()
 
 
+def numbered(names: Sequence[str]) -> list[tuple[int, int]]:
+    """The number of each among those of its name, and how many these are.
+
+    >>> numbered(["a", "b", "a"])
+    [(0, 2), (0, 1), (1, 2)]
+    """
+    return [(names[:index].count(name), names.count(name)) for index, name in enumerate(names)]
+
+
 def islands_of(num_ranks: int, devices_per_node: int | None) -> list[int]:
     """Ranks of each plan node, in order; the last one may have fewer. One island when nothing is known of nodes."""
     size = devices_per_node or num_ranks
@@ -231,6 +262,17 @@ def devices_of_cluster() -> str:
 
     Nodes without GPUs do not count where others have some; of uneven nodes each counts as the smallest.
     """
+    resource, counts = _devices_of_nodes()
+    return f"{len(counts)}x{counts[0]}" + (":cpu" if resource == "CPU" else "")
+
+
+def node_sizes() -> list[int]:
+    """Devices of each node of the cluster that this process runs in, the smallest first; none where it runs in none."""
+    return _devices_of_nodes()[1] if ray.is_initialized() or join_cluster() else []
+
+
+def _devices_of_nodes() -> tuple[str, list[int]]:
+    """What ranks of the cluster compute on, and what each node has of it."""
     if not ray.is_initialized():
         join_cluster()
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
@@ -239,7 +281,7 @@ def devices_of_cluster() -> str:
         raise RunError(
             "the Ray cluster has neither a GPU nor a CPU for a rank; add a node with --num-cpus or --num-gpus"
         )
-    return f"{len(counts)}x{min(counts)}" + (":cpu" if resource == "CPU" else "")
+    return resource, counts
 
 
 def _counts(resource: str) -> list[int]:

@@ -19,6 +19,13 @@ from spindle.cli.terminal import advise_after, folded, json_text, losses_text, p
 @click.option("--devices", "-n", "num_devices", type=click.IntRange(1), help="Largest device count. Default: all.")
 @click.option("--profile", "-p", "old", type=JSON_FILE, help="A profile whose times are taken over.")
 @click.option("--output", "-o", type=FILE, required=True, help="The profile; what it holds is not measured again.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["auto", "ray", "processes"]),
+    default="auto",
+    show_default=True,
+    help="What starts the ranks. auto: ray where RAY_ADDRESS names a cluster.",
+)
 @click.option("--validate", is_flag=True, help="Measure more counts, and print how well curves tell them.")
 @JSON
 def profile(
@@ -27,15 +34,18 @@ def profile(
     num_devices: int | None,
     old: str | None,
     output: str,
+    launcher: Any,
     validate: bool,
     as_json: bool,
 ) -> None:
-    """Time the layers of SOURCE (file.py:workload) on this machine.
+    """Time the layers of SOURCE (file.py:workload), on this machine or on the nodes of a Ray cluster.
 
-    Also the optimiser's step and messages between ranks. Interrupted, the same command goes on.
+    Also the optimiser's step and messages between ranks, inside a node and across nodes. Interrupted, the same command
+    goes on.
 
     \b
     spindle profile model.py:workload -o profile.json
+    RAY_ADDRESS=head:6379 spindle profile model.py:workload --cluster 2x8:h100 -o profile.json
     spindle plan model.py:workload --profile profile.json
     """
     import functools
@@ -60,6 +70,7 @@ def profile(
             cluster=cluster,
             known=known,
             optimizer=getattr(module, "optimizer", None) or torch.optim.AdamW,
+            launcher=launcher,
             validate=validate,
             progress=update,
             keep=lambda so_far: write(so_far, output),

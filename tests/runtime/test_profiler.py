@@ -13,7 +13,7 @@ from spindle.capture import Captured, capture
 from spindle.errors import ProfileError
 from spindle.profile import Profile
 from spindle.runtime.measure import MIN_REPEATS
-from spindle.runtime.profiler import MESSAGE_BYTES, measure_profile
+from spindle.runtime.profiler import MESSAGE_BYTES, Site, measure_profile
 from spindle.runtime.rounds import counts_to_measure
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, two_towers
@@ -31,7 +31,7 @@ def profile(known: Profile | None = None, *, num_devices: int = 2, num_ranks: in
     found = measure_profile(
         *captured(),
         num_devices=num_devices,
-        num_ranks=num_ranks,
+        site=Site(1, num_ranks),
         known=known,
         optimizer=torch.optim.AdamW,
         seconds_per_entry=0.0,
@@ -152,7 +152,7 @@ def test_layers_that_may_be_cut_are_measured_so() -> None:
     """Two ranks hold one copy between them: gradients cross, and each steps half of the weights."""
     workload = cut_language_model(torch.float32)
     captured = capture(workload)
-    found = measure_profile(workload, captured, num_devices=2, num_ranks=2, seconds_per_entry=0.0)
+    found = measure_profile(workload, captured, num_devices=2, site=Site(1, 2), seconds_per_entry=0.0)
     for operator in captured.graph:
         layouts = {(1, 1), (2, 1)} if operator.splittable else {(1, 1)}
         if operator.tensor_parallel == 2:
@@ -160,7 +160,7 @@ def test_layers_that_may_be_cut_are_measured_so() -> None:
             assert found.by_layout[operator.kind][2, 2].backward_s > 0
         assert found.by_layout[operator.kind].keys() == layouts
     assert any(entry.tensor_parallel == 2 for entry in found.entries)
-    assert measure_profile(workload, captured, num_devices=2, num_ranks=2, known=found) == found
+    assert measure_profile(workload, captured, num_devices=2, site=Site(1, 2), known=found) == found
 
 
 def test_two_ranks_also_measure_messages() -> None:

@@ -12,7 +12,7 @@ from spindle.contract import contract
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.measure import Timing
-from spindle.runtime.profiler import Todo
+from spindle.runtime.profiler import Message
 from spindle.runtime.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
 from tests.tiny_workloads import two_towers
 
@@ -71,13 +71,12 @@ def test_a_transfer_takes_its_sender_s_time_too() -> None:
     """From 1.0 the sender posts until 1.2, at 1.5 the message is there; and 2.0, 2.1, 2.6."""
     sender = Timing(1.0, runs=((1.0, 1.2), (2.0, 2.1)))
     receiver = Timing(1.0, runs=((1.5, 1.5), (2.6, 2.6)))
-    profile = Todo("transfer", (4096,)).added_to(Profile("cpu"), [sender, receiver])
-    (entry,) = profile.links
-    assert (entry.operation, entry.members, entry.num_bytes) == ("transfer", 2, 4096)
+    entry = Message("transfer", "inter_node", (0, 2), 4096).entry([sender, Timing(0.0), receiver])
+    assert (entry.operation, entry.level, entry.members, entry.num_bytes) == ("transfer", "inter_node", 2, 4096)
     assert entry.seconds == pytest.approx(0.7)
 
 
 def test_a_sum_takes_from_the_last_to_begin_to_the_last_to_end() -> None:
     timings = [Timing(1.0, runs=((1.0, 1.9), (3.0, 3.6))), Timing(1.0, runs=((1.5, 2.0), (3.1, 3.5))), Timing(0.0)]
-    (entry,) = Todo("all_reduce", (2, 4096)).added_to(Profile("cpu"), timings).links
+    entry = Message("all_reduce", "intra_node", (0, 1), 4096).entry(timings)
     assert entry.seconds == pytest.approx(0.5)
