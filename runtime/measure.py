@@ -222,7 +222,7 @@ class Bench:
             each.backward()
             each.store.zero_gradients()
 
-    def _messages(self, ranks: Sequence[int], num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
+    def _messages(self, ranks: tuple[int, ...], num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
         """Moments at which this rank began and ended each exchange with the others.
 
         All count alike: one that stopped earlier would leave the others waiting.

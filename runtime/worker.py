@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spindle.capture.codes import AuxCode, Captured, OperatorCode, aux_read
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
+from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.host import threads_of_rank
@@ -159,7 +160,7 @@ class Worker:
         """
         if transport.device.type == "cpu":
             torch.set_num_threads(threads_of_rank(transport.ranks_here))
-        self.job, self.transport = job, transport
+        self.job, self.transport, self.clock = job, transport, Clock()
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)
         self.switch = Switch()
@@ -181,8 +182,13 @@ class Worker:
         return {name: feed.digest() for name, feed in self.feeds.items()}
 
     def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False) -> Report:
-        """Run some steps; the report holds spans and gradients of every step if they are to be kept."""
+        """Run some steps; the report holds spans and gradients of every step if they are to be kept.
+
+        Spans tell moments on the first rank's clock, which all agree on first.
+        """
         report = Report(self.job.rank)
+        if keep_spans and self.transport.num_ranks > 1:
+            self.clock.agree(self.transport, tuple(range(self.transport.num_ranks)))
         observe = report.gradients.append if keep_gradients else None
         for _ in range(steps):
             report.ended = self._ended()
@@ -195,7 +201,7 @@ class Worker:
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if keep_spans:
-                report.spans += record.spans
+                report.spans += [span.later(self.clock.offset_s) for span in record.spans]
         for feed in self.feeds.values():
             feed.settle()
         report.memory_bytes = peak_memory(self.transport.device)

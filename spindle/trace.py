@@ -44,6 +44,10 @@ class Span:
                 "and times must rise, measure it again"
             )
 
+    def later(self, seconds: float) -> "Span":
+        """The same work, so much later."""
+        return replace(self, start_s=self.start_s + seconds, end_s=self.end_s + seconds)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
@@ -59,8 +63,7 @@ class Trace:
     def from_zero(self) -> "Trace":
         """The same trace with its times counted from its first moment."""
         first_s = min((span.start_s for span in self.spans), default=0.0)
-        shifted = (replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in self.spans)
-        return replace(self, spans=tuple(shifted))
+        return replace(self, spans=tuple(span.later(-first_s) for span in self.spans))
 
     @property
     def num_steps(self) -> int:

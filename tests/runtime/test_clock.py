@@ -10,7 +10,7 @@ from spindle.runtime.clock import Clock
 from spindle.runtime.transport import ThreadTransport
 
 
-def agreed(ahead_s: Sequence[float], ranks: Sequence[int]) -> list[Clock]:
+def agreed(ahead_s: Sequence[float], ranks: tuple[int, ...]) -> list[Clock]:
     """Clocks of as many threads, each ahead of this machine's by so much, after some of them have agreed."""
     clocks = [Clock(lambda ahead=ahead: time.perf_counter() + ahead) for ahead in ahead_s]  # type: ignore[misc]
     transports = ThreadTransport.connect(len(clocks), timeout_s=30.0)
