@@ -109,20 +109,22 @@ def interface_to(host: str) -> str | None:
     >>> interface_to("127.0.0.1") in ("lo", None)
     True
     """
-    if sys.platform != "linux":
-        return None
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
-        wanted = probe.getsockname()[0]
-        return next((name for _, name in socket.if_nameindex() if _address_of(name, probe) == wanted), None)
+        return interfaces().get(probe.getsockname()[0])
     return None
 
 
-def _address_of(interface: str, any_socket: socket.socket) -> str | None:
-    """Its IPv4 address; interfaces without one have none."""
+def interfaces() -> dict[str, str]:
+    """Names of this machine's network interfaces by IPv4 address (Linux tells it; elsewhere none)."""
+    if sys.platform != "linux":
+        return {}
     import fcntl
 
-    with contextlib.suppress(OSError):
-        answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-        return socket.inet_ntoa(answer[20:24])
-    return None
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[socket.inet_ntoa(answer[20:24])] = name
+    return found

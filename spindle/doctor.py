@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import socket
-import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ Status = Literal["ok", "warn", "fail"]
 GIB = 2**30
 TRIAL_S = 10.0
 PYTHON = (3, 11)
-TELLS_ITS_NAME = 0x8915  # SIOCGIFADDR: the address of an interface
+ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737); nothing is sent there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,41 +209,24 @@ def loopback() -> Finding:
     return ok("loopback", "127.0.0.1 answers")
 
 
-def interface(chosen: str | None, address: str | None, names: dict[str, str]) -> Finding:
-    """What gloo takes between machines: GLOO_SOCKET_IFNAME, else where the host's name leads. `names`: by address."""
+def interface(chosen: str | None, outward: str | None, known: Sequence[str]) -> Finding:
+    """What gloo takes between machines: GLOO_SOCKET_IFNAME, else what leads to rank 0; `outward` leads to others."""
     name = "interface"
-    known = sorted(set(names.values()))
     if chosen:
         if chosen in known:
             return ok(name, f"{chosen}, by GLOO_SOCKET_IFNAME")
-        return fail(name, f"GLOO_SOCKET_IFNAME is {chosen!r}, which is none", f"choose of {', '.join(known)}")
-    remedy = "for runs over several machines set GLOO_SOCKET_IFNAME to the one that they share"
-    if address is None:
-        return warn(name, "the host's name leads nowhere", f"enter it in /etc/hosts; {remedy}")
-    shown = f"{names.get(address, 'unknown')} ({address}), by the host's name"
-    return warn(name, shown, remedy) if address.startswith("127.") else ok(name, shown)
+        return fail(name, f"GLOO_SOCKET_IFNAME is {chosen!r}, which is none", f"choose of {', '.join(sorted(known))}")
+    if outward is None:
+        remedy = "for runs over several machines set GLOO_SOCKET_IFNAME to the one that they share"
+        return warn(name, "none is known to lead to other machines", remedy)
+    return ok(name, f"{outward} leads to other machines; GLOO_SOCKET_IFNAME chooses another one")
 
 
-def _address() -> str | None:
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None
+def _interface() -> Finding:
+    from spindle.runtime.host import interface_to
 
-
-def _interfaces() -> dict[str, str]:
-    """Names of this machine's interfaces by their address (Linux tells it; elsewhere by number)."""
-    import fcntl
-
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for number, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(asked, TELLS_ITS_NAME, struct.pack("256s", name.encode()[:15]))
-                found[socket.inet_ntoa(answer[20:24])] = name
-            except OSError:
-                found[f"#{number}"] = name
-    return found
+    known = [name for _, name in socket.if_nameindex()]
+    return interface(os.environ.get("GLOO_SOCKET_IFNAME"), interface_to(ELSEWHERE), known)
 
 
 def gloo_trial(timeout_s: float = TRIAL_S) -> Finding:
@@ -290,7 +272,7 @@ LOOKS: tuple[tuple[str, Callable[[], Sequence[Finding]]], ...] = (
     ("temporary files", lambda: [temporary(tempfile.gettempdir())]),
     ("open files", lambda: [open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])]),
     ("loopback", lambda: [loopback()]),
-    ("interface", lambda: [interface(os.environ.get("GLOO_SOCKET_IFNAME"), _address(), _interfaces())]),
+    ("interface", lambda: [_interface()]),
     ("all-reduce", lambda: [gloo_trial()]),
 )
 

@@ -55,11 +55,10 @@ def test_versions_out_of_range() -> None:
         (doctor.open_files(65536), "ok", "65536"),
         (doctor.open_files(1024), "warn", "ulimit -n"),
         (doctor.open_files(-1), "ok", "no limit"),
-        (doctor.interface("eth1", None, {"10.0.0.1": "eth1"}), "ok", "eth1, by GLOO"),
-        (doctor.interface("eth9", None, {"10.0.0.1": "eth1"}), "fail", "choose of eth1"),
-        (doctor.interface(None, "10.0.0.1", {"10.0.0.1": "eth1"}), "ok", "eth1 (10.0.0.1)"),
-        (doctor.interface(None, "127.0.0.1", {"127.0.0.1": "lo"}), "warn", "set GLOO_SOCKET_IFNAME"),
-        (doctor.interface(None, None, {}), "warn", "/etc/hosts"),
+        (doctor.interface("eth1", None, ["lo", "eth1"]), "ok", "eth1, by GLOO"),
+        (doctor.interface("eth9", None, ["lo", "eth1"]), "fail", "choose of eth1, lo"),
+        (doctor.interface(None, "eth1", ["lo", "eth1"]), "ok", "eth1 leads to other machines"),
+        (doctor.interface(None, None, ["lo"]), "warn", "set GLOO_SOCKET_IFNAME"),
     ],
 )
 def test_looks(finding: Finding, status: str, words: str) -> None:
