@@ -1,16 +1,23 @@
 """Ray nodes: plan nodes are islands, each on one node of a real cluster of several; what a lost node leads to."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import spindle
+from spindle.clusterfile import parse_cluster
+from spindle.cost.measured import measured_links
+from spindle.formats import read
+from spindle.profile import Profile
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.launch.ray_crew import islands_of
+from spindle.runtime.profiler import MESSAGE_BYTES
 from tests.distributed.conftest import ROOT, RayCluster
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import two_towers
@@ -41,13 +48,16 @@ except spindle.errors.SpindleError as error:
 """
 
 
+def inside(address: str) -> dict[str, str]:
+    """An environment in which runs go to the cluster."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return environment | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+
+
 def driver(address: str, *numbers: int) -> "subprocess.Popen[str]":
     """Train two towers in a process of its own: ranks, devices of a plan node, steps, timeout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *map(str, numbers)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", DRIVER, *map(str, numbers)]
+    return subprocess.Popen(command, cwd=ROOT, env=inside(address), stdout=subprocess.PIPE, text=True)
 
 
 def told(process: "subprocess.Popen[str]") -> dict[str, str]:
@@ -83,6 +93,31 @@ def test_an_island_that_no_node_has_room_for(ray_cluster: RayCluster) -> None:
     assert "no room for an island of 3 ranks within 5 s" in error
     assert "its nodes have 2, 2, of which 4 are free" in error
     assert "--cluster 2x2" in error
+
+
+def test_a_profile_has_links_inside_nodes_and_across(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Of the cluster's own nodes and ranks. The second time all is known; the planner takes its links from there."""
+    output = tmp_path / "profile.json"
+    source = f"{ROOT / 'docs' / 'examples' / 'quick' / 'model.py'}:workload"
+    command = [sys.executable, "-m", "spindle", "profile", source, "--output", str(output), "--json"]
+    said = [
+        json.loads(subprocess.run(command, env=inside(ray_cluster.address), stdout=subprocess.PIPE, timeout=300).stdout)
+        for _ in range(2)
+    ]
+    found = read(output, Profile)
+    assert [one["new"] for one in said] == [found.size, 0]
+    assert found.link_keys == {
+        (operation, level, 2, num_bytes)
+        for operation in ("all_reduce", "transfer")
+        for level in ("intra_node", "inter_node")
+        for num_bytes in MESSAGE_BYTES
+    }
+    assert dict(found.versions)["ranks"] == "4"  # these nodes are one machine
+    assert {entry.num_devices for entry in found.entries} >= {1, 2, 4}
+    cluster = parse_cluster("2x2:cpu")
+    links = measured_links(cluster, found)
+    assert links.inter_node != cluster.inter_node
+    assert links.intra_node != cluster.intra_node
 
 
 def test_a_lost_node_ends_the_run_and_is_named(ray_cluster: RayCluster) -> None:
