@@ -4,14 +4,12 @@ All ranks measure the same thing at once, so that cores, caches and memory are a
 measured again: a profile goes on where it was interrupted, and serves other workloads with layers in common.
 """
 
-import contextlib
 import functools
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -21,56 +19,19 @@ from spindle.contract import contract
 from spindle.cost.measured import check_device
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
-from spindle.runtime.hardware import Hardware, hardware_here
+from spindle.runtime.hardware import Hardware
 from spindle.runtime.launch.crew import Crew
-from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.measure import Bench, BenchJob, Timing, link_groups, spread, steady
+from spindle.runtime.measure import BenchJob, Timing, link_groups, spread, steady
 from spindle.runtime.rounds import kinds_of, other_work, rounds_of
+from spindle.runtime.site import Site
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
 MESSAGE_BYTES = tuple(4 << shift for shift in range(10, 24, 2))  # 4 KiB to 16 MiB
-TIMEOUT_S = 120.0
 KEEP_S = 1.0
 
 Progress = Callable[[int, int], None]
 Keep = Callable[[Profile], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where to measure: nodes, and ranks of each. Processes are on this machine, Ray's actors in its cluster."""
-
-    nodes: int = 1
-    ranks_per_node: int = 1
-    launcher: Literal["processes", "ray"] = "processes"
-
-    @property
-    def num_ranks(self) -> int:
-        """All that measure at once."""
-        return self.nodes * self.ranks_per_node
-
-    def crew(self, job: BenchJob) -> Crew:
-        """Start all ranks, those of each node on a node of its own."""
-        jobs = [job] * self.num_ranks
-        if self.launcher == "processes":
-            return ProcessCrew(jobs, timeout_s=TIMEOUT_S, worker=Bench)
-        from spindle.runtime.launch.ray_crew import RayCrew
-
-        return RayCrew(jobs, devices_per_node=self.ranks_per_node, apart=True, timeout_s=TIMEOUT_S, worker=Bench)
-
-
-def site_for(cluster: Cluster, num_devices: int, launcher: Literal["processes", "ray"]) -> Site:
-    """As many ranks as a run on so many devices of the cluster would have on this machine, or in the Ray cluster."""
-    sizes: list[int] = []
-    if launcher == "ray":
-        from spindle.runtime.launch.ray_crew import node_sizes
-
-        sizes = node_sizes()
-    if not sizes:
-        return Site(1, min(num_devices, torch.cuda.device_count() or num_devices), launcher)
-    per_node = min(cluster.devices_per_node, num_devices, sizes[0])
-    return Site(max(1, min(cluster.nodes, num_devices // per_node, len(sizes))), per_node, launcher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,36 +123,31 @@ def measure_profile(
         optimizer=optimizer,
         seconds=seconds_per_entry,
     )
-    with contextlib.ExitStack() as stack:
 
-        def started() -> Crew:
-            return stack.enter_context(contextlib.closing(site.crew(job)))
-
-        crew = started() if site.launcher == "ray" else None  # only the ranks know what they compute on
-        hardware = _alike(crew.call("hardware")) if crew else hardware_here(site.num_ranks)
+    def work(hardware: Hardware, started: Callable[[], Crew]) -> Profile:
         here = _conditions(captured, hardware, optimizer)
         if cluster is not None:
             check_device(cluster, here)
         found = _merged(known, here)
-        rounds = list(
-            rounds_of(metagraph, kinds, found, most_devices or num_devices, site.ranks_per_node, hardware.room_bytes)
-        )
+        most = most_devices or num_devices
+        rounds = list(rounds_of(metagraph, kinds, found, most, site.ranks_per_node, hardware.room_bytes))
         others: list[Load | Message] = [*_loads(workload.tasks.values(), found), *_messages(site, found)]
         steps = _Steps(sum(len(item.new) for item in rounds) + len(others), progress, keep)
         if not steps.total:
             return found
-        crew = crew or started()
+        crew = started()
         for item in rounds:
-            entries = item.measured(
-                crew, seconds_per_entry * len(item.new), functools.partial(steps.within, len(item.new))
-            )
+            told = functools.partial(steps.within, len(item.new))
+            entries = item.measured(crew, seconds_per_entry * len(item.new), told)
             found = replace(found, entries=(*found.entries, *entries))
             steps.done(found, len(item.new))
         crew.call("prepare", other_work(kinds, site.num_ranks), 0)
         for one in others:
             found = one.added_to(found, crew)
             steps.done(found, 1)
-    return found
+        return found
+
+    return site.measured(job, work)
 
 
 class _Steps:
@@ -214,19 +170,6 @@ class _Steps:
             self.kept_s = time.monotonic()
         if self.progress is not None:
             self.progress(self.count, self.total)
-
-
-def _alike(found: Sequence[Hardware]) -> Hardware:
-    """What all ranks compute on, with the room of the smallest; raises ProfileError where they differ."""
-    least = min(hardware.room_bytes for hardware in found)
-    kinds = {replace(hardware, room_bytes=least) for hardware in found}
-    if len(kinds) > 1:
-        sorts = sorted({f"{h.device} ({h.ranks} ranks, torch {h.torch}, Python {h.python})" for h in kinds})
-        raise ProfileError(
-            f"the ranks that would measure are not alike: {'; '.join(sorts)}. Times of one do not hold for the other: "
-            "measure on nodes of one sort"
-        )
-    return kinds.pop()
 
 
 def _conditions(captured: Captured, hardware: Hardware, optimizer: OptimizerFactory | None) -> Profile:

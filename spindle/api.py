@@ -1,5 +1,6 @@
 """The public verbs: plan, profile, verify, train. Each is a few lines around the rooms that do the work."""
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spindle.metrics import Callback
     from spindle.runtime.controller import Launcher
     from spindle.runtime.parity import ParityReport
+    from spindle.runtime.site import SiteLauncher
     from spindle.runtime.worker import OptimizerFactory, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
@@ -117,7 +119,7 @@ def make_profile(
     cluster: Cluster | str | None = None,
     known: Profile | None = None,
     optimizer: "OptimizerFactory | None" = None,
-    launcher: Literal["auto", "ray", "processes"] = "auto",
+    launcher: Literal["auto", "ray", "processes", "torchrun"] = "auto",
     validate: bool = False,
     progress: Callable[[int, int], None] | None = None,
     keep: Callable[[Profile], None] | None = None,
@@ -125,17 +127,21 @@ def make_profile(
     """Time the workload's operators, its optimiser and messages, for up to `num_devices` devices.
 
     `cluster`: what to measure for instead, of the kind of device at hand; without both, what is at hand. As many ranks
-    measure at once as a run would have: on this machine, or with `launcher` ray on the nodes of a Ray cluster, where
-    messages between nodes are measured too; auto takes the cluster that RAY_ADDRESS names. `known` is not measured
-    again; `keep(profile)` is called every few seconds with what is known by then. `validate` adds counts, for
+    measure at once as a run would have: on this machine; with `launcher` ray on the nodes of a Ray cluster; under
+    torchrun all that it has started. Of several nodes messages between them are measured too. auto: torchrun's ranks,
+    or the cluster that RAY_ADDRESS names, or this machine. `known` is not measured again; `keep(profile)` is called
+    every few seconds, under torchrun on rank 0, with what is known by then. `validate` adds counts, for
     `spindle.cost.heldout` to leave out.
     """
     from spindle.capture import capture
     from spindle.clusterfile import parse_cluster
-    from spindle.runtime.profiler import measure_profile, site_for
+    from spindle.runtime.launch.torchrun import under_torchrun
+    from spindle.runtime.profiler import measure_profile
+    from spindle.runtime.site import site_for
 
-    chosen = ("ray" if in_ray_cluster() else "processes") if launcher == "auto" else launcher
-    where = parse_cluster(cluster or devices_at_hand(launcher)) if not isinstance(cluster, Cluster) else cluster
+    usual: SiteLauncher = "torchrun" if under_torchrun() else "ray" if os.environ.get("RAY_ADDRESS") else "processes"
+    chosen = usual if launcher == "auto" else launcher
+    where = parse_cluster(cluster or devices_at_hand(chosen)) if not isinstance(cluster, Cluster) else cluster
     num_devices = num_devices or where.num_devices
     return measure_profile(
         workload,
@@ -327,23 +333,19 @@ def _load(workload: "Workload", state: "Mapping[str, torch.Tensor]") -> None:
 
 
 def devices_at_hand(launcher: "Launcher" = "processes") -> str:
-    """This machine as a cluster: its GPUs, or its cores. For Ray, where RAY_ADDRESS names a cluster, that one."""
-    import os
-
+    """This machine as a cluster: its GPUs, or its cores. Under torchrun a device for each rank that it has started; for
+    Ray, where RAY_ADDRESS names a cluster, that one.
+    """
     import torch
 
-    if launcher in ("auto", "ray") and in_ray_cluster():
+    from spindle.runtime.launch.torchrun import nodes_of_job, under_torchrun
+
+    gpus = torch.cuda.device_count()
+    if launcher in ("auto", "torchrun") and under_torchrun():
+        nodes, ranks = nodes_of_job()
+        return f"{nodes}x{ranks}" if ranks <= gpus else f"{nodes}x{ranks}:cpu"
+    if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS"):
         from spindle.runtime.launch.ray_crew import devices_of_cluster
 
         return devices_of_cluster()
-    gpus = torch.cuda.device_count()
     return f"1x{gpus}" if gpus else f"1x{os.cpu_count() or 1}:cpu"
-
-
-def in_ray_cluster() -> bool:
-    """Whether runs go to a Ray cluster by themselves: where RAY_ADDRESS names one, as in every Ray job."""
-    import os
-
-    from spindle.runtime.launch.torchrun import under_torchrun
-
-    return bool(os.environ.get("RAY_ADDRESS")) and not under_torchrun()

@@ -21,10 +21,10 @@ from spindle.cli.terminal import advise_after, folded, json_text, losses_text, p
 @click.option("--output", "-o", type=FILE, required=True, help="The profile; what it holds is not measured again.")
 @click.option(
     "--launcher",
-    type=click.Choice(["auto", "ray", "processes"]),
+    type=click.Choice(["auto", "ray", "processes", "torchrun"]),
     default="auto",
     show_default=True,
-    help="What starts the ranks. auto: ray where RAY_ADDRESS names a cluster.",
+    help="What starts the ranks. auto: torchrun where it did, ray where RAY_ADDRESS names a cluster.",
 )
 @click.option("--validate", is_flag=True, help="Measure more counts, and print how well curves tell them.")
 @JSON
@@ -38,14 +38,15 @@ def profile(
     validate: bool,
     as_json: bool,
 ) -> None:
-    """Time the layers of SOURCE (file.py:workload), on this machine or on the nodes of a Ray cluster.
+    """Time the layers of SOURCE (file.py:workload): on this machine, on a Ray cluster's nodes, or under torchrun.
 
     Also the optimiser's step and messages between ranks, inside a node and across nodes. Interrupted, the same command
     goes on.
 
     \b
     spindle profile model.py:workload -o profile.json
-    RAY_ADDRESS=head:6379 spindle profile model.py:workload --cluster 2x8:h100 -o profile.json
+    RAY_ADDRESS=head:6379 spindle profile model.py:workload -o profile.json
+    torchrun --nproc-per-node 2 -m spindle profile model.py:workload -o profile.json
     spindle plan model.py:workload --profile profile.json
     """
     import functools
@@ -58,6 +59,7 @@ def profile(
     from spindle.cost.heldout import held_out, render_held_out
     from spindle.formats import read, write
     from spindle.profile import Profile
+    from spindle.runtime.controller import place_among_drivers
     from spindle.source import load_workload
 
     workload, module = load_workload(source)
@@ -75,6 +77,8 @@ def profile(
             progress=update,
             keep=lambda so_far: write(so_far, output),
         )
+    if place_among_drivers(launcher)[0]:
+        return  # rank 0 of a torchrun job tells
     write(measured, output)
     rows = held_out(measured) if validate else ()
     if as_json:

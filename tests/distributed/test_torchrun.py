@@ -1,11 +1,21 @@
-"""torchrun: each rank makes plan, model and program of its own, so they are compared before the first step."""
+"""torchrun: each rank makes plan, model and program of its own, so they are compared before the first step. A profile is
+measured by all ranks as the first one says.
+"""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from spindle.api import devices_at_hand
+from spindle.errors import RunError
+from spindle.formats import read
+from spindle.profile import Profile
+from spindle.runtime.launch.torchrun import nodes_of_job
+from spindle.runtime.profiler import MESSAGE_BYTES
 
 pytestmark = pytest.mark.gloo
 
@@ -34,13 +44,65 @@ sys.stdout.write(f"TOLD {told}\\n")  # in one write, so that ranks cannot mix th
 """
 
 
-def told(tmp_path: Path, planted: str) -> list[str]:
+APART = """
+import os
+
+os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # as if each rank had a machine of its own
+from spindle.cli import main
+
+main()
+"""
+
+SERVED = """
+import os, sys
+from pathlib import Path
+
+from spindle.errors import ProfileError, RunError, SpindleError
+from spindle.runtime.launch.torchrun import ServedCrew
+
+class Bench:
+    def __init__(self, job, transport):
+        self.job, self.rank, self.close = job, transport.rank, transport.close
+
+    def add(self, number, *, doubled):
+        if number == self.job["breaks at"] and self.rank == 1:
+            raise RunError("too hot")
+        return (number + self.rank) * (2 if doubled else 1)
+
+def work():
+    found = [crew.call("add", number, doubled=number > 0) for number in range(3)]
+    if sys.argv[1] == "leader":
+        raise ProfileError("profiles differ")
+    return found
+
+crew = ServedCrew({"breaks at": 1 if sys.argv[1] == "worker" else None}, timeout_s=30.0, worker=Bench)
+try:
+    told = repr(crew.drive(work))
+except SpindleError as error:
+    told = f"{type(error).__name__} {error}"
+except Exception as error:
+    told = "a lost peer"
+finally:
+    crew.close()
+sys.stdout.write(f"TOLD {told}\\n")
+"""
+
+
+def told(tmp_path: Path, planted: str, text: str = SCRIPT) -> list[str]:
     """What both ranks say at their end."""
+    done = run_by_two(tmp_path, text, planted)
+    lines = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    assert len(lines) == 2, done.stdout + done.stderr
+    return lines
+
+
+def run_by_two(tmp_path: Path, text: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Two ranks that run one script."""
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(script), planted],
+    return subprocess.run(
+        [*command, str(script), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -48,9 +110,6 @@ def told(tmp_path: Path, planted: str) -> list[str]:
         cwd=ROOT,
         check=False,
     )
-    lines = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
-    assert len(lines) == 2, done.stdout + done.stderr
-    return lines
 
 
 def test_ranks_that_agree_train(tmp_path: Path) -> None:
@@ -71,3 +130,50 @@ def test_a_rank_that_differs_ends_the_run(tmp_path: Path, planted: str, said: st
     assert lines[0] == lines[1]
     assert lines[0].startswith(f"rank 1 came with {said}")
     assert lines[0].endswith(", so that the run was not started")
+
+
+def test_a_profile_by_ranks_of_two_machines(tmp_path: Path) -> None:
+    """Messages between them are measured; one of them tells and writes."""
+    output = tmp_path / "profile.json"
+    source = f"{ROOT / 'docs' / 'examples' / 'quick' / 'model.py'}:workload"
+    done = run_by_two(tmp_path, APART, "profile", source, "--output", str(output), "--json")
+    assert done.returncode == 0, done.stderr
+    found = read(output, Profile)
+    assert json.loads(done.stdout)["new"] == found.size  # one object, so one rank
+    assert found.link_keys == {
+        (operation, "inter_node", 2, num_bytes)
+        for operation in ("all_reduce", "transfer")
+        for num_bytes in MESSAGE_BYTES
+    }
+    assert dict(found.versions)["ranks"] == "1"
+    assert {entry.num_devices for entry in found.entries} >= {1, 2}
+
+
+def test_the_first_rank_drives_and_all_have_the_result(tmp_path: Path) -> None:
+    assert told(tmp_path, "nothing", SERVED) == ["[[0, 1], [2, 4], [4, 6]]"] * 2
+
+
+def test_what_the_first_rank_refuses_all_refuse(tmp_path: Path) -> None:
+    assert told(tmp_path, "leader", SERVED) == ["ProfileError profiles differ"] * 2
+
+
+def test_a_rank_that_fails_as_it_serves_ends_the_others(tmp_path: Path) -> None:
+    """At once: they do not wait for it until their time is over."""
+    assert sorted(told(tmp_path, "worker", SERVED)) == ["RunError too hot", "a lost peer"]
+
+
+@pytest.mark.parametrize(("ranks", "here", "nodes"), [("8", "4", (2, 4)), ("2", "2", (1, 2)), ("3", "1", (3, 1))])
+def test_machines_of_a_job(monkeypatch: pytest.MonkeyPatch, ranks: str, here: str, nodes: tuple[int, int]) -> None:
+    job = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": here}
+    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert nodes_of_job() == nodes
+    assert devices_at_hand("auto").partition(":")[0] == f"{nodes[0]}x{nodes[1]}"
+    assert devices_at_hand("processes").startswith("1x")
+
+
+def test_machines_with_different_numbers_of_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="5 processes, 2 of them here; give all machines the same --nproc-per-node"):
+        nodes_of_job()
