@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from spindle.runtime.host import threads_of_rank
-
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -26,13 +24,13 @@ class Hardware:
     room_bytes: float
 
 
-def hardware_here(ranks_here: int) -> Hardware:
-    """That of one of so many ranks on this machine."""
+def hardware_here(ranks_here: int, num_threads: int) -> Hardware:
+    """That of one of so many ranks on this machine, with so many threads on a CPU."""
     on_gpu = torch.cuda.is_available()
     return Hardware(
         device=device_name(),
         ranks=ranks_here,
-        threads=None if on_gpu else threads_of_rank(ranks_here),
+        threads=None if on_gpu else num_threads,
         torch=torch.__version__,
         python=platform.python_version(),
         room_bytes=_gpu_bytes() / 2 if on_gpu else _main_bytes() / 2 / ranks_here,

@@ -18,6 +18,11 @@ PAGE = 4096
 SIOCGIFADDR = 0x8915  # of linux/sockios.h
 
 
+def usable_cores() -> list[int]:
+    """Cores on which this process may run: fewer than there are where a job has a part of a machine."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
     """The share of `cores` of one rank, neighbours of each other; all where there are fewer than ranks.
 
@@ -30,8 +35,10 @@ def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
 
 
 def threads_of_rank(ranks_here: int) -> int:
-    """Threads that each of so many ranks on this machine computes with on its CPU: a share of the cores."""
-    return max(1, (os.cpu_count() or 1) // ranks_here)
+    """Threads that each of so many ranks on this machine computes with on its CPU: its share of the cores that this
+    process may use, which is not one of them yet.
+    """
+    return max(1, len(usable_cores()) // ranks_here)
 
 
 def keep_freed_memory() -> bool:

@@ -28,7 +28,6 @@ from spindle.profile import LinkLevel
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.hardware import Hardware, hardware_here
-from spindle.runtime.host import threads_of_rank
 from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.rehearsal import Rehearsal
 from spindle.runtime.transport import Transport
@@ -78,7 +77,7 @@ class Bench:
         self.job, self.transport, self.clock = job, transport, Clock()
         self.num_ranks, self.device = transport.num_ranks, transport.device
         if self.device.type == "cpu":
-            torch.set_num_threads(threads_of_rank(transport.ranks_here))
+            torch.set_num_threads(transport.num_threads)
         self.layers: dict[str, Rehearsal] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
@@ -90,7 +89,7 @@ class Bench:
 
     def hardware(self) -> Hardware:
         """What this rank computes on."""
-        return hardware_here(self.transport.ranks_here)
+        return hardware_here(self.transport.ranks_here, self.transport.num_threads)
 
     # -- operators ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from spindle.cluster import Cluster
 from spindle.errors import ProfileError
 from spindle.runtime.hardware import Hardware, hardware_here
+from spindle.runtime.host import threads_of_rank
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.launch.torchrun import ServedCrew, nodes_of_job
@@ -46,7 +47,7 @@ class Site:
                 return stack.enter_context(contextlib.closing(self._crew(job)))
 
             if self.launcher == "processes":
-                return work(hardware_here(self.num_ranks), started)
+                return work(hardware_here(self.num_ranks, threads_of_rank(self.num_ranks)), started)
             crew = started()  # ranks alone know what they compute on
 
             def driven() -> T:

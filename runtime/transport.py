@@ -21,7 +21,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from spindle.errors import RunError
-from spindle.runtime.host import SocketThreads, interface_to, keep_freed_memory, own_cores
+from spindle.runtime.host import (
+    SocketThreads,
+    interface_to,
+    keep_freed_memory,
+    own_cores,
+    threads_of_rank,
+    usable_cores,
+)
 
 Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
@@ -65,6 +72,8 @@ class Transport(Protocol):
     num_ranks: int
     ranks_here: int
     """Those that share this machine's cores; all, where that is not known."""
+    num_threads: int
+    """That this rank computes with on a CPU: its share of them."""
     device: torch.device
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
@@ -128,9 +137,11 @@ class ProcessTransport:
             keep_freed_memory()
         here = place or ((rank, num_ranks) if is_loopback(store) else None)
         self.ranks_here = here[1] if here else num_ranks
+        self.num_threads = threads_of_rank(self.ranks_here)
+        self._cores = usable_cores()
         if here is not None and self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
             # before gloo's threads start, which inherit it: a rank woken on a core where another computes waits 2-6 ms
-            os.sched_setaffinity(0, own_cores(here, list(os.sched_getaffinity(0))))
+            os.sched_setaffinity(0, own_cores(here, self._cores))
         if (interface := _interface(store)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self.timeout = timedelta(seconds=timeout_s)
@@ -216,6 +227,8 @@ class ProcessTransport:
         """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        if hasattr(os, "sched_setaffinity"):  # the next run of this process shares them out anew
+            os.sched_setaffinity(0, self._cores)
 
 
 def _save(tensors: Mapping[str, Tensor], path: str) -> None:
@@ -262,6 +275,7 @@ class ThreadTransport:
     def __init__(self, shared: _Exchange, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
         """Use `connect`."""
         self.rank, self.num_ranks, self.ranks_here = rank, num_ranks, num_ranks
+        self.num_threads = threads_of_rank(num_ranks)
         self._shared, self._timeout_s = shared, timeout_s
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._reduced = Counter[tuple[int, ...]]()

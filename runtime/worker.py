@@ -20,7 +20,6 @@ from spindle.graph import parse_piece
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
-from spindle.runtime.host import threads_of_rank
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
@@ -159,7 +158,7 @@ class Worker:
         also the rank's share of the cores.
         """
         if transport.device.type == "cpu":
-            torch.set_num_threads(threads_of_rank(transport.ranks_here))
+            torch.set_num_threads(transport.num_threads)
         self.job, self.transport, self.clock = job, transport, Clock()
         for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
             module.to(transport.device)

@@ -338,6 +338,7 @@ def devices_at_hand(launcher: "Launcher" = "processes") -> str:
     """
     import torch
 
+    from spindle.runtime.host import usable_cores
     from spindle.runtime.launch.torchrun import nodes_of_job, under_torchrun
 
     gpus = torch.cuda.device_count()
@@ -348,4 +349,4 @@ def devices_at_hand(launcher: "Launcher" = "processes") -> str:
         from spindle.runtime.launch.ray_crew import devices_of_cluster
 
         return devices_of_cluster()
-    return f"1x{gpus}" if gpus else f"1x{os.cpu_count() or 1}:cpu"
+    return f"1x{gpus}" if gpus else f"1x{len(usable_cores())}:cpu"

@@ -147,7 +147,9 @@ def gpus(count: int, cuda: str | None, driver: bool) -> Finding:
     if driver:
         remedy = "look at CUDA_VISIBLE_DEVICES and at whether the driver is new enough (nvidia-smi)"
         return warn("gpus", f"a driver, but torch (CUDA {cuda}) sees no device", remedy)
-    return ok("gpus", f"none; runs use {os.cpu_count() or 1} cores")
+    from spindle.runtime.host import usable_cores
+
+    return ok("gpus", f"none; runs use {len(usable_cores())} cores")
 
 
 # -- room -------------------------------------------------------------------------------------------------------------

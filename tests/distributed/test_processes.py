@@ -154,14 +154,16 @@ def test_torchrun_launches_it_too(tmp_path: Path) -> None:
 
 
 WAITS = """
+import os
 import threading
+
 from spindle.runtime.launch.processes import ProcessCrew
 
 class Waits:
     def __init__(self, job, transport):
         self.transport = transport
     def wait(self):
-        print("waits", flush=True)
+        os.write(1, b"waits\\n")  # at once, so that ranks cannot mix their lines
         threading.Event().wait(60.0)
     def close(self):
         self.transport.close()

@@ -1,5 +1,6 @@
-"""torchrun: each rank makes plan, model and program of its own, so they are compared before the first step. A profile is
-measured by all ranks as the first one says.
+"""torchrun: each rank makes plan, model and program of its own, so they are compared before the first step.
+
+A profile is measured by all ranks as the first one says.
 """
 
 import json
@@ -27,6 +28,7 @@ import torch
 
 import spindle
 from spindle.errors import RunError
+from spindle.runtime.host import usable_cores
 from tests.faults.breaking import marked, workload_of
 from tests.random_plans import random_plan, widest_plan
 
@@ -35,9 +37,12 @@ workload = workload_of(marked)
 metagraph = spindle.make_metagraph(workload)
 plan = random_plan(metagraph, 2, seed=3) if planted == "plan" else widest_plan(metagraph, 2)
 optimizer = functools.partial(torch.optim.SGD, lr=0.2 if planted == "code" else 0.1)
+cores = usable_cores()
 try:
     result = spindle.train(workload, plan, optimizer=optimizer, steps=2, seed=int(planted == "seed"), timeout_s=30)
     told = f"trained {len(result.losses)} steps"
+    if usable_cores() != cores:
+        told += f", then bound to cores {usable_cores()} of {cores}"
 except RunError as error:
     told = str(error)
 sys.stdout.write(f"TOLD {told}\\n")  # in one write, so that ranks cannot mix their lines
