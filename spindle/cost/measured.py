@@ -1,15 +1,18 @@
 """Measured links: a cluster and a profile's link entries in, the cluster with links as they were measured out.
 
 A level's transfers give its rate and latency, its all-reduces one or two protocols (latency + hops + bytes / rate: two
-where a switch of algorithms makes one line miss). Levels that were not measured stay as they are.
+where a switch of algorithms makes one line miss). Levels that were not measured stay as they are. Lines have the least
+squares of logarithms: of a time that no line meets, twice too long is as wrong as half.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import exp, inf, log
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spindle.cluster import Cluster, Link, Protocol
 from spindle.errors import ProfileError, SpindleWarning
@@ -17,6 +20,12 @@ from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, Profile
 
 SECOND_PROTOCOL_GAIN = 0.8  # two protocols are taken when their squared error is below this share of one's
+STEPS = 30  # of a fit, at most; most need three
+FAR = 3.0  # times too long or too short: then no line tells how long messages take
+
+Array = NDArray[np.floating]
+Line = tuple[float, float, float]
+"""Latency, time of a hop, seconds per byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +75,39 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
     entries = [entry for entry in profile.links if entry.level == level]
     transfers = [_Row(0, float(e.num_bytes), e.seconds) for e in entries if e.operation == "transfer"]
     if len(transfers) >= 2:
-        latency, _, slope = _fit(transfers)
+        latency, _, slope = line = _fit(transfers)
+        _warn_when_far("transfers", level, [line], transfers)
         if slope > 0:
             link = replace(link, latency_s=latency, bytes_per_s=1 / slope)
     reduces = [_reduce_row(entry) for entry in entries if entry.operation == "all_reduce"]
-    return replace(link, protocols=_protocols(reduces)) if len(reduces) >= 3 else link
+    if len(reduces) < 3:
+        return link
+    lines = _lines(reduces)
+    _warn_when_far("all-reduces", level, lines, reduces)
+    protocols = (Protocol(latency_s=a, hop_s=hop, bytes_per_s=1 / slope) for a, hop, slope in lines if slope > 0)
+    return replace(link, protocols=tuple(protocols))
+
+
+def _warn_when_far(what: str, level: LinkLevel, lines: Sequence[Line], rows: Sequence[_Row]) -> None:
+    far = max(rows, key=lambda row: abs(_miss(lines, row)))
+    if abs(_miss(lines, far)) > log(FAR):
+        warnings.warn(
+            f"measured {what} over {level} links do not lie on a line: {far.sent:.0f} bytes took {far.seconds:.2g} s, "
+            f"where it has {far.seconds * exp(_miss(lines, far)):.2g} s, so plans over these links are doubtful; see "
+            "whether the network is shaped or busy, and measure again into a new file",
+            SpindleWarning,
+            stacklevel=5,
+        )
 
 
 def _reduce_row(entry: LinkEntry) -> _Row:
     return _Row(entry.members - 1, 2 * (entry.members - 1) / entry.members * entry.num_bytes, entry.seconds)
 
 
-def _protocols(rows: Sequence[_Row]) -> tuple[Protocol, ...]:
-    """One protocol for all rows, or one for the small and one for the large, whichever switch fits best."""
-    one: tuple[tuple[float, float, float], ...] = (_fit(rows),)
-    best, squares = one, _squares(one, rows)
+def _lines(rows: Sequence[_Row]) -> tuple[Line, ...]:
+    """One for all rows, or one for the small and one for the large, whichever switch fits best; the least counts."""
+    best: tuple[Line, ...] = (_fit(rows),)
+    squares = _squares(best, rows)
     limit = SECOND_PROTOCOL_GAIN * squares
     sizes = sorted({row.sent for row in rows})
     for size in sizes[1:-1]:
@@ -89,29 +116,50 @@ def _protocols(rows: Sequence[_Row]) -> tuple[Protocol, ...]:
             two = tuple(_fit(part) for part in parts)
             if _squares(two, rows) < min(limit, squares):
                 best, squares = two, _squares(two, rows)
-    return tuple(
-        Protocol(latency_s=latency, hop_s=hop, bytes_per_s=1 / slope) for latency, hop, slope in best if slope > 0
-    )
-
-
-def _fit(rows: Sequence[_Row]) -> tuple[float, float, float]:
-    """Non-negative (latency, time of a hop, seconds per byte) with the least squares of relative errors."""
-    matrix = np.array([[1.0, row.hops, row.sent] for row in rows]) / np.array([[row.seconds] for row in rows])
-    best = (0.0, 0.0, 0.0)
-    least = float("inf")
-    for count in (1, 2, 3):
-        for columns in combinations(range(3), count):
-            found, *_ = np.linalg.lstsq(matrix[:, columns], np.ones(len(rows)), rcond=None)
-            error = float(((matrix[:, columns] @ found - 1) ** 2).sum())
-            if (found >= 0).all() and error < least * (1 - 1e-9):
-                values = dict(zip(columns, found.tolist(), strict=True))
-                best, least = (values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0)), error
     return best
 
 
-def _squares(protocols: Sequence[tuple[float, float, float]], rows: Sequence[_Row]) -> float:
-    total = 0.0
-    for row in rows:
-        predicted = min(latency + hop * row.hops + slope * row.sent for latency, hop, slope in protocols)
-        total += (predicted / row.seconds - 1) ** 2
-    return total
+def _fit(rows: Sequence[_Row]) -> Line:
+    """The non-negative line with the least squares of logarithms."""
+    terms, seconds = np.array([[1.0, row.hops, row.sent] for row in rows]), np.array([row.seconds for row in rows])
+    best, least = (0.0, 0.0, 0.0), inf
+    for count in (1, 2, 3):
+        for columns in combinations(np.flatnonzero(terms.any(0)).tolist(), count):
+            found = _least_squares(terms[:, columns], seconds)
+            values = dict(zip(columns, found.tolist(), strict=True))
+            line = (values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0))
+            if (found >= 0).all() and (squares := _squares([line], rows)) < least * (1 - 1e-9):
+                best, least = line, squares
+    return best
+
+
+def _least_squares(terms: Array, seconds: Array) -> Array:
+    """Of logarithms, by Gauss and Newton's steps from the least squares of relative errors, each halved until it helps.
+
+    Coefficients may be below zero.
+    """
+    found: Array = np.linalg.lstsq(terms / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
+    for _ in range(STEPS):
+        told = terms @ found
+        if (told <= 0).any():
+            break
+        misses = np.log(told / seconds)
+        step: Array = np.linalg.lstsq(terms / told[:, None], -misses, rcond=None)[0]
+        for share in 0.5 ** np.arange(10):
+            tried = terms @ (found + share * step)
+            if (tried > 0).all() and (np.log(tried / seconds) ** 2).sum() < (misses**2).sum():
+                found = found + share * step
+                break
+        else:
+            break
+    return found
+
+
+def _squares(lines: Sequence[Line], rows: Sequence[_Row]) -> float:
+    return sum(_miss(lines, row) ** 2 for row in rows)
+
+
+def _miss(lines: Sequence[Line], row: _Row) -> float:
+    """Logarithm of what the quickest line says over what was measured."""
+    told = min(latency + hop * row.hops + slope * row.sent for latency, hop, slope in lines)
+    return log(told / row.seconds) if told > 0 else -inf

@@ -61,6 +61,19 @@ def test_transfers_give_rate_and_latency() -> None:
     assert found.intra_node == START.intra_node  # not measured
 
 
+def test_times_on_no_line_are_told() -> None:
+    """A shaped network lets the first bytes of a message pass in 1 ms; then a megabyte takes a tenth of a second."""
+    links = tuple(
+        LinkEntry(
+            operation="transfer", level="inter_node", members=2, num_bytes=size, seconds=max(1e-3, (size - 256e3) / 1e7)
+        )
+        for size in (4_000, 16_000, 64_000, 256_000, 10**6, 4 * 10**6, 16 * 10**6)
+    )
+    with pytest.warns(SpindleWarning, match=r"transfers over inter_node links do not lie on a line: \d+ bytes took"):
+        found = measured_links(START, Profile("x", links=links)).inter_node
+    assert 1e7 < found.bytes_per_s < 4e7  # not what the many small ones alone would make of it
+
+
 def test_profiles_merge_and_round_trip() -> None:
     """A second workload's profile adds what is new; of what both measured the later one counts."""
 
