@@ -159,7 +159,7 @@ class Ray:
 
     def close(self) -> None:
         """End both nodes, and what they have started."""
-        for node in self.nodes:
+        for node in reversed(self.nodes):  # the head has to hear that the other leaves
             os.killpg(node.pid, 15)
             node.communicate(timeout=WAIT_S)
 
