@@ -34,7 +34,7 @@ from spindle.contract import contract
 from spindle.cost.heldout import between
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
-from spindle.runtime.profiler import measure_profile
+from spindle.runtime.profiling.profiler import measure_profile
 from spindle.workload import Batch, Workload
 
 BATCH, LAYER_LIMIT, MODEL_LIMIT = 16, 0.10, 0.15

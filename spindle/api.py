@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spindle.metrics import Callback
     from spindle.runtime.controller import Launcher
     from spindle.runtime.parity import ParityReport
-    from spindle.runtime.site import SiteLauncher
+    from spindle.runtime.profiling.site import SiteLauncher
     from spindle.runtime.worker import OptimizerFactory, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
@@ -136,8 +136,8 @@ def make_profile(
     from spindle.capture import capture
     from spindle.clusterfile import parse_cluster
     from spindle.runtime.launch.torchrun import under_torchrun
-    from spindle.runtime.profiler import measure_profile
-    from spindle.runtime.site import site_for
+    from spindle.runtime.profiling.profiler import measure_profile
+    from spindle.runtime.profiling.site import site_for
 
     usual: SiteLauncher = "torchrun" if under_torchrun() else "ray" if os.environ.get("RAY_ADDRESS") else "processes"
     chosen = usual if launcher == "auto" else launcher

@@ -17,7 +17,7 @@ from spindle.formats import read
 from spindle.profile import Profile
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.launch.ray_crew import islands_of
-from spindle.runtime.profiler import MESSAGE_BYTES
+from spindle.runtime.profiling.profiler import MESSAGE_BYTES
 from tests.distributed.conftest import ROOT, RayCluster
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import two_towers

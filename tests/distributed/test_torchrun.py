@@ -16,7 +16,7 @@ from spindle.errors import RunError
 from spindle.formats import read
 from spindle.profile import Profile
 from spindle.runtime.launch.torchrun import nodes_of_job
-from spindle.runtime.profiler import MESSAGE_BYTES
+from spindle.runtime.profiling.profiler import MESSAGE_BYTES
 
 pytestmark = pytest.mark.gloo
 

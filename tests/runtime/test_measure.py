@@ -7,7 +7,7 @@ import torch
 
 from spindle.capture import Captured, capture
 from spindle.profile import Profile
-from spindle.runtime.profiler import measure_profile
+from spindle.runtime.profiling.profiler import measure_profile
 from spindle.workload import Workload
 from tests.tiny_workloads import frozen_tower, two_towers
 

@@ -12,10 +12,10 @@ import spindle
 from spindle.capture import Captured, capture
 from spindle.errors import ProfileError
 from spindle.profile import Profile
-from spindle.runtime.measure import MIN_REPEATS
-from spindle.runtime.profiler import MESSAGE_BYTES, measure_profile
-from spindle.runtime.rounds import counts_to_measure
-from spindle.runtime.site import Site
+from spindle.runtime.profiling.measure import MIN_REPEATS
+from spindle.runtime.profiling.profiler import MESSAGE_BYTES, measure_profile
+from spindle.runtime.profiling.rounds import counts_to_measure
+from spindle.runtime.profiling.site import Site
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, two_towers
 

@@ -14,9 +14,9 @@ from spindle.capture.codes import OperatorCode
 from spindle.capture.draws import Stream, drawing_from
 from spindle.contract import contract
 from spindle.runtime.parallel.names import joined_pieces
+from spindle.runtime.profiling.rehearsal import Rehearsal
+from spindle.runtime.profiling.rounds import counts_to_measure, kinds_of
 from spindle.runtime.programs.text import dumps, loads
-from spindle.runtime.rehearsal import Rehearsal
-from spindle.runtime.rounds import counts_to_measure, kinds_of
 from spindle.runtime.transport import ThreadTransport
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, encoder_decoder, five_families, frozen_tower, in_place, two_towers

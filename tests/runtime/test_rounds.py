@@ -11,9 +11,9 @@ from spindle.capture import capture
 from spindle.contract import contract
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
-from spindle.runtime.measure import Timing
-from spindle.runtime.profiler import Message
-from spindle.runtime.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
+from spindle.runtime.profiling.measure import Timing
+from spindle.runtime.profiling.profiler import Message
+from spindle.runtime.profiling.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
 from tests.tiny_workloads import two_towers
 
 

@@ -27,9 +27,9 @@ from spindle.capture.repeat import base_task, micro_batch
 from spindle.profile import LinkLevel
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
-from spindle.runtime.hardware import Hardware, hardware_here
+from spindle.runtime.profiling.hardware import Hardware, hardware_here
+from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.programs.lower import split_samples
-from spindle.runtime.rehearsal import Rehearsal
 from spindle.runtime.transport import Transport
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task

@@ -19,11 +19,11 @@ from spindle.contract import contract
 from spindle.cost.measured import check_device
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
-from spindle.runtime.hardware import Hardware
 from spindle.runtime.launch.crew import Crew
-from spindle.runtime.measure import BenchJob, Timing, link_groups, spread, steady
-from spindle.runtime.rounds import kinds_of, other_work, rounds_of
-from spindle.runtime.site import Site
+from spindle.runtime.profiling.hardware import Hardware
+from spindle.runtime.profiling.measure import BenchJob, Timing, link_groups, spread, steady
+from spindle.runtime.profiling.rounds import kinds_of, other_work, rounds_of
+from spindle.runtime.profiling.site import Site
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 

@@ -9,12 +9,12 @@ import torch
 
 from spindle.cluster import Cluster
 from spindle.errors import ProfileError
-from spindle.runtime.hardware import Hardware, hardware_here
 from spindle.runtime.host import threads_of_rank
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.launch.torchrun import ServedCrew, nodes_of_job
-from spindle.runtime.measure import Bench, BenchJob
+from spindle.runtime.profiling.hardware import Hardware, hardware_here
+from spindle.runtime.profiling.measure import Bench, BenchJob
 
 TIMEOUT_S = 120.0
 

@@ -14,7 +14,7 @@ from spindle.graph import Operator
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew
-from spindle.runtime.measure import MIN_REPEATS, degrees, spread, steady
+from spindle.runtime.profiling.measure import MIN_REPEATS, degrees, spread, steady
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
