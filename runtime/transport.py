@@ -116,17 +116,19 @@ class ProcessTransport:
         timeout_s: float = 60.0,
         device: torch.device | None = None,
         place: tuple[int, int] | None = None,
+        sees_own_gpu: bool = False,
     ) -> None:
         """Join the process group through `store` (None: from the environment, as torchrun sets it up).
 
         `device`: where to compute, when ranks are to share one; None takes a GPU each where there are enough, or the
-        CPU. `place`: this rank's number among those of this machine that see the same GPUs, and how many these are;
-        None: all do.
+        CPU. `place`: this rank's number among those of this machine, and how many these are; None: all are here, where
+        the store is on loopback. `sees_own_gpu`: of the machine's GPUs this rank sees one, which no other does.
         """
         self.rank, self.num_ranks = rank, num_ranks
         backend = "gloo"
         if device is None and torch.cuda.is_available():
-            device = own_gpu(place or (rank, num_ranks), torch.cuda.device_count())
+            among = (0, 1) if sees_own_gpu else place or (rank, num_ranks)
+            device = own_gpu(among, torch.cuda.device_count())
             backend = "nccl" if device is not None else backend
         self.device = device or torch.device("cpu")
         if self.device.type == "cuda":

@@ -45,13 +45,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Joining:
-    """How ranks find each other. `paths`: where the driver finds modules that jobs may name."""
+    """How ranks find each other. `paths`: where the driver finds modules that jobs may name. `have_gpus`: Ray gave each
+    a GPU, the only one that it sees.
+    """
 
     paths: list[str]
     num_ranks: int
     host: str
     port: int
     timeout_s: float
+    have_gpus: bool
 
 
 class _Rank:
@@ -66,13 +69,19 @@ class _Rank:
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu)
 
     def start(self, payload: bytes, rank: int, place: tuple[int, int], joining: "Joining") -> None:
-        """Join the others and make the worker. `place`: as ProcessTransport takes it."""
+        """Join the others and make the worker. `place`: this rank's number on its machine, and how many are there."""
         sys.path += [path for path in joining.paths if path not in sys.path]
         make, job = cloudpickle.loads(payload)
         store = join_store(joining.host, joining.port, joining.timeout_s)
-        self.worker = make(
-            job, ProcessTransport(store, rank, joining.num_ranks, timeout_s=joining.timeout_s, place=place)
+        transport = ProcessTransport(
+            store,
+            rank,
+            joining.num_ranks,
+            timeout_s=joining.timeout_s,
+            place=place,
+            sees_own_gpu=joining.have_gpus,
         )
+        self.worker = make(job, transport)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the worker; on failure leave the group, which releases peers that wait."""
@@ -124,8 +133,8 @@ class RayCrew:
             address = _address()
             self._store = serve_store(address)
             here = [os.path.abspath(path) for path in sys.path]
-            joining = Joining(here, len(jobs), address, self._store.port, timeout_s)
-            numbers = [(0, 1)] * len(jobs) if num_gpus else numbered([place.address for place in self.places])
+            joining = Joining(here, len(jobs), address, self._store.port, timeout_s, bool(num_gpus))
+            numbers = numbered([place.address for place in self.places])
             sent = {id(job): ray.put(cloudpickle.dumps((worker, job))) for job in jobs}
             self._gather(
                 [
