@@ -5,8 +5,11 @@ Devices are numbered node by node: device d stands in node d // devices_per_node
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from spindle.errors import ClusterError
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "reduce", "broadcast"]
 
 
 def _require_positive(owner: str, **values: float) -> None:
@@ -64,12 +67,14 @@ class Protocol:
     hop_s         time for each further member of the group
     bytes_per_s   bus bandwidth: what each member sends, over the time
     in_network    the switch reduces: each member sends its bytes once, however many members there are
+    operation     the collective that it is for; None: all that have none of their own
     """
 
     latency_s: float
     hop_s: float
     bytes_per_s: float
     in_network: bool = False
+    operation: Collective | None = None
 
     def __post_init__(self) -> None:
         _require_positive("protocol", bytes_per_s=self.bytes_per_s)

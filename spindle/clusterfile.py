@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationError
 
-from spindle.cluster import Cluster, Device, Link, Protocol
+from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import ClusterError, FormatError
 from spindle.filemodels import StrictModel
 from spindle.formats import explain_validation, read_text
@@ -47,6 +47,7 @@ class _ProtocolModel(StrictModel):
     hop_us: float = 0.0
     bandwidth_gbps: float
     in_network: bool = False
+    operation: Collective | None = None
 
     def value(self) -> Protocol:
         return Protocol(
@@ -54,6 +55,7 @@ class _ProtocolModel(StrictModel):
             hop_s=self.hop_us * 1e-6,
             bytes_per_s=self.bandwidth_gbps * 1e9,
             in_network=self.in_network,
+            operation=self.operation,
         )
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from spindle.cluster import Cluster, Device, Link, Protocol
+from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, Wave, sorted_pairs
@@ -163,6 +163,7 @@ class _ProtocolModel(_JsonModel):
     hop_s: float
     bytes_per_s: float
     in_network: bool = False
+    operation: Collective | None = None
 
 
 class _LinkModel(_JsonModel):

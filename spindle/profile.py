@@ -53,13 +53,13 @@ class ProfileEntry:
             )
 
 
-LinkOperation = Literal["all_reduce", "transfer"]
+LinkOperation = Literal["all_reduce", "reduce", "broadcast", "transfer"]
 LinkLevel = Literal["intra_node", "inter_node"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkEntry:
-    """An all-reduce of `num_bytes` by `members` devices, or a transfer between two, over one level of links.
+    """A collective of `num_bytes` by `members` devices, or a transfer between two, over one level of links.
 
     A transfer's seconds are those until the receiver has it and those that posting it takes from the sender's own work.
     At level inter_node each member stands in a node of its own.

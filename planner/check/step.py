@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isclose
 
-from spindle.cluster import Cluster
-from spindle.cost.links import Collective, collective_s
+from spindle.cluster import Cluster, Collective
+from spindle.cost.links import collective_s
 from spindle.plan import Slice
 from spindle.planner.check.case import Finding, PricedCase, received_s
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.draws import Stream, drawing_from
@@ -30,7 +31,7 @@ from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.programs.lower import split_samples
-from spindle.runtime.transport import Transport
+from spindle.runtime.transport import Transport, Wait
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task
 
@@ -171,6 +172,17 @@ class Bench:
 
     def all_reduce(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
         """Sums over some ranks, each after other work; the others have nothing to do."""
+        return self._collective(ranks, num_bytes, lambda values: self.transport.all_reduce(values, ranks))
+
+    def reduce(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+        """Sums that one of them has."""
+        return self._collective(ranks, num_bytes, lambda values: self.transport.reduce(values, ranks, ranks[0]))
+
+    def broadcast(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+        """What one of them has, for all."""
+        return self._collective(ranks, num_bytes, lambda values: self.transport.broadcast(values, ranks, ranks[0]))
+
+    def _collective(self, ranks: tuple[int, ...], num_bytes: int, begin: Callable[[Tensor], Wait]) -> Timing:
         transport = self.transport
         if transport.rank not in ranks:
             return Timing(0.0)
@@ -179,7 +191,7 @@ class Bench:
         def exchange() -> tuple[float, float]:
             self._work()
             started = self._now()
-            transport.all_reduce(values, ranks)()
+            begin(values)()
             return started, self._now()
 
         return self._messages(ranks, num_bytes, exchange)

@@ -16,7 +16,7 @@ import torch
 from spindle.capture.codes import Captured
 from spindle.cluster import Cluster
 from spindle.contract import contract
-from spindle.cost.measured import check_device
+from spindle.cost.measured import COLLECTIVES, check_device
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew
@@ -221,6 +221,6 @@ def _loads(tasks: Iterable[Task], known: Profile) -> Iterator[Load]:
 def _messages(site: Site, known: Profile) -> Iterator[Message]:
     for level, groups in link_groups(site.num_ranks, site.ranks_per_node).items():
         for num_bytes in MESSAGE_BYTES:
-            wanted = [Message("all_reduce", level, ranks, num_bytes) for ranks in groups]
+            wanted = [Message(operation, level, ranks, num_bytes) for operation in COLLECTIVES for ranks in groups]
             wanted += [Message("transfer", level, ranks, num_bytes) for ranks in groups[:1]]
             yield from (message for message in wanted if message.key not in known.link_keys)

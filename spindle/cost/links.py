@@ -8,11 +8,8 @@
 
 from collections.abc import Sequence
 from math import ceil, log2
-from typing import Literal
 
-from spindle.cluster import Cluster, Link, Protocol
-
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "reduce", "broadcast"]
+from spindle.cluster import Cluster, Collective, Link, Protocol
 
 
 def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
@@ -29,25 +26,36 @@ def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_
     total = sum(members)
     if total < 2 or num_bytes <= 0:
         return 0.0
-    # from or to one member the whole buffer passes each link of the chain
-    ring = {"all_reduce": 2 * (total - 1) / total, "reduce": 1.0, "broadcast": 1.0}.get(operation, (total - 1) / total)
+    ring = times_sent(operation, total)
     seconds = []
     if max(members) > 1:
-        in_network = operation == "all_reduce" and len(members) == 1
-        seconds.append(_link_s(cluster.intra_node, num_bytes, ring, hops=max(members) - 1, in_network=in_network))
+        link, hops = cluster.intra_node, max(members) - 1
+        seconds.append(_link_s(link, operation, num_bytes, ring, hops=hops, in_network=len(members) == 1))
     if len(members) > 1:
         share = num_bytes / min(members)
-        seconds.append(_link_s(cluster.inter_node, share, ring, hops=total - 1, in_network=False))
+        seconds.append(_link_s(cluster.inter_node, operation, share, ring, hops=total - 1, in_network=False))
     return max(seconds)
 
 
-def _link_s(link: Link, num_bytes: float, ring: float, *, hops: int, in_network: bool) -> float:
-    """Seconds over one level of links with the fastest protocol.
+def times_sent(operation: Collective, members: int) -> float:
+    """How often each member of a ring sends the whole buffer: (n - 1) / n, twice for an all-reduce (Patarasuk and Yuan
+    2009); once to or from one of them, since the buffer passes each link of the chain.
 
-    `ring` is how often each member of a ring sends the buffer: (n - 1) / n, twice for an all-reduce (Patarasuk and Yuan
-    2009), once to or from one of them; where the switch reduces (`in_network`), each sends it once.
+    >>> times_sent("all_reduce", 4), times_sent("all_gather", 4), times_sent("broadcast", 4)
+    (1.5, 0.75, 1.0)
     """
-    usable = [p for p in link.protocols if in_network or not p.in_network] or [_plain(link, hops + 1)]
+    around = (members - 1) / members
+    return {"all_reduce": 2 * around, "reduce": 1.0, "broadcast": 1.0}.get(operation, around)
+
+
+def _link_s(link: Link, operation: Collective, num_bytes: float, ring: float, *, hops: int, in_network: bool) -> float:
+    """Seconds over one level of links with the fastest protocol, of the operation's own where it has any.
+
+    `in_network`: whether the switch may do an all-reduce; then each member sends the buffer once.
+    """
+    found = [p for p in link.protocols if p.operation == operation] or [p for p in link.protocols if not p.operation]
+    in_network &= operation == "all_reduce"
+    usable = [p for p in found if in_network or not p.in_network] or [_plain(link, hops + 1)]
     return min(
         p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / p.bytes_per_s for p in usable
     )

@@ -1,20 +1,23 @@
 """Measured links: a cluster and a profile's link entries in, the cluster with links as they were measured out.
 
-A level's transfers give its rate and latency, its all-reduces one or two protocols (latency + hops + bytes / rate: two
-where a switch of algorithms makes one line miss). Levels that were not measured stay as they are. Lines have the least
+A level's transfers give its rate and latency, each of its collectives one or two protocols (latency + hops + bytes /
+rate: two where a switch of algorithms makes one line miss); those that were not measured are as all-reduces. Levels
+that were not measured stay as they are. Lines have the least
 squares of logarithms: of a time that no line meets, twice too long is as wrong as half.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import exp, inf, log
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spindle.cluster import Cluster, Link, Protocol
+from spindle.cost.links import times_sent
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, Profile
@@ -22,6 +25,9 @@ from spindle.profile import LinkEntry, LinkLevel, Profile
 SECOND_PROTOCOL_GAIN = 0.8  # two protocols are taken when their squared error is below this share of one's
 STEPS = 30  # of a fit, at most; most need three
 FAR = 3.0  # times too long or too short: then no line tells how long messages take
+
+LinkCollective = Literal["all_reduce", "reduce", "broadcast"]
+COLLECTIVES: tuple[LinkCollective, ...] = ("all_reduce", "reduce", "broadcast")
 
 Array = NDArray[np.floating]
 Line = tuple[float, float, float]
@@ -76,16 +82,23 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
     transfers = [_Row(0, float(e.num_bytes), e.seconds) for e in entries if e.operation == "transfer"]
     if len(transfers) >= 2:
         latency, _, slope = line = _fit(transfers)
-        _warn_when_far("transfers", level, [line], transfers)
+        _warn_when_far("times of transfer", level, [line], transfers)
         if slope > 0:
             link = replace(link, latency_s=latency, bytes_per_s=1 / slope)
-    reduces = [_reduce_row(entry) for entry in entries if entry.operation == "all_reduce"]
-    if len(reduces) < 3:
-        return link
-    lines = _lines(reduces)
-    _warn_when_far("all-reduces", level, lines, reduces)
-    protocols = (Protocol(latency_s=a, hop_s=hop, bytes_per_s=1 / slope) for a, hop, slope in lines if slope > 0)
-    return replace(link, protocols=tuple(protocols))
+    found = [protocol for operation in COLLECTIVES for protocol in _protocols(operation, level, entries)]
+    return replace(link, protocols=tuple(found)) if found else link
+
+
+def _protocols(operation: LinkCollective, level: LinkLevel, entries: Sequence[LinkEntry]) -> Iterator[Protocol]:
+    """Of one collective; the all-reduce's serve those that have none."""
+    rows = [_row(operation, entry) for entry in entries if entry.operation == operation]
+    if len(rows) >= 3:
+        lines = _lines(rows)
+        _warn_when_far(f"times of {operation}", level, lines, rows)
+        own = None if operation == "all_reduce" else operation
+        for latency, hop, slope in lines:
+            if slope > 0:
+                yield Protocol(latency_s=latency, hop_s=hop, bytes_per_s=1 / slope, operation=own)
 
 
 def _warn_when_far(what: str, level: LinkLevel, lines: Sequence[Line], rows: Sequence[_Row]) -> None:
@@ -100,8 +113,8 @@ def _warn_when_far(what: str, level: LinkLevel, lines: Sequence[Line], rows: Seq
         )
 
 
-def _reduce_row(entry: LinkEntry) -> _Row:
-    return _Row(entry.members - 1, 2 * (entry.members - 1) / entry.members * entry.num_bytes, entry.seconds)
+def _row(operation: LinkCollective, entry: LinkEntry) -> _Row:
+    return _Row(entry.members - 1, times_sent(operation, entry.members) * entry.num_bytes, entry.seconds)
 
 
 def _lines(rows: Sequence[_Row]) -> tuple[Line, ...]:

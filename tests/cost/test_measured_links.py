@@ -10,7 +10,7 @@ import pytest
 from spindle.cluster import Link
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.links import collective_s
+from spindle.cost.links import collective_s, times_sent
 from spindle.cost.measured import check_device, measured_links, warn_of_gaps
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.formats import dumps, loads
@@ -69,9 +69,32 @@ def test_times_on_no_line_are_told() -> None:
         )
         for size in (4_000, 16_000, 64_000, 256_000, 10**6, 4 * 10**6, 16 * 10**6)
     )
-    with pytest.warns(SpindleWarning, match=r"transfers over inter_node links do not lie on a line: \d+ bytes took"):
+    with pytest.warns(
+        SpindleWarning, match=r"times of transfer over inter_node links do not lie on a line: \d+ bytes took"
+    ):
         found = measured_links(START, Profile("x", links=links)).inter_node
     assert 1e7 < found.bytes_per_s < 4e7  # not what the many small ones alone would make of it
+
+
+def test_each_collective_has_protocols_of_its_own() -> None:
+    """A reduce is told by its own times, what was not measured by those of the all-reduce."""
+    seconds = {"all_reduce": (1e-4, 1e9), "reduce": (5e-5, 4e9)}
+    links = tuple(
+        LinkEntry(
+            operation=operation,  # type: ignore[arg-type]
+            level="intra_node",
+            members=members,
+            num_bytes=size,
+            seconds=latency + times_sent(operation, members) * size / rate,  # type: ignore[arg-type]
+        )
+        for operation, (latency, rate) in seconds.items()
+        for members in (2, 4)
+        for size in (1000, 10**5, 10**6, 10**7)
+    )
+    found = measured_links(START, Profile("x", links=links))
+    assert collective_s("all_reduce", 2e6, found, (4,)) == pytest.approx(1e-4 + 3e6 / 1e9, rel=1e-3)
+    assert collective_s("reduce", 2e6, found, (4,)) == pytest.approx(5e-5 + 2e6 / 4e9, rel=1e-3)
+    assert collective_s("all_gather", 2e6, found, (4,)) == pytest.approx(1e-4 + 1.5e6 / 1e9, rel=1e-3)
 
 
 def test_profiles_merge_and_round_trip() -> None:

@@ -108,7 +108,7 @@ def test_a_profile_has_links_inside_nodes_and_across(ray_cluster: RayCluster, tm
     assert [one["new"] for one in said] == [found.size, 0]
     assert found.link_keys == {
         (operation, level, 2, num_bytes)
-        for operation in ("all_reduce", "transfer")
+        for operation in ("all_reduce", "reduce", "broadcast", "transfer")
         for level in ("intra_node", "inter_node")
         for num_bytes in MESSAGE_BYTES
     }

@@ -147,7 +147,7 @@ def test_a_profile_by_ranks_of_two_machines(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["new"] == found.size  # one object, so one rank
     assert found.link_keys == {
         (operation, "inter_node", 2, num_bytes)
-        for operation in ("all_reduce", "transfer")
+        for operation in ("all_reduce", "reduce", "broadcast", "transfer")
         for num_bytes in MESSAGE_BYTES
     }
     assert dict(found.versions)["ranks"] == "1"

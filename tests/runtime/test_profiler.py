@@ -167,7 +167,9 @@ def test_layers_that_may_be_cut_are_measured_so() -> None:
 def test_two_ranks_also_measure_messages() -> None:
     found, _ = profile(num_ranks=2)
     assert {(e.operation, e.members, e.num_bytes) for e in found.links} == {
-        (operation, 2, num_bytes) for operation in ("all_reduce", "transfer") for num_bytes in MESSAGE_BYTES
+        (operation, 2, num_bytes)
+        for operation in ("all_reduce", "reduce", "broadcast", "transfer")
+        for num_bytes in MESSAGE_BYTES
     }
     assert dict(found.versions)["ranks"] == "2"
 

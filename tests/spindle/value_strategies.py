@@ -59,7 +59,14 @@ certificates: st.SearchStrategy[Certificate] = st.recursive(
     max_leaves=4,
 )
 
-protocols = st.builds(Protocol, latency_s=amounts, hop_s=amounts, bytes_per_s=seconds, in_network=st.booleans())
+protocols = st.builds(
+    Protocol,
+    latency_s=amounts,
+    hop_s=amounts,
+    bytes_per_s=seconds,
+    in_network=st.booleans(),
+    operation=st.sampled_from((None, "all_reduce", "broadcast")),
+)
 links = st.builds(Link, bytes_per_s=seconds, latency_s=amounts, protocols=st.lists(protocols, max_size=2).map(tuple))
 devices = st.builds(
     Device,
