@@ -68,6 +68,7 @@ class Protocol:
     bytes_per_s   bus bandwidth: what each member sends, over the time
     in_network    the switch reduces: each member sends its bytes once, however many members there are
     operation     the collective that it is for; None: all that have none of their own
+    from_bytes    what each member sends from which on it stands in for those that begin below
     """
 
     latency_s: float
@@ -75,10 +76,12 @@ class Protocol:
     bytes_per_s: float
     in_network: bool = False
     operation: Collective | None = None
+    from_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive("protocol", bytes_per_s=self.bytes_per_s)
-        for name, value in (("latency_s", self.latency_s), ("hop_s", self.hop_s)):
+        for name in ("latency_s", "hop_s", "from_bytes"):
+            value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ClusterError(f"protocol: {name} is {value!r}; it must be zero or a positive number")
 

@@ -48,6 +48,7 @@ class _ProtocolModel(StrictModel):
     bandwidth_gbps: float
     in_network: bool = False
     operation: Collective | None = None
+    from_kib: float = 0.0
 
     def value(self) -> Protocol:
         return Protocol(
@@ -56,6 +57,7 @@ class _ProtocolModel(StrictModel):
             bytes_per_s=self.bandwidth_gbps * 1e9,
             in_network=self.in_network,
             operation=self.operation,
+            from_bytes=self.from_kib * 2**10,
         )
 
 

@@ -164,6 +164,7 @@ class _ProtocolModel(_JsonModel):
     bytes_per_s: float
     in_network: bool = False
     operation: Collective | None = None
+    from_bytes: float = 0.0
 
 
 class _LinkModel(_JsonModel):

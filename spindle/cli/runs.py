@@ -38,7 +38,7 @@ def profile(
     validate: bool,
     as_json: bool,
 ) -> None:
-    """Time the layers of SOURCE (file.py:workload): on this machine, on a Ray cluster's nodes, or under torchrun.
+    """Time the layers of SOURCE (file.py:workload) here, on a Ray cluster's nodes, or under torchrun.
 
     Also the optimiser's step and messages between ranks, inside a node and across nodes. Interrupted, the same command
     goes on.

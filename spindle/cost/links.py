@@ -1,7 +1,8 @@
 """Links: bytes and the devices of a group in, seconds of a collective out.
 
-- A library has several ways to run a collective (`Protocol`); each is alpha + hops + bytes / rate, and the fastest is
-  taken, so that time is piecewise linear in bytes with a switch where one overtakes the other (paper, section 2.2).
+- A library has several ways to run a collective (`Protocol`); each is alpha + hops + bytes / rate. The fastest is taken
+  of those for so many bytes, so that time is piecewise linear in bytes, with a switch where one overtakes the other or
+  a size is passed (paper, section 2.2).
 - A group that spans nodes runs one ring through all its members. Each level of links carries its part at the same time;
   the slower one sets the rate. All members of a node share its ports: k of them bring k of the link's rate.
 """
@@ -56,8 +57,11 @@ def _link_s(link: Link, operation: Collective, num_bytes: float, ring: float, *,
     found = [p for p in link.protocols if p.operation == operation] or [p for p in link.protocols if not p.operation]
     in_network &= operation == "all_reduce"
     usable = [p for p in found if in_network or not p.in_network] or [_plain(link, hops + 1)]
+    begin = max((p.from_bytes for p in usable if p.from_bytes <= ring * num_bytes), default=usable[0].from_bytes)
     return min(
-        p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / p.bytes_per_s for p in usable
+        p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / p.bytes_per_s
+        for p in usable
+        if p.from_bytes == begin
     )
 
 

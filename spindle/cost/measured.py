@@ -1,16 +1,16 @@
 """Measured links: a cluster and a profile's link entries in, the cluster with links as they were measured out.
 
-A level's transfers give its rate and latency, each of its collectives one or two protocols (latency + hops + bytes /
-rate: two where a switch of algorithms makes one line miss); those that were not measured are as all-reduces. Levels
-that were not measured stay as they are. Lines have the least
-squares of logarithms: of a time that no line meets, twice too long is as wrong as half.
+- A level's transfers give its rate and latency, each of its collectives one or two protocols (latency + hops + bytes /
+  rate): two where one line misses, since a library switches algorithms or a cache is too small.
+- Collectives that were not measured are as all-reduces. Levels that were not measured stay as they are.
+- Lines have the least squares of logarithms: of a time that no line meets, twice too long is as wrong as half.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from math import exp, inf, log
+from itertools import combinations, pairwise
+from math import exp, inf, log, sqrt
 from typing import Literal
 
 import numpy as np
@@ -30,8 +30,16 @@ LinkCollective = Literal["all_reduce", "reduce", "broadcast"]
 COLLECTIVES: tuple[LinkCollective, ...] = ("all_reduce", "reduce", "broadcast")
 
 Array = NDArray[np.floating]
-Line = tuple[float, float, float]
-"""Latency, time of a hop, seconds per byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A line, from so many bytes that each member sends; the slope in seconds per byte."""
+
+    latency_s: float
+    hop_s: float
+    slope: float
+    from_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +89,10 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
     entries = [entry for entry in profile.links if entry.level == level]
     transfers = [_Row(0, float(e.num_bytes), e.seconds) for e in entries if e.operation == "transfer"]
     if len(transfers) >= 2:
-        latency, _, slope = line = _fit(transfers)
-        _warn_when_far("times of transfer", level, [line], transfers)
-        if slope > 0:
-            link = replace(link, latency_s=latency, bytes_per_s=1 / slope)
+        piece = _fit(transfers)
+        _warn_when_far("transfer", level, [piece], transfers)
+        if piece.slope > 0:
+            link = replace(link, latency_s=piece.latency_s, bytes_per_s=1 / piece.slope)
     found = [protocol for operation in COLLECTIVES for protocol in _protocols(operation, level, entries)]
     return replace(link, protocols=tuple(found)) if found else link
 
@@ -93,21 +101,26 @@ def _protocols(operation: LinkCollective, level: LinkLevel, entries: Sequence[Li
     """Of one collective; the all-reduce's serve those that have none."""
     rows = [_row(operation, entry) for entry in entries if entry.operation == operation]
     if len(rows) >= 3:
-        lines = _lines(rows)
-        _warn_when_far(f"times of {operation}", level, lines, rows)
-        own = None if operation == "all_reduce" else operation
-        for latency, hop, slope in lines:
-            if slope > 0:
-                yield Protocol(latency_s=latency, hop_s=hop, bytes_per_s=1 / slope, operation=own)
+        pieces = _pieces(rows)
+        _warn_when_far(operation, level, pieces, rows)
+        for piece in pieces:
+            if piece.slope > 0:
+                yield Protocol(
+                    latency_s=piece.latency_s,
+                    hop_s=piece.hop_s,
+                    bytes_per_s=1 / piece.slope,
+                    operation=None if operation == "all_reduce" else operation,
+                    from_bytes=piece.from_bytes,
+                )
 
 
-def _warn_when_far(what: str, level: LinkLevel, lines: Sequence[Line], rows: Sequence[_Row]) -> None:
-    far = max(rows, key=lambda row: abs(_miss(lines, row)))
-    if abs(_miss(lines, far)) > log(FAR):
+def _warn_when_far(operation: str, level: LinkLevel, pieces: Sequence[_Piece], rows: Sequence[_Row]) -> None:
+    far = max(rows, key=lambda row: abs(_miss(pieces, row)))
+    if abs(_miss(pieces, far)) > log(FAR):
         warnings.warn(
-            f"measured {what} over {level} links do not lie on a line: {far.sent:.0f} bytes took {far.seconds:.2g} s, "
-            f"where it has {far.seconds * exp(_miss(lines, far)):.2g} s, so plans over these links are doubtful; see "
-            "whether the network is shaped or busy, and measure again into a new file",
+            f"measured times of {operation} over {level} links do not lie on a line: {far.sent:.0f} bytes took "
+            f"{far.seconds:.2g} s, where it has {far.seconds * exp(_miss(pieces, far)):.2g} s, so plans over these "
+            "links are doubtful; see whether the network is shaped or busy, and measure again into a new file",
             SpindleWarning,
             stacklevel=5,
         )
@@ -117,32 +130,33 @@ def _row(operation: LinkCollective, entry: LinkEntry) -> _Row:
     return _Row(entry.members - 1, times_sent(operation, entry.members) * entry.num_bytes, entry.seconds)
 
 
-def _lines(rows: Sequence[_Row]) -> tuple[Line, ...]:
-    """One for all rows, or one for the small and one for the large, whichever switch fits best; the least counts."""
-    best: tuple[Line, ...] = (_fit(rows),)
+def _pieces(rows: Sequence[_Row]) -> list[_Piece]:
+    """One line for all rows, or one for the small and one for the large; of two the quicker, or that for the size."""
+    best = [_fit(rows)]
     squares = _squares(best, rows)
     limit = SECOND_PROTOCOL_GAIN * squares
     sizes = sorted({row.sent for row in rows})
-    for size in sizes[1:-1]:
+    for below, size in pairwise(sizes[:-1]):
         parts = [row for row in rows if row.sent < size], [row for row in rows if row.sent >= size]
         if min(map(len, parts)) >= 3:
-            two = tuple(_fit(part) for part in parts)
-            if _squares(two, rows) < min(limit, squares):
-                best, squares = two, _squares(two, rows)
+            small, large = map(_fit, parts)
+            for two in ([small, large], [small, replace(large, from_bytes=sqrt(below * size))]):
+                if _squares(two, rows) < min(limit, squares):
+                    best, squares = two, _squares(two, rows)
     return best
 
 
-def _fit(rows: Sequence[_Row]) -> Line:
+def _fit(rows: Sequence[_Row]) -> _Piece:
     """The non-negative line with the least squares of logarithms."""
     terms, seconds = np.array([[1.0, row.hops, row.sent] for row in rows]), np.array([row.seconds for row in rows])
-    best, least = (0.0, 0.0, 0.0), inf
+    best, least = _Piece(0.0, 0.0, 0.0), inf
     for count in (1, 2, 3):
         for columns in combinations(np.flatnonzero(terms.any(0)).tolist(), count):
             found = _least_squares(terms[:, columns], seconds)
             values = dict(zip(columns, found.tolist(), strict=True))
-            line = (values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0))
-            if (found >= 0).all() and (squares := _squares([line], rows)) < least * (1 - 1e-9):
-                best, least = line, squares
+            piece = _Piece(values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0))
+            if (found >= 0).all() and (squares := _squares([piece], rows)) < least * (1 - 1e-9):
+                best, least = piece, squares
     return best
 
 
@@ -168,11 +182,12 @@ def _least_squares(terms: Array, seconds: Array) -> Array:
     return found
 
 
-def _squares(lines: Sequence[Line], rows: Sequence[_Row]) -> float:
-    return sum(_miss(lines, row) ** 2 for row in rows)
+def _squares(pieces: Sequence[_Piece], rows: Sequence[_Row]) -> float:
+    return sum(_miss(pieces, row) ** 2 for row in rows)
 
 
-def _miss(lines: Sequence[Line], row: _Row) -> float:
-    """Logarithm of what the quickest line says over what was measured."""
-    told = min(latency + hop * row.hops + slope * row.sent for latency, hop, slope in lines)
+def _miss(pieces: Sequence[_Piece], row: _Row) -> float:
+    """Logarithm of what they say over what was measured, as protocols are taken."""
+    begin = max(piece.from_bytes for piece in pieces if piece.from_bytes <= row.sent)
+    told = min(p.latency_s + p.hop_s * row.hops + p.slope * row.sent for p in pieces if p.from_bytes == begin)
     return log(told / row.seconds) if told > 0 else -inf

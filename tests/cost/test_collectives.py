@@ -58,6 +58,16 @@ def test_the_fastest_protocol_is_taken() -> None:
     assert collective_s("all_gather", 1e9, cluster, (4,)) == pytest.approx(1e-3 + 0.75 * 1e9 / 100e9)
 
 
+def test_a_protocol_begins_at_a_size() -> None:
+    """From there on it counts though another were quicker; below the first one the first serves."""
+    short = Protocol(latency_s=1e-6, hop_s=0.0, bytes_per_s=10e9, from_bytes=100.0)
+    long = Protocol(latency_s=0.0, hop_s=0.0, bytes_per_s=1e9, from_bytes=1e6)
+    cluster = replace(PLAIN, intra_node=Link(bytes_per_s=1e9, latency_s=0.0, protocols=(short, long)))
+    assert collective_s("reduce", 10.0, cluster, (2,)) == pytest.approx(1e-6 + 1e-9)
+    assert collective_s("reduce", 9e5, cluster, (2,)) == pytest.approx(1e-6 + 9e-5)
+    assert collective_s("reduce", 1e6, cluster, (2,)) == pytest.approx(1e-3)
+
+
 def test_more_bytes_never_take_less() -> None:
     for name in ("a100-80g", "h200-141g", "b200-192g", "cpu"):
         cluster = parse_cluster(f"4x8:{name}")

@@ -76,6 +76,17 @@ def test_times_on_no_line_are_told() -> None:
     assert 1e7 < found.bytes_per_s < 4e7  # not what the many small ones alone would make of it
 
 
+def test_collectives_that_slow_down_are_found_again() -> None:
+    """Large ones at a quarter of the rate, as where a cache is too small: their line counts, and the other is below."""
+    seconds = {
+        size: 1e-4 + size / 4e9 if size < 10**6 else size / 1e9 for size in (2**power for power in range(12, 26))
+    }
+    links = tuple(entry(2, size, took) for size, took in seconds.items())
+    found = measured_links(START, Profile("x", links=links))
+    for size, took in seconds.items():
+        assert collective_s("all_reduce", size, found, (2,)) == pytest.approx(took, rel=0.01)
+
+
 def test_each_collective_has_protocols_of_its_own() -> None:
     """A reduce is told by its own times, what was not measured by those of the all-reduce."""
     seconds = {"all_reduce": (1e-4, 1e9), "reduce": (5e-5, 4e9)}

@@ -52,7 +52,9 @@ sys.stdout.write(f"TOLD {told}\\n")  # in one write, so that ranks cannot mix th
 APART = """
 import os
 
-os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # as if each rank had a machine of its own
+os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # as if each rank had a machine of its own, of one core
+cores = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
 from spindle.cli import main
 
 main()
@@ -111,7 +113,7 @@ def run_by_two(tmp_path: Path, text: str, *arguments: str) -> "subprocess.Comple
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         cwd=ROOT,
         check=False,
     )
