@@ -36,7 +36,6 @@ from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
-MAX_MESSAGES = 256 * 2**20  # bytes of all messages of one size
 
 Mark = float | torch.cuda.Event
 """A moment on a clock of this process, or on a GPU's."""
@@ -170,19 +169,25 @@ class Bench:
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+    def all_reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
         """Sums over some ranks, each after other work; the others have nothing to do."""
-        return self._collective(ranks, num_bytes, lambda values: self.transport.all_reduce(values, ranks))
+        return self._collective(ranks, num_bytes, repeats, lambda values: self.transport.all_reduce(values, ranks))
 
-    def reduce(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+    def reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
         """Sums that one of them has."""
-        return self._collective(ranks, num_bytes, lambda values: self.transport.reduce(values, ranks, ranks[0]))
+        owner = ranks[0]
+        return self._collective(ranks, num_bytes, repeats, lambda values: self.transport.reduce(values, ranks, owner))
 
-    def broadcast(self, ranks: tuple[int, ...], num_bytes: int) -> Timing:
+    def broadcast(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
         """What one of them has, for all."""
-        return self._collective(ranks, num_bytes, lambda values: self.transport.broadcast(values, ranks, ranks[0]))
+        owner = ranks[0]
+        return self._collective(
+            ranks, num_bytes, repeats, lambda values: self.transport.broadcast(values, ranks, owner)
+        )
 
-    def _collective(self, ranks: tuple[int, ...], num_bytes: int, begin: Callable[[Tensor], Wait]) -> Timing:
+    def _collective(
+        self, ranks: tuple[int, ...], num_bytes: int, repeats: int, begin: Callable[[Tensor], Wait]
+    ) -> Timing:
         transport = self.transport
         if transport.rank not in ranks:
             return Timing(0.0)
@@ -194,9 +199,9 @@ class Bench:
             begin(values)()
             return started, self._now()
 
-        return self._messages(ranks, num_bytes, exchange)
+        return self._messages(ranks, repeats, exchange)
 
-    def transfer(self, ranks: tuple[int, int], num_bytes: int) -> Timing:
+    def transfer(self, ranks: tuple[int, int], num_bytes: int, repeats: int) -> Timing:
         """Messages from the first rank, which computes before and after each, to the second, which waits for it. Of the
         first when it began and was free to go on, of the second when it had the message.
         """
@@ -223,7 +228,7 @@ class Bench:
             departed()
             return ended, ended
 
-        return self._messages(ranks, num_bytes, send if transport.rank == sender else receive)
+        return self._messages(ranks, repeats, send if transport.rank == sender else receive)
 
     def _work(self) -> None:
         """Run some layers, as a step does between two messages: they leave nothing in the caches that posting needs."""
@@ -233,13 +238,12 @@ class Bench:
             each.backward()
             each.store.zero_gradients()
 
-    def _messages(self, ranks: tuple[int, ...], num_bytes: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
+    def _messages(self, ranks: tuple[int, ...], repeats: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
         """Moments at which this rank began and ended each exchange with the others.
 
-        All count alike: one that stopped earlier would leave the others waiting.
+        All are told how many: one that stopped earlier would leave the others waiting.
         """
         self.clock.agree(self.transport, ranks)
-        repeats = max(MIN_REPEATS, min(MAX_REPEATS, MAX_MESSAGES // num_bytes))
         return Timing(1.0, runs=tuple(exchange() for _ in range(1 + repeats))[1:])
 
     # -- loaders --------------------------------------------------------------------------------------------------

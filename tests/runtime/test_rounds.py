@@ -80,3 +80,13 @@ def test_a_sum_takes_from_the_last_to_begin_to_the_last_to_end() -> None:
     timings = [Timing(1.0, runs=((1.0, 1.9), (3.0, 3.6))), Timing(1.0, runs=((1.5, 2.0), (3.1, 3.5))), Timing(0.0)]
     entry = Message("all_reduce", "intra_node", (0, 1), 4096).entry(timings)
     assert entry.seconds == pytest.approx(0.5)
+
+
+def test_messages_over_slow_links_are_few() -> None:
+    """Told by the next smaller one of the same kind; thirty where nothing is known, three at least."""
+    known = Message("reduce", "inter_node", (0, 2), 2**20).entry([Timing(1.0, runs=((0.0, 0.1), (1.0, 1.1)))] * 3)
+    profile = Profile("cpu", links=(known,))
+    assert Message("reduce", "inter_node", (0, 2), 2**22).repeats(profile) == 5  # 0.4 s each
+    assert Message("reduce", "inter_node", (0, 2), 2**24).repeats(profile) == 3
+    assert Message("reduce", "intra_node", (0, 1), 2**22).repeats(profile) == 30
+    assert Message("reduce", "inter_node", (0, 2), 2**12).repeats(profile) == 30
