@@ -250,10 +250,9 @@ def main() -> None:
             more_links, more_steps = report(megabits, run, Path(folder), options.steps)
             links += more_links
             steps += more_steps
-    print(f"`python benchmarks/two_hosts.py {' '.join(sys.argv[1:])}`: torch {torch.__version__}, Python")
-    print(
-        f"{platform.python_version()}, {os.cpu_count()} cores, half of them on each host; clocks {AHEAD_S} s apart.\n"
-    )
+    command = " ".join(("python", "benchmarks/two_hosts.py", *sys.argv[1:]))
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    print(f"`{command}`: {versions}, half of them on each host;\nclocks {AHEAD_S} s apart.\n")
     print("| Mbit/s | what | MB/s set | MB/s found | error |\n|--:|---|--:|--:|--:|")
     print("\n".join(links))
     print("\n| Mbit/s | plan | predicted ms | measured ms | error | least delay ms |\n|--:|---|--:|--:|--:|--:|")
