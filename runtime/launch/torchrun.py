@@ -32,7 +32,12 @@ def place_here() -> tuple[int, int] | None:
 
 
 def place_among_all() -> tuple[int, int]:
-    """This rank and the number of all ranks, as torchrun tells."""
+    """This rank and the number of all ranks, as torchrun tells; raises RunError where it did not start this process."""
+    if not under_torchrun():
+        raise RunError(
+            "launcher is 'torchrun', but it did not start this process (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT "
+            "are not all set); run torchrun --nproc-per-node 2 -m spindle ..., or choose another launcher"
+        )
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 

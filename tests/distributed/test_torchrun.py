@@ -180,7 +180,25 @@ def test_machines_of_a_job(monkeypatch: pytest.MonkeyPatch, ranks: str, here: st
 
 
 def test_machines_with_different_numbers_of_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+    job = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="5 processes, 2 of them here; give all machines the same --nproc-per-node"):
         nodes_of_job()
+
+
+@pytest.mark.parametrize("command", ["profile", "train"])
+def test_a_command_that_torchrun_did_not_start(command: str, tmp_path: Path) -> None:
+    source = f"{ROOT / 'docs' / 'examples' / 'quick' / 'model.py'}:workload"
+    arguments = [command, source, "--launcher", "torchrun"]
+    arguments += ["--output", str(tmp_path / "profile.json")] if command == "profile" else ["--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "spindle", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "it did not start this process" in done.stderr
