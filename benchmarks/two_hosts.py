@@ -137,7 +137,9 @@ class Ray:
                 "200000000",
                 "--block",
             ]
-            self.nodes.append(host.start(*_tool("ray"), "start", *role, *usual, **self.auth))
+            self.nodes.append(
+                host.start(str(Path(sys.executable).with_name("ray")), "start", *role, *usual, **self.auth)
+            )
             self._await(len(self.nodes))
 
     def _await(self, count: int) -> None:
@@ -172,10 +174,6 @@ def _free_port() -> int:
 
 def _spindle(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "spindle", *arguments, "--json"]
-
-
-def _tool(name: str) -> list[str]:
-    return [str(Path(sys.executable).with_name(name))]
 
 
 def _output(process: "subprocess.Popen[str]") -> str:

@@ -79,6 +79,11 @@ class LinkEntry:
                 f"{self.seconds!r} s; give at least two devices, one byte and a positive time. Measure it again"
             )
 
+    @property
+    def key(self) -> tuple[LinkOperation, LinkLevel, int, int]:
+        """What was measured: operation, level, members and bytes."""
+        return self.operation, self.level, self.members, self.num_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadEntry:
@@ -142,7 +147,7 @@ class Profile:
     @cached_property
     def link_keys(self) -> frozenset[tuple[LinkOperation, LinkLevel, int, int]]:
         """(operation, level, members, bytes) of every link entry."""
-        return frozenset((e.operation, e.level, e.members, e.num_bytes) for e in self.links)
+        return frozenset(entry.key for entry in self.links)
 
     @cached_property
     def load_s(self) -> dict[tuple[str, int], float]:
@@ -185,7 +190,7 @@ class Profile:
                 f"profiles of {'; '.join(unlike)} do not merge; measure both alike, or each into a file of its own"
             )
         entries = {(e.kind, e.num_devices, e.tensor_parallel): e for e in (*self.entries, *other.entries)}
-        links = {(e.operation, e.level, e.members, e.num_bytes): e for e in (*self.links, *other.links)}
+        links = {entry.key: entry for entry in (*self.links, *other.links)}
         loads = {(entry.task, entry.batch_size): entry for entry in (*self.loads, *other.loads)}
         versions = tuple(sorted({**dict(self.versions), **dict(other.versions)}.items()))
         return Profile(self.device, versions, tuple(entries.values()), tuple(links.values()), tuple(loads.values()))

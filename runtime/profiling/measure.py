@@ -43,15 +43,15 @@ Mark = float | torch.cuda.Event
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Steady seconds, and the quartiles' distance over the median.
-
-    Of a message `runs` are when this rank began and ended each, on the clock of the first that takes part; then the
-    seconds mean nothing but that this rank does.
-    """
+    """Steady seconds, and the quartiles' distance over the median."""
 
     seconds: float
-    spread: float = 0.0
-    runs: tuple[tuple[float, float], ...] = ()
+    spread: float
+
+
+Moments = tuple[tuple[float, float], ...]
+"""When a rank began and ended each of some messages, on the clock of the first that takes part; none where it does not.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +169,16 @@ class Bench:
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
+    def all_reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Moments:
         """Sums over some ranks, each after other work; the others have nothing to do."""
         return self._collective(ranks, num_bytes, repeats, lambda values: self.transport.all_reduce(values, ranks))
 
-    def reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
+    def reduce(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Moments:
         """Sums that one of them has."""
         owner = ranks[0]
         return self._collective(ranks, num_bytes, repeats, lambda values: self.transport.reduce(values, ranks, owner))
 
-    def broadcast(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Timing:
+    def broadcast(self, ranks: tuple[int, ...], num_bytes: int, repeats: int) -> Moments:
         """What one of them has, for all."""
         owner = ranks[0]
         return self._collective(
@@ -187,10 +187,10 @@ class Bench:
 
     def _collective(
         self, ranks: tuple[int, ...], num_bytes: int, repeats: int, begin: Callable[[Tensor], Wait]
-    ) -> Timing:
+    ) -> Moments:
         transport = self.transport
         if transport.rank not in ranks:
-            return Timing(0.0)
+            return ()
         values = torch.zeros(num_bytes // 4, device=self.device)
 
         def exchange() -> tuple[float, float]:
@@ -201,13 +201,13 @@ class Bench:
 
         return self._messages(ranks, repeats, exchange)
 
-    def transfer(self, ranks: tuple[int, int], num_bytes: int, repeats: int) -> Timing:
+    def transfer(self, ranks: tuple[int, int], num_bytes: int, repeats: int) -> Moments:
         """Messages from the first rank, which computes before and after each, to the second, which waits for it. Of the
         first when it began and was free to go on, of the second when it had the message.
         """
         transport, (sender, receiver) = self.transport, ranks
         if transport.rank not in ranks:
-            return Timing(0.0)
+            return ()
         values, answer = torch.zeros(num_bytes // 4, device=self.device), torch.zeros(1, device=self.device)
 
         def send() -> tuple[float, float]:
@@ -238,13 +238,13 @@ class Bench:
             each.backward()
             each.store.zero_gradients()
 
-    def _messages(self, ranks: tuple[int, ...], repeats: int, exchange: Callable[[], tuple[float, float]]) -> Timing:
+    def _messages(self, ranks: tuple[int, ...], repeats: int, exchange: Callable[[], tuple[float, float]]) -> Moments:
         """Moments at which this rank began and ended each exchange with the others.
 
         All are told how many: one that stopped earlier would leave the others waiting.
         """
         self.clock.agree(self.transport, ranks)
-        return Timing(1.0, runs=tuple(exchange() for _ in range(1 + repeats))[1:])
+        return tuple(exchange() for _ in range(1 + repeats))[1:]
 
     # -- loaders --------------------------------------------------------------------------------------------------
 

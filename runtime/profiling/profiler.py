@@ -21,7 +21,7 @@ from spindle.errors import ProfileError, SpindleWarning
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.profiling.hardware import Hardware
-from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Timing, link_groups, spread, steady
+from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
 from spindle.runtime.profiling.rounds import kinds_of, other_work, rounds_of
 from spindle.runtime.profiling.site import Site
 from spindle.runtime.worker import OptimizerFactory
@@ -70,21 +70,21 @@ class Message:
 
     def added_to(self, profile: Profile, crew: Crew) -> Profile:
         """The profile with one more entry."""
-        timings = crew.call(self.operation, self.ranks, self.num_bytes, self.repeats(profile))
-        return replace(profile, links=(*profile.links, self.entry(timings)))
+        moments = crew.call(self.operation, self.ranks, self.num_bytes, self.repeats(profile))
+        return replace(profile, links=(*profile.links, self.entry(moments)))
 
     def repeats(self, profile: Profile) -> int:
         """As many as take a second or two, by what the next smaller one took: over slow links few."""
-        alike = (e for e in profile.links if (e.operation, e.level, e.members) == self.key[:3])
+        alike = (e for e in profile.links if e.key[:3] == self.key[:3])
         before = max((e for e in alike if e.num_bytes < self.num_bytes), key=lambda e: e.num_bytes, default=None)
         if before is None:
             return MAX_REPEATS
         told_s = before.seconds * self.num_bytes / before.num_bytes
         return max(MIN_REPEATS, min(MAX_REPEATS, round(MESSAGES_S / told_s)))
 
-    def entry(self, timings: Sequence[Timing]) -> LinkEntry:
-        """Of all ranks' timings; of a sum from when the last had begun until the last had ended."""
-        together = list(zip(*(timings[rank].runs for rank in self.ranks), strict=True))
+    def entry(self, moments: Sequence[Moments]) -> LinkEntry:
+        """Of all ranks' moments; of a sum from when the last had begun until the last had ended."""
+        together = list(zip(*(moments[rank] for rank in self.ranks), strict=True))
         if self.operation == "transfer":
             seconds = [(arrived - began) + (posted - began) for (began, posted), (arrived, _) in together]
         else:

@@ -11,7 +11,6 @@ from spindle.capture import capture
 from spindle.contract import contract
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
-from spindle.runtime.profiling.measure import Timing
 from spindle.runtime.profiling.profiler import Message
 from spindle.runtime.profiling.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
 from tests.tiny_workloads import two_towers
@@ -69,22 +68,22 @@ def test_other_work_is_one_kind_that_can_run_so() -> None:
 
 def test_a_transfer_takes_its_sender_s_time_too() -> None:
     """From 1.0 the sender posts until 1.2, at 1.5 the message is there; and 2.0, 2.1, 2.6."""
-    sender = Timing(1.0, runs=((1.0, 1.2), (2.0, 2.1)))
-    receiver = Timing(1.0, runs=((1.5, 1.5), (2.6, 2.6)))
-    entry = Message("transfer", "inter_node", (0, 2), 4096).entry([sender, Timing(0.0), receiver])
+    sender = ((1.0, 1.2), (2.0, 2.1))
+    receiver = ((1.5, 1.5), (2.6, 2.6))
+    entry = Message("transfer", "inter_node", (0, 2), 4096).entry([sender, (), receiver])
     assert (entry.operation, entry.level, entry.members, entry.num_bytes) == ("transfer", "inter_node", 2, 4096)
     assert entry.seconds == pytest.approx(0.7)
 
 
 def test_a_sum_takes_from_the_last_to_begin_to_the_last_to_end() -> None:
-    timings = [Timing(1.0, runs=((1.0, 1.9), (3.0, 3.6))), Timing(1.0, runs=((1.5, 2.0), (3.1, 3.5))), Timing(0.0)]
+    timings = [((1.0, 1.9), (3.0, 3.6)), ((1.5, 2.0), (3.1, 3.5)), ()]
     entry = Message("all_reduce", "intra_node", (0, 1), 4096).entry(timings)
     assert entry.seconds == pytest.approx(0.5)
 
 
 def test_messages_over_slow_links_are_few() -> None:
     """Told by the next smaller one of the same kind; thirty where nothing is known, three at least."""
-    known = Message("reduce", "inter_node", (0, 2), 2**20).entry([Timing(1.0, runs=((0.0, 0.1), (1.0, 1.1)))] * 3)
+    known = Message("reduce", "inter_node", (0, 2), 2**20).entry([((0.0, 0.1), (1.0, 1.1))] * 3)
     profile = Profile("cpu", links=(known,))
     assert Message("reduce", "inter_node", (0, 2), 2**22).repeats(profile) == 5  # 0.4 s each
     assert Message("reduce", "inter_node", (0, 2), 2**24).repeats(profile) == 3
