@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.codes import AuxCode, Captured, OperatorCode, aux_read
+from spindle.capture.codes import AuxCode, Captured, FieldSpecs, OperatorCode, aux_read, check_fields
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
 from spindle.runtime.clock import Clock
@@ -56,6 +56,7 @@ class Job:
     codes: Mapping[str, OperatorCode]
     aux: Mapping[str, AuxCode]
     tasks: Mapping[str, Task]
+    fields: Mapping[str, FieldSpecs] = field(default_factory=dict)  # as captured, by task
     cuts: Mapping[str, Held] = field(default_factory=dict)  # by parameter
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
@@ -113,6 +114,7 @@ def make_jobs(
                 codes=own,
                 aux={name: captured.aux[name] for name in sorted(aux_read(own.values()))},
                 tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
+                fields=captured.fields,
                 cuts=pieces[rank],
                 partial=captured.graph.partial,
                 owned=tuple(owned[rank]),
@@ -241,6 +243,8 @@ class Worker:
             base = base_task(task)
             if base not in read:
                 read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
+                for batch in read[base]:
+                    check_fields(base, self.steps_done, batch, self.job.fields[base])
                 self.tokens[base] += sum(map(tokens_of, read[base]))
             return read[base][micro_batch(task)]
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 
 from spindle.capture.blocks import find_blocks
-from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
+from spindle.capture.codes import AuxCode, Captured, CodeInput, FieldSpecs, OperatorCode, field_specs
 from spindle.capture.naming import Namer
 from spindle.capture.operators import DataDependentSize, Memo, TaskOperators, build_operators
 from spindle.capture.partition import partition
@@ -27,7 +27,7 @@ from spindle.capture.repeat import repeated
 from spindle.capture.tracing import TracedTask, blocks_of, trace
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
-from spindle.workload import Task, Workload
+from spindle.workload import Batch, Task, Workload
 
 LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little
 
@@ -72,9 +72,10 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
-def _operators(workload: Workload, task: Task, namer: Namer, memo: Memo) -> tuple[TracedTask, TaskOperators]:
+def _operators(
+    workload: Workload, task: Task, batch: Batch, namer: Namer, memo: Memo
+) -> tuple[TracedTask, TaskOperators]:
     """A task traced and its operators; components whose glue has sizes that only data tell are taken whole."""
-    batch = task.first_batch()
     whole: dict[str, Exception] = {}
     names = namer.used.copy()
     while True:
@@ -92,9 +93,12 @@ def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
     _warn_of_large_operators(workload)
     namer, memo = Namer(blocks_of(workload)), Memo()
     results, draws = [], {}
+    fields: dict[str, FieldSpecs] = {}
     for task in workload.tasks.values():
         on_task(f"tracing {task.name}")
-        traced, result = _operators(workload, task, namer, memo)
+        batch = task.first_batch()
+        fields[task.name] = field_specs(batch)
+        traced, result = _operators(workload, task, batch, namer, memo)
         draws[task.name] = traced.draws
         results.append(result)
     return Captured(
@@ -106,4 +110,5 @@ def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
         parameters=dict(workload.named_parameters()),
         precision=workload.precision,
         draws=draws,
+        fields=fields,
     )

@@ -15,8 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.draws import Sites
+from spindle.errors import WorkloadError
 from spindle.graph import TaskGraph
 from spindle.workload import Precision
+
+
+FieldSpecs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each field of a task's batches."""
+
+
+def field_specs(batch: Mapping[str, Tensor]) -> FieldSpecs:
+    """Shape and dtype of each field of a batch."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
+
+
+def check_fields(task: str, step: int, batch: Mapping[str, Tensor], captured: FieldSpecs) -> None:
+    """Refuse a batch whose fields, shapes or dtypes are not those that capture saw, since code was made for these.
+
+    Raises WorkloadError that names the task, the step and the field.
+    """
+    found = field_specs(batch)
+    for name in (*captured, *(name for name in found if name not in captured)):
+        if found.get(name) != captured.get(name):
+            raise WorkloadError(
+                f"task {task!r}, step {step}: batch[{name!r}] {_spec_text(found.get(name))}, but the batch that was "
+                f"captured {_spec_text(captured.get(name), 'had')}; give every batch the same fields, shapes and "
+                "dtypes, for instance by padding to a fixed length"
+            )
+
+
+def _spec_text(spec: tuple[tuple[int, ...], torch.dtype] | None, verb: str = "has") -> str:
+    if spec is None:
+        return f"{verb} no such field" if verb == "had" else "is missing"
+    return f"{verb} shape {spec[0]} and dtype {str(spec[1]).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +112,7 @@ class Captured:
     """A workload as captured: its task graph and the code of each operator in it.
 
     `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names; `draws`
-    tells what each task draws.
+    tells what each task draws; `fields` holds shape and dtype of each batch field of each task, as captured.
     """
 
     graph: TaskGraph
@@ -92,6 +123,7 @@ class Captured:
     parameters: Mapping[str, nn.Parameter]
     precision: Precision = "fp32"
     draws: Mapping[str, Sites] = field(default_factory=dict)
+    fields: Mapping[str, FieldSpecs] = field(default_factory=dict)
 
 
 def computing_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -34,6 +34,7 @@ def repeated(captured: Captured, count: int) -> Captured:
         parameters=captured.parameters,
         precision=captured.precision,
         draws=captured.draws,
+        fields=captured.fields,
     )
 
 

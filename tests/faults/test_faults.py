@@ -113,24 +113,27 @@ def test_a_loader_that_gives_something_else(last: object, words: str) -> None:
     assert re.match(r"rank \d, LOAD t: task 't': ", str(error))
 
 
-def test_a_batch_with_other_fields() -> None:
-    """A field that the task reads is missing in the third batch."""
-    error = failure(workload_of(good_then({"y": torch.zeros(4, 4)})), "threads")
-    assert "'x'" in str(error)
-    assert str(error).startswith("rank ")
-
-
-def test_a_batch_of_another_type() -> None:
-    """Float64 rows where the model was captured with float32 ones: an error that names the place, no wrong result."""
-    error = failure(workload_of(good_then({"x": torch.zeros(4, 4, dtype=torch.float64)})), "threads")
-    assert "wave 0, FORWARD s0" in str(error)
-    assert "float" in str(error) or "dtype" in str(error)
-
-
-def test_a_batch_with_another_inner_shape() -> None:
-    """Rows of five numbers where four were captured."""
-    error = failure(workload_of(good_then({"x": torch.zeros(4, 5)})), "threads")
-    assert "wave 0, FORWARD s0" in str(error)
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        ({"y": torch.zeros(4, 4)}, "batch['x'] is missing, but the batch that was captured had shape (4, 4) and dtype"),
+        ({"x": torch.zeros(4, 4), "y": torch.zeros(4)}, "batch['y'] has shape (4,) and dtype float32, but the batch"),
+        (
+            {"x": torch.zeros(4, 4, dtype=torch.float64)},
+            "batch['x'] has shape (4, 4) and dtype float64, but the batch that was captured had shape (4, 4) and dtype "
+            "float32; give every batch the same fields",
+        ),
+        ({"x": torch.zeros(4, 6)}, "batch['x'] has shape (4, 6) and dtype float32, but the batch that was captured"),
+        ({"x": torch.zeros(4, 4, 2)}, "batch['x'] has shape (4, 4, 2) and dtype float32"),
+    ],
+    ids=["field missing", "field more", "dtype", "shape", "dimensions"],
+)
+def test_a_batch_that_capture_did_not_see(last: object, words: str) -> None:
+    """Code was made for other fields, shapes or types: a sentence that names task, step and field, no wrong result."""
+    error = failure(workload_of(good_then(last)), "threads")
+    assert type(error) is WorkloadError
+    assert re.match(r"rank \d, LOAD t: task 't', step 2: ", str(error))
+    assert words in str(error)
 
 
 def test_data_that_ends_with_an_error() -> None:
