@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from spindle.capture import Captured, capture
+from spindle.capture.repeat import base_task
 from spindle.contract import contract
 from spindle.errors import RunError, WorkloadError
 from spindle.metagraph import MetaGraph
@@ -58,6 +59,7 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         max_grad_norm=workload.max_grad_norm,
         recompute={metaop.component for metaop in metagraph} if plan.recompute else workload.recompute,
         shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
+        varying={name for name in captured.tasks if workload.tasks[base_task(name)].rows is not None},
     )
     check_program(program)
     return Prepared(workload, captured, metagraph, plan, program)

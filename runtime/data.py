@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spindle.capture.draws import GLOBAL_GENERATORS
 from spindle.errors import WorkloadError
-from spindle.workload import Batch, Task
+from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.units import SampledBatch
+from spindle.workload import Task
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ FeedState = dict[str, Any]
 class _Read:
     """A batch, or None where the data has ended for good, and the feed's state once it is taken."""
 
-    batch: Batch | None
+    batch: SampledBatch | None
     state: FeedState
 
 
@@ -67,7 +68,7 @@ class Feed:
 
     # -- what a worker calls --------------------------------------------------------------------------------------
 
-    def next(self) -> Batch:
+    def next(self) -> SampledBatch:
         """The next batch. Raises WorkloadError when the loader raises, ends where it must not, gives what the task
         cannot take, or nothing in time.
         """
@@ -90,7 +91,11 @@ class Feed:
     def digest(self) -> str:
         """A short fingerprint of the next batch, which stays the next."""
         found = hashlib.sha256()
-        for name, value in sorted((self._wait_for(0).batch or {}).items()):
+        batch = self._wait_for(0).batch
+        for name, value in sorted((batch.fields if batch else {}).items()):
+            if not isinstance(value, torch.Tensor):
+                found.update(f"{name}{type(value).__name__}".encode())
+                continue
             found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
@@ -155,7 +160,7 @@ class Feed:
                 ) from error
         return _Read(batch, self._now())
 
-    def _advance(self) -> Batch | None:
+    def _advance(self) -> SampledBatch | None:
         """The next batch of this pass, or of a fresh one; None when the data has ended for good."""
         for _ in range(2):
             if self._iterator is None:
@@ -163,7 +168,7 @@ class Feed:
             assert self._iterator is not None
             for batch in self._iterator:
                 self._taken += 1
-                return self.task.check(batch)
+                return self.task.sampled(batch)
             if self._taken and self.task.on_end != "restart":
                 return None
             logger.info("task %r: its data ended after %d batches and starts over", self.task.name, self._taken)

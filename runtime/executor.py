@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import AuxCode, OperatorCode, computing_in
-from spindle.capture.draws import Stream, drawing_from
+from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
 from spindle.capture.repeat import micro_batch
-from spindle.errors import RunError, SpindleError
+from spindle.errors import RunError, SpindleError, WorkloadError
+from spindle.record.draws import Stream, drawing_from
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
-from spindle.runtime.pieces import Piece, cut, joined, summed
+from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
 from spindle.runtime.programs.passes import accumulating
 from spindle.runtime.programs.program import (
     Instruction,
@@ -31,12 +31,14 @@ from spindle.runtime.programs.program import (
 )
 from spindle.runtime.ready import Ready, ready_runs
 from spindle.runtime.record import StepRecord, span_of
+from spindle.runtime.recordings import LoadedBatch
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span
-from spindle.workload import Batch, Precision
+from spindle.units import Bounds
+from spindle.workload import Precision
 
-Fetch = Callable[[str], Batch]
+Fetch = Callable[[str], LoadedBatch]
 Observe = Callable[[dict[str, Tensor]], None]
 
 
@@ -56,18 +58,17 @@ class Executor:
         program: Program,
         transport: Transport,
         codes: Mapping[str, OperatorCode],
-        aux: Mapping[str, AuxCode],
         store: ParameterStore,
         optimizer: torch.optim.Optimizer | None,
         precision: Precision = "fp32",
         switch: Switch | None = None,
         partial: frozenset[str] = frozenset(),
     ) -> None:
-        """`codes` and `aux` hold what the rank runs; `optimizer` is over the parameters that the rank updates.
-        `switch` is that of its cut layers; `partial` names parameters whose gradients in a part are shares.
+        """`codes` hold what the rank runs; `optimizer` is over the parameters that the rank updates. `switch` is that
+        of its cut layers; `partial` names parameters whose gradients in a part are shares.
         """
         self.switch, self.partial = switch or Switch(), partial
-        self.program, self.transport, self.codes, self.aux = program, transport, codes, aux
+        self.program, self.transport, self.codes = program, transport, codes
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
@@ -89,6 +90,7 @@ class Executor:
         self.idle = [name for name in store.updated if name not in active]
         self.perform = {
             Op.LOAD: self._load,
+            Op.AGREE: self._agree,
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.TRANSFER: self._transfer,
@@ -111,7 +113,7 @@ class Executor:
     ) -> StepRecord:
         """Run the program once, after `rounds - 1` rounds that only add to the gradients.
 
-        `new_round` gives what fetches a task's batch in the next round; `observe` sees the gradients that the update
+        `new_round` gives what fetches a task's batch, recorded, in the next round; `observe` sees the gradients that the update
         uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend on `seed`
         and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
         instruction, with the user's own line that went wrong.
@@ -139,8 +141,8 @@ class Executor:
         self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
         self.departures: list[tuple[list[Tensor], Wait]] = []
         self.reductions: dict[str, Wait] = {}
-        self.batches: dict[str, Batch] = {}
-        self.aux_values: dict[tuple[str, int, int], Tensor] = {}
+        self.loaded: dict[str, LoadedBatch] = {}
+        self.traffic: dict[str, int] = {}  # bytes that each transfer moved here
         self.losses: dict[str, Tensor] = {}
 
     def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
@@ -151,7 +153,8 @@ class Executor:
         except Exception as error:
             raise self._explained(instruction, error) from error
         if instruction.op is not Op.FREE:
-            spans.append(self.timed(instruction, start_s, time.perf_counter(), step))
+            moved = self.traffic.get(instruction.target, 0)
+            spans.append(self.timed(instruction, start_s, time.perf_counter(), step, moved))
 
     def _end(self) -> None:
         for _, departed in self.departures:
@@ -168,54 +171,91 @@ class Executor:
     # -- compute --------------------------------------------------------------------------------------------------
 
     def _load(self, task: str) -> None:
-        wanted = {field for code in self.aux.values() if code.task == task for field in code.fields}
-        batch = self.fetch(task)
-        self.batches[task] = {name: value.to(self.transport.device) for name, value in batch.items() if name in wanted}
+        loaded = self.loaded[task] = self.fetch(task)
+        runs = (self.ready[run.name] for run in self.program.slices if run.task == task and run.name in self.ready)
+        held = (loaded.layout.bounds[ready.run.name][ready.index] for ready in runs)
+        loaded.prepare(bounds for bounds in held if bounds[0] < bounds[1])
+
+    def _agree(self, target: str) -> None:
+        """See that all ranks that loaded a task have a batch of the same shapes: they send each other pieces of it."""
+        del target
+        tasks = [task for task, _ in self.program.losses]
+        own = [self.loaded[task].digest() if task in self.loaded else -1 for task in tasks]
+        sums = torch.tensor(
+            [[d >= 0, max(d, 0), max(d, 0) ** 2] for d in own], dtype=torch.float64, device=self.transport.device
+        )
+        everyone = tuple(range(self.transport.num_ranks))
+        self.transport.all_reduce(sums, everyone)()
+        for task, digest, (count, total, squares) in zip(tasks, own, sums.tolist(), strict=True):
+            if count * squares != total * total:  # the variance is zero where all are equal
+                raise self._differing(task, digest, everyone)
+
+    def _differing(self, task: str, digest: int, everyone: tuple[int, ...]) -> WorkloadError:
+        seen = torch.zeros(len(everyone), dtype=torch.float64, device=self.transport.device)
+        seen[self.rank] = digest + 1
+        self.transport.all_reduce(seen, everyone)()
+        digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}
+        first = next(iter(digests))
+        other = next(rank for rank, value in digests.items() if value != digests[first])
+        return WorkloadError(
+            f"task {task!r}, step {self.stream.step}: ranks {first} and {other} read batches of different shapes or rows; "
+            "every pass over its data must give the same batches in every process (seed your own random generators)"
+        )
+
+    def _bounds(self, run: SliceRun, rank: int) -> Bounds:
+        """Samples that a rank holds in a run, in this step."""
+        return self.loaded[run.task].layout.bounds[run.name][run.ranks.index(rank)]
 
     def _forward(self, name: str) -> None:
         ready = self.ready[name]
         run, inputs = ready.run, {}
+        bounds = self._bounds(run, self.rank)
+        if bounds[0] == bounds[1]:
+            self._put(activations(name), Activations({}, {}))
+            return
+        part = self.loaded[run.task].part(bounds)
         for spec, needs_grad in ready.inputs:
-            source = ready.whole.get(spec.name)
-            if source is not None:
-                value = self._activations(source).outputs[spec.name]
-            else:
-                value = joined(self._input_pieces(run, spec.name), spec)
+            value = joined(self._input_pieces(run, bounds, spec.name), spec)
+            self._check(spec.name, "received", value, part.shapes[spec.name])
             inputs[spec.name] = value.detach().requires_grad_(needs_grad)
         with torch.set_grad_enabled(run.backward and not run.recompute):
-            outputs = self._compute(ready, inputs)
+            outputs = self._compute(ready, bounds, inputs)
+        for tensor, value in outputs.items():
+            self._check(tensor, "computed", value, part.shapes[tensor])
         self._put(activations(name), Activations(inputs, outputs))
         for tensor in outputs.keys() & self.task_by_loss.keys():
             self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
 
-    def _compute(self, ready: Ready, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _check(self, tensor: str, verb: str, value: Tensor, recorded: tuple[int, ...]) -> None:
+        if tuple(value.shape) != recorded:
+            raise RunError(
+                f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that makes "
+                "it must give shapes that follow from those of its arguments"
+            )
+
+    def _compute(self, ready: Ready, bounds: Bounds, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the operators of a slice on this rank's samples; its outputs."""
         values = dict(inputs)
-        stream = ready.stream(self.stream, self.first_batch)
+        loaded = self.loaded[ready.run.task]
+        part = loaded.part(bounds)
+        stream = ready.stream(self.stream, self.first_batch, loaded.batch.units, bounds)
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for code in ready.codes:
-                values.update(zip(code.outputs, self._run_code(ready, code, values), strict=True))
+                own = part.operators[code.name]
+                given = [values[name] for name in code.inputs]
+                values.update(zip(code.outputs, self._run_code(ready, code, own, given), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
         return {spec.name: values[spec.name].to(dtype) for spec, dtype in ready.outputs}
 
-    def _run_code(self, ready: Ready, code: OperatorCode, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        arguments = self._arguments(ready, code, values)
+    def _run_code(
+        self, ready: Ready, code: OperatorCode, part: OperatorPart, given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         if len(ready.copy) == 1:
-            found: Sequence[Tensor] = code.module.forward(*arguments)  # which nobody hangs hooks on
-            return found
+            return code.module.forward(part, *given)  # which nobody hangs hooks on
         group = ready.copy
         layout = Layout(ready.part, len(group), lambda value: self.transport.all_reduce(value, group)())
-        found = compute_part(code, arguments, layout, self.switch, self.partial)
+        found: Sequence[Tensor] = compute_part(code, (part, *given), layout, self.switch, self.partial)
         return found
-
-    def _arguments(self, ready: Ready, code: OperatorCode, values: Mapping[str, Tensor]) -> Iterator[Tensor | int]:
-        for given in code.inputs:
-            if given.kind == "tensor":
-                yield values[given.name]
-            elif given.kind == "aux":
-                yield self._aux_value(given.name, ready.low, ready.high, ready.run.bounds[-1][1])
-            else:
-                yield ready.high - ready.low
 
     @contextlib.contextmanager
     def _live_outputs(self, run: SliceRun, held: Activations) -> Iterator[dict[str, Tensor]]:
@@ -228,22 +268,20 @@ class Executor:
             return
         buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        outputs = self._compute(self.ready[run.name], held.inputs)
+        outputs = self._compute(self.ready[run.name], self._bounds(run, self.rank), held.inputs)
         yield outputs
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
 
-    def _aux_value(self, name: str, low: int, high: int, batch_size: int) -> Tensor:
-        key = (name, low, high)
-        if key not in self.aux_values:
-            code = self.aux[name]
-            self.aux_values[key] = code.value(self.batches.get(code.task, {}), low, high, batch_size)
-        return self.aux_values[key]
-
     def _backward(self, name: str) -> None:
         run = self.program.slice_by_name[name]
         held = self._activations(name)
+        if not held.outputs:
+            if any(needs_grad for _, needs_grad in self.ready[name].inputs):
+                self._put(gradients(name), {})
+            return
+        units, bounds = self.loaded[run.task].batch.units, self._bounds(run, self.rank)
         with self._live_outputs(run, held) as outputs:
             ends, weights = [], []
             for tensor, output in outputs.items():
@@ -253,42 +291,43 @@ class Executor:
                     weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
                 elif spec.needs_grad:
                     ends.append(output)
-                    pieces = self._gradient_pieces(run, tensor)
-                    weights.append(summed(pieces, spec, run.bounds_of(self.rank), output))
+                    weights.append(summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output))
             torch.autograd.backward(ends, weights)
         leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
         if leaves:
             found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
             self._put(gradients(name), found)
 
-    def _input_pieces(self, run: SliceRun, tensor: str) -> Iterator[Piece]:
+    def _input_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
         """Parts of an input that lie on this rank, then those that arrived."""
         spec, source = self.program.tensor_by_name[tensor], self.maker[tensor]
-        stays = self._staying(tensor, source, run)
+        stays = self._staying(spec.rows > 0, source, run)
         if stays is not None:
             value = self._activations(source.name).outputs[tensor].detach()
-            yield (*stays, cut(value, spec, source.bounds_of(self.rank), *stays))
+            units = self.loaded[run.task].batch.units
+            yield (*stays, cut(value, spec, units, self._bounds(source, self.rank), *stays))
         yield from self._arrived(f"{source.name}>{run.name}", tensor)
 
-    def _gradient_pieces(self, run: SliceRun, tensor: str) -> Iterator[Piece]:
+    def _gradient_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
         """Parts of an output's gradient from its readers on this rank, then those that arrived."""
         spec = self.program.tensor_by_name[tensor]
         for reader in self.readers[tensor]:
             if not reader.backward:
                 continue
-            stays = self._staying(tensor, run, reader)
+            stays = self._staying(spec.rows > 0, run, reader)
             if stays is not None and (spec.rows or reader.copy_of(self.rank)[0] == self.rank):
                 value = self._gradients(reader.name)[tensor]
-                yield (*stays, cut(value, spec, reader.bounds_of(self.rank), *stays))
+                units = self.loaded[run.task].batch.units
+                yield (*stays, cut(value, spec, units, self._bounds(reader, self.rank), *stays))
             yield from self._arrived(f"{run.name}<{reader.name}", tensor)
 
-    def _staying(self, tensor: str, source: SliceRun, target: SliceRun) -> tuple[int, int] | None:
+    def _staying(self, is_cut: bool, source: SliceRun, target: SliceRun) -> Bounds | None:
         """Samples that pass between two runs without leaving this rank; (0, 0) for a tensor that cannot be cut."""
         if self.rank not in source.ranks or self.rank not in target.ranks:
             return None
-        if not self.program.tensor_by_name[tensor].rows:
-            return (0, 0) if source.ranks[0] == self.rank else None
-        (first, last), (low, high) = source.bounds_of(self.rank), target.bounds_of(self.rank)
+        (first, last), (low, high) = self._bounds(source, self.rank), self._bounds(target, self.rank)
+        if not is_cut:
+            return (0, 0) if source.ranks[0] == self.rank and low < high else None
         low, high = max(low, first), min(high, last)
         return (low, high) if low < high else None
 
@@ -296,22 +335,29 @@ class Executor:
 
     def _transfer(self, name: str) -> None:
         transfer = self.program.transfer_by_name[name]
+        source, target = self.program.slice_by_name[transfer.source], self.program.slice_by_name[transfer.target]
+        loaded = self.loaded[source.task]
+        units = loaded.batch.units
         sends: list[tuple[int, Tensor]] = []
         pieces: list[tuple[Message, Tensor]] = []
-        for message in transfer.messages:
+        for message in loaded.layout.messages[name]:
             spec = self.program.tensor_by_name[message.tensor]
             if message.source == self.rank:
-                run = self.program.slice_by_name[transfer.source]
-                made = self._gradients(run.name) if transfer.backward else self._activations(run.name).outputs
-                part = cut(made[message.tensor], spec, run.bounds_of(self.rank), message.low, message.high)
+                made = self._gradients(source.name) if transfer.backward else self._activations(source.name).outputs
+                held = self._bounds(source, self.rank)
+                part = cut(made[message.tensor], spec, units, held, message.low, message.high)
                 sends.append((message.target, part.detach().contiguous()))
             if message.target == self.rank:
-                shape, dtype = spec.shape_of(message.high - message.low), self.dtypes[message.tensor]
+                held = self._bounds(target, self.rank)
+                whole = loaded.part(held).shapes[message.tensor]
+                shape = piece_shape(whole, spec, units, held, message.low, message.high)
+                dtype = self.dtypes[message.tensor]
                 pieces.append((message, torch.empty(shape, dtype=dtype, device=self.transport.device)))
         departed, arrived = self.transport.start(sends, [(message.source, value) for message, value in pieces])
+        self.traffic[name] = sum(v.nbytes for _, v in sends) + sum(v.nbytes for _, v in pieces)
         if sends:
             self.departures.append(([value for _, value in sends], departed))
-        if pieces:
+        if self.rank in transfer.receiving():
             self.pending[name] = (pieces, arrived)
 
     def _await(self, name: str) -> None:
@@ -319,7 +365,8 @@ class Executor:
             self.reductions.pop(name)()
             return
         pieces, arrived = self.pending.pop(name)
-        arrived()
+        if pieces:
+            arrived()
         self._put(arrivals(name), pieces)
 
     def _reduce(self, name: str) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from spindle.capture import capture
 from spindle.capture.codes import computing_in
-from spindle.capture.draws import Stream
 from spindle.capture.eager import drawing_as_planned
 from spindle.graph import parse_piece
+from spindle.record.draws import Stream
 from spindle.runtime.data import Feed
 from spindle.runtime.parallel.names import piece_of
 from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, parameter_groups
@@ -144,10 +144,12 @@ def run_reference(
             for name in workload.tasks_of(step, seed):
                 task, found = workload.tasks[name], []
                 for batch in range(workload.accumulate):
-                    stream = Stream(seed=seed, step=step, batch=batch, task=name)
+                    given = feeds[name].next()
+                    units = given.units
+                    stream = Stream(seed=seed, step=step, batch=batch, task=name, units=units, high=units.num_samples)
                     drawing = drawing_as_planned(workload, captured, stream)
                     with computing_in(workload.precision, torch.device("cpu")), drawing:
-                        loss = task.function(feeds[name].next())
+                        loss = task.function(dict(given.fields))
                     found.append(float(loss.detach()))
                     torch.autograd.backward(loss * (task.weight / workload.accumulate))
                 losses[-1][name] = sum(found) / len(found)

@@ -9,22 +9,19 @@ from dataclasses import dataclass
 import torch
 
 from spindle.capture.codes import OperatorCode
-from spindle.capture.draws import Stream
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import TensorSpec
+from spindle.record.draws import Stream
 from spindle.runtime.programs.program import Program, SliceRun
+from spindle.units import Bounds, Units
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Run `run` on a rank that holds samples `low` to `high - 1` and computes part `part` in the group `copy`.
-
-    `whole` names, by input, the run on this rank that made all of it; other inputs arrive, or in parts.
-    """
+    """Run `run` on a rank that stands at `index` among its ranks, and computes part `part` in the group `copy`."""
 
     run: SliceRun
-    low: int
-    high: int
+    index: int
     copy: tuple[int, ...]
     part: int
     task: str
@@ -32,38 +29,35 @@ class Ready:
     codes: tuple[OperatorCode, ...]
     inputs: tuple[tuple[TensorSpec, bool], ...]  # and whether a gradient goes back
     outputs: tuple[tuple[TensorSpec, torch.dtype], ...]
-    whole: Mapping[str, str]
 
-    def stream(self, now: Stream, first_batch: int) -> Stream:
+    def stream(self, now: Stream, first_batch: int, units: Units, bounds: Bounds) -> Stream:
         """Where the run's random numbers stand in a round that begins with batch `first_batch` of a step."""
         return Stream(
             seed=now.seed,
             step=now.step,
             batch=first_batch + self.micro,
             task=self.task,
-            low=self.low,
+            low=bounds[0],
+            high=bounds[1],
+            units=units,
             device=now.device,
             portable=now.portable,
             part=self.part,
             parts=len(self.copy),
-            samples=self.high - self.low,
+            samples=bounds[1] - bounds[0],
         )
 
 
 def ready_runs(program: Program, rank: int, codes: Mapping[str, OperatorCode]) -> dict[str, Ready]:
     """The runs of one rank, by name."""
-    maker = {tensor: run for run in program.slices for tensor in run.outputs}
-    return {run.name: _ready(program, rank, run, codes, maker) for run in program.slices if rank in run.ranks}
+    return {run.name: _ready(program, rank, run, codes) for run in program.slices if rank in run.ranks}
 
 
-def _ready(
-    program: Program, rank: int, run: SliceRun, codes: Mapping[str, OperatorCode], maker: Mapping[str, SliceRun]
-) -> Ready:
-    specs, copy, (low, high) = program.tensor_by_name, run.copy_of(rank), run.bounds_of(rank)
+def _ready(program: Program, rank: int, run: SliceRun, codes: Mapping[str, OperatorCode]) -> Ready:
+    specs, copy = program.tensor_by_name, run.copy_of(rank)
     return Ready(
         run=run,
-        low=low,
-        high=high,
+        index=run.ranks.index(rank),
         copy=tuple(sorted(copy)),
         part=copy.index(rank),
         task=base_task(run.task),
@@ -71,11 +65,4 @@ def _ready(
         codes=tuple(codes[name] for name in run.operators),
         inputs=tuple((specs[tensor], specs[tensor].needs_grad and run.backward) for tensor in run.inputs),
         outputs=tuple((specs[tensor], getattr(torch, specs[tensor].dtype)) for tensor in run.outputs),
-        whole={t: maker[t].name for t in run.inputs if _stays_whole(specs[t], maker[t], run, rank)},
     )
-
-
-def _stays_whole(spec: TensorSpec, source: SliceRun, target: SliceRun, rank: int) -> bool:
-    if rank not in source.ranks:
-        return False
-    return source.bounds_of(rank) == target.bounds_of(rank) if spec.rows else source.ranks[0] == rank

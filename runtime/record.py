@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spindle.runtime.pieces import message_bytes
 from spindle.runtime.programs.program import Instruction, Op, Program
 from spindle.trace import Span, SpanKind
 
 _KIND_BY_OP = {
     Op.LOAD: SpanKind.LOAD,
+    Op.AGREE: SpanKind.TRANSFER,
     Op.FORWARD: SpanKind.FORWARD,
     Op.BACKWARD: SpanKind.BACKWARD,
     Op.TRANSFER: SpanKind.TRANSFER,
@@ -39,14 +39,16 @@ def span_of(
     start_s: float,
     end_s: float,
     step: int,
+    moved_bytes: int,
 ) -> Span:
-    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds."""
+    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds; `moved_bytes`: what
+    a transfer has sent and received here.
+    """
     transfer = program.transfer_by_name.get(instruction.target)
     run = program.slice_by_name.get(transfer.target if transfer else instruction.target)
     num_bytes = 0
     if transfer is not None:
-        mine = (m for m in transfer.messages if rank in (m.source, m.target))
-        num_bytes = sum(message_bytes(program.tensor_by_name[m.tensor], m) for m in mine)
+        num_bytes = moved_bytes
     elif instruction.target in bucket_bytes:
         num_bytes = bucket_bytes[instruction.target]
     kind = SpanKind.REDUCE if instruction.target in bucket_bytes else _KIND_BY_OP[instruction.op]

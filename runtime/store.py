@@ -24,7 +24,7 @@ class ParameterStore:
         """Takes the parameters out of the rank's codes, where tied ones are one tensor."""
         codes = list(codes)
         self.parameters = _collect_parameters(codes)
-        self.buffers = _collect_buffers(codes)
+        self._buffers = {name: (code.module, inner) for code in codes for inner, name in code.buffers}
         self.bucket: dict[str, Tensor] = {}
         self.loose: list[str] = []  # trained ones whose gradients lie in no buffer
         self.trained: list[str] = []
@@ -37,6 +37,11 @@ class ParameterStore:
                     self.loose += bucket.parameters
                 self.trained += bucket.parameters
                 self.updated += bucket.parameters if bucket.updated_by(rank) else ()
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by the workload's names, as they stand in the modules now: a forward may put new ones there."""
+        return {name: module.get_buffer(inner) for name, (module, inner) in self._buffers.items()}
 
     def _flat_gradients(self, names: tuple[str, ...]) -> Tensor:
         held = [self.parameters[name] for name in names]
@@ -110,7 +115,3 @@ def _collect_parameters(codes: Iterable[OperatorCode]) -> dict[str, nn.Parameter
             if found.setdefault(name, parameter) is not parameter:
                 raise AssertionError(f"parameter {name!r} is two tensors on one rank; its operators were copied apart")
     return found
-
-
-def _collect_buffers(codes: Iterable[OperatorCode]) -> dict[str, Tensor]:
-    return {name: code.module.get_buffer(inner) for code in codes for inner, name in code.buffers}

@@ -5,14 +5,13 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spindle.capture.repeat import base_task
 from spindle.metrics import Callback, StepMetrics
 from spindle.trace import Span, SpanKind
-from spindle.workload import Batch
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Prepared
@@ -45,7 +44,7 @@ def step_told(step_s: float, spans: Iterable[Span], tokens: Mapping[str, int]) -
     return StepTold(step_s, shares_s, dict(tokens))
 
 
-def tokens_of(batch: Batch) -> int:
+def tokens_of(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch: what its attention mask lets through, else the size of its ids; 0 when it has neither."""
     if "attention_mask" in batch:
         return int((batch["attention_mask"] != 0).sum())

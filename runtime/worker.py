@@ -4,6 +4,7 @@ It knows nothing of Ray: the same class runs in threads, in spawned processes, u
 """
 
 import copy
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.codes import AuxCode, Captured, FieldSpecs, OperatorCode, aux_read, check_fields
+from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
+from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
+from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
@@ -34,10 +37,12 @@ from spindle.runtime.progress import (
     schedule_state,
 )
 from spindle.runtime.record import StepRecord
+from spindle.runtime.recordings import LoadedBatch, Recipe, Recordings
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told, tokens_of
 from spindle.trace import Span
+from spindle.units import SampledBatch
 from spindle.workload import Batch, Precision, Task, Workload
 
 ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
@@ -54,9 +59,8 @@ class Job:
     program: Program
     rank: int
     codes: Mapping[str, OperatorCode]
-    aux: Mapping[str, AuxCode]
+    recipe: Recipe
     tasks: Mapping[str, Task]
-    fields: Mapping[str, FieldSpecs] = field(default_factory=dict)  # as captured, by task
     cuts: Mapping[str, Held] = field(default_factory=dict)  # by parameter
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
@@ -104,7 +108,7 @@ def make_jobs(
     used = {parse_piece(name).whole for names in owned for name in names}
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
-    jobs = []
+    recipe, jobs = Recipe.of(workload, captured), []
     for rank, own in enumerate(codes):
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
         jobs.append(
@@ -112,9 +116,8 @@ def make_jobs(
                 program=program,
                 rank=rank,
                 codes=own,
-                aux={name: captured.aux[name] for name in sorted(aux_read(own.values()))},
+                recipe=recipe,
                 tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
-                fields=captured.fields,
                 cuts=pieces[rank],
                 partial=captured.graph.partial,
                 owned=tuple(owned[rank]),
@@ -132,24 +135,24 @@ def make_jobs(
 
 
 def _as_needed(task: Task, *, loads: bool) -> Task:
-    """A task as a worker needs it: when it takes part, and its data if the rank loads it. Its function stays behind,
-    with the modules that it would bring along.
+    """A task as a worker needs it: when it takes part, and its data if the rank loads it. Its function travels in the
+    recipe, without the weights of the modules that it would bring along.
     """
     return replace(task, function=_stayed_behind, data=task.data if loads else ())
 
 
 def _stayed_behind(batch: Batch) -> Tensor:
-    raise AssertionError("a worker runs operators, never a task function")
+    raise AssertionError("a worker records the functions of its recipe, never this one")
 
 
 def separate(job: Job) -> Job:
     """A job with codes of its own, and loaders where they have a state: ranks of one process must not share them."""
-    codes, aux = copy.deepcopy((job.codes, job.aux))
+    codes = copy.deepcopy(job.codes)
     tasks = {
         name: replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task
         for name, task in job.tasks.items()
     }
-    return replace(job, codes=codes, aux=aux, tasks=tasks)
+    return replace(job, codes=codes, tasks=tasks)
 
 
 class Worker:
@@ -162,8 +165,8 @@ class Worker:
         if transport.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
         self.job, self.transport, self.clock = job, transport, Clock()
-        for module in (*(c.module for c in job.codes.values()), *(a.module for a in job.aux.values())):
-            module.to(transport.device)
+        for code in job.codes.values():
+            code.module.to(transport.device)
         self.switch = Switch()
         self.codes = cut_codes(job.codes, job.cuts, self.switch)
         self.store = ParameterStore(job.program, job.rank, self.codes.values())
@@ -173,6 +176,7 @@ class Worker:
         updated = {name: self.store.parameters[name] for name in self.store.updated}
         self.optimizer = job.optimizer(parameter_groups(updated, job.settings)) if job.optimizer and updated else None
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
+        self.recordings, self.layouts = Recordings(job.recipe, transport.device), Layouts(job.program)
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
         self.tokens: Counter[str] = Counter()  # read in this step, by task
@@ -228,25 +232,30 @@ class Worker:
     def _step(self, observe: Observe | None) -> StepRecord:
         job, tasks = self.job, frozenset(self._tasks())
         record = self._executor(tasks).step(
-            self._new_round, observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed
+            self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed
         )
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps_done += 1
         return record
 
-    def _new_round(self) -> Fetch:
-        """Batches of one round, by micro-batch. Those in flight together are read together: all ranks count alike."""
-        read: dict[str, list[Batch]] = {}
+    def _rounds(self) -> Callable[[], Fetch]:
+        """What begins each round of a step."""
+        count = itertools.count()
+        return lambda: self._round(next(count) * self.in_flight)
 
-        def fetch(task: str) -> Batch:
-            base = base_task(task)
+    def _round(self, first_batch: int) -> Fetch:
+        """Batches of one round, by micro-batch. Those in flight together are read together: all ranks count alike."""
+        read: dict[str, list[SampledBatch]] = {}
+
+        def fetch(task: str) -> LoadedBatch:
+            base, micro = base_task(task), micro_batch(task)
             if base not in read:
                 read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
-                for batch in read[base]:
-                    check_fields(base, self.steps_done, batch, self.job.fields[base])
-                self.tokens[base] += sum(map(tokens_of, read[base]))
-            return read[base][micro_batch(task)]
+                self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
+            batch = read[base][micro]
+            stream = Stream(seed=self.job.seed, step=self.steps_done, batch=first_batch + micro, task=base)
+            return self.recordings.loaded(task, batch, self.layouts.of(task, batch.units), stream)
 
         return fetch
 
@@ -260,7 +269,6 @@ class Worker:
                 program,
                 self.transport,
                 self.codes,
-                job.aux,
                 self.store,
                 self.optimizer,
                 job.precision,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spindle.errors import SpindleError as SpindleError
     from spindle.plan import Plan as Plan
     from spindle.profile import Profile as Profile
+    from spindle.units import per_sample as per_sample
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOME_BY_NAME = {
     "make_metagraph": "spindle.api",
     "make_plan": "spindle.api",
     "make_profile": "spindle.api",
+    "per_sample": "spindle.units",
     "train": "spindle.api",
     "verify": "spindle.api",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "make_metagraph",
     "make_plan",
     "make_profile",
+    "per_sample",
     "train",
     "verify",
 ]

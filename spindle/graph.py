@@ -16,6 +16,9 @@ from spindle.errors import GraphError
 if TYPE_CHECKING:
     import networkx as nx
 
+SAMPLES = "samples"
+"""The unit of which each sample of a batch has one row."""
+
 BYTES_BY_DTYPE = {
     "float64": 8,
     "float32": 4,
@@ -32,10 +35,11 @@ BYTES_BY_DTYPE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor that one operator hands to others.
+    """A tensor that one operator sends to others.
 
-    `shape` is that of the whole batch. `rows` is how many entries of dimension `row_dim` belong to one sample; 0 marks
-    a tensor that cannot be cut by samples and only exists whole. `needs_grad`: a gradient comes back for it.
+    `shape` is that of the whole batch that was captured; others may have other sizes. Along dimension `row_dim` it is cut
+    by the rows that each sample has of `unit`; `rows` is how many entries that is for a sample, on average. rows 0 and
+    unit "" mark a tensor that only exists whole. `needs_grad`: a gradient comes back for it.
     """
 
     name: str
@@ -44,6 +48,7 @@ class TensorSpec:
     rows: int = 1
     row_dim: int = 0
     needs_grad: bool = True
+    unit: str = SAMPLES
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES_BY_DTYPE:

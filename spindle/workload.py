@@ -18,11 +18,13 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import Tensor, nn
 
 from spindle.errors import WorkloadError
+from spindle.units import SampledBatch, sampled
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Precision = Literal["fp32", "bf16"]
 OnEnd = Literal["restart", "stop", "error"]
 TaskFunction = Callable[[Batch], Tensor]
+RowsFunction = Callable[[Batch], Mapping[str, Any]]
 FunctionT = TypeVar("FunctionT", bound=TaskFunction)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -34,7 +36,7 @@ class Task:
     """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
 
     It takes part in every `every`-th step, the first included, or in each step with `probability`. When its data ends,
-    `on_end` says what follows. `prefetch` batches are read ahead.
+    `on_end` says what follows. `prefetch` batches are read ahead. `rows` counts the rows of packed fields by sample.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     probability: float = 1.0
     on_end: OnEnd = "restart"
     prefetch: int = 1
+    rows: RowsFunction | None = None
 
     def takes_part(self, step: int, seed: int) -> bool:
         """Whether the task takes part in a step: the same answer in every process."""
@@ -70,24 +73,25 @@ class Task:
             )
         return iterator
 
-    def check(self, batch: Any) -> Batch:
-        """The batch, when it is a dict of tensors with `batch_size` rows each; else WorkloadError."""
+    def sampled(self, batch: Any) -> SampledBatch:
+        """The batch with its samples. Raises WorkloadError when it is no dict, its fields do not hold the same samples,
+        or `rows` does not fit them.
+        """
+        where = f"task {self.name!r}"
         if not isinstance(batch, Mapping) or not batch:
             raise WorkloadError(
-                f"task {self.name!r}: a batch is a {type(batch).__name__}; the loader must give dicts of tensors"
+                f"{where}: a batch is a {type(batch).__name__}; the loader must give dicts of fields, each with a row a "
+                "sample"
             )
-        for field, value in batch.items():
-            if not isinstance(value, Tensor):
-                raise WorkloadError(
-                    f"task {self.name!r}: batch[{field!r}] is a {type(value).__name__}; make it a tensor with a row a "
-                    "sample, or leave it out"
-                )
-            if value.ndim == 0 or value.shape[0] != self.batch_size:
-                raise WorkloadError(
-                    f"task {self.name!r}: batch[{field!r}] has shape {tuple(value.shape)}; its first dimension must be "
-                    f"the batch size {self.batch_size} (drop_last=True makes a DataLoader keep to it)"
-                )
-        return dict(batch)
+        rows: Mapping[str, Any] = {}
+        if self.rows is not None:
+            try:
+                rows = dict(self.rows(dict(batch)))
+            except WorkloadError as error:
+                raise WorkloadError(f"{where}: rows= raised: {error}") from error
+            except Exception as error:
+                raise WorkloadError(f"{where}: rows= raised {type(error).__name__}: {error}; correct rows=") from error
+        return sampled(where, batch, rows, self.batch_size)
 
     def first_batch(self) -> Batch:
         """The first batch of a fresh pass, checked. Raises WorkloadError when the loader raises, too."""
@@ -102,7 +106,7 @@ class Task:
             ) from error
         if not first:
             raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
-        return self.check(first[0])
+        return dict(self.sampled(first[0]).fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +220,19 @@ class Workload:
         probability: float = 1.0,
         on_end: OnEnd = "restart",
         prefetch: int = 1,
+        rows: RowsFunction | None = None,
     ) -> Callable[[FunctionT], FunctionT]:
-        """Decorator that registers a task function: a batch (dict of tensors) in, a scalar loss out.
+        """Decorator that registers a task function: a batch (a dict of fields) in, a scalar loss out.
 
         `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
         each process that needs them reads its own. `weight` multiplies the task's loss in the sum. The task takes part
         in every `every`-th step, or in each step with `probability`; parameters that no task of a step uses rest in it.
         When its data ends, `on_end` starts it over, stops the training before a step that lacks a batch, or ends it
         with an error. `prefetch` batches are read ahead while others train.
+
+        Any dimension of a field but that of the samples may differ from batch to batch, and so may the number of
+        samples. `rows`: a function from a batch to the number of rows that each sample has in each packed field, as
+        {"pixel_values": patches, "image_grid_thw": images}; see docs/packed.md.
         """
         _check_name("task", name, self.tasks)
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -252,6 +261,7 @@ class Workload:
                 probability=probability,
                 on_end=on_end,
                 prefetch=prefetch,
+                rows=rows,
             )
             return function
 

@@ -69,7 +69,7 @@ def transfers_complete(program: Program, places: Places) -> Iterator[str]:
                 yield f"transfer {transfer.name}: rank {message.source} sends {message.tensor!r} to itself"
         start, wait = Instruction(Op.TRANSFER, transfer.name), Instruction(Op.AWAIT, transfer.name)
         yield from exactly_once(start, transfer.members(), places)
-        yield from exactly_once(wait, {message.target for message in transfer.messages}, places)
+        yield from exactly_once(wait, transfer.receiving(), places)
         for rank, positions in places.get(wait, {}).items():
             if positions[0] < places.get(start, {}).get(rank, [-1])[0]:
                 yield f"rank {rank} waits for transfer {transfer.name} before it starts it"

@@ -50,7 +50,7 @@ class _Effects:
             return ({f"arrivals:{name}"} if name in self.program.transfer_by_name else set()), set()
         if instruction.op is Op.TRANSFER:
             transfer = self.program.transfer_by_name[name]
-            sends = any(message.source == rank for message in transfer.messages)
+            sends = rank in transfer.sending()
             return set(), {
                 f"{'gradients' if transfer.backward else 'activations'}:{transfer.source}"
             } if sends else set()
@@ -66,7 +66,7 @@ class _Effects:
         run = self.program.slice_by_name[name]
         read = {f"activations:{name}"} if backward else set()
         for transfer in self.transfers[name]:
-            if transfer.backward is backward and any(message.target == rank for message in transfer.messages):
+            if transfer.backward is backward and rank in transfer.receiving():
                 read.add(f"arrivals:{transfer.name}")
         for other in self.targets[name] if backward else self.sources[name]:
             source, target = (run, other) if backward else (other, run)
@@ -79,7 +79,7 @@ def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: 
     if rank not in source.ranks or rank not in target.ranks or (gradient and not target.backward):
         return False
     (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
-    overlap = max(low, first) < min(high, last)
+    overlap = source.varies or target.varies or max(low, first) < min(high, last)
     for name in set(source.outputs) & set(target.inputs):
         tensor = program.tensor_by_name[name]
         whole = rank == source.ranks[0] and (not gradient or rank == target.copy_of(rank)[0])
@@ -89,7 +89,7 @@ def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: 
 
 
 def _members(program: Program) -> dict[str, frozenset[int]]:
-    """Ranks that take part in each transfer, reduction, and in the clipping (whose target is empty)."""
+    """Ranks that take part in each transfer, reduction, and in what all do together (which has no target)."""
     everyone = {"": frozenset(range(program.num_ranks))}
     transfers = {transfer.name: transfer.members() for transfer in program.transfers}
     return everyone | transfers | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
@@ -99,7 +99,7 @@ def different_orders(program: Program) -> Iterator[str]:
     """Pairs of ranks that meet what they do together in different orders."""
     members = _members(program)
     together = [
-        [i.target for i in instructions if i.op in (Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)]
+        [i.target for i in instructions if i.op in (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)]
         for instructions in program.instructions
     ]
     for a in range(program.num_ranks):
@@ -114,7 +114,7 @@ def different_orders(program: Program) -> Iterator[str]:
 def stuck_ranks(program: Program) -> Iterator[str]:
     """Step all ranks together; name the instruction at which each stuck rank stands."""
     members = _members(program)
-    together = (Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)
+    together = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)
     position = [0] * program.num_ranks
 
     def meeting(rank: int, instruction: Instruction) -> frozenset[int]:

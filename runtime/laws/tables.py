@@ -56,7 +56,7 @@ def _named(program: Program) -> Iterator[tuple[str, Collection[str], Collection[
     for run in program.slices:
         yield f"slice run {run.name!r}", (*run.inputs, *run.outputs), run.ranks
     for transfer in program.transfers:
-        if transfer.messages:
+        if transfer.members():
             tensors = {message.tensor for message in transfer.messages}
             yield f"transfer {transfer.name!r}", sorted(tensors), sorted(transfer.members())
     for bucket in program.buckets:
@@ -69,6 +69,7 @@ def runs_complete(program: Program, places: Places) -> Iterator[str]:
         for op, ranks in ((Op.FORWARD, run.ranks), (Op.BACKWARD, run.ranks if run.backward else ())):
             yield from exactly_once(Instruction(op, run.name), ranks, places)
     yield from exactly_once(Instruction(Op.STEP), range(program.num_ranks), places)
+    yield from exactly_once(Instruction(Op.AGREE), range(program.num_ranks if program.num_ranks > 1 else 0), places)
     clipping = range(program.num_ranks if program.max_grad_norm is not None else 0)
     yield from exactly_once(Instruction(Op.CLIP), clipping, places)
     for rank, instructions in enumerate(program.instructions):
@@ -88,6 +89,12 @@ def batches_loaded(program: Program, places: Places) -> Iterator[str]:
             first = readers.setdefault(run.task, {})
             first[rank] = min(position, first.get(rank, position))
     loaded = {i.target for instructions in program.instructions for i in instructions if i.op is Op.LOAD}
+    for rank, instructions in enumerate(program.instructions):
+        ops = [x.op for x in instructions]
+        if Op.AGREE in ops and Op.LOAD in ops[ops.index(Op.AGREE) :]:
+            yield f"rank {rank} loads a batch after the ranks have agreed on theirs"
+        if Op.AGREE in ops and set(ops[: ops.index(Op.AGREE)]) - {Op.LOAD}:
+            yield f"rank {rank} begins before the ranks have agreed on their batches"
     for task in sorted(readers.keys() | loaded):
         load = Instruction(Op.LOAD, task)
         yield from exactly_once(load, readers.get(task, {}), places)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import Captured, computing_in
-from spindle.capture.draws import Stream, drawing_from
 from spindle.capture.repeat import base_task, micro_batch
 from spindle.profile import LinkLevel
+from spindle.record.draws import Stream, drawing_from
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.profiling.hardware import Hardware, hardware_here

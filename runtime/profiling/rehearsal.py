@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import Captured, aux_read
-from spindle.capture.draws import Stream
 from spindle.graph import TensorSpec
+from spindle.record.draws import Stream
 from spindle.runtime.executor import Activations, Executor
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import held_by_rank

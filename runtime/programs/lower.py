@@ -9,15 +9,16 @@
 import heapq
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from spindle.errors import PlanError
 from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
+from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
-from spindle.runtime.programs.program import Bucket, Message, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 
@@ -32,16 +33,21 @@ def lower(
     max_grad_norm: float | None = None,
     recompute: Collection[str] = (),
     shard_optimizer: bool = False,
+    varying: Collection[str] = (),
 ) -> Program:
     """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
 
     `losses`: the tensor that holds each task's loss; `weights`: what multiplies it; `recompute`: components that keep
-    their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks.
+    their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks; `varying`: tasks whose batches are
+    shared by what their samples hold.
 
     Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, or splits an operator that
     mixes samples.
     """
-    runs = _slice_runs(plan, metagraph, graph, losses, recompute)
+    runs = [
+        replace(run, varies=run.task in varying and len(run.ranks) > run.tensor_parallel)
+        for run in _slice_runs(plan, metagraph, graph, losses, recompute)
+    ]
     edges = _edges(runs)
     forward = [_transfer(graph, *edge) for edge in edges]
     backward = [_backward_transfer(graph, *edge) for edge in edges if edge[1].backward]
@@ -49,7 +55,7 @@ def lower(
         num_ranks=plan.num_devices,
         tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
         slices=tuple(runs),
-        transfers=tuple(t for t in (*forward, *backward) if t.messages),
+        transfers=tuple(t for t in (*forward, *backward) if t.members()),
         buckets=tuple(make_buckets(runs, graph, shard_optimizer)),
         losses=tuple(losses.items()),
         weights=tuple(weights.items()),
@@ -129,7 +135,7 @@ def slice_run(
         inputs=tuple(dict.fromkeys(name for op in ops for name in op.inputs if name not in made)),
         outputs=tuple(name for op in ops for name in (t.name for t in op.outputs) if name in outward),
         trained=tuple(dict.fromkeys(name for op in ops for p in op.parameters if p.trainable for name in p.names())),
-        loads=any(op.batch_fields for op in ops),
+        loads=True,
         backward=backward,
         recompute=backward and ops[0].component in recompute,
         tensor_parallel=parts,
@@ -218,60 +224,47 @@ def _edges(runs: Sequence[SliceRun]) -> list[Edge]:
 
 
 def _transfer(graph: TaskGraph, source: SliceRun, target: SliceRun, tensors: tuple[str, ...]) -> Transfer:
-    messages = [m for tensor in tensors for m in _messages(graph.tensors[tensor], source, target)]
+    specs = [graph.tensors[name] for name in tensors]
     return Transfer(
         name=f"{source.name}>{target.name}",
         source=source.name,
         target=target.name,
         backward=False,
-        messages=tuple(m for m in messages if m.source != m.target),
+        messages=transfer_messages(specs, source, target, source.bounds, target.bounds, backward=False),
+        **_ends(specs, source, target, backward=False),
     )
-
-
-def _messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -> Iterator[Message]:
-    """The samples each target rank needs, from ranks that hold them; what a rank holds itself included.
-
-    A tensor that cannot be cut comes from the source's first rank, which alone gets its gradients back.
-    """
-    for index, (rank, (low, high)) in enumerate(zip(target.ranks, target.bounds, strict=True)):
-        if not tensor.rows:
-            yield Message(tensor=tensor.name, source=source.ranks[0], target=rank, low=0, high=0)
-            continue
-        for ranks, (first, last) in source.copies():
-            if max(low, first) < min(high, last):
-                sender = rank if rank in ranks else ranks[index % len(ranks)]
-                yield Message(tensor=tensor.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
 
 
 def _backward_transfer(graph: TaskGraph, source: SliceRun, target: SliceRun, tensors: tuple[str, ...]) -> Transfer:
     """Gradients from the target run back to the source run; in the order of the forward messages."""
     specs = [graph.tensors[name] for name in tensors if graph.tensors[name].needs_grad]
-    order = {rank: index for index, rank in enumerate(target.ranks)}
-    messages = [
-        message
-        for spec in specs
-        for message in sorted(_gradient_messages(spec, source, target), key=lambda m: order[m.source])
-    ]
     return Transfer(
         name=f"{source.name}<{target.name}",
         source=target.name,
         target=source.name,
         backward=True,
-        messages=tuple(m for m in messages if m.source != m.target),
+        messages=transfer_messages(specs, source, target, source.bounds, target.bounds, backward=True),
+        **_ends(specs, source, target, backward=True),
     )
 
 
-def _gradient_messages(tensor: TensorSpec, source: SliceRun, target: SliceRun) -> Iterator[Message]:
-    """The gradients each source rank needs, one of the ranks of each copy of the target sending them."""
-    if not tensor.rows:
-        for ranks, _ in target.copies():
-            yield Message(tensor=tensor.name, source=ranks[0], target=source.ranks[0], low=0, high=0)
-        return
-    for index, (rank, (low, high)) in enumerate(zip(source.ranks, source.bounds, strict=True)):
-        for ranks, (first, last) in target.copies():
-            if max(low, first) < min(high, last):
-                sender = rank if rank in ranks else ranks[index % len(ranks)]
-                yield Message(tensor=tensor.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
+def _ends(
+    specs: Sequence[TensorSpec], source: SliceRun, target: SliceRun, *, backward: bool
+) -> dict[str, tuple[int, ...]]:
+    """Ranks that may send and receive where bounds vary: none of runs whose bounds are always the same."""
+    alike = (source.ranks, source.tensor_parallel) == (target.ranks, target.tensor_parallel)
+    cut = [spec for spec in specs if spec.rows and not alike]
+    if not specs or not (source.varies or target.varies):
+        return {}
+    from_all = bool(cut)
+    makers = source.ranks if from_all else source.ranks[:1]
+    readers = tuple(rank for rank in target.ranks if from_all or rank != source.ranks[0])
+    if not cut and all(spec.rows for spec in specs):
+        return {}
+    if len({*makers, *readers}) < 2:
+        return {}
+    senders, receivers = (readers, makers) if backward else (makers, readers)
+    return {"senders": tuple(senders), "receivers": tuple(receivers)}
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------

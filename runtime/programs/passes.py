@@ -62,7 +62,7 @@ def add_compute(program: Program) -> Lists:
             if backward and not run.backward:
                 continue
             for rank in run.ranks:
-                brings = [t for t in incoming.get(run.name, ()) if any(m.target == rank for m in t.messages)]
+                brings = [t for t in incoming.get(run.name, ()) if rank in t.receiving()]
                 lists[rank] += [Instruction(Op.AWAIT, t.name) for t in brings]
                 lists[rank].append(Instruction(Op.BACKWARD if backward else Op.FORWARD, run.name))
             for transfer in outgoing.get(run.name, ()):
@@ -104,18 +104,14 @@ def add_step(program: Program) -> Lists:
 
 
 def add_loads(program: Program) -> Lists:
-    """Fetch a task's batch before the first run on the rank that reads a field of it."""
-    return tuple(tuple(_with_loads(program, instructions)) for instructions in program.instructions)
+    """Fetch the batches of the tasks of which the rank has runs, then see with all ranks whether they agree on them."""
+    agree = (Instruction(Op.AGREE),) if program.num_ranks > 1 else ()
+    return tuple((*_loads(program, own), *agree, *own) for own in program.instructions)
 
 
-def _with_loads(program: Program, instructions: Iterable[Instruction]) -> Iterator[Instruction]:
-    loaded: set[str] = set()
-    for instruction in instructions:
-        run = program.slice_by_name[instruction.target] if instruction.op is Op.FORWARD else None
-        if run is not None and run.loads and run.task not in loaded:
-            loaded.add(run.task)
-            yield Instruction(Op.LOAD, run.task)
-        yield instruction
+def _loads(program: Program, instructions: Iterable[Instruction]) -> Iterator[Instruction]:
+    runs = (program.slice_by_name[i.target] for i in instructions if i.op is Op.FORWARD)
+    return (Instruction(Op.LOAD, task) for task in dict.fromkeys(run.task for run in runs if run.loads))
 
 
 def add_frees(program: Program) -> Lists:
@@ -161,7 +157,7 @@ class _Buffers:
                         targets.setdefault(source.name, set()).add(target.name)
         arriving: dict[tuple[str, bool], set[str]] = {}
         for transfer in program.transfers:
-            if any(message.target == rank for message in transfer.messages):
+            if rank in transfer.receiving():
                 arriving.setdefault((transfer.target, transfer.backward), set()).add(arrivals(transfer.name))
         return cls(
             program,
@@ -182,7 +178,7 @@ class _Buffers:
             return {activations(name)} | made | taken | self.arriving.get((name, True), set())
         if instruction.op is Op.TRANSFER:
             transfer = self.program.transfer_by_name[name]
-            if any(message.source == self.rank for message in transfer.messages):
+            if self.rank in transfer.sending():
                 return {gradients(transfer.source) if transfer.backward else activations(transfer.source)}
         return set()
 
@@ -198,7 +194,7 @@ def _stays(program: Program, tensor: str, source: SliceRun, target: SliceRun, ra
     if not program.tensor_by_name[tensor].rows:
         return source.ranks[0] == rank
     (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
-    return max(low, first) < min(high, last)
+    return source.varies or target.varies or max(low, first) < min(high, last)
 
 
 def _grouped(transfers: Iterable[Transfer], end: str) -> dict[str, list[Transfer]]:

@@ -19,6 +19,7 @@ class Op(StrEnum):
     """What an instruction does with its target."""
 
     LOAD = "LOAD"  # a task: fetch its next batch
+    AGREE = "AGREE"  # all ranks together: check that their batches have the same shapes, before a message depends on it
     FORWARD = "FORWARD"  # a slice run: compute, keeping what backward needs
     TRANSFER = "TRANSFER"  # a transfer: start its sends and receives; does not wait
     AWAIT = "AWAIT"  # a transfer or bucket: wait until what it brings has arrived
@@ -49,6 +50,7 @@ class SliceRun:
     cut. `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
     parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
+    `varies`: its bounds follow what each batch holds; `bounds` are those of as many samples, evenly shared.
     """
 
     name: str
@@ -66,6 +68,7 @@ class SliceRun:
     backward: bool
     recompute: bool = False
     tensor_parallel: int = 1
+    varies: bool = False
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold one copy of the layers together, `rank` among them, in order of their parts."""
@@ -101,17 +104,30 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """All messages from slice run `source` to slice run `target`; `backward` ones carry gradients."""
+    """All messages from slice run `source` to slice run `target`; `backward` ones carry gradients.
+
+    Where the bounds of a run vary, `senders` and `receivers` are the ranks that may send and receive in some step.
+    """
 
     name: str
     source: str
     target: str
     backward: bool
     messages: tuple[Message, ...]
+    senders: tuple[int, ...] = ()
+    receivers: tuple[int, ...] = ()
+
+    def sending(self) -> frozenset[int]:
+        """Ranks that may send."""
+        return frozenset(self.senders).union(m.source for m in self.messages)
+
+    def receiving(self) -> frozenset[int]:
+        """Ranks that may receive."""
+        return frozenset(self.receivers).union(m.target for m in self.messages)
 
     def members(self) -> frozenset[int]:
-        """Ranks that send or receive."""
-        return frozenset(rank for m in self.messages for rank in (m.source, m.target))
+        """Ranks that may send or receive."""
+        return self.sending() | self.receiving()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

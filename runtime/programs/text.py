@@ -30,9 +30,9 @@ from spindle.errors import FormatError
 from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
-HEADER = "spindle.program 1"
+HEADER = "spindle.program 2"
 _UNSAFE = re.compile(r"[%\s]")
-_FLAGS = ("loads", "backward", "recompute")
+_FLAGS = ("loads", "backward", "recompute", "varies")
 
 
 def dumps(program: Program) -> str:
@@ -51,7 +51,7 @@ def _lines(program: Program) -> Iterator[str]:
     for t in program.tensors:
         shape = ",".join(map(str, t.shape)) or "scalar"
         grad = " grad" if t.needs_grad else ""
-        yield f"tensor {_word(t.name)} {t.dtype} {shape} rows {t.rows} dim {t.row_dim}{grad}"
+        yield f"tensor {_word(t.name)} {t.dtype} {shape} rows {t.rows} dim {t.row_dim} of {_word(t.unit) or '-'}{grad}"
     for run in program.slices:
         flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
         flags += f" parts:{run.tensor_parallel}" if run.tensor_parallel > 1 else ""
@@ -65,7 +65,12 @@ def _lines(program: Program) -> Iterator[str]:
         yield _row("trained", run.trained)
     for transfer in program.transfers:
         direction = "backward" if transfer.backward else "forward"
-        yield f"transfer {transfer.name} from {transfer.source} to {transfer.target} {direction}"
+        ends = "".join(
+            f" {label} {','.join(map(str, ranks))}"
+            for label, ranks in (("senders", transfer.senders), ("receivers", transfer.receivers))
+            if ranks
+        )
+        yield f"transfer {transfer.name} from {transfer.source} to {transfer.target} {direction}{ends}"
         for m in transfer.messages:
             yield f"  {_word(m.tensor)} {m.source} -> {m.target} samples {m.low}:{m.high}"
     for bucket in program.buckets:
@@ -154,10 +159,16 @@ def _parse_loss(parsed: _Parsed, words: list[str], body: list[list[str]]) -> Non
 
 
 def _parse_tensor(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
-    name, dtype, shape, _, rows, _, dim, *grad = words
+    name, dtype, shape, _, rows, _, dim, _, unit, *grad = words
     sizes = () if shape == "scalar" else tuple(map(int, shape.split(",")))
     spec = TensorSpec(
-        name=name, shape=sizes, dtype=dtype, rows=int(rows), row_dim=int(dim), needs_grad=grad == ["grad"]
+        name=name,
+        shape=sizes,
+        dtype=dtype,
+        rows=int(rows),
+        row_dim=int(dim),
+        needs_grad=grad == ["grad"],
+        unit="" if unit == "-" else unit,
     )
     parsed.tensors.append(spec)
 
@@ -189,14 +200,17 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
 
 
 def _parse_transfer(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
-    name, _, source, _, target, direction = words
+    name, _, source, _, target, direction, *ends = words
+    ranks = {label: tuple(map(int, numbers.split(","))) for label, numbers in zip(ends[::2], ends[1::2], strict=True)}
+    if ranks.keys() - {"senders", "receivers"}:
+        raise ValueError("ends are senders and receivers")
     messages = []
     for tensor, sender, _, receiver, _, samples in body:
         low, high = _pair(samples)
         messages.append(Message(tensor=tensor, source=int(sender), target=int(receiver), low=low, high=high))
     backward = {"forward": False, "backward": True}[direction]
     parsed.transfers.append(
-        Transfer(name=name, source=source, target=target, backward=backward, messages=tuple(messages))
+        Transfer(name=name, source=source, target=target, backward=backward, messages=tuple(messages), **ranks)
     )
 
 

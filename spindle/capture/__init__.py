@@ -1,16 +1,13 @@
 """Capture: a Workload in; its TaskGraph and the code of every operator out. The data passes through in this order:
 
-blocks      repeated layers are found, and traced around
-tracing     the user's task function becomes a graph
-export      by torch.export on fake tensors; what it cannot follow is one block, seen on a few samples (recorded)
-rewrite     reductions over all samples go by sample first
-randomness  what draws random numbers does so as a function of its place (draws)
-partition   the graph falls into groups: blocks, glue, and what any rank can compute by itself
-probing     each group shows, by running on a few samples (rows), whether it goes by samples
-extract     groups become torch modules
+blocks      repeated layers are found
+task        the user's task function is recorded on its first batches, whole and in parts (spindle.record)
+analysis    parts beside wholes show what mixes samples, and how each value is cut
+grouping    what was recorded falls into groups: blocks and glue
 costs       which are measured on fake tensors at the full batch
 operators   and put together, named by naming, as codes
-repeat      once for each micro-batch in flight
+parts       by which recordings of other batches fall into the same operators
+repeat      once for each concurrent micro-batch
 
 eager runs the user's functions as they are, with the same random numbers: what planned runs are compared with.
 """
@@ -18,28 +15,28 @@ eager runs the user's functions as they are, with the same random numbers: what 
 import warnings
 from collections.abc import Callable
 
-from spindle.capture.blocks import find_blocks
-from spindle.capture.codes import AuxCode, Captured, CodeInput, FieldSpecs, OperatorCode, field_specs
+from spindle.capture.blocks import Block, blocks_of, find_blocks
+from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.naming import Namer
-from spindle.capture.operators import DataDependentSize, Memo, TaskOperators, build_operators
-from spindle.capture.partition import partition
+from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
-from spindle.capture.tracing import TracedTask, blocks_of, trace
+from spindle.capture.signature import module_signature
+from spindle.capture.task import Looker, TakeWhole, refuse_gradient_hooks
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
-from spindle.workload import Batch, Task, Workload
+from spindle.record.skeleton import BlockInfo, Skeleton
+from spindle.workload import Workload
 
 LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little
 
-__all__ = ["AuxCode", "Captured", "CodeInput", "OperatorCode", "capture"]
+__all__ = ["Captured", "OperatorCode", "TaskCode", "capture"]
 
 
 def capture(workload: Workload, on_task: Callable[[str], object] = str) -> Captured:
-    """Trace every task of a workload on its first batch. Raises WorkloadError naming the task and the reason.
+    """Record every task of a workload on its first batches. Raises WorkloadError naming the task and the reason.
 
-    `on_task` is told what is done before each.
-
-    A workload that has not changed since is not traced again. With several micro-batches in flight each is a task.
+    `on_task` is called with what is done before each. A workload that has not changed since is not captured again. Each
+    of several concurrent micro-batches is a task.
     """
     workload.require_tasks()
     version = _version(workload)
@@ -72,43 +69,42 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
-def _operators(
-    workload: Workload, task: Task, batch: Batch, namer: Namer, memo: Memo
-) -> tuple[TracedTask, TaskOperators]:
-    """A task traced and its operators; components whose glue has sizes that only data tell are taken whole."""
-    whole: dict[str, Exception] = {}
-    names = namer.used.copy()
-    while True:
-        traced = trace(workload, task, batch, whole)
-        try:
-            return traced, build_operators(workload, traced, partition(traced), batch, namer, memo)
-        except DataDependentSize as error:
-            if error.component in whole or error.component not in workload.components:
-                raise
-            whole[error.component] = error
-            namer.used = names.copy()
-
-
 def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
     _warn_of_large_operators(workload)
-    namer, memo = Namer(blocks_of(workload)), Memo()
-    results, draws = [], {}
-    fields: dict[str, FieldSpecs] = {}
+    whole: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _captured(workload, on_task, whole)
+        except TakeWhole as taken:
+            warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
+            whole |= {taken.component}
+
+
+def _captured(workload: Workload, on_task: Callable[[str], object], whole: frozenset[str]) -> Captured:
+    blocks = _blocks(workload, whole)
+    refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
+    infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
+    skeleton = Skeleton({name: c.module for name, c in workload.components.items()}, infos, learning=True)
+    looker, namer, memo = Looker(workload, skeleton, {}, whole), Namer(blocks), Memo()
+    results: list[TaskOperators] = []
     for task in workload.tasks.values():
-        on_task(f"tracing {task.name}")
-        batch = task.first_batch()
-        fields[task.name] = field_specs(batch)
-        traced, result = _operators(workload, task, batch, namer, memo)
-        draws[task.name] = traced.draws
-        results.append(result)
+        on_task(f"recording {task.name}")
+        results.append(build_operators(workload, task, looker.look(task), namer, memo))
+    skeleton.learning = False
     return Captured(
         graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
         codes={code.name: code for result in results for code in result.codes},
-        aux={code.name: code for result in results for code in result.aux},
+        tasks={task: result.code for task, result in zip(workload.tasks, results, strict=True)},
         losses={task: result.loss for task, result in zip(workload.tasks, results, strict=True)},
         weights={task.name: task.weight for task in workload.tasks.values()},
         parameters=dict(workload.named_parameters()),
+        skeleton=skeleton,
         precision=workload.precision,
-        draws=draws,
-        fields=fields,
     )
+
+
+def _blocks(workload: Workload, whole: frozenset[str]) -> list[Block]:
+    """Blocks of all components, with whole components in place of those inside them."""
+    inside = {module for name in whole for module in workload.components[name].module.modules()}
+    found = [block for block in blocks_of(workload) if block.module not in inside]
+    return found + [Block(name, workload.components[name].module) for name in sorted(whole)]

@@ -1,129 +1,166 @@
-"""Codes: what the runtime executes. Each is a torch module with named inputs and outputs.
+"""Codes: what the runtime executes. Operators are torch modules that run the calls recorded for them.
 
-- An operator's code runs on any part of the batch, its own parameters inside under the module's own names.
-- An aux code computes, from batch fields alone, something operators read beside their data flow: the field itself, a
-  mask, rotary tables, the number of counted positions. It is cheap and holds no parameters, so each rank computes its
-  own instead of being sent it.
+- An operator's module holds its parameters; what it computes comes anew with each recording, as an OperatorPart.
+- A TaskCode tells how the recording of any batch of a task, or of a part of one, falls into its operators.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.draws import Sites
-from spindle.errors import WorkloadError
+from spindle.capture.grouping import Key
 from spindle.graph import TaskGraph
+from spindle.record.caches import caches_off, caching_configs
+from spindle.record.draws import Site
+from spindle.record.randomness import Drawing
+from spindle.record.recording import Node, Recording, execute
+from spindle.record.skeleton import Skeleton
 from spindle.workload import Precision
 
-
-FieldSpecs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of each field of a task's batches."""
-
-
-def field_specs(batch: Mapping[str, Tensor]) -> FieldSpecs:
-    """Shape and dtype of each field of a batch."""
-    return {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
+Crossing = tuple[object, int]
+"""A value that one operator sends to others: key of glue or name of a block call, and which of its results."""
 
 
-def check_fields(task: str, step: int, batch: Mapping[str, Tensor], captured: FieldSpecs) -> None:
-    """Refuse a batch whose fields, shapes or dtypes are not those that capture saw, since code was made for these.
+class OperatorModule(nn.Module):
+    """The parameters of one operator: those of its block, or those that its glue reads, under names of their own."""
 
-    Raises WorkloadError that names the task, the step and the field.
+    def __init__(self, block: nn.Module | None, state: Mapping[str, Tensor]) -> None:
+        """`state`: parameters and changing buffers that the operator reads itself, by the workload's names."""
+        super().__init__()
+        self.block = block
+        self.own: dict[str, str] = {}
+        for index, (name, value) in enumerate(state.items()):
+            self.own[name] = f"value_{index}"
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(self.own[name], value)
+            else:
+                self.register_buffer(self.own[name], value)
+        self.configs = caching_configs(block) if block is not None else []
+
+    def leaf(self, name: str) -> Tensor:
+        """The parameter or buffer of the workload's name."""
+        value: Tensor = getattr(self, self.own[name])
+        return value
+
+    def forward(self, part: "OperatorPart", *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run what was recorded on the tensors that other operators sent; what it sends to others."""
+        values = dict(zip(part.inputs, inputs, strict=True))
+        execute(
+            part.nodes,
+            values,
+            aux=part.aux,
+            leaf=self.leaf,
+            leaves=part.recording.leaves,
+            blocks={part.block: self._block(part)} if part.block else {},
+            device=part.device,
+        )
+        return tuple(values[out] for out in part.outputs)
+
+    def _block(self, part: "OperatorPart") -> Callable[..., Any]:
+        assert self.block is not None
+        hooked = self.block._forward_hooks or self.block._forward_pre_hooks  # these were recorded as glue
+        run: Callable[..., Any] = self.block.forward if hooked else self.block
+        if not part.sites and not self.configs:
+            return run
+
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            draws = Drawing(part.block, part.sites) if part.sites else contextlib.nullcontext()
+            with draws, caches_off(self.configs):
+                return run(*args, **kwargs)
+
+        return opened
+
+
+@dataclass(slots=True)
+class OperatorPart:
+    """The calls of one operator in one recording: values that come in and go out, and what was computed from the batch.
+
+    `inputs` and `outputs` are value numbers, in the order of `OperatorCode.inputs` and `outputs`. `block`: the name of
+    its block call; `sites`: where that draws.
     """
-    found = field_specs(batch)
-    for name in (*captured, *(name for name in found if name not in captured)):
-        if found.get(name) != captured.get(name):
-            raise WorkloadError(
-                f"task {task!r}, step {step}: batch[{name!r}] {_spec_text(found.get(name))}, but the batch that was "
-                f"captured {_spec_text(captured.get(name), 'had')}; give every batch the same fields, shapes and "
-                "dtypes, for instance by padding to a fixed length"
-            )
 
+    recording: Recording
+    nodes: Sequence[Node]
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    device: torch.device
+    moved: dict[int, Tensor]
+    block: str = ""
+    sites: tuple[Site, ...] = ()
 
-def _spec_text(spec: tuple[tuple[int, ...], torch.dtype] | None, verb: str = "has") -> str:
-    if spec is None:
-        return f"{verb} no such field" if verb == "had" else "is missing"
-    return f"{verb} shape {spec[0]} and dtype {str(spec[1]).removeprefix('torch.')}"
+    def aux(self, number: int) -> Tensor:
+        """A tensor computed from the batch, on the device."""
+        if number not in self.moved:
+            self.moved[number] = self.recording.aux[number].to(self.device)
+        return self.moved[number]
 
-
-@dataclass(frozen=True, slots=True)
-class CodeInput:
-    """One argument of an operator: a tensor of another operator, an aux value, or the number of samples at hand."""
-
-    kind: Literal["tensor", "aux", "rows"]
-    name: str = ""
+    def aux_read(self) -> list[int]:
+        """Tensors computed from the batch that it reads."""
+        return list(dict.fromkeys(number for node in self.nodes for number in node.aux()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorCode:
-    """Code of one operator: `module(*inputs)` gives a tuple with a tensor for each of `outputs`.
+    """Code of one operator: `module(part, *inputs)` gives a tuple with a tensor for each of `outputs`.
 
-    `parameters` maps names inside the module to the workload's names; `buffers` likewise.
+    `parameters` maps names inside the module to the workload's names; `buffers` likewise. `mixes`: it mixes samples, and
+    runs on what was recorded of whole batches.
     """
 
     name: str
-    module: nn.Module
-    inputs: tuple[CodeInput, ...]
+    module: OperatorModule
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     parameters: tuple[tuple[str, str], ...]
     buffers: tuple[tuple[str, str], ...] = ()
-
-
-def aux_read(codes: Iterable[OperatorCode]) -> set[str]:
-    """Names of the aux values that operators read."""
-    return {given.name for code in codes for given in code.inputs if given.kind == "aux"}
+    mixes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AuxCode:
-    """Code of one aux value: `module(rows, *fields)`.
+class TaskCode:
+    """How recordings of a task fall into operators.
 
-    `rows` entries of dimension `row_dim` belong to one sample (0: none do). `whole`: it must see the whole batch, and
-    is cut to the samples at hand afterwards.
+    `glue` and `blocks` name the operator of each key and block call, `crossing` the values that each operator sends, in
+    order, `tensors` their names. `sites`: along what the samples lie in draws, by scope. `stateful`: buffers that
+    change.
     """
 
-    name: str
     task: str
-    module: nn.Module
-    fields: tuple[str, ...]
-    whole: bool
-    rows: int
-    row_dim: int = 0
-
-    def value(self, batch: Mapping[str, Tensor], low: int, high: int, batch_size: int) -> Tensor:
-        """The value for samples low..high-1 of the whole batch."""
-        with torch.no_grad():
-            if not self.whole:
-                return self._run([batch[name][low:high] for name in self.fields], high - low)
-            value = self._run([batch[name] for name in self.fields], batch_size)
-            return value.narrow(self.row_dim, low * self.rows, (high - low) * self.rows) if self.rows else value
-
-    def _run(self, fields: list[Tensor], rows: int) -> Tensor:
-        value: Tensor = self.module(rows, *fields)[0]
-        return value
+    glue: Mapping[Key, str]
+    blocks: Mapping[str, str]
+    crossing: Mapping[str, tuple[Crossing, ...]]
+    tensors: Mapping[Crossing, str]
+    reads: Mapping[str, tuple[str, ...]]
+    sites: Mapping[str, tuple[Site, ...]]
+    stateful: frozenset[str] = frozenset()
+    copies_batch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """A workload as captured: its task graph and the code of each operator in it.
+    """A workload as captured: its task graph, the code of each operator in it, and what records each task.
 
-    `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names; `draws`
-    tells what each task draws; `fields` holds shape and dtype of each batch field of each task, as captured.
+    `losses` names the tensor that holds each task's loss; `parameters` are the user's, by the workload's names.
+    `skeleton` holds the modules as recordings need them, `tasks` tell how recordings fall into operators.
     """
 
     graph: TaskGraph
     codes: Mapping[str, OperatorCode]
-    aux: Mapping[str, AuxCode]
+    tasks: Mapping[str, TaskCode]
     losses: Mapping[str, str]
     weights: Mapping[str, float]
     parameters: Mapping[str, nn.Parameter]
+    skeleton: Skeleton
     precision: Precision = "fp32"
-    draws: Mapping[str, Sites] = field(default_factory=dict)
-    fields: Mapping[str, FieldSpecs] = field(default_factory=dict)
+
+    @property
+    def draws(self) -> dict[str, Mapping[str, tuple[Site, ...]]]:
+        """What each task draws, by scope."""
+        return {name: code.sites for name, code in self.tasks.items()}
 
 
 def computing_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:

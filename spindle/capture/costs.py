@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
-from spindle.capture.blocks import BlockModule
-from spindle.capture.codes import computing_in
-from spindle.capture.draws import shapes_only
-from spindle.capture.randomness import Undrawn
-from spindle.capture.signature import module_signature, structure_signature
+from spindle.capture.codes import OperatorModule, OperatorPart, computing_in
+from spindle.capture.signature import module_signature
+from spindle.record.draws import shapes_only
+from spindle.record.randomness import Undrawn
+from spindle.record.recording import Aux, Ref, tree
 from spindle.workload import Precision
 
 aten = torch.ops.aten
@@ -84,57 +84,53 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def measure(
-    module: nn.Module,
-    rows: int,
+    module: OperatorModule,
+    part: OperatorPart,
     inputs: Sequence[ValueSpec],
     live: Sequence[bool] | None = None,
     precision: Precision = "fp32",
 ) -> Cost:
-    """Run `module(rows, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
+    """Run `module(part, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
     sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode, shapes_only():
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value, static_shapes=True) for name, value in _unique_state(module)
         }
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
-        return _measured(module, rows, state, arguments, live, precision)
+        return _measured(module, part, state, arguments, live, precision)
 
 
 def measure_on_samples(
-    module: nn.Module,
-    samples: int,
-    values: Sequence[Tensor],
+    module: OperatorModule,
+    part: OperatorPart,
     inputs: Sequence[ValueSpec],
     live: Sequence[bool] | None = None,
     precision: Precision = "fp32",
 ) -> Cost:
-    """What `measure` gives, at `samples` samples, for a module that fake tensors cannot run through: it really runs, on
-    the `values` of its inputs for them. Other samples may take other ways through it (experts that these did not
-    choose), so all that can get a gradient counts as getting one.
+    """What `measure` gives, for a module that fake tensors cannot run through: it really runs, on inputs that are made
+    up. Other samples may take other ways through it (experts that these did not choose), so all that can get a gradient
+    counts as getting one.
     """
     state = {name: value.detach().clone() for name, value in _unique_state(module)}
-    arguments = [v.detach().requires_grad_(i.needs_grad) for v, i in zip(values, inputs, strict=True)]
-    cost = _measured(module, samples, state, arguments, live, precision)
+    generator = torch.Generator().manual_seed(0)
+    arguments = [
+        torch.randn(i.shape, generator=generator).to(i.dtype).requires_grad_(i.needs_grad)
+        if i.dtype.is_floating_point
+        else torch.zeros(i.shape, dtype=i.dtype)
+        for i in inputs
+    ]
+    cost = _measured(module, part, state, arguments, live, precision)
     if not cost.trained and not any(cost.input_grads):
         return cost
     trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     return replace(cost, trained=trained, input_grads=tuple(spec.needs_grad for spec in inputs))
 
 
-def at_full_batch(cost: Cost, samples: int, rows: int, grown: Sequence[tuple[int, int] | None]) -> Cost:
-    """The cost of `rows` samples from that of `samples`. `grown` gives, for each output, the dimension that grows and
-    how much of it belongs to a sample.
-    """
-    outputs = []
-    for spec, growth in zip(cost.outputs, grown, strict=True):
-        shape = list(spec.shape)
-        if growth is not None:
-            shape[growth[0]] = growth[1] * rows
-        outputs.append(replace(spec, shape=tuple(shape)))
-    factor = rows / samples
+def scaled(cost: Cost, factor: float, shapes: Sequence[tuple[int, ...]]) -> Cost:
+    """The cost of `factor` times as many samples, whose results have `shapes`."""
     return replace(
         cost,
-        outputs=tuple(outputs),
+        outputs=tuple(replace(spec, shape=shape) for spec, shape in zip(cost.outputs, shapes, strict=True)),
         forward_flops=cost.forward_flops * factor,
         backward_flops=cost.backward_flops * factor,
         activation_bytes=int(cost.activation_bytes * factor),
@@ -142,8 +138,8 @@ def at_full_batch(cost: Cost, samples: int, rows: int, grown: Sequence[tuple[int
 
 
 def _measured(
-    module: nn.Module,
-    rows: int,
+    module: OperatorModule,
+    part: OperatorPart,
     state: dict[str, Tensor],
     arguments: Sequence[Tensor],
     live: Sequence[bool] | None,
@@ -155,7 +151,7 @@ def _measured(
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     cpu, undrawn = torch.device("cpu"), Undrawn()
     with counter as forward, _saved_bytes(saved), computing_in(precision, cpu), undrawn:
-        outputs = torch.func.functional_call(module, state, (rows, *arguments))
+        outputs = torch.func.functional_call(module, state, (part, *arguments))
     ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as backward:
         if ends:
@@ -187,16 +183,33 @@ def _saved_bytes(saved: dict[int, int]) -> Any:
 
 
 def kind_of(
-    label: str, module: nn.Module, rows: int, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
+    label: str, module: OperatorModule, part: OperatorPart, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
 ) -> str:
     """Operator kind: equal for operators that do the same work on the same shapes, in every process and session."""
-    parts = [
-        label,
-        precision,
-        str(rows),
-        *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs),
-        module_signature(module),
-    ]
-    parts += [structure_signature(m.arguments) for m in module.modules() if isinstance(m, BlockModule)]
-    parts.append(getattr(module, "code", ""))
+    parts = [label, precision, *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs), module_signature(module)]
+    parts.append(_text(module, part))
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
+
+
+def _text(module: OperatorModule, part: OperatorPart) -> str:
+    """What a part computes, as text: functions, constants, and where each value comes from."""
+    recording, names = part.recording, dict[int, str]()
+    for index, number in enumerate(part.inputs):
+        names[number] = f"input {index}"
+    lines = []
+
+    def told(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            if leaf.index in recording.leaves and leaf.index not in names:
+                return module.own.get(recording.leaves[leaf.index], "?")
+            return names.get(leaf.index, "?")
+        if isinstance(leaf, Aux):
+            value = recording.aux[leaf.index]
+            return f"aux {tuple(value.shape)} {value.dtype}"
+        return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__
+
+    for node in part.nodes:
+        name = "block" if node.block else getattr(node.function, "__name__", type(node.function).__name__)
+        lines.append(f"{name} {tree(told, node.args)!r} {tree(told, node.kwargs)!r} {node.grad} {node.autocast}")
+        names.update({out: f"value {len(names)}" for out in node.outs if out not in names})
+    return chr(10).join(lines)

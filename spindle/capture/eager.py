@@ -8,8 +8,8 @@ from torch import nn
 
 from spindle.capture.blocks import INSIDE_BLOCK, Block, Forward, Scopes, replaced
 from spindle.capture.codes import Captured
-from spindle.capture.draws import Sites, Stream, drawing_from
-from spindle.capture.randomness import Drawing
+from spindle.record.draws import Sites, Stream, drawing_from
+from spindle.record.randomness import Drawing
 from spindle.workload import Workload
 
 
@@ -21,7 +21,7 @@ def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -
     with (
         replaced([Block(path, _module_at(workload, path)) for path in paths], _in_its_scope(sites)),
         drawing_from(stream),
-        Drawing("", sites[""]),
+        Drawing("", sites.get("", ())),
     ):
         yield
 

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 from spindle.capture.blocks import Block
-from spindle.capture.partition import Group
 
 
 class Namer:
@@ -30,14 +29,14 @@ class Namer:
         """Name of a piece of glue."""
         return self._unique(f"{task}.{component}", role)
 
-    def component(self, group: Group, sizes: Mapping[str, int]) -> str:
-        """The component that a group of glue counts to: that of most of its parameters, else where it arose."""
+    def component(self, called: str, sizes: Mapping[str, int]) -> str:
+        """The component that a group of glue counts to: that of most of its parameters, else the one that was called."""
         by_component: Counter[str] = Counter()
         for name, size in sizes.items():
             by_component[name.partition(".")[0]] += size
         if by_component:
             return by_component.most_common(1)[0][0]
-        return group.component.partition("@")[0] or "glue"
+        return called.partition("@")[0] or "glue"
 
     def _unique(self, base: str, last: str) -> str:
         name = f"{base}.{last}" if last else base

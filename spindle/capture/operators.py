@@ -1,27 +1,29 @@
-"""Operators of one task: its groups in, operators with code, shapes, costs and rows out."""
+"""Operators of one task: its recording and what analysis found in; operators with code, shapes, costs and rows out."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+import torch
+from torch import Tensor
 
 from spindle.capture import costs
-from spindle.capture.codes import AuxCode, CodeInput, OperatorCode
+from spindle.capture.analysis import Findings, place_of, spread_mixing
+from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.extract import Extracted, Extractor, buffer_names, parameter_names
+from spindle.capture.grouping import Group, group, wire
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
-from spindle.capture.partition import Group, Partition
-from spindle.capture.probing import Fragile, Prober
-from spindle.capture.randomness import undrawn
-from spindle.capture.rows import Finding, Rows, one_thread
-from spindle.capture.tracing import TracedTask
+from spindle.capture.parts import crossing_values, divide, members
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import Operator, Parameter, TensorSpec
-from spindle.workload import Batch, Workload
+from spindle.record.draws import Site
+from spindle.record.randomness import undrawn
+from spindle.record.run import Recorded
+from spindle.units import SAMPLES, Bounds, SampledBatch
+from spindle.workload import Task, Workload
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -29,7 +31,6 @@ class Memo:
     """What was found for an operator kind, so that equal layers are looked at once. Shared by all tasks."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
-    findings: dict[str, tuple[list[Finding], list[list[Any]]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,327 +39,345 @@ class _Draft:
 
     name: str
     component: str
-    code: Extracted
+    module: OperatorModule
+    part: OperatorPart
     kind: str
     splittable: bool
+    mixes: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskOperators:
     """Everything that comes out of one task."""
 
-    operators: list[Operator] = field(default_factory=list)
-    codes: list[OperatorCode] = field(default_factory=list)
-    aux: list[AuxCode] = field(default_factory=list)
-    loss: str = ""
+    operators: list[Operator]
+    codes: list[OperatorCode]
+    code: TaskCode
+    loss: str
 
 
-class DataDependentSize(WorkloadError):
-    """Glue of a component hands on a tensor whose size only the data can tell."""
+@dataclass(frozen=True)
+class Seen:
+    """What capture saw of a task: the recording of its first batch, and of some samples of it."""
 
-    def __init__(self, message: str, component: str) -> None:
-        super().__init__(message)
-        self.component = component
+    batch: SampledBatch
+    whole: Recorded
+    few: Recorded
+    few_bounds: Bounds
+    findings: Findings
+    sites: Mapping[str, tuple[Site, ...]]
+    stateful: frozenset[str]
+    copies_batch: bool
 
 
-def build_operators(
-    workload: Workload, traced: TracedTask, partition: Partition, batch: Batch, namer: Namer, memo: Memo
-) -> TaskOperators:
-    """Build the operators of one traced task. Raises WorkloadError when its loss needs no gradient."""
-    names = namer.used.copy()
-    try:
-        return _Builder(workload, traced, partition, batch, namer, memo).run()
-    except Fragile:
-        namer.used = names
-        return _Builder(workload, traced, partition, batch, namer, memo, fragile=True).run()
+def build_operators(workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> TaskOperators:
+    """Build the operators of one task. Raises WorkloadError when its loss needs no gradient."""
+    return _Builder(workload, task, seen, namer, memo).run()
 
 
 class _Builder:
-    def __init__(
-        self,
-        workload: Workload,
-        traced: TracedTask,
-        partition: Partition,
-        batch: Batch,
-        namer: Namer,
-        memo: Memo,
-        *,
-        fragile: bool = False,
-    ) -> None:
-        self.task = traced.task
+    def __init__(self, workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> None:
+        self.workload, self.task, self.seen, self.namer, self.memo = workload, task, seen, namer, memo
         self.precision = workload.precision
-        self.traced = traced
-        self.partition = partition
-        self.extractor = Extractor(workload, traced, partition)
-        self.namer = namer
-        self.memo = memo
+        self.wired = wire(seen.whole.recording, seen.stateful)
+        self.recording, self.nodes = self.wired.recording, self.wired.recording.nodes
         self.cuts = cuts(workload)
-        self.parameter_by_id = {id(p): name for name, p in workload.named_parameters()}
-        self.buffer_by_id = {id(b): name for name, b in workload.named_buffers()}
-        self.prober = Prober(self.task, traced, self.extractor, batch, fragile=fragile)
-        self.specs: dict[fx.Node, ValueSpec] = {}  # of tensors between operators, at the full batch
+        self.named: dict[str, Tensor] = {**dict(workload.named_parameters()), **dict(workload.named_buffers())}
+        self.name_by_id = {id(value): name for name, value in self.named.items()}
+        self.modules = {
+            f"{name}.{path}" if path else name: module
+            for name, component in workload.components.items()
+            for path, module in component.module.named_modules()
+        }
+        self.specs: dict[str, ValueSpec] = {}  # of tensors between operators, at the full batch
+        self.crossing: dict[str, Crossing] = {}  # what each tensor is
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
-        with one_thread():
-            for group in self.partition.groups:
-                if group.is_block:
-                    self._add_block(group)
-                else:
-                    self._add_glue(group)
-        loss = self.traced.loss
-        if loss not in self.specs or not self.specs[loss].needs_grad:
-            raise WorkloadError(
-                f"task {self.task.name!r}: its loss needs no gradient; let it depend on a trained parameter"
-            )
-        costs_by_draft = self._backward_pass()
+        groups = self._groups()
+        names, components = self._names(groups)
+        code = self._task_code(names)
+        parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
+        self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
+        for number in self._order(names):
+            name = names[number]
+            if not any(draft.name == name for draft in self.drafts):
+                self._draft(name, components[name], parts[name], code)
+        loss = next((t for t, what in self.crossing.items() if what == self._loss()), "")
+        if not loss or not self.specs[loss].needs_grad:
+            raise self._no_gradient()
+        self.loss = loss
+        costs_by_draft = self._backward_pass(code)
         self._warn_of_whole_operators(costs_by_draft)
         return TaskOperators(
-            operators=[self._operator(draft, cost) for draft, cost in costs_by_draft],
-            codes=[self._code(draft) for draft in self.drafts],
-            aux=list(self.prober.aux.values()),
-            loss=self._tensor_name(loss),
+            [self._operator(draft, cost, code) for draft, cost in costs_by_draft],
+            [self._code(draft, code) for draft in self.drafts],
+            code,
+            loss,
         )
 
-    # -- groups ---------------------------------------------------------------------------------------------------
+    @property
+    def _samples(self) -> int:
+        return self.seen.batch.units.num_samples
 
-    def _add_block(self, group: Group) -> None:
-        call = self.traced.calls[group.call or 0]
-        component, name = self.namer.block(self.task.name, group.component, call.path)
-        results = [node for node in group.outputs if isinstance(node.meta["val"], Tensor)]
-        code = self.extractor.operator(results, self.specs.keys())
-        kind = self._kind(type(call.module).__name__, code)
-        key = f"{kind} fragile" if self.prober.fragile else kind
-        if key not in self.memo.findings:
-            self.memo.findings[key] = self.prober.run(code)
-        findings, values = self.memo.findings[key]
-        for index, node in enumerate(results):
-            self.prober.probes[node] = [trial[index] for trial in values]
-        splittable = all(finding.independent for finding in findings)
-        self._add(name, component, code, kind, [finding.rows for finding in findings], splittable=splittable)
+    @property
+    def _where(self) -> str:
+        return f"task {self.task.name!r}"
 
-    def _add_glue(self, group: Group) -> None:
-        """Split the group into the part that goes by samples and the part that mixes them, if there is one."""
-        nodes = [n for n in self._ancestors(group) if isinstance(n.meta.get("val"), Tensor)]
-        everything = self.extractor.operator(nodes, self.specs.keys())
-        findings, values = self.prober.run(everything)
-        found = dict(zip(nodes, findings, strict=True))
-        for index, node in enumerate(nodes):
-            self.prober.probes[node] = [trial[index] for trial in values]
-        apart = [node for node in group.outputs if self._by_sample(found[node])]
-        mixed = [node for node in group.outputs if node not in apart]
-        late = [node for node in group.updates if not found[node].independent]
-        cut = self._cut([*mixed, *late], found)
-        by_sample = [node for node in nodes if node in apart or (node in cut and node not in self.specs)]
-        component = self.namer.component(group, self._parameters(everything))
-        whole = bool(mixed or late)
-        if by_sample or not whole:
-            role = "post" if group.frontier else "pre"
-            updates = [] if whole else group.updates
-            self._add_piece(by_sample, updates, component, role, found, splittable=True)
-        if whole:
-            is_loss = self.traced.loss in mixed
-            component, role = ("loss", "") if is_loss else (component, "mix")
-            self._add_piece(mixed, group.updates, component, role, found, splittable=False)
+    def _no_gradient(self) -> WorkloadError:
+        return WorkloadError(f"{self._where}: its loss needs no gradient; let it depend on a trained parameter")
 
-    def _add_piece(
-        self,
-        results: list[fx.Node],
-        updates: list[fx.Node],
-        component: str,
-        role: str,
-        found: dict[fx.Node, Finding],
-        *,
-        splittable: bool,
-    ) -> None:
-        code = self.extractor.operator(results, self.specs.keys(), updates)
-        name = self.namer.glue(self.task.name, component, role)
-        kind = self._kind(role or component, code)
-        self._add(name, component, code, kind, [found[node].rows for node in results], splittable=splittable)
+    def _loss(self) -> Crossing:
+        """What the loss is: which result of which call."""
+        loss = self.recording.loss
+        if loss not in self.wired.maker:
+            raise self._no_gradient()
+        node = self.nodes[self.wired.maker[loss]]
+        what: object = node.block or self.wired.key(self.wired.maker[loss])
+        return what, node.outs.index(loss)
 
-    def _ancestors(self, group: Group) -> list[fx.Node]:
-        """Nodes of the group that its outputs and updates need, in the order of the trace."""
-        members, needed, stack = set(group.nodes), set(), [*group.outputs, *group.updates]
-        while stack:
-            node = stack.pop()
-            if node in members and node not in needed:
-                needed.add(node)
-                stack.extend(self.traced.effects.inputs(node))
-        return [node for node in group.nodes if node in needed]
+    # -- which node belongs to which operator ---------------------------------------------------------------------
 
-    @staticmethod
-    def _by_sample(finding: Finding) -> bool:
-        return finding.independent and finding.rows is not None
+    def _groups(self) -> list[Group]:
+        """Groups of glue, in which every value that passes between operators can be cut, or mixes samples."""
+        findings = self.seen.findings
+        if self.recording.loss in self.wired.maker and self.wired.maker[self.recording.loss] in self.wired.repeated:
+            raise WorkloadError(f"{self._where}: its loss does not depend on the batch; let it read a field of it")
+        while True:
+            spread_mixing(self.wired, findings)
+            groups = group(self.wired, findings.mixing)
+            home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
+            home |= {n: self.nodes[n].block for n in self.wired.blocks()}
+            crossing = crossing_values(self.wired, home, self.recording.loss)
+            late = {
+                what
+                for found in crossing.values()
+                for what, index in found.values()
+                if not isinstance(what, str)
+                and what not in findings.mixing
+                and what not in findings.constant
+                and place_of(findings, what, index) is None
+            }
+            mixed = {key for found in groups if found.mixes for key in found.keys}
+            if not late and mixed <= findings.mixing:
+                return groups
+            findings.mixing.update(late | mixed)  # type: ignore[arg-type]
 
-    def _cut(self, mixed: list[fx.Node], found: dict[fx.Node, Finding]) -> set[fx.Node]:
-        """The last values made of rows on the way to `mixed`: what the mixing part must be given."""
-        inputs = self.traced.effects.inputs
-        cut, seen, stack = set(), set(mixed), [source for node in mixed for source in inputs(node)]
-        while stack:
-            node = stack.pop()
-            if node in seen or node not in found:
-                continue
-            seen.add(node)
-            rows = found[node].rows
-            own = not self.traced.effects.is_written(node)  # what is written to is made where it is written
-            if own and found[node].independent and rows is not None and rows.dim == 0:
-                cut.add(node)
+    def _names(self, groups: list[Group]) -> tuple[dict[int, str], dict[str, str]]:
+        """The operator of each node, and the component of each operator; in the order in which they are computed."""
+        names: dict[int, str] = {}
+        components: dict[str, str] = {}
+        loss_maker = self.wired.maker.get(self.recording.loss, -1)
+        order: list[tuple[int, Group | None]] = [(min(g.nodes), g) for g in groups if g.nodes]
+        order += [(number, None) for number in self.wired.blocks()]
+        for number, found in sorted(order, key=lambda pair: pair[0]):
+            node = self.nodes[number]
+            if found is None:
+                component, name = self.namer.block(self.task.name, node.component, node.block.partition("@")[0])
+                names[number] = name
             else:
-                stack.extend(inputs(node))
-        return cut
+                component = self.namer.component(found.component, self._sizes(found))
+                role = "post" if found.has_frontier else "pre"
+                if found.mixes:
+                    component, role = ("loss", "") if loss_maker in found.nodes else (component, "mix")
+                name = self.namer.glue(self.task.name, component, role)
+                names |= dict.fromkeys(found.nodes, name)
+            components[name] = component
+        return names, components
+
+    def _sizes(self, found: Group) -> dict[str, int]:
+        """Numbers of the parameters that a group reads, by name."""
+        leaves = self.recording.leaves
+        names = {leaves[r] for n in found.nodes for r in self.nodes[n].refs() if r in leaves}
+        return {name: self.named[name].numel() for name in names if name in self.named}
+
+    def _order(self, names: Mapping[int, str]) -> list[int]:
+        """One node of each operator, in an order in which each comes after those that it reads."""
+        done: set[str] = set()
+        waits: dict[str, set[str]] = {name: set() for name in names.values()}
+        for number, name in names.items():
+            waits[name] |= {names[s] for s in self.wired.sources[number] if s in names and names[s] != name}
+        first = {name: number for number, name in sorted(names.items(), reverse=True)}
+        order: list[int] = []
+        while len(done) < len(waits):
+            ready = [name for name in waits if name not in done and waits[name] <= done]
+            assert ready, "operators wait for each other in a circle"
+            chosen = min(ready, key=first.__getitem__)
+            done.add(chosen)
+            order.append(first[chosen])
+        return order
+
+    def _task_code(self, names: Mapping[int, str]) -> TaskCode:
+        crossing = crossing_values(self.wired, names, self.recording.loss)
+        tensors: dict[Crossing, str] = {}
+        for name, found in crossing.items():
+            for index, what in enumerate(found.values()):
+                tensors[what] = f"{self.task.name}/{name.partition('.')[2]}:{index}"
+        number_of = {number: tensors[what] for found in crossing.values() for number, what in found.items()}
+        reads: dict[str, dict[str, None]] = {name: {} for name in names.values()}
+        for name, own in members(self.wired, names).items():
+            for ref in (ref for n in own for ref in self.nodes[n].refs()):
+                maker = self.wired.maker.get(ref)
+                if maker in names and names[maker] != name:
+                    reads[name][number_of[ref]] = None
+        return TaskCode(
+            task=self.task.name,
+            glue={self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block},
+            blocks={self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block},
+            crossing={name: tuple(found.values()) for name, found in crossing.items()},
+            tensors=tensors,
+            reads={name: tuple(found) for name, found in reads.items()},
+            sites=self.seen.sites,
+            stateful=self.seen.stateful,
+            copies_batch=self.seen.copies_batch,
+        )
 
     # -- one operator ---------------------------------------------------------------------------------------------
 
-    def _add(
-        self,
-        name: str,
-        component: str,
-        code: Extracted,
-        kind: str,
-        rows: Sequence[Rows | None],
-        *,
-        splittable: bool,
-    ) -> None:
-        for node in code.results:
-            if free_unbacked_symbols(node.meta["val"]):
-                raise DataDependentSize(
-                    f"task {self.task.name!r}: what {name!r} hands on has a size that depends on the data "
-                    f"({node.name}); keep the size fixed, for instance by torch.where in place of indexing by a mask",
-                    component,
-                )
-        cost = self._cost(kind, code, None, rows)
+    def _draft(self, name: str, component: str, part: OperatorPart, code: TaskCode) -> None:
+        leaves = self.recording.leaves
+        own = dict.fromkeys(leaves[r] for n in part.nodes for r in n.refs() if r in leaves)
+        block = self.modules[part.block.partition("@")[0]] if part.block else None
+        module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
+        mixes = name in {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
+        splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
+        label = type(block).__name__ if block is not None else name.rpartition(".")[2].partition("-")[0]
+        kind = costs.kind_of(label, module, part, self._input_specs(part, code, name), self.precision)
+        draft = _Draft(name, component, module, part, kind, splittable, mixes)
+        cost = self._cost(draft, code, None)
         if cost.undrawn:
-            raise undrawn(f"task {self.task.name!r}: {name!r}", cost.undrawn)
-        for node, spec, row in zip(code.results, cost.outputs, rows, strict=True):
-            self.specs[node], self.prober.rows[node] = spec, row
-        self.drafts.append(_Draft(name, component, code, kind, splittable))
+            raise undrawn(f"{self._where}: {name!r}", cost.undrawn)
+        for what, spec in zip(code.crossing.get(name, ()), cost.outputs, strict=True):
+            self.specs[code.tensors[what]], self.crossing[code.tensors[what]] = spec, what
+        self.drafts.append(draft)
 
-    def _cost(self, kind: str, code: Extracted, live: tuple[bool, ...] | None, rows: Sequence[Rows | None]) -> Cost:
-        """Cost of a piece of code whose results have `rows`, with a gradient for those that are `live` (None: all)."""
-        key = f"{kind}{live or ''}"
+    def _cost(self, draft: _Draft, code: TaskCode, live: tuple[bool, ...] | None) -> Cost:
+        """Cost of an operator, with a gradient for those of its results that are `live` (None: all)."""
+        key = f"{draft.kind}{live or ''}"
         if key not in self.memo.costs:
-            specs, size = self._input_specs(code), self.task.batch_size
+            specs = self._tensor_specs(draft.name, code)
             try:
-                self.memo.costs[key] = costs.measure(code.module, size, specs, live, self.precision)
+                cost = costs.measure(draft.module, draft.part, specs, live, self.precision)
             except Exception as error:  # whatever fake tensors cannot do: sizes, branches, types that only data tell
-                self.memo.costs[key] = self.prober.cost(code, specs, live, rows, self.precision, error)
+                cost = self._cost_on_samples(draft, code, live, error)
+            self.memo.costs[key] = cost
         return self.memo.costs[key]
 
-    def _kind(self, label: str, code: Extracted) -> str:
-        return costs.kind_of(label, code.module, self.task.batch_size, self._input_specs(code), self.precision)
+    def _cost_on_samples(self, draft: _Draft, code: TaskCode, live: tuple[bool, ...] | None, error: Exception) -> Cost:
+        part, units = self.few[draft.name], self.seen.batch.units
+        shapes = [part.recording.shapes[number] for number in part.inputs]
+        specs = [replace(s, shape=shape) for s, shape in zip(self._tensor_specs(draft.name, code), shapes, strict=True)]
+        try:
+            cost = costs.measure_on_samples(draft.module, part, specs, live, self.precision)
+        except Exception as second:
+            raise self._unmeasured(draft, second) from error
+        few = units.rows(SAMPLES, *self.seen.few_bounds)
+        full = [draft.part.recording.shapes[number] for number in draft.part.outputs]
+        return costs.scaled(cost, self._samples / few, full)
 
-    def _backward_pass(self) -> list[tuple[_Draft, Cost]]:
+    def _unmeasured(self, draft: _Draft, error: Exception) -> WorkloadError:
+        block = draft.module.block
+        what = f"a layer of class {type(block).__name__}" if block is not None else "its glue"
+        return WorkloadError(
+            f"{self._where}: {what} runs neither on fake tensors nor on a few samples: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}; make it run on any number of samples"
+        )
+
+    def _tensor_specs(self, name: str, code: TaskCode) -> list[ValueSpec]:
+        return [self.specs[tensor] for tensor in code.reads[name]]
+
+    def _input_specs(self, part: OperatorPart, code: TaskCode, name: str) -> list[ValueSpec]:
+        """Tensors of other operators, and those computed from the batch."""
+        aux = (part.recording.aux[number] for number in part.aux_read())
+        return [*self._tensor_specs(name, code), *(ValueSpec(tuple(value.shape), value.dtype) for value in aux)]
+
+    def _backward_pass(self, code: TaskCode) -> list[tuple[_Draft, Cost]]:
         """Which tensors a gradient comes back for, from the loss up: what nothing trained depends on gets none."""
-        wanted = {self.traced.loss}
+        wanted = {self.loss}
         found: list[tuple[_Draft, Cost]] = []
         for draft in reversed(self.drafts):
-            code = draft.code
-            live = tuple(node in wanted for node in code.results)
-            cost = self._cost(
-                draft.kind, code, None if all(live) else live, [self.prober.rows[node] for node in code.results]
-            )
+            outputs = [code.tensors[what] for what in code.crossing.get(draft.name, ())]
+            live = tuple(tensor in wanted for tensor in outputs)
+            cost = self._cost(draft, code, None if all(live) else live)
             if not all(live):
                 draft.kind += "-" + "".join("gn"[not alive] for alive in live)
-            wanted |= {node for node, grad in zip(code.arguments, cost.input_grads, strict=True) if grad}
+            wanted |= {t for t, grad in zip(code.reads[draft.name], cost.input_grads, strict=True) if grad}
             found.append((draft, cost))
-        for node in self.specs:
-            self.specs[node] = replace(self.specs[node], needs_grad=node in wanted)
+        for tensor in self.specs:
+            self.specs[tensor] = replace(self.specs[tensor], needs_grad=tensor in wanted)
         return found[::-1]
 
     def _warn_of_whole_operators(self, costs_by_draft: list[tuple[_Draft, Cost]]) -> None:
         """Work beside the loss that one device must do for the whole batch."""
-        loss = self.traced.loss
         whole = [
             draft.name
             for draft, cost in costs_by_draft
-            if not draft.splittable and loss not in draft.code.results and (cost.forward_flops or cost.trained)
+            if not draft.splittable and not draft.name.endswith(".loss") and (cost.forward_flops or cost.trained)
         ]
         if whole:
             more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
             warnings.warn(
-                f"task {self.task.name!r}: on one device each, since they mix samples (batch norm) or hold the batch "
-                f"size as a number: {', '.join(whole[:3])}{more}; let them go by samples (group norm), and take sizes "
-                "from tensors as in x.shape[0]",
+                f"{self._where}: {', '.join(whole[:3])}{more} cannot be sharded over the batch, so each runs on one "
+                "device: it mixes samples (batch norm) or holds the batch size as a number; use GroupNorm, or "
+                "x.shape[0] in place of a constant",
                 SpindleWarning,
                 stacklevel=6,
             )
 
-    def _operator(self, draft: _Draft, cost: Cost) -> Operator:
-        named = parameter_names(draft.code.module, self.parameter_by_id)
+    def _operator(self, draft: _Draft, cost: Cost, code: TaskCode) -> Operator:
+        named = self._parameter_names(draft)
         trained = {outer for inner, outer in named if inner in cost.trained}
         return Operator(
             name=draft.name,
             task=self.task.name,
             component=draft.component,
             kind=draft.kind,
-            batch_size=self.task.batch_size,
-            inputs=tuple(self._tensor_name(node) for node, _ in self._tensor_inputs(draft.code)),
-            outputs=tuple(self._tensor_spec(node) for node in draft.code.results),
-            parameters=tuple(_parameters(draft.code.module, named, trained, self.cuts)),
+            batch_size=self._samples,
+            inputs=code.reads[draft.name],
+            outputs=tuple(self._tensor_spec(code.tensors[what]) for what in code.crossing.get(draft.name, ())),
+            parameters=tuple(_parameters(draft.module, named, trained, self.cuts)),
             forward_flops=cost.forward_flops,
             backward_flops=cost.backward_flops,
-            batch_fields=self._fields(draft.code),
-            input_bytes=sum(spec.num_bytes for spec in self._input_specs(draft.code)),
+            batch_fields=tuple(sorted(self.seen.batch.fields)),
+            input_bytes=sum(spec.num_bytes for spec in self._input_specs(draft.part, code, draft.name)),
             activation_bytes=cost.activation_bytes,
             splittable=draft.splittable,
         )
 
-    def _code(self, draft: _Draft) -> OperatorCode:
+    def _code(self, draft: _Draft, code: TaskCode) -> OperatorCode:
+        buffers = draft.module.named_buffers(remove_duplicate=False)
         return OperatorCode(
             name=draft.name,
-            module=draft.code.module,
-            inputs=tuple(self._code_inputs(draft.code)),
-            outputs=tuple(self._tensor_name(node) for node in draft.code.results),
-            parameters=parameter_names(draft.code.module, self.parameter_by_id),
-            buffers=buffer_names(draft.code.module, self.buffer_by_id),
+            module=draft.module,
+            inputs=code.reads[draft.name],
+            outputs=tuple(code.tensors[what] for what in code.crossing.get(draft.name, ())),
+            parameters=self._parameter_names(draft),
+            buffers=tuple((inner, self.name_by_id[id(b)]) for inner, b in buffers if id(b) in self.name_by_id),
+            mixes=draft.mixes or not draft.splittable,
         )
 
-    def _code_inputs(self, code: Extracted) -> Iterator[CodeInput]:
-        yield code.inputs[0]
-        for node, given in zip(code.arguments, code.inputs[1:], strict=True):
-            yield CodeInput(
-                given.kind, self._tensor_name(node) if given.kind == "tensor" else self.prober.aux_code(node).name
-            )
+    def _parameter_names(self, draft: _Draft) -> tuple[tuple[str, str], ...]:
+        """Names of a module's parameters inside it, each with the workload's name for the same tensor."""
+        parameters = draft.module.named_parameters(remove_duplicate=False)
+        return tuple((name, self.name_by_id[id(parameter)]) for name, parameter in parameters)
 
-    def _fields(self, code: Extracted) -> tuple[str, ...]:
-        pairs = zip(code.arguments, code.inputs[1:], strict=True)
-        read = {field for node, given in pairs if given.kind == "aux" for field in self.prober.aux_code(node).fields}
-        return tuple(sorted(read))
-
-    def _tensor_inputs(self, code: Extracted) -> Iterator[tuple[fx.Node, CodeInput]]:
-        pairs = zip(code.arguments, code.inputs[1:], strict=True)
-        return ((node, given) for node, given in pairs if given.kind == "tensor")
-
-    def _tensor_name(self, node: fx.Node) -> str:
-        return f"{self.task.name}/{node.name}"
-
-    def _tensor_spec(self, node: fx.Node) -> TensorSpec:
-        spec, rows = self.specs[node], self.prober.rows[node]
+    def _tensor_spec(self, tensor: str) -> TensorSpec:
+        spec, (what, index) = self.specs[tensor], self.crossing[tensor]
+        place = place_of(self.seen.findings, what, index)
+        unit, dim = place or ("", 0)
         return TensorSpec(
-            name=self._tensor_name(node),
+            name=tensor,
             shape=spec.shape,
             dtype=str(spec.dtype).removeprefix("torch."),
-            rows=rows.count if rows else 0,
-            row_dim=rows.dim if rows else 0,
+            rows=max(1, round(spec.shape[dim] / self._samples)) if place else 0,
+            row_dim=dim,
+            unit=unit,
             needs_grad=spec.needs_grad,
         )
 
-    def _input_specs(self, code: Extracted) -> list[ValueSpec]:
-        return [
-            self.specs[node] if given.kind == "tensor" else self.prober.aux_spec(node)
-            for node, given in zip(code.arguments, code.inputs[1:], strict=True)
-        ]
-
-    def _parameters(self, code: Extracted) -> dict[str, int]:
-        """Sizes of the parameters inside, by the workload's name."""
-        sizes = {name: parameter.numel() for name, parameter in code.module.named_parameters()}
-        return {
-            outer: sizes[inner] for inner, outer in parameter_names(code.module, self.parameter_by_id) if inner in sizes
-        }
-
 
 def _parameters(
-    module: nn.Module, named: Sequence[tuple[str, str]], trained: set[str], cuts: Mapping[str, Cut]
+    module: OperatorModule, named: Sequence[tuple[str, str]], trained: set[str], cuts: Mapping[str, Cut]
 ) -> Iterator[Parameter]:
     values = dict(module.named_parameters(remove_duplicate=False))
     seen: set[str] = set()

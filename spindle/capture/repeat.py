@@ -6,7 +6,7 @@ fill the gaps that another leaves.
 
 from dataclasses import replace
 
-from spindle.capture.codes import AuxCode, Captured, CodeInput, OperatorCode
+from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.graph import Operator, TaskGraph
 
 
@@ -25,21 +25,18 @@ def repeated(captured: Captured, count: int) -> Captured:
     if count == 1:
         return captured
     numbers = range(count)
-    return Captured(
+    return replace(
+        captured,
         graph=TaskGraph(tuple(_operator(operator, number) for number in numbers for operator in captured.graph)),
         codes={c.name: c for number in numbers for c in (_code(code, number) for code in captured.codes.values())},
-        aux={a.name: a for number in numbers for a in (_aux(code, number) for code in captured.aux.values())},
+        tasks={f"{t}#{number}": _task(code, number) for number in numbers for t, code in captured.tasks.items()},
         losses={f"{t}#{n}": _renamed(tensor, "/", n) for n in numbers for t, tensor in captured.losses.items()},
         weights={f"{task}#{n}": weight for n in numbers for task, weight in captured.weights.items()},
-        parameters=captured.parameters,
-        precision=captured.precision,
-        draws=captured.draws,
-        fields=captured.fields,
     )
 
 
 def _renamed(name: str, mark: str, number: int) -> str:
-    """Names begin with their task: `task.component...` of operators, `task/value` of tensors and aux values."""
+    """Names begin with their task: `task.component...` of operators, `task/value` of tensors."""
     task, mark, rest = name.partition(mark)
     return f"{task}#{number}{mark}{rest}"
 
@@ -58,10 +55,21 @@ def _code(code: OperatorCode, number: int) -> OperatorCode:
     return replace(
         code,
         name=_renamed(code.name, ".", number),
-        inputs=tuple(CodeInput(i.kind, _renamed(i.name, "/", number) if i.name else "") for i in code.inputs),
+        inputs=tuple(_renamed(name, "/", number) for name in code.inputs),
         outputs=tuple(_renamed(name, "/", number) for name in code.outputs),
     )
 
 
-def _aux(code: AuxCode, number: int) -> AuxCode:
-    return replace(code, name=_renamed(code.name, "/", number), task=f"{code.task}#{number}")
+def _task(code: TaskCode, number: int) -> TaskCode:
+    return replace(
+        code,
+        task=f"{code.task}#{number}",
+        glue={key: _renamed(name, ".", number) for key, name in code.glue.items()},
+        blocks={scope: _renamed(name, ".", number) for scope, name in code.blocks.items()},
+        crossing={_renamed(name, ".", number): sent for name, sent in code.crossing.items()},
+        tensors={what: _renamed(name, "/", number) for what, name in code.tensors.items()},
+        reads={
+            _renamed(name, ".", number): tuple(_renamed(tensor, "/", number) for tensor in tensors)
+            for name, tensors in code.reads.items()
+        },
+    )

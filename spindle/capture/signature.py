@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spindle.capture.slots import Slot, mapped
+from spindle.record.slots import Slot, mapped
 
 _NUMBERING = ("idx", "index", "layer_id")
 _PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device, type(None))

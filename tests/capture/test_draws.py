@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spindle.capture.draws import Draw, Site, Stream, draw, drawing_from
-from spindle.capture.randomness import Drawing
+from spindle.record.draws import Draw, Site, Stream, draw, drawing_from
+from spindle.record.randomness import Drawing
 from spindle.errors import WorkloadError
 
 CPU = torch.device("cpu")

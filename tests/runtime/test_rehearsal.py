@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
-from spindle.capture.draws import Stream, drawing_from
+from spindle.record.draws import Stream, drawing_from
 from spindle.contract import contract
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.profiling.rehearsal import Rehearsal

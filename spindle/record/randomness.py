@@ -1,7 +1,7 @@
 """Randomness: functions of torch that draw, replaced by ones that draw from the present stream.
 
 - `Drawing` is open around the glue of a task or one call of a block (its scope), and counts what is drawn in it.
-- While a task is traced it records, for each draw, along which dimension the samples lie; afterwards it plays back.
+- While a task is recorded the shapes of draws are noted, which show along which dimension the samples lie.
 - Attention with dropout is written out, since no fused kernel takes a mask that we made.
 - What draws in another way (inside of recurrent kernels, from a generator of one's own) is found when an operator is
   measured, and refused: `Undrawn`.
@@ -10,16 +10,18 @@
 import math
 import types
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spindle.capture.draws import Draw, Site, current, draw, is_drawing
 from spindle.errors import WorkloadError
+from spindle.record.draws import Draw, Site, current, draw, draw_rows, is_drawing
+from spindle.record.recorder import Recorder, is_lazy
 
 Numbers = Sequence[float]
 
@@ -27,11 +29,11 @@ Numbers = Sequence[float]
 class Drawing(TorchFunctionMode):
     """While open, random functions draw in one scope of a task."""
 
-    def __init__(self, scope: str, sites: Sequence[Site] | None, *, as_operators: bool = False) -> None:
-        """`sites` None records them, in `found`. `as_operators`: draws become nodes of the graph that is traced."""
+    def __init__(self, scope: str, sites: Sequence[Site] | None) -> None:
+        """`sites`: of each draw of the scope, in order; None: none of them is made of samples."""
         super().__init__()
-        self.scope, self.sites, self.as_operators = scope, sites, as_operators
-        self.found: list[Site] = []
+        self.scope, self.sites = scope, sites
+        self.count = 0
         self.writes_out_attention = False
 
     def __torch_function__(
@@ -60,44 +62,133 @@ class Drawing(TorchFunctionMode):
         device: torch.device | str | int | None = None,
     ) -> Tensor:
         """The next draw of this scope; `like` gives the device and, without `dtype`, the type."""
-        index = len(self.found)
-        site = _site(shape) if self.sites is None else self._known(index)
-        self.found.append(site)
-        if self.as_operators:
-            given = dtype or (torch.get_default_dtype() if like is None else None)
-            operator = torch.ops.spindle.draw
-            pattern = None if like is None else like.detach()  # no gradient goes through its type
-            made: Tensor = operator(
-                pattern, fill, list(numbers), list(shape), given, self.scope, index, site.dim, site.per_sample
-            )
-            return made
         where = like.device if like is not None else torch.device(device or current().device)
         found = dtype or (like.dtype if like is not None else torch.get_default_dtype())
         what = Draw(fill, tuple(numbers), tuple(shape), found, where)
-        return draw(what, self.scope, index, site)
+        return self._drawn(what, like)
 
-    def _known(self, index: int) -> Site:
-        assert self.sites is not None
+    def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
+        del like
+        return draw(what, self.scope, *self._next(what.shape))
+
+    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
+        """The next draw of this scope, `function(values[i], *args)` for each entry of the first dimension."""
+        return RowDraw(function, args, self.scope, *self._next(values.shape))(values)
+
+    def _next(self, shape: Sequence[int]) -> tuple[int, Site]:
+        """Number and site of the next draw."""
+        index = self.count
+        self.count += 1
+        if self.sites is None:
+            return index, Site(-1, 0, tuple(shape))
         if index >= len(self.sites):
             raise WorkloadError(
                 f"{self.scope or 'the task'} draws random numbers {index + 1} times, but did {len(self.sites)} times "
-                "when it was traced; draw alike in every step, and switch off checkpointing of the model's own "
+                "when it was captured; draw alike in every step, and switch off checkpointing of the model's own "
                 "(recompute= of the workload does it)"
             )
-        return self.sites[index]
+        return index, self.sites[index]
 
 
-def _site(shape: Sequence[int]) -> Site:
-    """The one dimension that is a multiple of the batch size, as the trace knows it."""
-    sizes: Sequence[int | SymInt] = shape
-    found = [(dim, size.node.expr) for dim, size in enumerate(sizes) if isinstance(size, SymInt)]
-    found = [(dim, expression) for dim, expression in found if expression.free_symbols]
-    inner = tuple(int(size) for dim, size in enumerate(sizes) if dim not in dict(found))
-    if len(found) != 1 or len(found[0][1].free_symbols) != 1:
-        return Site(-1, 0, () if found else inner)
-    (dim, expression), symbol = found[0], next(iter(found[0][1].free_symbols))
-    count = expression / symbol
-    return Site(dim, int(count), inner) if count.is_Integer and count > 0 else Site(-1, 0)
+@dataclass(frozen=True, slots=True)
+class DrawLike:
+    """A draw on the device of a value: what a recording notes of it."""
+
+    what: Draw
+    scope: str
+    index: int
+    site: Site
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """The numbers for the samples at hand."""
+        return draw(replace(self.what, device=like.device), self.scope, self.index, self.site)
+
+
+@dataclass(frozen=True, slots=True)
+class RowDraw:
+    """A draw whose law is that of each row of a value: Dirichlet, Gamma, categories."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    scope: str
+    index: int
+    site: Site
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The numbers for the samples at hand."""
+        stream = current()
+        if stream.fake or values.is_meta:
+            return self.function(values.detach(), *self.args)
+        if values.ndim == 0:
+            return draw_rows(self.function, values[None], self.args, stream.key(self.scope, self.index), 0)[0]
+        first = stream.first_entry(self.site, len(values)) if self.site.dim == 0 else 0
+        return draw_rows(self.function, values, self.args, stream.key(self.scope, self.index), first)
+
+
+class RecordedDrawing(Drawing):
+    """Draws of glue while it is recorded: on the device of a value of the model as calls, others for real.
+
+    `shapes` are those of all draws, in order.
+    """
+
+    def __init__(self, recorder: Recorder, sites: Sequence[Site] | None) -> None:
+        super().__init__("", sites)
+        self.recorder = recorder
+        self.shapes: list[tuple[int, ...]] = []
+
+    def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
+        self.shapes.append(what.shape)
+        index, site = self._next(what.shape)
+        if like is None or not is_lazy(like):
+            return self.recorder.real(draw, (what, self.scope, index, site))
+        with torch._C.DisableTorchFunction():
+            made = torch.empty(what.shape, dtype=what.dtype, device="meta")
+            return self.recorder.draw(DrawLike(what, self.scope, index, site), like, made)
+
+    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
+        """See Drawing."""
+        self.shapes.append(tuple(values.shape))
+        call = RowDraw(function, args, self.scope, *self._next(values.shape))
+        if not is_lazy(values):
+            return self.recorder.real(call, (values,))
+        with torch._C.DisableTorchFunction():
+            return self.recorder.draw(call, values, function(values.detach(), *args))
+
+
+class NotingShapes(Drawing):
+    """Draws of a block that runs for its shapes alone: nothing is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__("", None)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
+        del like
+        self.shapes.append(what.shape)
+        return torch.empty(what.shape, dtype=what.dtype, device="meta")
+
+    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
+        """See Drawing."""
+        self.shapes.append(tuple(values.shape))
+        with torch._C.DisableTorchFunction():
+            return function(torch.empty_like(values, device="meta"), *args)
+
+
+class RealShapes(Drawing):
+    """Draws of a block that runs for its shapes alone, but needs numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("", None)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
+        self.shapes.append(what.shape)
+        return super()._drawn(what, like)
+
+    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
+        """See Drawing."""
+        self.shapes.append(tuple(values.shape))
+        return super().rows(function, values, *args)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------
@@ -280,6 +371,25 @@ def _in_place(fill: str, **defaults: float) -> Callable[..., Any]:
     return filled
 
 
+def _by_row(function: Callable[..., Tensor], *numbers: str) -> Callable[..., Any]:
+    """A function whose law each row of its first argument has by itself."""
+
+    def drawn(mode: Drawing, input: Tensor, *args: Any, **options: Any) -> Any:
+        if options.get("out") is not None:
+            return NotImplemented
+        given = dict(zip(numbers, args, strict=False)) | {k: v for k, v in options.items() if k in numbers}
+        return mode.rows(lambda row, *rest, **named: function(row, *rest, **named), input, *given.values())
+
+    return drawn
+
+
+def _permutation(mode: Drawing, n: int, **options: Any) -> Any:
+    if options.get("out") is not None:
+        return NotImplemented
+    order = mode.draw("uniform_", (0.0, 1.0), (n,), dtype=torch.float64, device=options.get("device")).argsort()
+    return order.to(options.get("dtype") or torch.int64)
+
+
 def _normal(mode: Drawing, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **options: Any) -> Any:
     if options.get("out") is not None:
         return NotImplemented
@@ -326,6 +436,12 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_in_place,
     torch.normal: _normal,
+    torch.randperm: _permutation,
+    torch.multinomial: _by_row(torch.multinomial, "num_samples", "replacement"),
+    Tensor.multinomial: _by_row(torch.multinomial, "num_samples", "replacement"),
+    torch.poisson: _by_row(torch.poisson),
+    torch._sample_dirichlet: _by_row(torch._sample_dirichlet),
+    torch._standard_gamma: _by_row(torch._standard_gamma),
     Tensor.uniform_: _in_place("uniform_", **{"from": 0.0, "to": 1.0}),
     Tensor.normal_: _in_place("normal_", mean=0.0, std=1.0),
     Tensor.exponential_: _in_place("exponential_", lambd=1.0),

@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+class Mark:
+    """What stands for a tensor in a nested structure; it is a leaf, whatever else it is."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Mark):
     """Where tensor number `index` stands among the arguments or results of a block."""
 
     index: int
@@ -48,7 +54,7 @@ def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
     long.
     """
     kind = type(structure)
-    if kind in _LEAVES or isinstance(structure, Tensor):
+    if kind in _LEAVES or isinstance(structure, Tensor | Mark):
         return function(structure)
     if kind is tuple or kind is list:
         return kind([mapped(function, value) for value in structure])
@@ -56,7 +62,7 @@ def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
         return {key: mapped(function, value) for key, value in structure.items()}
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, Slot) or not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if isinstance(value, Mark) or not dataclasses.is_dataclass(value) or isinstance(value, type):
             return function(value)
         twin = copy.copy(value)  # not by its __init__, which may compute
         for part in dataclasses.fields(value):

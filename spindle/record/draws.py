@@ -3,24 +3,26 @@
 - A number is a function of (seed, step, batch of the step, task, call site, sample). Not of the rank, nor of how the
   batch is cut, nor of what was drawn before: so any part of a batch gets its part of what the whole batch would get,
   and what is computed again gets the same again.
-- A generator is seeded for each chunk of samples, as many as make up `CHUNK` numbers: seeding one for each sample costs
-  more than drawing when samples are small, and one for the whole batch would draw all of it on every rank.
-- `Site` tells which dimension of a draw the samples lie along; it is found while the task is traced.
+- A generator is seeded for each chunk of entries, as many as make up `CHUNK` numbers: seeding one for each costs more
+  than drawing when they are small, and one for the whole batch would draw all of it on every rank.
+- `Site` tells which dimension of a draw the samples lie along; it is found when the task is captured.
 - In a tensor-parallel run a rank that computes a part of the features draws what the whole would, and takes its part.
 """
 
 import hashlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spindle.errors import WorkloadError
+from spindle.units import SAMPLES, Units
 
 _CPU = torch.device("cpu")
 CHUNK = {"cpu": 4096}
@@ -35,21 +37,24 @@ Sites = Mapping[str, "tuple[Site, ...]"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where one call draws: `per_sample` entries of dimension `dim` belong to each sample. -1: the draw is not made of
-    samples, and every part of the batch gets all of it. `inner`: its other sizes where all features are computed.
+    """Where one call draws: rows of `unit` lie along dimension `dim`, `per_sample` entries to each row. dim -1: the draw
+    is not made of samples, and every part of the batch gets all of it. `inner`: its other sizes where all features are
+    computed. per_sample 0: the number differs from batch to batch, and follows from the size at hand.
     """
 
     dim: int
-    per_sample: int
+    per_sample: int = 0
     inner: tuple[int, ...] = ()
+    unit: str = SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A position in training: which step, batch and task a piece of code runs for, and its first sample.
+    """A position in training: which step, batch and task a piece of code runs for, and its samples low..high-1.
 
-    `device`: where the code runs. `portable`: draw on the CPU, whose numbers are the same in front of every device.
-    `fake`: shapes alone are wanted. `part` of `parts` of the features of `samples` samples are computed.
+    `units` tell the rows of the batch's samples; None: one row each. `device`: where the code runs. `portable`: draw on
+    the CPU, whose numbers are the same in front of every device. `fake`: shapes alone are wanted. `part` of `parts` of
+    the features of `samples` samples are computed.
     """
 
     seed: int = 0
@@ -63,6 +68,27 @@ class Stream:
     part: int = 0
     parts: int = 1
     samples: int = 0
+    units: Units | None = None
+    high: int = 0
+
+    def rows(self, site: Site) -> tuple[int, int]:
+        """Rows of a site's unit before the samples at hand, and among them."""
+        if self.units is None:
+            return self.low, self.samples
+        return self.units.rows(site.unit, 0, self.low), self.units.rows(site.unit, self.low, self.high)
+
+    def first_entry(self, site: Site, size: int) -> int:
+        """Entries before the samples at hand, whose own are `size`, along the dimension of a draw."""
+        if self.units is None:
+            return self.low * site.per_sample
+        before, rows = self.rows(site)
+        if rows == 0:
+            return 0
+        if before * size % rows:
+            raise WorkloadError(
+                f"a draw has {size} numbers along the dimension of {rows} rows of {site.unit!r}; draw as many for each"
+            )
+        return before * size // rows
 
     def key(self, scope: str, index: int) -> int:
         """Seed of draw number `index` in `scope`."""
@@ -133,18 +159,44 @@ def draw(what: Draw, scope: str, index: int, site: Site) -> Tensor:
     device = _CPU if stream.portable else what.device
     with torch._C.DisableTorchFunction(), torch.no_grad():  # modes must not see these calls
         generator, key = torch.Generator(device), stream.key(scope, index)
+        whole = stream.parts > 1 and site.inner
         if site.dim < 0:
-            shape = (stream.parts > 1 and site.inner) or what.shape
-            whole = what.filled(generator.manual_seed(key), shape)
-            return _own_part(whole, what.shape, stream).to(what.device)
+            values = what.filled(generator.manual_seed(key), whole or what.shape)
+            return _own_part(values, what.shape, stream).to(what.device)
         inner = list(what.shape)
-        rows = inner.pop(site.dim)
-        samples = stream.samples if stream.parts > 1 else rows // site.per_sample
-        of_sample = (site.per_sample, *((stream.parts > 1 and site.inner) or inner))
-        parts = list(_chunks(what, generator, key, (samples, *of_sample), stream.low))
-        values = torch.cat(parts) if parts else what.filled(generator, (0, *of_sample))
-        values = _own_part(values, (samples, rows // max(1, samples), *inner), stream)
+        size = inner.pop(site.dim)
+        if stream.parts == 1:
+            parts = list(_chunks(what, generator, key, (size, *inner), stream.first_entry(site, size)))
+            values = torch.cat(parts) if parts else what.filled(generator, (0, *inner))
+            return values.movedim(0, site.dim).to(what.device)
+        before, rows = stream.rows(site)
+        of_row, others = site.per_sample, tuple(whole or inner)
+        parts = list(_chunks(what, generator, key, (rows * of_row, *others), before * of_row))
+        values = torch.cat(parts) if parts else what.filled(generator, (0, *others))
+        values = values.unflatten(0, (rows, of_row))
+        values = _own_part(values, (rows, size // max(1, rows), *inner), stream)
         return values.flatten(0, 1).movedim(0, site.dim).to(what.device)
+
+
+def draw_rows(function: Callable[..., Tensor], values: Tensor, args: Sequence[Any], key: int, first: int) -> Tensor:
+    """A draw whose law each entry of the first dimension has by itself: `function(values[i], *args)`, entry by entry.
+
+    Entry i draws from a generator of its own, so that it gets the same numbers in any part of the batch.
+    """
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        generator, found = torch.Generator(), []
+        for number, row in enumerate(values.detach().cpu()):
+            generator.manual_seed((key + (first + number) * 0x9E3779B97F4A7C15) % (1 << 63))
+            found.append(_drawing(function, row, args, generator))
+        return torch.stack(found).to(values.device) if found else function(values, *args)
+
+
+def _drawing(function: Callable[..., Tensor], row: Tensor, args: Sequence[Any], generator: torch.Generator) -> Tensor:
+    token = _DRAWING.set(True)
+    try:
+        return function(row, *args, generator=generator)
+    finally:
+        _DRAWING.reset(token)
 
 
 def _own_part(whole: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
@@ -161,47 +213,11 @@ def _own_part(whole: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
 
 
 def _chunks(what: Draw, generator: torch.Generator, key: int, shape: tuple[int, ...], first: int) -> Iterator[Tensor]:
-    """Numbers of samples `first` up, samples in the first dimension, a chunk at a time."""
-    samples, *of_sample = shape
-    size = max(1, CHUNK.get(generator.device.type, GPU_CHUNK) // max(1, math.prod(of_sample)))
-    for chunk in range(first // size, -(-(first + samples) // size)):
+    """Numbers of entries `first` up, entries in the first dimension, a chunk at a time."""
+    entries, *of_entry = shape
+    size = max(1, CHUNK.get(generator.device.type, GPU_CHUNK) // max(1, math.prod(of_entry)))
+    for chunk in range(first // size, -(-(first + entries) // size)):
         generator.manual_seed((key + chunk * 0x9E3779B97F4A7C15) % (1 << 63))
-        values = what.filled(generator, (size, *of_sample))
+        values = what.filled(generator, (size, *of_entry))
         start = chunk * size
-        yield values[max(0, first - start) : min(size, first + samples - start)]
-
-
-@torch.library.custom_op("spindle::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_operator(
-    like: Tensor | None,
-    fill: str,
-    numbers: list[float],
-    shape: list[int],
-    dtype: torch.dtype | None,
-    scope: str,
-    index: int,
-    dim: int,
-    per_sample: int,
-) -> Tensor:
-    """A draw in a traced graph. It takes the device, and without `dtype` the type, of `like`."""
-    found = (like.dtype if like is not None else torch.get_default_dtype()) if dtype is None else dtype
-    device = like.device if like is not None else current().device
-    what = Draw(fill, tuple(numbers), tuple(shape), found, device)
-    return draw(what, scope, index, Site(dim, per_sample))
-
-
-@draw_operator.register_fake
-def _(
-    like: Tensor | None,
-    fill: str,
-    numbers: list[float],
-    shape: list[int],
-    dtype: torch.dtype | None,
-    scope: str,
-    index: int,
-    dim: int,
-    per_sample: int,
-) -> Tensor:
-    if like is None:
-        return torch.empty(shape, dtype=dtype)
-    return like.new_empty(shape, dtype=dtype)
+        yield values[max(0, first - start) : min(size, first + entries - start)]

@@ -1,0 +1,386 @@
+"""One task looked at: recordings of its first batches, whole and in parts, in; what capture needs to know out."""
+
+import inspect
+import itertools
+import os
+import random
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spindle.capture.analysis import Findings, Part, Prober, Trial, places_of, sites_of
+from spindle.capture.codes import computing_in
+from spindle.capture.grouping import wire
+from spindle.capture.operators import Seen
+from spindle.errors import SpindleWarning, WorkloadError
+from spindle.record.draws import GLOBAL_GENERATORS, Site, Stream
+from spindle.record.randomness import Undrawn, undrawn
+from spindle.record.recorder import LazyRead, Refused, Stranger
+from spindle.record.run import Failure, Recorded, record
+from spindle.record.skeleton import Skeleton
+from spindle.units import Bounds, SampledBatch, Units, shares
+from spindle.workload import Task, Workload
+
+PROBE_SAMPLES = 5
+LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and those of different shapes among them that are used
+
+_CPU = torch.device("cpu")
+
+
+class TakeWhole(Exception):
+    """A component's own code cannot be recorded, so that it must run as one operator."""
+
+    def __init__(self, component: str, warning: str) -> None:
+        super().__init__(warning)
+        self.component, self.warning = component, warning
+
+
+@dataclass
+class Looker:
+    """Looks at the tasks of one workload; `known_blocks` holds whether each kind of block mixes samples."""
+
+    workload: Workload
+    skeleton: Skeleton
+    known_blocks: dict[str, bool]
+    whole: frozenset[str] = frozenset()
+
+    def look(self, task: Task) -> Seen:
+        """Record some batches of a task. Raises WorkloadError when its code cannot be run as planned, TakeWhole when a
+        component must be taken whole.
+        """
+        batches = first_batches(task)
+        self._copies_batch = False
+        self._find_changing_buffers(task, batches[0])
+        few = [_few(batch.units) for batch in batches]
+        shaped = [self._trial(task, batch, *samples, None) for batch, samples in zip(batches, few, strict=True)]
+        sites = sites_of(shaped)
+        trials = shaped if not sites else self._trials(task, batches, few, sites)
+        findings = Findings()
+        findings.places, _ = places_of(trials)
+        prober = self._prober(task, findings, sites)
+        for trial in trials:
+            prober.look(trial)
+        self._look_at_disturbed(task, batches[0], few[0], sites, prober)
+        whole = self._record(task, batches[0], (0, batches[0].units.num_samples), sites)
+        self._warn_of_attention(task, whole)
+        return Seen(
+            batch=batches[0],
+            whole=whole,
+            few=self._record(task, batches[0], few[0][0], sites),
+            few_bounds=few[0][0],
+            findings=findings,
+            sites=sites,
+            stateful=frozenset(self.skeleton.stateful),
+            copies_batch=self._copies_batch,
+        )
+
+    def _prober(self, task: Task, findings: Findings, sites: Mapping[str, tuple[Site, ...]]) -> Prober:
+        named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
+        paths = {block.path: block for block in self.skeleton.blocks}
+        modules = {path: block.module for path, block in paths.items()}
+        kinds = {path: block.kind for path, block in paths.items()}
+        return Prober(task.name, named, modules, kinds, findings, sites, self.known_blocks)
+
+    def _trials(
+        self,
+        task: Task,
+        batches: Sequence[SampledBatch],
+        few: Sequence[tuple[Bounds, tuple[Bounds, ...]]],
+        sites: Mapping[str, tuple[Site, ...]],
+    ) -> list[Trial]:
+        return [self._trial(task, batch, *samples, sites) for batch, samples in zip(batches, few, strict=True)]
+
+    def _trial(
+        self,
+        task: Task,
+        batch: SampledBatch,
+        whole: Bounds,
+        parts: tuple[Bounds, ...],
+        sites: Mapping[str, tuple[Site, ...]] | None,
+    ) -> Trial:
+        made = [self._part(task, batch, bounds, sites) for bounds in (whole, *parts)]
+        return Trial(batch.units, made[0], tuple(made[1:]))
+
+    def _part(
+        self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
+    ) -> Part:
+        recorded = self._record(task, batch, bounds, sites)
+        draws = {scope: drawn.shapes for scope, drawn in recorded.drawn.items()}
+        return Part(bounds, wire(recorded.recording, self.skeleton.stateful), draws)
+
+    def _look_at_disturbed(
+        self,
+        task: Task,
+        batch: SampledBatch,
+        samples: tuple[Bounds, tuple[Bounds, ...]],
+        sites: Mapping[str, tuple[Site, ...]],
+        prober: Prober,
+    ) -> None:
+        """A batch whose numbers were moved about counts where the task runs on it in the same way."""
+        generator = torch.Generator().manual_seed(0)
+        fields = {name: _disturbed(value, generator) for name, value in batch.fields.items()}
+        moved = SampledBatch(fields, batch.units, batch.places)
+        try:
+            trial = self._trial(task, moved, *samples, sites)
+        except Exception:
+            return
+        places, _ = places_of([trial])
+        known = prober.findings.places
+        if all(
+            set(known[key][i]) <= set(own)
+            for key, slots in places.items()
+            if key in known
+            for i, own in enumerate(slots)
+            if i < len(known[key])
+        ):
+            prober.look(trial)
+
+    # -- one recording --------------------------------------------------------------------------------------------
+
+    def _record(
+        self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
+    ) -> Recorded:
+        """A recording of some samples, on copies of their fields."""
+        given = batch.part(*bounds)
+        fields = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+        versions = {name: value._version for name, value in fields.items() if isinstance(value, Tensor)}
+        stream = Stream(task=task.name, low=bounds[0], high=bounds[1], units=batch.units)
+        noted = Undrawn()
+        try:
+            with noted:
+                found = record(
+                    self.skeleton,
+                    task.function,
+                    fields,
+                    stream=stream,
+                    sites=None if sites is None else sites.get("", ()),
+                    autocast=computing_in(self.workload.precision, _CPU),
+                )
+        except Failure as failure:
+            raise self._explained(task, failure) from failure.error
+        if noted.names:
+            raise undrawn(f"task {task.name!r}", noted.names)
+        self._copies_batch |= any(fields[name]._version != version for name, version in versions.items())
+        if found.result is not None or found.recording.loss < 0:
+            raise WorkloadError(_no_loss(task, found.result))
+        _check_loss(task, found)
+        self._refuse_written_parameters(task, found)
+        return found
+
+    def _find_changing_buffers(self, task: Task, batch: SampledBatch) -> None:
+        """Record until no buffer that is taken as a constant changes."""
+        bounds = _few(batch.units)[0]
+        for _ in range(10):
+            buffers = self.skeleton.buffers()
+            before = {name: (buffer._version, buffer.clone()) for name, buffer in buffers.items()}
+            with _no_other_generators(task):
+                self._record(task, batch, bounds, None)
+            changed = set(self.skeleton.changed)
+            for name, (version, value) in before.items():
+                if buffers[name]._version != version:
+                    changed.add(name)
+                    with torch.no_grad():
+                        buffers[name].copy_(value)
+            if changed <= self.skeleton.stateful:
+                return
+            self.skeleton.set_stateful(changed)
+
+    def _refuse_written_parameters(self, task: Task, found: Recorded) -> None:
+        parameters = {name for name, _ in self.workload.named_parameters()}
+        written = sorted({n for node in found.recording.nodes for n in node.writes if n in parameters})
+        if written:
+            raise WorkloadError(
+                f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other ranks "
+                "would not see; do it after the step, in a callback"
+            )
+
+    def _explained(self, task: Task, failure: Failure) -> Exception:
+        """What to tell the user of a task function that raised while it was recorded."""
+        error = failure.error
+        if isinstance(error, WorkloadError):
+            return error
+        place = _place(error, task)
+        if isinstance(error, Stranger):
+            return WorkloadError(
+                f"task {task.name!r}{place} uses a trainable parameter ({error}) of no component, which "
+                "would never be trained; register its module by workload.component(...), or freeze it"
+            )
+        component = failure.component.partition("@")[0] or failure.block.partition(".")[0]
+        if component and component not in self.whole and not _is_users(error):
+            return TakeWhole(component, _whole_warning(task, component, error))
+        if isinstance(error, LazyRead):
+            return WorkloadError(
+                f"task {task.name!r}{place}: it branches on a value computed from parameters (if, while, int(), .item()); "
+                "use torch.where, or put it into a module and register that"
+            )
+        if isinstance(error, Refused):
+            return WorkloadError(f"task {task.name!r}{place}: {error}")
+        remedy = "Mend that line"
+        if "cuda" in str(error).lower() or "NVIDIA" in str(error):
+            remedy = "Leave devices out (.cuda(), .to(device)): modules and batches are moved to where they run"
+        return WorkloadError(
+            f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}: {_reason(error)}. {remedy}"
+        )
+
+    def _warn_of_attention(self, task: Task, found: Recorded) -> None:
+        if any(drawn.written_out for drawn in found.drawn.values()):
+            warnings.warn(
+                f"task {task.name!r}: attention with dropout cannot use a fused kernel, since its mask must not depend "
+                "on the plan, and takes more time and memory on GPUs; set attention dropout to 0 (attention_dropout=0)",
+                SpindleWarning,
+                stacklevel=6,
+            )
+
+
+def first_batches(task: Task) -> list[SampledBatch]:
+    """The first batch of a task; of a list also others of different shapes, which show how sizes vary.
+
+    Raises WorkloadError when the loader raises, or gives what a task cannot take.
+    """
+    if type(task.data) not in (list, tuple):
+        return [task.sampled(task.first_batch())]
+    found: list[SampledBatch] = []
+    for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
+        one = task.sampled(batch)
+        if all(one.shapes != other.shapes for other in found) and len(found) < TRIALS:
+            found.append(one)
+    return found or [task.sampled(task.first_batch())]
+
+
+def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
+    """A few samples of a batch, and uneven parts of them, so that a mean of means differs from the mean; each part has
+    rows of every unit.
+    """
+    for count in range(min(PROBE_SAMPLES, units.num_samples), units.num_samples + 1):
+        own = Units({unit: counts[:count] for unit, counts in units.counts.items()})
+        parts = tuple(reversed([(count - high, count - low) for low, high in shares(_reversed(own), 2)]))
+        kept = tuple((low, high) for low, high in parts if low < high)
+        if len(kept) == 2 or count == units.num_samples:
+            return (0, count), kept
+    raise AssertionError("a batch has samples")
+
+
+def _reversed(units: Units) -> Units:
+    return Units({unit: counts[::-1] for unit, counts in units.counts.items()})
+
+
+def _disturbed(value: Any, generator: torch.Generator) -> Any:
+    """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their order."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return value
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
+        return value + noise * (float(value.double().std(correction=0)) or 1.0)
+    if value.ndim > 1 and bool((value == 1).all()):
+        lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
+        return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
+    return value
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def _no_loss(task: Task, result: object) -> str:
+    if isinstance(result, Tensor) and result.is_floating_point() and result.numel() == 1:
+        return f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter"
+    return f"task {task.name!r} returned {_told(result)}; return the loss, one floating-point scalar"
+
+
+def _check_loss(task: Task, found: Recorded) -> None:
+    recording = found.recording
+    shape, dtype = recording.shapes[recording.loss], recording.dtypes[recording.loss]
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    if made.ndim > 1 or made.numel() != 1 or not made.is_floating_point():
+        raise WorkloadError(f"task {task.name!r} returned {_told(made)}; return the loss, one floating-point scalar")
+    if not recording.needs_grad[recording.loss]:
+        raise WorkloadError(f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter")
+
+
+def _told(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        return "None" if loss is None else f"a {type(loss).__name__}"
+    dtype = str(loss.dtype).removeprefix("torch.")
+    return f"a {dtype} tensor of {loss.ndim} dimensions" if loss.ndim else f"a scalar of {dtype}"
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error would be raised in a plain run too: what a recording cannot do fails in other ways."""
+    return not isinstance(error, LazyRead | Refused | NotImplementedError | RuntimeError)
+
+
+def _whole_warning(task: Task, component: str, error: Exception) -> str:
+    reason = "it branches on a value computed from parameters" if isinstance(error, LazyRead) else _reason(error)
+    return (
+        f"task {task.name!r}: component {component!r} cannot be recorded and runs as one operator: {reason}"
+        f"{_innermost(error)}; take what depends on such values out of it, or name parts of it that stand alone, as in "
+        "layers=['visual']"
+    )
+
+
+def _innermost(error: Exception) -> str:
+    """The innermost line outside of torch and of us that was running."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}torch{os.sep}" not in frame.filename and f"{os.sep}spindle{os.sep}" not in frame.filename
+    ]
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _place(error: BaseException, task: Task) -> str:
+    """The last line of the task function's file that was running."""
+    code = getattr(inspect.unwrap(task.function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if code is not None and f.filename == code.co_filename]
+    return f", line {lines[-1]} of {os.path.basename(code.co_filename)}" if code is not None and lines else ""
+
+
+class _Moved(WorkloadError):
+    """A generator that is not ours has drawn."""
+
+
+@contextmanager
+def _no_other_generators(task: Task) -> Iterator[None]:
+    """Numbers of Python's or numpy's generators would differ between ranks."""
+    alone = GLOBAL_GENERATORS.acquire(timeout=5.0)  # a loader of another run moves them too; one that hangs we outwait
+    try:
+        before = random.getstate(), np.random.get_state()
+        yield
+        after = random.getstate(), np.random.get_state()
+    finally:
+        if alone:
+            GLOBAL_GENERATORS.release()
+    for name, old, new in zip(("random", "numpy.random"), map(repr, before), map(repr, after), strict=True):
+        if old != new:
+            raise _Moved(
+                f"task {task.name!r} draws from {name} in its function or model, which would give every rank other "
+                "numbers; draw with torch, or in the loader"
+            )
+
+
+def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
+    """Recorded calls carry none, and parameters of a run are copies. Inside blocks modules keep theirs."""
+    for name, parameter in workload.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise WorkloadError(
+                f"parameter {name!r} has a gradient hook, which would see the gradients of parts of the batch; "
+                "remove it and change gradients in the optimizer"
+            )
+    for component in workload.components.values():
+        for path, module in component.module.named_modules():
+            if module not in inside and (module._backward_hooks or module._backward_pre_hooks):
+                raise WorkloadError(
+                    f"component {component.name!r}: module {path!r} has a backward hook outside of blocks, which a "
+                    "recording does not carry; remove it, or let layers= name a list of blocks that holds the module"
+                )

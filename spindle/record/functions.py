@@ -1,0 +1,239 @@
+"""Functions: calls in the form in which they are recorded.
+
+- A call that writes in place becomes one that gives a new value, so that each value has one maker.
+- A boolean mask that the batch decides becomes the indices of its True entries, whose number is then known.
+- Sums and means over all entries go row by row first: only one number a row has to be gathered in one place, in place of
+  whole activations or logits, when the sum is over rows of several devices.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spindle.record.recording import tree
+
+IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow", "mod", "lshift", "rshift")
+)
+_NO_WRITES = frozenset({"requires_grad_", "retain_grad", "__setstate__"})
+
+
+def writes_first(function: Callable[..., Any]) -> bool:
+    """Whether a function changes its first argument in place."""
+    if function is Tensor.__setitem__:
+        return True
+    name = getattr(function, "__name__", "")
+    return name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
+
+
+class Written:
+    """A function that writes in place, as one that gives what its first argument becomes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.__name__ = function, getattr(function, "__name__", "write")
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first argument after the call, in memory of its own."""
+        x = x.clone()
+        self.function(x, *args, **kwargs)
+        return x
+
+
+class WrittenThroughView:
+    """A function that writes to a view, as one of the tensor that the view is of: what both become."""
+
+    def __init__(self, function: Callable[..., Any], view: Tensor) -> None:
+        self.function, self.__name__ = function, getattr(function, "__name__", "write")
+        self.place = (tuple(view.shape), view.stride(), view.storage_offset())
+
+    def __call__(self, base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The tensor and its view after the call, in memory of their own."""
+        base = base.clone(memory_format=torch.preserve_format)
+        self.function(base.as_strided(*self.place), *args, **kwargs)
+        return base, base.as_strided(*self.place)
+
+
+class Into:
+    """A function called with `out=`, as one that gives what `out` becomes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.__name__ = function, getattr(function, "__name__", "out")
+
+    def __call__(self, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the function gives, in the type of `out`."""
+        result: Tensor = self.function(*args, **kwargs)
+        return result.to(out.dtype)
+
+
+class Assigned:
+    """A buffer that is replaced by a new tensor: the value is written into it."""
+
+    __name__ = "assign"
+
+    def __call__(self, buffer: Tensor, value: Tensor) -> Tensor:
+        """The buffer."""
+        with torch.no_grad():
+            return buffer.copy_(value)
+
+
+def scatter(x: Tensor, where: Tensor, source: Tensor) -> Tensor:
+    """`masked_scatter`, its mask given as indices of entries."""
+    values = source.reshape(-1)[: where.shape[0]].to(x.dtype)
+    return x.reshape(-1).index_copy(0, where, values).reshape(x.shape)
+
+
+def scatter_rows(x: Tensor, where: Tensor, source: Tensor) -> Tensor:
+    """`masked_scatter` with a mask that covers whole vectors of the last dimension, given as indices of these."""
+    width = x.shape[-1]
+    rows = source.reshape(-1, width)[: where.shape[0]].to(x.dtype)
+    return x.reshape(-1, width).index_copy(0, where, rows).reshape(x.shape)
+
+
+def select(x: Tensor, where: Tensor) -> Tensor:
+    """`masked_select`, its mask given as indices of entries."""
+    return x.reshape(-1)[where]
+
+
+def _is_mask(value: Any, is_lazy: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and not is_lazy(value)
+
+
+def without_masks(index: Any, is_lazy: Callable[[Any], bool]) -> Any:
+    """An index in which boolean masks known from the batch are replaced by the indices of their True entries."""
+    if type(index) is tuple:
+        found: list[Any] = []
+        for part in index:
+            if _is_mask(part, is_lazy) and part.ndim:
+                found.extend(part.nonzero(as_tuple=True))
+            else:
+                found.append(part)
+        return tuple(found)
+    return index.nonzero(as_tuple=True) if _is_mask(index, is_lazy) and index.ndim else index
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def recordable(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_lazy: Any) -> Call:
+    """A call whose result has a size that no value of the model decides."""
+    if function in (Tensor.__getitem__, Tensor.__setitem__):
+        return function, (args[0], without_masks(args[1], is_lazy), *args[2:]), kwargs
+    if function in (Tensor.index_put, Tensor.index_put_, torch.index_put, torch.index_put_):
+        return function, (args[0], without_masks(tuple(args[1]), is_lazy), *args[2:]), kwargs
+    if function in (Tensor.masked_scatter, torch.masked_scatter) and not is_lazy(args[1]):
+        x, mask, source = args
+        mask = mask.expand(x.shape)
+        if mask.ndim > 1 and mask.stride(-1) == 0:
+            return scatter_rows, (x, mask[..., 0].reshape(-1).nonzero()[:, 0], source), {}
+        return scatter, (x, mask.reshape(-1).nonzero()[:, 0], source), {}
+    if function in (Tensor.masked_select, torch.masked_select) and not is_lazy(args[1]):
+        x, mask = torch.broadcast_tensors(args[0], args[1])
+        return select, (x, mask.reshape(-1).nonzero()[:, 0]), {}
+    if function in (torch.repeat_interleave, Tensor.repeat_interleave):
+        return function, args, _with_output_size(args, kwargs, is_lazy)
+    return function, args, kwargs
+
+
+def _with_output_size(args: tuple[Any, ...], kwargs: dict[str, Any], is_lazy: Any) -> dict[str, Any]:
+    repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
+    if isinstance(repeats, Tensor) and not is_lazy(repeats) and "output_size" not in kwargs:
+        dim = args[2] if len(args) > 2 else kwargs.get("dim")
+        size = 1 if dim is None or repeats.numel() > 1 else args[0].shape[dim]
+        return {**kwargs, "output_size": int(repeats.sum()) * size}
+    return kwargs
+
+
+# -- sums, row by row first -------------------------------------------------------------------------------------------
+
+_CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+_ELEMENTWISE_LOSSES = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+)
+_SUMS = (torch.sum, Tensor.sum)
+_MEANS = (torch.mean, Tensor.mean)
+
+
+REDUCTIONS = frozenset({*_CLASS_LOSSES, *_ELEMENTWISE_LOSSES, *_SUMS, *_MEANS})
+"""Functions that `by_rows` knows."""
+
+
+def by_rows(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A reduction over all entries, computed row by row first; NotImplemented for every other call.
+
+    Mean losses over classes become (sum over counted positions) / (number of them), which holds for any split of the
+    batch; a mean of means would not.
+    """
+    if function in _SUMS and len(args) == 1 and not kwargs:
+        return _total(args[0])
+    if function in _MEANS and len(args) == 1 and not kwargs:
+        return _mean(args[0])
+    if function in _CLASS_LOSSES:
+        return _class_loss(function, _bind(function, args, kwargs))
+    if function in _ELEMENTWISE_LOSSES:
+        return _elementwise_loss(function, _bind(function, args, kwargs))
+    return NotImplemented
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1).sum() if values.ndim > 1 and values.numel() else values.sum()
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1).mean() if values.ndim > 1 and values.numel() else values.mean()
+
+
+def _class_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Tensor:
+    target = given["target"]
+    if given["reduction"] == "sum":
+        return _total(function(**{**given, "reduction": "none"}))
+    if given["reduction"] != "mean" or given["weight"] is not None or target.is_floating_point():
+        return function(**given)
+    each = function(**{**given, "reduction": "none"})
+    return _total(each) / (target != given["ignore_index"]).sum()
+
+
+def _elementwise_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Tensor:
+    reduce = {"mean": _mean, "sum": _total}.get(given["reduction"])
+    return function(**given) if reduce is None else reduce(function(**{**given, "reduction": "none"}))
+
+
+def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+        raise TypeError(f"{function.__name__}: size_average and reduce are gone; use reduction=")
+    return given
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+def without_devices(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call on a recorded value with its devices taken out: it is computed where the plan says."""
+    if "device" in kwargs:
+        kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    if function in (Tensor.to, Tensor.type_as):
+        args = tuple(a for a in args if not isinstance(a, torch.device) and not _names_device(a))
+    return function, args, kwargs
+
+
+def _names_device(value: Any) -> bool:
+    return isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda", "meta")
+
+
+def leaves(structure: Any) -> list[Any]:
+    """Leaves of nested arguments."""
+    found: list[Any] = []
+    tree(found.append, structure)
+    return found

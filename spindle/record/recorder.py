@@ -1,0 +1,418 @@
+"""Recorder: the mode under which a task function runs, so that calls on values of the model are recorded.
+
+- A value is lazy when it depends on parameters: a meta tensor, or a real tensor that a lazy value was written into.
+- A call without lazy arguments runs for real, so `.tolist()`, masks, grids, tokenizers all work. Any other runs on the
+  meta device, which tells its result's shape, and becomes a node.
+- Code that needs the number in a lazy value (`if`, `int()`, `.item()`) is refused: that number is not known here.
+"""
+
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spindle.record.functions import (
+    REDUCTIONS,
+    Into,
+    Written,
+    WrittenThroughView,
+    by_rows,
+    recordable,
+    without_devices,
+    writes_first,
+)
+from spindle.record.recording import Autocast, Aux, Node, Recording, Ref, tensors_in, tree
+from spindle.record.sites import Sites
+
+_CPU = torch.device("cpu")
+_get_device: Any = Tensor.device.__get__  # type: ignore[attr-defined]
+_get_meta: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_ATTRIBUTES: frozenset[Any] = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in [
+                "shape",
+                "dtype",
+                "ndim",
+                "requires_grad",
+                "layout",
+                "is_cuda",
+                "grad_fn",
+                "is_sparse",
+                "is_nested",
+                "is_leaf",
+                "is_quantized",
+                "is_mps",
+                "is_xpu",
+                "is_mkldnn",
+                "is_sparse_csr",
+                "itemsize",
+                "nbytes",
+                "names",
+                "_version",
+                "is_cpu",
+            ]
+            if hasattr(getattr(Tensor, name, None), "__get__")
+        ),
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.__len__,
+        Tensor.stride,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.is_signed,
+        Tensor.__hash__,
+        Tensor.storage_offset,
+        Tensor.element_size,
+        Tensor.ndimension,
+        Tensor.get_device,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.is_tensor,
+        torch.numel,
+        torch.result_type,
+        torch.is_same_size,
+    }
+)
+"""What can be asked of a lazy value: nothing that depends on its numbers."""
+
+READS: frozenset[Any] = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.__complex__,
+        Tensor.__contains__,
+        Tensor.numpy,
+        Tensor.__array__,
+        torch.equal,
+        Tensor.equal,
+        torch.allclose,
+        Tensor.allclose,
+        torch.is_nonzero,
+        Tensor.is_nonzero,
+    }
+)
+"""What gives Python the numbers in a tensor."""
+
+_SHOWS: frozenset[Any] = frozenset({Tensor.__repr__, Tensor.__format__, Tensor.__str__})
+_OPENS_GRADIENTS: frozenset[Any] = frozenset(
+    {Tensor.backward, torch.autograd.backward, torch.autograd.grad, Tensor.register_hook, Tensor.retain_grad}
+)
+
+
+class LazyRead(Exception):
+    """Code asked for a number that depends on parameters."""
+
+
+class Refused(Exception):
+    """Code does what a planned run cannot do; the message says what, and what to do."""
+
+
+class Stranger(Exception):
+    """A trainable parameter that belongs to no component."""
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether a tensor is on the meta device, whatever modes are on."""
+    if not isinstance(value, Tensor):
+        return False
+    with torch._C.DisableTorchFunction():
+        return value.is_meta
+
+
+def _is_meta(value: Any) -> bool:
+    """Whether a tensor is on the meta device, where no recorder is on."""
+    return isinstance(value, Tensor) and bool(_get_meta(value))
+
+
+def any_lazy(values: Iterable[Any]) -> bool:
+    """Whether nested arguments hold a lazy tensor."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if _get_meta(value):
+                return True
+        elif type(value) in (list, tuple):
+            if any_lazy(value):
+                return True
+        elif type(value) is dict and any_lazy(value.values()):
+            return True
+    return False
+
+
+class ByRows(TorchFunctionMode):
+    """While open inside a Recorder, reductions of lazy values go row by row first."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Replace reductions over all entries; leave every other call alone."""
+        kwargs = kwargs or {}
+        if func in REDUCTIONS and (is_lazy(args[0]) if args else any(map(is_lazy, kwargs.values()))):
+            found = by_rows(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*args, **kwargs)
+
+
+class Recorder(TorchFunctionMode):
+    """One recording under way."""
+
+    def __init__(self, recording: Recording, leaves: dict[int, int], sites: Sites, start: CodeType) -> None:
+        """`leaves`: value numbers of the meta parameters and buffers by id. `start`: code of the function whose call
+        is the outermost place of a site.
+        """
+        super().__init__()
+        self.recording, self.sites, self.start = recording, sites, start
+        self.inside = False  # of a block, whose calls are not recorded
+        self.component = ""
+        self.block = ""  # whose results are being found
+        self.drawn: dict[str, Any] = {}  # what each call of a block draws
+        self.autocast = self._autocast_state()
+        self._number = dict(leaves)  # of each lazy tensor, by id
+        self._versions: dict[int, int] = {}
+        self._aux: dict[int, int] = {}
+        self._meta: dict[int, Tensor] = {}
+        self._tainted: set[int] = set()  # real tensors that lazy values were written into
+        self._kept: list[Any] = []  # so that no id is used twice
+        self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a call for real, or on the meta device and record it."""
+        kwargs = kwargs or {}
+        if func is _get_device or func == _get_device:
+            found = func(*args)
+            return _CPU if found.type == "meta" else found
+        if func == _get_meta:
+            return False
+        if func in _ATTRIBUTES:
+            return func(*args, **kwargs)
+        if not (any_lazy(args) or any_lazy(kwargs.values()) or (self._tainted and self._touches_tainted(args))):
+            self._refuse_strangers(args)
+            return self._real(func, args, kwargs)
+        if func in READS:
+            raise LazyRead(getattr(func, "__name__", "read"))
+        if func in _SHOWS:
+            return f"<value of the model, shape {tuple(args[0].shape)}>"
+        if func in _OPENS_GRADIENTS:
+            raise Refused(
+                f"it calls {getattr(func, '__name__', func)} on a value of the model; return the loss, its gradients "
+                "are computed and reduced as planned"
+            )
+        if func in (Tensor.cuda, Tensor.cpu) or (func is Tensor.to and len(args) == 1 and not kwargs):
+            return args[0]
+        return self._lazy(func, args, kwargs)
+
+    def real(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A call for real that no mode sees."""
+        with torch._C.DisableTorchFunction():
+            return self._real(func, args, {})
+
+    def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _lazy(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func, args, kwargs = without_devices(func, args, kwargs)
+        if func is Tensor.to and len(args) == 1 and not kwargs:
+            return args[0]
+        if self.inside:
+            func, args, kwargs = recordable(func, args, kwargs, _is_meta)
+            return func(*tree(self._as_meta, args), **tree(self._as_meta, kwargs))
+        self._refuse_strangers(args)
+        func, args, kwargs = recordable(func, args, kwargs, _is_meta)
+        out = kwargs.pop("out", None)
+        if out is not None:
+            func, args = Into(func), (out, *args)
+        encoded = tree(self._encoded, args), tree(self._encoded, kwargs)  # as they are before the call
+        result = func(*tree(self._as_meta, args), **tree(self._as_meta, kwargs))
+        if out is not None:
+            self._renew(out)
+            self._taint(out)
+            self._add(func, *encoded, [self._new(out)])
+            return out
+        return self.record(func, args, encoded, result)
+
+    def record(
+        self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any], result: Any, block: str = ""
+    ) -> Any:
+        """Note a call that gave `result` on the meta device; what the user's code gets of it."""
+        writes = self._written_leaves()
+        if writes or block or not writes_first(func):
+            outs = [self._out(tensor) for tensor in tensors_in(result)]
+            known = not writes and not block and all(not fresh for _, fresh in outs)
+            if known or not (outs or writes or block):  # it gave what it got, or sizes and the like
+                return result
+            self._add(func, *encoded, [n if fresh else -1 for n, fresh in outs], block=block, writes=writes)
+            return result
+        return self._record_write(func, args, encoded)
+
+    def _record_write(self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any]) -> Any:
+        """A call that wrote to its first argument: a new value for it, and for the tensor that it is a view of."""
+        x, (given, named) = args[0], encoded
+        base = x._base if _is_meta(x) else None
+        if base is not None and id(base) in self._number:
+            place = WrittenThroughView(func, x)
+            source = Ref(self._number[id(base)])
+            self._add(place, (source, *given[1:]), named, [self._new(base), self._new(x)])
+        else:
+            if not _is_meta(x):
+                self._taint(x)
+            self._add(Written(func), given, named, [self._new(x)])
+        return x
+
+    def _add(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        outs: list[int],
+        *,
+        block: str = "",
+        writes: tuple[str, ...] = (),
+        draws: bool = False,
+    ) -> None:
+        state = self._autocast_state()
+        self.recording.nodes.append(
+            Node(
+                func,
+                args,
+                kwargs,
+                outs,
+                self.sites.here(self.start),
+                component=self.component,
+                grad=torch.is_grad_enabled(),
+                block=block,
+                autocast=None if state == self.autocast else state,
+                writes=writes,
+                draws=draws,
+            )
+        )
+
+    def note(self, func: Callable[..., Any], args: tuple[Any, ...], *, writes: tuple[str, ...]) -> None:
+        """Note a call that changes leaves and gives nothing."""
+        self._add(func, args, {}, [], writes=writes)
+
+    def draw(self, function: Callable[..., Tensor], like: Tensor, result: Tensor) -> Tensor:
+        """Note a draw on the device of a lazy value: `function(like)` gives numbers of the shape of `result`."""
+        self._add(function, (self._encoded(like),), {}, [self._new(result)], draws=True)
+        return result
+
+    @staticmethod
+    def _autocast_state() -> Autocast:
+        return Autocast(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def number(self, value: Tensor) -> int | None:
+        """The number of a lazy tensor as it is now."""
+        return self._number.get(id(value))
+
+    def _new(self, value: Tensor) -> int:
+        recording = self.recording
+        number = len(recording.shapes)
+        self._number[id(value)], self._versions[number] = number, value._version
+        self._kept.append(value)
+        recording.shapes.append(tuple(value.shape))
+        recording.dtypes.append(value.dtype)
+        recording.needs_grad.append(value.requires_grad)
+        return number
+
+    def _out(self, value: Tensor) -> tuple[int, bool]:
+        """The number of a result, and whether it is a new one: a call may give what it got."""
+        known = self._number.get(id(value))
+        return (self._new(value), True) if known is None else (known, False)
+
+    def _encoded(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        number = self._number.get(id(value))
+        if number in self.recording.leaves:
+            self._touched[number] = value
+            self._versions.setdefault(number, value._version)
+        elif number is not None and self._versions.get(number, value._version) != value._version:
+            raise Refused(
+                "a tensor is read after its memory was written to through another view of it; write to a clone"
+            )
+        if number is not None:
+            return Ref(number)
+        if _is_meta(value):
+            raise Refused(
+                "a tensor of the model came out of code that cannot be followed (torch.jit.script, C++); call the "
+                "module in Python"
+            )
+        if id(value) not in self._aux:
+            self._aux[id(value)] = len(self.recording.aux)
+            self.recording.aux.append(value.detach())
+            self._kept.append(value)
+        return Aux(self._aux[id(value)])
+
+    def encoded(self, value: Any) -> Any:
+        """A leaf of a call's arguments as it is recorded."""
+        return self._encoded(value)
+
+    def as_meta(self, value: Any) -> Any:
+        """A leaf of a call's arguments as a meta tensor."""
+        return self._as_meta(value)
+
+    def _as_meta(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or _get_meta(value):
+            return value
+        found = self._meta.get(id(value))
+        if found is None:
+            found = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            found.requires_grad_(value.requires_grad)
+            self._meta[id(value)] = found
+            self._kept.append(value)
+        return found
+
+    def _renew(self, value: Tensor) -> None:
+        self._meta.pop(id(value), None)
+
+    def _taint(self, value: Tensor) -> None:
+        self._tainted.add(id(value))
+        self._kept.append(value)
+
+    def _touches_tainted(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._tainted:
+                    return True
+                if value._base is not None and id(value._base) in self._tainted:
+                    raise Refused(
+                        "a view of a tensor is read after a value of the model was written into that tensor; write to "
+                        "a clone"
+                    )
+            elif type(value) in (list, tuple) and self._touches_tainted(value):
+                return True
+        return False
+
+    def _written_leaves(self) -> tuple[str, ...]:
+        """Parameters and buffers that the last call changed in place."""
+        found = []
+        for number, tensor in self._touched.items():
+            if tensor._version != self._versions[number]:
+                self._versions[number] = tensor._version
+                found.append(self.recording.leaves[number])
+        self._touched.clear()
+        return tuple(found)
+
+    def _refuse_strangers(self, args: Iterable[Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for value in args:
+            if isinstance(value, nn.Parameter) and value.requires_grad and not _get_meta(value):
+                raise Stranger(" x ".join(map(str, value.shape)) or "one number")

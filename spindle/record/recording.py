@@ -1,0 +1,168 @@
+"""Recording: the calls that one run of a task function made on values that depend on parameters, and their execution.
+
+A value is a number: parameters and buffers that change come first (`leaves`), then what calls give. A call that writes
+to a tensor gives a new value for it, so that every value has one maker.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.record.slots import Mark, mapped
+
+_PLAIN = (int, float, str, bool, type(None), torch.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref(Mark):
+    """Value number `index` among the arguments of a call."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aux(Mark):
+    """Tensor number `index` that was computed for real, from the batch alone."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The autocast that a call was made under, where that is not the workload's own."""
+
+    enabled: bool
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class Node:
+    """One recorded call: `function(*args, **kwargs)` gives values `outs`, in the order of its tensors; -1 stands for a
+    tensor that it was given.
+
+    `site` is where the call was made; `block` names the call of a repeated layer, such as "vision.layers.3@1";
+    `component` is the call of a component that it was made in. `grad`: whether gradients were on. `writes`: leaves that
+    it changes in place. `draws`: it draws random numbers.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[int]
+    site: int
+    component: str = ""
+    grad: bool = True
+    block: str = ""
+    autocast: Autocast | None = None
+    writes: tuple[str, ...] = ()
+    draws: bool = False
+    line: str = ""
+
+    def refs(self) -> list[int]:
+        """Values that it reads."""
+        found: list[int] = []
+        tree(lambda leaf: found.append(leaf.index) if type(leaf) is Ref else None, (self.args, self.kwargs))
+        return found
+
+    def aux(self) -> list[int]:
+        """Tensors computed from the batch that it reads."""
+        found: list[int] = []
+        tree(lambda leaf: found.append(leaf.index) if type(leaf) is Aux else None, (self.args, self.kwargs))
+        return found
+
+
+@dataclass(slots=True)
+class Recording:
+    """What one run of a task function on some samples came to.
+
+    `leaves` are names of parameters and of buffers that change, by value number; `shapes`, `dtypes` and `needs_grad`
+    those of all values; `aux` what was computed for real.
+    """
+
+    leaves: dict[int, str]
+    nodes: list[Node] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    needs_grad: list[bool] = field(default_factory=list)
+    aux: list[Tensor] = field(default_factory=list)
+    loss: int = -1
+
+    def makers(self) -> dict[int, int]:
+        """Number of the node that makes each value."""
+        return {out: number for number, node in enumerate(self.nodes) for out in node.outs if out >= 0}
+
+
+def tree(function: Callable[[Any], Any], structure: Any) -> Any:
+    """Nested arguments with `function` applied to each leaf: `mapped`, and slices."""
+    kind = type(structure)
+    if kind is slice:
+        return slice(*(tree(function, v) for v in (structure.start, structure.stop, structure.step)))
+    if kind is tuple or kind is list:
+        return kind([tree(function, value) for value in structure])
+    if kind is dict:
+        return {key: tree(function, value) for key, value in structure.items()}
+    if kind in _PLAIN or isinstance(structure, Tensor | Mark):
+        return function(structure)
+    return mapped(function, structure)
+
+
+def tensors_in(structure: Any) -> list[Tensor]:
+    """Tensors of nested results, in order."""
+    if isinstance(structure, Tensor):
+        return [structure]
+    found: list[Tensor] = []
+    tree(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, structure)
+    return found
+
+
+Leaf = Callable[[str], Tensor]
+"""The tensor of a parameter or buffer by its name."""
+
+
+def execute(
+    nodes: Sequence[Node],
+    values: dict[int, Tensor],
+    *,
+    aux: Callable[[int], Tensor],
+    leaf: Leaf,
+    leaves: Mapping[int, str],
+    blocks: Mapping[str, Callable[..., Any]],
+    device: torch.device,
+) -> None:
+    """Run recorded calls in order; `values` holds what they read of others and takes what they give.
+
+    `aux(i)` is tensor i that was computed from the batch, on the device; `blocks` runs calls of layers by name.
+    """
+
+    def decoded(argument: Any) -> Any:
+        kind = type(argument)
+        if kind is Ref:
+            known = values.get(argument.index)
+            return leaf(leaves[argument.index]) if known is None else known
+        return aux(argument.index) if kind is Aux else argument
+
+    for node in nodes:
+        function = blocks[node.block] if node.block else node.function
+        with _as_recorded(node, device):
+            result = function(*tree(decoded, node.args), **(tree(decoded, node.kwargs) if node.kwargs else {}))
+        if len(node.outs) == 1 and type(result) is Tensor:
+            values[node.outs[0]] = result
+        elif node.outs:
+            values.update(zip(node.outs, tensors_in(result), strict=True))
+        values.pop(-1, None)
+
+
+def _as_recorded(node: Node, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The modes that a call was made under."""
+    if node.grad and node.autocast is None:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if not node.grad:
+        stack.enter_context(torch.no_grad())
+    if node.autocast is not None:
+        stack.enter_context(torch.autocast(device.type, node.autocast.dtype, enabled=node.autocast.enabled))
+    return stack

@@ -1,0 +1,91 @@
+"""Run: one call of a task function under a recorder; what was recorded, and what was drawn, out."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.record.draws import Site, Stream, drawing_from
+from spindle.record.functions import Assigned
+from spindle.record.randomness import RecordedDrawing
+from spindle.record.recorder import ByRows, Recorder, Refused, is_lazy
+from spindle.record.recording import Recording, Ref
+from spindle.record.shapes import Drawn
+from spindle.record.skeleton import Skeleton
+
+TaskFunction = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One call of a task function: what was recorded, and draws by scope, "" for the glue.
+
+    `result` is what the function returned, where that is no value of the model.
+    """
+
+    recording: Recording
+    drawn: Mapping[str, Drawn]
+    result: Any = None
+
+
+class Failure(Exception):
+    """A call of a task function that raised: where it was when it did."""
+
+    def __init__(self, error: Exception, component: str, block: str) -> None:
+        super().__init__(str(error))
+        self.error, self.component, self.block = error, component, block
+
+
+def record(
+    skeleton: Skeleton,
+    function: TaskFunction,
+    fields: Mapping[str, Any],
+    *,
+    stream: Stream,
+    sites: Sequence[Site] | None = None,
+    autocast: contextlib.AbstractContextManager[object] | None = None,
+) -> Recorded:
+    """Call `function` on a batch, or on a part of one, and note what it computes from parameters.
+
+    `stream`: where its draws stand; `sites`: along what the samples lie in each draw of the glue. Raises Failure.
+    """
+    with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
+        drawing = RecordedDrawing(recorder, sites)
+        try:
+            with drawing_from(stream), recorder, ByRows(), drawing:
+                result = _call(function, dict(fields))
+            with torch._C.DisableTorchFunction():
+                _note_assigned(skeleton, recorder)
+        except Exception as error:
+            raise Failure(error, recorder.component, recorder.block) from error
+        recording = recorder.recording
+        lazy = isinstance(result, Tensor) and is_lazy(result)
+        if lazy:
+            number = recorder.number(result)
+            recording.loss = -1 if number is None else number
+        drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
+        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result)
+
+
+def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:
+    """The outermost place of every site."""
+    return function(fields)
+
+
+def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
+    """Buffers that were replaced by a new tensor: a call that writes it to the buffer."""
+    for name, leaf, value in skeleton.replaced_buffers():
+        if tuple(value.shape) != tuple(leaf.shape):
+            raise Refused(
+                f"buffer {name!r} was replaced by one of shape {tuple(value.shape)}, where it had {tuple(leaf.shape)}; "
+                "keep its shape"
+            )
+        if name not in skeleton.stateful:
+            skeleton.changed.add(name)
+            continue
+        number = recorder.number(leaf)
+        assert number is not None
+        recorder.note(Assigned(), (Ref(number), recorder.encoded(value)), writes=(name,))

@@ -1,0 +1,145 @@
+"""Shapes: what a call of a block gives, without its numbers; and rules for blocks that the meta device cannot run.
+
+A rule is learned from real runs on a few samples: each size of a result is a constant, or a multiple of a size of an
+argument. It is narrowed with every run, and checked against what the block gives when it is executed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.record.recording import tree
+from spindle.record.slots import Mark
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Mark):
+    """Where a tensor stands among the results of a block: its shape, type, and whether a gradient comes back for it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    needs_grad: bool
+
+    def tensor(self) -> Tensor:
+        """A meta tensor like it, which is no leaf, so that code may write to it."""
+        made = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return made.requires_grad_().clone() if self.needs_grad else made
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a call of a block draws: the shape of each draw, and whether attention is written out for it."""
+
+    shapes: tuple[Shape, ...] = ()
+    written_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a block gives for arguments of some shapes, with Made in place of tensors."""
+
+    structure: Any
+    drawn: Drawn
+
+
+def results_of(structure: Any, drawn: Sequence[Shape], *, written_out: bool) -> Results:
+    """Results with Made in place of tensors."""
+    with torch._C.DisableTorchFunction():
+        made = tree(
+            lambda leaf: Made(tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
+            structure,
+        )
+    return Results(made, Drawn(tuple(drawn), written_out))
+
+
+Size = int | tuple[int, int, Fraction]
+"""A constant; or argument, its dimension, and what multiplies its size."""
+
+
+@dataclass(frozen=True)
+class ShapeRule:
+    """Shapes of a block's results and draws from those of its tensor arguments.
+
+    `sizes`: for each result, then each draw, and each of its dimensions, what its size may be, best first.
+    """
+
+    structure: Any
+    sizes: tuple[tuple[tuple[Size, ...], ...], ...]
+    num_results: int
+    written_out: bool = False
+
+    @classmethod
+    def learned(cls, known: "ShapeRule | None", found: Results, given: Sequence[Shape]) -> "ShapeRule":
+        """The rule after one more run that gave `found` for arguments of shapes `given`."""
+        made = _made(found.structure)
+        shapes = [each.shape for each in made] + list(found.drawn.shapes)
+        options = tuple(tuple(_options(size, given) for size in shape) for shape in shapes)
+        if known is not None:
+            if [len(s) for s in known.sizes] != [len(s) for s in options]:
+                raise ValueError("it gives or draws another number of tensors for other samples")
+            options = tuple(
+                tuple(tuple(option for option in old if option in new) for old, new in zip(a, b, strict=True))
+                for a, b in zip(known.sizes, options, strict=True)
+            )
+            if any(not size for shape in options for size in shape):
+                raise ValueError("the sizes of its results follow from values, not from the sizes of its arguments")
+        return cls(found.structure, options, len(made), found.drawn.written_out)
+
+    def results(self, given: Sequence[Shape]) -> tuple[Any, tuple[Shape, ...]]:
+        """Results for arguments of some shapes, with Made in place of tensors; and the shapes of draws."""
+        shapes = [tuple(_size(options[0], given) for options in shape) for shape in self.sizes]
+        own = iter(shapes)
+        structure = tree(
+            lambda leaf: Made(next(own), leaf.dtype, leaf.needs_grad) if isinstance(leaf, Made) else leaf,
+            self.structure,
+        )
+        return structure, tuple(shapes[self.num_results :])
+
+
+def _made(structure: Any) -> list[Made]:
+    found: list[Made] = []
+    tree(lambda leaf: found.append(leaf) if isinstance(leaf, Made) else None, structure)
+    return found
+
+
+def _options(size: int, given: Sequence[Shape]) -> tuple[Size, ...]:
+    of_arguments = [
+        (i, dim, Fraction(size, own)) for i, shape in enumerate(given) for dim, own in enumerate(shape) if own
+    ]
+    return (*sorted(of_arguments, key=lambda option: option[2] != 1), size)
+
+
+def _size(option: Size, given: Sequence[Shape]) -> int:
+    if isinstance(option, int):
+        return option
+    index, dim, factor = option
+    return int(given[index][dim] * factor)
+
+
+def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Exception | None) -> Results:
+    """What a block gives for real, numbers of the model in its arguments made up. Raises what it raises.
+
+    `reason`: why the meta device could not run it.
+    """
+    from spindle.record.randomness import RealShapes
+
+    def real(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_meta:
+            return leaf
+        if not leaf.dtype.is_floating_point:
+            return torch.zeros(leaf.shape, dtype=leaf.dtype)
+        return torch.randn(leaf.shape, dtype=leaf.dtype).requires_grad_(leaf.requires_grad)
+
+    try:
+        given, named = tree(real, args), tree(real, kwargs)
+        with torch.random.fork_rng(devices=[]), RealShapes() as drawing:
+            structure = own(*given, **named)
+    except Exception as error:
+        raise error from reason
+    return results_of(structure, drawing.shapes, written_out=drawing.writes_out_attention)

@@ -1,0 +1,50 @@
+"""Sites: the place in code that a call was made from, as one number that is equal in every process and every step."""
+
+import hashlib
+import os
+import sys
+from types import CodeType, FrameType
+
+_MODULE = __name__.rpartition(".")[0]
+
+
+class Sites:
+    """Numbers places: the chain of (file, function, instruction) from the call up to the start of the recording."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[CodeType, str]] = {}  # by id of the code, which is kept so that ids stay
+        self._numbers: dict[tuple[int, ...], int] = {}
+
+    def here(self, start: CodeType) -> int:
+        """The place of the call under way, up to the function whose code is `start`."""
+        frame: FrameType | None = sys._getframe(1)
+        key: list[int] = []
+        codes: list[CodeType] = []
+        while frame is not None and frame.f_code is not start:
+            code = frame.f_code
+            if frame.f_globals.get("__name__", "").rpartition(".")[0] != _MODULE:
+                key += (id(code), frame.f_lasti)
+                codes.append(code)
+            frame = frame.f_back
+        found = self._numbers.get(tuple(key))
+        if found is None:
+            texts = [f"{self._text(code)}:{at}" for code, at in zip(codes, key[1::2], strict=True)]
+            found = int.from_bytes(hashlib.blake2b("\n".join(texts).encode(), digest_size=7).digest())
+            self._numbers[tuple(key)] = found
+        return found
+
+    def _text(self, code: CodeType) -> str:
+        if id(code) not in self._texts:
+            name = os.path.basename(code.co_filename)
+            self._texts[id(code)] = (code, f"{name}:{code.co_qualname}:{code.co_firstlineno}")
+        return self._texts[id(code)][1]
+
+
+def user_line(start: CodeType, file: str) -> str:
+    """The innermost line of `file` that is running, as "line 12 of model.py"; "" when none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not start:
+        if frame.f_code.co_filename == file:
+            return f"line {frame.f_lineno} of {os.path.basename(file)}"
+        frame = frame.f_back
+    return ""

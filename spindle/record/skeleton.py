@@ -1,0 +1,418 @@
+"""Skeleton: the user's modules as a recording needs them, with meta parameters, and repeated layers as single calls.
+
+- While a skeleton is open its meta parameters stand in the modules. Buffers stay real, but for those that change while
+  the model runs (running statistics): of these only the run knows the values, so they are meta too.
+- A block (a repeated layer) is one call: its `forward` is replaced, so that hooks around it stay outside of it. It runs
+  on the meta device to tell the shapes of its results, once for each kind of layer and shapes of arguments.
+- A skeleton travels without weights: parameters are sent as their shapes.
+"""
+
+import contextlib
+import io
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+
+from spindle.record.caches import caches_off, caching_configs
+from spindle.record.recorder import Recorder, is_lazy
+from spindle.record.recording import Recording, tensors_in, tree
+from spindle.record.shapes import Drawn, Made, Results, ShapeRule, results_of, run_for_real
+from spindle.record.sites import Sites
+
+
+@dataclass(slots=True)
+class BlockInfo:
+    """A block: its path ("vision.layers.3"), module, and kind, equal for layers that do the same work."""
+
+    path: str
+    module: nn.Module
+    kind: str
+
+
+@dataclass
+class Skeleton:
+    """Modules of some components by name, and blocks in them. `stateful`: buffers that change while the model runs.
+
+    `rules` tell, by kind of block, what those give that cannot run on the meta device. While `learning`, at capture,
+    they are found and checked by running such blocks for real.
+    """
+
+    components: Mapping[str, nn.Module]
+    blocks: Sequence[BlockInfo]
+    stateful: set[str] = field(default_factory=set)
+    rules: dict[str, ShapeRule] = field(default_factory=dict)
+    learning: bool = False
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.changed: set[str] = set()  # buffers that a recording replaced, though taken as constants
+        self.sites = Sites()
+        self.known: dict[object, Results] = {}
+        self.configs = caching_configs(nn.ModuleList(self.components.values()))
+        self.paths = {id(block.module): block.path for block in self.blocks}
+        inside = {id(m) for block in self.blocks for m in block.module.modules() if m is not block.module}
+        self._outside = [
+            (name, module)
+            for name, root in self.components.items()
+            for module in root.modules()
+            if id(module) not in inside and id(module) not in self.paths and type(module).forward is not _NO_FORWARD
+        ]
+        self._metas: dict[int, tuple[str, Tensor]] = {}  # of parameters and stateful buffers, by id of the user's own
+        self._collect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "components": self.components,
+            "blocks": self.blocks,
+            "stateful": self.stateful,
+            "rules": self.rules,
+            "learning": False,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def set_stateful(self, names: set[str]) -> None:
+        """Take these buffers as ones that change."""
+        self.stateful |= names
+        self.known.clear()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Meta tensors for all parameters and for stateful buffers, and where they stand."""
+        self._places: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        for component, root in self.components.items():
+            for path, module in root.named_modules():
+                prefix = f"{component}.{path}." if path else f"{component}."
+                for own, name in (
+                    *((module._parameters, name) for name in module._parameters),
+                    *((module._buffers, name) for name in module._buffers if prefix + name in self.stateful),
+                ):
+                    value = own[name]
+                    if value is not None:
+                        if id(value) not in self._metas:
+                            self._metas[id(value)] = (prefix + name, _meta_like(value))
+                        self._places.append((own, name, value, self._metas[id(value)][1]))
+        self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
+        self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The modules' buffers by name, as they stand there now."""
+        return {
+            f"{component}.{path}": buffer
+            for component, root in self.components.items()
+            for path, buffer in root.named_buffers(remove_duplicate=False)
+        }
+
+    @contextlib.contextmanager
+    def open(self, start: Any) -> Iterator[Recorder]:
+        """A recorder of one call of a task function; while open, only this thread may use the modules."""
+        recording = Recording(dict(self.leaves))
+        for _, meta in self._metas.values():
+            recording.shapes.append(tuple(meta.shape))
+            recording.dtypes.append(meta.dtype)
+            recording.needs_grad.append(meta.requires_grad)
+        with self.lock, contextlib.ExitStack() as stack:
+            recorder = Recorder(recording, self._numbers, self.sites, start)
+            stack.enter_context(caches_off(self.configs))
+            stack.enter_context(self._meta_parameters())
+            stack.enter_context(self._forwards(recorder))
+            stack.enter_context(_whole_calls(recorder))
+            yield recorder
+
+    @contextlib.contextmanager
+    def _meta_parameters(self) -> Iterator[None]:
+        for own, name, _, meta in self._places:
+            own[name] = meta
+        self._standing = [
+            (f"{component}.{path}.{key}" if path else f"{component}.{key}", module._buffers, key, buffer)
+            for component, root in self.components.items()
+            for path, module in root.named_modules()
+            for key, buffer in module._buffers.items()
+        ]
+        try:
+            yield
+        finally:
+            for _, held, key, before in self._standing:
+                held[key] = before
+            for own, name, value, _ in self._places:
+                own[name] = value
+
+    def replaced_buffers(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Buffers in whose place the code under way has put another tensor: name, buffer, tensor."""
+        found = []
+        for name, held, key, before in self._standing:
+            value = held.get(key)
+            if value is not before and isinstance(value, Tensor) and before is not None:
+                found.append((name, before, value))
+        return found
+
+    @contextlib.contextmanager
+    def real(self, module: nn.Module) -> Iterator[None]:
+        """While open, a module below an open skeleton has its own parameters and buffers, and changes none of them."""
+        inside = {id(m._parameters) for m in module.modules()} | {id(m._buffers) for m in module.modules()}
+        places = [place for place in self._places if id(place[0]) in inside]
+        for own, name, value, _ in places:
+            own[name] = value
+        buffers = list(module.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+        finally:
+            for own, name, _, meta in places:
+                own[name] = meta
+
+    @contextlib.contextmanager
+    def _forwards(self, recorder: Recorder) -> Iterator[None]:
+        """Blocks as single calls; other modules tell which call of a component is under way."""
+        replaced: list[tuple[nn.Module, bool, Any]] = []
+        calls, scopes = Counter[str](), Counter[str]()
+        wanted = [(block.module, _block_call(self, block, recorder, scopes)) for block in self.blocks]
+        wanted += [(module, _component_call(name, recorder, calls)) for name, module in self._outside]
+        seen: set[int] = set()
+        try:
+            for module, make in wanted:
+                if id(module) in seen:
+                    continue
+                seen.add(id(module))
+                patched, own = "forward" in module.__dict__, module.forward
+                replaced.append((module, patched, own))
+                module.forward = make(own)  # type: ignore[method-assign]
+            yield
+        finally:
+            for module, patched, own in replaced:
+                if patched:
+                    module.forward = own  # type: ignore[method-assign]
+                else:
+                    del module.__dict__["forward"]
+
+
+_NO_FORWARD = nn.Module.forward
+
+
+def _meta_like(value: Tensor) -> Tensor:
+    if value.is_meta:
+        return value
+    meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return nn.Parameter(meta, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else meta
+
+
+def _component_call(
+    name: str, recorder: Recorder, calls: Counter[str]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if recorder.component or recorder.inside:
+                return own(*args, **kwargs)
+            recorder.component = name if not calls[name] else f"{name}@{calls[name]}"
+            calls[name] += 1
+            try:
+                return own(*args, **kwargs)
+            finally:
+                recorder.component = ""
+
+        return called
+
+    return make
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _block_call(
+    skeleton: Skeleton, block: BlockInfo, recorder: Recorder, scopes: Counter[str]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if recorder.inside:  # a block in a block is part of it
+                return own(*args, **kwargs)
+            scope = block.path if not scopes[block.path] else f"{block.path}@{scopes[block.path]}"
+            scopes[block.path] += 1
+            results = _results(skeleton, block, own, recorder, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
+                encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
+                recorder.drawn[scope] = results.drawn
+                return recorder.record(own, args, encoded, made, block=scope)
+
+        return called
+
+    return make
+
+
+def _results(
+    skeleton: Skeleton,
+    block: BlockInfo,
+    own: Callable[..., Any],
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Results:
+    key = (block.kind, torch.is_grad_enabled(), _signature((args, kwargs)))
+    if key not in skeleton.known:
+        recorder.block = block.path
+        skeleton.known[key] = _found(skeleton, block, own, recorder, args, kwargs)
+        recorder.block = ""
+    return skeleton.known[key]
+
+
+def _found(
+    skeleton: Skeleton,
+    block: BlockInfo,
+    own: Callable[..., Any],
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Results:
+    rule = skeleton.rules.get(block.kind)
+    if rule is None:
+        try:
+            return _run_on_meta(own, recorder, args, kwargs)
+        except Exception as error:
+            if not skeleton.learning:
+                raise
+            reason = error
+    elif not skeleton.learning:
+        structure, shapes = rule.results([tuple(t.shape) for t in tensors_in((args, kwargs))])
+        return Results(structure, Drawn(shapes, rule.written_out))
+    else:
+        reason = None
+    with skeleton.real(block.module):
+        found = run_for_real(own, args, kwargs, reason)
+    sizes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+    skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes)
+    return found
+
+
+def _run_on_meta(own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any) -> Results:
+    from spindle.record.randomness import NotingShapes
+
+    recorder.inside = True
+    try:
+        with NotingShapes() as noted:
+            structure = own(*args, **kwargs)
+    finally:
+        recorder.inside = False
+    return results_of(structure, noted.shapes, written_out=noted.writes_out_attention)
+
+
+def _signature(structure: Any) -> tuple[object, ...]:
+    """Shapes, types and constants of nested arguments; other objects count by their class."""
+    found: list[object] = []
+
+    def note(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            found.append((tuple(leaf.shape), leaf.dtype, leaf.requires_grad, is_lazy(leaf)))
+        else:
+            found.append(leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__)
+
+    with torch._C.DisableTorchFunction():
+        tree(note, structure)
+    return tuple(found)
+
+
+# -- calls that no mode sees ------------------------------------------------------------------------------------------
+
+_RECORDER: ContextVar[Recorder | None] = ContextVar("spindle_recorder", default=None)
+
+
+@contextlib.contextmanager
+def _whole_calls(recorder: Recorder) -> Iterator[None]:
+    """While open, autograd functions of the user's own and checkpoints are seen as calls."""
+    token = _RECORDER.set(recorder)
+    try:
+        with _PATCHES:
+            yield
+    finally:
+        _RECORDER.reset(token)
+
+
+class _Patches:
+    """Puts our own versions of a few functions in place while any recording is open, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.lock, self.open = threading.Lock(), 0
+        self.apply = torch.autograd.Function.__dict__["apply"]
+        self.checkpoint = torch_checkpoint.checkpoint
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.open += 1
+            if self.open == 1:
+                own_apply, own_checkpoint = self.apply, self.checkpoint
+
+                def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+                    return _applied(own_apply.__get__(None, cls), args, kwargs)
+
+                def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+                    return _checkpointed(own_checkpoint, function, args, kwargs)
+
+                torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+                torch_checkpoint.checkpoint = checkpoint
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
+                torch_checkpoint.checkpoint = self.checkpoint
+
+
+_PATCHES = _Patches()
+
+
+def _applied(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An autograd function is one call, so that its own backward is kept."""
+    recorder = _RECORDER.get()
+    if recorder is None or recorder.inside or not any(is_lazy(a) for a in (*args, *kwargs.values())):
+        return own(*args, **kwargs)
+    with torch._C.DisableTorchFunction():
+        encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
+        result = own(*tree(recorder.as_meta, args), **tree(recorder.as_meta, kwargs))
+        return recorder.record(own, args, encoded, result)
+
+
+def _checkpointed(own: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Outside of blocks activations are kept or computed again as the plan says, so a checkpoint is a plain call."""
+    if _RECORDER.get() is None:
+        return own(function, *args, **kwargs)
+    options = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
+    return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
+
+
+# -- travel -----------------------------------------------------------------------------------------------------------
+
+
+class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends parameters as their shapes."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Parameters become meta parameters."""
+        if isinstance(value, nn.Parameter):
+            return _meta_parameter, (type(value), tuple(value.shape), value.dtype, value.requires_grad)
+        return super().reducer_override(value)
+
+
+def _meta_parameter(kind: type, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+    del kind
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+
+
+def dumped(value: Any) -> bytes:
+    """Anything that holds skeletons and task functions, without weights."""
+    buffer = io.BytesIO()
+    _WithoutWeights(buffer).dump(value)
+    return buffer.getvalue()

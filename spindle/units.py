@@ -1,0 +1,247 @@
+"""Units: how many rows of each field belong to each sample of a batch, and how a batch is cut by sample.
+
+- Most fields hold one row a sample, along their first dimension: their unit is SAMPLES.
+- A packed field holds any number of rows a sample: image patches, tokens of several texts in one row. A task declares
+  these by `rows=`: field -> rows of each sample, or (dimension, rows of each sample). A name that is no field only
+  defines a unit, which values of the model may go by.
+- Rows are whole numbers, so that every rank finds the same bounds without a message.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.errors import WorkloadError
+from spindle.graph import SAMPLES
+
+Place = tuple[str, int]
+"""A unit, and the dimension of a tensor along which its rows lie."""
+
+Bounds = tuple[int, int]
+"""Samples low..high-1 of a batch."""
+
+
+def per_sample(values: Tensor, counts: Tensor) -> Tensor:
+    """Sum `values`, of which each sample has `counts[i]` that follow each other, by sample; whole numbers, shape [B].
+
+    Patches of each sample, from those of each image: `per_sample(grid.prod(1), images)`.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu().long())
+    if len(owner) != len(values):
+        raise WorkloadError(f"per_sample: counts add up to {len(owner)}, but there are {len(values)} values")
+    return torch.zeros(len(counts), dtype=torch.long).index_add(0, owner, values.cpu().long())
+
+
+@dataclass(frozen=True)
+class Units:
+    """Rows of each unit that belong to each sample of one batch; SAMPLES is always among them."""
+
+    counts: Mapping[str, tuple[int, ...]]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch."""
+        return len(self.counts[SAMPLES])
+
+    @cached_property
+    def offsets(self) -> dict[str, list[int]]:
+        """Rows of each unit before each sample, and all of them at the end."""
+        return {unit: [0, *accumulate(counts)] for unit, counts in self.counts.items()}
+
+    def rows(self, unit: str, low: int, high: int) -> int:
+        """Rows that belong to samples low..high-1."""
+        offsets = self.offsets[unit]
+        return offsets[high] - offsets[low]
+
+    def span(self, unit: str, size: int, held: Bounds, wanted: Bounds) -> tuple[int, int]:
+        """Where samples `wanted` lie in a dimension of `size` entries that holds samples `held`: first entry, number.
+
+        Raises ValueError when the entries do not divide evenly among the rows.
+        """
+        offsets = self.offsets[unit]
+        first, rows = offsets[held[0]], offsets[held[1]] - offsets[held[0]]
+        if rows == 0:
+            return 0, 0
+        start, end = (offsets[wanted[0]] - first) * size, (offsets[wanted[1]] - first) * size
+        if start % rows or end % rows:
+            raise ValueError(f"{size} entries do not divide among {rows} rows of {unit!r}")
+        return start // rows, (end - start) // rows
+
+    def is_fixed(self) -> bool:
+        """Whether every unit has the same number of rows in every sample."""
+        return all(len(set(counts)) <= 1 for counts in self.counts.values())
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """A batch whose samples are known: `places` tells for each field that is cut by sample its unit and dimension.
+
+    Fields without a place (single numbers, names, settings) belong to the batch as a whole.
+    """
+
+    fields: Mapping[str, Any]
+    units: Units
+    places: Mapping[str, Place]
+
+    def part(self, low: int, high: int) -> dict[str, Any]:
+        """The fields of samples low..high-1."""
+        whole = (0, self.units.num_samples)
+        if (low, high) == whole:
+            return dict(self.fields)
+        found = dict(self.fields)
+        for name, (unit, dim) in self.places.items():
+            found[name] = cut_value(found[name], dim, *self._span(name, unit, dim, whole, (low, high)))
+        return found
+
+    def _span(self, name: str, unit: str, dim: int, whole: Bounds, wanted: Bounds) -> tuple[int, int]:
+        value = self.fields[name]
+        size = value.shape[dim] if isinstance(value, Tensor) else len(value)
+        return self.units.span(unit, size, whole, wanted)
+
+    @cached_property
+    def shapes(self) -> tuple[object, ...]:
+        """What must be equal on all ranks and says how messages are cut: fields, shapes, types, rows of each sample."""
+        fields = tuple(
+            (name, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (name, type(v).__name__)
+            for name, v in self.fields.items()
+        )
+        return fields, tuple(sorted(self.units.counts.items()))
+
+
+def cut_value(value: Any, dim: int, start: int, length: int) -> Any:
+    """Entries start..start+length-1 of a tensor's dimension, or of a list."""
+    if isinstance(value, Tensor):
+        return value.narrow(dim, start, length)
+    return value[start : start + length]
+
+
+def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch_size: int) -> SampledBatch:
+    """The batch with its samples: `rows` is what the task's `rows=` gave for it, `where` names the task in errors.
+
+    Raises WorkloadError for fields whose rows are not those of the samples, and `rows` that do not fit their fields.
+    """
+    counts: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Place] = {}
+    for name, given in rows.items():
+        dim, numbers = given if isinstance(given, tuple) else (0, given)
+        counts[name] = tuple(int(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+        if name in batch:
+            _check_packed(where, name, batch[name], dim, sum(counts[name]))
+            places[name] = (name, dim % batch[name].ndim if isinstance(batch[name], Tensor) else 0)
+    sizes = {name: _length(value) for name, value in batch.items() if name not in rows}
+    num_samples = _num_samples(where, sizes, counts, batch_size)
+    for name, size in sizes.items():
+        if size == num_samples:
+            places[name] = (SAMPLES, 0)
+        elif isinstance(batch[name], Tensor) and size is not None:
+            raise WorkloadError(
+                f"{where}: batch[{name!r}] has {size} rows for {num_samples} samples; it is packed: give rows= (how "
+                "many belong to each sample), see docs/packed.md"
+            )
+    wrong = next((name for name, numbers in counts.items() if len(numbers) != num_samples), None)
+    if wrong is not None:
+        raise WorkloadError(
+            f"{where}: rows= counts {wrong!r} for {len(counts[wrong])} samples, but the batch has {num_samples}; give "
+            "a number for each sample"
+        )
+    return SampledBatch(dict(batch), Units({SAMPLES: (1,) * num_samples, **counts}), places)
+
+
+def _check_packed(where: str, name: str, value: Any, dim: int, total: int) -> None:
+    size = value.shape[dim] if isinstance(value, Tensor) and -value.ndim <= dim < value.ndim else _length(value)
+    if size != total:
+        raise WorkloadError(
+            f"{where}: rows= counts {total} rows of {name!r}, which has {size}; correct rows=, see docs/packed.md"
+        )
+
+
+def _length(value: Any) -> int | None:
+    """Entries of a field along its first dimension; None where it has none."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim else None
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _num_samples(
+    where: str, sizes: Mapping[str, int | None], counts: Mapping[str, Sequence[int]], batch_size: int
+) -> int:
+    """Samples of a batch: the rows that its fields share, or the numbers that `rows=` gave where all are packed."""
+    seen: Iterable[int] = {size for size in sizes.values() if size is not None}
+    packed = {len(numbers) for numbers in counts.values()}
+    candidates = packed or set(seen)
+    if len(candidates) == 1:
+        (found,) = candidates
+    elif batch_size in candidates:
+        found = batch_size
+    else:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None) or "none"
+        raise WorkloadError(
+            f"{where}: its fields do not share a number of samples (rows of each: {told}); the first dimension of each "
+            f"must be the batch size {batch_size}, or rows= must count it, see docs/packed.md"
+        )
+    if found < 1:
+        raise WorkloadError(f"{where}: a batch has no samples; leave empty batches out")
+    return found
+
+
+def shares(units: Units, count: int, costs: Sequence[int] | None = None) -> tuple[Bounds, ...]:
+    """Consecutive bounds of `count` shares of a batch: by number of samples, the larger ones first, or by `costs`.
+
+    A share that is not empty has a row of every unit of which the batch has any, since code of users needs an image to
+    work on; empty shares come last. Whole numbers alone decide, so every rank finds the same.
+    """
+    size = units.num_samples
+    ends = _ends_by_cost(costs, count) if costs is not None and any(costs) else _ends_by_count(size, count)
+    needed = [offsets for offsets in units.offsets.values() if offsets[-1] and 0 in _steps(offsets)]
+    found: list[Bounds] = []
+    low = 0
+    for end in ends:
+        high = max(end, low)
+        while low < high < size and any(offsets[high] == offsets[low] for offsets in needed):
+            high += 1
+        if high > low:
+            found.append((low, high))
+            low = high
+    if found and any(offsets[found[-1][1]] == offsets[found[-1][0]] for offsets in needed):
+        last = found.pop()
+        found[-1] = (found[-1][0], last[1])
+    return (*found, *((size, size),) * (count - len(found)))
+
+
+def _steps(offsets: Sequence[int]) -> set[int]:
+    return {b - a for a, b in pairwise(offsets)}
+
+
+def _ends_by_count(size: int, count: int) -> list[int]:
+    share, rest = divmod(size, count)
+    return [(index + 1) * share + min(index + 1, rest) for index in range(count)]
+
+
+def _ends_by_cost(costs: Sequence[int], count: int) -> list[int]:
+    """Ends of consecutive shares whose largest cost is as small as can be."""
+    low, high = max(costs), sum(costs)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_filled(costs, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    ends = _filled(costs, low)
+    return ends + [len(costs)] * (count - len(ends))
+
+
+def _filled(costs: Sequence[int], most: int) -> list[int]:
+    """Ends of shares that are filled one after the other up to a cost of `most`."""
+    ends: list[int] = []
+    total = 0
+    for index, cost in enumerate(costs):
+        if total + cost > most and total:
+            ends.append(index)
+            total = 0
+        total += cost
+    return [*ends, len(costs)]
