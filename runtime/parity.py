@@ -7,7 +7,7 @@ code and the sample.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
@@ -28,11 +28,16 @@ ROUNDINGS = 16  # of the machine's precision: for float32 2e-6 of a tensor's lar
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a single process did: losses and gradients of each step, and all parameters after the last."""
+    """What a single process did: losses and gradients of each step, and all parameters after the last.
+
+    `loss_dtypes`: the type of each task's loss, which may be less exact than the model's: transformers compute losses in
+    float32.
+    """
 
     losses: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
     parameters: dict[str, Tensor]
+    loss_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +137,7 @@ def run_reference(
     feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
     losses: list[dict[str, float]] = []
     gradients: list[dict[str, Tensor]] = []
+    dtypes: dict[str, torch.dtype] = {}
     with _restored(workload):
         for parameter in parameters.values():
             parameter.grad = None
@@ -151,6 +157,7 @@ def run_reference(
                     with computing_in(workload.precision, torch.device("cpu")), drawing:
                         loss = task.function(dict(given.fields))
                     found.append(float(loss.detach()))
+                    dtypes[name] = loss.dtype
                     torch.autograd.backward(loss * (task.weight / workload.accumulate))
                 losses[-1][name] = sum(found) / len(found)
             if workload.max_grad_norm is not None:
@@ -162,7 +169,7 @@ def run_reference(
         final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for feed in feeds.values():
         feed.close()
-    return Reference(losses, gradients, final)
+    return Reference(losses, gradients, final, dtypes)
 
 
 @contextlib.contextmanager
@@ -210,7 +217,8 @@ def compare(
     rows: list[ParityRow] = []
     for step, (ours, theirs) in enumerate(zip(losses, reference.losses, strict=True)):
         for task, loss in theirs.items():
-            got, expected = (torch.tensor(x, dtype=torch.float64) for x in (ours.get(task, float("nan")), loss))
+            got = torch.tensor(ours.get(task, float("nan")), dtype=torch.float64)
+            expected = torch.tensor(loss, dtype=reference.loss_dtypes.get(task, torch.float64))
             rows.append(_row("loss", task, step, got, expected, tolerance))
     for step, gradients in enumerate(reference.gradients):
         for report in reports:

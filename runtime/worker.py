@@ -195,6 +195,7 @@ class Worker:
         if keep_spans and self.transport.num_ranks > 1:
             self.clock.agree(self.transport, tuple(range(self.transport.num_ranks)))
         observe = report.gradients.append if keep_gradients else None
+        self.recordings.checking = keep_gradients
         for _ in range(steps):
             report.ended = self._ended()
             if report.ended is not None:

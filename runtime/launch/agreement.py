@@ -64,13 +64,15 @@ def refuse_differences(found: Sequence[Mapping[str, str]]) -> None:
 
 
 def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
-    codes = {name: code for job in jobs for name, code in job.codes.items()}
-    aux = {name: code.module for job in jobs for name, code in job.aux.items()}
-    modules = {**{name: code.module for name, code in codes.items()}, **aux}
+    modules = {name: code.module for job in jobs for name, code in job.codes.items()}
     classes: dict[type, None] = {}
     for name, module in sorted(modules.items()):  # plans order operators otherwise
-        yield f"{name} {getattr(module, 'code', '')} {module_signature(module)}"
+        yield f"{name} {module_signature(module)}"
         classes.update(dict.fromkeys(type(child) for child in module.modules()))
+    for task, code in sorted(jobs[0].recipe.codes.items()):
+        glue = sorted((site, frontier, component, name) for (site, frontier, component), name in code.glue.items())
+        yield f"{task} {glue} {sorted(code.blocks.items())} {sorted(code.sites.items())}"
+    yield from (_text(function) for _, function in sorted(jobs[0].recipe.functions.items()))
     for cls in classes:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             if not base.__module__.startswith("torch."):

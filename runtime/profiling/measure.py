@@ -6,8 +6,8 @@ Each is run as a step runs it, or its time would be another:
   weights and memory as they would in a step, and what a run costs beside its operators is in. What a whole step touches
   beside them goes through a CPU's caches before either direction. All ranks measure at once, with a run's threads.
 - A message comes after some layers and, where one rank sends, before more of them.
-- A batch is read by a run's feed, from when the one before it is taken until the feed rests; on a CPU what a task
-  computes of its fields alone (masks, positions, targets) belongs to it, since a rank computes it once a step too.
+- A batch is read by a run's feed, from when the one before it is taken until the feed rests; its recording (which
+  computes masks, positions, targets) belongs to it, since a rank records each batch too.
 
 What counts of repeated runs, after one that warms up, is their `steady` mean: a step adds up hundreds of these, delays
 too, where their medians would leave all delays out. CUDA events on a GPU, a monotonic clock on a CPU.
@@ -22,18 +22,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured, computing_in
-from spindle.capture.repeat import base_task, micro_batch
+from spindle.capture.codes import Captured
+from spindle.capture.repeat import base_task
 from spindle.profile import LinkLevel
-from spindle.record.draws import Stream, drawing_from
+from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.programs.lower import split_samples
+from spindle.runtime.programs.messages import StepLayout
+from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.transport import Transport, Wait
 from spindle.runtime.worker import OptimizerFactory
-from spindle.workload import Batch, Task
+from spindle.units import SampledBatch
+from spindle.workload import Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
 
@@ -61,8 +64,9 @@ class BenchJob:
     """
 
     captured: Captured
+    recipe: Recipe
     tasks: Mapping[str, Task]
-    batches: Mapping[str, Batch]
+    batches: Mapping[str, SampledBatch]
     chains: Mapping[str, tuple[str, ...]]
     ranks_per_node: int
     optimizer: OptimizerFactory | None = None
@@ -79,6 +83,7 @@ class Bench:
         if self.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
         self.layers: dict[str, Rehearsal] = {}
+        self.recordings = Recordings(job.recipe, self.device)
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
         self.everyone = tuple(range(self.num_ranks))
@@ -107,7 +112,7 @@ class Bench:
             copy_on = (
                 (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
             )
-            self.layers[kind] = Rehearsal(captured, names, batch, count, self.device, copy_on)
+            self.layers[kind] = Rehearsal(captured, self.job.recipe, names, batch, count, self.device, copy_on)
         trained = [parameter for each in self.layers.values() for parameter in each.trained]
         self.optimizer = self.job.optimizer(trained) if self.job.optimizer and trained else None
         self.rest = torch.zeros(rest_bytes if self.device.type == "cpu" else 0, dtype=torch.uint8)
@@ -249,7 +254,7 @@ class Bench:
     # -- loaders --------------------------------------------------------------------------------------------------
 
     def load(self, name: str) -> Timing:
-        """Batches of a task, and on a CPU what is computed of their fields alone, for a rank's share of the samples.
+        """Batches of a task, and what it computes of them, recorded for a rank's share of the samples.
 
         Its data starts over where it ends, and a loader that has a state keeps it.
         """
@@ -263,7 +268,7 @@ class Bench:
                 start = time.perf_counter()
                 batch = feed.next()
                 feed.settle()
-                self._aux_values(task, batch)
+                self._record(task, batch)
                 took.append(time.perf_counter() - start)
                 if len(took) > MAX_REPEATS:
                     break
@@ -271,15 +276,12 @@ class Bench:
             feed.close()
         return Timing(steady(took[1:]), spread(took[1:]))
 
-    def _aux_values(self, task: Task, batch: Batch) -> None:
-        if self.device.type != "cpu":
-            return
-        low, high = split_samples(task.batch_size, min(self.num_ranks, task.batch_size))[0]
-        captured = self.job.captured
-        with computing_in(captured.precision, self.device), drawing_from(Stream(device=self.device)):
-            for code in captured.aux.values():
-                if base_task(code.task) == task.name and micro_batch(code.task) == 0:
-                    code.value(batch, low, high, task.batch_size)
+    def _record(self, task: Task, batch: SampledBatch) -> None:
+        """Record a rank's share of the samples, as each step does when it has loaded a batch."""
+        bounds = split_samples(batch.units.num_samples, min(self.num_ranks, batch.units.num_samples))[0]
+        name = next(name for name in self.job.captured.tasks if base_task(name) == task.name)
+        layout = StepLayout(batch.units, {}, {})
+        self.recordings.loaded(name, batch, layout, Stream(task=task.name)).part(bounds)
 
     # -- clocks ---------------------------------------------------------------------------------------------------
 

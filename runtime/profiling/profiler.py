@@ -24,6 +24,7 @@ from spindle.runtime.profiling.hardware import Hardware
 from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
 from spindle.runtime.profiling.rounds import kinds_of, other_work, rounds_of
 from spindle.runtime.profiling.site import Site
+from spindle.runtime.recordings import Recipe
 from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
@@ -126,8 +127,9 @@ def measure_profile(
     kinds = kinds_of(metagraph)
     job = BenchJob(
         captured=captured,
+        recipe=Recipe.of(workload, captured),
         tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
-        batches={name: task.first_batch() for name, task in workload.tasks.items()},
+        batches={name: task.sampled(task.first_batch()) for name, task in workload.tasks.items()},
         chains={name: kind.names for name, kind in kinds.items()},
         ranks_per_node=site.ranks_per_node,
         optimizer=optimizer,

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured, aux_read
+from spindle.capture.codes import Captured
 from spindle.graph import TensorSpec
 from spindle.record.draws import Stream
 from spindle.runtime.executor import Activations, Executor
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import held_by_rank
 from spindle.runtime.programs.excerpt import AFTER, BEFORE, excerpt
+from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Instruction, Op, Program, activations, gradients
+from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import ThreadTransport, Transport
-from spindle.workload import Batch
+from spindle.units import SampledBatch
 
 SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
 
@@ -32,8 +34,9 @@ class Rehearsal:
     def __init__(
         self,
         captured: Captured,
+        recipe: Recipe,
         names: Sequence[str],
-        batch: Batch,
+        batch: SampledBatch,
         count: int,
         device: torch.device,
         copy_on: tuple[Transport, tuple[int, ...]] | None = None,
@@ -53,18 +56,20 @@ class Rehearsal:
         self.executors = {False: self._executor(program), True: self._executor(again)}
         before, run, after = program.slices
         self.goes_back = run.backward
-        low, high = before.bounds_of(self.rank)
-        self.given = {name: _random(program.tensor_by_name[name], high - low, device) for name in before.outputs}
-        wanted = [spec for spec in map(program.tensor_by_name.__getitem__, after.inputs) if spec.needs_grad]
-        self.wanted = {spec.name: _random(spec, high - low, device).mul_(SMALL) for spec in wanted}
-        self.aux = {
-            (name, low, high): captured.aux[name].value(batch, low, high, before.bounds[-1][1]).to(device)
-            for name in aux_read(self.codes.values())
-        }
+        self.task, bounds = run.task, before.bounds_of(self.rank)
+        specs = program.tensor_by_name
+        loaded = Recordings(recipe, device).loaded(
+            run.task, batch, Layouts(program).of(run.task, batch.units), Stream(task=run.task, units=batch.units)
+        )
+        shapes = loaded.part(bounds).shapes
+        self.given = {name: _random(specs[name], shapes[name], device) for name in before.outputs}
+        wanted = [spec for spec in map(specs.__getitem__, after.inputs) if spec.needs_grad]
+        self.wanted = {spec.name: _random(spec, shapes[spec.name], device).mul_(SMALL) for spec in wanted}
+        self.loaded = loaded
 
     def _executor(self, program: Program) -> Executor:
         precision, switch, partial = self.captured.precision, self.switch, self.captured.graph.partial
-        executor = Executor(program, self.transport, self.codes, {}, self.store, None, precision, switch, partial)
+        executor = Executor(program, self.transport, self.codes, self.store, None, precision, switch, partial)
         executor.stream, executor.first_batch = Stream(device=self.device), 0
         return executor
 
@@ -76,7 +81,7 @@ class Rehearsal:
         """
         self.executor = self.executors[recompute]
         self.executor.begin()
-        self.executor.aux_values = dict(self.aux)
+        self.executor.loaded = {self.task: self.loaded}
         self.executor.buffers = {activations(BEFORE): Activations({}, self.given), gradients(AFTER): dict(self.wanted)}
         self.runs = self.executor.program.slices[1:-1]
 
@@ -102,8 +107,8 @@ def _alone(device: torch.device) -> Transport:
     return transport
 
 
-def _random(spec: TensorSpec, samples: int, device: torch.device) -> Tensor:
+def _random(spec: TensorSpec, shape: tuple[int, ...], device: torch.device) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if not dtype.is_floating_point:
-        return torch.zeros(spec.shape_of(samples), dtype=dtype, device=device)
-    return torch.randn(spec.shape_of(samples), device=device).to(dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.randn(shape, device=device).to(dtype)

@@ -260,9 +260,9 @@ class Prober:
             if value.is_floating_point() and value.numel() <= _JITTERED:
                 noise = torch.randn(value.shape, generator=self.generator)
                 value = value + noise.to(value.dtype) * 0.02
-            self.jittered[name] = value if not isinstance(value, nn.Parameter) else value.data
-            if self.jittered[name] is self.parameters[name]:
-                self.jittered[name] = value.clone()
+            elif not isinstance(self.parameters[name], nn.Parameter):
+                value = value.clone()  # recorded calls may write to a buffer
+            self.jittered[name] = value
         return self.jittered[name]
 
     def _made_up(

@@ -6,7 +6,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class OperatorModule(nn.Module):
             leaf=self.leaf,
             leaves=part.recording.leaves,
             blocks={part.block: self._block(part)} if part.block else {},
-            device=part.device,
+            device=part.values.device,
         )
         return tuple(values[out] for out in part.outputs)
 
@@ -76,6 +76,21 @@ class OperatorModule(nn.Module):
 
 
 @dataclass(slots=True)
+class BatchValues:
+    """Tensors that were computed from a batch, moved to a device when they are first read there."""
+
+    tensors: Sequence[Tensor]
+    device: torch.device
+    moved: dict[int, Tensor] = field(default_factory=dict)
+
+    def on_device(self, number: int) -> Tensor:
+        """Tensor `number` on the device."""
+        if number not in self.moved:
+            self.moved[number] = self.tensors[number].to(self.device)
+        return self.moved[number]
+
+
+@dataclass(slots=True)
 class OperatorPart:
     """The calls of one operator in one recording: values that come in and go out, and what was computed from the batch.
 
@@ -87,16 +102,13 @@ class OperatorPart:
     nodes: Sequence[Node]
     inputs: Sequence[int]
     outputs: Sequence[int]
-    device: torch.device
-    moved: dict[int, Tensor]
+    values: "BatchValues"
     block: str = ""
     sites: tuple[Site, ...] = ()
 
     def aux(self, number: int) -> Tensor:
         """A tensor computed from the batch, on the device."""
-        if number not in self.moved:
-            self.moved[number] = self.recording.aux[number].to(self.device)
-        return self.moved[number]
+        return self.values.on_device(number)
 
     def aux_read(self) -> list[int]:
         """Tensors computed from the batch that it reads."""

@@ -212,4 +212,4 @@ def _text(module: OperatorModule, part: OperatorPart) -> str:
         name = "block" if node.block else getattr(node.function, "__name__", type(node.function).__name__)
         lines.append(f"{name} {tree(told, node.args)!r} {tree(told, node.kwargs)!r} {node.grad} {node.autocast}")
         names.update({out: f"value {len(names)}" for out in node.outs if out not in names})
-    return chr(10).join(lines)
+    return chr(10).join([*lines, *(names[out] for out in part.outputs)])

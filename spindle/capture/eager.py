@@ -8,6 +8,7 @@ from torch import nn
 
 from spindle.capture.blocks import INSIDE_BLOCK, Block, Forward, Scopes, replaced
 from spindle.capture.codes import Captured
+from spindle.record.caches import caches_off, caching_configs
 from spindle.record.draws import Sites, Stream, drawing_from
 from spindle.record.randomness import Drawing
 from spindle.workload import Workload
@@ -18,7 +19,9 @@ def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -
     """While open, one call of the function of task `stream.task` draws as planned runs at `stream` do."""
     sites = captured.draws[stream.task]
     paths = dict.fromkeys(scope.partition("@")[0] for scope in sites if scope)
+    configs = caching_configs(nn.ModuleList(component.module for component in workload.components.values()))
     with (
+        caches_off(configs),
         replaced([Block(path, _module_at(workload, path)) for path in paths], _in_its_scope(sites)),
         drawing_from(stream),
         Drawing("", sites.get("", ())),

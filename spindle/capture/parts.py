@@ -1,14 +1,14 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Crossing, OperatorPart, TaskCode
+from spindle.capture.codes import BatchValues, Crossing, OperatorPart, TaskCode
 from spindle.capture.grouping import Wired, wire
 from spindle.errors import WorkloadError
 from spindle.record.draws import Site
@@ -21,9 +21,25 @@ from spindle.units import Bounds, Units
 class TaskPart:
     """A recording of samples `bounds`, divided into operators. `shapes`: those of the tensors that pass between them."""
 
+    task: str
     bounds: Bounds
     operators: Mapping[str, OperatorPart]
     shapes: Mapping[str, tuple[int, ...]]
+
+    def of_others(
+        self, code: TaskCode, recorded: Recorded, aux: Sequence[Tensor], bounds: Bounds, units: Units
+    ) -> "TaskPart":
+        """The same for other samples of the same shapes, from which `aux` was computed."""
+        old = next(iter(self.operators.values())).values
+        values = BatchValues(aux, old.device)
+
+        def own(part: OperatorPart) -> OperatorPart:
+            sites = code.sites.get(part.block, ()) if part.block else ()
+            drawn = recorded.drawn.get(part.block, Drawn())
+            found = _own_sites(sites, drawn, units, bounds) if sites else ()
+            return OperatorPart(part.recording, part.nodes, part.inputs, part.outputs, values, part.block, found)
+
+        return TaskPart(self.task, bounds, {name: own(part) for name, part in self.operators.items()}, self.shapes)
 
 
 def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[str, dict[int, Crossing]]:
@@ -79,7 +95,7 @@ def divide(
                 "captured, or others; a task must compute in the same way in every step"
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}
-    moved: dict[int, Tensor] = {}
+    values = BatchValues(recorded.recording.aux, device)
     operators = {}
     for name, own in members(wired, home).items():
         block = next((nodes[n].block for n in own if nodes[n].block), "")
@@ -88,13 +104,12 @@ def divide(
             [nodes[n] for n in own],
             [numbers[tensor] for tensor in code.reads[name]],
             [numbers[code.tensors[what]] for what in code.crossing.get(name, ())],
-            device,
-            moved,
+            values,
             block,
             _own_sites(code.sites.get(block, ()), recorded.drawn.get(block, Drawn()), units, bounds) if block else (),
         )
     shapes = {tensor: recorded.recording.shapes[number] for tensor, number in numbers.items()}
-    return TaskPart(bounds, operators, shapes)
+    return TaskPart(code.task, bounds, operators, shapes)
 
 
 def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:

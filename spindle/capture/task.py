@@ -56,7 +56,7 @@ class Looker:
         component must be taken whole.
         """
         batches = first_batches(task)
-        self._copies_batch = False
+        self._copies_batch: bool | None = None  # whether the task writes to its batch; None: not known yet
         self._find_changing_buffers(task, batches[0])
         few = [_few(batch.units) for batch in batches]
         shaped = [self._trial(task, batch, *samples, None) for batch, samples in zip(batches, few, strict=True)]
@@ -70,6 +70,7 @@ class Looker:
         self._look_at_disturbed(task, batches[0], few[0], sites, prober)
         whole = self._record(task, batches[0], (0, batches[0].units.num_samples), sites)
         self._warn_of_attention(task, whole)
+        self._warn_of_caches(task, batches[0])
         return Seen(
             batch=batches[0],
             whole=whole,
@@ -78,7 +79,7 @@ class Looker:
             findings=findings,
             sites=sites,
             stateful=frozenset(self.skeleton.stateful),
-            copies_batch=self._copies_batch,
+            copies_batch=bool(self._copies_batch),
         )
 
     def _prober(self, task: Task, findings: Findings, sites: Mapping[str, tuple[Site, ...]]) -> Prober:
@@ -125,8 +126,10 @@ class Looker:
     ) -> None:
         """A batch whose numbers were moved about counts where the task runs on it in the same way."""
         generator = torch.Generator().manual_seed(0)
-        fields = {name: _disturbed(value, generator) for name, value in batch.fields.items()}
-        moved = SampledBatch(fields, batch.units, batch.places)
+        few = samples[0][1]
+        fields = {name: _disturbed(value, generator) for name, value in batch.part(0, few).items()}
+        units = Units({unit: counts[:few] for unit, counts in batch.units.counts.items()})
+        moved = SampledBatch(fields, units, batch.places)
         try:
             trial = self._trial(task, moved, *samples, sites)
         except Exception:
@@ -147,9 +150,10 @@ class Looker:
     def _record(
         self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
     ) -> Recorded:
-        """A recording of some samples, on copies of their fields."""
-        given = batch.part(*bounds)
-        fields = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+        """A recording of some samples. Of the first few, and where the task writes to its batch, on copies of them."""
+        fields = batch.part(*bounds)
+        if self._copies_batch is not False:
+            fields = {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
         versions = {name: value._version for name, value in fields.items() if isinstance(value, Tensor)}
         stream = Stream(task=task.name, low=bounds[0], high=bounds[1], units=batch.units)
         noted = Undrawn()
@@ -167,7 +171,9 @@ class Looker:
             raise self._explained(task, failure) from failure.error
         if noted.names:
             raise undrawn(f"task {task.name!r}", noted.names)
-        self._copies_batch |= any(fields[name]._version != version for name, version in versions.items())
+        self._copies_batch = bool(self._copies_batch) or any(
+            fields[name]._version != version for name, version in versions.items()
+        )
         if found.result is not None or found.recording.loss < 0:
             raise WorkloadError(_no_loss(task, found.result))
         _check_loss(task, found)
@@ -234,6 +240,16 @@ class Looker:
             warnings.warn(
                 f"task {task.name!r}: attention with dropout cannot use a fused kernel, since its mask must not depend "
                 "on the plan, and takes more time and memory on GPUs; set attention dropout to 0 (attention_dropout=0)",
+                SpindleWarning,
+                stacklevel=6,
+            )
+
+    def _warn_of_caches(self, task: Task, batch: SampledBatch) -> None:
+        if self.skeleton.configs and "position_ids" in batch.fields and "attention_mask" not in batch.fields:
+            warnings.warn(
+                f"task {task.name!r}: the model's config has use_cache=True, which is off in planned runs; transformers "
+                "looks for packed texts in position_ids only where it is off, so set config.use_cache=False, for a plain "
+                "run to compute the same",
                 SpindleWarning,
                 stacklevel=6,
             )

@@ -103,48 +103,76 @@ def _is_mask(value: Any, is_lazy: Callable[[Any], bool]) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and not is_lazy(value)
 
 
-def without_masks(index: Any, is_lazy: Callable[[Any], bool]) -> Any:
+def true_entries(mask: Tensor, shape: tuple[int, ...] | None = None, *, rows: bool = False) -> tuple[Tensor, ...]:
+    """Indices of the True entries of a mask: by dimension; or, given the shape that it covers, of entries in a row, or
+    of the last dimension's vectors.
+    """
+    if shape is None:
+        return mask.nonzero(as_tuple=True)
+    mask = mask.expand(shape)
+    return ((mask[..., 0] if rows else mask).reshape(-1).nonzero()[:, 0],)
+
+
+def total(counts: Tensor) -> int:
+    """The sum of some whole numbers."""
+    return int(counts.sum())
+
+
+Run = Callable[..., Any]
+"""Runs a function for real, so that it is known what it was run on."""
+
+
+def _without_masks(index: Any, is_lazy: Callable[[Any], bool], run: Run) -> Any:
     """An index in which boolean masks known from the batch are replaced by the indices of their True entries."""
     if type(index) is tuple:
         found: list[Any] = []
         for part in index:
             if _is_mask(part, is_lazy) and part.ndim:
-                found.extend(part.nonzero(as_tuple=True))
+                found.extend(run(true_entries, part))
             else:
                 found.append(part)
         return tuple(found)
-    return index.nonzero(as_tuple=True) if _is_mask(index, is_lazy) and index.ndim else index
+    return run(true_entries, index) if _is_mask(index, is_lazy) and index.ndim else index
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def recordable(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_lazy: Any) -> Call:
-    """A call whose result has a size that no value of the model decides."""
+def recordable(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_lazy: Callable[[Any], bool],
+    run: Run,
+) -> Call:
+    """A call whose result has a size that no value of the model decides. `run` computes what follows from the batch."""
     if function in (Tensor.__getitem__, Tensor.__setitem__):
-        return function, (args[0], without_masks(args[1], is_lazy), *args[2:]), kwargs
+        return function, (args[0], _without_masks(args[1], is_lazy, run), *args[2:]), kwargs
     if function in (Tensor.index_put, Tensor.index_put_, torch.index_put, torch.index_put_):
-        return function, (args[0], without_masks(tuple(args[1]), is_lazy), *args[2:]), kwargs
+        return function, (args[0], _without_masks(tuple(args[1]), is_lazy, run), *args[2:]), kwargs
     if function in (Tensor.masked_scatter, torch.masked_scatter) and not is_lazy(args[1]):
         x, mask, source = args
-        mask = mask.expand(x.shape)
-        if mask.ndim > 1 and mask.stride(-1) == 0:
-            return scatter_rows, (x, mask[..., 0].reshape(-1).nonzero()[:, 0], source), {}
-        return scatter, (x, mask.reshape(-1).nonzero()[:, 0], source), {}
+        shape = tuple(x.shape)
+        rows = mask.ndim == x.ndim > 1 and (mask.stride(-1) == 0 or mask.shape[-1] == 1) and x.shape[-1] > 1
+        (where,) = run(true_entries, mask, shape, rows=rows)
+        return scatter_rows if rows else scatter, (x, where, source), {}
     if function in (Tensor.masked_select, torch.masked_select) and not is_lazy(args[1]):
-        x, mask = torch.broadcast_tensors(args[0], args[1])
-        return select, (x, mask.reshape(-1).nonzero()[:, 0]), {}
+        shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))
+        (where,) = run(true_entries, args[1], shape)
+        return select, (args[0].expand(shape), where), {}
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
-        return function, args, _with_output_size(args, kwargs, is_lazy)
+        return function, args, _with_output_size(args, kwargs, is_lazy, run)
     return function, args, kwargs
 
 
-def _with_output_size(args: tuple[Any, ...], kwargs: dict[str, Any], is_lazy: Any) -> dict[str, Any]:
+def _with_output_size(
+    args: tuple[Any, ...], kwargs: dict[str, Any], is_lazy: Callable[[Any], bool], run: Run
+) -> dict[str, Any]:
     repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
     if isinstance(repeats, Tensor) and not is_lazy(repeats) and "output_size" not in kwargs:
         dim = args[2] if len(args) > 2 else kwargs.get("dim")
-        size = 1 if dim is None or repeats.numel() > 1 else args[0].shape[dim]
-        return {**kwargs, "output_size": int(repeats.sum()) * size}
+        size = 1 if repeats.numel() > 1 else (args[0].numel() if dim is None else args[0].shape[dim])
+        return {**kwargs, "output_size": run(total, repeats) * size}
     return kwargs
 
 

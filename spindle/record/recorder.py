@@ -25,6 +25,7 @@ from spindle.record.functions import (
     writes_first,
 )
 from spindle.record.recording import Autocast, Aux, Node, Recording, Ref, tensors_in, tree
+from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
 _CPU = torch.device("cpu")
@@ -168,14 +169,18 @@ class ByRows(TorchFunctionMode):
 class Recorder(TorchFunctionMode):
     """One recording under way."""
 
-    def __init__(self, recording: Recording, leaves: dict[int, int], sites: Sites, start: CodeType) -> None:
+    def __init__(
+        self, recording: Recording, leaves: dict[int, int], sites: Sites, start: CodeType, real_calls: RealCalls
+    ) -> None:
         """`leaves`: value numbers of the meta parameters and buffers by id. `start`: code of the function whose call
         is the outermost place of a site.
         """
         super().__init__()
-        self.recording, self.sites, self.start = recording, sites, start
+        self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
+        self.sources: list[Tensor] = []  # of each tensor computed from the batch that calls read, the one they read
         self.inside = False  # of a block, whose calls are not recorded
         self.component = ""
+        self.failed: tuple[Exception, str] | None = None  # what a component raised, and which call of it
         self.block = ""  # whose results are being found
         self.drawn: dict[str, Any] = {}  # what each call of a block draws
         self.autocast = self._autocast_state()
@@ -223,17 +228,25 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self.inside:
+            if self._autocast_state() != self.autocast:
+                self.real_calls.sound = False
+            self.real_calls.note(func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._real(func, args, kwargs)
 
     def _lazy(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, args, kwargs = without_devices(func, args, kwargs)
         if func is Tensor.to and len(args) == 1 and not kwargs:
             return args[0]
         if self.inside:
-            func, args, kwargs = recordable(func, args, kwargs, _is_meta)
+            func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
             return func(*tree(self._as_meta, args), **tree(self._as_meta, kwargs))
         self._refuse_strangers(args)
-        func, args, kwargs = recordable(func, args, kwargs, _is_meta)
+        func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
         out = kwargs.pop("out", None)
         if out is not None:
             func, args = Into(func), (out, *args)
@@ -357,6 +370,7 @@ class Recorder(TorchFunctionMode):
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)
             self.recording.aux.append(value.detach())
+            self.sources.append(value)
             self._kept.append(value)
         return Aux(self._aux[id(value)])
 

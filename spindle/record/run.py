@@ -13,6 +13,7 @@ from spindle.record.functions import Assigned
 from spindle.record.randomness import RecordedDrawing
 from spindle.record.recorder import ByRows, Recorder, Refused, is_lazy
 from spindle.record.recording import Recording, Ref
+from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn
 from spindle.record.skeleton import Skeleton
 
@@ -23,12 +24,14 @@ TaskFunction = Callable[[Any], Any]
 class Recorded:
     """One call of a task function: what was recorded, and draws by scope, "" for the glue.
 
-    `result` is what the function returned, where that is no value of the model.
+    `result` is what the function returned, where that is no value of the model. `replay` gives what the recording read
+    of the batch for other batches of the same shapes, where that is sure.
     """
 
     recording: Recording
     drawn: Mapping[str, Drawn]
     result: Any = None
+    replay: Replay | None = None
 
 
 class Failure(Exception):
@@ -60,14 +63,16 @@ def record(
             with torch._C.DisableTorchFunction():
                 _note_assigned(skeleton, recorder)
         except Exception as error:
-            raise Failure(error, recorder.component, recorder.block) from error
+            failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
+            raise Failure(error, failed, recorder.block) from error
         recording = recorder.recording
         lazy = isinstance(result, Tensor) and is_lazy(result)
         if lazy:
             number = recorder.number(result)
             recording.loss = -1 if number is None else number
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
-        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result)
+        replay = recorder.real_calls.replay(fields, recorder.sources)
+        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)
 
 
 def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:

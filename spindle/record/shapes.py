@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spindle.record.draws import Draw
 from spindle.record.recording import tree
 from spindle.record.slots import Mark
 
@@ -134,8 +135,10 @@ def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Except
             return leaf
         if not leaf.dtype.is_floating_point:
             return torch.zeros(leaf.shape, dtype=leaf.dtype)
-        return torch.randn(leaf.shape, dtype=leaf.dtype).requires_grad_(leaf.requires_grad)
+        made = Draw("normal_", (0.0, 1.0), tuple(leaf.shape), leaf.dtype, torch.device("cpu"))
+        return made.filled(generator, leaf.shape).requires_grad_(leaf.requires_grad)
 
+    generator = torch.Generator().manual_seed(0)
     try:
         given, named = tree(real, args), tree(real, kwargs)
         with torch.random.fork_rng(devices=[]), RealShapes() as drawing:

@@ -24,6 +24,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.recorder import Recorder, is_lazy
 from spindle.record.recording import Recording, tensors_in, tree
+from spindle.record.replay import RealCalls
 from spindle.record.shapes import Drawn, Made, Results, ShapeRule, results_of, run_for_real
 from spindle.record.sites import Sites
 
@@ -121,7 +122,7 @@ class Skeleton:
             recording.dtypes.append(meta.dtype)
             recording.needs_grad.append(meta.requires_grad)
         with self.lock, contextlib.ExitStack() as stack:
-            recorder = Recorder(recording, self._numbers, self.sites, start)
+            recorder = Recorder(recording, self._numbers, self.sites, start, RealCalls())
             stack.enter_context(caches_off(self.configs))
             stack.enter_context(self._meta_parameters())
             stack.enter_context(self._forwards(recorder))
@@ -221,6 +222,9 @@ def _component_call(
             calls[name] += 1
             try:
                 return own(*args, **kwargs)
+            except Exception as error:
+                recorder.failed = error, recorder.component
+                raise
             finally:
                 recorder.component = ""
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.capture import LARGE, Captured, capture
-from spindle.capture.blocks import BlockModule
-from spindle.capture.rows import Finding, Rows, compare
 from spindle.errors import SpindleWarning, WorkloadError
 from tests.capture.capture_models import Branching, Counting, Coupled, Demanding, Experts, Loose, Rotary
 from tests.random_plans import random_plan, widest_plan
@@ -34,9 +32,9 @@ def wrapped(module: nn.Module, batch: dict[str, Tensor], task: Task, **options: 
 
 
 def blocks(captured: Captured) -> list[str]:
-    """Operators that are blocks."""
-    inside = {name: code.module.modules() for name, code in captured.codes.items()}
-    return [name for name, modules in inside.items() if any(isinstance(m, BlockModule) for m in modules)]
+    """Operators that are calls of blocks, in order."""
+    called = {name for code in captured.tasks.values() for name in code.blocks.values()}
+    return [name for name in captured.codes if name in called]
 
 
 def exact(workload: spindle.Workload) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
-from spindle.record.draws import Stream, drawing_from
 from spindle.contract import contract
+from spindle.record.draws import Stream, drawing_from
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.profiling.rounds import counts_to_measure, kinds_of

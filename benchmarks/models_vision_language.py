@@ -1,0 +1,292 @@
+"""Vision-language families called whole, with batches as their processors make them: texts of any lengths, any number of
+images a sample, of any size where the model takes that.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers as hf
+from models_base import Batch, Family, Sample, padded
+from torch import Tensor, nn
+
+import spindle
+
+WORDS, IMAGE, START, END = 100, 100, 101, 102  # words are below; special tokens follow
+VOCABULARY = 110
+LENGTHS = ((6, 9, 4, 5), (16, 3, 4, 5), (6, 3, 9, 12))  # words of each sample, in three batches
+IMAGES = ((1, 1, 2, 1), (2, 1, 3, 1), (1, 1, 1, 1))  # images of each sample
+
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def words(count: int) -> list[int]:
+    """A text."""
+    return [int(token) for token in torch.randint(3, WORDS, (count,))]
+
+
+def prompt(image_tokens: Sequence[int], length: int) -> list[int]:
+    """A word, images, more words."""
+    found = words(1)
+    for count in image_tokens:
+        found += [START, *[IMAGE] * count, END]
+    return found + words(length - 1)
+
+
+def own_loss(module: nn.Module) -> Callable[[Batch], Tensor]:
+    """The loss that a model computes itself."""
+
+    def loss(batch: Batch) -> Tensor:
+        found: Tensor = module(**batch).loss
+        return found
+
+    return loss
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Images of each sample, found by their start tokens."""
+    found: Tensor = (batch["input_ids"] == START).sum(1)
+    return found
+
+
+# -- images of one size -----------------------------------------------------------------------------------------------
+
+
+def chat(
+    model: str, config: str, tokens: int, *, kinds: bool = False, stacked: bool = False, **settings: Any
+) -> Callable[[], Sample]:
+    """A model whose images are all of one size and give `tokens` tokens each.
+
+    `kinds`: it also wants to know which tokens are images. `stacked`: images lie along a second dimension of
+    pixel_values, padded to the most images of the batch, instead of one after another.
+    """
+
+    def build() -> Sample:
+        module = getattr(hf, model)(getattr(hf, config)(**settings))
+        size = module.config.vision_config.image_size
+        size = size[0] if isinstance(size, list | tuple) else size
+
+        def batch(images: Sequence[int], lengths: Sequence[int]) -> Batch:
+            made = padded([prompt([tokens] * n, length) for n, length in zip(images, lengths, strict=True)], WORDS)
+            if stacked:
+                seen = torch.arange(max(images)) < torch.tensor(images)[:, None]
+                made["pixel_values"] = torch.randn(*seen.shape, 3, size, size) * seen[..., None, None, None]
+                made["pixel_attention_mask"] = seen[..., None, None].expand(*seen.shape, size, size).clone()
+            else:
+                made["pixel_values"] = torch.randn(sum(images), 3, size, size)
+            if kinds:
+                made["token_type_ids"] = (made["input_ids"] == IMAGE).long()
+            return made
+
+        def rows(batch: Batch) -> Mapping[str, Any]:
+            return {"images" if stacked else "pixel_values": images_of(batch)}
+
+        batches = [batch(images, lengths) for images, lengths in zip(IMAGES, LENGTHS, strict=True)]
+        return Sample({"model": module}, batches, own_loss(module), rows=rows)
+
+    return build
+
+
+# -- images of any size -----------------------------------------------------------------------------------------------
+
+GRIDS = (  # rows and columns of patches of each image of each sample, in three batches
+    (((4, 4),), ((4, 8), (4, 4)), ((8, 4),), ((4, 4),)),
+    (((4, 4), (4, 4), (8, 8)), ((4, 4),), ((12, 8),), ((4, 8),)),
+    (((8, 8),), ((4, 4), (8, 4)), ((4, 4),), ((4, 4),)),
+)
+
+
+def packed_batch(grids: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int], values: int) -> Batch:
+    """Patches of all images one after another, `values` numbers each; 2 x 2 of them make a token."""
+    sizes = [[rows * columns for rows, columns in images] for images in grids]
+    texts = [prompt([size // 4 for size in s], length) for s, length in zip(sizes, lengths, strict=True)]
+    made = padded(texts, WORDS)
+    made["pixel_values"] = torch.randn(sum(map(sum, sizes)), values)
+    made["image_grid_thw"] = torch.tensor([(1, *grid) for images in grids for grid in images])
+    made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).int()
+    return made
+
+
+def packed_rows(batch: Batch) -> Mapping[str, Any]:
+    """Images and patches of each sample."""
+    images = images_of(batch)
+    patches = spindle.per_sample(batch["image_grid_thw"].prod(1), images)
+    return {"image_grid_thw": images, "pixel_values": patches}
+
+
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 103, "vision_start_token_id": START, "vision_end_token_id": END}
+QWEN_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 1,
+}
+QWEN25 = {
+    "text_config": {**TEXT, "rope_parameters": QWEN_ROPE},
+    "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+    **QWEN_IDS,
+}
+QWEN3 = {
+    "text_config": {**TEXT, "num_hidden_layers": 4, "rope_parameters": QWEN_ROPE},
+    "vision_config": {**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+    **QWEN_IDS,
+}
+
+
+def qwen(model: str, config: str, **settings: Any) -> Callable[[], Sample]:
+    """Qwen-VL, its patches packed."""
+
+    def build() -> Sample:
+        module = getattr(hf, model)(getattr(hf, config)(**settings))
+        batches = [packed_batch(grids, lengths, 48) for grids, lengths in zip(GRIDS, LENGTHS, strict=True)]
+        return Sample({"model": module}, batches, own_loss(module), rows=packed_rows)
+
+    return build
+
+
+SIZES = (  # height and width of each image of each sample
+    (((16, 16),), ((16, 32), (16, 16)), ((32, 16),), ((20, 20),)),
+    (((16, 16), (16, 30), (32, 32)), ((16, 16),), ((24, 32),), ((16, 32),)),
+    (((32, 32),), ((16, 16), (32, 12)), ((16, 20),), ((16, 16),)),
+)
+
+
+def onevision() -> Sample:
+    """LLaVA-OneVision: each image is an overview and as many tiles as its size asks for, padded to the most."""
+    settings = {"vision_config": {**VISION, "model_type": "siglip_vision_model"}, "image_token_index": IMAGE}
+    text = {**TEXT, "model_type": "qwen2"}
+    pinpoints = [[16, 16], [16, 32], [32, 16], [32, 32]]
+    config = hf.LlavaOnevisionConfig(
+        **settings, text_config=text, image_grid_pinpoints=pinpoints, vision_feature_layer=-1
+    )
+    module = hf.LlavaOnevisionForConditionalGeneration(config)
+
+    def tokens(size: tuple[int, int]) -> int:
+        with torch.no_grad():
+            found = module.model.get_image_features(
+                torch.zeros(1, 5, 3, 16, 16), torch.tensor([size]), return_dict=True
+            )
+        return len(found.pooler_output[0])
+
+    def batch(sizes: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int]) -> Batch:
+        texts = [prompt([tokens(s) for s in images], n) for images, n in zip(sizes, lengths, strict=True)]
+        made = padded(texts, WORDS)
+        made["image_sizes"] = torch.tensor([size for images in sizes for size in images])
+        made["pixel_values"] = torch.randn(len(made["image_sizes"]), 5, 3, 16, 16)
+        return made
+
+    def rows(batch: Batch) -> Mapping[str, Any]:
+        return {"image_sizes": images_of(batch), "pixel_values": images_of(batch)}
+
+    batches = [batch(sizes, lengths) for sizes, lengths in zip(SIZES, LENGTHS, strict=True)]
+    return Sample({"model": module}, batches, own_loss(module), rows=rows)
+
+
+SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+IDEFICS = {
+    "text_config": {**TEXT, "model_type": "llama"},
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "pad_token_id": 0,
+}
+
+FAMILIES = (
+    Family("Qwen2.5-VL", "whole, packed", qwen("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", **QWEN25)),
+    Family("Qwen3-VL", "whole, packed", qwen("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", **QWEN3)),
+    Family(
+        "SmolVLM",
+        "whole, images padded",
+        chat(
+            "SmolVLMForConditionalGeneration", "SmolVLMConfig", 4, stacked=True, **IDEFICS, vision_config={**VISION}
+        ),
+    ),
+    Family(
+        "Idefics3",
+        "whole, images padded",
+        chat(
+            "Idefics3ForConditionalGeneration", "Idefics3Config", 4, stacked=True, **IDEFICS, vision_config={**VISION}
+        ),
+    ),
+    Family(
+        "LLaVA",
+        "whole",
+        chat(
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            16,
+            vision_config={**VISION, "model_type": "clip_vision_model"},
+            text_config={**TEXT, "model_type": "llama"},
+            image_token_index=IMAGE,
+        ),
+    ),
+    Family("LLaVA-OneVision", "whole, images of any size", onevision),
+    Family(
+        "PaliGemma",
+        "whole",
+        chat(
+            "PaliGemmaForConditionalGeneration",
+            "PaliGemmaConfig",
+            16,
+            kinds=True,
+            vision_config={**SIGLIP, "projection_dim": 32, "vision_use_head": False},
+            text_config={**TEXT, "model_type": "gemma"},
+            image_token_index=IMAGE,
+            projection_dim=32,
+        ),
+    ),
+    Family(
+        "Gemma 3, image and text",
+        "whole",
+        chat(
+            "Gemma3ForConditionalGeneration",
+            "Gemma3Config",
+            4,
+            kinds=True,
+            vision_config={**SIGLIP, "vision_use_head": False},
+            text_config={
+                **TEXT,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            },
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+        ),
+    ),
+    Family(
+        "InternVL",
+        "whole",
+        chat(
+            "InternVLForConditionalGeneration",
+            "InternVLConfig",
+            4,
+            vision_config={**VISION},
+            text_config={**TEXT, "model_type": "qwen2"},
+            image_token_id=IMAGE,
+        ),
+    ),
+)
