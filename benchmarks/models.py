@@ -1,10 +1,10 @@
-"""Wrap many model families as they are, plan each, and compare two ranks with one process; a table comes out.
+"""Wrap many model families as they are, plan each, and compare planned runs with one process; tables come out.
 
     python benchmarks/models.py [NAME ...] [--write]
 
-No family has code of its own in spindle. Every model is tiny and has random weights; it runs in float64, on two ranks
-(threads), under the widest plan (all layers on both ranks) and two random ones, dropout on. `--write` renews
-benchmarks/results/models.md.
+No family has code of its own in spindle. Every model is tiny and has random weights; it runs in float64, on two and on
+three ranks (threads), each under the widest plan (all layers on all ranks) and two random ones, dropout on, one step
+for each of its batches. `--write` renews benchmarks/results/models.md, and the table in docs/models.md.
 """
 
 import os
@@ -16,27 +16,36 @@ import platform
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import models_multimodal
+import models_action
+import models_hearing
 import models_own
 import models_senses
 import models_text
+import models_vision_language
 import torch
 import transformers
 from models_base import Family
 
 import spindle
 from spindle.capture import Captured, capture
-from spindle.capture.blocks import BlockModule
+from spindle.capture.blocks import blocks_of
 from spindle.errors import SpindleError, SpindleWarning
+from spindle.plan import Plan
+from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
 
-FAMILIES = (*models_senses.FAMILIES, *models_text.FAMILIES, *models_multimodal.FAMILIES, *models_own.FAMILIES)
+CHANGING = (*models_vision_language.FAMILIES, *models_action.FAMILIES, *models_hearing.FAMILIES)
+FAMILIES = (*CHANGING, *models_senses.FAMILIES, *models_text.FAMILIES, *models_own.FAMILIES)
+RANKS = (2, 3)
 SINGLE = 1e-5  # models that compute their norms or loss in float32, whatever they are given
 RESULTS = Path(__file__).parent / "results" / "models.md"
+DOCS = Path(__file__).parent.parent / "docs" / "models.md"
+BEGIN, END = "<!-- made by benchmarks/models.py --write -->", "<!-- until here -->"
 
 
 @dataclass
@@ -45,36 +54,58 @@ class Row:
 
     family: Family
     operators: int = 0
-    layers: int = 0
+    layers: dict[str, str] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     capture_s: float = 0.0
     outcome: str = ""
+    plans: int = 0
     error: float = 0.0
     remarks: tuple[str, ...] = ()
 
     @property
+    def found(self) -> str:
+        """Layers by list: those that run, of those there are."""
+        return ", ".join(f"{name} {count}" for name, count in self.layers.items()) or "none"
+
+    @property
     def cut(self) -> str:
         """Which operators go by samples; the loss itself never does."""
+        if not self.operators:
+            return ""
         if self.operators == 1:
             return "no, one operator"
         return "yes" if not self.whole else "all but " + ", ".join(self.whole)
 
     @property
+    def is_right(self) -> bool:
+        """Whether it agrees with one process, or is refused as it must be."""
+        return self.outcome.startswith("exact") or (self.outcome == "refused" and bool(self.family.refused))
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
+        exact = self.outcome.startswith("exact")
         return (
             self.family.name,
             self.family.origin,
-            str(self.operators),
-            str(self.layers) if self.layers else "none",
+            str(self.operators or ""),
+            self.found,
             self.cut,
             f"{self.capture_s:.1f}",
             self.outcome,
-            f"{self.error:.0e}" if self.outcome.startswith("ok") else "",
+            str(self.plans or ""),
+            f"{self.error:.0e}" if exact else "",
         )
 
+    @property
+    def short_cells(self) -> tuple[str, ...]:
+        """The row for docs/models.md."""
+        outcome = f"{self.outcome}, {self.plans} plans" if self.plans else self.outcome
+        return self.family.name, self.family.origin, self.found, self.cut, outcome
 
-HEADER = ("family", "kind", "operators", "layers", "batch is cut", "capture s", "parity", "largest error")
+
+HEADER = ("family", "kind", "operators", "layers", "batch is cut", "capture s", "outcome", "plans", "largest error")
+SHORT_HEADER = ("family", "kind", "layers found", "batch is cut", "agrees with one process")
 
 
 def tried(family: Family) -> Row:
@@ -85,12 +116,15 @@ def tried(family: Family) -> Row:
         try:
             _try(family, row)
         except SpindleError as error:
-            row.outcome, row.remarks = f"refused: {type(error).__name__}", (*row.remarks, str(error))
+            row.outcome, row.remarks = "refused", (*row.remarks, str(error))
+            if family.refused and family.refused not in str(error):
+                row.outcome = "refused in other words"
         except Exception as error:
             row.outcome = f"CRASH: {type(error).__name__}"
             row.remarks = (*row.remarks, traceback.format_exc()[-3000:])
             del error
-    row.remarks += tuple(str(w.message) for w in caught if isinstance(w.message, SpindleWarning))
+    told = dict.fromkeys(str(w.message) for w in caught if isinstance(w.message, SpindleWarning))
+    row.remarks += tuple(told)
     return row
 
 
@@ -101,33 +135,58 @@ def _try(family: Family, row: Row) -> None:
     row.capture_s = time.perf_counter() - start_s
     metagraph = spindle.make_metagraph(workload)
     row.operators = len(captured.graph.operators)
-    row.layers = sum(_is_block(captured, op.name) for op in captured.graph) if row.operators > 1 else 0
+    row.layers = _layers(workload, captured) if row.operators > 1 else {}
     row.whole = tuple(
         op.name.removeprefix("task.")
         for op in captured.graph
         if not op.splittable and op.outputs and not (set(captured.losses.values()) & {t.name for t in op.outputs})
     )
-    plans = [widest_plan(metagraph, 2), random_plan(metagraph, 2, 1), random_plan(metagraph, 2, 2)]
-    row.outcome = "ok"
-    for plan in plans:
-        report = spindle.verify(workload, plan, launcher="threads")
-        row.error = max(row.error, report.max_rel_error)
-        if not report.ok and row.outcome != "WRONG":
-            row.outcome = (
-                "ok (float32 inside)"
-                if spindle.verify(workload, plan, launcher="threads", rtol=SINGLE, atol=SINGLE).ok
-                else "WRONG"
-            )
-            row.remarks += (str(report),) if row.outcome == "WRONG" else ()
+    for ranks in RANKS:
+        for plan in (
+            widest_plan(metagraph, ranks),
+            random_plan(metagraph, ranks, 1),
+            random_plan(metagraph, ranks, 2),
+        ):
+            _compare(workload, plan, row)
 
 
-def _is_block(captured: Captured, name: str) -> bool:
-    return any(isinstance(module, BlockModule) for module in captured.codes[name].module.modules())
+def _compare(workload: Workload, plan: Plan, row: Row) -> None:
+    """Run one plan beside one process, a step for each batch, and note what comes out."""
+    steps = len(workload.tasks["task"].data)  # type: ignore[arg-type]
+    report = spindle.verify(workload, plan, steps=steps, launcher="threads")
+    row.plans += 1
+    row.error = max(row.error, report.max_rel_error)
+    if report.ok:
+        row.outcome = row.outcome or "exact"
+        return
+    report = spindle.verify(workload, plan, steps=steps, launcher="threads", rtol=SINGLE, atol=SINGLE)
+    if report.ok and row.outcome != "WRONG":
+        row.outcome = "exact (float32 inside)"
+    elif not report.ok:
+        row.outcome, row.remarks = "WRONG", (*row.remarks, str(report))
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *(row.cells for row in rows)]
+def _layers(workload: Workload, captured: Captured) -> dict[str, str]:
+    """Layers that are operators of their own, by the list that they stand in: how many; of how many, where not all."""
+    called = {scope.partition("@")[0] for code in captured.tasks.values() for scope in code.blocks}
+    own, all_of = (
+        Counter(path.rpartition(".")[0] for path in p) for p in (called, {b.path for b in blocks_of(workload)})
+    )
+    names = {path: _short(path, len(workload.components)) for path in all_of if own[path]}
+    return {name: f"{own[path]}" + f" of {all_of[path]}" * (own[path] < all_of[path]) for path, name in names.items()}
+
+
+def _short(path: str, components: int) -> str:
+    """A list of layers without the names that all of them begin with."""
+    component, *parts = path.split(".")
+    while parts and parts[0] in ("model", "base_model"):
+        parts.pop(0)
+    return ".".join([component, *parts] if components > 1 else parts or [component])
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Cells as a Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -135,7 +194,7 @@ def main() -> None:
     """Try the families named on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="families to try; all without")
-    parser.add_argument("--write", action="store_true", help=f"renew {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"renew {RESULTS.name} and the table in docs/{DOCS.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -148,19 +207,51 @@ def main() -> None:
                 print(f"    {remark}", flush=True)
     if options.write:
         RESULTS.write_text(_page(rows))
+        before, _, rest = DOCS.read_text().partition(BEGIN)
+        DOCS.write_text(f"{before}{BEGIN}\n{_summary(rows)}\n{END}{rest.partition(END)[2]}")
+
+
+def _counted(rows: list[Row]) -> str:
+    exact, refused = (
+        sum(row.outcome.startswith(word) and row.is_right for row in rows) for word in ("exact", "refused")
+    )
+    wrong = len(rows) - exact - refused
+    return (
+        f"{len(rows)} families: {exact} agree with one process, {refused} are refused in a sentence, {wrong} do neither"
+    )
+
+
+def _summary(rows: list[Row]) -> str:
+    """The table in docs/models.md, and what is not sharded over the batch."""
+    changing = [row for row in rows if row.family in CHANGING]
+    others = [row for row in rows if row.family not in CHANGING]
+    return "\n".join(
+        [
+            "",
+            f"{_counted(rows)}.",
+            "",
+            "Called whole, with three batches of different shapes:",
+            "",
+            table(SHORT_HEADER, (row.short_cells for row in changing)),
+            "",
+            "With batches of one shape:",
+            "",
+            table(SHORT_HEADER, (row.short_cells for row in others)),
+            "",
+        ]
+    )
 
 
 def _page(rows: list[Row]) -> str:
-    ok = sum(row.outcome.startswith("ok") for row in rows)
     remarks = [f"- **{row.family.name}**: {remark}" for row in rows for remark in row.remarks]
     return "\n".join(
         [
             "# Model families, wrapped as they are",
             "",
-            f"`python benchmarks/models.py --write`: {len(rows)} families, {ok} exact. Torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, Python {platform.python_version()}, one CPU core, float64.",
+            f"`python benchmarks/models.py --write`: {_counted(rows)}. Torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, Python {platform.python_version()}, one CPU core, float64.",
             "",
-            table(rows),
+            table(HEADER, (row.cells for row in rows)),
             "",
             "What spindle said:",
             "",

@@ -1,8 +1,9 @@
-"""Vision-language-action families: Qwen3-VL whole and unmodified, and a diffusion transformer that reads its states and is
-trained by flow matching, as in StarVLA and AnchorVLA4D.
+"""Vision-language-action families: Qwen3-VL whole and unmodified, and a diffusion transformer that reads its states and
+is trained by flow matching, as in StarVLA and AnchorVLA4D.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class ActionHead(nn.Module):
         return y
 
 
-Parts = Callable[[nn.Module], nn.Module]
+Parts = Callable[[Any], Any]
 OWN = ("actions", "noise", "time")
 
 
@@ -94,13 +95,13 @@ def batches(*, drawn: bool) -> list[Batch]:
     return found
 
 
-def frozen_tower(vlm: nn.Module) -> nn.Module:
+def frozen_tower(vlm: Any) -> Any:
     """The vision tower is not trained."""
     vlm.model.visual.requires_grad_(False)
     return vlm
 
 
-def adapters(vlm: nn.Module) -> nn.Module:
+def adapters(vlm: Any) -> Any:
     """LoRA in the attention of both towers; all else is frozen."""
     import peft
 

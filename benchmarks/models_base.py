@@ -49,7 +49,7 @@ class Family:
         for name, part in sample.parts.items():
             layers = (sample.layers or {}).get(name)
             workload.component(name, part.to(self.dtype).train(), layers=layers)
-        data = [self._typed(batch) for batch in ([sample.batches] if _is_one(sample.batches) else sample.batches)]
+        data = [self._typed(batch) for batch in _listed(sample.batches)]
         if len(data) == 1:
             data.append({name: value.flip(0) for name, value in data[0].items()})
         workload.task("task", batch_size=BATCH, data=data, rows=sample.rows)(sample.loss)
@@ -62,8 +62,8 @@ class Family:
         }
 
 
-def _is_one(batches: Batch | Sequence[Batch]) -> bool:
-    return isinstance(batches, dict)
+def _listed(batches: Batch | Sequence[Batch]) -> list[Batch]:
+    return [batches] if isinstance(batches, dict) else list(batches)
 
 
 def ids(length: int = 7, batch: int = BATCH, low: int = 3) -> Tensor:

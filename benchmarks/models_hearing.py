@@ -6,9 +6,24 @@ from typing import Any
 import torch
 import transformers as hf
 from models_base import Batch, Family, Sample, padded
-from models_vision_language import GRIDS, LENGTHS, QWEN_ROPE, QWEN_VISION, TEXT, VISION, VOCABULARY, own_loss
-from models_vision_language import END, IMAGE, START, packed_rows, words
+from models_vision_language import (
+    END,
+    GRIDS,
+    IMAGE,
+    LENGTHS,
+    QWEN_ROPE,
+    QWEN_VISION,
+    START,
+    TEXT,
+    VISION,
+    VOCABULARY,
+    own_loss,
+    packed_rows,
+    words,
+)
 from torch import Tensor
+
+import spindle
 
 AUDIO, AUDIO_START, AUDIO_END = 105, 106, 107
 
@@ -188,8 +203,15 @@ def omni() -> Sample:
         }
 
     def rows(batch: Batch) -> Mapping[str, Any]:
-        clips = (batch["input_ids"] == AUDIO_START).sum(1)
-        return {**packed_rows(batch), "input_features": clips, "feature_attention_mask": clips}
+        clips, frames = (batch["input_ids"] == AUDIO_START).sum(1), batch["feature_attention_mask"].sum(1)
+        return {
+            **packed_rows(batch),
+            "input_features": clips,
+            "feature_attention_mask": clips,
+            "chunks": spindle.per_sample((frames + 15) // 16, clips),  # 16 frames each, the last may be shorter
+            "steps": spindle.per_sample((frames + 1) // 2, clips),  # after the convolutions
+            "sounds": (batch["input_ids"] == AUDIO).sum(1),  # after the pooling
+        }
 
     batches = [batch(f, g, n) for f, g, n in zip(FRAMES, GRIDS, LENGTHS, strict=True)]
     return Sample({"model": module}, batches, own_loss(module), rows=rows)
@@ -199,7 +221,12 @@ FAMILIES = (
     Family("Qwen2.5-Omni, thinker", "whole: sound, images, text", omni),
     Family("Whisper", "speech, encoder-decoder", whisper),
     Family("wav2vec 2.0", "speech, CTC", wav2vec(layerdrop=0.0)),
-    Family("wav2vec 2.0 with layerdrop", "speech, CTC, layers left out at random", wav2vec(layerdrop=0.3)),
+    Family(
+        "wav2vec 2.0 with layerdrop",
+        "speech, CTC, layers left out at random",
+        wav2vec(layerdrop=0.3),
+        refused="layerdrop",
+    ),
     Family("CLIP", "two towers", clip),
     Family("SigLIP 2, naflex", "two towers, images of any shape", siglip2),
 )

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import transformers as hf
 from models_base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
@@ -78,62 +77,6 @@ def pair(model: str, config: str, vision: str, text: str, **settings: Any) -> Ca
     return build
 
 
-def whisper_model(**settings: Any) -> Callable[[], Sample]:
-    """Whisper whole, with its own loss."""
-
-    def build() -> Sample:
-        module = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**settings))
-
-        def loss(batch: Batch) -> Tensor:
-            found: Tensor = module(input_features=batch["mel"], labels=batch["wanted"]).loss
-            return found
-
-        return Sample({"model": module}, {"mel": floats(4, 8, 20), "wanted": ids(5)}, loss)
-
-    return build
-
-
-def ctc(**settings: Any) -> Callable[[], Sample]:
-    """wav2vec 2.0 with a CTC loss, padding masked."""
-
-    def build() -> Sample:
-        module = hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**settings))
-
-        def loss(batch: Batch) -> Tensor:
-            found: Tensor = module(input_values=batch["wave"], labels=batch["wanted"]).loss
-            return found
-
-        return Sample({"model": module}, {"wave": floats(4, 400), "wanted": ids(2)}, loss)
-
-    return build
-
-
-class AlignmentLoss(nn.Module):
-    """CTC looks at the values of lengths, which a trace cannot; as a component it is one operator."""
-
-    def forward(self, logits: Tensor, wanted: Tensor, lengths: Tensor) -> Tensor:
-        likely = logits.log_softmax(-1).transpose(0, 1)
-        heard = torch.full_like(lengths, likely.shape[0])
-        return F.ctc_loss(likely, wanted, heard, lengths, reduction="none") / lengths
-
-
-def ctc_in_task(**settings: Any) -> Callable[[], Sample]:
-    """wav2vec 2.0 with the CTC loss as a component of its own, lengths from the loader."""
-
-    def build() -> Sample:
-        module, alignment = hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**settings)), AlignmentLoss()
-
-        def loss(batch: Batch) -> Tensor:
-            logits = module(input_values=batch["wave"]).logits
-            found: Tensor = alignment(logits, batch["wanted"], batch["lengths"]).mean()
-            return found
-
-        batch = {"wave": floats(4, 400), "wanted": ids(2), "lengths": torch.tensor([2, 1, 2, 2])}
-        return Sample({"model": module, "alignment": alignment}, batch, loss)
-
-    return build
-
-
 SOUND = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -149,26 +92,7 @@ SOUND = {
     "mask_time_prob": 0.0,
     "layerdrop": 0.0,
 }
-WHISPER = {
-    "vocab_size": WORDS,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "num_mel_bins": 8,
-    "max_source_positions": 10,
-    "max_target_positions": 12,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
-
 FAMILIES = (
-    Family("CLIP", "two towers", pair("CLIPModel", "CLIPConfig", "CLIPVisionConfig", "CLIPTextConfig")),
     Family("SigLIP", "two towers", pair("SiglipModel", "SiglipConfig", "SiglipVisionConfig", "SiglipTextConfig")),
     Family("ViT", "vision", sight("ViTForImageClassification", "ViTConfig", **VISION)),
     Family("DINOv2", "vision", sight("Dinov2ForImageClassification", "Dinov2Config", **VISION)),
@@ -230,9 +154,6 @@ FAMILIES = (
             decoder_hidden_size=16,
         ),
     ),
-    Family("Whisper", "speech, encoder-decoder", whisper_model(**WHISPER)),
-    Family("wav2vec 2.0", "speech", ctc(**SOUND)),
-    Family("wav2vec 2.0, loss apart", "the same, the loss a component", ctc_in_task(**SOUND)),
     Family(
         "HuBERT",
         "speech",

@@ -1,5 +1,5 @@
-"""Vision-language families called whole, with batches as their processors make them: texts of any lengths, any number of
-images a sample, of any size where the model takes that.
+"""Vision-language families called whole, with batches as their processors make them: texts of any lengths, any number
+of images a sample, of any size where the model takes that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from models_base import Batch, Family, Sample, padded
 from torch import Tensor, nn
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 import spindle
 
@@ -146,6 +147,19 @@ QWEN_VISION: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 1,
 }
+QWEN2 = {
+    "text_config": {**TEXT, "rope_parameters": QWEN_ROPE},
+    "vision_config": {
+        "depth": 3,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+    },
+    **QWEN_IDS,
+}
 QWEN25 = {
     "text_config": {**TEXT, "rope_parameters": QWEN_ROPE},
     "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
@@ -169,8 +183,9 @@ def qwen(model: str, config: str, **settings: Any) -> Callable[[], Sample]:
     return build
 
 
+PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 SIZES = (  # height and width of each image of each sample
-    (((16, 16),), ((16, 32), (16, 16)), ((32, 16),), ((20, 20),)),
+    (((16, 16),), ((16, 30), (16, 16)), ((32, 16),), ((20, 20),)),
     (((16, 16), (16, 30), (32, 32)), ((16, 16),), ((24, 32),), ((16, 32),)),
     (((32, 32),), ((16, 16), (32, 12)), ((16, 20),), ((16, 16),)),
 )
@@ -180,9 +195,8 @@ def onevision() -> Sample:
     """LLaVA-OneVision: each image is an overview and as many tiles as its size asks for, padded to the most."""
     settings = {"vision_config": {**VISION, "model_type": "siglip_vision_model"}, "image_token_index": IMAGE}
     text = {**TEXT, "model_type": "qwen2"}
-    pinpoints = [[16, 16], [16, 32], [32, 16], [32, 32]]
     config = hf.LlavaOnevisionConfig(
-        **settings, text_config=text, image_grid_pinpoints=pinpoints, vision_feature_layer=-1
+        **settings, text_config=text, image_grid_pinpoints=PINPOINTS, vision_feature_layer=-1
     )
     module = hf.LlavaOnevisionForConditionalGeneration(config)
 
@@ -201,14 +215,22 @@ def onevision() -> Sample:
         return made
 
     def rows(batch: Batch) -> Mapping[str, Any]:
-        return {"image_sizes": images_of(batch), "pixel_values": images_of(batch)}
+        images = images_of(batch)
+        tiles = torch.tensor([image_size_to_num_patches(size, PINPOINTS, 16) for size in batch["image_sizes"]])
+        return {
+            "image_sizes": images,
+            "pixel_values": images,
+            "tiles": spindle.per_sample(tiles, images),
+            "seen": (batch["input_ids"] == IMAGE).sum(1),
+        }
 
     batches = [batch(sizes, lengths) for sizes, lengths in zip(SIZES, LENGTHS, strict=True)]
     return Sample({"model": module}, batches, own_loss(module), rows=rows)
 
 
 SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
-IDEFICS = {
+QUERIES = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
+IDEFICS: dict[str, Any] = {
     "text_config": {**TEXT, "model_type": "llama"},
     "image_token_id": IMAGE,
     "scale_factor": 2,
@@ -216,14 +238,13 @@ IDEFICS = {
 }
 
 FAMILIES = (
+    Family("Qwen2-VL", "whole, packed", qwen("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", **QWEN2)),
     Family("Qwen2.5-VL", "whole, packed", qwen("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", **QWEN25)),
     Family("Qwen3-VL", "whole, packed", qwen("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", **QWEN3)),
     Family(
         "SmolVLM",
         "whole, images padded",
-        chat(
-            "SmolVLMForConditionalGeneration", "SmolVLMConfig", 4, stacked=True, **IDEFICS, vision_config={**VISION}
-        ),
+        chat("SmolVLMForConditionalGeneration", "SmolVLMConfig", 4, stacked=True, **IDEFICS, vision_config={**VISION}),
     ),
     Family(
         "Idefics3",
@@ -274,6 +295,25 @@ FAMILIES = (
                 "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             },
             mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+        ),
+    ),
+    Family(
+        "BLIP-2",
+        "whole, query former",
+        chat(
+            "Blip2ForConditionalGeneration",
+            "Blip2Config",
+            4,
+            vision_config={**VISION, "model_type": "blip_2_vision_model"},
+            qformer_config={
+                **QUERIES,
+                "num_hidden_layers": 2,
+                "encoder_hidden_size": 32,
+                "cross_attention_frequency": 1,
+            },
+            text_config={**QUERIES, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+            num_query_tokens=4,
             image_token_index=IMAGE,
         ),
     ),

@@ -21,7 +21,8 @@ from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
-from spindle.record.skeleton import Skeleton, dumped
+from spindle.record.skeleton import Skeleton
+from spindle.record.travel import dumped
 from spindle.runtime.programs.messages import StepLayout
 from spindle.units import Bounds, SampledBatch
 from spindle.workload import Precision, Workload

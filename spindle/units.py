@@ -128,8 +128,7 @@ def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch
     counts: dict[str, tuple[int, ...]] = {}
     places: dict[str, Place] = {}
     for name, given in rows.items():
-        dim, numbers = given if isinstance(given, tuple) else (0, given)
-        counts[name] = tuple(int(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+        dim, counts[name] = _counts(where, name, given)
         if name in batch:
             _check_packed(where, name, batch[name], dim, sum(counts[name]))
             places[name] = (name, dim % batch[name].ndim if isinstance(batch[name], Tensor) else 0)
@@ -152,8 +151,28 @@ def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch
     return SampledBatch(dict(batch), Units({SAMPLES: (1,) * num_samples, **counts}), places)
 
 
+def _counts(where: str, name: str, given: Any) -> tuple[int, tuple[int, ...]]:
+    """Dimension and rows of each sample, as `rows=` gave them for one name."""
+    pair = isinstance(given, tuple) and len(given) == 2 and not isinstance(given[1], int)
+    dim, numbers = given if pair else (0, given)
+    values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise WorkloadError(
+            f"{where}: rows= counts {name!r} by a {type(values).__name__}; give a number for each sample, or a "
+            "dimension and such numbers"
+        )
+    found = tuple(int(n) for n in values)
+    if min(found, default=0) < 0:
+        raise WorkloadError(f"{where}: rows= counts {min(found)} rows of {name!r} for a sample; correct rows=")
+    return dim, found
+
+
 def _check_packed(where: str, name: str, value: Any, dim: int, total: int) -> None:
-    size = value.shape[dim] if isinstance(value, Tensor) and -value.ndim <= dim < value.ndim else _length(value)
+    if isinstance(value, Tensor) and value.ndim and not -value.ndim <= dim < value.ndim:
+        raise WorkloadError(
+            f"{where}: rows= counts {name!r} along dimension {dim}, but it has {value.ndim} dimensions; correct rows="
+        )
+    size = value.shape[dim] if isinstance(value, Tensor) and value.ndim else _length(value)
     if size != total:
         raise WorkloadError(
             f"{where}: rows= counts {total} rows of {name!r}, which has {size}; correct rows=, see docs/packed.md"

@@ -130,7 +130,7 @@ def _explains(unit: str, dim: int, whole: tuple[int, ...], part: tuple[int, ...]
     if len(part) != len(whole) or part[:dim] + part[dim + 1 :] != whole[:dim] + whole[dim + 1 :]:
         return False
     total = trial.units.rows(unit, *trial.whole.bounds)
-    return part[dim] * total == whole[dim] * trial.units.rows(unit, *piece.bounds)
+    return total > 0 and part[dim] * total == whole[dim] * trial.units.rows(unit, *piece.bounds)
 
 
 def sites_of(trials: Sequence[Trial]) -> dict[str, tuple[Site, ...]]:

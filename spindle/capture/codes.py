@@ -21,8 +21,9 @@ from spindle.record.recording import Node, Recording, execute
 from spindle.record.skeleton import Skeleton
 from spindle.workload import Precision
 
-Crossing = tuple[object, int]
-"""A value that one operator sends to others: key of glue or name of a block call, and which of its results."""
+Crossing = tuple[object, int, int]
+"""A value that one operator sends to others: key of glue or name of a block call, which call of it (code that runs
+twice has one key), and which of its results."""
 
 
 class OperatorModule(nn.Module):
@@ -171,8 +172,8 @@ class Captured:
 
     @property
     def draws(self) -> dict[str, Mapping[str, tuple[Site, ...]]]:
-        """What each task draws, by scope."""
-        return {name: code.sites for name, code in self.tasks.items()}
+        """What each task draws, by scope; its micro-batches draw alike."""
+        return {name.partition("#")[0]: code.sites for name, code in self.tasks.items()}
 
 
 def computing_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
 from spindle.capture.analysis import Findings, place_of, spread_mixing
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.grouping import Group, group, wire
+from spindle.capture.grouping import Group, Key, Wired, group, wire
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import crossing_values, divide, members
@@ -20,7 +21,7 @@ from spindle.graph import Operator, Parameter, TensorSpec
 from spindle.record.draws import Site
 from spindle.record.randomness import undrawn
 from spindle.record.run import Recorded
-from spindle.units import SAMPLES, Bounds, SampledBatch
+from spindle.units import SAMPLES, Bounds, Place, SampledBatch
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
@@ -58,7 +59,9 @@ class TaskOperators:
 
 @dataclass(frozen=True)
 class Seen:
-    """What capture saw of a task: the recording of its first batch, and of some samples of it."""
+    """What capture saw of a task: the recording of its first batch, and of some samples of it. `others`: recordings of
+    other samples, which may run other code.
+    """
 
     batch: SampledBatch
     whole: Recorded
@@ -68,6 +71,7 @@ class Seen:
     sites: Mapping[str, tuple[Site, ...]]
     stateful: frozenset[str]
     copies_batch: bool
+    others: tuple[Wired, ...] = ()
 
 
 def build_operators(workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> TaskOperators:
@@ -103,7 +107,7 @@ class _Builder:
             name = names[number]
             if not any(draft.name == name for draft in self.drafts):
                 self._draft(name, components[name], parts[name], code)
-        loss = next((t for t, what in self.crossing.items() if what == self._loss()), "")
+        loss = code.tensors.get(self._loss(names), "")
         if not loss or not self.specs[loss].needs_grad:
             raise self._no_gradient()
         self.loss = loss
@@ -127,14 +131,12 @@ class _Builder:
     def _no_gradient(self) -> WorkloadError:
         return WorkloadError(f"{self._where}: its loss needs no gradient; let it depend on a trained parameter")
 
-    def _loss(self) -> Crossing:
+    def _loss(self, names: Mapping[int, str]) -> Crossing:
         """What the loss is: which result of which call."""
         loss = self.recording.loss
         if loss not in self.wired.maker:
             raise self._no_gradient()
-        node = self.nodes[self.wired.maker[loss]]
-        what: object = node.block or self.wired.key(self.wired.maker[loss])
-        return what, node.outs.index(loss)
+        return crossing_values(self.wired, names, loss)[names[self.wired.maker[loss]]][loss]
 
     # -- which node belongs to which operator ---------------------------------------------------------------------
 
@@ -144,7 +146,8 @@ class _Builder:
         if self.recording.loss in self.wired.maker and self.wired.maker[self.recording.loss] in self.wired.repeated:
             raise WorkloadError(f"{self._where}: its loss does not depend on the batch; let it read a field of it")
         while True:
-            spread_mixing(self.wired, findings)
+            for wired in (self.wired, *self.seen.others):
+                spread_mixing(wired, findings)
             groups = group(self.wired, findings.mixing)
             home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
             home |= {n: self.nodes[n].block for n in self.wired.blocks()}
@@ -152,7 +155,7 @@ class _Builder:
             late = {
                 what
                 for found in crossing.values()
-                for what, index in found.values()
+                for what, _, index in found.values()
                 if not isinstance(what, str)
                 and what not in findings.mixing
                 and what not in findings.constant
@@ -220,10 +223,14 @@ class _Builder:
                 maker = self.wired.maker.get(ref)
                 if maker in names and names[maker] != name:
                     reads[name][number_of[ref]] = None
+        glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
+        blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
+        for other in self.seen.others:
+            self._take_other_way(other, glue, blocks, crossing, tensors)
         return TaskCode(
             task=self.task.name,
-            glue={self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block},
-            blocks={self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block},
+            glue=glue,
+            blocks=blocks,
             crossing={name: tuple(found.values()) for name, found in crossing.items()},
             tensors=tensors,
             reads={name: tuple(found) for name, found in reads.items()},
@@ -231,6 +238,42 @@ class _Builder:
             stateful=self.seen.stateful,
             copies_batch=self.seen.copies_batch,
         )
+
+    def _place(self, what: Crossing) -> Place | None:
+        return place_of(self.seen.findings, what[0], what[2])
+
+    def _take_other_way(
+        self,
+        wired: Wired,
+        glue: dict[Key, str],
+        blocks: Mapping[str, str],
+        crossing: Mapping[str, Mapping[int, Crossing]],
+        tensors: dict[Crossing, str],
+    ) -> None:
+        """Code that only some samples run counts to the operator that it is connected with, of the same frontier and
+        component; what it sends in place of what the operator sends otherwise has the same name.
+        """
+        mixing, nodes = self.seen.findings.mixing, wired.recording.nodes
+        changed = True
+        while changed:
+            changed = False
+            for n in wired.glue():
+                a = wired.key(n)
+                for b in (wired.key(s) for s in wired.sources[n] if s in wired.frontier and not nodes[s].block):
+                    alike = a[1:] == b[1:] and (a in mixing) == (b in mixing)
+                    if alike and (a in glue) != (b in glue):
+                        glue[a if b in glue else b] = glue[b if b in glue else a]
+                        changed = True
+        home = {n: blocks.get(nodes[n].block, "") for n in wired.blocks()}
+        home |= {n: glue.get(wired.key(n), "") for n in wired.glue()}
+        if not all(home.values()):
+            return
+        for name, sent in crossing_values(wired, home, wired.recording.loss).items():
+            usual = list(crossing.get(name, {}).values())
+            if len(sent) == len(usual):
+                for what, expected in zip(sent.values(), usual, strict=True):
+                    if self._place(what) == self._place(expected):
+                        tensors.setdefault(what, tensors[expected])
 
     # -- one operator ---------------------------------------------------------------------------------------------
 
@@ -277,6 +320,12 @@ class _Builder:
 
     def _unmeasured(self, draft: _Draft, error: Exception) -> WorkloadError:
         block = draft.module.block
+        if isinstance(error, CheckpointError):
+            return WorkloadError(
+                f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of its "
+                "own, which would draw others when it is computed again; switch that off "
+                "(gradient_checkpointing_disable()) and name the component in the workload's recompute="
+            )
         what = f"a layer of class {type(block).__name__}" if block is not None else "its glue"
         return WorkloadError(
             f"{self._where}: {what} runs neither on fake tensors nor on a few samples: {type(error).__name__}: "
@@ -362,7 +411,7 @@ class _Builder:
         return tuple((name, self.name_by_id[id(parameter)]) for name, parameter in parameters)
 
     def _tensor_spec(self, tensor: str) -> TensorSpec:
-        spec, (what, index) = self.specs[tensor], self.crossing[tensor]
+        spec, (what, _, index) = self.specs[tensor], self.crossing[tensor]
         place = place_of(self.seen.findings, what, index)
         unit, dim = place or ("", 0)
         return TensorSpec(

@@ -1,6 +1,6 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -52,12 +52,14 @@ def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[st
             if maker in home and home[maker] != own:
                 read.add(ref)
     found: dict[str, dict[int, Crossing]] = defaultdict(dict)
+    calls = Counter[object]()
     for number in wired.live:
         if number in home:
             what: object = nodes[number].block or wired.key(number)
             for index, out in enumerate(nodes[number].outs):
                 if out in read:
-                    found[home[number]][out] = (what, index)
+                    found[home[number]][out] = (what, calls[what], index)
+            calls[what] += 1
     return found
 
 
@@ -89,12 +91,13 @@ def divide(
     numbers: dict[str, int] = {}
     for name, expected in code.crossing.items():
         sent = crossing.get(name, {})
-        if tuple(sent.values()) != expected:
+        if [code.tensors.get(what) for what in sent.values()] != [code.tensors[what] for what in expected]:
             raise WorkloadError(
                 f"{where}: operator {name!r} sends {len(sent)} values to others, but {len(expected)} when it was "
                 "captured, or others; a task must compute in the same way in every step"
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}
+    _check_reads(code, wired, home, {number: tensor for tensor, number in numbers.items()}, where)
     values = BatchValues(recorded.recording.aux, device)
     operators = {}
     for name, own in members(wired, home).items():
@@ -110,6 +113,18 @@ def divide(
         )
     shapes = {tensor: recorded.recording.shapes[number] for tensor, number in numbers.items()}
     return TaskPart(code.task, bounds, operators, shapes)
+
+
+def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: Mapping[int, str], where: str) -> None:
+    """Raise WorkloadError where an operator reads a value of another that it did not read when it was captured."""
+    for number, own in home.items():
+        for ref in wired.recording.nodes[number].refs():
+            maker = wired.maker.get(ref)
+            if maker in home and home[maker] != own and named[ref] not in code.reads[own]:
+                raise WorkloadError(
+                    f"{where}: operator {own!r} reads a value of {home[maker]!r}, which it did not when it was captured; a "
+                    "task must compute in the same way in every step"
+                )
 
 
 def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import os
 import random
 import traceback
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from spindle.capture.analysis import Findings, Part, Prober, Trial, places_of, sites_of
 from spindle.capture.codes import computing_in
-from spindle.capture.grouping import wire
+from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.operators import Seen
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS, Site, Stream
@@ -25,10 +26,11 @@ from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recorder import LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
-from spindle.units import Bounds, SampledBatch, Units, shares
+from spindle.units import Bounds, SampledBatch, Units
 from spindle.workload import Task, Workload
 
 PROBE_SAMPLES = 5
+CHANCES = 8  # steps in which the layers called are compared, where numbers are drawn that may decide that
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and those of different shapes among them that are used
 
 _CPU = torch.device("cpu")
@@ -62,13 +64,18 @@ class Looker:
         shaped = [self._trial(task, batch, *samples, None) for batch, samples in zip(batches, few, strict=True)]
         sites = sites_of(shaped)
         trials = shaped if not sites else self._trials(task, batches, few, sites)
+        trials += self._other_ways(task, batches[0], trials, sites)
         findings = Findings()
-        findings.places, _ = places_of(trials)
+        telling = [trial for trial in trials if len(trial.parts) > 1]
+        findings.places, _ = places_of(telling or trials)
         prober = self._prober(task, findings, sites)
-        for trial in trials:
+        for trial in telling:
             prober.look(trial)
+        if not telling and batches[0].units.num_samples > 1:
+            self._take_as_mixing(task, trials, findings)
         self._look_at_disturbed(task, batches[0], few[0], sites, prober)
         whole = self._record(task, batches[0], (0, batches[0].units.num_samples), sites)
+        self._refuse_chance(task, batches[0], few[0][0], sites, whole)
         self._warn_of_attention(task, whole)
         self._warn_of_caches(task, batches[0])
         return Seen(
@@ -80,7 +87,21 @@ class Looker:
             sites=sites,
             stateful=frozenset(self.skeleton.stateful),
             copies_batch=bool(self._copies_batch),
+            others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
+
+    def _take_as_mixing(self, task: Task, trials: Sequence[Trial], findings: Findings) -> None:
+        """No batch seen shows how its samples are cut: all that the task computes exists whole only."""
+        warnings.warn(
+            f"task {task.name!r}: its first batch has rows of a packed field in one sample only, so nothing shows how "
+            "its values are cut by sample, and each of its operators runs on one device; start with a batch in which two "
+            "samples have rows, or give a list of batches",
+            SpindleWarning,
+            stacklevel=6,
+        )
+        for wired in (trial.whole.wired for trial in trials):
+            findings.mixing.update(wired.key(n) for n in wired.glue())
+            findings.mixing_blocks.update(wired.recording.nodes[n].block for n in wired.blocks())
 
     def _prober(self, task: Task, findings: Findings, sites: Mapping[str, tuple[Site, ...]]) -> Prober:
         named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
@@ -108,6 +129,29 @@ class Looker:
     ) -> Trial:
         made = [self._part(task, batch, bounds, sites) for bounds in (whole, *parts)]
         return Trial(batch.units, made[0], tuple(made[1:]))
+
+    def _other_ways(
+        self, task: Task, batch: SampledBatch, trials: Sequence[Trial], sites: Mapping[str, tuple[Site, ...]]
+    ) -> list[Trial]:
+        """Trials of samples for which the task runs code that it did not run for a whole: a mask of ones is left out,
+        say. These samples twice are a whole that goes the same way.
+        """
+        known = {key for trial in trials for key in _keys(trial.whole.wired)}
+        found: list[Trial] = []
+        singles = [(i, i + 1) for i in range(min(PROBE_SAMPLES, batch.units.num_samples))]
+        for bounds in dict.fromkeys([part.bounds for part in trials[0].parts] + singles):
+            try:
+                keys = _keys(self._part(task, batch, bounds, sites).wired)
+                if keys <= known:
+                    continue
+                twice = _twice(batch, bounds)
+                half = twice.units.num_samples // 2
+                trial = self._trial(task, twice, (0, 2 * half), ((0, half), (half, 2 * half)), sites)
+            except Exception:  # samples without an image, say, which code of users may not be able to take alone
+                continue
+            known |= keys
+            found.append(trial)
+        return found
 
     def _part(
         self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
@@ -148,14 +192,19 @@ class Looker:
     # -- one recording --------------------------------------------------------------------------------------------
 
     def _record(
-        self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
+        self,
+        task: Task,
+        batch: SampledBatch,
+        bounds: Bounds,
+        sites: Mapping[str, tuple[Site, ...]] | None,
+        step: int = 0,
     ) -> Recorded:
         """A recording of some samples. Of the first few, and where the task writes to its batch, on copies of them."""
         fields = batch.part(*bounds)
         if self._copies_batch is not False:
             fields = {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
         versions = {name: value._version for name, value in fields.items() if isinstance(value, Tensor)}
-        stream = Stream(task=task.name, low=bounds[0], high=bounds[1], units=batch.units)
+        stream = Stream(step=step, task=task.name, low=bounds[0], high=bounds[1], units=batch.units)
         noted = Undrawn()
         try:
             with noted:
@@ -183,20 +232,43 @@ class Looker:
     def _find_changing_buffers(self, task: Task, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""
         bounds = _few(batch.units)[0]
-        for _ in range(10):
+        for attempt in range(10):
             buffers = self.skeleton.buffers()
             before = {name: (buffer._version, buffer.clone()) for name, buffer in buffers.items()}
-            with _no_other_generators(task):
-                self._record(task, batch, bounds, None)
+            drawn = None
+            try:
+                with _no_other_generators(task):
+                    self._record(task, batch, bounds, None)
+            except _Moved as error:
+                drawn = error
             changed = set(self.skeleton.changed)
             for name, (version, value) in before.items():
                 if buffers[name]._version != version:
                     changed.add(name)
                     with torch.no_grad():
                         buffers[name].copy_(value)
-            if changed <= self.skeleton.stateful:
+            if drawn is not None and attempt:  # the first call may import modules, which may draw
+                raise drawn
+            if changed <= self.skeleton.stateful and drawn is None:
                 return
             self.skeleton.set_stateful(changed)
+
+    def _refuse_chance(
+        self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]], known: Recorded
+    ) -> None:
+        """No layer may be left out by a number that is drawn: ranks wait for what a layer sends."""
+        if not any(math.prod(shape) == 1 for shape in known.drawn[""].shapes):
+            return
+        calls = {node.block for node in known.recording.nodes}
+        for step in range(1, CHANCES):
+            recorded = self._record(task, batch, bounds, sites, step)
+            differing = sorted(calls ^ {node.block for node in recorded.recording.nodes})
+            if differing:
+                raise WorkloadError(
+                    f"task {task.name!r} calls {differing[0]} in some steps and leaves it out in others, by a number "
+                    "that it draws (layerdrop); every step must call the same layers: set layerdrop=0 in the model's "
+                    "config"
+                )
 
     def _refuse_written_parameters(self, task: Task, found: Recorded) -> None:
         parameters = {name for name, _ in self.workload.named_parameters()}
@@ -221,6 +293,11 @@ class Looker:
         component = failure.component.partition("@")[0] or failure.block.partition(".")[0]
         if component and component not in self.whole and not _is_users(error):
             return TakeWhole(component, _whole_warning(task, component, error))
+        if isinstance(error, NotImplementedError):
+            return WorkloadError(
+                f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > 0], "
+                "nonzero(), unique()); use torch.where, or put it into a module and register that"
+            )
         if isinstance(error, LazyRead):
             return WorkloadError(
                 f"task {task.name!r}{place}: it branches on a value computed from parameters (if, while, int(), .item()); "
@@ -270,31 +347,45 @@ def first_batches(task: Task) -> list[SampledBatch]:
     return found or [task.sampled(task.first_batch())]
 
 
+def _keys(wired: Wired) -> set[Key]:
+    return {wired.key(number) for number in wired.glue()}
+
+
+def _twice(batch: SampledBatch, bounds: Bounds) -> SampledBatch:
+    """Some samples, and the same again with noise on their numbers."""
+    generator = torch.Generator().manual_seed(0)
+    fields = batch.part(*bounds)
+    for name, (_, dim) in batch.places.items():
+        value = fields[name]
+        if isinstance(value, Tensor):
+            fields[name] = torch.cat([value, _disturbed(value, generator, masks=False)], dim)
+        else:
+            fields[name] = value + value
+    counts = {unit: rows[bounds[0] : bounds[1]] * 2 for unit, rows in batch.units.counts.items()}
+    return SampledBatch(fields, Units(counts), batch.places)
+
+
 def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
     """A few samples of a batch, and uneven parts of them, so that a mean of means differs from the mean; each part has
-    rows of every unit.
+    rows of every unit that the batch has. One part where no two have.
     """
-    for count in range(min(PROBE_SAMPLES, units.num_samples), units.num_samples + 1):
-        own = Units({unit: counts[:count] for unit, counts in units.counts.items()})
-        parts = tuple(reversed([(count - high, count - low) for low, high in shares(_reversed(own), 2)]))
-        kept = tuple((low, high) for low, high in parts if low < high)
-        if len(kept) == 2 or count == units.num_samples:
-            return (0, count), kept
-    raise AssertionError("a batch has samples")
+    size = units.num_samples
+    needed = [offsets for offsets in units.offsets.values() if offsets[-1]]
+    for count in range(min(PROBE_SAMPLES, size), size + 1):
+        for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
+            if all(0 < offsets[cut] < offsets[count] for offsets in needed):
+                return (0, count), ((0, cut), (cut, count))
+    return (0, size), ((0, size),)
 
 
-def _reversed(units: Units) -> Units:
-    return Units({unit: counts[::-1] for unit, counts in units.counts.items()})
-
-
-def _disturbed(value: Any, generator: torch.Generator) -> Any:
+def _disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:
     """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their order."""
     if not isinstance(value, Tensor) or not value.numel():
         return value
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
         return value + noise * (float(value.double().std(correction=0)) or 1.0)
-    if value.ndim > 1 and bool((value == 1).all()):
+    if masks and value.ndim > 1 and bool((value == 1).all()):
         lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
         return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
     return value

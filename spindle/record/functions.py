@@ -99,6 +99,11 @@ def select(x: Tensor, where: Tensor) -> Tensor:
     return x.reshape(-1)[where]
 
 
+def alignment(log_probs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`ctc_loss` of each sample, which the meta device lacks."""
+    return log_probs.sum((0, -1)) if log_probs.is_meta else F.ctc_loss(log_probs, *args, **kwargs)
+
+
 def _is_mask(value: Any, is_lazy: Callable[[Any], bool]) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and not is_lazy(value)
 
@@ -162,7 +167,7 @@ def recordable(
         return select, (args[0].expand(shape), where), {}
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
         return function, args, _with_output_size(args, kwargs, is_lazy, run)
-    return function, args, kwargs
+    return alignment if function is F.ctc_loss else function, args, kwargs
 
 
 def _with_output_size(
@@ -191,7 +196,7 @@ _SUMS = (torch.sum, Tensor.sum)
 _MEANS = (torch.mean, Tensor.mean)
 
 
-REDUCTIONS = frozenset({*_CLASS_LOSSES, *_ELEMENTWISE_LOSSES, *_SUMS, *_MEANS})
+REDUCTIONS = frozenset({*_CLASS_LOSSES, *_ELEMENTWISE_LOSSES, *_SUMS, *_MEANS, F.ctc_loss})
 """Functions that `by_rows` knows."""
 
 
@@ -209,6 +214,8 @@ def by_rows(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return _class_loss(function, _bind(function, args, kwargs))
     if function in _ELEMENTWISE_LOSSES:
         return _elementwise_loss(function, _bind(function, args, kwargs))
+    if function is F.ctc_loss:
+        return _alignment_loss(_bind(function, args, kwargs))
     return NotImplemented
 
 
@@ -233,6 +240,13 @@ def _class_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Te
 def _elementwise_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Tensor:
     reduce = {"mean": _mean, "sum": _total}.get(given["reduction"])
     return function(**given) if reduce is None else reduce(function(**{**given, "reduction": "none"}))
+
+
+def _alignment_loss(given: Mapping[str, Any]) -> Tensor:
+    each = F.ctc_loss(**{**given, "reduction": "none"})
+    if given["reduction"] == "mean":
+        return _mean(each / torch.as_tensor(given["target_lengths"]).clamp(min=1))
+    return _total(each) if given["reduction"] == "sum" else each
 
 
 def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class RealCalls:
         """What gives `aux` anew from other fields of the same shapes; None where that is not sure."""
         if not self.sound:
             return None
-        numbers = {name: self._number[id(v)] for name, v in fields.items() if id(v) in self._number}
+        numbers = {name: self.number(value) for name, value in fields.items() if isinstance(value, Tensor)}
         wanted = [self._number.get(id(value)) for value in aux]
         start = {n: t for n, t in enumerate(self._tensors) if n not in self._made and n not in numbers.values()}
         return Replay(self._needed(wanted), numbers, start, wanted, list(aux))
@@ -159,7 +159,10 @@ class Replay:
 
         with torch.no_grad():
             for call in self.calls:
-                result = call.function(*tree(decoded, call.args), **(tree(decoded, call.kwargs) if call.kwargs else {}))
+                try:
+                    result = call.function(*tree(decoded, call.args), **tree(decoded, call.kwargs))
+                except Exception:  # recording it anew tells where in the user's code
+                    return None
                 if call.reads:
                     if result != call.read:
                         return None

@@ -5,7 +5,9 @@ import os
 import sys
 from types import CodeType, FrameType
 
-_MODULE = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rpartition(".")[0]
+_SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("recorder", "replay", "run", "sites", "skeleton"))
+"""Modules that pass calls on; those that make calls of their own (functions, randomness) are places like others."""
 
 
 class Sites:
@@ -22,7 +24,7 @@ class Sites:
         codes: list[CodeType] = []
         while frame is not None and frame.f_code is not start:
             code = frame.f_code
-            if frame.f_globals.get("__name__", "").rpartition(".")[0] != _MODULE:
+            if frame.f_globals.get("__name__", "") not in _SKIPPED:
                 key += (id(code), frame.f_lasti)
                 codes.append(code)
             frame = frame.f_back

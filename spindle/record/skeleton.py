@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
@@ -178,9 +176,9 @@ class Skeleton:
     def _forwards(self, recorder: Recorder) -> Iterator[None]:
         """Blocks as single calls; other modules tell which call of a component is under way."""
         replaced: list[tuple[nn.Module, bool, Any]] = []
-        calls, scopes = Counter[str](), Counter[str]()
+        calls, scopes = Counter[nn.Module](), Counter[str]()
         wanted = [(block.module, _block_call(self, block, recorder, scopes)) for block in self.blocks]
-        wanted += [(module, _component_call(name, recorder, calls)) for name, module in self._outside]
+        wanted += [(module, _component_call(name, module, recorder, calls)) for name, module in self._outside]
         seen: set[int] = set()
         try:
             for module, make in wanted:
@@ -210,7 +208,7 @@ def _meta_like(value: Tensor) -> Tensor:
 
 
 def _component_call(
-    name: str, recorder: Recorder, calls: Counter[str]
+    name: str, module: nn.Module, recorder: Recorder, calls: Counter[nn.Module]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
 
@@ -218,8 +216,8 @@ def _component_call(
         def called(*args: Any, **kwargs: Any) -> Any:
             if recorder.component or recorder.inside:
                 return own(*args, **kwargs)
-            recorder.component = name if not calls[name] else f"{name}@{calls[name]}"
-            calls[name] += 1
+            recorder.component = name if not calls[module] else f"{name}@{calls[module]}"
+            calls[module] += 1
             try:
                 return own(*args, **kwargs)
             except Exception as error:
@@ -395,28 +393,3 @@ def _checkpointed(own: Callable[..., Any], function: Any, args: tuple[Any, ...],
         return own(function, *args, **kwargs)
     options = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
     return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
-
-
-# -- travel -----------------------------------------------------------------------------------------------------------
-
-
-class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]
-    """Sends parameters as their shapes."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """Parameters become meta parameters."""
-        if isinstance(value, nn.Parameter):
-            return _meta_parameter, (type(value), tuple(value.shape), value.dtype, value.requires_grad)
-        return super().reducer_override(value)
-
-
-def _meta_parameter(kind: type, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
-    del kind
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
-
-
-def dumped(value: Any) -> bytes:
-    """Anything that holds skeletons and task functions, without weights."""
-    buffer = io.BytesIO()
-    _WithoutWeights(buffer).dump(value)
-    return buffer.getvalue()

@@ -129,7 +129,7 @@ class Counting(nn.Module):
 
 
 class Branching(nn.Module):
-    """Its glue branches on values, as no trace can follow; a layer inside it does not."""
+    """Its glue branches on values, which no recording can follow; a layer inside it does not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,15 +1,20 @@
-"""What capture makes can be sent to other processes: as code, not to be traced again there."""
+"""What capture makes can be sent to other processes, which record batches of any size and compute the same."""
 
 import copy
-from collections.abc import Mapping
 
 import cloudpickle
 import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.capture import capture
-from spindle.capture.codes import OperatorCode
+from spindle.capture import Captured, capture
+from spindle.capture.parts import TaskPart, divide
+from spindle.record.draws import Stream
+from spindle.record.run import record
+from spindle.runtime.recordings import Recipe
+from spindle.units import SampledBatch
+
+CPU = torch.device("cpu")
 
 
 class Words(nn.Module):
@@ -25,7 +30,7 @@ class Words(nn.Module):
         return value[:, -1]
 
 
-def operators() -> Mapping[str, OperatorCode]:
+def reading() -> spindle.Workload:
     torch.manual_seed(0)
     workload = spindle.Workload("words")
     words = workload.component("words", Words())
@@ -36,7 +41,7 @@ def operators() -> Mapping[str, OperatorCode]:
         value: Tensor = words(batch["words"]).square().mean()
         return value
 
-    return capture(workload).codes
+    return workload
 
 
 def sent(module: nn.Module) -> nn.Module:
@@ -45,23 +50,58 @@ def sent(module: nn.Module) -> nn.Module:
     return arrived
 
 
-def test_sizes_from_the_number_of_samples_survive_the_journey_regression() -> None:
-    """Twice, as from driver to worker and on; with its parameters, and equal results for another number of samples."""
-    compared: list[str] = []
-    for name, code in operators().items():
-        arrived = sent(sent(code.module))
-        assert [n for n, _ in arrived.named_parameters()] == [n for n, _ in code.module.named_parameters()], name
-        assert all(map(torch.equal, arrived.parameters(), code.module.parameters())), name
-        if [given.kind for given in code.inputs] == ["rows", "aux"]:
-            compared.append(name)
-            value = torch.randint(0, 11, (3, 5))
-            assert torch.equal(arrived(3, value)[0], code.module(3, value)[0])
-    assert compared
+def recorded(recipe: Recipe, batch: SampledBatch) -> TaskPart:
+    """A whole batch as a recipe records it."""
+    bounds = (0, batch.units.num_samples)
+    stream = Stream(task="t", high=bounds[1], units=batch.units)
+    found = record(recipe.skeleton, recipe.functions["t"], batch.part(*bounds), stream=stream, sites=())
+    return divide(recipe.codes["t"], found, bounds, batch.units, CPU, "task 't'")
+
+
+def loss(captured: Captured, part: TaskPart, modules: dict[str, nn.Module]) -> Tensor:
+    """The loss as the operators compute it, one after another."""
+    values: dict[str, Tensor] = {}
+    for operator in captured.graph.operators:
+        code = captured.codes[operator.name]
+        outputs = modules[code.name](part.operators[code.name], *(values[name] for name in code.inputs))
+        values.update(zip(code.outputs, outputs, strict=True))
+    return values[captured.losses["t"]]
+
+
+def test_what_is_sent_computes_the_same_for_any_number_of_samples() -> None:
+    """Twice, as from driver to worker and on: the recipe without weights, the modules with theirs."""
+    workload = reading()
+    captured = capture(workload)
+    recipe = Recipe.of(workload, captured)
+    arrived: Recipe = cloudpickle.loads(cloudpickle.dumps(cloudpickle.loads(cloudpickle.dumps(recipe))))
+    modules = {name: sent(sent(code.module)) for name, code in captured.codes.items()}
+    for name, code in captured.codes.items():
+        assert [n for n, _ in modules[name].named_parameters()] == [n for n, _ in code.module.named_parameters()]
+        assert all(map(torch.equal, modules[name].parameters(), code.module.parameters()))
+    assert all(p.is_meta for module in arrived.skeleton.components.values() for p in module.parameters())
+    task = workload.tasks["t"]
+    for samples in (1, 3, 4, 9):
+        batch = task.sampled({"words": torch.randint(0, 11, (samples, 2 + samples))})
+        found = loss(captured, recorded(arrived, batch), modules)
+        torch.testing.assert_close(found, task.function(dict(batch.fields)))
+
+
+def test_places_in_the_code_are_the_same_in_another_process() -> None:
+    """A recipe that arrived, whose modules are others, records the same operators and values."""
+    workload = reading()
+    captured = capture(workload)
+    recipe = Recipe.of(workload, captured)
+    batch = workload.tasks["t"].sampled({"words": torch.randint(0, 11, (3, 5))})
+    here, there = recorded(recipe, batch), recorded(recipe.apart(), batch)
+    assert here.shapes == there.shapes
+    assert {name: len(part.nodes) for name, part in here.operators.items()} == {
+        name: len(part.nodes) for name, part in there.operators.items()
+    }
 
 
 def test_a_sent_operator_can_be_copied_regression() -> None:
     """As the profiler does: parameters of their own, the same values."""
-    for code in operators().values():
+    for code in capture(reading()).codes.values():
         arrived = sent(code.module)
         copied = copy.deepcopy(arrived)
         assert type(copied) is type(arrived)

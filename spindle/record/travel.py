@@ -1,0 +1,60 @@
+"""Travel: task functions and modules as bytes, without weights, for the processes that record them."""
+
+import copyreg
+import io
+import sys
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+
+def dumped(value: Any) -> bytes:
+    """Anything that holds modules and task functions as bytes for `cloudpickle.loads`; parameters become meta tensors."""
+    buffer = io.BytesIO()
+    _WithoutWeights(buffer).dump(value)
+    return buffer.getvalue()
+
+
+class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends parameters as their shapes."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Parameters become meta parameters."""
+        if isinstance(value, nn.Parameter):
+            return _meta_parameter, (tuple(value.shape), value.dtype, value.requires_grad)
+        return super().reducer_override(value)
+
+
+def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+
+
+def _context_variable(value: "ContextVar[Any]") -> tuple[Any, ...]:
+    """Context variables, which hooks of transformers read, are found again by the module that holds them, or holds an
+    object that does.
+    """
+    for name, module in list(sys.modules.items()):
+        for attribute, held in list(vars(module).items()) if isinstance(module, ModuleType) else ():
+            if held is value:
+                return _found_again, (name, attribute)
+            inner = getattr(held, "__dict__", None) if not isinstance(held, type | ModuleType) else None
+            for own, part in list(inner.items()) if isinstance(inner, dict) else ():
+                if part is value:
+                    return _found_again, (name, attribute, own)
+    raise TypeError(f"context variable {value.name!r} belongs to no module, so it cannot be sent to another process")
+
+
+def _found_again(module: str, *attributes: str) -> "ContextVar[Any]":
+    __import__(module)
+    found: Any = sys.modules[module]
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    assert isinstance(found, ContextVar)
+    return found
+
+
+copyreg.pickle(ContextVar, _context_variable)  # type: ignore[arg-type]

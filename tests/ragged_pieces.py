@@ -1,0 +1,490 @@
+"""Pieces of task code: what users write between a model's output and its loss, and losses; all exact in eager code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from spindle.workload import Batch
+from tests.tiny_workloads import contrastive
+
+FEATURES, IMAGE, WORDS = 5, 2, "words"
+"""Numbers of each vector of a batch; the token that an image's features replace; the unit of unpadded tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a piece may use beside the hidden states `h`: the batch, extra modules, and one more call of the towers."""
+
+    batch: Batch
+    extras: Any
+    again: Callable[[], Tensor]
+    kind: str
+
+    @property
+    def mask(self) -> Tensor:
+        """Which vectors of `h` count; bool, of its shape without the last dimension."""
+        mask: Tensor = self.batch["mask"]
+        return mask
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each padded text."""
+        found: list[int] = self.batch["lengths"].tolist()
+        return found
+
+
+def by_sample(values: Tensor, h: Tensor) -> Tensor:
+    """A number for each sample, of as many dimensions as `h`."""
+    return values.view(-1, *(1,) * (h.ndim - 1)).to(h.dtype)
+
+
+# -- any shape --------------------------------------------------------------------------------------------------------
+
+
+def gated(h: Tensor, given: Given) -> Tensor:
+    return h + torch.tanh(given.extras.gate(h))
+
+
+def flattened(h: Tensor, given: Given) -> Tensor:
+    return given.extras.gate(h.view(-1, h.shape[-1])).view(h.shape) * 0.7
+
+
+def masked_out(h: Tensor, given: Given) -> Tensor:
+    return h * given.mask[..., None]
+
+
+def filled(h: Tensor, given: Given) -> Tensor:
+    return h.masked_fill(~given.mask[..., None], 0.25)
+
+
+def where(h: Tensor, given: Given) -> Tensor:
+    return torch.where(given.mask[..., None], h, given.extras.vector)
+
+
+def written_mask(h: Tensor, given: Given) -> Tensor:
+    h = h * 1.5
+    h[given.mask] += 0.25
+    return h
+
+
+def written_rows(h: Tensor, given: Given) -> Tensor:
+    h = h.clone()
+    h[given.mask] = given.extras.gate(h[given.mask])
+    return h
+
+
+def written_view(h: Tensor, given: Given) -> Tensor:
+    h = h.clone()
+    h[..., :3].mul_(given.extras.vector[:3])
+    return h
+
+
+def selected(h: Tensor, given: Given) -> Tensor:
+    out = torch.zeros_like(h)
+    out[given.mask] = torch.relu(h[given.mask])
+    return out + h
+
+
+def scattered(h: Tensor, given: Given) -> Tensor:
+    return h.masked_scatter(given.mask[..., None].expand_as(h), given.extras.gate(h[given.mask]))
+
+
+def index_put(h: Tensor, given: Given) -> Tensor:
+    return h.index_put((given.mask,), given.extras.vector, accumulate=True)
+
+
+def dropped(h: Tensor, given: Given) -> Tensor:
+    return F.dropout(h, 0.3)
+
+
+def noisy(h: Tensor, given: Given) -> Tensor:
+    return h + 0.1 * torch.randn_like(h)
+
+
+def no_gradient(h: Tensor, given: Given) -> Tensor:
+    with torch.no_grad():
+        size = 1 + given.extras.gate(h).norm(dim=-1, keepdim=True)
+    return h / size
+
+
+def detached(h: Tensor, given: Given) -> Tensor:
+    return h + h.detach().mean(-1, keepdim=True)
+
+
+def checkpointed(h: Tensor, given: Given) -> Tensor:
+    return checkpoint(given.extras.gate, h, use_reentrant=False)
+
+
+def normed(h: Tensor, given: Given) -> Tensor:
+    return given.extras.norm(h.flatten(0, -2)).view(h.shape) if h.flatten(0, -2).shape[0] > 1 else h
+
+
+def factored(h: Tensor, given: Given) -> Tensor:
+    return h * given.batch["factor"] + given.batch["settings"]["scale"]
+
+
+def twice(h: Tensor, given: Given) -> Tensor:
+    return h + 0.5 * given.again()
+
+
+def chunked(h: Tensor, given: Given) -> Tensor:
+    first, second = h.chunk(2, -1)
+    return torch.cat([second, first * torch.sigmoid(second)], -1)
+
+
+def einsum(h: Tensor, given: Given) -> Tensor:
+    return torch.einsum("...i,oi->...o", h, given.extras.gate.weight)
+
+
+def masked_mean(h: Tensor, given: Given) -> Tensor:
+    mask = given.mask[..., None].to(h.dtype)
+    return h - (h * mask).sum() / mask.sum().clamp(min=1)
+
+
+def random_mask(h: Tensor, given: Given) -> Tensor:
+    return torch.where((torch.rand(given.mask.shape) < 0.3)[..., None], given.extras.vector, h)
+
+
+# -- a row for each sample --------------------------------------------------------------------------------------------
+
+
+def rolled(h: Tensor, given: Given) -> Tensor:
+    return h + 0.5 * h.roll(1, 0)
+
+
+def centered(h: Tensor, given: Given) -> Tensor:
+    return h - h.mean(0, keepdim=True)
+
+
+def ordered(h: Tensor, given: Given) -> Tensor:
+    order = given.batch["score"].argsort()
+    h = h[order]
+    h = h * by_sample(torch.linspace(1, 2, len(h)), h)
+    return h.index_select(0, order.argsort())
+
+
+def grouped(h: Tensor, given: Given) -> Tensor:
+    groups, owner = given.batch["group"].unique(return_inverse=True)
+    sums = h.new_zeros(len(groups), *h.shape[1:]).index_add(0, owner, h)
+    return h + sums[owner] / len(groups)
+
+
+def uniform(h: Tensor, given: Given) -> Tensor:
+    return h * by_sample(torch.rand(len(h), dtype=torch.float64), h)
+
+
+def beta(h: Tensor, given: Given) -> Tensor:
+    share = torch.distributions.Beta(2.0, 3.0).sample((len(h),))
+    return h * by_sample(share, h)
+
+
+def mixed_up(h: Tensor, given: Given) -> Tensor:
+    order = torch.randperm(len(h))
+    return 0.7 * h + 0.3 * h[order]
+
+
+def named(h: Tensor, given: Given) -> Tensor:
+    return h * by_sample(torch.tensor([float(len(name)) for name in given.batch["names"]]), h) / 2
+
+
+def named_loop(h: Tensor, given: Given) -> Tensor:
+    return torch.stack([x * len(name) for x, name in zip(h, given.batch["names"], strict=True)]) / 2
+
+
+def repeated(h: Tensor, given: Given) -> Tensor:
+    twofold = torch.tanh(h.repeat_interleave(2, 0))
+    return twofold.unflatten(0, (len(h), 2)).sum(1)
+
+
+def some_samples(h: Tensor, given: Given) -> Tensor:
+    chosen = (given.batch["y"] == 1).nonzero()[:, 0]
+    return h.index_add(0, chosen, torch.tanh(h[chosen]))
+
+
+def by_class(h: Tensor, given: Given) -> Tensor:
+    return h * by_sample(given.extras.vector[given.batch["y"]], h)
+
+
+def sampled_class(h: Tensor, given: Given) -> Tensor:
+    shares = torch.stack([given.batch["weight"], given.batch["score"] + 0.1], 1)
+    return h * by_sample(1.0 + torch.multinomial(shares, 1)[:, 0], h)
+
+
+# -- padded texts -----------------------------------------------------------------------------------------------------
+
+
+def over_length(h: Tensor, given: Given) -> Tensor:
+    return h / h.shape[1] + h.mean(1, keepdim=True)
+
+
+def last_position(h: Tensor, given: Given) -> Tensor:
+    return h + h[:, h.shape[1] - 1 :]
+
+
+def last_token(h: Tensor, given: Given) -> Tensor:
+    return h + h[torch.arange(len(h)), given.batch["lengths"] - 1][:, None]
+
+
+def gathered(h: Tensor, given: Given) -> Tensor:
+    index = (given.batch["lengths"] - 1)[:, None, None].expand(-1, 1, h.shape[-1])
+    return h - 0.5 * h.gather(1, index)
+
+
+def written_first(h: Tensor, given: Given) -> Tensor:
+    h = h.clone()
+    h[:, 0] = given.extras.vector
+    return h
+
+
+def written_last(h: Tensor, given: Given) -> Tensor:
+    h = h * 2.0
+    for number, length in enumerate(given.lengths):
+        h[number, length - 1] += given.extras.vector
+    return h
+
+
+def stacked(h: Tensor, given: Given) -> Tensor:
+    return h + torch.stack([h[i, :n].mean(0) for i, n in enumerate(given.lengths)])[:, None]
+
+
+def unpadded(h: Tensor, given: Given) -> Tensor:
+    flat = given.extras.gate(torch.cat([h[i, :n] for i, n in enumerate(given.lengths)]))
+    texts = flat.split(given.lengths)
+    return torch.stack([F.pad(text, (0, 0, 0, h.shape[1] - len(text))) for text in texts])
+
+
+def padded_anew(h: Tensor, given: Given) -> Tensor:
+    texts = pad_sequence([h[i, :n] for i, n in enumerate(given.lengths)], batch_first=True)
+    return h + texts.mean(1, keepdim=True)
+
+
+def attended(h: Tensor, given: Given) -> Tensor:
+    scores = (h @ given.extras.vector).masked_fill(~given.mask, float("-inf")).softmax(1)
+    return h + (scores[..., None] * h).sum(1, keepdim=True)
+
+
+def peaked(h: Tensor, given: Given) -> Tensor:
+    return h + h[torch.arange(len(h)), (h @ given.extras.vector).argmax(1)][:, None]
+
+
+def prefixed(h: Tensor, given: Given) -> Tensor:
+    prefix = given.extras.vector.expand(len(h), 1, -1)
+    return torch.cat([prefix, h[:, :-1]], 1).cumsum(1)
+
+
+def sequence_first(h: Tensor, given: Given) -> Tensor:
+    h = h.transpose(0, 1).contiguous()
+    h = h * torch.arange(len(h))[:, None, None]
+    return given.extras.gate(h).transpose(0, 1)
+
+
+def chosen_tokens(h: Tensor, given: Given) -> Tensor:
+    picked = torch.multinomial(given.mask.double(), 2, replacement=True)
+    return h + h.gather(1, picked[..., None].expand(-1, -1, h.shape[-1])).sum(1, keepdim=True)
+
+
+def normed_tokens(h: Tensor, given: Given) -> Tensor:
+    if int(given.mask.sum()) < 2:
+        return h
+    h = h.clone()
+    h[given.mask] = given.extras.norm(h[given.mask])
+    return h
+
+
+# -- packed texts -----------------------------------------------------------------------------------------------------
+
+
+def of_text(given: Given) -> Tensor:
+    """The text of each token of packed ones, from 0 up."""
+    return (given.batch["places"][0] == 0).cumsum(0) - 1
+
+
+def pooled_texts(h: Tensor, given: Given) -> Tensor:
+    owner = of_text(given)
+    sums = h.new_zeros(int(owner[-1]) + 1, h.shape[-1]).index_add(0, owner, h[0])
+    return h + (sums / owner.bincount()[:, None])[owner][None]
+
+
+def split_texts(h: Tensor, given: Given) -> Tensor:
+    return torch.cat([text - text.mean(0) for text in h[0].split(of_text(given).bincount().tolist())])[None]
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def squares(h: Tensor, given: Given) -> Tensor:
+    return h.square().mean()
+
+
+def summed(h: Tensor, given: Given) -> Tensor:
+    return 0.01 * torch.tanh(h).square().sum()
+
+
+def masked(h: Tensor, given: Given) -> Tensor:
+    mask = given.mask.to(h.dtype)
+    return (h.square().mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def over_batch(h: Tensor, given: Given) -> Tensor:
+    return h.square().flatten(1).sum(1).sum() / h.shape[0] / h.shape[-2]
+
+
+def tokens(h: Tensor, given: Given) -> Tensor:
+    logits = given.extras.head(h)
+    return F.cross_entropy(logits.flatten(0, 1), given.batch["labels"].flatten(), ignore_index=-100)
+
+
+def shifted(h: Tensor, given: Given) -> Tensor:
+    labels = F.pad(given.batch["labels"], (0, 1), value=-100)[:, 1:]
+    each = F.cross_entropy(given.extras.head(h).transpose(1, 2), labels, reduction="none")
+    return each.sum() / (labels != -100).sum().clamp(min=1)
+
+
+def counted(h: Tensor, given: Given) -> Tensor:
+    keep = given.batch["labels"] != -100
+    return F.cross_entropy(given.extras.head(h[keep]), given.batch["labels"][keep])
+
+
+def smoothed(h: Tensor, given: Given) -> Tensor:
+    weight = torch.linspace(0.5, 1.5, 23, dtype=torch.float64)
+    logits = given.extras.head(h).flatten(0, 1)
+    return F.cross_entropy(logits, given.batch["labels"].flatten(), weight=weight, label_smoothing=0.1)
+
+
+def answers(h: Tensor, given: Given) -> Tensor:
+    return F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"])
+
+
+def last_answers(h: Tensor, given: Given) -> Tensor:
+    last = h[torch.arange(len(h)), given.batch["lengths"] - 1]
+    return F.cross_entropy(given.extras.answer(last), given.batch["y"])
+
+
+def weighted(h: Tensor, given: Given) -> Tensor:
+    each = F.mse_loss(_pooled(h), given.batch["target"], reduction="none").mean(-1)
+    return (each * given.batch["weight"]).sum() / given.batch["weight"].sum()
+
+
+def contrasted(h: Tensor, given: Given) -> Tensor:
+    return contrastive(_pooled(h), given.extras.gate(given.batch["target"]))
+
+
+def looped(h: Tensor, given: Given) -> Tensor:
+    total = h.new_zeros(())
+    for x, target in zip(_pooled(h), given.batch["target"], strict=True):
+        total = total + F.mse_loss(x, target)
+    return total / len(h)
+
+
+def looped_texts(h: Tensor, given: Given) -> Tensor:
+    labels, logits = given.batch["labels"], given.extras.head(h)
+    each = [F.cross_entropy(logits[i, :n], labels[i, :n], reduction="sum") for i, n in enumerate(given.lengths)]
+    return torch.stack(each).sum() / (labels != -100).sum()
+
+
+def hardest(h: Tensor, given: Given) -> Tensor:
+    each = F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"], reduction="none")
+    return each.topk(max(1, len(each) // 2)).values.mean()
+
+
+def text_answers(h: Tensor, given: Given) -> Tensor:
+    owner = of_text(given)
+    sums = h.new_zeros(len(given.batch["y"]), h.shape[-1]).index_add(0, owner, h[0])
+    return F.cross_entropy(given.extras.answer(sums), given.batch["y"])
+
+
+def text_ends(h: Tensor, given: Given) -> Tensor:
+    ends = of_text(given).bincount().cumsum(0) - 1
+    return F.mse_loss(h[0, ends], given.batch["target"])
+
+
+def _pooled(h: Tensor) -> Tensor:
+    return h.mean(1) if h.ndim == 3 else h
+
+
+# -- images into texts ------------------------------------------------------------------------------------------------
+
+
+def _scattered_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
+    return words.masked_scatter(where[..., None].expand_as(words), images)
+
+
+def _written_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
+    words = words.clone()
+    words[where] = images
+    return words
+
+
+def _looked_up_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
+    number = (where.flatten().cumsum(0) - 1).clamp(min=0).view(where.shape)
+    rows = torch.cat([images, images.new_zeros(1, images.shape[-1])])
+    return torch.where(where[..., None], rows[number], words)
+
+
+_WAYS = (_scattered_images, _written_images, _looked_up_images)
+
+
+def _images(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
+        return way(stem(batch["x"]), batch["x"] == IMAGE, tower(batch["pixels"]).mean(1))
+
+    return merge
+
+
+def _patches(way: Callable[..., Tensor], *, loops: bool) -> Callable[..., Tensor]:
+    def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
+        seen, grid = tower(batch["pixels"]), batch["grid"]
+        if loops:
+            images = torch.stack([patches.mean(0) for patches in seen.split(grid.tolist())])
+        else:
+            owner = torch.repeat_interleave(torch.arange(len(grid)), grid)
+            images = seen.new_zeros(len(grid), seen.shape[-1]).index_add(0, owner, seen) / grid[:, None]
+        return way(stem(batch["x"]), batch["x"] == IMAGE, images)
+
+    return merge
+
+
+MERGES: dict[str, list[Callable[..., Tensor]]] = {
+    "images": [_images(way) for way in _WAYS],
+    "patches": [_patches(way, loops=index == 1) for index, way in enumerate(_WAYS)],
+}
+
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+_ANY = (gated, flattened, masked_out, filled, where, written_mask, written_rows, written_view, selected, scattered)
+_ANY += (index_put, dropped, noisy, no_gradient, detached, checkpointed, normed, factored, twice, chunked, einsum)
+_ANY += (masked_mean, random_mask)
+_SAMPLES = (rolled, centered, ordered, grouped, uniform, beta, mixed_up, named, named_loop, repeated, some_samples)
+_SAMPLES += (by_class, sampled_class)
+_TEXTS = (over_length, last_position, last_token, gathered, written_first, written_last, stacked, unpadded, padded_anew)
+_TEXTS += (attended, peaked, prefixed, sequence_first, chosen_tokens, normed_tokens)
+_PACKED = (pooled_texts, split_texts)
+_ALL_LOSSES = (squares, summed, masked, over_batch)
+_SAMPLE_LOSSES = (answers, weighted, contrasted, looped, hardest)
+_TOKEN_LOSSES = (tokens, shifted, counted, smoothed)
+_TEXT_LOSSES = (last_answers, looped_texts)
+_PACKED_ANSWERS = (text_answers, text_ends)
+
+Piece = Callable[[Tensor, Given], Tensor]
+
+
+def _names(functions: tuple[Piece, ...]) -> list[str]:
+    return [function.__name__ for function in functions]
+
+
+PIECES: dict[str, Piece] = {f.__name__: f for f in (*_ANY, *_SAMPLES, *_TEXTS, *_PACKED)}
+LOSSES: dict[str, Piece] = {
+    f.__name__: f for f in (*_ALL_LOSSES, *_SAMPLE_LOSSES, *_TOKEN_LOSSES, *_TEXT_LOSSES, *_PACKED_ANSWERS)
+}
+VECTOR_PIECES, VECTOR_LOSSES = _names(_ANY + _SAMPLES), _names(_ALL_LOSSES + _SAMPLE_LOSSES)
+PACKED_PIECES, PACKED_LOSSES = _names(_ANY + _PACKED), _names(_ALL_LOSSES + _TOKEN_LOSSES + _PACKED_ANSWERS)
+IMAGE_PIECES = _names(_ANY + _SAMPLES + _TEXTS)
+HEADS = frozenset(_names(_TOKEN_LOSSES + _TEXT_LOSSES + (answers, contrasted, hardest, text_answers)))
+"""Losses that train a module of their own, so that the towers before them may be frozen."""
+IMAGE_LOSSES = _names(_ALL_LOSSES + _SAMPLE_LOSSES + _TOKEN_LOSSES + _TEXT_LOSSES)
