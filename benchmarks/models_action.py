@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from models_base import BATCH, Batch, Family, Sample
+from models_base import Batch, Family, Sample
 from models_vision_language import GRIDS, LENGTHS, QWEN3, QWEN25, own_loss, packed_batch, packed_rows
 from torch import Tensor, nn
 
@@ -88,9 +88,9 @@ def batches(*, drawn: bool) -> list[Batch]:
     for grids, lengths, horizon in zip(GRIDS, LENGTHS, HORIZONS, strict=True):
         batch = packed_batch(grids, lengths, 48)
         batch.pop("labels")
-        batch["actions"] = torch.randn(BATCH, horizon, ACTION)
+        batch["actions"] = torch.randn(len(lengths), horizon, ACTION)
         if not drawn:
-            batch |= {"noise": torch.randn(BATCH, horizon, ACTION), "time": torch.rand(BATCH)}
+            batch |= {"noise": torch.randn(len(lengths), horizon, ACTION), "time": torch.rand(len(lengths))}
         found.append(batch)
     return found
 

@@ -1,20 +1,24 @@
-"""Data: what a task's loader gives, the same on every rank that reads it.
+"""Data: what a task's loader gives, the same on every rank that needs it.
 
-- Each rank that needs a task's batches runs its own copy of the loader, in a thread that reads ahead. A list of batches
-  needs neither a thread, which would take time from the rank's own, nor random numbers.
+- On each machine one of the ranks that need a task's batches runs the loader, in a thread that reads ahead; a thread of
+  each of the others gets them from it (shared_batches.py). What has been read tells where the feed stands, so that all
+  ranks know it. A list of batches, which every rank has, needs neither thread, nor random numbers.
 - Random numbers that the loader draws come from generators of its own, seeded alike everywhere, so that a shuffling
   loader gives all ranks the same order.
 - Where a feed stands is a small state: the generators at the start of the present pass, and the batches taken of it. A
   resumed feed reads those again and drops them; a loader with `state_dict` and `load_state_dict` of its own need not.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import logging
+import queue
 import random
+import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +27,8 @@ import torch
 
 from spindle.errors import WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.runtime.host import running_on
+from spindle.runtime.shared_batches import SharedReads
 from spindle.units import SampledBatch
 from spindle.workload import Task
 
@@ -45,21 +51,36 @@ def keeps_state(task: Task) -> bool:
     return all(hasattr(task.data, method) for method in ("state_dict", "load_state_dict"))
 
 
+def is_listed(task: Task) -> bool:
+    """Whether a task's batches are all there already, on every rank."""
+    return type(task.data) in (list, tuple)
+
+
 class Feed:
     """The batches of one task. When its data ends it starts over, or ends too, as `task.on_end` says."""
 
-    def __init__(self, task: Task, seed: int, *, timeout_s: float = 60.0) -> None:
-        """Nothing is read until the first batch is asked for. `timeout_s`: how long to wait for one."""
-        self.task, self.timeout_s = task, timeout_s
-        self._listed = type(task.data) in (list, tuple)
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        *,
+        timeout_s: float = 60.0,
+        shared: SharedReads | None = None,
+        cores: Sequence[int] = (),
+    ) -> None:
+        """Nothing is read until the first batch is asked for. `timeout_s`: how long to wait for one. `shared`: how the
+        ranks of this machine share what one of them reads. `cores`: where processes that the loader starts may run.
+        """
+        self.task, self.timeout_s, self._shared, self._cores = task, timeout_s, shared, cores
+        self._listed = is_listed(task)
         state = np.random.RandomState(int.from_bytes(hashlib.sha256(f"{seed}/{task.name}".encode()).digest()[:4]))
         self._generators = _Generators(
             random.Random(int(state.randint(2**31))).getstate(),
             np.random.RandomState(int(state.randint(2**31))).get_state(),
             torch.Generator().manual_seed(int(state.randint(2**31))).get_state(),
         )
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"data-{task.name}")
-        self._ahead: deque[concurrent.futures.Future[_Read]] = deque()
+        self._thread = _Thread(f"data-{task.name}")
+        self._ahead: deque[Future[_Read]] = deque()
         self._iterator: Iterator[object] | None = None
         self._pass, self._taken, self._skip = 0, 0, 0
         self._pass_generators = self._generators.dumped()
@@ -105,8 +126,12 @@ class Feed:
         return self._state
 
     def resume(self, state: FeedState) -> None:
-        """Go on from `state`; what was read ahead is dropped."""
-        concurrent.futures.wait(self._ahead)
+        """Go on from `state`; what was read ahead is dropped. Raises WorkloadError when the loader does not come back."""
+        if self._shared is not None:
+            self._shared.restart()
+        running = [future for future in self._ahead if not future.cancel()]
+        if wait(running, self.timeout_s).not_done:
+            raise self._late("its loader gave no batch")
         self._ahead.clear()
         self._iterator = None
         self._pass, self._skip = int(state["pass"]), int(state["taken"])
@@ -116,28 +141,37 @@ class Feed:
         self._state = state
 
     def settle(self) -> None:
-        """Wait until nothing is being read: only then are the process's generators its own again."""
-        concurrent.futures.wait(self._ahead, self.timeout_s)
+        """Wait until nothing is being read here: only then are the process's generators its own again."""
+        if self._shared is None or self._shared.reads:
+            wait(self._ahead, self.timeout_s)
 
     def close(self) -> None:
-        """Read no more."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """Read no more. What the loader started ends when what it is reading has come."""
+        if self._shared is not None:
+            self._shared.leave()
+        for future in self._ahead:
+            future.cancel()
+        if self._shared is not None or self._iterator is not None:
+            self._thread.submit(self._finish)
+        self._thread.end()
 
     def _wait_for(self, index: int) -> _Read:
         while len(self._ahead) <= index:
             self._ahead.append(self._ordered())
         try:
             return self._ahead[index].result(self.timeout_s)
-        except concurrent.futures.TimeoutError:
-            raise WorkloadError(
-                f"task {self.task.name!r}: its loader gave no batch within {self.timeout_s:g} s; make it faster, or "
-                "raise timeout_s"
-            ) from None
+        except TimeoutError:
+            raise self._late(self._shared.waits_for() if self._shared else "its loader gave no batch") from None
 
-    def _ordered(self) -> "concurrent.futures.Future[_Read]":
+    def _late(self, what: str) -> WorkloadError:
+        return WorkloadError(
+            f"task {self.task.name!r}: {what} within {self.timeout_s:g} s; make it faster, or raise timeout_s"
+        )
+
+    def _ordered(self) -> "Future[_Read]":
         if not self._listed:
-            return self._reader.submit(self._read)
-        found: concurrent.futures.Future[_Read] = concurrent.futures.Future()
+            return self._thread.submit(self._read)
+        found: Future[_Read] = Future()
         try:
             found.set_result(self._read())
         except WorkloadError as error:
@@ -147,6 +181,14 @@ class Feed:
     # -- what its thread does -------------------------------------------------------------------------------------
 
     def _read(self) -> _Read:
+        return self._shared.read(self._loaded) if self._shared else self._loaded()
+
+    def _finish(self) -> None:
+        self._iterator = None
+        if self._shared is not None:
+            self._shared.release()
+
+    def _loaded(self) -> _Read:
         with contextlib.nullcontext() if self._listed else self._own_generators():
             try:
                 batch = self._advance()
@@ -154,7 +196,7 @@ class Feed:
                     batch, self._skip = self._advance(), self._skip - 1
             except WorkloadError:
                 raise
-            except Exception as error:
+            except BaseException as error:  # a loader that ends its process must not take a rank with it
                 raise WorkloadError(
                     f"task {self.task.name!r}: its loader raised {type(error).__name__}: {error}"
                 ) from error
@@ -181,7 +223,8 @@ class Feed:
         if self._loader_state is not None:
             self.task.data.load_state_dict(self._loader_state)  # type: ignore[union-attr]
             self._taken, self._skip, self._loader_state = self._skip, 0, None
-        self._iterator = self.task.batches()
+        with running_on(self._cores):
+            self._iterator = self.task.batches()
 
     def _now(self) -> FeedState:
         loader: Any = self.task.data
@@ -202,6 +245,48 @@ class Feed:
             finally:
                 self._generators = _Generators.now()
                 outside.set()
+
+
+_Work = tuple["Future[Any]", Callable[[], Any]]
+
+
+class _Thread:
+    """A thread that does one piece of work after the other.
+
+    No ThreadPoolExecutor: a process that is forked from a thread of one ends with an error, since it waits for that thread
+    at its end; and Python does not end while a loader there does not come back.
+    """
+
+    def __init__(self, name: str) -> None:
+        """It starts with the first piece of work, and ends when nobody can give it more."""
+        self.name = name
+        self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._started = False
+        weakref.finalize(self, self._waiting.put, None)
+
+    def submit(self, work: Callable[[], Any]) -> "Future[Any]":
+        """What the work will give."""
+        if not self._started:
+            self._started = True
+            threading.Thread(target=_do_all, args=(self._waiting,), daemon=True, name=self.name).start()
+        found: Future[Any] = Future()
+        self._waiting.put((found, work))
+        return found
+
+    def end(self) -> None:
+        """End it when it has done what it was given."""
+        self._waiting.put(None)
+
+
+def _do_all(waiting: "queue.SimpleQueue[_Work | None]") -> None:
+    while (given := waiting.get()) is not None:
+        found, work = given
+        if found.set_running_or_notify_cancel():
+            try:
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+        del given, found, work  # which hold batches
 
 
 @dataclass(frozen=True, slots=True)

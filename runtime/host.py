@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h and mman.h
@@ -32,6 +32,20 @@ def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
     number, num_ranks = place
     share = len(cores) // num_ranks
     return sorted(cores)[number * share : (number + 1) * share] if share else sorted(cores)
+
+
+@contextlib.contextmanager
+def running_on(cores: Sequence[int]) -> Iterator[None]:
+    """Let this thread run on any of these cores, and so for ever the threads and processes that it starts meanwhile."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def threads_of_rank(ranks_here: int) -> int:

@@ -1,45 +1,41 @@
 """Shared batches: on each machine one rank reads the batches of a task, and the others there get them from it.
 
-- Which rank reads is agreed once, from what all ranks say that they load: the one that reads for the fewest tasks so far,
-  of equals the lowest. Ranks are on one machine when they find the same directory for temporary files there.
-- A batch goes through shared memory; its descriptor, through a socket between the two ranks. No store or process group
-  takes part, so that a wait for a batch holds up no other message, and a rank that dies is noticed at once.
-- The reader is at most `AHEAD` batches ahead of what the slowest of the others has received; each receives as many as it
-  reads ahead.
-- Threads of a feed wait here without a limit of time: who needs a batch waits for them no longer than the feed allows, and
-  closing a feed wakes them.
-- Threads of one process read each for themselves. That launcher is there to test and to debug: a loader then runs where
-  its rank does, and a test can see that ranks whose loaders differ are found out.
+- Which rank reads is decided once, from the tasks that each rank says it loads: the rank that reads the fewest tasks so
+  far, and of equals the lowest. Ranks are on one machine when they find the same directory for temporary files there.
+- A batch goes through shared memory; its descriptor goes through a socket between the two ranks. No store or process
+  group takes part: a wait for a batch holds up no other message, and the death of the reader is noticed at once.
+- The reader is at most `AHEAD` batches ahead of what the slowest of the others has received, and each of these receives
+  `prefetch` batches before it needs them.
+- The thread of a feed waits here without a time limit. Whoever needs a batch waits for that thread no longer than the
+  feed allows, and closing a feed wakes the thread.
+- With the "threads" launcher each rank reads for itself. That launcher is for tests and debugging: a loader then runs
+  where its rank does, nothing is copied, and ranks whose loaders differ are found without a second machine.
 """
 
 import contextlib
 import os
-import shutil
 import socket
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from spindle.errors import RunError, WorkloadError
+from spindle.runtime.machines import Door, called, machine
 from spindle.runtime.shared_memory import packed, unpacked
 from spindle.runtime.transport import ProcessTransport, Transport
 
 T = TypeVar("T")
 
 AHEAD = 4  # batches that are sent and not yet received
-LONGEST_PATH = 80  # of a directory in which a socket gets a name; systems allow about a hundred characters in all
 
 _HEAD = struct.Struct("<Q")  # generation of a batch that is sent
 _TAKEN = struct.Struct("<Q")  # generation of a batch that was received
-_HELLO = struct.Struct("<II")  # a rank, and a task by its place in the reader's list
 
 
-class Dropped(Exception):  # noqa: N818 - nobody sees it
+class Dropped(Exception):
     """A batch that nobody waits for any more: its feed was resumed elsewhere, or closed."""
 
 
@@ -51,7 +47,7 @@ class _Failed:
 
 
 class SharedReads(Protocol):
-    """How a feed gets its batches where several ranks of a machine need them. One thread reads; others may do the rest."""
+    """How a feed gets batches that several ranks of a machine need. One thread calls `read`; any may call the others."""
 
     reads: bool
     """Whether this rank runs the loader."""
@@ -131,9 +127,8 @@ class Reader(_Side):
         super().__init__(task, sockets)
         self._untaken = dict.fromkeys(sockets, 0)
         self._unread = dict.fromkeys(sockets, b"")
-        self._full = False
-        for end in sockets.values():
-            end.setblocking(True)
+        self._begun = 0  # the generation that `_untaken` counts
+        self._slowest: int | None = None  # the rank for which this one waits
 
     def read(self, own: Callable[[], T]) -> T:
         """See SharedReads. The loader runs once there is room for what it gives."""
@@ -141,23 +136,18 @@ class Reader(_Side):
         self._make_room(generation)
         try:
             found = own()
-            sent: int | None = self._packed(found)
-        except WorkloadError as error:
-            self._send(generation, packed(_Failed(str(error))))
+            sent = self._packed(found)
+        except BaseException as error:
+            words = str(error) if isinstance(error, WorkloadError) else f"{type(error).__name__}: {error}"
+            self._send(generation, packed(_Failed(words)))
             raise
         self._send(generation, sent)
         return found
 
-    def restart(self) -> None:
-        """See SharedReads."""
-        super().restart()
-        self._full = False
-
     def waits_for(self) -> str:
         """See SharedReads."""
-        slowest = max(self._untaken, key=lambda rank: self._untaken[rank], default=None)
-        if self._full and slowest is not None:
-            return f"rank {slowest}, which gets its batches from this one, has received none"
+        if self._slowest is not None:
+            return f"rank {self._slowest}, which gets its batches from this one, has received none"
         return "its loader gave no batch"
 
     def _packed(self, found: object) -> int | None:
@@ -177,13 +167,14 @@ class Reader(_Side):
         if self._begun != generation:
             self._begun, self._untaken = generation, dict.fromkeys(self.sockets, 0)
         self._count_taken()
-        while any(count >= AHEAD for count in self._untaken.values()):
-            self._full = True
-            self._wait(self.sockets.values(), generation)
-            self._count_taken()
-        self._full = False
-
-    _begun = 0
+        try:
+            while full := [rank for rank, count in self._untaken.items() if count >= AHEAD]:
+                self._slowest = full[0]
+                self._wait(self.sockets.values(), generation)
+                self._count_taken()
+        finally:
+            self._slowest = None
+        self._check(generation)
 
     def _count_taken(self) -> None:
         for rank, end in list(self.sockets.items()):
@@ -270,7 +261,7 @@ class Receiver(_Side):
 
     def _receive(self) -> tuple[int, int] | None:
         try:
-            head, descriptors, _, _ = socket.recv_fds(self._end, _HEAD.size, 1)
+            head, descriptors, _, _ = socket.recv_fds(self._end, _HEAD.size, 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError:
@@ -284,7 +275,7 @@ class Receiver(_Side):
         return _HEAD.unpack(head)[0], descriptors[0]
 
 
-# -- who reads for whom -------------------------------------------------------------------------------------------------
+# -- who reads for whom ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,32 +288,27 @@ class Seat:
 
 
 def shared_reads(transport: Transport, tasks: Collection[str], timeout_s: float) -> dict[str, SharedReads]:
-    """How this rank gets the batches of each of its `tasks` that others of its machine load too. Called by all ranks."""
+    """How this rank gets the batches of those of its `tasks` that others of its machine load too. All ranks call it."""
     if not isinstance(transport, ProcessTransport) or transport.num_ranks == 1:
         return {}
-    with _Door(timeout_s) as door:
+    with Door(timeout_s) as door:
         seats: list[Seat] = transport.exchanged(Seat(machine(), door.address, tuple(sorted(tasks))))
         rank = transport.rank
-        sharing = {task: ranks for task, ranks in readers(seats, seats[rank].machine).items() if rank in ranks}
-        found: dict[str, SharedReads] = {}
+        own, found = seats[rank], dict[str, SharedReads]()
+        sharing = {task: ranks for task, ranks in readers(seats, own.machine).items() if rank in ranks}
         for task, (reader, *_) in sharing.items():
             if reader != rank:
-                hello = _HELLO.pack(rank, seats[reader].tasks.index(task))
-                found[task] = Receiver(task, reader, door.entered(seats[reader].address, reader, hello))
-        expected = {
-            (other, seats[rank].tasks.index(task)): task
-            for task, (reader, *others) in sharing.items()
-            for other in others
-            if reader == rank
-        }
-        came = door.let_in(set(expected))
-        for task in dict.fromkeys(expected.values()):
-            found[task] = Reader(task, {place[0]: end for place, end in came.items() if expected[place] == task})
+                caller = rank, seats[reader].tasks.index(task)
+                found[task] = Receiver(task, reader, called(seats[reader].address, caller, timeout_s))
+        served = {task: others for task, (reader, *others) in sharing.items() if reader == rank}
+        came = door.let_in({(other, own.tasks.index(task)) for task, others in served.items() for other in others})
+        for task, others in served.items():
+            found[task] = Reader(task, {other: came[other, own.tasks.index(task)] for other in others})
     return found
 
 
 def readers(seats: Sequence[Seat], name: str) -> dict[str, list[int]]:
-    """Of each task that several ranks of a machine load: these ranks, the one that reads first. All ranks find the same."""
+    """The ranks of a machine that load each task, the one that reads it first. Tasks that one rank loads are left out."""
     loading: dict[str, list[int]] = {}
     for rank, seat in enumerate(seats):
         for task in seat.tasks if seat.machine == name else ():
@@ -335,69 +321,3 @@ def readers(seats: Sequence[Seat], name: str) -> dict[str, list[int]]:
         if len(ranks) > 1:
             found[task] = [reader, *(rank for rank in ranks if rank != reader)]
     return found
-
-
-def machine() -> str:
-    """Equal for processes that reach each other's sockets by name: of one running system, with one temporary directory."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    system = boot.read_text().strip() if boot.exists() else socket.gethostname()
-    directory = os.stat(_directory())
-    return f"{system}/{directory.st_dev}/{directory.st_ino}"
-
-
-def _directory() -> str:
-    usual = tempfile.gettempdir()
-    return usual if len(usual) < LONGEST_PATH else "/tmp"
-
-
-class _Door:
-    """Where other ranks of this machine reach this one, while they find each other. Its directory is for this user alone."""
-
-    def __init__(self, timeout_s: float) -> None:
-        """Nobody waits longer than `timeout_s`."""
-        self.timeout_s = timeout_s
-        self._room = tempfile.mkdtemp(prefix="spindle-", dir=_directory())
-        self.address = f"{self._room}/door"
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout_s)
-        self._socket.bind(self.address)
-        self._socket.listen(1024)
-
-    def __enter__(self) -> "_Door":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._socket.close()
-        shutil.rmtree(self._room, ignore_errors=True)
-
-    def entered(self, address: str, rank: int, hello: bytes) -> socket.socket:
-        """A socket to another rank, which has been told who comes."""
-        end = socket.socket(socket.AF_UNIX)
-        end.settimeout(self.timeout_s)
-        try:
-            end.connect(address)
-            end.sendall(hello)
-        except OSError as error:
-            end.close()
-            raise RunError(
-                f"rank {rank}, which reads batches for the ranks of its machine, was not reached: {error}"
-            ) from error
-        end.settimeout(None)
-        return end
-
-    def let_in(self, expected: set[tuple[int, int]]) -> dict[tuple[int, int], socket.socket]:
-        """Sockets to all of these, by rank and task."""
-        found: dict[tuple[int, int], socket.socket] = {}
-        while expected - found.keys():
-            try:
-                end, _ = self._socket.accept()
-                end.settimeout(self.timeout_s)
-                hello = end.recv(_HELLO.size, socket.MSG_WAITALL)
-            except OSError as error:
-                ranks = sorted({rank for rank, _ in expected - found.keys()})
-                raise RunError(
-                    f"ranks {ranks} did not come within {self.timeout_s:g} s for the batches that this rank reads"
-                ) from error
-            end.settimeout(None)
-            found[_HELLO.unpack(hello)] = end
-        return found

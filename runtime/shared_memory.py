@@ -1,4 +1,4 @@
-"""Shared memory: a value in, the descriptor of memory that holds it out; and back again, in any process of this machine.
+"""Shared memory: a value in, the descriptor of memory that holds it out; and back, in any process of this machine.
 
 - The memory has no name. It is gone with the last process that holds it, however that ends, and a small /dev/shm, as
   containers have, does not limit it.
@@ -96,7 +96,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
             return None
         if id(obj) not in self._placed:
             dense = _dense(obj)
-            data = memoryview(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy())
+            data = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
             found = _Place(
                 number=len(self._placed),
                 start=self.place(data),

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
 
 Wait = Callable[[], None]
+T = TypeVar("T")
 
 
 def serve_store(host: str) -> TCPStore:
@@ -74,6 +75,8 @@ class Transport(Protocol):
     """Those that share this machine's cores; all, where that is not known."""
     num_threads: int
     """That this rank computes with on a CPU: its share of them."""
+    cores: Sequence[int]
+    """Those that the ranks of this machine share."""
     device: torch.device
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
@@ -140,10 +143,10 @@ class ProcessTransport:
         here = place or ((rank, num_ranks) if is_loopback(store) else None)
         self.ranks_here = here[1] if here else num_ranks
         self.num_threads = threads_of_rank(self.ranks_here)
-        self._cores = usable_cores()
+        self.cores: Sequence[int] = usable_cores()
         if here is not None and self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
             # before gloo's threads start, which inherit it: a rank woken on a core where another computes waits 2-6 ms
-            os.sched_setaffinity(0, own_cores(here, self._cores))
+            os.sched_setaffinity(0, own_cores(here, self.cores))
         if (interface := _interface(store)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self.timeout = timedelta(seconds=timeout_s)
@@ -221,6 +224,12 @@ class ProcessTransport:
         """Where the backend can receive what belongs into `tensor`."""
         return torch.empty_like(tensor, device="cpu") if self._staged else tensor
 
+    def exchanged(self, own: T) -> list[T]:
+        """What each rank brings, by rank; all ranks call this together. Not for what is wanted in each step."""
+        found: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(found, own)
+        return found
+
     def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """A safetensors file a rank, written at once."""
         _save(tensors, path)
@@ -230,7 +239,7 @@ class ProcessTransport:
         if dist.is_initialized():
             dist.destroy_process_group()
         if hasattr(os, "sched_setaffinity"):  # the next run of this process shares them out anew
-            os.sched_setaffinity(0, self._cores)
+            os.sched_setaffinity(0, self.cores)
 
 
 def _save(tensors: Mapping[str, Tensor], path: str) -> None:
@@ -278,6 +287,7 @@ class ThreadTransport:
         """Use `connect`."""
         self.rank, self.num_ranks, self.ranks_here = rank, num_ranks, num_ranks
         self.num_threads = threads_of_rank(num_ranks)
+        self.cores: Sequence[int] = usable_cores()
         self._shared, self._timeout_s = shared, timeout_s
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._reduced = Counter[tuple[int, ...]]()

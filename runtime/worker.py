@@ -20,7 +20,7 @@ from spindle.capture.repeat import base_task, micro_batch
 from spindle.graph import parse_piece
 from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock
-from spindle.runtime.data import Feed, keeps_state
+from spindle.runtime.data import Feed, is_listed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
@@ -38,6 +38,7 @@ from spindle.runtime.progress import (
 )
 from spindle.runtime.record import StepRecord
 from spindle.runtime.recordings import LoadedBatch, Recipe, Recordings
+from spindle.runtime.shared_batches import shared_reads
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told, tokens_of
@@ -155,6 +156,15 @@ def separate(job: Job) -> Job:
     return replace(job, codes=codes, tasks=tasks)
 
 
+def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[str, Feed]:
+    """Feeds of the tasks that a rank loads. All ranks come here together, since those of a machine share batches."""
+    shared = shared_reads(transport, [name for name, task in tasks.items() if not is_listed(task)], job.timeout_s)
+    return {
+        name: Feed(task, job.seed, timeout_s=job.timeout_s, shared=shared.get(name), cores=transport.cores)
+        for name, task in tasks.items()
+    }
+
+
 class Worker:
     """One rank, ready to run."""
 
@@ -172,7 +182,7 @@ class Worker:
         self.store = ParameterStore(job.program, job.rank, self.codes.values())
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
         self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
-        self.feeds = {name: Feed(job.tasks[name], job.seed, timeout_s=job.timeout_s) for name in loads}
+        self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)
         updated = {name: self.store.parameters[name] for name in self.store.updated}
         self.optimizer = job.optimizer(parameter_groups(updated, job.settings)) if job.optimizer and updated else None
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None

@@ -122,7 +122,7 @@ def checkpointed(h: Tensor, given: Given) -> Tensor:
 
 
 def normed(h: Tensor, given: Given) -> Tensor:
-    return given.extras.norm(h.flatten(0, -2)).view(h.shape) if h.flatten(0, -2).shape[0] > 1 else h
+    return given.extras.norm(h.flatten(0, -2)).view(h.shape)
 
 
 def factored(h: Tensor, given: Given) -> Tensor:
@@ -290,8 +290,6 @@ def chosen_tokens(h: Tensor, given: Given) -> Tensor:
 
 
 def normed_tokens(h: Tensor, given: Given) -> Tensor:
-    if int(given.mask.sum()) < 2:
-        return h
     h = h.clone()
     h[given.mask] = given.extras.norm(h[given.mask])
     return h

@@ -4,8 +4,10 @@ A Case is plain data, so that one that fails can be printed and made smaller; `w
 """
 
 import random
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spindle
+from spindle.errors import SpindleError, WorkloadError
+from spindle.runtime.parity import ParityReport
 from spindle.workload import Batch, Workload
 from tests.ragged_pieces import (
     FEATURES,
@@ -30,6 +34,7 @@ from tests.ragged_pieces import (
     WORDS,
     Given,
 )
+from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, WIDTH, Residual
 
 Rows = Callable[[Batch], Mapping[str, Any]]
@@ -103,7 +108,7 @@ class Varied(nn.Module):
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         ends = starts.tolist()
-        return torch.cat([self.inner(x[:, a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)], 1)
+        return torch.cat([self.inner(x[:, a:b]) for a, b in pairwise(ends)], 1)
 
 
 class Dropped(Residual):
@@ -219,7 +224,7 @@ def rows_of(task: TaskCase) -> Rows | None:
 def _packed_rows(batch: Batch) -> Mapping[str, Any]:
     starts = (batch["places"][0] == 0).nonzero()[:, 0].tolist()
     lengths = [b - a for a, b in zip(starts, [*starts[1:], batch["x"].shape[1]], strict=True)]
-    return {name: (1, lengths) for name in ("x", "labels", "mask", "places")}
+    return dict.fromkeys(("x", "labels", "mask", "places"), (1, lengths))
 
 
 def _patch_rows(batch: Batch) -> Mapping[str, Any]:
@@ -289,7 +294,9 @@ def random_case(seed: int) -> Case:
     tasks = tuple(_random_task(rng, number, towers) for _ in range(rng.choice([1, 1, 2, 2, 3])))
     untrained = {task.tower for task in tasks if task.loss not in HEADS}
     frozen = rng.randrange(len(towers)) if rng.random() < 0.3 else -1
-    towers = [replace(tower, is_frozen=index == frozen and frozen not in untrained) for index, tower in enumerate(towers)]
+    towers = [
+        replace(tower, is_frozen=index == frozen and frozen not in untrained) for index, tower in enumerate(towers)
+    ]
     if any(task.kind in ("images", "patches") for task in tasks):
         towers.append(TowerCase(reads="floats", layer=rng.choice(["residual", "dropped"]), depth=rng.randint(2, 3)))
     return Case(
@@ -310,13 +317,15 @@ def _random_task(rng: random.Random, number: int, towers: list[TowerCase]) -> Ta
     sizes = [rng.randint(2, 6), *(rng.choice([1, 2, 3, 4, 5, 7]) for _ in range(number - 1))]
     if rng.random() < 0.4:
         sizes = [sizes[0]] * number
+    chosen = rng.sample(pieces, rng.randint(0, 4))
+    if chosen and rng.random() < 0.15:
+        chosen.append(rng.choice(chosen))
+    if {"normed", "normed_tokens"} & set(chosen):
+        sizes = [max(2, size) for size in sizes]  # batch norm takes no single row
     lengths = [tuple(rng.randint(1, rng.choice([3, 7])) for _ in range(size)) for size in sizes]
     counts = [tuple(rng.randint(0, min(2, n)) for n in each) for each in lengths]
     if kind == "patches" or rng.random() < 0.9:  # a batch of images without any is rare
         counts = [(1, *each[1:]) if not any(each) else each for each in counts]
-    chosen = rng.sample(pieces, rng.randint(0, 4))
-    if chosen and rng.random() < 0.15:
-        chosen.append(rng.choice(chosen))
     return TaskCase(
         kind=kind,
         tower=_random_tower(rng, kind, towers),
@@ -344,7 +353,9 @@ def _random_tower(rng: random.Random, kind: str, towers: list[TowerCase]) -> int
 
 def smaller(case: Case) -> list[Case]:
     """Cases with less in them, to find the least that still fails."""
-    found = [replace(case, tasks=case.tasks[:i] + case.tasks[i + 1 :]) for i in range(len(case.tasks)) if case.tasks[1:]]
+    found = [
+        replace(case, tasks=case.tasks[:i] + case.tasks[i + 1 :]) for i in range(len(case.tasks)) if case.tasks[1:]
+    ]
     found += [replace(case, num_ranks=n) for n in range(1, case.num_ranks)]
     found += [replace(case, recompute=False)] if case.recompute else []
     found += [replace(case, shard_optimizer=False)] if case.shard_optimizer else []
@@ -360,3 +371,39 @@ def smaller(case: Case) -> list[Case]:
         towers += [replace(tower, is_frozen=False)] if tower.is_frozen else []
         found += [replace(case, towers=(*case.towers[:index], each, *case.towers[index + 1 :])) for each in towers]
     return found
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def plan_of(case: Case, workload: Workload) -> spindle.Plan:
+    """The plan of a case."""
+    metagraph = spindle.make_metagraph(workload)
+    if case.is_widest:
+        return widest_plan(metagraph, case.num_ranks)
+    return random_plan(metagraph, case.num_ranks, case.plan_seed)
+
+
+def verified(case: Case) -> ParityReport:
+    """What verification of a case says; each batch is a step."""
+    workload = workload_of(case)
+    steps = max(len(task.lengths) for task in case.tasks)
+    plan = plan_of(case, workload)
+    return spindle.verify(workload, plan, steps=steps, launcher="threads", optimizer=_optimizer, timeout_s=20.0)
+
+
+def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02)  # larger steps blow up sums over whole batches
+
+
+def verdict_of(case: Case) -> tuple[str, str]:
+    """Returns "ok", "refused" (a sentence says what is not supported), "differs", "error" or "crash"; and the text."""
+    try:
+        report = verified(case)
+    except WorkloadError as error:
+        return "refused", str(error)
+    except SpindleError as error:
+        return "error", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return "crash", "".join(traceback.format_exception(error)[-4:])
+    return ("ok", "") if report.ok else ("differs", str(report))

@@ -1,7 +1,8 @@
 """Processes: a crew of spawned processes on this machine. No Ray needed; what most distributed tests run on.
 
 - Jobs travel as cloudpickle, so task functions, loaders and optimiser factories may be local functions.
-- A child ends when its parent does, however the parent ends.
+- A child ends when its parent does, however the parent ends; and with a child all that it started ends, such as the
+  worker processes of a loader: they are of its process group.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import cloudpickle
@@ -23,6 +25,17 @@ from spindle.runtime.transport import ProcessTransport, Transport, join_store, s
 from spindle.runtime.worker import Worker
 
 HOST = "127.0.0.1"
+
+
+class RankProcess(ForkServerProcess):
+    """A rank, which leads a process group."""
+
+    def kill(self) -> None:
+        """End it and all of its group, which may have outlived it."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; or it has no group yet
+                os.killpg(self.pid, signal.SIGKILL)
+        super().kill()
 
 
 class ProcessCrew:
@@ -41,8 +54,9 @@ class ProcessCrew:
         self._children = []
         for rank, job in enumerate(jobs):
             ours, theirs = context.Pipe()
-            arguments = (theirs, cloudpickle.dumps((worker, job)), rank, len(jobs), self._store.port, timeout_s)
-            child = context.Process(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
+            place = rank, len(jobs), self._store.port
+            arguments = (theirs, cloudpickle.dumps((worker, job)), place, timeout_s, _start_method())
+            child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
             with _main_hidden():
                 child.start()
             theirs.close()
@@ -105,8 +119,7 @@ class ProcessCrew:
     def close(self) -> None:
         """See Crew."""
         for child in self._children:
-            if child.is_alive():
-                child.kill()
+            child.kill()
             child.join(10.0)
         for pipe in self._pipes:
             pipe.close()
@@ -124,10 +137,24 @@ def _main_hidden() -> Iterator[None]:
         names.update(hidden)
 
 
-def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: int, timeout_s: float) -> None:
-    """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it."""
+def _start_method() -> str:
+    """How loaders in ranks start their workers: as the user chose, else by a fork where the system's own libraries bear
+    it, since a data set that came by value can seldom be pickled.
+    """
+    usual = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
+    return multiprocessing.get_start_method(allow_none=True) or usual
+
+
+def _child(pipe: Connection, payload: bytes, place: tuple[int, int, int], timeout_s: float, start_method: str) -> None:
+    """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it.
+
+    `place`: the rank, how many there are, and the port of their store.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
     _end_with_parent()
+    _allow_children(pipe, start_method)
+    rank, num_ranks, port = place
     with _reported(pipe):
         store = join_store(HOST, port, timeout_s)
         transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s)
@@ -138,13 +165,22 @@ def _child(pipe: Connection, payload: bytes, rank: int, num_ranks: int, port: in
         try:
             method, args, kwargs = cloudpickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            os._exit(0)
+            _end()
         with _reported(pipe):
             try:
                 pipe.send_bytes(cloudpickle.dumps((True, getattr(worker, method)(*args, **kwargs))))
             except Exception:
                 worker.close()  # releases peers that wait for this rank
                 raise
+
+
+def _allow_children(pipe: Connection, start_method: str) -> None:
+    """Let loaders have worker processes, which a daemon may not. They close the pipe, so that the parent notices at once
+    when this process dies.
+    """
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method(start_method, force=True)
+    os.register_at_fork(after_in_child=pipe.close)
 
 
 @contextlib.contextmanager
@@ -164,6 +200,11 @@ def _end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)
+        _end()
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _end() -> None:
+    """End this process and what it started."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import Captured
+from spindle.capture.parts import TaskPart
 from spindle.graph import TensorSpec
 from spindle.record.draws import Stream
 from spindle.runtime.executor import Activations, Executor
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import held_by_rank
 from spindle.runtime.programs.excerpt import AFTER, BEFORE, excerpt
-from spindle.runtime.programs.messages import Layouts
+from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Instruction, Op, Program, activations, gradients
-from spindle.runtime.recordings import Recipe, Recordings
+from spindle.runtime.recordings import LoadedBatch, Recipe, Recordings
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import ThreadTransport, Transport
-from spindle.units import SampledBatch
+from spindle.units import Bounds, SampledBatch
 
 SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
 
@@ -58,14 +59,16 @@ class Rehearsal:
         self.goes_back = run.backward
         self.task, bounds = run.task, before.bounds_of(self.rank)
         specs = program.tensor_by_name
-        loaded = Recordings(recipe, device).loaded(
-            run.task, batch, Layouts(program).of(run.task, batch.units), Stream(task=run.task, units=batch.units)
-        )
-        shapes = loaded.part(bounds).shapes
+        recordings, stream = Recordings(recipe, device), Stream(task=run.task, units=batch.units)
+        parts: dict[Bounds, TaskPart] = {}
+        self.loaded = {
+            recompute: LoadedBatch(recordings, run.task, batch, _layout(executor.program, batch), stream, parts)
+            for recompute, executor in self.executors.items()
+        }
+        shapes = self.loaded[False].part(bounds).shapes
         self.given = {name: _random(specs[name], shapes[name], device) for name in before.outputs}
         wanted = [spec for spec in map(specs.__getitem__, after.inputs) if spec.needs_grad]
         self.wanted = {spec.name: _random(spec, shapes[spec.name], device).mul_(SMALL) for spec in wanted}
-        self.loaded = loaded
 
     def _executor(self, program: Program) -> Executor:
         precision, switch, partial = self.captured.precision, self.switch, self.captured.graph.partial
@@ -81,7 +84,7 @@ class Rehearsal:
         """
         self.executor = self.executors[recompute]
         self.executor.begin()
-        self.executor.loaded = {self.task: self.loaded}
+        self.executor.loaded = {self.task: self.loaded[recompute]}
         self.executor.buffers = {activations(BEFORE): Activations({}, self.given), gradients(AFTER): dict(self.wanted)}
         self.runs = self.executor.program.slices[1:-1]
 
@@ -105,6 +108,11 @@ def _alone(device: torch.device) -> Transport:
     [transport] = ThreadTransport.connect(1)
     transport.device = device
     return transport
+
+
+def _layout(program: Program, batch: SampledBatch) -> StepLayout:
+    """The samples of an excerpt, which may be the first share of the batch alone."""
+    return StepLayout(batch.units, {run.name: run.bounds for run in program.slices}, {})
 
 
 def _random(spec: TensorSpec, shape: tuple[int, ...], device: torch.device) -> Tensor:

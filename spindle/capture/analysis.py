@@ -35,11 +35,14 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, Key
 
 @dataclass(frozen=True)
 class Part:
-    """A recording of samples `bounds` of a batch, and the shapes of what was drawn: by scope, "" for the glue."""
+    """A recording of samples `bounds` of a batch, as in step `step`, and the shapes of what was drawn: by scope, "" for
+    the glue.
+    """
 
     bounds: Bounds
     wired: Wired
     draws: Mapping[str, Sequence[tuple[int, ...]]]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ class Prober:
                 self.findings.constant.add(key)
 
     def _compared(self, key: Key, calls: list[list[Any]], others: list[list[list[Any]]]) -> str:
-        """ "rows" when the parts put together are the whole, "constant" when all are the same, else "mixes"."""
+        """ "rows" when the parts put together are the whole, "constant" when all are the same, "unknown" when their
+        shapes do not compare (what is computed from them tells), else "mixes".
+        """
         places = self.findings.places.get(key, [])
         widths = [len(call) for call in calls]
         if all([len(call) for call in other] == widths for other in others):
@@ -200,13 +205,14 @@ class Prober:
                 for n, call in enumerate(calls)
                 for index, (value, place) in enumerate(zip(call, places, strict=False))
             }
-            if "mixes" not in verdicts:
-                return "rows" if "rows" in verdicts else "constant"
-            return "mixes"
+            return next((verdict for verdict in ("mixes", "unknown", "rows") if verdict in verdicts), "constant")
         flat = [value for call in calls for value in call]  # called once a sample, say: all in order must be the same
         joined = [value for other in others for call in other for value in call]
-        same = len(flat) == len(joined) and all(_close(a, b) for a, b in zip(joined, flat, strict=True))
-        return "rows" if same else "mixes"
+        if any(value is None for value in (*flat, *joined)):
+            return "mixes"
+        if [value.shape for value in flat] != [value.shape for value in joined]:
+            return "unknown"
+        return "rows" if all(_close(a, b) for a, b in zip(joined, flat, strict=True)) else "mixes"
 
     @staticmethod
     def _result(whole: Any, parts: list[Any], places: tuple[Place, ...]) -> str:
@@ -215,12 +221,14 @@ class Prober:
         for _, dim in places:
             if all(p.ndim == whole.ndim for p in parts) and _close(torch.cat(parts, dim), whole):
                 return "rows"
+        if not places and any(part.shape != whole.shape for part in parts):
+            return "unknown"
         return "constant" if all(_close(part, whole) for part in parts) else "mixes"
 
     def _values(self, trial: Trial, part: Part, made: dict[tuple[str, int], Tensor]) -> dict[Key, list[list[Any]]]:
         """Results of glue by key, one list a call; None for what cannot be computed."""
         wired, recording = part.wired, part.wired.recording
-        stream = Stream(task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
+        stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
         values: dict[int, Tensor] = {}
         found: dict[Key, list[list[Any]]] = defaultdict(list)
         with torch.no_grad(), drawing_from(stream):
@@ -354,7 +362,7 @@ class Prober:
         self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor], module: nn.Module
     ) -> list[Tensor] | None:
         scope = node.block
-        stream = Stream(task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
+        stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with Drawing(scope, self.sites.get(scope, ())):

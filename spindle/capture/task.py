@@ -8,7 +8,7 @@ import random
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.operators import Seen
 from spindle.errors import SpindleWarning, WorkloadError
+from spindle.graph import SAMPLES
 from spindle.record.draws import GLOBAL_GENERATORS, Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recorder import LazyRead, Refused, Stranger
@@ -94,8 +95,8 @@ class Looker:
         """No batch seen shows how its samples are cut: all that the task computes exists whole only."""
         warnings.warn(
             f"task {task.name!r}: its first batch has rows of a packed field in one sample only, so nothing shows how "
-            "its values are cut by sample, and each of its operators runs on one device; start with a batch in which two "
-            "samples have rows, or give a list of batches",
+            "its values are cut by sample, and each of its operators runs on one device; start with a batch in which "
+            "two samples have rows, or give a list of batches",
             SpindleWarning,
             stacklevel=6,
         )
@@ -126,8 +127,9 @@ class Looker:
         whole: Bounds,
         parts: tuple[Bounds, ...],
         sites: Mapping[str, tuple[Site, ...]] | None,
+        step: int = 0,
     ) -> Trial:
-        made = [self._part(task, batch, bounds, sites) for bounds in (whole, *parts)]
+        made = [self._part(task, batch, bounds, sites, step) for bounds in (whole, *parts)]
         return Trial(batch.units, made[0], tuple(made[1:]))
 
     def _other_ways(
@@ -154,11 +156,16 @@ class Looker:
         return found
 
     def _part(
-        self, task: Task, batch: SampledBatch, bounds: Bounds, sites: Mapping[str, tuple[Site, ...]] | None
+        self,
+        task: Task,
+        batch: SampledBatch,
+        bounds: Bounds,
+        sites: Mapping[str, tuple[Site, ...]] | None,
+        step: int = 0,
     ) -> Part:
-        recorded = self._record(task, batch, bounds, sites)
+        recorded = self._record(task, batch, bounds, sites, step)
         draws = {scope: drawn.shapes for scope, drawn in recorded.drawn.items()}
-        return Part(bounds, wire(recorded.recording, self.skeleton.stateful), draws)
+        return Part(bounds, wire(recorded.recording, self.skeleton.stateful), draws, step)
 
     def _look_at_disturbed(
         self,
@@ -168,14 +175,31 @@ class Looker:
         sites: Mapping[str, tuple[Site, ...]],
         prober: Prober,
     ) -> None:
-        """A batch whose numbers were moved about counts where the task runs on it in the same way."""
+        """Batches whose numbers were moved about count where the task runs on them in the same way: the few samples, and
+        these twice as drawn in other steps, since few are in order by chance.
+        """
         generator = torch.Generator().manual_seed(0)
-        few = samples[0][1]
-        fields = {name: _disturbed(value, generator) for name, value in batch.part(0, few).items()}
-        units = Units({unit: counts[:few] for unit, counts in batch.units.counts.items()})
-        moved = SampledBatch(fields, units, batch.places)
+        whole, parts = samples
+        fields = {name: _disturbed(value, generator) for name, value in batch.part(*whole).items()}
+        units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
+        self._look_at_other(task, SampledBatch(fields, units, batch.places), whole, parts, sites, prober)
+        cut, end = parts[0][1], 2 * whole[1]
+        for step in range(1, 1 + (TRIALS if sites.get("") else 1)):
+            twice = _twice(batch, whole, step)
+            self._look_at_other(task, twice, (0, end), ((0, cut), (cut, end)), sites, prober, step)
+
+    def _look_at_other(
+        self,
+        task: Task,
+        batch: SampledBatch,
+        whole: Bounds,
+        parts: tuple[Bounds, ...],
+        sites: Mapping[str, tuple[Site, ...]],
+        prober: Prober,
+        step: int = 0,
+    ) -> None:
         try:
-            trial = self._trial(task, moved, *samples, sites)
+            trial = self._trial(task, batch, whole, parts, sites, step)
         except Exception:
             return
         places, _ = places_of([trial])
@@ -338,7 +362,7 @@ def first_batches(task: Task) -> list[SampledBatch]:
     Raises WorkloadError when the loader raises, or gives what a task cannot take.
     """
     if type(task.data) not in (list, tuple):
-        return [task.sampled(task.first_batch())]
+        return _read_on(task, task.sampled(task.first_batch()))
     found: list[SampledBatch] = []
     for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
         one = task.sampled(batch)
@@ -347,13 +371,43 @@ def first_batches(task: Task) -> list[SampledBatch]:
     return found or [task.sampled(task.first_batch())]
 
 
+def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
+    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), one that can."""
+    alike = {pair for pair in _pairs(first.units) if not _told_apart(first.units, pair)}
+    if not alike:
+        return [first]
+    with suppress(Exception):  # a loader that breaks later says so when it gets there
+        for batch in itertools.islice(task.batches(), 1, LOOKED_AT):
+            other = task.sampled(batch)
+            if any(_told_apart(other.units, pair) for pair in alike):
+                return [first, other]
+    return [first]
+
+
+def _pairs(units: Units) -> list[tuple[str, str]]:
+    """Units that a value might go by either of; fields that lie side by side, as ids and labels of packed texts, do."""
+    counts = units.counts
+    return [(a, b) for a, b in itertools.combinations(counts, 2) if SAMPLES in (a, b) or counts[a] != counts[b]]
+
+
+def _told_apart(units: Units, pair: tuple[str, str]) -> bool:
+    """Whether some part of a batch has another share of the rows of one unit than of the other's."""
+    size = units.num_samples
+    return any(_tells(units, pair, size, cut) for cut in range(1, size))
+
+
+def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
+    a, b = units.offsets[pair[0]], units.offsets[pair[1]]
+    return a[cut] * b[count] != b[cut] * a[count]
+
+
 def _keys(wired: Wired) -> set[Key]:
     return {wired.key(number) for number in wired.glue()}
 
 
-def _twice(batch: SampledBatch, bounds: Bounds) -> SampledBatch:
+def _twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
     """Some samples, and the same again with noise on their numbers."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     fields = batch.part(*bounds)
     for name, (_, dim) in batch.places.items():
         value = fields[name]
@@ -367,15 +421,20 @@ def _twice(batch: SampledBatch, bounds: Bounds) -> SampledBatch:
 
 def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
     """A few samples of a batch, and uneven parts of them, so that a mean of means differs from the mean; each part has
-    rows of every unit that the batch has. One part where no two have.
+    rows of every unit that the batch has, and other shares of them where units differ. One part where no two have.
     """
     size = units.num_samples
     needed = [offsets for offsets in units.offsets.values() if offsets[-1]]
+    pairs = [pair for pair in _pairs(units) if _told_apart(units, pair)]
+    best, found = -1, ((0, size), ((0, size),))
     for count in range(min(PROBE_SAMPLES, size), size + 1):
         for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
-            if all(0 < offsets[cut] < offsets[count] for offsets in needed):
-                return (0, count), ((0, cut), (cut, count))
-    return (0, size), ((0, size),)
+            told = sum(_tells(units, pair, count, cut) for pair in pairs)
+            if told > best and all(0 < offsets[cut] < offsets[count] for offsets in needed):
+                best, found = told, ((0, count), ((0, cut), (cut, count)))
+        if best == len(pairs):
+            break
+    return found
 
 
 def _disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:

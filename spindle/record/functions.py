@@ -94,9 +94,9 @@ def scatter_rows(x: Tensor, where: Tensor, source: Tensor) -> Tensor:
     return x.reshape(-1, width).index_copy(0, where, rows).reshape(x.shape)
 
 
-def select(x: Tensor, where: Tensor) -> Tensor:
-    """`masked_select`, its mask given as indices of entries."""
-    return x.reshape(-1)[where]
+def select(x: Tensor, where: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`masked_select`, its mask given as indices of entries of `x` in this shape."""
+    return x.expand(shape).reshape(-1)[where]
 
 
 def alignment(log_probs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,14 +160,24 @@ def recordable(
         shape = tuple(x.shape)
         rows = mask.ndim == x.ndim > 1 and (mask.stride(-1) == 0 or mask.shape[-1] == 1) and x.shape[-1] > 1
         (where,) = run(true_entries, mask, shape, rows=rows)
+        _check_places(len(where), source, shape, shape[-1] if rows else 1)
         return scatter_rows if rows else scatter, (x, where, source), {}
     if function in (Tensor.masked_select, torch.masked_select) and not is_lazy(args[1]):
         shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))
         (where,) = run(true_entries, args[1], shape)
-        return select, (args[0].expand(shape), where), {}
+        return select, (args[0], where, shape), {}
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
         return function, args, _with_output_size(args, kwargs, is_lazy, run)
     return alignment if function is F.ctc_loss else function, args, kwargs
+
+
+def _check_places(places: int, source: Tensor, shape: tuple[int, ...], width: int) -> None:
+    """Samples must take their own values, neither those of the next sample nor fewer than they have."""
+    if tuple(source.shape) != shape and places * width != source.numel():
+        raise ValueError(
+            f"masked_scatter has {places} places for {source.numel() // width} values; samples must have as many values "
+            "as places: say in rows= how many belong to each"
+        )
 
 
 def _with_output_size(
@@ -256,6 +266,39 @@ def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
         raise TypeError(f"{function.__name__}: size_average and reduce are gone; use reduction=")
     return given
+
+
+# -- autocast ---------------------------------------------------------------------------------------------------------
+
+_LOWERED = frozenset(
+    {
+        F.linear,
+        F.bilinear,
+        F.scaled_dot_product_attention,
+        torch.einsum,
+        *(
+            getattr(owner, name)
+            for owner in (torch, Tensor)
+            for name in ("matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "__matmul__", "__rmatmul__")
+            if hasattr(owner, name)
+        ),
+        *(getattr(F, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
+    }
+)
+"""What autocast computes in its own type. The meta device knows no autocast."""
+
+
+def under_autocast(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments on the meta device in the types in which the function runs."""
+    if function not in _LOWERED or not torch.is_autocast_enabled("cpu"):
+        return args, kwargs
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(leaf: Any) -> Any:
+        plain = not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype == torch.float64
+        return leaf if plain else leaf.to(dtype)
+
+    return tree(cast, args), tree(cast, kwargs)
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------

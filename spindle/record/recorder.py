@@ -21,6 +21,7 @@ from spindle.record.functions import (
     WrittenThroughView,
     by_rows,
     recordable,
+    under_autocast,
     without_devices,
     writes_first,
 )
@@ -107,6 +108,13 @@ READS: frozenset[Any] = frozenset(
 """What gives Python the numbers in a tensor."""
 
 _SHOWS: frozenset[Any] = frozenset({Tensor.__repr__, Tensor.__format__, Tensor.__str__})
+_AS_OTHER: dict[Any, Any] = {
+    Tensor.expand_as: Tensor.expand,
+    Tensor.view_as: Tensor.view,
+    Tensor.reshape_as: Tensor.reshape,
+}
+"""What takes the shape of another tensor: of a real one it gives a real one."""
+
 _OPENS_GRADIENTS: frozenset[Any] = frozenset(
     {Tensor.backward, torch.autograd.backward, torch.autograd.grad, Tensor.register_hook, Tensor.retain_grad}
 )
@@ -135,6 +143,14 @@ def is_lazy(value: Any) -> bool:
 def _is_meta(value: Any) -> bool:
     """Whether a tensor is on the meta device, where no recorder is on."""
     return isinstance(value, Tensor) and bool(_get_meta(value))
+
+
+def _memory(value: Tensor) -> int:
+    """Which memory a real tensor lies in; 0 for tensors without."""
+    try:
+        return 0 if _get_meta(value) else int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse ones, and such as stand for many
+        return 0
 
 
 def any_lazy(values: Iterable[Any]) -> bool:
@@ -188,7 +204,8 @@ class Recorder(TorchFunctionMode):
         self._versions: dict[int, int] = {}
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
-        self._tainted: set[int] = set()  # real tensors that lazy values were written into
+        self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
+        self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
         self._kept: list[Any] = []  # so that no id is used twice
         self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
 
@@ -206,9 +223,12 @@ class Recorder(TorchFunctionMode):
             return False
         if func in _ATTRIBUTES:
             return func(*args, **kwargs)
-        if not (any_lazy(args) or any_lazy(kwargs.values()) or (self._tainted and self._touches_tainted(args))):
+        tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
+        if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
             self._refuse_strangers(args)
             return self._real(func, args, kwargs)
+        if func in _AS_OTHER and not tainted and not _is_meta(args[0]):
+            return self._real(_AS_OTHER[func], (args[0], *args[1].shape), {})
         if func in READS:
             raise LazyRead(getattr(func, "__name__", "read"))
         if func in _SHOWS:
@@ -228,6 +248,8 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
+            self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
         result = func(*args, **kwargs)
         if not self.inside:
             if self._autocast_state() != self.autocast:
@@ -244,20 +266,24 @@ class Recorder(TorchFunctionMode):
             return args[0]
         if self.inside:
             func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
-            return func(*tree(self._as_meta, args), **tree(self._as_meta, kwargs))
+            return self._on_meta(func, args, kwargs)
         self._refuse_strangers(args)
         func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
         out = kwargs.pop("out", None)
         if out is not None:
             func, args = Into(func), (out, *args)
         encoded = tree(self._encoded, args), tree(self._encoded, kwargs)  # as they are before the call
-        result = func(*tree(self._as_meta, args), **tree(self._as_meta, kwargs))
+        result = self._on_meta(func, args, kwargs)
         if out is not None:
             self._renew(out)
             self._taint(out)
             self._add(func, *encoded, [self._new(out)])
             return out
         return self.record(func, args, encoded, result)
+
+    def _on_meta(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, named = under_autocast(func, tree(self._as_meta, args), tree(self._as_meta, kwargs))
+        return func(*given, **named)
 
     def record(
         self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any], result: Any, block: str = ""
@@ -276,15 +302,18 @@ class Recorder(TorchFunctionMode):
     def _record_write(self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any]) -> Any:
         """A call that wrote to its first argument: a new value for it, and for the tensor that it is a view of."""
         x, (given, named) = args[0], encoded
-        base = x._base if _is_meta(x) else None
-        if base is not None and id(base) in self._number:
+        base = x._base
+        if base is not None and _is_meta(x):
+            base = self._stands_for.get(id(base), base)
+        if base is not None and (id(base) in self._number or not _is_meta(base)):
             place = WrittenThroughView(func, x)
-            source = Ref(self._number[id(base)])
+            source = Ref(self._number[id(base)]) if id(base) in self._number else self._encoded(base)
             self._add(place, (source, *given[1:]), named, [self._new(base), self._new(x)])
         else:
-            if not _is_meta(x):
-                self._taint(x)
+            base = x
             self._add(Written(func), given, named, [self._new(x)])
+        if not _is_meta(base):
+            self._taint(base, x)
         return x
 
     def _add(
@@ -389,30 +418,41 @@ class Recorder(TorchFunctionMode):
         if found is None:
             found = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             found.requires_grad_(value.requires_grad)
-            self._meta[id(value)] = found
+            self._meta[id(value)], self._stands_for[id(found)] = found, value
             self._kept.append(value)
         return found
 
     def _renew(self, value: Tensor) -> None:
         self._meta.pop(id(value), None)
 
-    def _taint(self, value: Tensor) -> None:
-        self._tainted.add(id(value))
-        self._kept.append(value)
+    def _taint(self, value: Tensor, *others: Tensor) -> None:
+        """Of all tensors that share its memory, what these hold is known from here on."""
+        self._tainted[_memory(value)] = {id(value), *(id(other) for other in others)}
+        self._kept += (value, *others)
 
     def _touches_tainted(self, values: Iterable[Any]) -> bool:
+        found = False
         for value in values:
             if isinstance(value, Tensor):
-                if id(value) in self._tainted:
-                    return True
-                if value._base is not None and id(value._base) in self._tainted:
+                known = self._tainted.get(_memory(value))
+                if known is not None and id(value) not in known:
                     raise Refused(
                         "a view of a tensor is read after a value of the model was written into that tensor; write to "
                         "a clone"
                     )
-            elif type(value) in (list, tuple) and self._touches_tainted(value):
-                return True
-        return False
+                found |= known is not None
+            elif type(value) in (list, tuple):
+                found |= self._touches_tainted(value)
+        return found
+
+    def _keep_as_read(self, value: Any) -> None:
+        """Before a real tensor changes: what calls have read of its memory becomes a copy."""
+        memory = _memory(value) if isinstance(value, Tensor) else 0
+        read = [n for n, tensor in enumerate(self.recording.aux) if memory and _memory(tensor) == memory]
+        for number in read:
+            self.recording.aux[number] = self.recording.aux[number].clone()
+            self.real_calls.sound = False
+        self._aux = {key: number for key, number in self._aux.items() if number not in read}
 
     def _written_leaves(self) -> tuple[str, ...]:
         """Parameters and buffers that the last call changed in place."""

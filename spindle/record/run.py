@@ -55,6 +55,7 @@ def record(
 
     `stream`: where its draws stand; `sites`: along what the samples lie in each draw of the glue. Raises Failure.
     """
+    fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in fields.items()}
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
         drawing = RecordedDrawing(recorder, sites)
         try:

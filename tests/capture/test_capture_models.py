@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.capture import LARGE, Captured, capture
-from spindle.errors import SpindleWarning, WorkloadError
+from spindle.errors import SpindleError, SpindleWarning, WorkloadError
 from tests.capture.capture_models import Branching, Counting, Coupled, Demanding, Experts, Loose, Rotary
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, WIDTH, Residual, floats, tokens
@@ -327,30 +327,47 @@ def test_images_among_words_go_by_sample() -> None:
     exact(workload)
 
 
-@pytest.mark.parametrize("declared", [True, False])
-def test_images_among_words_of_other_counts(declared: bool) -> None:
-    """Samples may hold any number of images. Where rows= says how many, they go by sample; else as one operator."""
-    words, sight = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(5, WIDTH)
-    both = nn.ModuleDict({"words": words, "sight": sight}).double()
+def _filled(counts: tuple[int, ...], images: Tensor) -> dict[str, Tensor]:
+    """Words with `counts` places for images in each sample."""
     ids = tokens(BATCH, 6, 0)
-    ids[0, :4] = ids[1:, 1:2] = 1
-    ids[3, 2] = 1
-    images = floats(8, 5, seed=1, dtype=torch.float64)
-    batches = [{"ids": ids, "images": images}, {"ids": ids.flip(0), "images": images.flip(0)}]
-    if not declared:  # as many rows of images as the fullest sample would need, so that they are no rows of samples
-        batches = [{"ids": batch["ids"], "images": batch["images"].reshape(BATCH, 2, 5)} for batch in batches]
-    workload = spindle.Workload("w")
-    workload.component("m", both)
-    rows = (lambda batch: {"images": (batch["ids"] == 1).sum(1)}) if declared else None
+    for sample, count in enumerate(counts):
+        ids[sample, :count] = 1
+    return {"ids": ids, "images": images}
 
-    @workload.task("t", batch_size=BATCH, data=batches, rows=rows)
+
+def _joining(data: list[dict[str, Tensor]], **options: object) -> spindle.Workload:
+    words, sight = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(5, WIDTH)
+    workload = spindle.Workload("w")
+    workload.component("m", nn.ModuleDict({"words": words, "sight": sight}).double())
+
+    @workload.task("t", batch_size=BATCH, data=data, **options)  # type: ignore[arg-type]
     def task(batch: dict[str, Tensor]) -> Tensor:
         y: Tensor = words(batch["ids"])
         return y.masked_scatter((batch["ids"] == 1)[..., None].expand_as(y), sight(batch["images"])).square().mean()
 
-    splittable = {op.name for op in capture(workload).graph if op.splittable}
-    assert ("t.m.pre" in splittable) or not declared
+    return workload
+
+
+def test_images_among_words_of_other_counts() -> None:
+    """Samples may hold any number of images, once rows= says how many: they still go by sample."""
+    data = [
+        _filled((4, 1, 1, 2), floats(8, 5, seed=1, dtype=torch.float64)),
+        _filled((0, 1, 3, 1), floats(5, 5, seed=2, dtype=torch.float64)),
+    ]
+    workload = _joining(data, rows=lambda batch: {"images": (batch["ids"] == 1).sum(1)})
+    assert all(op.splittable for op in capture(workload).graph if "loss" not in op.name)
     exact(workload)
+
+
+def test_images_that_do_not_fit_their_words_are_refused() -> None:
+    """A sample that would take another's image, or leave one of its own, is an error, not another result."""
+    message = r"masked_scatter has 4 places for 2 values; samples must have as many values as places: say in rows="
+    with pytest.raises(WorkloadError, match=rf"line \d+ of test_capture_models.py: {message}"):
+        capture(_joining([_filled((4, 1, 1, 2), x(2, 5))]))
+    later = _joining([_filled((2, 2, 2, 2), x(2, 5)), _filled((1, 1, 1, 1), x(2, 5))])
+    plan = widest_plan(spindle.make_metagraph(later), 2)
+    with pytest.raises(SpindleError, match=r"step 1 .*masked_scatter has [24] places for [48] values"):
+        spindle.verify(later, plan, launcher="threads")
 
 
 def test_a_list_of_samples_put_together_again() -> None:

@@ -17,6 +17,7 @@ from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.profiling.rounds import counts_to_measure, kinds_of
 from spindle.runtime.programs.text import dumps, loads
+from spindle.runtime.recordings import Recipe
 from spindle.runtime.transport import ThreadTransport
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, encoder_decoder, five_families, frozen_tower, in_place, two_towers
@@ -40,25 +41,23 @@ def rehearsals(make: Callable[[], Workload]) -> Iterator[tuple[Rehearsal, dict[s
     """Layers of each kind on each count up to three, and their codes as they were."""
     workload, found = captured(make)
     for kind in kinds_of(contract(found.graph)).values():
-        batch = workload.tasks[kind.operators[0].task].first_batch()
+        task = workload.tasks[kind.operators[0].task]
+        batch, recipe = task.sampled(task.first_batch()), Recipe.of(workload, found)
         for count in counts_to_measure(kind.limit, 3):
             codes = copy.deepcopy({name: found.codes[name] for name in kind.names})
-            yield Rehearsal(found, kind.names, batch, count, torch.device("cpu")), codes
+            yield Rehearsal(found, recipe, kind.names, batch, count, torch.device("cpu")), codes
 
 
 def plain_gradients(layers: Rehearsal, codes: dict[str, OperatorCode]) -> dict[str, Tensor]:
     """Gradients of the layers' parameters by torch alone, from the same inputs and gradients."""
     specs = layers.executors[False].program.tensor_by_name
     values = {name: v.clone().requires_grad_(specs[name].needs_grad) for name, v in layers.given.items()}
-    aux = {name: value for (name, _, _), value in layers.aux.items()}
-    low, high = layers.executors[False].program.slices[0].bounds[0]
+    bounds, loaded = layers.executors[False].program.slices[0].bounds[0], layers.loaded[False]
     for code in codes.values():
-        arguments = [
-            high - low if given.kind == "rows" else (aux if given.kind == "aux" else values)[given.name]
-            for given in code.inputs
-        ]
-        with drawing_from(layers.executors[False].ready["s0"].stream(Stream(), 0)):
-            values.update(zip(code.outputs, code.module(*arguments), strict=True))
+        arguments = [values[name] for name in code.inputs]
+        with drawing_from(layers.executors[False].ready["s0"].stream(Stream(), 0, loaded.batch.units, bounds)):
+            found = code.module(loaded.part(bounds).operators[code.name], *arguments)
+        values.update(zip(code.outputs, found, strict=True))
     losses = [tensor for _, tensor in layers.executors[False].program.losses]
     ends = [values[name] for name in (*layers.wanted, *losses)]
     if layers.goes_back:
@@ -97,9 +96,10 @@ def test_two_ranks_that_hold_a_copy_between_them_have_its_gradients(count: int, 
     kinds = [kind for kind in kinds_of(contract(found.graph)).values() if kind.parts == 2]
     assert len(kinds) >= 3
     for kind in kinds:
-        batch = workload.tasks["t"].first_batch()
+        task = workload.tasks["t"]
+        batch, recipe = task.sampled(task.first_batch()), Recipe.of(workload, found)
         ranks = [
-            Rehearsal(found, kind.names, batch, count, torch.device("cpu"), (transport, (0, 1)))
+            Rehearsal(found, recipe, kind.names, batch, count, torch.device("cpu"), (transport, (0, 1)))
             for transport in ThreadTransport.connect(2, timeout_s=20.0)
         ]
         ranks[1].given, ranks[1].wanted = ranks[0].given, ranks[0].wanted

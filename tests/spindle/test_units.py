@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.units import SAMPLES, SampledBatch, Units, sampled, shares
+from spindle.graph import SAMPLES
+from spindle.units import SampledBatch, Units, sampled, shares
 from tests.refusals import Refusal, check_refusal, each
 
 
