@@ -56,10 +56,13 @@ Parts = Callable[[Any], Any]
 OWN = ("actions", "noise", "time")
 
 
-def policy(prepare: Parts = lambda vlm: vlm, *, drawn: bool = False, model: str = "Qwen3VL") -> Callable[[], Sample]:
+def policy(
+    prepare: Parts = lambda vlm: vlm, *, drawn: int = 0, in_turn: bool = False, model: str = "Qwen3VL"
+) -> Callable[[], Sample]:
     """Qwen-VL and the head; `prepare` freezes some of it, or puts adapters in.
 
-    `drawn`: noise and times are drawn in the task; otherwise the loader gives them.
+    `drawn`: how many noises and times the task draws for each sample; 0: the loader gives them. `in_turn`: all samples
+    with their first noise come before all with their second.
     """
 
     def build() -> Sample:
@@ -69,17 +72,26 @@ def policy(prepare: Parts = lambda vlm: vlm, *, drawn: bool = False, model: str 
         body = vlm.base_model.model.model if hasattr(vlm, "peft_config") else vlm.model
 
         def loss(batch: Batch) -> Tensor:
-            states = body(**{name: value for name, value in batch.items() if name not in OWN}).last_hidden_state
-            actions = batch["actions"]
+            given = {name: value for name, value in batch.items() if name not in OWN}
+            states = body(**given, output_hidden_states=True).hidden_states[-1]
+            actions, padding = batch["actions"], batch["attention_mask"] == 0
+            if drawn > 1:
+                states, actions, padding = (
+                    several(value, drawn, in_turn=in_turn) for value in (states, actions, padding)
+                )
             noise = torch.randn_like(actions) if drawn else batch["noise"]
             time = torch.rand(len(actions), dtype=actions.dtype) if drawn else batch["time"]
             mixed = time[:, None, None] * actions + (1 - time[:, None, None]) * noise
-            way = head(mixed, time, states, batch["attention_mask"] == 0)
-            return F.mse_loss(way, actions - noise)
+            return F.mse_loss(head(mixed, time, states, padding), actions - noise)
 
-        return Sample({"vlm": vlm, "head": head}, batches(drawn=drawn), loss, rows=packed_rows)
+        return Sample({"vlm": vlm, "head": head}, batches(drawn=bool(drawn)), loss, rows=packed_rows)
 
     return build
+
+
+def several(value: Tensor, count: int, *, in_turn: bool) -> Tensor:
+    """Each sample `count` times."""
+    return value.repeat(count, *(1,) * (value.ndim - 1)) if in_turn else value.repeat_interleave(count, 0)
 
 
 def batches(*, drawn: bool) -> list[Batch]:
@@ -132,7 +144,9 @@ FAMILIES = (
     Family("Qwen3-VL, frozen tower", "whole, packed", frozen_answers),
     Family("Qwen3-VL with LoRA", "whole, packed, peft", lora_answers),
     Family("Qwen3-VL + DiT", "flow matching, StarVLA's kind", policy()),
-    Family("Qwen3-VL + DiT, noise drawn in the task", "flow matching", policy(drawn=True)),
+    Family("Qwen3-VL + DiT, noise drawn in the task", "flow matching", policy(drawn=1)),
+    Family("Qwen3-VL + DiT, 4 noises a sample", "repeat_interleave", policy(drawn=4)),
+    Family("Qwen3-VL + DiT, 4 noises in turn", "repeat, as in StarVLA", policy(drawn=4, in_turn=True)),
     Family("Qwen3-VL + DiT, frozen tower", "flow matching", policy(frozen_tower)),
     Family("Qwen3-VL + DiT, LoRA", "flow matching, peft", policy(adapters)),
     Family("Qwen2.5-VL + DiT", "flow matching, AnchorVLA4D's kind", policy(model="Qwen2_5_VL")),

@@ -29,7 +29,7 @@ AUDIO, AUDIO_START, AUDIO_END = 105, 106, 107
 
 # -- one clip a sample ------------------------------------------------------------------------------------------------
 
-SAMPLES = ((400, 300, 360, 200), (520, 240, 400, 280), (320, 320, 320, 320))  # length of each sample's wave
+SAMPLES = ((400, 300, 360, 200), (520, 240, 400, 280), (320, 320, 320))  # length of each sample's wave
 SOUND: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -62,7 +62,7 @@ def wav2vec(**settings: Any) -> Callable[[], Sample]:
                 "labels": labels,
             }
 
-        batches = [batch(s, h) for s, h in zip(SAMPLES, ((4, 2, 3, 1), (5, 3, 2, 4), (3, 3, 3, 3)), strict=True)]
+        batches = [batch(s, h) for s, h in zip(SAMPLES, ((4, 2, 3, 1), (5, 3, 2, 4), (3, 3, 3)), strict=True)]
         return Sample({"model": module}, batches, own_loss(module))
 
     return build
@@ -120,7 +120,7 @@ def clip() -> Sample:
     return Sample({"model": module}, [batch(n) for n in LENGTHS], lambda b: contrast(b, module))
 
 
-SHAPES = (((4, 4), (2, 6), (3, 5), (4, 3)), ((6, 4), (2, 2), (5, 5), (3, 8)), ((4, 4), (4, 4), (4, 4), (4, 4)))
+SHAPES = (((4, 4), (2, 6), (3, 5), (4, 3)), ((6, 4), (2, 2), (5, 5), (3, 8)), ((4, 4), (4, 4), (4, 4)))
 
 
 def siglip2() -> Sample:
@@ -147,7 +147,7 @@ def siglip2() -> Sample:
 
 # -- sound, images and text -------------------------------------------------------------------------------------------
 
-FRAMES = (((20,), (40, 12), (24,), (16,)), ((60,), (12,), (36, 20), (44,)), ((20,), (20,), (20,), (20,)))
+FRAMES = (((20,), (), (24, 40), (16,)), ((), (60,), (36, 12), (44,)), ((20,), (20,), ()))
 
 
 def omni() -> Sample:

@@ -15,8 +15,8 @@ import spindle
 
 WORDS, IMAGE, START, END = 100, 100, 101, 102  # words are below; special tokens follow
 VOCABULARY = 110
-LENGTHS = ((6, 9, 4, 5), (16, 3, 4, 5), (6, 3, 9, 12))  # words of each sample, in three batches
-IMAGES = ((1, 1, 2, 1), (2, 1, 3, 1), (1, 1, 1, 1))  # images of each sample
+LENGTHS = ((6, 9, 4, 5), (16, 3, 4, 5), (6, 3, 9))  # words of each sample, in three batches; the last is not full
+IMAGES = ((1, 0, 2, 1), (0, 1, 3, 1), (1, 2, 0))  # images of each sample
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -111,9 +111,9 @@ def chat(
 # -- images of any size -----------------------------------------------------------------------------------------------
 
 GRIDS = (  # rows and columns of patches of each image of each sample, in three batches
-    (((4, 4),), ((4, 8), (4, 4)), ((8, 4),), ((4, 4),)),
-    (((4, 4), (4, 4), (8, 8)), ((4, 4),), ((12, 8),), ((4, 8),)),
-    (((8, 8),), ((4, 4), (8, 4)), ((4, 4),), ((4, 4),)),
+    (((4, 4),), (), ((8, 4), (4, 4)), ((4, 4),)),
+    ((), ((4, 4),), ((12, 8), (4, 4), (4, 4)), ((4, 8),)),
+    (((8, 8),), ((4, 4), (8, 4)), ()),
 )
 
 
@@ -185,9 +185,9 @@ def qwen(model: str, config: str, **settings: Any) -> Callable[[], Sample]:
 
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 SIZES = (  # height and width of each image of each sample
-    (((16, 16),), ((16, 30), (16, 16)), ((32, 16),), ((20, 20),)),
-    (((16, 16), (16, 30), (32, 32)), ((16, 16),), ((24, 32),), ((16, 32),)),
-    (((32, 32),), ((16, 16), (32, 12)), ((16, 20),), ((16, 16),)),
+    (((16, 16),), (), ((16, 30), (16, 16)), ((20, 20),)),
+    ((), ((16, 16), (16, 30)), ((16, 16),), ((24, 32),)),
+    (((32, 32),), ((16, 16), (32, 12)), ()),
 )
 
 

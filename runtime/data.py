@@ -126,7 +126,7 @@ class Feed:
         return self._state
 
     def resume(self, state: FeedState) -> None:
-        """Go on from `state`; what was read ahead is dropped. Raises WorkloadError when the loader does not come back."""
+        """Go on from `state`, and drop what was read ahead. Raises WorkloadError if the loader does not come back."""
         if self._shared is not None:
             self._shared.restart()
         running = [future for future in self._ahead if not future.cancel()]
@@ -253,8 +253,8 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 class _Thread:
     """A thread that does one piece of work after the other.
 
-    No ThreadPoolExecutor: a process that is forked from a thread of one ends with an error, since it waits for that thread
-    at its end; and Python does not end while a loader there does not come back.
+    It is no ThreadPoolExecutor: a process that is forked from a thread of one waits for that thread at its end, and so
+    ends with an error; and Python does not end while a loader in it does not come back.
     """
 
     def __init__(self, name: str) -> None:

@@ -47,7 +47,7 @@ class _Failed:
 
 
 class SharedReads(Protocol):
-    """How a feed gets batches that several ranks of a machine need. One thread calls `read`; any may call the others."""
+    """How a feed gets batches that several ranks of a machine need. One thread reads; any may call the rest."""
 
     reads: bool
     """Whether this rank runs the loader."""
@@ -308,7 +308,7 @@ def shared_reads(transport: Transport, tasks: Collection[str], timeout_s: float)
 
 
 def readers(seats: Sequence[Seat], name: str) -> dict[str, list[int]]:
-    """The ranks of a machine that load each task, the one that reads it first. Tasks that one rank loads are left out."""
+    """Of each task that several ranks of a machine load: these ranks, the one that reads it first."""
     loading: dict[str, list[int]] = {}
     for rank, seat in enumerate(seats):
         for task in seat.tasks if seat.machine == name else ():

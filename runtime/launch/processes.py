@@ -175,8 +175,8 @@ def _child(pipe: Connection, payload: bytes, place: tuple[int, int, int], timeou
 
 
 def _allow_children(pipe: Connection, start_method: str) -> None:
-    """Let loaders have worker processes, which a daemon may not. They close the pipe, so that the parent notices at once
-    when this process dies.
+    """Let loaders have worker processes, which a daemon may not. They close the pipe, so that the parent notices it at
+    once when this process dies.
     """
     multiprocessing.current_process().daemon = False
     multiprocessing.set_start_method(start_method, force=True)

@@ -7,7 +7,7 @@ from the first rank of the run that makes it, which alone gets its gradients bac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from spindle.graph import TensorSpec
+from spindle.graph import SAMPLES, TensorSpec
 from spindle.runtime.programs.program import Message, Program, SliceRun, Transfer
 from spindle.units import Bounds, Units, shares
 
@@ -16,12 +16,14 @@ Copy = tuple[tuple[int, ...], Bounds]
 
 
 def bounds_of(run: SliceRun, units: Units, costs: Sequence[int] | None = None) -> tuple[Bounds, ...]:
-    """The samples that each rank of a run holds of a batch.
+    """The samples that each rank of a run holds of a batch; `costs` of each sample, None: its rows of the run's unit.
 
     Of a batch with fewer samples than planned the last ranks have fewer or none; of one with more, the last has more.
     """
     size, parts = units.num_samples, run.tensor_parallel
     if run.varies:
+        if costs is None and run.weigh_by != SAMPLES:
+            costs = units.counts.get(run.weigh_by)
         return tuple(share for share in shares(units, len(run.ranks) // parts, costs) for _ in range(parts))
     planned = run.bounds[-1][1]
     if size == planned:

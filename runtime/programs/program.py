@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from spindle.errors import ProgramError
-from spindle.graph import TensorSpec, parse_piece
+from spindle.graph import SAMPLES, TensorSpec, parse_piece
 
 
 class Op(StrEnum):
@@ -50,7 +50,8 @@ class SliceRun:
     cut. `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
     parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
-    `varies`: its bounds follow what each batch holds; `bounds` are those of as many samples, evenly shared.
+    `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`; `bounds`
+    are those of as many samples, evenly shared.
     """
 
     name: str
@@ -69,6 +70,7 @@ class SliceRun:
     recompute: bool = False
     tensor_parallel: int = 1
     varies: bool = False
+    weigh_by: str = SAMPLES
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold one copy of the layers together, `rank` among them, in order of their parts."""

@@ -1,9 +1,9 @@
 """Program text: a Program in, lines that people read and diff out, and back.
 
-spindle.program 1
+spindle.program 2
 ranks 2
 loss image-text image-text/div weight 1.0
-tensor image-text/add float32 8,17,32 rows 1 dim 0 grad
+tensor image-text/add float32 8,17,32 rows 1 dim 0 of samples grad
 slice s0 image-text.vision.layers task image-text component vision wave 0 backward
   operators image-text.vision.layers.0 image-text.vision.layers.1
   ranks 0 1
@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
-from spindle.graph import TensorSpec
+from spindle.graph import SAMPLES, TensorSpec
 from spindle.runtime.programs.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
 
 HEADER = "spindle.program 2"
@@ -55,6 +55,7 @@ def _lines(program: Program) -> Iterator[str]:
     for run in program.slices:
         flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
         flags += f" parts:{run.tensor_parallel}" if run.tensor_parallel > 1 else ""
+        flags += f" by:{_word(run.weigh_by)}" if run.weigh_by != SAMPLES else ""
         name, metaop, task, component = map(_word, (run.name, run.metaop, run.task, run.component))
         yield f"slice {name} {metaop} task {task} component {component} wave {run.wave}{flags}"
         yield _row("operators", run.operators)
@@ -176,7 +177,8 @@ def _parse_tensor(parsed: _Parsed, words: list[str], body: list[list[str]]) -> N
 def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, metaop, _, task, _, component, _, wave, *flags = words
     parts = [int(flag.removeprefix("parts:")) for flag in flags if flag.startswith("parts:")]
-    flags = [flag for flag in flags if not flag.startswith("parts:")]
+    units = [flag.removeprefix("by:") for flag in flags if flag.startswith("by:")]
+    flags = [flag for flag in flags if not flag.startswith(("parts:", "by:"))]
     if not set(flags) <= set(_FLAGS):
         raise ValueError(f"flags are {', '.join(_FLAGS)}")
     rows = {row[0]: row[1:] for row in body}
@@ -194,6 +196,7 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             outputs=tuple(rows["outputs"]),
             trained=tuple(rows["trained"]),
             tensor_parallel=parts[0] if parts else 1,
+            weigh_by=units[0] if units else SAMPLES,
             **{flag: flag in flags for flag in _FLAGS},
         )
     )

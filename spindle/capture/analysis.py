@@ -332,7 +332,7 @@ class Prober:
             self._result(value, [part[index] for part in parts], place)
             for index, (value, place) in enumerate(zip(whole, places, strict=False))
         ]
-        return "mixes" in verdicts
+        return bool({"mixes", "unknown"} & set(verdicts))
 
     def _cut_arguments(
         self, trial: Trial, part: Part, node: Node, twin: Node, values: dict[int, Tensor]

@@ -22,8 +22,8 @@ from spindle.record.skeleton import Skeleton
 from spindle.workload import Precision
 
 Crossing = tuple[object, int, int]
-"""A value that one operator sends to others: key of glue or name of a block call, which call of it (code that runs
-twice has one key), and which of its results."""
+"""A value that one operator sends to others: key of glue or name of a block call, which of its calls that send
+something (code that runs twice has one key), and which of its results."""
 
 
 class OperatorModule(nn.Module):

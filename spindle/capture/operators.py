@@ -359,19 +359,54 @@ class _Builder:
     def _warn_of_whole_operators(self, costs_by_draft: list[tuple[_Draft, Cost]]) -> None:
         """Work beside the loss that one device must do for the whole batch."""
         whole = [
-            draft.name
+            draft
             for draft, cost in costs_by_draft
             if not draft.splittable and not draft.name.endswith(".loss") and (cost.forward_flops or cost.trained)
         ]
         if whole:
-            more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+            names = [draft.name for draft in whole]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            mixing = [d for d, _ in costs_by_draft if not d.splittable and not d.name.endswith(".loss")]
+            reasons = dict.fromkeys(filter(None, map(self._reason, mixing)))
             warnings.warn(
-                f"{self._where}: {', '.join(whole[:3])}{more} cannot be sharded over the batch, so each runs on one "
-                "device: it mixes samples (batch norm) or holds the batch size as a number; use GroupNorm, or "
-                "x.shape[0] in place of a constant",
+                f"{self._where}: {', '.join(names[:3])}{more} cannot be sharded over the batch, so each runs on one "
+                f"device: {'; '.join(list(reasons)[:3]) or 'it reads what mixes samples'}",
                 SpindleWarning,
                 stacklevel=6,
             )
+
+    def _reason(self, draft: _Draft) -> str:
+        """Why an operator runs on whole batches, with the line that is to blame; "" where another operator is."""
+        findings, nodes = self.seen.findings, self.nodes
+        if draft.part.block:
+            kind, number = (
+                type(draft.module.block).__name__,
+                next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block),
+            )
+            read = (self.wired.key(s) for s in self.wired.sources[number] if s in self.wired.frontier)
+            own = not draft.mixes and not any(key in findings.mixing for key in read)
+            return f"{kind} mixes samples (batch norm: use GroupNorm)" if own else ""
+        own = set(map(id, draft.part.nodes))
+        for n in self.wired.glue():
+            if id(nodes[n]) not in own or self.wired.key(n) not in findings.mixing:
+                continue
+            before = [s for s in self.wired.sources[n] if s in self.wired.frontier and not nodes[s].block]
+            if any(self.wired.key(s) in findings.mixing for s in before):
+                continue
+            name, line = getattr(nodes[n].function, "__name__", "code"), nodes[n].line
+            shape = " x ".join(map(str, self.recording.shapes[nodes[n].outs[0]])) if nodes[n].outs else ""
+            if not any(findings.places.get(self.wired.key(n), [()])):
+                return (
+                    f"{line} gives values of shape ({shape}) by {name!r} that go by no unit; where their rows belong to "
+                    "samples, count these in rows= under a name of your own, see docs/packed.md"
+                )
+            if name in ("repeat", "tile"):
+                return f"{line} gives the samples in turn by {name!r}; use repeat_interleave, which keeps each together"
+            return (
+                f"{line} mixes samples by {name!r} (batch norm: use GroupNorm), or holds the batch size as a number (take "
+                "it from x.shape[0])"
+            )
+        return ""
 
     def _operator(self, draft: _Draft, cost: Cost, code: TaskCode) -> Operator:
         named = self._parameter_names(draft)

@@ -56,10 +56,9 @@ def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[st
     for number in wired.live:
         if number in home:
             what: object = nodes[number].block or wired.key(number)
-            for index, out in enumerate(nodes[number].outs):
-                if out in read:
-                    found[home[number]][out] = (what, calls[what], index)
-            calls[what] += 1
+            sent = [(index, out) for index, out in enumerate(nodes[number].outs) if out in read]
+            found[home[number]].update((out, (what, calls[what], index)) for index, out in sent)
+            calls[what] += bool(sent)  # a loop over samples may send what its last turn gives
     return found
 
 

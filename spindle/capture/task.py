@@ -65,9 +65,10 @@ class Looker:
         shaped = [self._trial(task, batch, *samples, None) for batch, samples in zip(batches, few, strict=True)]
         sites = sites_of(shaped)
         trials = shaped if not sites else self._trials(task, batches, few, sites)
-        trials += self._other_ways(task, batches[0], trials, sites)
-        findings = Findings()
         telling = [trial for trial in trials if len(trial.parts) > 1]
+        others = self._other_ways(task, batches[0], trials, sites)
+        trials, telling = trials + others, telling and telling + others
+        findings = Findings()
         findings.places, _ = places_of(telling or trials)
         prober = self._prober(task, findings, sites)
         for trial in telling:
@@ -391,9 +392,14 @@ def _pairs(units: Units) -> list[tuple[str, str]]:
 
 
 def _told_apart(units: Units, pair: tuple[str, str]) -> bool:
-    """Whether some part of a batch has another share of the rows of one unit than of the other's."""
+    """Whether some part of a batch has another share of the rows of one unit than of the other's, and not all of them."""
     size = units.num_samples
-    return any(_tells(units, pair, size, cut) for cut in range(1, size))
+    return any(_tells(units, pair, size, cut) and _is_shared(units, size, cut) for cut in range(1, size))
+
+
+def _is_shared(units: Units, count: int, cut: int) -> bool:
+    """Whether samples before and after `cut` both have rows of each unit of which the batch has any."""
+    return all(0 < offsets[cut] < offsets[count] for offsets in units.offsets.values() if offsets[-1])
 
 
 def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
@@ -424,13 +430,12 @@ def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
     rows of every unit that the batch has, and other shares of them where units differ. One part where no two have.
     """
     size = units.num_samples
-    needed = [offsets for offsets in units.offsets.values() if offsets[-1]]
     pairs = [pair for pair in _pairs(units) if _told_apart(units, pair)]
     best, found = -1, ((0, size), ((0, size),))
     for count in range(min(PROBE_SAMPLES, size), size + 1):
         for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
             told = sum(_tells(units, pair, count, cut) for pair in pairs)
-            if told > best and all(0 < offsets[cut] < offsets[count] for offsets in needed):
+            if told > best and _is_shared(units, count, cut):
                 best, found = told, ((0, count), ((0, cut), (cut, count)))
         if best == len(pairs):
             break

@@ -301,6 +301,27 @@ def under_autocast(function: Callable[..., Any], args: Any, kwargs: Any) -> tupl
     return tree(cast, args), tree(cast, kwargs)
 
 
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _normed(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch norm of any number of rows: a part of a batch may have a single one, while the batch has more."""
+    twice = torch.cat([x, x])
+    return torch.batch_norm(twice, weight, bias, running_mean, running_var, training, momentum, eps, False)[: len(x)]
+
+
+UNCHECKED: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _normed}
+"""Functions that refuse some sizes which only parts of batches have, and what gives their results' shapes."""
+
 # -- devices ----------------------------------------------------------------------------------------------------------
 
 

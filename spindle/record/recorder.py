@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spindle.record.functions import (
     REDUCTIONS,
+    UNCHECKED,
     Into,
     Written,
     WrittenThroughView,
@@ -283,7 +284,7 @@ class Recorder(TorchFunctionMode):
 
     def _on_meta(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, named = under_autocast(func, tree(self._as_meta, args), tree(self._as_meta, kwargs))
-        return func(*given, **named)
+        return UNCHECKED.get(func, func)(*given, **named)
 
     def record(
         self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any], result: Any, block: str = ""
@@ -328,19 +329,21 @@ class Recorder(TorchFunctionMode):
         draws: bool = False,
     ) -> None:
         state = self._autocast_state()
+        site = self.sites.here(self.start)
         self.recording.nodes.append(
             Node(
                 func,
                 args,
                 kwargs,
                 outs,
-                self.sites.here(self.start),
+                site,
                 component=self.component,
                 grad=torch.is_grad_enabled(),
                 block=block,
                 autocast=None if state == self.autocast else state,
                 writes=writes,
                 draws=draws,
+                line=self.sites.lines[site],
             )
         )
 

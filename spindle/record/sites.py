@@ -16,6 +16,8 @@ class Sites:
     def __init__(self) -> None:
         self._texts: dict[int, tuple[CodeType, str]] = {}  # by id of the code, which is kept so that ids stay
         self._numbers: dict[tuple[int, ...], int] = {}
+        self.lines: dict[int, str] = {}
+        """Of each place the innermost line that is not torch's, as "line 12 of model.py"."""
 
     def here(self, start: CodeType) -> int:
         """The place of the call under way, up to the function whose code is `start`."""
@@ -33,6 +35,7 @@ class Sites:
             texts = [f"{self._text(code)}:{at}" for code, at in zip(codes, key[1::2], strict=True)]
             found = int.from_bytes(hashlib.blake2b("\n".join(texts).encode(), digest_size=7).digest())
             self._numbers[tuple(key)] = found
+            self.lines[found] = _innermost_line(start)
         return found
 
     def _text(self, code: CodeType) -> str:
@@ -40,6 +43,16 @@ class Sites:
             name = os.path.basename(code.co_filename)
             self._texts[id(code)] = (code, f"{name}:{code.co_qualname}:{code.co_firstlineno}")
         return self._texts[id(code)][1]
+
+
+def _innermost_line(start: CodeType) -> str:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not start:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("torch", _PACKAGE.partition(".")[0]):
+            return f"line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
+        frame = frame.f_back
+    return ""
 
 
 def user_line(start: CodeType, file: str) -> str:

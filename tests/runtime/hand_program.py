@@ -1,7 +1,8 @@
 """One workload that fits in the head, its plan, and the program that must come out, as text.
 
 Task t: two equal layers of component a, then a loss that mixes samples. Rank 0 and 1 share the batch of five in the
-layers; the loss runs on rank 1 alone. So samples 0..3 travel there, and their gradients back.
+layers; the loss runs on rank 1 alone. So samples 0..3 travel there, and their gradients back. Before that both ranks
+load the batch and see that they agree on it.
 """
 
 from spindle.contract import contract
@@ -11,11 +12,11 @@ from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
 
 TEXT = """\
-spindle.program 1
+spindle.program 2
 ranks 2
 loss t t/loss weight 0.5
-tensor t/loss float32 scalar rows 0 dim 0 grad
-tensor t/y float32 5,2 rows 1 dim 0 grad
+tensor t/loss float32 scalar rows 0 dim 0 of - grad
+tensor t/y float32 5,2 rows 1 dim 0 of samples grad
 slice s0 t.a task t component a wave 0 loads backward
   operators t.a.0 t.a.1
   ranks 0 1
@@ -23,7 +24,7 @@ slice s0 t.a task t component a wave 0 loads backward
   inputs
   outputs t/y
   trained a.0.w a.1.w
-slice s1 t.loss task t component loss wave 1 backward
+slice s1 t.loss task t component loss wave 1 loads backward
   operators t.loss
   ranks 1
   bounds 0:5
@@ -41,6 +42,7 @@ bucket b1 float32 ranks 1
   scale
 rank 0
   LOAD t
+  AGREE
   FORWARD s0
   TRANSFER s0>s1
   TRANSFER s0<s1
@@ -53,6 +55,7 @@ rank 0
   STEP
 rank 1
   LOAD t
+  AGREE
   FORWARD s0
   TRANSFER s0>s1
   AWAIT s0>s1
@@ -94,7 +97,7 @@ def hand_graph(*, batch_size: int = 5) -> TaskGraph:
         kind="loss",
         batch_size=batch_size,
         inputs=("t/y",),
-        outputs=(TensorSpec(name="t/loss", shape=(), dtype="float32", rows=0, needs_grad=True),),
+        outputs=(TensorSpec(name="t/loss", shape=(), dtype="float32", rows=0, needs_grad=True, unit=""),),
         parameters=(Parameter(name="scale", shape=(), dtype="float32"),),
         splittable=False,
     )

@@ -103,10 +103,24 @@ INSTRUCTION_FAULTS = {
     "a batch that is not loaded": (1, "  LOAD t\n", "", "rank 1 does LOAD t 0 times, not 1"),
     "a batch loaded too late": (
         1,
-        "  LOAD t\n  FORWARD s0\n",
-        "  FORWARD s0\n  LOAD t\n",
+        "  LOAD t\n  AGREE\n  FORWARD s0\n",
+        "  AGREE\n  FORWARD s0\n  LOAD t\n",
         "rank 1 reads the batch of task 't' before LOAD t",
     ),
+    "a batch loaded after the ranks agreed": (
+        0,
+        "  LOAD t\n  AGREE\n",
+        "  AGREE\n  LOAD t\n",
+        "rank 0 loads a batch after the ranks have agreed on theirs",
+    ),
+    "work before the ranks agreed": (
+        1,
+        "  AGREE\n  FORWARD s0\n",
+        "  FORWARD s0\n  AGREE\n",
+        "rank 1 begins before the ranks have agreed on their batches",
+    ),
+    "a rank that does not agree": (0, "  AGREE\n", "", "rank 0 does AGREE 0 times, not 1"),
+    "ranks that agree twice": (1, "  AGREE\n", "  AGREE\n  AGREE\n", "rank 1 does AGREE 2 times, not 1"),
     "a batch of no task": (0, "  LOAD t\n", "  LOAD t\n  LOAD u\n", "rank 0 does LOAD u 1 times, not 0"),
     "an unknown target": (0, "  FORWARD s0\n", "  FORWARD s7\n", "rank 0, FORWARD s7: the program has no 's7'"),
 }
@@ -187,7 +201,7 @@ TABLE_FAULTS = {
     ),
     "an input that nobody makes": ("outputs t/y", "outputs", "slice run s1 reads 't/y', which no run gives out"),
     "a tensor without a row": (
-        "tensor t/y float32 5,2 rows 1 dim 0 grad\n",
+        "tensor t/y float32 5,2 rows 1 dim 0 of samples grad\n",
         "",
         "slice run 's1' names tensor 't/y', which the program does not have",
     ),
@@ -214,7 +228,7 @@ def test_a_fault_in_the_tables(fault: tuple[str, str, str]) -> None:
 
 def test_a_tensor_that_cannot_be_cut_comes_once() -> None:
     """It comes whole from the first rank of its maker, or was made on the rank itself; never both, never neither."""
-    whole = TEXT.replace("t/y float32 5,2 rows 1 dim 0", "t/y float32 5,2 rows 0 dim 0").replace("0:3\n", "0:0\n")
+    whole = TEXT.replace("rows 1 dim 0 of samples", "rows 0 dim 0 of -").replace("0:3\n", "0:0\n")
     assert list(broken_laws(text.loads(whole))) == []
     message = "  t/y 0 -> 1 samples 0:0\n"
     for copies in (0, 2):

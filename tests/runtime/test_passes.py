@@ -42,14 +42,32 @@ def test_the_end_of_a_step() -> None:
     assert words(add_step(replace(program, max_grad_norm=1.0)), 0).endswith("REDUCE b0, AWAIT b0, CLIP, STEP")
 
 
-def test_a_rank_loads_once_and_only_when_it_reads() -> None:
-    """Rank 2 computes the loss from what it is sent and reads nothing of the batch."""
+def test_a_rank_loads_first_and_only_tasks_of_its_own() -> None:
+    """Every run needs the batch, if only to know the shapes of what it is sent. A rank without runs agrees all the
+    same: all ranks take part in that.
+    """
+    slices = [hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (1,), 1.0)]
+    program = lowered(hand_plan(*slices, hand_slice("t.loss", 0, 1, (2,), 2.0), num_devices=4))
+    lists = add_loads(replace(program, instructions=add_compute(bare(program))))
+    assert [[str(i) for i in rank].count("LOAD t") for rank in lists] == [1, 1, 1, 0]
+    assert words(lists, 1).startswith("LOAD t, AGREE, FORWARD s0")
+    assert words(lists, 2).startswith("LOAD t, AGREE, TRANSFER s1>s2")
+    assert words(lists, 3) == "AGREE"
+
+
+def test_a_rank_alone_has_nobody_to_agree_with() -> None:
+    program = lowered(hand_plan(*(hand_slice(m, 0, n, (0,), t) for m, n, t in (("t.a", 2, 0.0), ("t.loss", 1, 1.0))), num_devices=1))
+    assert words(program.instructions, 0).startswith("LOAD t, FORWARD s0")
+
+
+def test_a_run_that_reads_nothing_loads_nothing() -> None:
+    """Rank 2 computes a loss from what it is sent alone."""
     slices = [hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (1,), 1.0)]
     program = lowered(hand_plan(*slices, hand_slice("t.loss", 0, 1, (2,), 2.0), num_devices=3))
     both = replace(program, slices=tuple(replace(run, loads=run.component == "a") for run in program.slices))
     lists = add_loads(replace(both, instructions=add_compute(bare(both))))
     assert [[str(i) for i in rank].count("LOAD t") for rank in lists] == [1, 1, 0]
-    assert words(lists, 1).startswith("LOAD t, FORWARD s0")
+    assert words(lists, 1).startswith("LOAD t, AGREE, FORWARD s0")
 
 
 def test_a_buffer_is_freed_after_its_last_reader() -> None:
@@ -67,18 +85,18 @@ def test_a_buffer_is_freed_after_its_last_reader() -> None:
     assert words(add_frees(forward), 0) == "FORWARD s0, TRANSFER s0>s1, FREE activations:s0"
 
 
-def test_a_rank_that_takes_no_part_only_steps() -> None:
+def test_a_rank_that_takes_no_part_agrees_and_steps() -> None:
     """Idle devices of a plan have a program too."""
     program = lowered(hand_plan(num_devices=3))
-    assert words(program.instructions, 2) == "STEP"
+    assert words(program.instructions, 2) == "AGREE, STEP"
     assert list(broken_laws(program)) == []
 
 
-def test_a_step_without_tasks_only_steps() -> None:
-    """When every task rests nothing runs, and buckets stay where they lay."""
+def test_a_step_without_tasks_runs_nothing() -> None:
+    """When every task rests the ranks agree that there is nothing, and buckets stay where they lay."""
     program = lowered()
     resting = restricted(program, [])
-    assert [words(resting.instructions, rank) for rank in (0, 1)] == ["STEP", "STEP"]
+    assert [words(resting.instructions, rank) for rank in (0, 1)] == ["AGREE, STEP", "AGREE, STEP"]
     assert (resting.buckets, resting.losses) == (program.buckets, ())
     assert list(broken_laws(resting)) == []
 
@@ -88,7 +106,7 @@ def test_a_round_that_only_adds() -> None:
     program = lowered(max_grad_norm=1.0)
     kept = accumulating(program.instructions[0], program.bucket_by_name)
     assert words((kept,), 0) == (
-        "LOAD t, FORWARD s0, TRANSFER s0>s1, TRANSFER s0<s1, AWAIT s0<s1, BACKWARD s0, FREE activations:s0, "
+        "LOAD t, AGREE, FORWARD s0, TRANSFER s0>s1, TRANSFER s0<s1, AWAIT s0<s1, BACKWARD s0, FREE activations:s0, "
         "FREE arrivals:s0<s1"
     )
 

@@ -24,6 +24,7 @@ def test_an_instruction_in_full() -> None:
     described = [program.describe(1, i) for i in program.instructions[1] if i.op not in (Op.FREE, Op.AWAIT)]
     assert described == [
         "rank 1, LOAD t",
+        "rank 1, AGREE",
         "rank 1, wave 0, FORWARD s0 (t.a.0 .. t.a.1)",
         "rank 1, wave 1, TRANSFER s0>s1 (with rank 0)",
         "rank 1, wave 1, FORWARD s1 (t.loss)",
@@ -43,6 +44,18 @@ def test_who_holds_which_samples() -> None:
 def test_members_of_a_transfer_send_or_receive() -> None:
     messages = tuple(Message(tensor="x", source=s, target=t, low=0, high=1) for s, t in ((0, 3), (0, 4)))
     assert Transfer(name="a>b", source="a", target="b", backward=False, messages=messages).members() == {0, 3, 4}
+
+
+def test_ranks_that_may_send_are_members_too() -> None:
+    """Where bounds vary the messages are those of evenly shared samples; in other steps others send and receive."""
+    message = Message(tensor="x", source=0, target=3, low=0, high=1)
+    transfer = Transfer(
+        name="a>b", source="a", target="b", backward=False, messages=(message,), senders=(0, 1), receivers=(2, 3)
+    )
+    assert (transfer.sending(), transfer.receiving()) == ({0, 1}, {2, 3})
+    assert transfer.members() == {0, 1, 2, 3}
+    fixed = replace(transfer, senders=(), receivers=())
+    assert (fixed.sending(), fixed.receiving()) == ({0}, {3})
 
 
 def test_groups_are_made_of_several_ranks_once_in_one_order() -> None:

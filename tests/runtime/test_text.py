@@ -32,6 +32,27 @@ def test_owners_of_sharded_states_are_written() -> None:
     assert text.loads(text.dumps(program)) == program
 
 
+def test_bounds_that_vary_and_their_ends_are_written() -> None:
+    """A run whose samples are shared anew in each step, and the ranks that may then send and receive."""
+    program = lowered(varying={"t"})
+    written = text.dumps(program)
+    assert "wave 0 loads backward varies\n" in written
+    assert "wave 1 loads backward\n" in written
+    assert "transfer s0>s1 from s0 to s1 forward senders 0,1 receivers 1\n" in written
+    assert "transfer s0<s1 from s1 to s0 backward senders 1 receivers 0,1\n" in written
+    assert text.loads(written) == program
+
+
+def test_units_of_tensors_are_written() -> None:
+    """Packed tensors say whose rows they go by, by names that may hold spaces; whole ones have none."""
+    program = lowered()
+    packed = replace(program.tensors[1], shape=(15, 2), rows=3, unit="my patches")
+    odd = replace(program, tensors=(program.tensors[0], packed))
+    assert "tensor t/loss float32 scalar rows 0 dim 0 of - grad\n" in text.dumps(odd)
+    assert "tensor t/y float32 15,2 rows 3 dim 0 of my%20patches grad\n" in text.dumps(odd)
+    assert text.loads(text.dumps(odd)) == odd
+
+
 def test_names_with_spaces_survive_regression() -> None:
     """torch allows any key in a ModuleDict; a space or a percent sign in a name must not become two words."""
     program = lowered()
@@ -47,17 +68,21 @@ def test_empty_lines_are_nothing() -> None:
     assert text.loads(TEXT.replace("\nrank", "\n\nrank")) == lowered()
 
 
-HEAD = "spindle.program 1\nranks 1\n"
+HEAD = "spindle.program 2\nranks 1\n"
 
 UNREADABLE = {
-    "nothing": ("", "does not begin with 'spindle.program 1'"),
-    "another version": (TEXT.replace("program 1", "program 2", 1), "it is not a program of this version"),
+    "nothing": ("", "does not begin with 'spindle.program 2'"),
+    "another version": (TEXT.replace("program 2", "program 1", 1), "it is not a program of this version"),
     "another format": ("{}", "it is not a program of this version"),
     "an unknown word": (HEAD + "wave 3\n", "line 3: 'wave 3' cannot be read (unknown word 'wave')"),
-    "ranks without a number": ("spindle.program 1\nranks\n", "line 2: 'ranks' cannot be read"),
+    "ranks without a number": ("spindle.program 2\nranks\n", "line 2: 'ranks' cannot be read"),
     "an unknown instruction": (HEAD + "rank 0\n  JUMP s0\n", "line 3: 'rank 0' cannot be read ('JUMP' is not"),
     "a rank out of order": (HEAD + "rank 1\n  STEP\n", "ranks stand in order; here comes rank 0"),
-    "an unknown flag": (TEXT.replace("loads backward", "loads upward"), "flags are loads, backward, recompute"),
+    "an unknown flag": (TEXT.replace("loads backward", "loads upward"), "flags are loads, backward, recompute, varies"),
+    "a tensor without a unit": (TEXT.replace("dim 0 of samples grad", "dim 0"), "line 5: 'tensor t/y"),
+    "ends that are none": (TEXT.replace("s1 forward", "s1 forward readers 1"), "ends are senders and receivers"),
+    "an end without ranks": (TEXT.replace("s1 forward", "s1 forward senders"), "line 20: 'transfer s0>s1"),
+    "ends that are no ranks": (TEXT.replace("s1 forward", "s1 forward senders all"), "line 20: 'transfer s0>s1"),
     "a slice without ranks": (TEXT.replace("  ranks 0 1\n", ""), "line 6: 'slice s0 t.a"),
     "bounds without an end": (TEXT.replace("0:3 3:5", "0 3"), "line 6: 'slice s0 t.a"),
     "a tensor of an unknown type": (TEXT.replace("t/y float32", "t/y float33"), "dtype 'float33' is not known"),
