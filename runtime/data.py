@@ -134,7 +134,7 @@ class Feed:
             raise self._late("its loader gave no batch")
         self._ahead.clear()
         self._iterator = None
-        self._pass, self._skip = int(state["pass"]), int(state["taken"])
+        self._pass, self._taken, self._skip = int(state["pass"]), 0, int(state["taken"])
         self._pass_generators = state["generators"]
         self._generators = _Generators.loaded(self._pass_generators)
         self._loader_state = state["loader"]
@@ -151,6 +151,7 @@ class Feed:
             self._shared.leave()
         for future in self._ahead:
             future.cancel()
+        self._ahead.clear()
         if self._shared is not None or self._iterator is not None:
             self._thread.submit(self._finish)
         self._thread.end()

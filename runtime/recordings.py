@@ -49,11 +49,15 @@ class Recipe:
         return cls(functions, captured.tasks, captured.skeleton, captured.precision)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (dumped((self.functions, self.codes, self.skeleton, self.precision)),)
+        return _received, (self._dumped(),)
+
+    def _dumped(self) -> bytes:
+        content = (self.functions, self.codes, self.skeleton, self.precision)
+        return dumped(content, self.functions.values())
 
     def apart(self) -> "Recipe":
         """A copy with modules of its own."""
-        found: Recipe = _received(dumped((self.functions, self.codes, self.skeleton, self.precision)))
+        found: Recipe = _received(self._dumped())
         return found
 
 

@@ -32,19 +32,15 @@ def packed(value: object) -> int:
     """The descriptor of shared memory that holds a copy of `value`; to be closed by the caller."""
     body = io.BytesIO()
     packer = _Packer(body)
-    packer.dump(value)
-    begin = packer.place(body.getbuffer())
-    table = b"".join(_ENTRY.pack(*entry) for entry in packer.buffers)
-    end = begin + len(body.getbuffer())
-    packer.place(table + _END.pack(begin, end, len(packer.buffers)), at=end)
-    descriptor = _memory()
     try:
-        for start, data in packer.contents:
-            _write(descriptor, data, start)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+        packer.dump(value)
+        begin = packer.place(body.getbuffer())
+        table = b"".join(_ENTRY.pack(*entry) for entry in packer.buffers)
+        end = begin + len(body.getbuffer())
+        packer.place(table + _END.pack(begin, end, len(packer.buffers)), at=end)
+        return _written(packer.contents)
+    finally:
+        packer.forget()
 
 
 def unpacked(descriptor: int) -> Any:
@@ -109,6 +105,12 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
             self._placed[id(obj)] = obj, found
         return tuple(self._placed[id(obj)][1])
 
+    def forget(self) -> None:
+        """Let go of the value: picklers are part of cycles, which Python frees late."""
+        self.contents.clear()
+        self._placed.clear()
+        self.clear_memo()
+
     def _buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether a buffer is to be pickled with the rest, being small."""
         data = buffer.raw()
@@ -160,6 +162,18 @@ def _memory() -> int:
         return os.memfd_create("spindle-batch", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:  # without a name too, where there is no memory file
         return os.dup(file.fileno())
+
+
+def _written(contents: Sequence[tuple[int, Any]]) -> int:
+    """The descriptor of new memory with these contents."""
+    descriptor = _memory()
+    try:
+        for start, data in contents:
+            _write(descriptor, data, start)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _write(descriptor: int, data: Any, start: int) -> None:

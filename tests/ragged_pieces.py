@@ -52,7 +52,7 @@ def gated(h: Tensor, given: Given) -> Tensor:
 
 
 def flattened(h: Tensor, given: Given) -> Tensor:
-    return given.extras.gate(h.view(-1, h.shape[-1])).view(h.shape) * 0.7
+    return given.extras.gate(h.reshape(-1, h.shape[-1])).view(h.shape) * 0.7
 
 
 def masked_out(h: Tensor, given: Given) -> Tensor:
@@ -122,7 +122,7 @@ def checkpointed(h: Tensor, given: Given) -> Tensor:
 
 
 def normed(h: Tensor, given: Given) -> Tensor:
-    return given.extras.norm(h.flatten(0, -2)).view(h.shape)
+    return given.extras.norm(h.flatten(0, -2)).reshape(h.shape)
 
 
 def factored(h: Tensor, given: Given) -> Tensor:

@@ -379,10 +379,8 @@ class _Builder:
         """Why an operator runs on whole batches, with the line that is to blame; "" where another operator is."""
         findings, nodes = self.seen.findings, self.nodes
         if draft.part.block:
-            kind, number = (
-                type(draft.module.block).__name__,
-                next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block),
-            )
+            kind = type(draft.module.block).__name__
+            number = next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block)
             read = (self.wired.key(s) for s in self.wired.sources[number] if s in self.wired.frontier)
             own = not draft.mixes and not any(key in findings.mixing for key in read)
             return f"{kind} mixes samples (batch norm: use GroupNorm)" if own else ""
@@ -394,11 +392,14 @@ class _Builder:
             if any(self.wired.key(s) in findings.mixing for s in before):
                 continue
             name, line = getattr(nodes[n].function, "__name__", "code"), nodes[n].line
-            shape = " x ".join(map(str, self.recording.shapes[nodes[n].outs[0]])) if nodes[n].outs else ""
-            if not any(findings.places.get(self.wired.key(n), [()])):
+            sizes = self.recording.shapes[nodes[n].outs[0]] if nodes[n].outs else ()
+            if nodes[n].writes and not sizes:  # a counter
+                continue
+            if sizes and not any(findings.places.get(self.wired.key(n), [()])):
                 return (
-                    f"{line} gives values of shape ({shape}) by {name!r} that go by no unit; where their rows belong to "
-                    "samples, count these in rows= under a name of your own, see docs/packed.md"
+                    f"{line} gives values of shape ({' x '.join(map(str, sizes))}) by {name!r} that go by no unit: it "
+                    "mixes samples, or gives them rows that rows= must count under a name of its own, see "
+                    "docs/packed.md"
                 )
             if name in ("repeat", "tile"):
                 return f"{line} gives the samples in turn by {name!r}; use repeat_interleave, which keeps each together"

@@ -392,7 +392,7 @@ def _pairs(units: Units) -> list[tuple[str, str]]:
 
 
 def _told_apart(units: Units, pair: tuple[str, str]) -> bool:
-    """Whether some part of a batch has another share of the rows of one unit than of the other's, and not all of them."""
+    """Whether some part of a batch has another share of the rows of one unit than of the other, and not all of them."""
     size = units.num_samples
     return any(_tells(units, pair, size, cut) and _is_shared(units, size, cut) for cut in range(1, size))
 

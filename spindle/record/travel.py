@@ -1,8 +1,11 @@
 """Travel: task functions and modules as bytes, without weights, for the processes that record them."""
 
+import contextlib
 import copyreg
+import inspect
 import io
 import sys
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -12,11 +15,36 @@ import torch
 from torch import Tensor, nn
 
 
-def dumped(value: Any) -> bytes:
-    """Anything that holds modules and task functions as bytes for `cloudpickle.loads`; parameters become meta tensors."""
+def dumped(value: Any, functions: Iterable[Any] = ()) -> bytes:
+    """Anything that holds modules as bytes for `cloudpickle.loads`; parameters become meta tensors.
+
+    `functions` use these modules. The files that define them are sent too: imported anew they would make modules of
+    their own.
+    """
     buffer = io.BytesIO()
-    _WithoutWeights(buffer).dump(value)
+    with _sent_by_value({sys.modules.get(getattr(inspect.unwrap(f), "__module__", "")) for f in functions}):
+        _WithoutWeights(buffer).dump(value)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _sent_by_value(modules: Iterable[ModuleType | None]) -> Iterator[None]:
+    """While open, what the user's own files define is sent as it is; installed packages are imported where it arrives."""
+    known = cloudpickle.list_registry_pickle_by_value()
+    own = [m for m in modules if m is not None and m.__name__ not in known and _is_users(m)]
+    for module in own:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in own:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_users(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    installed = ("site-packages", "dist-packages")
+    return module.__name__ != "__main__" and file is not None and not any(name in file for name in installed)
 
 
 class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]

@@ -34,14 +34,18 @@ class Plain(nn.Module):
 
 
 class Breaking(Plain):
-    """A block that breaks once a file exists, on the rank whose first row begins with a 1: that is rank 0."""
+    """A block that breaks once a file exists, on the rank whose first row begins with a 1: that is rank 0. Only where
+    it computes: while a task is recorded the numbers in its input are not known.
+    """
 
     def __init__(self, flag: Path) -> None:
         super().__init__()
         self.flag = str(flag)
 
     def forward(self, x_BW: Tensor) -> Tensor:  # noqa: N803 - B batch, W width
-        if os.path.exists(self.flag) and x_BW.detach()[0, 0].item() == 1.0:
+        with torch._C.DisableTorchFunction():  # a recorder answers questions like the next one as if it computed
+            computes = not x_BW.is_meta
+        if computes and os.path.exists(self.flag) and x_BW.detach()[0, 0].item() == 1.0:
             self.act()
         return super().forward(x_BW)
 

@@ -1,6 +1,7 @@
 """Faults while a run is on: each ends it soon, with a typed error that says where, and leaves nothing behind."""
 
 import multiprocessing
+import os
 import re
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import spindle
 from spindle.errors import RunError, SpindleError, WorkloadError
@@ -95,15 +96,40 @@ def test_a_loader_that_raises(launcher: Launcher) -> None:
     assert re.fullmatch(r"rank \d, LOAD t: task 't': its loader raised OSError: disk on fire", str(error))
 
 
+@both
+def test_a_task_that_raises(launcher: Launcher, tmp_path: Path) -> None:
+    """Its own code runs where batches are loaded: rank, task and step come first, then the user's own line."""
+    flag = tmp_path / "flag"
+    workload = Workload("raising")
+    net = workload.component("net", nn.Linear(4, 4))
+
+    @workload.task("t", batch_size=4, data=marked)
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        if os.path.exists(flag):
+            raise ValueError("too cold")
+        return net(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    spindle.make_metagraph(workload)
+    flag.touch()
+    error = failure(workload, launcher)
+    assert type(error) is RunError
+    first, second = str(error).splitlines()
+    assert re.fullmatch(r"rank \d, LOAD t: task 't', step 0 raised ValueError: too cold", first)
+    assert re.fullmatch(r'.*test_faults\.py:\d+ in task: raise ValueError\("too cold"\)', second)
+
+
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        (rows(samples=3), "batch['x'] has shape (3, 4); its first dimension must be the batch size 4"),
-        ({"x": [1.0, 2.0]}, "batch['x'] is a list; make it a tensor"),
-        ({}, "a batch is a dict; the loader must give dicts of tensors"),
-        (None, "a batch is a NoneType; the loader must give dicts of tensors"),
+        ({}, "a batch is a dict; the loader must give dicts of fields, each with a row a sample"),
+        (None, "a batch is a NoneType; the loader must give dicts of fields, each with a row a sample"),
+        ({"x": torch.zeros(0, 4)}, "a batch has no samples; leave empty batches out"),
+        (
+            {"x": torch.zeros(4, 4), "y": torch.zeros(7)},
+            "batch['y'] has 7 rows for 4 samples; it is packed: give rows= (how many belong to each sample)",
+        ),
     ],
-    ids=["other shape", "no tensor", "empty", "nothing"],
+    ids=["empty", "nothing", "no samples", "packed"],
 )
 def test_a_loader_that_gives_something_else(last: object, words: str) -> None:
     """What a batch must be is checked for every batch."""
@@ -114,26 +140,48 @@ def test_a_loader_that_gives_something_else(last: object, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "words"),
+    ("last", "where", "words"),
     [
-        ({"y": torch.zeros(4, 4)}, "batch['x'] is missing, but the batch that was captured had shape (4, 4) and dtype"),
-        ({"x": torch.zeros(4, 4), "y": torch.zeros(4)}, "batch['y'] has shape (4,) and dtype float32, but the batch"),
-        (
-            {"x": torch.zeros(4, 4, dtype=torch.float64)},
-            "batch['x'] has shape (4, 4) and dtype float64, but the batch that was captured had shape (4, 4) and dtype "
-            "float32; give every batch the same fields",
-        ),
-        ({"x": torch.zeros(4, 6)}, "batch['x'] has shape (4, 6) and dtype float32, but the batch that was captured"),
-        ({"x": torch.zeros(4, 4, 2)}, "batch['x'] has shape (4, 4, 2) and dtype float32"),
+        ({"y": torch.zeros(4, 4)}, "LOAD t: task 't', step 2", "raised KeyError: 'x'"),
+        ({"x": [1.0, 2.0]}, "LOAD t: task 't', step 2", "raised TypeError: layer_norm(): argument 'input'"),
+        ({"x": torch.zeros(4, 6)}, "LOAD t: task 't', step 2", "raised RuntimeError: Given normalized_shape=[4]"),
+        ({"x": torch.zeros(4, 4, dtype=torch.float64)}, "wave 0, FORWARD s0", "raised RuntimeError: mixed dtype"),
     ],
-    ids=["field missing", "field more", "dtype", "shape", "dimensions"],
+    ids=["field missing", "no tensor", "shape", "dtype"],
 )
-def test_a_batch_that_capture_did_not_see(last: object, words: str) -> None:
-    """Code was made for other fields, shapes or types: a sentence that names task, step and field, no wrong result."""
+def test_a_batch_that_the_user_s_code_cannot_take(last: object, where: str, words: str) -> None:
+    """The error is that of the user's own code, with its line, where it is recorded or, at the latest, computes."""
     error = failure(workload_of(good_then(last)), "threads")
-    assert type(error) is WorkloadError
-    assert re.match(r"rank \d, LOAD t: task 't', step 2: ", str(error))
+    assert type(error) is RunError
+    first, *others = str(error).splitlines()
+    assert re.match(rf"rank \d, {re.escape(where)}", first)
     assert words in str(error)
+    assert re.search(r"breaking\.py:\d+ in (task|forward): y: Tensor = ", others[-1])
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        rows(3.0, samples=3),
+        rows(3.0, samples=1),
+        rows(3.0, samples=7),
+        {"x": torch.full((4, 2, 4), 3.0)},
+        rows(3.0) | {"y": torch.zeros(4), "name": "more"},
+    ],
+    ids=["fewer samples", "one sample", "more samples", "dimensions", "fields more"],
+)
+def test_a_batch_that_capture_did_not_see(last: dict[str, Tensor]) -> None:
+    """Other numbers of samples, shapes and fields train like in one process, as long as the task's code takes them."""
+    workload = workload_of(good_then(last))
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    alone = workload.tasks["t"].function(last).item()
+    result = spindle.train(
+        workload, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), steps=4, launcher="threads", timeout_s=30.0
+    )
+    losses = [step["t"] for step in result.losses]
+    assert losses[2] == pytest.approx(alone, rel=1e-5)
+    assert losses[2] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[3] == losses[0]
 
 
 def test_data_that_ends_with_an_error() -> None:
@@ -210,6 +258,23 @@ def test_loaders_that_disagree() -> None:
     error = failure(workload_of(other_each_time), "threads")
     assert type(error) is WorkloadError
     assert "task 't': ranks 0 and 1 read different batches" in str(error)
+
+
+def test_loaders_that_disagree_later_on() -> None:
+    """Batches of other shapes in the third step: found before one rank waits for what another never sends."""
+    passes = iter(range(100))
+
+    def other_in_the_end() -> Iterator[dict[str, torch.Tensor]]:
+        samples = 4 + next(passes)
+        yield rows()
+        yield rows()
+        while True:
+            yield rows(samples=samples)
+
+    error = failure(workload_of(other_in_the_end), "threads")
+    assert type(error) is WorkloadError
+    assert re.match(r"rank \d, AGREE: task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; ", str(error))
+    assert "every pass over its data must give the same batches in every process" in str(error)
 
 
 def test_a_function_of_the_user_that_raises_in_the_driver() -> None:

@@ -21,7 +21,7 @@ from tests.random_plans import widest_plan
 
 
 def layers_then_loss(workload: Workload) -> Plan:
-    """All but the loss on rank 0, the loss on rank 1."""
+    """All but the loss on rank 0, the loss on rank 1, nothing on rank 2."""
     metagraph = spindle.make_metagraph(workload)
     slices = [
         Slice(
@@ -35,7 +35,7 @@ def layers_then_loss(workload: Workload) -> Plan:
         for place, name in enumerate(metagraph.topological_order)
     ]
     return Plan(
-        num_devices=2, devices_per_node=2, method="hand", waves=make_waves(slices), makespan_s=float(len(slices))
+        num_devices=3, devices_per_node=3, method="hand", waves=make_waves(slices), makespan_s=float(len(slices))
     )
 
 
@@ -49,27 +49,45 @@ def jobs(found: Prepared) -> list[Job]:
 
 
 def test_a_rank_is_sent_what_it_runs() -> None:
-    """Codes of its own operators, and data only where a batch is read; the user's task function stays behind."""
-    first, second = jobs(prepared())
+    """Codes of its own operators, and data only of tasks of which it has runs; the user's function is in the recipe,
+    which all share.
+    """
+    found = prepared()
+    first, second, third = jobs(found)
     assert set(first.codes).isdisjoint(second.codes)
     assert set(second.codes) == {"t.loss"}
+    assert not third.codes
     assert callable(first.tasks["t"].data)
-    assert second.tasks["t"].data == ()
-    with pytest.raises(AssertionError, match="a worker runs operators, never a task function"):
+    assert second.tasks["t"].data is first.tasks["t"].data
+    assert third.tasks["t"].data == ()
+    assert first.recipe is second.recipe is third.recipe
+    assert first.recipe.functions["t"] is found.workload.tasks["t"].function
+    with pytest.raises(AssertionError, match="a worker records the functions of its recipe, never this one"):
         first.tasks["t"].function({})
+
+
+class Heavy(Plain):
+    """A block whose weights are far larger than the code of a job."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 40_000), nn.Linear(40_000, 4)
 
 
 def test_a_job_travels() -> None:
     """Closures and lambdas of the user go with it; a rank without layers is sent no weights."""
-    heavy = workload_of(lambda: iter([rows()]))
+    heavy = workload_of(lambda: iter([rows()]), Heavy(), Heavy())
     found = prepare(heavy, layers_then_loss(heavy))
-    first, second = jobs(found)
+    first, second, _ = jobs(found)
     assert set(cloudpickle.loads(cloudpickle.dumps(first)).codes) == set(first.codes)
     assert [name for code in second.codes.values() for _, name in code.parameters] == []
+    weights = sum(p.nbytes for _, p in heavy.named_parameters())
+    assert weights > 10**6
+    assert len(cloudpickle.dumps(second)) < weights / 10 < len(cloudpickle.dumps(first)) / 10
 
 
-def test_only_ranks_that_read_batches_run_the_loader() -> None:
-    """One pass for the capture, one on rank 0, none on rank 1."""
+def test_only_ranks_that_have_runs_run_the_loader() -> None:
+    """Ranks 0 and 1, one pass each: the loss needs the batch too, if only its shapes. Rank 2 has nothing to run."""
     passes: list[int] = []
 
     def data() -> Iterator[dict[str, Tensor]]:
@@ -83,7 +101,7 @@ def test_only_ranks_that_read_batches_run_the_loader() -> None:
     spindle.train(
         workload, plan, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=4, launcher="threads"
     )
-    assert len(passes) - before == 1
+    assert len(passes) - before == 2
 
 
 def test_ranks_of_one_process_share_no_parameters() -> None:

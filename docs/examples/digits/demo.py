@@ -20,9 +20,9 @@ from workload import (
     Pictures,
     Recordings,
     decode,
-    encode,
     lm,
     optimizer,
+    padded,
     picture_prompt,
     speech,
     text,
@@ -133,7 +133,7 @@ def quiz() -> None:
     """Test pictures and recordings that training has not seen, through the user's own modules."""
     pictures, recordings = Pictures(test=True), Recordings(test=True)
     images = vision(pixel_values=pictures.pixels).pooler_output
-    captions = torch.tensor([encode(f"a handwritten {digit}") for digit in DIGITS])
+    captions = padded([f"a handwritten {digit}" for digit in DIGITS])
     written = text(input_ids=captions, attention_mask=(captions != PAD).long()).pooler_output
     by_text = torch.nn.functional.cosine_similarity(images[:, None], written[None], dim=-1).argmax(1)
     console.print(f"  picture -> caption, zero-shot   {accuracy(by_text, pictures.digit)}")

@@ -9,7 +9,8 @@
 | language | caption | lm | generative; one modality |
 
 Data: the 1797 handwritten digits that ship with scikit-learn (UCI "Optical recognition of handwritten digits"), 480
-spoken ones in speech.npz beside this file (synthetic voices, see make_speech.py), and captions made of the labels.
+spoken ones in speech.npz beside this file (synthetic voices, see make_speech.py), and captions made of the labels, each
+batch's padded to its longest.
 
     spindle plan docs/examples/digits/workload.py
 """
@@ -39,14 +40,19 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CAPTIONS = ("a handwritten {}", "the digit {} drawn by hand", "this is the number {}", "{} in somebody's writing")
 WORDS = ("<pad>", "<start>", "<end>", *sorted({w for c in CAPTIONS for w in c.split() if w != "{}"}), *DIGITS)
 PAD, START, END = 0, 1, 2
-LENGTH = 8  # tokens of a caption, padded
+LENGTH = 8  # tokens of the longest caption
 WIDTH = 64
 
 
 def encode(text: str) -> list[int]:
-    """Tokens of a caption: start, words, end, padding."""
-    tokens = [START, *(WORDS.index(word) for word in text.split()), END]
-    return tokens + [PAD] * (LENGTH - len(tokens))
+    """Tokens of a caption: start, words, end."""
+    return [START, *(WORDS.index(word) for word in text.split()), END]
+
+
+def padded(texts: list[str]) -> Tensor:
+    """Captions as [n, length] tokens, padded to the longest of them."""
+    rows = [torch.tensor(encode(text)) for text in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def decode(tokens: list[int]) -> str:
@@ -96,8 +102,8 @@ class Loader:
                 said = [random.choice(np.flatnonzero(recordings.digit == int(d))) for d in digit]
                 batch["mel"] = recordings.mel[torch.tensor(said)]
             if self.task in ("image-text", "captioning", "language"):
-                texts = [random.choice(CAPTIONS).format(DIGITS[int(d)]) for d in digit]
-                batch["tokens"] = torch.tensor([encode(text) for text in texts])
+                known = random.choice(CAPTIONS, size=2)  # each batch in its own words, so that lengths change
+                batch["tokens"] = padded([random.choice(known).format(DIGITS[int(d)]) for d in digit])
             if self.task in ("speech-digit", "language"):
                 del batch["pixels"]
             yield batch
@@ -187,7 +193,7 @@ project = workload.component("project", nn.Linear(WIDTH, WIDTH))
 def next_word_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of each token after the first; padding does not count."""
     wanted = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, -100)
-    return F.cross_entropy(logits[:, -LENGTH:-1].flatten(0, 1), wanted.flatten())
+    return F.cross_entropy(logits[:, -tokens.shape[1] : -1].flatten(0, 1), wanted.flatten())
 
 
 def picture_prompt(pixels: Tensor) -> Tensor:
