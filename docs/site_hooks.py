@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = {
-    "Start": ("index", "quickstart", "concepts", "wrapping", "models"),
+    "Start": ("index", "quickstart", "concepts", "wrapping", "packed", "models"),
     "Use": ("reading-a-plan", "timeline", "tuning", "training", "metrics", "cluster", "interop"),
     "Examples": ("gallery/index",),
     "Reference": ("cli", "api", "faq"),
-    "How it works": ("planner", "cost-model", "design", "benchmarks"),
+    "How it works": ("capture", "planner", "cost-model", "design", "benchmarks"),
 }
 WIDTH = 100
 

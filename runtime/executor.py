@@ -113,9 +113,9 @@ class Executor:
     ) -> StepRecord:
         """Run the program once, after `rounds - 1` rounds that only add to the gradients.
 
-        `new_round` gives what fetches a task's batch, recorded, in the next round; `observe` sees the gradients that the update
-        uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend on `seed`
-        and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
+        `new_round` gives what fetches a task's batch, recorded, in the next round; `observe` sees the gradients that
+        the update uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend
+        on `seed` and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
         instruction, with the user's own line that went wrong.
         """
         self.observe = observe
@@ -198,7 +198,8 @@ class Executor:
         first = next(iter(digests))
         other = next(rank for rank, value in digests.items() if value != digests[first])
         return WorkloadError(
-            f"task {task!r}, step {self.stream.step}: ranks {first} and {other} read batches of different shapes or rows; "
+            f"task {task!r}, step {self.stream.step}: ranks {first} and {other} read batches of different shapes or "
+            f"rows; "
             "every pass over its data must give the same batches in every process (seed your own random generators)"
         )
 
@@ -229,7 +230,8 @@ class Executor:
     def _check(self, tensor: str, verb: str, value: Tensor, recorded: tuple[int, ...]) -> None:
         if tuple(value.shape) != recorded:
             raise RunError(
-                f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that makes "
+                f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that "
+                f"makes "
                 "it must give shapes that follow from those of its arguments"
             )
 

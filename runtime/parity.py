@@ -30,8 +30,8 @@ ROUNDINGS = 16  # of the machine's precision: for float32 2e-6 of a tensor's lar
 class Reference:
     """What a single process did: losses and gradients of each step, and all parameters after the last.
 
-    `loss_dtypes`: the type of each task's loss, which may be less exact than the model's: transformers compute losses in
-    float32.
+    `loss_dtypes`: the type of each task's loss, which may be less exact than the model's: transformers compute losses
+    in float32.
     """
 
     losses: list[dict[str, float]]

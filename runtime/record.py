@@ -41,8 +41,8 @@ def span_of(
     step: int,
     moved_bytes: int,
 ) -> Span:
-    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds; `moved_bytes`: what
-    a transfer has sent and received here.
+    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds; `moved_bytes`:
+    what a transfer has sent and received here.
     """
     transfer = program.transfer_by_name.get(instruction.target)
     run = program.slice_by_name.get(transfer.target if transfer else instruction.target)

@@ -167,7 +167,8 @@ class Recordings:
             same = len(again.aux) == len(found) and len(again.nodes) == len(known[0].recording.nodes)
             if not same or not all(map(_equal, again.aux, found)):
                 raise WorkloadError(
-                    f"{where}: its function computes something else of the same fields than before (a counter, a global, "
+                    f"{where}: its function computes something else of the same fields than before (a counter, a "
+                    f"global, "
                     "a number from outside of torch); let it depend on its batch alone"
                 )
         return found

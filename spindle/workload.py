@@ -80,7 +80,8 @@ class Task:
         where = f"task {self.name!r}"
         if not isinstance(batch, Mapping) or not batch:
             raise WorkloadError(
-                f"{where}: a batch is a {type(batch).__name__}; the loader must give dicts of fields, each with a row a "
+                f"{where}: a batch is a {type(batch).__name__}; the loader must give dicts of fields, each with a row "
+                f"a "
                 "sample"
             )
         rows: Mapping[str, Any] = {}

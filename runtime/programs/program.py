@@ -50,8 +50,8 @@ class SliceRun:
     cut. `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
     parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
-    `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`; `bounds`
-    are those of as many samples, evenly shared.
+    `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`;
+    `bounds` are those of as many samples, evenly shared.
     """
 
     name: str

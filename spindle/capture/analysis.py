@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
+from spindle.graph import SAMPLES
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Node, execute
-from spindle.units import SAMPLES, Bounds, Place, Units
+from spindle.units import Bounds, Place, Units
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits
@@ -58,9 +59,9 @@ class Trial:
 class Findings:
     """What is known of a task's values.
 
-    `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along which
-    it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys that
-    mix samples, `mixing_blocks` block calls that do. `reasons`: what the first calls that mix are.
+    `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along
+    which it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys
+    that mix samples, `mixing_blocks` block calls that do. `reasons`: what the first calls that mix are.
     """
 
     places: dict[object, list[tuple[Place, ...]]] = field(default_factory=dict)
@@ -179,6 +180,7 @@ class Prober:
         self.findings, self.sites, self.known_blocks = findings, sites, known_blocks
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
+        self.varying: set[Key] = set()  # keys whose results differ by sample in some trial
 
     def look(self, trial: Trial) -> None:
         """Add what one trial shows to the findings."""
@@ -190,8 +192,11 @@ class Prober:
             verdict = self._compared(key, calls, others)
             if verdict == "mixes":
                 self.findings.mixing.add(key)
-            elif verdict == "constant":
+            elif verdict == "constant" and key not in self.varying:
                 self.findings.constant.add(key)
+            else:
+                self.varying.add(key)
+                self.findings.constant.discard(key)
 
     def _compared(self, key: Key, calls: list[list[Any]], others: list[list[list[Any]]]) -> str:
         """ "rows" when the parts put together are the whole, "constant" when all are the same, "unknown" when their

@@ -120,8 +120,8 @@ class OperatorPart:
 class OperatorCode:
     """Code of one operator: `module(part, *inputs)` gives a tuple with a tensor for each of `outputs`.
 
-    `parameters` maps names inside the module to the workload's names; `buffers` likewise. `mixes`: it mixes samples, and
-    runs on what was recorded of whole batches.
+    `parameters` maps names inside the module to the workload's names; `buffers` likewise. `mixes`: it mixes samples,
+    and runs on what was recorded of whole batches.
     """
 
     name: str

@@ -30,7 +30,9 @@ class Namer:
         return self._unique(f"{task}.{component}", role)
 
     def component(self, called: str, sizes: Mapping[str, int]) -> str:
-        """The component that a group of glue counts to: that of most of its parameters, else the one that was called."""
+        """The component that a group of glue counts to: that of most of its parameters, else the one that was
+        called.
+        """
         by_component: Counter[str] = Counter()
         for name, size in sizes.items():
             by_component[name.partition(".")[0]] += size

@@ -17,11 +17,11 @@ from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import crossing_values, divide, members
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.graph import Operator, Parameter, TensorSpec
+from spindle.graph import SAMPLES, Operator, Parameter, TensorSpec
 from spindle.record.draws import Site
 from spindle.record.randomness import undrawn
 from spindle.record.run import Recorded
-from spindle.units import SAMPLES, Bounds, Place, SampledBatch
+from spindle.units import Bounds, Place, SampledBatch
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ class _Builder:
         for name, own in members(self.wired, names).items():
             for ref in (ref for n in own for ref in self.nodes[n].refs()):
                 maker = self.wired.maker.get(ref)
-                if maker in names and names[maker] != name:
+                if maker is not None and maker in names and names[maker] != name:
                     reads[name][number_of[ref]] = None
         glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
         blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
@@ -322,7 +322,8 @@ class _Builder:
         block = draft.module.block
         if isinstance(error, CheckpointError):
             return WorkloadError(
-                f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of its "
+                f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of "
+                f"its "
                 "own, which would draw others when it is computed again; switch that off "
                 "(gradient_checkpointing_disable()) and name the component in the workload's recompute="
             )
@@ -382,8 +383,8 @@ class _Builder:
             kind = type(draft.module.block).__name__
             number = next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block)
             read = (self.wired.key(s) for s in self.wired.sources[number] if s in self.wired.frontier)
-            own = not draft.mixes and not any(key in findings.mixing for key in read)
-            return f"{kind} mixes samples (batch norm: use GroupNorm)" if own else ""
+            alone = not draft.mixes and not any(key in findings.mixing for key in read)
+            return f"{kind} mixes samples (batch norm: use GroupNorm)" if alone else ""
         own = set(map(id, draft.part.nodes))
         for n in self.wired.glue():
             if id(nodes[n]) not in own or self.wired.key(n) not in findings.mixing:
@@ -404,7 +405,8 @@ class _Builder:
             if name in ("repeat", "tile"):
                 return f"{line} gives the samples in turn by {name!r}; use repeat_interleave, which keeps each together"
             return (
-                f"{line} mixes samples by {name!r} (batch norm: use GroupNorm), or holds the batch size as a number (take "
+                f"{line} mixes samples by {name!r} (batch norm: use GroupNorm), or holds the batch size as a number "
+                f"(take "
                 "it from x.shape[0])"
             )
         return ""

@@ -19,7 +19,9 @@ from spindle.units import Bounds, Units
 
 @dataclass(frozen=True)
 class TaskPart:
-    """A recording of samples `bounds`, divided into operators. `shapes`: those of the tensors that pass between them."""
+    """A recording of samples `bounds`, divided into operators. `shapes`: those of the tensors that pass between
+    them.
+    """
 
     task: str
     bounds: Bounds
@@ -49,7 +51,7 @@ def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[st
     for number, own in home.items():
         for ref in nodes[number].refs():
             maker = wired.maker.get(ref)
-            if maker in home and home[maker] != own:
+            if maker is not None and maker in home and home[maker] != own:
                 read.add(ref)
     found: dict[str, dict[int, Crossing]] = defaultdict(dict)
     calls = Counter[object]()
@@ -119,9 +121,10 @@ def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: M
     for number, own in home.items():
         for ref in wired.recording.nodes[number].refs():
             maker = wired.maker.get(ref)
-            if maker in home and home[maker] != own and named[ref] not in code.reads[own]:
+            if maker is not None and maker in home and home[maker] != own and named[ref] not in code.reads[own]:
                 raise WorkloadError(
-                    f"{where}: operator {own!r} reads a value of {home[maker]!r}, which it did not when it was captured; a "
+                    f"{where}: operator {own!r} reads a value of {home[maker]!r}, which it did not when it was "
+                    f"captured; a "
                     "task must compute in the same way in every step"
                 )
 

@@ -176,14 +176,15 @@ class Looker:
         sites: Mapping[str, tuple[Site, ...]],
         prober: Prober,
     ) -> None:
-        """Batches whose numbers were moved about count where the task runs on them in the same way: the few samples, and
-        these twice as drawn in other steps, since few are in order by chance.
+        """Batches whose numbers were moved about count where the task runs on them in the same way: the few samples,
+        and these twice as drawn in other steps, since few are in order by chance.
         """
         generator = torch.Generator().manual_seed(0)
         whole, parts = samples
         fields = {name: _disturbed(value, generator) for name, value in batch.part(*whole).items()}
         units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
-        self._look_at_other(task, SampledBatch(fields, units, batch.places), whole, parts, sites, prober)
+        if len(parts) > 1:
+            self._look_at_other(task, SampledBatch(fields, units, batch.places), whole, parts, sites, prober)
         cut, end = parts[0][1], 2 * whole[1]
         for step in range(1, 1 + (TRIALS if sites.get("") else 1)):
             twice = _twice(batch, whole, step)
@@ -300,7 +301,8 @@ class Looker:
         written = sorted({n for node in found.recording.nodes for n in node.writes if n in parameters})
         if written:
             raise WorkloadError(
-                f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other ranks "
+                f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other "
+                f"ranks "
                 "would not see; do it after the step, in a callback"
             )
 
@@ -320,12 +322,14 @@ class Looker:
             return TakeWhole(component, _whole_warning(task, component, error))
         if isinstance(error, NotImplementedError):
             return WorkloadError(
-                f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > 0], "
+                f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > "
+                f"0], "
                 "nonzero(), unique()); use torch.where, or put it into a module and register that"
             )
         if isinstance(error, LazyRead):
             return WorkloadError(
-                f"task {task.name!r}{place}: it branches on a value computed from parameters (if, while, int(), .item()); "
+                f"task {task.name!r}{place}: it branches on a value computed from parameters (if, while, int(), "
+                f".item()); "
                 "use torch.where, or put it into a module and register that"
             )
         if isinstance(error, Refused):
@@ -349,8 +353,10 @@ class Looker:
     def _warn_of_caches(self, task: Task, batch: SampledBatch) -> None:
         if self.skeleton.configs and "position_ids" in batch.fields and "attention_mask" not in batch.fields:
             warnings.warn(
-                f"task {task.name!r}: the model's config has use_cache=True, which is off in planned runs; transformers "
-                "looks for packed texts in position_ids only where it is off, so set config.use_cache=False, for a plain "
+                f"task {task.name!r}: the model's config has use_cache=True, which is off in planned runs; "
+                f"transformers "
+                "looks for packed texts in position_ids only where it is off, so set config.use_cache=False, for a "
+                "plain "
                 "run to compute the same",
                 SpindleWarning,
                 stacklevel=6,
@@ -431,7 +437,8 @@ def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
     """
     size = units.num_samples
     pairs = [pair for pair in _pairs(units) if _told_apart(units, pair)]
-    best, found = -1, ((0, size), ((0, size),))
+    best = -1
+    found: tuple[Bounds, tuple[Bounds, ...]] = ((0, size), ((0, size),))
     for count in range(min(PROBE_SAMPLES, size), size + 1):
         for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
             told = sum(_tells(units, pair, count, cut) for pair in pairs)
@@ -443,7 +450,9 @@ def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
 
 
 def _disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:
-    """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their order."""
+    """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their
+    order.
+    """
     if not isinstance(value, Tensor) or not value.numel():
         return value
     if value.is_floating_point():

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from spindle.errors import WorkloadError
-from spindle.units import SAMPLES, Units
+from spindle.graph import SAMPLES
+from spindle.units import Units
 
 _CPU = torch.device("cpu")
 CHUNK = {"cpu": 4096}
@@ -37,9 +38,9 @@ Sites = Mapping[str, "tuple[Site, ...]"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where one call draws: rows of `unit` lie along dimension `dim`, `per_sample` entries to each row. dim -1: the draw
-    is not made of samples, and every part of the batch gets all of it. `inner`: its other sizes where all features are
-    computed. per_sample 0: the number differs from batch to batch, and follows from the size at hand.
+    """Where one call draws: rows of `unit` lie along dimension `dim`, `per_sample` entries to each row. dim -1: the
+    draw is not made of samples, and every part of the batch gets all of it. `inner`: its other sizes where all features
+    are computed. per_sample 0: the number differs from batch to batch, and follows from the size at hand.
     """
 
     dim: int
@@ -173,7 +174,7 @@ def draw(what: Draw, scope: str, index: int, site: Site) -> Tensor:
         of_row, others = site.per_sample, tuple(whole or inner)
         parts = list(_chunks(what, generator, key, (rows * of_row, *others), before * of_row))
         values = torch.cat(parts) if parts else what.filled(generator, (0, *others))
-        values = values.unflatten(0, (rows, of_row))
+        values = values.reshape(rows, of_row, *others)
         values = _own_part(values, (rows, size // max(1, rows), *inner), stream)
         return values.flatten(0, 1).movedim(0, site.dim).to(what.device)
 

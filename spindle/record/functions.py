@@ -2,8 +2,8 @@
 
 - A call that writes in place becomes one that gives a new value, so that each value has one maker.
 - A boolean mask that the batch decides becomes the indices of its True entries, whose number is then known.
-- Sums and means over all entries go row by row first: only one number a row has to be gathered in one place, in place of
-  whole activations or logits, when the sum is over rows of several devices.
+- Sums and means over all entries go row by row first: only one number a row has to be gathered in one place, in place
+  of whole activations or logits, when the sum is over rows of several devices.
 """
 
 import inspect
@@ -163,7 +163,7 @@ def recordable(
         _check_places(len(where), source, shape, shape[-1] if rows else 1)
         return scatter_rows if rows else scatter, (x, where, source), {}
     if function in (Tensor.masked_select, torch.masked_select) and not is_lazy(args[1]):
-        shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))
+        shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))  # type: ignore[no-untyped-call]
         (where,) = run(true_entries, args[1], shape)
         return select, (args[0], where, shape), {}
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
@@ -175,7 +175,8 @@ def _check_places(places: int, source: Tensor, shape: tuple[int, ...], width: in
     """Samples must take their own values, neither those of the next sample nor fewer than they have."""
     if tuple(source.shape) != shape and places * width != source.numel():
         raise ValueError(
-            f"masked_scatter has {places} places for {source.numel() // width} values; samples must have as many values "
+            f"masked_scatter has {places} places for {source.numel() // width} values; samples must have as many "
+            f"values "
             "as places: say in rows= how many belong to each"
         )
 
@@ -242,7 +243,8 @@ def _class_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Te
     if given["reduction"] == "sum":
         return _total(function(**{**given, "reduction": "none"}))
     if given["reduction"] != "mean" or given["weight"] is not None or target.is_floating_point():
-        return function(**given)
+        plain: Tensor = function(**given)
+        return plain
     each = function(**{**given, "reduction": "none"})
     return _total(each) / (target != given["ignore_index"]).sum()
 

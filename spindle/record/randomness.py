@@ -140,7 +140,8 @@ class RecordedDrawing(Drawing):
         self.shapes.append(what.shape)
         index, site = self._next(what.shape)
         if like is None or not is_lazy(like):
-            return self.recorder.real(draw, (what, self.scope, index, site))
+            found: Tensor = self.recorder.real(draw, (what, self.scope, index, site))
+            return found
         with torch._C.DisableTorchFunction():
             made = torch.empty(what.shape, dtype=what.dtype, device="meta")
             return self.recorder.draw(DrawLike(what, self.scope, index, site), like, made)
@@ -150,7 +151,8 @@ class RecordedDrawing(Drawing):
         self.shapes.append(tuple(values.shape))
         call = RowDraw(function, args, self.scope, *self._next(values.shape))
         if not is_lazy(values):
-            return self.recorder.real(call, (values,))
+            found: Tensor = self.recorder.real(call, (values,))
+            return found
         with torch._C.DisableTorchFunction():
             return self.recorder.draw(call, values, function(values.detach(), *args))
 

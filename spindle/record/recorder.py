@@ -31,7 +31,7 @@ from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
 _CPU = torch.device("cpu")
-_get_device: Any = Tensor.device.__get__  # type: ignore[attr-defined]
+_get_device: Any = Tensor.device.__get__
 _get_meta: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _ATTRIBUTES: frozenset[Any] = frozenset(
     {

@@ -1,8 +1,8 @@
 """Replay: what one recording computed for real, as a list of calls that later batches of the same shapes go through.
 
 A task function mostly does the same for every batch of the same shapes: then running its real calls anew gives all that
-the recorded ones read, in a fraction of the time. What Python read of a tensor (`.tolist()`, `if`, an index) is a guard:
-where it reads something else, or a result has another shape, the batch is recorded anew.
+the recorded ones read, in a fraction of the time. What Python read of a tensor (`.tolist()`, `if`, an index) is a
+guard: where it reads something else, or a result has another shape, the batch is recorded anew.
 
 Not seen are reads that bypass torch, such as those of numpy arrays that share a tensor's memory: then nothing is kept.
 """

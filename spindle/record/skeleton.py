@@ -187,12 +187,12 @@ class Skeleton:
                 seen.add(id(module))
                 patched, own = "forward" in module.__dict__, module.forward
                 replaced.append((module, patched, own))
-                module.forward = make(own)  # type: ignore[method-assign]
+                module.forward = make(own)
             yield
         finally:
             for module, patched, own in replaced:
                 if patched:
-                    module.forward = own  # type: ignore[method-assign]
+                    module.forward = own
                 else:
                     del module.__dict__["forward"]
 

@@ -29,7 +29,9 @@ def dumped(value: Any, functions: Iterable[Any] = ()) -> bytes:
 
 @contextlib.contextmanager
 def _sent_by_value(modules: Iterable[ModuleType | None]) -> Iterator[None]:
-    """While open, what the user's own files define is sent as it is; installed packages are imported where it arrives."""
+    """While open, what the user's own files define is sent as it is; installed packages are imported where it
+    arrives.
+    """
     known = cloudpickle.list_registry_pickle_by_value()
     own = [m for m in modules if m is not None and m.__name__ not in known and _is_users(m)]
     for module in own:

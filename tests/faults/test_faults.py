@@ -273,7 +273,8 @@ def test_loaders_that_disagree_later_on() -> None:
 
     error = failure(workload_of(other_in_the_end), "threads")
     assert type(error) is WorkloadError
-    assert re.match(r"rank \d, AGREE: task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; ", str(error))
+    words = r"rank \d, AGREE: task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; "
+    assert re.match(words, str(error))
     assert "every pass over its data must give the same batches in every process" in str(error)
 
 

@@ -56,7 +56,8 @@ def test_a_rank_loads_first_and_only_tasks_of_its_own() -> None:
 
 
 def test_a_rank_alone_has_nobody_to_agree_with() -> None:
-    program = lowered(hand_plan(*(hand_slice(m, 0, n, (0,), t) for m, n, t in (("t.a", 2, 0.0), ("t.loss", 1, 1.0))), num_devices=1))
+    slices = (hand_slice("t.a", 0, 2, (0,), 0.0), hand_slice("t.loss", 0, 1, (0,), 1.0))
+    program = lowered(hand_plan(*slices, num_devices=1))
     assert words(program.instructions, 0).startswith("LOAD t, FORWARD s0")
 
 
