@@ -169,9 +169,9 @@ def _compare(workload: Workload, plan: Plan, row: Row) -> None:
 def _layers(workload: Workload, captured: Captured) -> dict[str, str]:
     """Layers that are operators of their own, by the list that they stand in: how many; of how many, where not all."""
     called = {scope.partition("@")[0] for code in captured.tasks.values() for scope in code.blocks}
-    own, all_of = (
-        Counter(path.rpartition(".")[0] for path in p) for p in (called, {b.path for b in blocks_of(workload)})
-    )
+    paths = dict.fromkeys(block.path for block in blocks_of(workload))
+    all_of = Counter(path.rpartition(".")[0] for path in paths)
+    own = Counter(path.rpartition(".")[0] for path in paths if path in called)
     names = {path: _short(path, len(workload.components)) for path in all_of if own[path]}
     return {name: f"{own[path]}" + f" of {all_of[path]}" * (own[path] < all_of[path]) for path, name in names.items()}
 

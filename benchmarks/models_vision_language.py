@@ -221,7 +221,6 @@ def onevision() -> Sample:
             "image_sizes": images,
             "pixel_values": images,
             "tiles": spindle.per_sample(tiles, images),
-            "seen": (batch["input_ids"] == IMAGE).sum(1),
         }
 
     batches = [batch(sizes, lengths) for sizes, lengths in zip(SIZES, LENGTHS, strict=True)]

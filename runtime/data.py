@@ -105,6 +105,10 @@ class Feed:
             self._ahead.append(self._ordered())
         return read.batch
 
+    def peek(self, index: int) -> SampledBatch | None:
+        """The batch after the next `index`, which is not taken; None where the data has ended for good."""
+        return self._wait_for(index).batch
+
     def holds(self, count: int) -> bool:
         """Whether at least `count` more batches come."""
         return all(self._wait_for(index).batch is not None for index in range(count))

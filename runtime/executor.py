@@ -165,7 +165,10 @@ class Executor:
     def _explained(self, instruction: Instruction, error: Exception) -> Exception:
         where = self.program.describe(self.rank, instruction)
         if isinstance(error, SpindleError):
-            return type(error)(f"{where}: {error}")
+            told = type(error)(f"{where}: {error}")
+            for note in getattr(error, "__notes__", ()):
+                told.add_note(note)
+            return told
         return RunError.of(error, where)
 
     # -- compute --------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ It knows nothing of Ray: the same class runs in threads, in spawned processes, u
 import copy
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.capture.repeat import base_task, micro_batch
+from spindle.capture.repeat import base_task
 from spindle.graph import parse_piece
-from spindle.record.draws import Stream
+from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
 from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
-from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
@@ -37,13 +35,12 @@ from spindle.runtime.progress import (
     schedule_state,
 )
 from spindle.runtime.record import StepRecord
-from spindle.runtime.recordings import LoadedBatch, Recipe, Recordings
+from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.shared_batches import shared_reads
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
-from spindle.runtime.watch import StepTold, peak_memory, step_told, tokens_of
+from spindle.runtime.watch import StepTold, peak_memory, step_told
 from spindle.trace import Span
-from spindle.units import SampledBatch
 from spindle.workload import Batch, Precision, Task, Workload
 
 ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
@@ -181,15 +178,23 @@ class Worker:
         self.codes = cut_codes(job.codes, job.cuts, self.switch)
         self.store = ParameterStore(job.program, job.rank, self.codes.values())
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
-        self.in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
         self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)
         updated = {name: self.store.parameters[name] for name in self.store.updated}
         self.optimizer = job.optimizer(parameter_groups(updated, job.settings)) if job.optimizer and updated else None
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
-        self.recordings, self.layouts = Recordings(job.recipe, transport.device), Layouts(job.program)
+        self.recordings = Recordings(job.recipe, transport.device)
+        self.batches = Batches(
+            job.program,
+            job.rank,
+            self.feeds,
+            self.recordings,
+            seed=job.seed,
+            rounds=job.rounds,
+            takes_part=self._taking_part,
+            ahead=transport.device.type != "cpu" or transport.num_threads > 1,
+        )
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
-        self.tokens: Counter[str] = Counter()  # read in this step, by task
         transport.make_groups(job.program.groups)
 
     def digests(self) -> dict[str, str]:
@@ -210,16 +215,15 @@ class Worker:
             report.ended = self._ended()
             if report.ended is not None:
                 break
-            self.tokens.clear()
+            self.batches.tokens.clear()
             began = time.perf_counter()
             record = self._step(observe)
-            report.told.append(step_told(time.perf_counter() - began, record.spans, self.tokens))
+            report.told.append(step_told(time.perf_counter() - began, record.spans, self.batches.tokens))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if keep_spans:
                 report.spans += [span.later(self.clock.offset_s) for span in record.spans]
-        for feed in self.feeds.values():
-            feed.settle()
+        self.batches.settle()
         report.memory_bytes = peak_memory(self.transport.device)
         report.learning_rates = {name: float(group["lr"]) for name, group in self._groups().items() if "lr" in group}
         return report
@@ -229,7 +233,8 @@ class Worker:
         stopping = [name for name in self._tasks() if self.job.tasks[name].on_end == "stop"]
         if not stopping:
             return None
-        count = self.job.rounds * self.in_flight
+        self.batches.wait()
+        count = self.job.rounds * self.batches.in_flight
         lacking = [name in self.feeds and not self.feeds[name].holds(count) for name in stopping]
         flags = torch.tensor(lacking, dtype=torch.float32, device=self.transport.device)
         if self.transport.num_ranks > 1:
@@ -238,7 +243,10 @@ class Worker:
 
     def _tasks(self) -> list[str]:
         """Tasks that take part in the next step."""
-        return [name for name, task in self.job.tasks.items() if task.takes_part(self.steps_done, self.job.seed)]
+        return self._taking_part(self.steps_done)
+
+    def _taking_part(self, step: int) -> list[str]:
+        return [name for name, task in self.job.tasks.items() if task.takes_part(step, self.job.seed)]
 
     def _step(self, observe: Observe | None) -> StepRecord:
         job, tasks = self.job, frozenset(self._tasks())
@@ -253,22 +261,7 @@ class Worker:
     def _rounds(self) -> Callable[[], Fetch]:
         """What begins each round of a step."""
         count = itertools.count()
-        return lambda: self._round(next(count) * self.in_flight)
-
-    def _round(self, first_batch: int) -> Fetch:
-        """Batches of one round, by micro-batch. Those in flight together are read together: all ranks count alike."""
-        read: dict[str, list[SampledBatch]] = {}
-
-        def fetch(task: str) -> LoadedBatch:
-            base, micro = base_task(task), micro_batch(task)
-            if base not in read:
-                read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
-                self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
-            batch = read[base][micro]
-            stream = Stream(seed=self.job.seed, step=self.steps_done, batch=first_batch + micro, task=base)
-            return self.recordings.loaded(task, batch, self.layouts.of(task, batch.units), stream)
-
-        return fetch
+        return lambda: self.batches.round(self.steps_done, next(count))
 
     def _executor(self, tasks: frozenset[str]) -> Executor:
         """The program of the tasks that take part in a step; all ranks restrict it alike."""
@@ -307,6 +300,7 @@ class Worker:
     def load(self, path: str, step: int, progress: Progress) -> None:
         """Go on where the checkpoint at `path` ended, after `step` steps; weights are in place already."""
         self.steps_done = step
+        self.batches.forget()
         for name, feed in self.feeds.items():
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
@@ -337,8 +331,7 @@ class Worker:
 
     def close(self) -> None:
         """Stop reading, and leave the transport."""
-        for feed in self.feeds.values():
-            feed.close()
+        self.batches.close()
         self.transport.close()
 
 

@@ -241,6 +241,8 @@ class Program:
         bucket = self.bucket_by_name.get(instruction.target)
         if bucket is not None:
             return f"rank {rank}, {instruction} (with ranks {', '.join(map(str, bucket.ranks))})"
+        if instruction.op in (Op.AGREE, Op.CLIP) and self.num_ranks > 1:
+            return f"rank {rank}, {instruction} (with all ranks)"
         return f"rank {rank}, {instruction}"
 
 

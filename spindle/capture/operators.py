@@ -359,16 +359,16 @@ class _Builder:
 
     def _warn_of_whole_operators(self, costs_by_draft: list[tuple[_Draft, Cost]]) -> None:
         """Work beside the loss that one device must do for the whole batch."""
-        whole = [
-            draft
+        mixing = [
+            (draft, cost)
             for draft, cost in costs_by_draft
-            if not draft.splittable and not draft.name.endswith(".loss") and (cost.forward_flops or cost.trained)
+            if not draft.splittable and self.recording.loss not in draft.part.outputs
         ]
+        whole = [draft for draft, cost in mixing if cost.forward_flops or cost.trained]
         if whole:
             names = [draft.name for draft in whole]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            mixing = [d for d, _ in costs_by_draft if not d.splittable and not d.name.endswith(".loss")]
-            reasons = dict.fromkeys(filter(None, map(self._reason, mixing)))
+            reasons = dict.fromkeys(filter(None, (self._reason(draft) for draft, _ in mixing)))
             warnings.warn(
                 f"{self._where}: {', '.join(names[:3])}{more} cannot be sharded over the batch, so each runs on one "
                 f"device: {'; '.join(list(reasons)[:3]) or 'it reads what mixes samples'}",
@@ -382,8 +382,9 @@ class _Builder:
         if draft.part.block:
             kind = type(draft.module.block).__name__
             number = next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block)
-            read = (self.wired.key(s) for s in self.wired.sources[number] if s in self.wired.frontier)
-            alone = not draft.mixes and not any(key in findings.mixing for key in read)
+            read = [s for s in self.wired.sources[number] if s in self.wired.frontier]
+            mixing = (nodes[s].block in findings.mixing_blocks or self.wired.key(s) in findings.mixing for s in read)
+            alone = not draft.mixes and not any(mixing)
             return f"{kind} mixes samples (batch norm: use GroupNorm)" if alone else ""
         own = set(map(id, draft.part.nodes))
         for n in self.wired.glue():
@@ -406,8 +407,7 @@ class _Builder:
                 return f"{line} gives the samples in turn by {name!r}; use repeat_interleave, which keeps each together"
             return (
                 f"{line} mixes samples by {name!r} (batch norm: use GroupNorm), or holds the batch size as a number "
-                f"(take "
-                "it from x.shape[0])"
+                "(take it from x.shape[0])"
             )
         return ""
 

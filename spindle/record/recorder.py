@@ -396,8 +396,8 @@ class Recorder(TorchFunctionMode):
             return Ref(number)
         if _is_meta(value):
             raise Refused(
-                "a tensor of the model came out of code that cannot be followed (torch.jit.script, C++); call the "
-                "module in Python"
+                "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
+                "(torch.jit.script, C++); let the layer return it"
             )
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)

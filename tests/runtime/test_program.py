@@ -22,9 +22,10 @@ def test_an_instruction_in_full() -> None:
     """Rank, wave, layers and peers: all that a person needs to find the place."""
     program = lowered()
     described = [program.describe(1, i) for i in program.instructions[1] if i.op not in (Op.FREE, Op.AWAIT)]
+    assert program.describe(0, Instruction(Op.CLIP)) == "rank 0, CLIP (with all ranks)"
     assert described == [
         "rank 1, LOAD t",
-        "rank 1, AGREE",
+        "rank 1, AGREE (with all ranks)",
         "rank 1, wave 0, FORWARD s0 (t.a.0 .. t.a.1)",
         "rank 1, wave 1, TRANSFER s0>s1 (with rank 0)",
         "rank 1, wave 1, FORWARD s1 (t.loss)",

@@ -1,0 +1,137 @@
+"""Batches: what the tasks of a step are computed from on one rank, loaded, shared among ranks and recorded.
+
+Where a thread of its own costs the step nothing (on GPUs, or beside idle cores), the batches of the next step are
+recorded while this one is computed. They are looked at then, not taken: a checkpoint says where the present step
+stands.
+"""
+
+import concurrent.futures
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from spindle.capture.repeat import base_task, micro_batch
+from spindle.record.draws import Stream
+from spindle.runtime.data import Feed
+from spindle.runtime.programs.messages import Layouts
+from spindle.runtime.programs.program import Program
+from spindle.runtime.recordings import LoadedBatch, Recordings
+from spindle.runtime.watch import tokens_of
+from spindle.units import Bounds, SampledBatch
+
+TakesPart = Callable[[int], Iterable[str]]
+"""Tasks that take part in a step."""
+
+
+class Batches:
+    """Batches of one rank's tasks, round by round. `tokens`: read since the counter was cleared, by task."""
+
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        feeds: Mapping[str, Feed],
+        recordings: Recordings,
+        *,
+        seed: int,
+        rounds: int,
+        takes_part: TakesPart,
+        ahead: bool,
+    ) -> None:
+        """`rounds` of a step; `takes_part` names the tasks of a step. `ahead`: record the next round beside this
+        one.
+        """
+        self.program, self.rank, self.feeds, self.recordings = program, rank, feeds, recordings
+        self.seed, self.rounds, self.takes_part = seed, rounds, takes_part
+        self.layouts = Layouts(program)
+        self.in_flight = 1 + max((micro_batch(task) for task, _ in program.losses), default=0)
+        self.tokens: Counter[str] = Counter()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording") if ahead else None
+        self._running: concurrent.futures.Future[None] | None = None
+        self._stopped = threading.Event()
+        self._prepared: dict[tuple[str, int, int, int], LoadedBatch] = {}  # by task, step, batch and id of its fields
+
+    def round(self, step: int, number: int) -> Callable[[str], LoadedBatch]:
+        """What gives the batch of a task, or of one of its micro-batches, in a round of a step.
+
+        Those that are concurrent are read together: all ranks count alike.
+        """
+        self.wait()
+        first = number * self.in_flight
+        read: dict[str, list[SampledBatch]] = {}
+        left = {task for task in self._loaded() if base_task(task) in set(self.takes_part(step))}
+
+        def fetch(task: str) -> LoadedBatch:
+            base, micro = base_task(task), micro_batch(task)
+            if base not in read:
+                read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
+                self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
+            batch = read[base][micro]
+            found = self._prepared.pop((task, step, first + micro, id(batch)), None)
+            left.discard(task)
+            if not left:
+                self._prepared.clear()
+                self._begin(*((step, number + 1) if number + 1 < self.rounds else (step + 1, 0)))
+            return found or self._loaded_batch(task, step, first + micro, batch)
+
+        return fetch
+
+    def _loaded(self) -> list[str]:
+        """Tasks and micro-batches that this rank loads."""
+        return list(dict.fromkeys(run.task for run in self.program.slices if self.rank in run.ranks))
+
+    def _loaded_batch(self, task: str, step: int, number: int, batch: SampledBatch) -> LoadedBatch:
+        stream = Stream(seed=self.seed, step=step, batch=number, task=base_task(task))
+        return self.recordings.loaded(task, batch, self.layouts.of(task, batch.units), stream)
+
+    def held(self, loaded: LoadedBatch) -> Sequence[Bounds]:
+        """Samples that this rank's runs hold of a batch."""
+        runs = (run for run in self.program.slices if run.task == loaded.task and self.rank in run.ranks)
+        bounds = (loaded.layout.bounds[run.name][run.ranks.index(self.rank)] for run in runs)
+        return [own for own in dict.fromkeys(bounds) if own[0] < own[1]]
+
+    # -- ahead ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, step: int, number: int) -> None:
+        if self._thread is not None and not self._stopped.is_set():
+            self._running = self._thread.submit(self._record_ahead, step, number)
+
+    def _record_ahead(self, step: int, number: int) -> None:
+        """Record what a later round will load. What goes wrong here goes wrong again when it is loaded, and is told."""
+        with contextlib.suppress(Exception):
+            tasks = set(self.takes_part(step))
+            for task in (task for task in self._loaded() if base_task(task) in tasks):
+                if self._stopped.is_set():
+                    return
+                batch = self.feeds[base_task(task)].peek(micro_batch(task))
+                if batch is not None:
+                    place = number * self.in_flight + micro_batch(task)
+                    loaded = self._loaded_batch(task, step, place, batch)
+                    loaded.prepare(self.held(loaded))
+                    self._prepared[task, step, place, id(batch)] = loaded
+
+    def wait(self) -> None:
+        """Until nothing is recorded ahead any more: only then may others look at the feeds."""
+        if self._running is not None:
+            concurrent.futures.wait([self._running])
+            self._running = None
+
+    def forget(self) -> None:
+        """Drop what was recorded ahead: the feeds go on elsewhere."""
+        self.wait()
+        self._prepared.clear()
+
+    def settle(self) -> None:
+        """Wait until nothing is recorded or read."""
+        self.wait()
+        for feed in self.feeds.values():
+            feed.settle()
+
+    def close(self) -> None:
+        """Read and record no more."""
+        self._stopped.set()
+        for feed in self.feeds.values():
+            feed.close()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
