@@ -260,7 +260,8 @@ def _ends(
     specs: Sequence[TensorSpec], source: SliceRun, target: SliceRun, *, backward: bool
 ) -> dict[str, tuple[int, ...]]:
     """Ranks that may send and receive where bounds vary: none of runs whose bounds are always the same."""
-    alike = (source.ranks, source.tensor_parallel) == (target.ranks, target.tensor_parallel)
+    what = ("ranks", "tensor_parallel", "varies", "weigh_by")
+    alike = all(getattr(source, name) == getattr(target, name) for name in what)
     cut = [spec for spec in specs if spec.rows and not alike]
     if not specs or not (source.varies or target.varies):
         return {}
