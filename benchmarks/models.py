@@ -68,8 +68,8 @@ class Row:
         return ", ".join(f"{name} {count}" for name, count in self.layers.items()) or "none"
 
     @property
-    def cut(self) -> str:
-        """Which operators go by samples; the loss itself never does."""
+    def sharded(self) -> str:
+        """Which operators can be sharded over the batch; the loss itself never can."""
         if not self.operators:
             return ""
         if self.operators == 1:
@@ -90,7 +90,7 @@ class Row:
             self.family.origin,
             str(self.operators or ""),
             self.found,
-            self.cut,
+            self.sharded,
             f"{self.capture_s:.1f}",
             self.outcome,
             str(self.plans or ""),
@@ -101,11 +101,11 @@ class Row:
     def short_cells(self) -> tuple[str, ...]:
         """The row for docs/models.md."""
         outcome = f"{self.outcome}, {self.plans} plans" if self.plans else self.outcome
-        return self.family.name, self.family.origin, self.found, self.cut, outcome
+        return self.family.name, self.family.origin, self.found, self.sharded, outcome
 
 
-HEADER = ("family", "kind", "operators", "layers", "batch is cut", "capture s", "outcome", "plans", "largest error")
-SHORT_HEADER = ("family", "kind", "layers found", "batch is cut", "agrees with one process")
+HEADER = ("family", "kind", "operators", "layers", "sharded over the batch", "capture s", "outcome", "plans", "largest error")
+SHORT_HEADER = ("family", "kind", "layers found", "sharded over the batch", "agrees with one process")
 
 
 def tried(family: Family) -> Row:
@@ -222,7 +222,7 @@ def _counted(rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row]) -> str:
-    """The table in docs/models.md, and what is not sharded over the batch."""
+    """The tables in docs/models.md."""
     changing = [row for row in rows if row.family in CHANGING]
     others = [row for row in rows if row.family not in CHANGING]
     return "\n".join(

@@ -155,7 +155,6 @@ class Feed:
             self._shared.leave()
         for future in self._ahead:
             future.cancel()
-        self._ahead.clear()
         if self._shared is not None or self._iterator is not None:
             self._thread.submit(self._finish)
         self._thread.end()
@@ -266,21 +265,28 @@ class _Thread:
         """It starts with the first piece of work, and ends when nobody can give it more."""
         self.name = name
         self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._started = False
+        self._started, self._ended = False, False
+        self._lock = threading.Lock()
         weakref.finalize(self, self._waiting.put, None)
 
     def submit(self, work: Callable[[], Any]) -> "Future[Any]":
-        """What the work will give."""
-        if not self._started:
-            self._started = True
-            threading.Thread(target=_do_all, args=(self._waiting,), daemon=True, name=self.name).start()
+        """What the work will give; cancelled when the thread is to end."""
         found: Future[Any] = Future()
-        self._waiting.put((found, work))
+        with self._lock:
+            if self._ended:
+                found.cancel()
+                return found
+            if not self._started:
+                self._started = True
+                threading.Thread(target=_do_all, args=(self._waiting,), daemon=True, name=self.name).start()
+            self._waiting.put((found, work))
         return found
 
     def end(self) -> None:
         """End it when it has done what it was given."""
-        self._waiting.put(None)
+        with self._lock:
+            self._ended = True
+            self._waiting.put(None)
 
 
 def _do_all(waiting: "queue.SimpleQueue[_Work | None]") -> None:

@@ -4,8 +4,9 @@
   far, and of equals the lowest. Ranks are on one machine when they find the same directory for temporary files there.
 - A batch goes through shared memory; its descriptor goes through a socket between the two ranks. No store or process
   group takes part: a wait for a batch holds up no other message, and the death of the reader is noticed at once.
-- The reader is at most `AHEAD` batches ahead of what the slowest of the others has received, and each of these receives
-  `prefetch` batches before it needs them.
+- The reader is a few batches ahead of what the slowest of the others has received, and each of these receives
+  `prefetch` batches before it needs them. The few are more than one round of a step takes of a task: else two ranks
+  that read for each other, and load their tasks in another order, would wait for each other.
 - The thread of a feed waits here without a time limit. Whoever needs a batch waits for that thread no longer than the
   feed allows, and closing a feed wakes the thread.
 - With the "threads" launcher each rank reads for itself. That launcher is for tests and debugging: a loader then runs
@@ -29,7 +30,7 @@ from spindle.runtime.transport import ProcessTransport, Transport
 
 T = TypeVar("T")
 
-AHEAD = 4  # batches that are sent and not yet received
+AHEAD = 2  # batches that are sent and not yet received, beside those of one round of a step
 
 _HEAD = struct.Struct("<Q")  # generation of a batch that is sent
 _TAKEN = struct.Struct("<Q")  # generation of a batch that was received
@@ -122,9 +123,10 @@ class Reader(_Side):
 
     reads = True
 
-    def __init__(self, task: str, sockets: Mapping[int, socket.socket]) -> None:
-        """`sockets`: one to each rank that gets the batches."""
+    def __init__(self, task: str, sockets: Mapping[int, socket.socket], ahead: int) -> None:
+        """`sockets`: one to each rank that gets the batches. `ahead`: how many of them no rank need have received."""
         super().__init__(task, sockets)
+        self.ahead = ahead
         self._untaken = dict.fromkeys(sockets, 0)
         self._unread = dict.fromkeys(sockets, b"")
         self._begun = 0  # the generation that `_untaken` counts
@@ -168,7 +170,7 @@ class Reader(_Side):
             self._begun, self._untaken = generation, dict.fromkeys(self.sockets, 0)
         self._count_taken()
         try:
-            while full := [rank for rank, count in self._untaken.items() if count >= AHEAD]:
+            while full := [rank for rank, count in self._untaken.items() if count >= self.ahead]:
                 self._slowest = full[0]
                 self._wait(self.sockets.values(), generation)
                 self._count_taken()
@@ -287,8 +289,13 @@ class Seat:
     tasks: tuple[str, ...]
 
 
-def shared_reads(transport: Transport, tasks: Collection[str], timeout_s: float) -> dict[str, SharedReads]:
-    """How this rank gets the batches of those of its `tasks` that others of its machine load too. All ranks call it."""
+def shared_reads(
+    transport: Transport, tasks: Collection[str], *, in_flight: int, timeout_s: float
+) -> dict[str, SharedReads]:
+    """How this rank gets the batches of those of its `tasks` that others of its machine load too. All ranks call it.
+
+    `in_flight`: batches that one round of a step takes of each task.
+    """
     if not isinstance(transport, ProcessTransport) or transport.num_ranks == 1:
         return {}
     with Door(timeout_s) as door:
@@ -303,7 +310,8 @@ def shared_reads(transport: Transport, tasks: Collection[str], timeout_s: float)
         served = {task: others for task, (reader, *others) in sharing.items() if reader == rank}
         came = door.let_in({(other, own.tasks.index(task)) for task, others in served.items() for other in others})
         for task, others in served.items():
-            found[task] = Reader(task, {other: came[other, own.tasks.index(task)] for other in others})
+            sockets = {other: came[other, own.tasks.index(task)] for other in others}
+            found[task] = Reader(task, sockets, AHEAD + in_flight)
     return found
 
 

@@ -75,6 +75,7 @@ def transfers_complete(program: Program, places: Places) -> Iterator[str]:
                 yield f"rank {rank} waits for transfer {transfer.name} before it starts it"
     for transfer in program.transfers:
         yield from _ends_agree(program, transfer)
+    yield from _ends_suffice(program)
     yield from _gradients_return(program)
     yield from _shares_return(program)
 
@@ -89,6 +90,42 @@ def _ends_agree(program: Program, transfer: Transfer) -> Iterator[str]:
             yield f"{what}, but it does not pass from {source.name} to {target.name}"
         if m.source not in source.ranks or m.target not in target.ranks:
             yield f"{what}, but {source.name} is on ranks {source.ranks}, {target.name} on {target.ranks}"
+
+
+def _ends_suffice(program: Program) -> Iterator[str]:
+    """Where the bounds of a run vary, every rank that may then hold samples of a tensor can send and receive them."""
+    can: dict[tuple[str, str, bool], tuple[set[int], set[int]]] = {}
+    for transfer in program.transfers:
+        senders, receivers = can.setdefault((transfer.source, transfer.target, transfer.backward), (set(), set()))
+        senders.update(transfer.sending())
+        receivers.update(transfer.receiving())
+    maker = {tensor: run for run in program.slices for tensor in run.outputs}
+    for target in program.slices:
+        for tensor in (name for name in target.inputs if name in maker):
+            source, spec = maker[tensor], program.tensor_by_name[tensor]
+            makers, readers = _ends(source, target, is_cut=spec.rows > 0)
+            for backward in (False, True) if target.backward and spec.needs_grad else (False,):
+                first, second = (target, source) if backward else (source, target)
+                needed = (readers, makers) if backward else (makers, readers)
+                found = can.get((first.name, second.name, backward), (set(), set()))
+                for ranks, others, verb in zip(needed, found, ("send", "receive"), strict=True):
+                    if missing := sorted(ranks - others):
+                        what = f"{'gradient of ' if backward else ''}{tensor!r} from {first.name} to {second.name}"
+                        yield f"{what}: bounds vary, so ranks {missing} may have to {verb} it, but no transfer says so"
+
+
+def _ends(source: SliceRun, target: SliceRun, *, is_cut: bool) -> tuple[set[int], set[int]]:
+    """Ranks that may send a tensor to others and that may receive it, where bounds vary; none where they do not."""
+    alike = (source.ranks, source.tensor_parallel, source.varies) == (
+        target.ranks,
+        target.tensor_parallel,
+        target.varies,
+    )
+    if not (source.varies or target.varies) or (is_cut and alike):
+        return set(), set()
+    makers = source.ranks if is_cut else source.ranks[:1]
+    pairs = [(a, b) for a in makers for b in target.ranks if a != b]
+    return {a for a, _ in pairs}, {b for _, b in pairs}
 
 
 def _gradients_return(program: Program) -> Iterator[str]:

@@ -2,20 +2,21 @@
 
 spindle.program 2
 ranks 2
-loss image-text image-text/div weight 1.0
-tensor image-text/add float32 8,17,32 rows 1 dim 0 of samples grad
-slice s0 image-text.vision.layers task image-text component vision wave 0 backward
+loss image-text image-text/loss:0 weight 1.0
+tensor image-text/vision.pre:0 float32 8,17,32 rows 1 dim 0 of samples grad
+slice s0 image-text.vision.layers task image-text component vision wave 0 loads backward
   operators image-text.vision.layers.0 image-text.vision.layers.1
   ranks 0 1
   bounds 0:4 4:8
-  inputs image-text/add
-  outputs image-text/getitem
+  inputs image-text/vision.pre:0
+  outputs image-text/vision.layers.1:0
 transfer s0>s1 from s0 to s1 forward
-  image-text/getitem 1 -> 0 samples 4:8
+  image-text/vision.layers.1:0 1 -> 0 samples 4:8
 bucket b0 float32 ranks 0 1
   vision.encoder.layers.0.weight
 rank 0
   LOAD image-text
+  AGREE
   FORWARD s0
 """
 

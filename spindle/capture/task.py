@@ -185,10 +185,10 @@ class Looker:
         units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
         if len(parts) > 1:
             self._look_at_other(task, SampledBatch(fields, units, batch.places), whole, parts, sites, prober)
-        cut, end = parts[0][1], 2 * whole[1]
+        end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if sites.get("") else 1)):
             twice = _twice(batch, whole, step)
-            self._look_at_other(task, twice, (0, end), ((0, cut), (cut, end)), sites, prober, step)
+            self._look_at_other(task, twice, (0, end), _singly(twice.units), sites, prober, step)
 
     def _look_at_other(
         self,
@@ -429,6 +429,22 @@ def _twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
             fields[name] = value + value
     counts = {unit: rows[bounds[0] : bounds[1]] * 2 for unit, rows in batch.units.counts.items()}
     return SampledBatch(fields, Units(counts), batch.places)
+
+
+def _singly(units: Units) -> tuple[Bounds, ...]:
+    """As many parts of a batch as can be of which each has rows of every unit: chance may hide what passes from one
+    sample to the next at some place, but hardly at all of them.
+    """
+    found: list[Bounds] = []
+    low, size = 0, units.num_samples
+    needed = [offsets for offsets in units.offsets.values() if offsets[-1]]
+    for high in range(1, size + 1):
+        if all(offsets[low] < offsets[high] < offsets[-1] or high == size for offsets in needed):
+            found.append((low, high))
+            low = high
+    if len(found) > 1 and any(offsets[found[-1][0]] == offsets[size] for offsets in needed):
+        found[-2:] = [(found[-2][0], size)]
+    return tuple(found)
 
 
 def _few(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:

@@ -71,7 +71,9 @@ class Stalling(Breaking):
     """Does not come back."""
 
     def act(self) -> None:
-        RELEASE.wait(SECONDS)
+        from tests.faults import breaking  # by its name: processes are sent what a class of this file refers to
+
+        breaking.RELEASE.wait(SECONDS)
 
 
 class Exiting(Breaking):

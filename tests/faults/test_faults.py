@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.runtime.controller import Launcher
+from spindle.runtime.data import Feed
 from spindle.workload import Workload
 from tests.faults.breaking import (
     RELEASE,
@@ -258,6 +260,17 @@ def test_a_loader_that_stalls() -> None:
     assert "task 't': its loader gave no batch within 1 s" in str(error)
 
 
+def test_a_feed_that_was_closed_lets_nobody_wait_regression() -> None:
+    """When one rank fails the feeds of all are closed, while another rank may just be asking for its next batch."""
+    feed = Feed(workload_of(marked).tasks["t"], 0, timeout_s=60.0)
+    assert feed.next().units.num_samples == 4
+    feed.close()
+    started_s = time.monotonic()
+    with pytest.raises(CancelledError):
+        feed.next()
+    assert time.monotonic() - started_s < LIMIT_S
+
+
 def test_loaders_that_disagree() -> None:
     """Batches that differ between two passes are found before the first step, where ranks would train on them."""
     passes = iter(range(100))
@@ -285,7 +298,9 @@ def test_loaders_that_disagree_later_on() -> None:
 
     error = failure(workload_of(other_in_the_end), "threads")
     assert type(error) is WorkloadError
-    words = r"rank \d, AGREE: task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; "
+    words = (
+        r"rank \d, AGREE \(with all ranks\): task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; "
+    )
     assert re.match(words, str(error))
     assert "every pass over its data must give the same batches in every process" in str(error)
 

@@ -80,7 +80,7 @@ misshapen = one_task("misshapen", loss, inputs=3)
 no_scalar = one_task("no_scalar", lambda net, x: net(x))
 no_data = one_task("no_data", loss, data=[])
 burning = one_task("burning", loss, data=burns)
-cut_short = one_task("cut_short", loss, data=[{"x": torch.ones(3, 2)}])
+packed = one_task("packed", loss, data=[{"x": torch.ones(4, 2), "pixels": torch.ones(7, 2)}])
 number = 3
 
 

@@ -1,5 +1,7 @@
 """Laws: every fault that can be planted in a program is found, and explained with its rank, instruction and reason."""
 
+from dataclasses import replace
+
 import pytest
 
 from spindle.errors import ProgramError
@@ -7,7 +9,7 @@ from spindle.runtime.laws import broken_laws, check_program
 from spindle.runtime.programs import text
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Program
-from tests.runtime.hand_program import TEXT, lowered
+from tests.runtime.hand_program import TEXT, hand_plan, hand_slice, lowered
 
 RANK_0 = TEXT.index("rank 0\n")
 RANK_1 = TEXT.index("rank 1\n")
@@ -268,6 +270,29 @@ def test_clipping_comes_when_all_is_reduced() -> None:
 
 
 SHARDED = text.dumps(lowered(shard_optimizer=True))
+
+
+def test_ends_where_bounds_vary_must_suffice() -> None:
+    """Five samples go from two ranks to three; one that needs none of evenly shared ones may need some of others."""
+    slices = (hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (0, 1, 2), 1.0))
+    program = lowered(hand_plan(*slices, hand_slice("t.loss", 0, 1, (0,), 2.0), num_devices=3), varying={"t"})
+    assert list(broken_laws(program)) == []
+    transfers = [t.name for t in program.transfers]
+    forth, back = program.transfer_by_name["s0>s1"], program.transfer_by_name["s0<s1"]
+    assert (forth.senders, forth.receivers) == (back.receivers, back.senders) == ((0, 1), (0, 1, 2))
+    assert [(m.source, m.target, m.low, m.high) for m in forth.messages] == [(0, 1, 2, 3), (1, 2, 4, 5)]
+    for faulty, finding in (
+        (replace(forth, receivers=()), "'t/x' from s0 to s1: bounds vary, so ranks [0] may have to receive it"),
+        (
+            replace(back, senders=(1, 2)),
+            "gradient of 't/x' from s1 to s0: bounds vary, so ranks [0] may have to send it",
+        ),
+    ):
+        tables = [program.transfer_by_name[name] for name in transfers]
+        tables[transfers.index(faulty.name)] = faulty
+        found = run_passes(replace(program, transfers=tuple(tables), instructions=((),) * 3))
+        assert list(broken_laws(found)) == [f"{finding}, but no transfer says so"]
+
 
 SHARED_UPDATES = {
     "parameters that are not taken": (

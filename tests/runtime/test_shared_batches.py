@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from spindle.errors import RunError, WorkloadError
 from spindle.runtime import shared_batches
 from spindle.runtime.data import Feed
 from spindle.runtime.machines import Door, called, machine
-from spindle.runtime.shared_batches import AHEAD, Reader, Receiver, Seat, readers
+from spindle.runtime.shared_batches import Reader, Receiver, Seat, readers
 from spindle.workload import Task
 
 ROOT = Path(__file__).parents[2]
+AHEAD = 4
 WAIT_S = 20.0  # for what comes at once
 SHORT_S = 0.2  # for what never comes
 
@@ -54,7 +56,7 @@ class Sharing:
 
     def __init__(self, data: Any, *, others: int = 1, timeout_s: float = WAIT_S, **options: Any) -> None:
         pairs = [socket.socketpair() for _ in range(others)]
-        self.reader = Reader("t", {index + 1: ours for index, (ours, _) in enumerate(pairs)})
+        self.reader = Reader("t", {index + 1: ours for index, (ours, _) in enumerate(pairs)}, AHEAD)
         self.receivers = [Receiver("t", 0, theirs) for _, theirs in pairs]
         own, given = task(data, **options), task(nothing, **options)
         self.first = Feed(own, 1, timeout_s=timeout_s, shared=self.reader)
@@ -120,7 +122,7 @@ class Grid:
 def test_a_batch_comes_as_it_is(sharing: Callable[..., Sharing]) -> None:
     """Tensors of any type, order and size, also inside of other fields; words, arrays and objects; rows by sample."""
     pixels = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    batch = {
+    batch: dict[str, Any] = {
         "b": torch.randn(2, 7, dtype=torch.bfloat16),
         "pixels": pixels,
         "same": pixels,
@@ -227,7 +229,7 @@ def test_data_ends_for_all_alike(sharing: Callable[..., Sharing], on_end: str) -
 
 
 def test_the_reader_waits_for_the_slowest(sharing: Callable[..., Sharing]) -> None:
-    """It reads `AHEAD` batches that a rank has not received, names it, and goes on when it takes some."""
+    """It reads `ahead` batches that a rank has not received, names it, and goes on when it takes some."""
     read: list[int] = []
     one = sharing(numbers(100, read), others=2, prefetch=0, timeout_s=SHORT_S)
     quick, slow = one.others
@@ -240,6 +242,25 @@ def test_the_reader_waits_for_the_slowest(sharing: Callable[..., Sharing]) -> No
     one.first.timeout_s = quick.timeout_s = WAIT_S
     assert taken(one.first, 2) == taken(quick, 2) == [AHEAD, AHEAD + 1]
     assert len(read) == AHEAD + 2
+
+
+def test_ranks_that_read_for_each_other_do_not_lock(sharing: Callable[..., Sharing]) -> None:
+    """One loads four batches of a task, then of another; its peer does so in the other order, step by step."""
+    one, other = (sharing(numbers(100), prefetch=0) for _ in range(2))
+    orders = [one.first, other.others[0]], [other.first, one.others[0]]
+    together = threading.Barrier(2, timeout=WAIT_S)
+
+    def load(feeds: list[Feed]) -> list[float]:
+        found = []
+        for _ in range(3):
+            found += [number for feed in feeds for number in taken(feed, AHEAD)]
+            together.wait()
+        return found
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(load, orders)
+    assert first == second
+    assert first[-AHEAD:] == [8.0, 9.0, 10.0, 11.0]
 
 
 def test_a_reader_that_gives_nothing_is_named(sharing: Callable[..., Sharing]) -> None:
@@ -309,6 +330,32 @@ def test_the_reader_goes_on_without_a_rank_that_left(sharing: Callable[..., Shar
     assert taken(one.first, AHEAD + 2)[-1] == 2 * AHEAD + 3
 
 
+def test_a_closed_feed_gives_no_more(sharing: Callable[..., Sharing]) -> None:
+    """A rank that still asks, while another ends the run, does not wait."""
+    one = sharing(numbers(3), prefetch=0)
+    for feed in one.feeds:
+        feed.next()
+        feed.close()
+        with pytest.raises(CancelledError):
+            feed.next()
+        feed.close()
+
+
+def test_a_resumed_feed_knows_where_it_stands_regression(sharing: Callable[..., Sharing]) -> None:
+    """All look at a first batch before they resume; that one counted as taken."""
+    one = sharing(numbers(9), prefetch=0)
+    for feed in one.feeds:
+        taken(feed, 3)
+    state = one.first.state()
+    again = sharing(numbers(9), prefetch=0)
+    for feed in again.feeds:
+        feed.digest()
+    for feed in again.feeds:
+        feed.resume(state)
+    assert [taken(feed, 1) for feed in again.feeds] == [[3.0]] * 2
+    assert [feed.state()["taken"] for feed in again.feeds] == [4] * 2
+
+
 def test_a_reader_that_closes_is_noticed_at_once(sharing: Callable[..., Sharing]) -> None:
     """By a rank that waits for the next batch."""
     one = sharing(numbers(3), prefetch=1)
@@ -329,7 +376,7 @@ from spindle.workload import Task
 
 data = lambda: ({"b": torch.full((2, 50_000), float(i))} for i in range(9))
 task = Task(name="t", function=None, batch_size=2, data=data, prefetch=0)
-feed = Feed(task, 1, shared=Reader("t", {1: socket.socket(fileno=int(sys.argv[1]))}))
+feed = Feed(task, 1, shared=Reader("t", {1: socket.socket(fileno=int(sys.argv[1]))}, 4))
 feed.next(), feed.next()
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -404,4 +451,4 @@ def test_one_rank_shares_with_nobody() -> None:
     from spindle.runtime.transport import ThreadTransport
 
     for transport in (*ThreadTransport.connect(1), *ThreadTransport.connect(2)):
-        assert shared_batches.shared_reads(transport, ["t"], WAIT_S) == {}
+        assert shared_batches.shared_reads(transport, ["t"], in_flight=1, timeout_s=WAIT_S) == {}

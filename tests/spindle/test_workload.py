@@ -19,6 +19,10 @@ def task(data: Iterable[Any] | Callable[[], Iterable[Any]] = (), batch_size: int
     return Task(name="t", function=lambda batch: batch["x"].sum(), batch_size=batch_size, data=data)
 
 
+def packed(rows: Callable[[Any], Any]) -> Task:
+    return Task(name="t", function=lambda batch: batch["x"].sum(), batch_size=4, data=(), rows=rows)
+
+
 def register(name: str = "t", batch_size: int = 4, weight: float = 1.0) -> None:
     Workload("w").task(name, batch_size=batch_size, data=[GOOD], weight=weight)(lambda batch: batch["x"].sum())
 
@@ -66,19 +70,51 @@ RULES: dict[str, Refusal] = {
     "a generator": (lambda: task(x for x in [GOOD]).batches(), "(generator)", "one-time iterator", "a fresh iterator"),
     "a function that returns no data": (lambda: task(lambda: 3).batches(), "a int", "an iterable of batches", "or a"),  # type: ignore[arg-type, return-value]
     "no data": (lambda: task([]).first_batch(), "task 't'", "holds no batch", "give at least one"),
-    "a batch that is a tensor": (lambda: task().check(torch.ones(4)), "'t'", "a batch is a Tensor", "dicts of tensors"),
-    "a batch that is a tuple": (lambda: task().check((GOOD["x"],)), "'t'", "a batch is a tuple", "dicts of tensors"),
-    "an empty batch": (lambda: task().check({}), "'t'", "a batch is a dict", "dicts of tensors"),
-    "a field that is a list": (lambda: task().check({"x": [1, 2, 3, 4]}), "batch['x'] is a list", "tensor", "leave it"),
-    "a field of text": (lambda: task().check({**GOOD, "url": ["a"] * 4}), "batch['url']", "make it a tensor", "leave"),
-    "a field without samples": (
-        lambda: task().check({"x": torch.tensor(1.0)}),
-        "shape ()",
-        "batch size 4",
-        "drop_last",
+    "a batch that is a tensor": (
+        lambda: task().sampled(torch.ones(4)),
+        "'t'",
+        "a batch is a Tensor",
+        "dicts of fields",
     ),
-    "too few samples": (lambda: task().check({"x": torch.ones(3, 2)}), "(3, 2)", "batch size 4", "drop_last=True"),
-    "too many samples": (lambda: task().check({"x": torch.ones(5, 2)}), "(5, 2)", "batch size 4", "drop_last=True"),
+    "a batch that is a tuple": (lambda: task().sampled((GOOD["x"],)), "'t'", "a batch is a tuple", "dicts of fields"),
+    "an empty batch": (lambda: task().sampled({}), "'t'", "a batch is a dict", "dicts of fields"),
+    "a batch without a field of samples": (
+        lambda: task().sampled({"x": torch.tensor(1.0), "name": "a"}),
+        "task 't'",
+        "do not share a number of samples (rows of each: none)",
+        "must be the batch size 4, or rows= must count it",
+    ),
+    "fields of different samples": (
+        lambda: task().sampled({"x": torch.ones(3, 2), "y": torch.ones(5)}),
+        "task 't'",
+        "rows of each: x 3, y 5",
+        "must be the batch size 4, or rows= must count it",
+    ),
+    "a packed field that is not declared": (
+        lambda: task().sampled({**GOOD, "pixels": torch.ones(7, 2)}),
+        "task 't': batch['pixels'] has 7 rows for 4 samples",
+        "it is packed",
+        "give rows=",
+    ),
+    "no sample": (lambda: task().sampled({"x": torch.ones(0, 2)}), "'t'", "has no samples", "leave empty batches out"),
+    "rows that raise": (
+        lambda: packed(lambda batch: {"x": batch["n"]}).sampled(GOOD),
+        "task 't'",
+        "rows= raised KeyError: 'n'",
+        "correct rows=",
+    ),
+    "rows that are none": (
+        lambda: packed(lambda batch: None).sampled(GOOD),
+        "task 't'",
+        "rows= raised TypeError",
+        "correct rows=",
+    ),
+    "rows that do not add up": (
+        lambda: packed(lambda batch: {"x": [1, 1, 1, 2]}).sampled(GOOD),
+        "task 't'",
+        "rows= counts 5 rows of 'x', which has 4",
+        "correct rows=",
+    ),
 }
 
 
@@ -120,7 +156,26 @@ def test_a_mapping_of_its_own_is_a_batch() -> None:
     class Encoding(dict[str, Tensor]):
         pass
 
-    assert type(task().check(Encoding(GOOD))) is dict
+    found = task().sampled(Encoding(GOOD))
+    assert type(found.fields) is dict
+    assert found.fields["x"] is GOOD["x"]
+
+
+def test_fields_of_any_kind_and_any_number_of_samples() -> None:
+    """Lists with an entry for each sample are cut with it; single numbers, texts and settings go to all."""
+    batch = task().sampled(
+        {"x": torch.ones(3, 2), "names": ["a", "b", "c"], "scale": torch.tensor(2.0), "mode": "fast"}
+    )
+    assert batch.units.num_samples == 3
+    part = batch.part(1, 3)
+    assert (part["x"].shape, part["names"], part["scale"], part["mode"]) == ((2, 2), ["b", "c"], 2.0, "fast")
+
+
+def test_rows_of_packed_fields_are_asked_for_each_batch() -> None:
+    """What `rows=` gives for a batch says where its samples end."""
+    batch = packed(lambda batch: {"x": batch["count"]}).sampled({"x": torch.ones(6, 2), "count": torch.tensor([1, 5])})
+    assert batch.units.counts["x"] == (1, 5)
+    assert batch.part(1, 2)["x"].shape == (5, 2)
 
 
 def test_parameters_are_named_once() -> None:

@@ -1,0 +1,194 @@
+"""All ranks of a random program run together, on sample numbers in place of tensors.
+
+It shares no code with `spindle.runtime.laws`, and none with the executor.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from spindle.contract import contract
+from spindle.graph import TaskGraph
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.messages import StepLayout
+from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
+from tests.random_plans import random_plan
+from tests.task_graphs import random_task_graph
+
+
+def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Program]:
+    """One to three tasks on one to five ranks, sometimes with clipping, recompute and sharded optimizer states. With
+    `varying` the batches of some tasks, the first among them, are shared anew in each step.
+    """
+    rng = random.Random(seed)
+    sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))
+    metagraph = contract(sample.graph)
+    return sample.graph, lower(
+        random_plan(metagraph, rng.randint(1, 5), seed),
+        metagraph,
+        sample.graph,
+        losses=sample.losses,
+        weights=sample.weights,
+        max_grad_norm=rng.choice((None, 0.5)),
+        recompute=rng.choice(((), ("a", "b"))),
+        shard_optimizer=rng.random() < 0.3,
+        varying={task for task in sample.losses if task == "t0" or rng.random() < 0.5} if varying else (),
+    )
+
+
+class Abstract:
+    """All ranks in one place: a tensor is the list of samples that a rank holds of it, a gradient a count by sample.
+
+    A send never waits, a receive waits for its sender, a reduction for all its ranks: what a network does. `layouts`:
+    how the batch of each task is shared; without them, as planned.
+    """
+
+    def __init__(self, program: Program, layouts: Mapping[str, StepLayout] | None = None) -> None:
+        self.program = program
+        self.bounds = {run.name: run.bounds for run in program.slices}
+        self.messages = {transfer.name: transfer.messages for transfer in program.transfers}
+        for layout in (layouts or {}).values():
+            self.bounds |= layout.bounds
+            self.messages |= layout.messages
+        self.agreed: set[int] = set()
+        self.maker = {tensor: run for run in program.slices for tensor in run.outputs}
+        self.held: list[dict[str, object]] = [{} for _ in program.instructions]
+        self.freed: list[set[str]] = [set() for _ in program.instructions]
+        self.loaded: list[set[str]] = [set() for _ in program.instructions]
+        self.mail: dict[tuple[str, Message], list[int]] = {}
+        self.at = [0] * program.num_ranks
+        self.arrived: dict[str, set[int]] = {}
+        self.reduced: list[set[str]] = [set() for _ in program.instructions]
+        self.awaited: list[set[str]] = [set() for _ in program.instructions]
+        self.stepped: set[int] = set()
+
+    def run(self, rng: random.Random) -> None:
+        """Any rank that can go on does, in random order, until all are done."""
+        total = sum(map(len, self.program.instructions))
+        while sum(self.at) < total:
+            able = [rank for rank in range(self.program.num_ranks) if self.can_go_on(rank)]
+            assert able, f"all ranks wait: {[self.next(rank) for rank in range(self.program.num_ranks)]}"
+            rank = rng.choice(able)
+            self.perform(rank, self.program.instructions[rank][self.at[rank]])
+            self.at[rank] += 1
+        assert not any(self.held), self.held
+        assert not self.mail, self.mail
+
+    def next(self, rank: int) -> Instruction | None:
+        instructions = self.program.instructions[rank]
+        return instructions[self.at[rank]] if self.at[rank] < len(instructions) else None
+
+    def can_go_on(self, rank: int) -> bool:
+        instruction = self.next(rank)
+        if instruction is None:
+            return False
+        if instruction.op is Op.AWAIT:
+            bucket = self.program.bucket_by_name.get(instruction.target)
+            if bucket is not None:
+                return self.arrived.get(bucket.name, set()) == set(bucket.ranks)
+            wanted = self.messages[instruction.target]
+            return all((instruction.target, m) in self.mail for m in wanted if m.target == rank)
+        if instruction.op in (Op.AGREE, Op.CLIP):
+            self.arrived.setdefault(instruction.op, set()).add(rank)
+            return len(self.arrived[instruction.op]) == self.program.num_ranks
+        return True
+
+    def perform(self, rank: int, instruction: Instruction) -> None:
+        name = instruction.target
+        if instruction.op is Op.LOAD:
+            assert name not in self.loaded[rank]
+            assert rank not in self.agreed
+            self.loaded[rank].add(name)
+        elif instruction.op is Op.AGREE:
+            self.agreed.add(rank)
+        elif instruction.op is Op.FORWARD:
+            self.forward(rank, self.program.slice_by_name[name])
+        elif instruction.op is Op.BACKWARD:
+            self.backward(rank, self.program.slice_by_name[name])
+        elif instruction.op is Op.TRANSFER:
+            self.send(rank, self.program.transfer_by_name[name])
+        elif instruction.op is Op.AWAIT and name in self.program.transfer_by_name:
+            messages = [m for m in self.messages[name] if m.target == rank]
+            self.make(rank, f"arrivals:{name}", {m: self.mail.pop((name, m)) for m in messages})
+        elif instruction.op is Op.REDUCE:
+            self.arrived.setdefault(name, set()).add(rank)
+            self.reduced[rank].add(name)
+        elif instruction.op is Op.AWAIT:
+            self.awaited[rank].add(name)
+        elif instruction.op is Op.STEP:
+            waited = {name for name in self.reduced[rank] if len(self.program.bucket_by_name[name].ranks) > 1}
+            assert waited == self.awaited[rank]
+            self.stepped.add(rank)
+        elif instruction.op is Op.GATHER:
+            assert rank in self.stepped
+        elif instruction.op is Op.FREE:
+            del self.held[rank][name]
+            assert name not in self.freed[rank]
+            self.freed[rank].add(name)
+
+    def make(self, rank: int, buffer: str, value: object) -> None:
+        assert buffer not in self.held[rank]
+        assert buffer not in self.freed[rank]
+        self.held[rank][buffer] = value
+
+    def forward(self, rank: int, run: SliceRun) -> None:
+        assert run.task in self.loaded[rank]
+        assert rank in self.agreed or self.program.num_ranks == 1
+        for tensor in run.inputs:
+            pieces = list(self.pieces(rank, tensor, self.maker[tensor], run, backward=False))
+            assert sorted(pieces) == self.samples(tensor, run, rank)
+        self.make(rank, f"activations:{run.name}", None)
+
+    def backward(self, rank: int, run: SliceRun) -> None:
+        assert f"activations:{run.name}" in self.held[rank]
+        for tensor in run.outputs:
+            readers = [r for r in self.program.slices if tensor in r.inputs and r.backward]
+            if not self.program.tensor_by_name[tensor].needs_grad or tensor in dict(self.program.losses).values():
+                continue
+            given = Counter[int]()
+            for reader in readers:
+                given.update(self.pieces(rank, tensor, run, reader, backward=True))
+            assert given == self.gradients_due(tensor, run, readers, rank)
+        if any(self.program.tensor_by_name[tensor].needs_grad for tensor in run.inputs):
+            self.make(rank, f"gradients:{run.name}", None)
+
+    def samples(self, tensor: str, run: SliceRun, rank: int) -> list[int]:
+        """Samples of a tensor that a run holds on a rank; [0] for one that cannot be cut, if it has samples at all."""
+        held = list(range(*self.bounds[run.name][run.ranks.index(rank)]))
+        return held if self.program.tensor_by_name[tensor].rows else [0][: len(held)]
+
+    def gradients_due(self, tensor: str, run: SliceRun, readers: list[SliceRun], rank: int) -> Counter[int]:
+        """How often each sample's gradient must come: once from every reader of the sample on any rank."""
+        if not self.program.tensor_by_name[tensor].rows:
+            ranks = sum(bool(self.samples(tensor, r, reader)) for r in readers for reader in r.ranks)
+            return Counter({0: ranks} if rank == run.ranks[0] and ranks else {})
+        return Counter(dict.fromkeys(self.samples(tensor, run, rank), len(readers)) if readers else {})
+
+    def pieces(self, rank: int, tensor: str, source: SliceRun, target: SliceRun, *, backward: bool) -> Iterator[int]:
+        """Samples of a tensor that this rank has from the other run: its own, then those that arrived."""
+        if rank in source.ranks and rank in target.ranks:
+            if self.program.tensor_by_name[tensor].rows:
+                mine = [s for s in self.samples(tensor, source, rank) if s in self.samples(tensor, target, rank)]
+            else:
+                mine = self.samples(tensor, target, rank) if rank == source.ranks[0] else []
+            buffer = f"gradients:{target.name}" if backward else f"activations:{source.name}"
+            assert not mine or buffer in self.held[rank]
+            yield from mine
+        for transfer in self.program.transfers:
+            ends = (target.name, source.name) if backward else (source.name, target.name)
+            messages = [m for m in self.messages[transfer.name] if m.tensor == tensor and m.target == rank]
+            if (transfer.source, transfer.target) == ends and transfer.backward is backward and messages:
+                arrived = self.held[rank][f"arrivals:{transfer.name}"]
+                assert isinstance(arrived, dict)
+                for message in messages:
+                    yield from arrived[message]
+
+    def send(self, rank: int, transfer: Transfer) -> None:
+        run = self.program.slice_by_name[transfer.source]
+        for m in self.messages[transfer.name]:
+            if m.source == rank:
+                assert f"{'gradients' if transfer.backward else 'activations'}:{run.name}" in self.held[rank]
+                rows = self.program.tensor_by_name[m.tensor].rows
+                samples = list(range(m.low, m.high)) if rows else [0]
+                assert set(samples) <= set(self.samples(m.tensor, run, rank))
+                self.mail[transfer.name, m] = samples
