@@ -61,7 +61,7 @@ class Findings:
 
     `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along
     which it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys
-    that mix samples, `mixing_blocks` block calls that do. `reasons`: what the first calls that mix are.
+    that mix samples, `mixing_blocks` block calls that do.
     """
 
     places: dict[object, list[tuple[Place, ...]]] = field(default_factory=dict)

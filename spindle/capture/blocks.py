@@ -3,12 +3,8 @@
 A block is a child of the top-most list (ModuleList, Sequential) whose children are of one class and hold parameters.
 """
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -80,43 +76,3 @@ def blocks_of(workload: Workload) -> list[Block]:
         for component in workload.components.values()
         for block in (*find_blocks(component.name, component.module, component.layers), *cut_outside(component))
     ]
-
-
-class Scopes:
-    """Names for calls of blocks, in the order in which a task makes them: `path`, then `path@1` and so on."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-
-    def next(self, path: str) -> str:
-        """The name of the next call of a block."""
-        self.count[path] += 1
-        return path if self.count[path] == 1 else f"{path}@{self.count[path] - 1}"
-
-
-INSIDE_BLOCK: ContextVar[bool] = ContextVar("spindle_inside_block", default=False)
-"""Whether a block's own code is running."""
-
-
-Forward = Callable[..., Any]
-
-
-@contextlib.contextmanager
-def replaced(
-    blocks: Iterable[Block], make: Callable[[Block, Forward], Forward]
-) -> Iterator[dict[nn.Module, tuple[str, Forward]]]:
-    """While open, calls of `blocks` go to what `make(block, own)` gives. Yields the methods replaced, and the own."""
-    own_by_module: dict[nn.Module, tuple[str, Forward]] = {}
-    try:
-        for block in blocks:
-            if block.module not in own_by_module:  # components may overlap
-                name, own = "forward", block.module.forward
-                own_by_module[block.module] = name, own
-                setattr(block.module, name, make(block, own))
-        yield own_by_module
-    finally:
-        for module, (name, own) in own_by_module.items():
-            if getattr(own, "__func__", None) is getattr(type(module), name):
-                delattr(module, name)  # it was the class's own; the instance attribute was ours
-            else:
-                setattr(module, name, own)  # the user had patched the instance

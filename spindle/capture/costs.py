@@ -4,8 +4,10 @@ The module runs forward and backward on fake tensors at the full batch: no compu
 `torch.utils.flop_counter` knows (matrix products, convolutions, attention); a multiply-add counts as two.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,12 +94,26 @@ def measure(
 ) -> Cost:
     """Run `module(part, *inputs)` on fake tensors, and backward from the `live` outputs (None: from all that can)."""
     sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode, shapes_only():
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode, shapes_only():
         state: dict[str, Tensor] = {
             name: mode.from_tensor(value, static_shapes=True) for name, value in _unique_state(module)
         }
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
         return _measured(module, part, state, arguments, live, precision)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, fake tensors do not log what they cannot do: such operators run on a few samples instead."""
+    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def measure_on_samples(

@@ -1,12 +1,12 @@
 """Eager: the user's own task functions, run as they are in one process, drawing what every plan draws."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from spindle.capture.blocks import INSIDE_BLOCK, Block, Forward, Scopes, replaced
 from spindle.capture.codes import Captured
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.draws import Sites, Stream, drawing_from
@@ -18,14 +18,14 @@ from spindle.workload import Workload
 def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -> Iterator[None]:
     """While open, one call of the function of task `stream.task` draws as planned runs at `stream` do."""
     sites = captured.draws[stream.task]
-    paths = dict.fromkeys(scope.partition("@")[0] for scope in sites if scope)
     configs = caching_configs(nn.ModuleList(component.module for component in workload.components.values()))
-    with (
-        caches_off(configs),
-        replaced([Block(path, _module_at(workload, path)) for path in paths], _in_its_scope(sites)),
-        drawing_from(stream),
-        Drawing("", sites.get("", ())),
-    ):
+    scopes = _Scopes(sites)
+    with ExitStack() as stack:
+        stack.enter_context(caches_off(configs))
+        for path in dict.fromkeys(scope.partition("@")[0] for scope in sites if scope):
+            stack.enter_context(_replaced(_module_at(workload, path), scopes, path))
+        stack.enter_context(drawing_from(stream))
+        stack.enter_context(Drawing("", sites.get("", ())))
         yield
 
 
@@ -34,21 +34,34 @@ def _module_at(workload: Workload, path: str) -> nn.Module:
     return workload.components[component].module.get_submodule(inner)
 
 
-def _in_its_scope(sites: Sites) -> Callable[[Block, Forward], Forward]:
-    scopes = Scopes()
+class _Scopes:
+    """Names calls of blocks in the order in which a task makes them, as a recording does: `path`, then `path@1`."""
 
-    def make(block: Block, own: Forward) -> Forward:
-        def drawn(*args: Any, **kwargs: Any) -> Any:
-            if INSIDE_BLOCK.get():
+    def __init__(self, sites: Sites) -> None:
+        self.sites, self.count, self.inside = sites, Counter[str](), False
+
+    def call(self, path: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block in the next scope of its path; a block inside of a block belongs to that one's scope."""
+        if self.inside:
+            return own(*args, **kwargs)
+        scope = path if not self.count[path] else f"{path}@{self.count[path]}"
+        self.count[path] += 1
+        self.inside = True
+        try:
+            with Drawing(scope, self.sites.get(scope, ())):
                 return own(*args, **kwargs)
-            scope = scopes.next(block.path)
-            token = INSIDE_BLOCK.set(True)
-            try:
-                with Drawing(scope, sites.get(scope, ())):
-                    return own(*args, **kwargs)
-            finally:
-                INSIDE_BLOCK.reset(token)
+        finally:
+            self.inside = False
 
-        return drawn
 
-    return make
+@contextmanager
+def _replaced(module: nn.Module, scopes: _Scopes, path: str) -> Iterator[None]:
+    patched, own = "forward" in module.__dict__, module.forward
+    module.forward = lambda *args, **kwargs: scopes.call(path, own, args, kwargs)
+    try:
+        yield
+    finally:
+        if patched:
+            module.forward = own
+        else:
+            del module.__dict__["forward"]

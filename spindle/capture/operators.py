@@ -385,6 +385,8 @@ class _Builder:
             read = [s for s in self.wired.sources[number] if s in self.wired.frontier]
             mixing = (nodes[s].block in findings.mixing_blocks or self.wired.key(s) in findings.mixing for s in read)
             alone = not draft.mixes and not any(mixing)
+            if alone and "." not in draft.part.block:
+                return f"{kind} runs whole, as one operator, and mixes samples"
             return f"{kind} mixes samples (batch norm: use GroupNorm)" if alone else ""
         own = set(map(id, draft.part.nodes))
         for n in self.wired.glue():
@@ -393,7 +395,7 @@ class _Builder:
             before = [s for s in self.wired.sources[n] if s in self.wired.frontier and not nodes[s].block]
             if any(self.wired.key(s) in findings.mixing for s in before):
                 continue
-            name, line = getattr(nodes[n].function, "__name__", "code"), nodes[n].line
+            name, line = getattr(nodes[n].function, "__name__", "code"), nodes[n].line or "code of torch"
             sizes = self.recording.shapes[nodes[n].outs[0]] if nodes[n].outs else ()
             if nodes[n].writes and not sizes:  # a counter
                 continue

@@ -338,10 +338,3 @@ def without_devices(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 def _names_device(value: Any) -> bool:
     return isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda", "meta")
-
-
-def leaves(structure: Any) -> list[Any]:
-    """Leaves of nested arguments."""
-    found: list[Any] = []
-    tree(found.append, structure)
-    return found
