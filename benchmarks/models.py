@@ -104,7 +104,17 @@ class Row:
         return self.family.name, self.family.origin, self.found, self.sharded, outcome
 
 
-HEADER = ("family", "kind", "operators", "layers", "sharded over the batch", "capture s", "outcome", "plans", "largest error")
+HEADER = (
+    "family",
+    "kind",
+    "operators",
+    "layers",
+    "sharded over the batch",
+    "capture s",
+    "outcome",
+    "plans",
+    "largest error",
+)
 SHORT_HEADER = ("family", "kind", "layers found", "sharded over the batch", "agrees with one process")
 
 
@@ -216,9 +226,7 @@ def _counted(rows: list[Row]) -> str:
         sum(row.outcome.startswith(word) and row.is_right for row in rows) for word in ("exact", "refused")
     )
     wrong = len(rows) - exact - refused
-    return (
-        f"{len(rows)} families: {exact} agree with one process, {refused} are refused in a sentence, {wrong} do neither"
-    )
+    return f"{len(rows)} families; agree with one process: {exact}; refused in a sentence: {refused}; neither: {wrong}"
 
 
 def _summary(rows: list[Row]) -> str:

@@ -93,13 +93,13 @@ class Feed:
         """The next batch. Raises WorkloadError when the loader raises, ends where it must not, gives what the task
         cannot take, or nothing in time.
         """
-        read = self._wait_for(0)
+        ahead, read = self._ahead, self._wait_for(0)
         if read.batch is None:
             raise WorkloadError(
                 f"task {self.task.name!r}: its data ended after {self._state['taken']} batches, and on_end is "
                 f"{self.task.on_end!r}; give more data, train fewer steps, or set on_end='restart'"
             )
-        self._ahead.popleft()
+        ahead.popleft()
         self._state = read.state
         for _ in range(0 if self._listed else self.task.prefetch - len(self._ahead)):
             self._ahead.append(self._ordered())
@@ -155,15 +155,17 @@ class Feed:
             self._shared.leave()
         for future in self._ahead:
             future.cancel()
+        self._ahead = deque()  # a rank that is taking a batch of the old one may do so
         if self._shared is not None or self._iterator is not None:
             self._thread.submit(self._finish)
         self._thread.end()
 
     def _wait_for(self, index: int) -> _Read:
-        while len(self._ahead) <= index:
-            self._ahead.append(self._ordered())
+        ahead = self._ahead
+        while len(ahead) <= index:
+            ahead.append(self._ordered())
         try:
-            return self._ahead[index].result(self.timeout_s)
+            return ahead[index].result(self.timeout_s)
         except TimeoutError:
             raise self._late(self._shared.waits_for() if self._shared else "its loader gave no batch") from None
 

@@ -330,7 +330,7 @@ def masked(h: Tensor, given: Given) -> Tensor:
 
 
 def over_batch(h: Tensor, given: Given) -> Tensor:
-    return h.square().flatten(1).sum(1).sum() / h.shape[0] / h.shape[-2]
+    return torch.tanh(h).square().flatten(1).sum(1).sum() / h.shape[0] / h.shape[-2]
 
 
 def tokens(h: Tensor, given: Given) -> Tensor:

@@ -116,10 +116,8 @@ def _ends_suffice(program: Program) -> Iterator[str]:
 
 def _ends(source: SliceRun, target: SliceRun, *, is_cut: bool) -> tuple[set[int], set[int]]:
     """Ranks that may send a tensor to others and that may receive it, where bounds vary; none where they do not."""
-    alike = (source.ranks, source.tensor_parallel, source.varies) == (
-        target.ranks,
-        target.tensor_parallel,
-        target.varies,
+    alike = all(
+        getattr(source, name) == getattr(target, name) for name in ("ranks", "tensor_parallel", "varies", "weigh_by")
     )
     if not (source.varies or target.varies) or (is_cut and alike):
         return set(), set()

@@ -11,7 +11,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,12 +182,14 @@ class Prober:
         self.jittered: dict[str, Tensor] = {}
         self.varying: set[Key] = set()  # keys whose results differ by sample in some trial
 
-    def look(self, trial: Trial) -> None:
-        """Add what one trial shows to the findings."""
+    def look(self, trial: Trial, only: Collection[Key] | None = None) -> None:
+        """Add what one trial shows to the findings, of some keys alone if these are given."""
         made: dict[tuple[str, int], Tensor] = {}
         whole = self._values(trial, trial.whole, made)
         parts = [self._values(trial, part, made) for part in trial.parts]
         for key, calls in whole.items():
+            if only is not None and key not in only:
+                continue
             others = [part.get(key, []) for part in parts]
             verdict = self._compared(key, calls, others)
             if verdict == "mixes":
@@ -346,6 +348,8 @@ class Prober:
         recording = part.wired.recording
         given: dict[int, Tensor] = {}
         for ref, own in zip(node.refs(), twin.refs(), strict=True):
+            if ref in trial.whole.wired.recording.leaves:  # a parameter, of which all parts read the same
+                continue
             if ref not in values:
                 return None
             value, shape = values[ref], recording.shapes[own]

@@ -27,7 +27,7 @@ from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recorder import LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
-from spindle.units import Bounds, SampledBatch, Units
+from spindle.units import Bounds, Place, SampledBatch, Units
 from spindle.workload import Task, Workload
 
 PROBE_SAMPLES = 5
@@ -176,7 +176,7 @@ class Looker:
         sites: Mapping[str, tuple[Site, ...]],
         prober: Prober,
     ) -> None:
-        """Batches whose numbers were moved about count where the task runs on them in the same way: the few samples,
+        """Batches whose numbers were moved about count in code that all their parts run: the few samples,
         and these twice as drawn in other steps, since few are in order by chance.
         """
         generator = torch.Generator().manual_seed(0)
@@ -204,16 +204,16 @@ class Looker:
             trial = self._trial(task, batch, whole, parts, sites, step)
         except Exception:
             return
-        places, _ = places_of([trial])
-        known = prober.findings.places
-        if all(
-            set(known[key][i]) <= set(own)
-            for key, slots in places.items()
-            if key in known
-            for i, own in enumerate(slots)
-            if i < len(known[key])
-        ):
-            prober.look(trial)
+        same = set.intersection(*(_keys(part.wired) for part in (trial.whole, *trial.parts)))
+        places, known = places_of([trial])[0], prober.findings.places
+        found: dict[object, list[tuple[Place, ...]]] = {}
+        for key, slots in known.items():
+            own = places.get(key, slots)
+            found[key] = [tuple(p for p in was if p in now) for was, now in zip(slots, own, strict=False)]
+            if isinstance(key, str) and found[key] != slots:  # a block: its results are not cut in another way
+                return
+        known.update((key, slots) for key, slots in found.items() if key in same)
+        prober.look(trial, same)
 
     # -- one recording --------------------------------------------------------------------------------------------
 

@@ -126,8 +126,8 @@ def test_a_task_that_raises(launcher: Launcher, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        ({}, "a batch is a dict; the loader must give dicts of fields, each with a row a sample"),
-        (None, "a batch is a NoneType; the loader must give dicts of fields, each with a row a sample"),
+        ({}, "a batch is a dict; the loader must give dicts of fields"),
+        (None, "a batch is a NoneType; the loader must give dicts of fields"),
         ({"x": torch.zeros(0, 4)}, "a batch has no samples; leave empty batches out"),
         (
             {"x": torch.zeros(4, 4), "y": torch.zeros(7)},

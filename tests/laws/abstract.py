@@ -6,9 +6,10 @@ It shares no code with `spindle.runtime.laws`, and none with the executor.
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from spindle.contract import contract
-from spindle.graph import TaskGraph
+from spindle.graph import TaskGraph, TensorSpec
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
@@ -18,15 +19,17 @@ from tests.task_graphs import random_task_graph
 
 def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Program]:
     """One to three tasks on one to five ranks, sometimes with clipping, recompute and sharded optimizer states. With
-    `varying` the batches of some tasks, the first among them, are shared anew in each step.
+    `varying` the batches of some tasks, the first among them, are shared anew in each step, and some tensors go by
+    patches.
     """
     rng = random.Random(seed)
     sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))
-    metagraph = contract(sample.graph)
-    return sample.graph, lower(
+    graph = _with_patches(sample.graph, random.Random(seed)) if varying else sample.graph
+    metagraph = contract(graph)
+    return graph, lower(
         random_plan(metagraph, rng.randint(1, 5), seed),
         metagraph,
-        sample.graph,
+        graph,
         losses=sample.losses,
         weights=sample.weights,
         max_grad_norm=rng.choice((None, 0.5)),
@@ -34,6 +37,15 @@ def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Prog
         shard_optimizer=rng.random() < 0.3,
         varying={task for task in sample.losses if task == "t0" or rng.random() < 0.5} if varying else (),
     )
+
+
+def _with_patches(graph: TaskGraph, rng: random.Random) -> TaskGraph:
+    """Some tensors that can be cut go by rows of another unit than samples."""
+
+    def packed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, unit="patches") if spec.rows and rng.random() < 0.4 else spec
+
+    return TaskGraph(tuple(replace(op, outputs=tuple(map(packed, op.outputs))) for op in graph))
 
 
 class Abstract:

@@ -77,6 +77,7 @@ def runs(draw: st.DrawFn, name: str, planned: int) -> SliceRun:
         backward=True,
         tensor_parallel=parts,
         varies=copies > 1 and draw(st.booleans()),
+        weigh_by=draw(st.sampled_from([SAMPLES, "patches"])),
     )
 
 
@@ -173,11 +174,15 @@ def test_bounds_divide_any_batch(given: tuple[SliceRun, SliceRun, tuple[Bounds, 
 
 @given(run=st.integers(1, 9).flatmap(lambda planned: runs("s0", planned)), size=st.integers(1, 12), seed=seeds)
 def test_bounds_follow_what_samples_hold_only_where_they_vary(run: SliceRun, size: int, seed: int) -> None:
-    """By units and costs; else they are the plan's, of which fewer samples fill the first, and more go to the last."""
+    """By costs, or rows of the run's unit; else they are the plan's, of which fewer samples fill the first, and more go
+    to the last.
+    """
     rng = random.Random(seed)
     units, costs = random_units(rng, size), random_costs(rng, size)
     found = bounds_of(run, units, costs)
     if run.varies:
+        if costs is None and run.weigh_by == "patches":
+            costs = list(units.counts["patches"])
         assert found[:: run.tensor_parallel] == shares(units, len(run.ranks) // run.tensor_parallel, costs)
         return
     planned = run.bounds[-1][1]
@@ -203,6 +208,9 @@ def test_bounds_of_batches_that_are_not_the_plan_s() -> None:
     assert bounds_of(varying, patches) == ((0, 4), (4, 5))  # neither without a patch
     assert bounds_of(varying, Units({SAMPLES: (1,) * 5}), [9, 1, 1, 1, 1]) == ((0, 1), (1, 5))
     assert bounds_of(fixed, patches, [9, 1, 1, 1, 1]) == ((0, 3), (3, 5))
+    packed = replace(varying, weigh_by="patches")
+    assert bounds_of(packed, Units({SAMPLES: (1,) * 5, "patches": (9, 1, 1, 1, 1)})) == ((0, 1), (1, 5))
+    assert bounds_of(packed, Units({SAMPLES: (1,) * 5})) == ((0, 3), (3, 5))  # a batch without that unit
 
 
 def fixed_run(ranks: tuple[int, ...], bounds: tuple[Bounds, ...]) -> SliceRun:

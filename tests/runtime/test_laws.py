@@ -294,6 +294,20 @@ def test_ends_where_bounds_vary_must_suffice() -> None:
         assert list(broken_laws(found)) == [f"{finding}, but no transfer says so"]
 
 
+def test_runs_that_go_by_other_units_hold_other_samples() -> None:
+    """On the same ranks nothing moves where samples are alike; where they are not, one has what the other needs."""
+    slices = (hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (0, 1), 1.0))
+    program = lowered(hand_plan(*slices, hand_slice("t.loss", 0, 1, (0,), 2.0)), varying={"t"})
+    assert "s0>s1" not in program.transfer_by_name
+    assert list(broken_laws(program)) == []
+    packed = replace(program, slices=(replace(program.slices[0], weigh_by="patches"), *program.slices[1:]))
+    assert list(broken_laws(packed)) == [
+        f"{what}'t/x' from {ends}: bounds vary, so ranks [0, 1] may have to {verb} it, but no transfer says so"
+        for what, ends in (("", "s0 to s1"), ("gradient of ", "s1 to s0"))
+        for verb in ("send", "receive")
+    ]
+
+
 SHARED_UPDATES = {
     "parameters that are not taken": (
         "  GATHER b0\n",

@@ -6,7 +6,7 @@ import pytest
 
 from spindle.contract import contract
 from spindle.errors import PlanError
-from spindle.graph import TaskGraph
+from spindle.graph import SAMPLES, TaskGraph
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 from spindle.runtime.laws import check_program
@@ -118,6 +118,32 @@ def test_a_run_without_gradients_has_no_backward_and_keeps_nothing_to_recompute(
     assert [(run.backward, run.recompute, run.trained) for run in program.slices] == [(False, False, ())] * 2
     assert program.buckets == ()
     assert [t.name for t in program.transfers] == ["s0>s1"]
+
+
+def test_bounds_vary_where_several_ranks_share_what_samples_hold() -> None:
+    """By rows of what the run makes, packed ones first; a run on one rank has all samples, whatever they hold."""
+
+    def packed(graph: TaskGraph, *names: str) -> TaskGraph:
+        return TaskGraph(
+            tuple(
+                replace(op, outputs=tuple(replace(t, unit="patches") if t.name in names else t for t in op.outputs))
+                for op in graph
+            )
+        )
+
+    slices = (hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (0, 1), 1.0), LOSS)
+    graph = packed(hand_graph(), "t/x")
+    options = {"losses": {"t": "t/loss"}, "weights": {"t": 1.0}}
+    program = lower(hand_plan(*slices), contract(graph), graph, varying={"t"}, **options)  # type: ignore[arg-type]
+    check_program(program)
+    assert [(run.varies, run.weigh_by) for run in program.slices] == [
+        (True, "patches"),
+        (True, SAMPLES),
+        (False, SAMPLES),
+    ]
+    assert (program.transfer_by_name["s0>s1"].senders, program.transfer_by_name["s0<s1"].senders) == ((0, 1), (0, 1))
+    assert program.transfer_by_name["s0>s1"].messages == ()  # of evenly shared samples none moves
+    assert not any(run.varies for run in lowered(hand_plan(*slices), varying={"u"}).slices)
 
 
 WRONG_PLANS: dict[str, tuple[tuple[Slice, ...], str]] = {

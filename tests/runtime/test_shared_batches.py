@@ -332,9 +332,10 @@ def test_the_reader_goes_on_without_a_rank_that_left(sharing: Callable[..., Shar
 
 def test_a_closed_feed_gives_no_more(sharing: Callable[..., Sharing]) -> None:
     """A rank that still asks, while another ends the run, does not wait."""
-    one = sharing(numbers(3), prefetch=0)
+    one = sharing(numbers(3))
     for feed in one.feeds:
         feed.next()
+    for feed in one.feeds:
         feed.close()
         with pytest.raises(CancelledError):
             feed.next()

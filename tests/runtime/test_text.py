@@ -41,6 +41,9 @@ def test_bounds_that_vary_and_their_ends_are_written() -> None:
     assert "transfer s0>s1 from s0 to s1 forward senders 0,1 receivers 1\n" in written
     assert "transfer s0<s1 from s1 to s0 backward senders 1 receivers 0,1\n" in written
     assert text.loads(written) == program
+    packed = replace(program, slices=(replace(program.slices[0], weigh_by="my patches"), program.slices[1]))
+    assert "wave 0 loads backward varies by:my%20patches\n" in text.dumps(packed)
+    assert text.loads(text.dumps(packed)) == packed
 
 
 def test_units_of_tensors_are_written() -> None:
