@@ -1,6 +1,6 @@
 """Batches: what the tasks of a step are computed from on one rank, loaded, shared among ranks and recorded.
 
-Where a thread of its own costs the step nothing (on GPUs, or beside idle cores), the batches of the next step are
+Beside a GPU, where a thread of its own costs the step nothing, the batches of the next step are
 recorded while this one is computed. They are looked at then, not taken: a checkpoint says where the present step
 stands.
 """

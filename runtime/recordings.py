@@ -19,6 +19,7 @@ from spindle.capture.parts import TaskPart, divide
 from spindle.capture.repeat import base_task
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.record.draws import Stream, drawing_from
+from spindle.record.recorder import LazyRead
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
@@ -181,6 +182,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _explained(where: str, error: Exception) -> Exception:
+    if isinstance(error, LazyRead):
+        return WorkloadError(
+            f"{where}: it branches on a value computed from parameters (if, while, int(), .item()), which it did not when "
+            "it was captured; use torch.where, or put it into a module and register that"
+        )
     if isinstance(error, SpindleError):
         return type(error)(f"{where}: {error}")
     return RunError.of(error, where)

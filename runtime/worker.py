@@ -193,7 +193,7 @@ class Worker:
             seed=job.seed,
             rounds=job.rounds,
             takes_part=self._taking_part,
-            ahead=transport.device.type != "cpu" or transport.num_threads > 1,
+            ahead=transport.device.type != "cpu",
         )
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0

@@ -79,9 +79,7 @@ class Task:
         """
         where = f"task {self.name!r}"
         if not isinstance(batch, Mapping) or not batch:
-            raise WorkloadError(
-                f"{where}: a batch is a {type(batch).__name__}; the loader must give dicts of fields"
-            )
+            raise WorkloadError(f"{where}: a batch is a {type(batch).__name__}; the loader must give dicts of fields")
         rows: Mapping[str, Any] = {}
         if self.rows is not None:
             try:

@@ -1,4 +1,4 @@
-"""Pieces of task code: what users write between a model's output and its loss, and losses; all exact in eager code."""
+"""Pieces of task code: what users write between a model's output and its loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from spindle.workload import Batch
-from tests.tiny_workloads import contrastive
 
 FEATURES, IMAGE, WORDS = 5, 2, "words"
 """Numbers of each vector of a batch; the token that an image's features replace; the unit of unpadded tokens."""
@@ -313,99 +312,6 @@ def split_texts(h: Tensor, given: Given) -> Tensor:
     return torch.cat([text - text.mean(0) for text in h[0].split(of_text(given).bincount().tolist())])[None]
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
-
-
-def squares(h: Tensor, given: Given) -> Tensor:
-    return h.square().mean()
-
-
-def summed(h: Tensor, given: Given) -> Tensor:
-    return 0.01 * torch.tanh(h).square().sum()
-
-
-def masked(h: Tensor, given: Given) -> Tensor:
-    mask = given.mask.to(h.dtype)
-    return (h.square().mean(-1) * mask).sum() / mask.sum().clamp(min=1)
-
-
-def over_batch(h: Tensor, given: Given) -> Tensor:
-    return torch.tanh(h).square().flatten(1).sum(1).sum() / h.shape[0] / h.shape[-2]
-
-
-def tokens(h: Tensor, given: Given) -> Tensor:
-    logits = given.extras.head(h)
-    return F.cross_entropy(logits.flatten(0, 1), given.batch["labels"].flatten(), ignore_index=-100)
-
-
-def shifted(h: Tensor, given: Given) -> Tensor:
-    labels = F.pad(given.batch["labels"], (0, 1), value=-100)[:, 1:]
-    each = F.cross_entropy(given.extras.head(h).transpose(1, 2), labels, reduction="none")
-    return each.sum() / (labels != -100).sum().clamp(min=1)
-
-
-def counted(h: Tensor, given: Given) -> Tensor:
-    keep = given.batch["labels"] != -100
-    return F.cross_entropy(given.extras.head(h[keep]), given.batch["labels"][keep])
-
-
-def smoothed(h: Tensor, given: Given) -> Tensor:
-    weight = torch.linspace(0.5, 1.5, 23, dtype=torch.float64)
-    logits = given.extras.head(h).flatten(0, 1)
-    return F.cross_entropy(logits, given.batch["labels"].flatten(), weight=weight, label_smoothing=0.1)
-
-
-def answers(h: Tensor, given: Given) -> Tensor:
-    return F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"])
-
-
-def last_answers(h: Tensor, given: Given) -> Tensor:
-    last = h[torch.arange(len(h)), given.batch["lengths"] - 1]
-    return F.cross_entropy(given.extras.answer(last), given.batch["y"])
-
-
-def weighted(h: Tensor, given: Given) -> Tensor:
-    each = F.mse_loss(_pooled(h), given.batch["target"], reduction="none").mean(-1)
-    return (each * given.batch["weight"]).sum() / given.batch["weight"].sum()
-
-
-def contrasted(h: Tensor, given: Given) -> Tensor:
-    return contrastive(_pooled(h), given.extras.gate(given.batch["target"]))
-
-
-def looped(h: Tensor, given: Given) -> Tensor:
-    total = h.new_zeros(())
-    for x, target in zip(_pooled(h), given.batch["target"], strict=True):
-        total = total + F.mse_loss(x, target)
-    return total / len(h)
-
-
-def looped_texts(h: Tensor, given: Given) -> Tensor:
-    labels, logits = given.batch["labels"], given.extras.head(h)
-    each = [F.cross_entropy(logits[i, :n], labels[i, :n], reduction="sum") for i, n in enumerate(given.lengths)]
-    return torch.stack(each).sum() / (labels != -100).sum()
-
-
-def hardest(h: Tensor, given: Given) -> Tensor:
-    each = F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"], reduction="none")
-    return each.topk(max(1, len(each) // 2)).values.mean()
-
-
-def text_answers(h: Tensor, given: Given) -> Tensor:
-    owner = of_text(given)
-    sums = h.new_zeros(len(given.batch["y"]), h.shape[-1]).index_add(0, owner, h[0])
-    return F.cross_entropy(given.extras.answer(sums), given.batch["y"])
-
-
-def text_ends(h: Tensor, given: Given) -> Tensor:
-    ends = of_text(given).bincount().cumsum(0) - 1
-    return F.mse_loss(h[0, ends], given.batch["target"])
-
-
-def _pooled(h: Tensor) -> Tensor:
-    return h.mean(1) if h.ndim == 3 else h
-
-
 # -- images into texts ------------------------------------------------------------------------------------------------
 
 
@@ -463,26 +369,15 @@ _SAMPLES += (by_class, sampled_class)
 _TEXTS = (over_length, last_position, last_token, gathered, written_first, written_last, stacked, unpadded, padded_anew)
 _TEXTS += (attended, peaked, prefixed, sequence_first, chosen_tokens, normed_tokens)
 _PACKED = (pooled_texts, split_texts)
-_ALL_LOSSES = (squares, summed, masked, over_batch)
-_SAMPLE_LOSSES = (answers, weighted, contrasted, looped, hardest)
-_TOKEN_LOSSES = (tokens, shifted, counted, smoothed)
-_TEXT_LOSSES = (last_answers, looped_texts)
-_PACKED_ANSWERS = (text_answers, text_ends)
 
 Piece = Callable[[Tensor, Given], Tensor]
 
 
-def _names(functions: tuple[Piece, ...]) -> list[str]:
+def names_of(functions: tuple[Piece, ...]) -> list[str]:
+    """Names of pieces, as cases hold them."""
     return [function.__name__ for function in functions]
 
 
 PIECES: dict[str, Piece] = {f.__name__: f for f in (*_ANY, *_SAMPLES, *_TEXTS, *_PACKED)}
-LOSSES: dict[str, Piece] = {
-    f.__name__: f for f in (*_ALL_LOSSES, *_SAMPLE_LOSSES, *_TOKEN_LOSSES, *_TEXT_LOSSES, *_PACKED_ANSWERS)
-}
-VECTOR_PIECES, VECTOR_LOSSES = _names(_ANY + _SAMPLES), _names(_ALL_LOSSES + _SAMPLE_LOSSES)
-PACKED_PIECES, PACKED_LOSSES = _names(_ANY + _PACKED), _names(_ALL_LOSSES + _TOKEN_LOSSES + _PACKED_ANSWERS)
-IMAGE_PIECES = _names(_ANY + _SAMPLES + _TEXTS)
-HEADS = frozenset(_names(_TOKEN_LOSSES + _TEXT_LOSSES + (answers, contrasted, hardest, text_answers)))
-"""Losses that train a module of their own, so that the towers before them may be frozen."""
-IMAGE_LOSSES = _names(_ALL_LOSSES + _SAMPLE_LOSSES + _TOKEN_LOSSES + _TEXT_LOSSES)
+VECTOR_PIECES, PACKED_PIECES = names_of(_ANY + _SAMPLES), names_of(_ANY + _PACKED)
+TEXT_PIECES = names_of(_ANY + _SAMPLES + _TEXTS)

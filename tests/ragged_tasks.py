@@ -18,18 +18,14 @@ import spindle
 from spindle.errors import SpindleError, WorkloadError
 from spindle.runtime.parity import ParityReport
 from spindle.workload import Batch, Workload
+from tests.ragged_losses import HEADS, LOSSES, PACKED_LOSSES, TEXT_LOSSES, VECTOR_LOSSES
 from tests.ragged_pieces import (
     FEATURES,
-    HEADS,
     IMAGE,
-    IMAGE_LOSSES,
-    IMAGE_PIECES,
-    LOSSES,
     MERGES,
-    PACKED_LOSSES,
     PACKED_PIECES,
     PIECES,
-    VECTOR_LOSSES,
+    TEXT_PIECES,
     VECTOR_PIECES,
     WORDS,
     Given,
@@ -315,8 +311,8 @@ def random_case(seed: int) -> Case:
 
 def _random_task(rng: random.Random, number: int, towers: list[TowerCase]) -> TaskCase:
     kind = rng.choice(["text", "text", "frames", "vectors", "packed", "images", "patches"])
-    pieces = {"vectors": VECTOR_PIECES, "packed": PACKED_PIECES}.get(kind, IMAGE_PIECES)
-    losses = {"vectors": VECTOR_LOSSES, "packed": PACKED_LOSSES}.get(kind, IMAGE_LOSSES)
+    pieces = {"vectors": VECTOR_PIECES, "packed": PACKED_PIECES}.get(kind, TEXT_PIECES)
+    losses = {"vectors": VECTOR_LOSSES, "packed": PACKED_LOSSES}.get(kind, TEXT_LOSSES)
     sizes = [rng.randint(2, 6), *(rng.choice([1, 2, 3, 4, 5, 7]) for _ in range(number - 1))]
     if rng.random() < 0.4:
         sizes = [sizes[0]] * number

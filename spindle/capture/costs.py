@@ -105,7 +105,9 @@ def measure(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """While open, fake tensors do not log what they cannot do: such operators run on a few samples instead."""
-    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+    logs = [
+        logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
+    ]
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.CRITICAL)

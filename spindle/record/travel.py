@@ -14,6 +14,8 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
+from spindle.errors import WorkloadError
+
 
 def dumped(value: Any, functions: Iterable[Any] = ()) -> bytes:
     """Anything that holds modules as bytes for `cloudpickle.loads`; parameters become meta tensors.
@@ -23,7 +25,13 @@ def dumped(value: Any, functions: Iterable[Any] = ()) -> bytes:
     """
     buffer = io.BytesIO()
     with _sent_by_value({sys.modules.get(getattr(inspect.unwrap(f), "__module__", "")) for f in functions}):
-        _WithoutWeights(buffer).dump(value)
+        try:
+            _WithoutWeights(buffer).dump(value)
+        except Exception as error:
+            raise WorkloadError(
+                f"the task functions, or what they use, cannot be sent to the processes of ranks ({error}); keep locks, "
+                "files and connections out of them"
+            ) from error
     return buffer.getvalue()
 
 

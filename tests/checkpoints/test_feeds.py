@@ -28,7 +28,7 @@ def numbers(count: int) -> Any:
 
 
 def taken(feed: Feed, count: int) -> list[float]:
-    return [float(feed.next()["b"].sum()) for _ in range(count)]
+    return [float(feed.next().fields["b"].sum()) for _ in range(count)]
 
 
 @given(before=st.integers(0, 11), prefetch=st.integers(0, 3))
