@@ -184,8 +184,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _explained(where: str, error: Exception) -> Exception:
     if isinstance(error, LazyRead):
         return WorkloadError(
-            f"{where}: it branches on a value computed from parameters (if, while, int(), .item()), which it did not when "
-            "it was captured; use torch.where, or put it into a module and register that"
+            f"{where}: it branches on a value computed from parameters (if, while, int(), .item()), which it did not "
+            "when it was captured; use torch.where, or put it into a module and register that"
         )
     if isinstance(error, SpindleError):
         return type(error)(f"{where}: {error}")

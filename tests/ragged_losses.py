@@ -26,43 +26,44 @@ def over_batch(h: Tensor, given: Given) -> Tensor:
 
 
 def tokens(h: Tensor, given: Given) -> Tensor:
-    logits = given.extras.head(h)
+    logits = given.head(h)
     return F.cross_entropy(logits.flatten(0, 1), given.batch["labels"].flatten(), ignore_index=-100)
 
 
 def shifted(h: Tensor, given: Given) -> Tensor:
     labels = F.pad(given.batch["labels"], (0, 1), value=-100)[:, 1:]
-    each = F.cross_entropy(given.extras.head(h).transpose(1, 2), labels, reduction="none")
+    each = F.cross_entropy(given.head(h).transpose(1, 2), labels, reduction="none")
     return each.sum() / (labels != -100).sum().clamp(min=1)
 
 
 def counted(h: Tensor, given: Given) -> Tensor:
     keep = given.batch["labels"] != -100
-    return F.cross_entropy(given.extras.head(h[keep]), given.batch["labels"][keep])
+    return F.cross_entropy(given.head(h[keep]), given.batch["labels"][keep])
 
 
 def smoothed(h: Tensor, given: Given) -> Tensor:
     weight = torch.linspace(0.5, 1.5, 23, dtype=torch.float64)
-    logits = given.extras.head(h).flatten(0, 1)
+    logits = given.head(h).flatten(0, 1)
     return F.cross_entropy(logits, given.batch["labels"].flatten(), weight=weight, label_smoothing=0.1)
 
 
 def answers(h: Tensor, given: Given) -> Tensor:
-    return F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"])
+    return F.cross_entropy(given.answer(_pooled(h)), given.batch["y"])
 
 
 def last_answers(h: Tensor, given: Given) -> Tensor:
     last = h[torch.arange(len(h)), given.batch["lengths"] - 1]
-    return F.cross_entropy(given.extras.answer(last), given.batch["y"])
+    return F.cross_entropy(given.answer(last), given.batch["y"])
 
 
 def weighted(h: Tensor, given: Given) -> Tensor:
     each = F.mse_loss(_pooled(h), given.batch["target"], reduction="none").mean(-1)
-    return (each * given.batch["weight"]).sum() / given.batch["weight"].sum()
+    found: Tensor = (each * given.batch["weight"]).sum() / given.batch["weight"].sum()
+    return found
 
 
 def contrasted(h: Tensor, given: Given) -> Tensor:
-    return contrastive(_pooled(h), given.extras.gate(given.batch["target"]))
+    return contrastive(_pooled(h), given.gate(given.batch["target"]))
 
 
 def looped(h: Tensor, given: Given) -> Tensor:
@@ -73,20 +74,21 @@ def looped(h: Tensor, given: Given) -> Tensor:
 
 
 def looped_texts(h: Tensor, given: Given) -> Tensor:
-    labels, logits = given.batch["labels"], given.extras.head(h)
+    labels, logits = given.batch["labels"], given.head(h)
     each = [F.cross_entropy(logits[i, :n], labels[i, :n], reduction="sum") for i, n in enumerate(given.lengths)]
-    return torch.stack(each).sum() / (labels != -100).sum()
+    found: Tensor = torch.stack(each).sum() / (labels != -100).sum()
+    return found
 
 
 def hardest(h: Tensor, given: Given) -> Tensor:
-    each = F.cross_entropy(given.extras.answer(_pooled(h)), given.batch["y"], reduction="none")
+    each = F.cross_entropy(given.answer(_pooled(h)), given.batch["y"], reduction="none")
     return each.topk(max(1, len(each) // 2)).values.mean()
 
 
 def text_answers(h: Tensor, given: Given) -> Tensor:
     owner = of_text(given)
     sums = h.new_zeros(len(given.batch["y"]), h.shape[-1]).index_add(0, owner, h[0])
-    return F.cross_entropy(given.extras.answer(sums), given.batch["y"])
+    return F.cross_entropy(given.answer(sums), given.batch["y"])
 
 
 def text_ends(h: Tensor, given: Given) -> Tensor:

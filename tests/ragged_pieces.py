@@ -32,6 +32,32 @@ class Given:
         return mask
 
     @property
+    def vector(self) -> Tensor:
+        """A trained vector as wide as `h`."""
+        found: Tensor = self.extras.vector
+        return found
+
+    def gate(self, h: Tensor) -> Tensor:
+        """A linear layer from vectors of `h` to such."""
+        found: Tensor = self.extras.gate(h)
+        return found
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Batch norm of rows."""
+        found: Tensor = self.extras.norm(rows)
+        return found
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits of tokens."""
+        found: Tensor = self.extras.head(h)
+        return found
+
+    def answer(self, h: Tensor) -> Tensor:
+        """Logits of three classes."""
+        found: Tensor = self.extras.answer(h)
+        return found
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each padded text."""
         found: list[int] = self.batch["lengths"].tolist()
@@ -43,15 +69,17 @@ def by_sample(values: Tensor, h: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (h.ndim - 1)).to(h.dtype)
 
 
+Piece = Callable[[Tensor, Given], Tensor]
+
 # -- any shape --------------------------------------------------------------------------------------------------------
 
 
 def gated(h: Tensor, given: Given) -> Tensor:
-    return h + torch.tanh(given.extras.gate(h))
+    return h + torch.tanh(given.gate(h))
 
 
 def flattened(h: Tensor, given: Given) -> Tensor:
-    return given.extras.gate(h.reshape(-1, h.shape[-1])).view(h.shape) * 0.7
+    return given.gate(h.reshape(-1, h.shape[-1])).view(h.shape) * 0.7
 
 
 def masked_out(h: Tensor, given: Given) -> Tensor:
@@ -63,7 +91,7 @@ def filled(h: Tensor, given: Given) -> Tensor:
 
 
 def where(h: Tensor, given: Given) -> Tensor:
-    return torch.where(given.mask[..., None], h, given.extras.vector)
+    return torch.where(given.mask[..., None], h, given.vector)
 
 
 def written_mask(h: Tensor, given: Given) -> Tensor:
@@ -74,13 +102,13 @@ def written_mask(h: Tensor, given: Given) -> Tensor:
 
 def written_rows(h: Tensor, given: Given) -> Tensor:
     h = h.clone()
-    h[given.mask] = given.extras.gate(h[given.mask])
+    h[given.mask] = given.gate(h[given.mask])
     return h
 
 
 def written_view(h: Tensor, given: Given) -> Tensor:
     h = h.clone()
-    h[..., :3].mul_(given.extras.vector[:3])
+    h[..., :3].mul_(given.vector[:3])
     return h
 
 
@@ -91,11 +119,11 @@ def selected(h: Tensor, given: Given) -> Tensor:
 
 
 def scattered(h: Tensor, given: Given) -> Tensor:
-    return h.masked_scatter(given.mask[..., None].expand_as(h), given.extras.gate(h[given.mask]))
+    return h.masked_scatter(given.mask[..., None].expand_as(h), given.gate(h[given.mask]))
 
 
 def index_put(h: Tensor, given: Given) -> Tensor:
-    return h.index_put((given.mask,), given.extras.vector, accumulate=True)
+    return h.index_put((given.mask,), given.vector, accumulate=True)
 
 
 def dropped(h: Tensor, given: Given) -> Tensor:
@@ -108,8 +136,9 @@ def noisy(h: Tensor, given: Given) -> Tensor:
 
 def no_gradient(h: Tensor, given: Given) -> Tensor:
     with torch.no_grad():
-        size = 1 + given.extras.gate(h).norm(dim=-1, keepdim=True)
-    return h / size
+        size = 1 + given.gate(h).norm(dim=-1, keepdim=True)
+    found: Tensor = h / size
+    return found
 
 
 def detached(h: Tensor, given: Given) -> Tensor:
@@ -117,15 +146,17 @@ def detached(h: Tensor, given: Given) -> Tensor:
 
 
 def checkpointed(h: Tensor, given: Given) -> Tensor:
-    return checkpoint(given.extras.gate, h, use_reentrant=False)
+    found: Tensor = checkpoint(given.gate, h, use_reentrant=False)
+    return found
 
 
 def normed(h: Tensor, given: Given) -> Tensor:
-    return given.extras.norm(h.flatten(0, -2)).reshape(h.shape)
+    return given.norm(h.flatten(0, -2)).reshape(h.shape)
 
 
 def factored(h: Tensor, given: Given) -> Tensor:
-    return h * given.batch["factor"] + given.batch["settings"]["scale"]
+    found: Tensor = h * given.batch["factor"] + given.batch["settings"]["scale"]
+    return found
 
 
 def twice(h: Tensor, given: Given) -> Tensor:
@@ -143,11 +174,12 @@ def einsum(h: Tensor, given: Given) -> Tensor:
 
 def masked_mean(h: Tensor, given: Given) -> Tensor:
     mask = given.mask[..., None].to(h.dtype)
-    return h - (h * mask).sum() / mask.sum().clamp(min=1)
+    found: Tensor = h - (h * mask).sum() / mask.sum().clamp(min=1)
+    return found
 
 
 def random_mask(h: Tensor, given: Given) -> Tensor:
-    return torch.where((torch.rand(given.mask.shape) < 0.3)[..., None], given.extras.vector, h)
+    return torch.where((torch.rand(given.mask.shape) < 0.3)[..., None], given.vector, h)
 
 
 # -- a row for each sample --------------------------------------------------------------------------------------------
@@ -198,7 +230,7 @@ def named_loop(h: Tensor, given: Given) -> Tensor:
 
 def repeated(h: Tensor, given: Given) -> Tensor:
     twofold = torch.tanh(h.repeat_interleave(2, 0))
-    return twofold.unflatten(0, (len(h), 2)).sum(1)
+    return twofold.view(len(h), 2, *h.shape[1:]).sum(1)
 
 
 def some_samples(h: Tensor, given: Given) -> Tensor:
@@ -207,7 +239,7 @@ def some_samples(h: Tensor, given: Given) -> Tensor:
 
 
 def by_class(h: Tensor, given: Given) -> Tensor:
-    return h * by_sample(given.extras.vector[given.batch["y"]], h)
+    return h * by_sample(given.vector[given.batch["y"]], h)
 
 
 def sampled_class(h: Tensor, given: Given) -> Tensor:
@@ -237,14 +269,14 @@ def gathered(h: Tensor, given: Given) -> Tensor:
 
 def written_first(h: Tensor, given: Given) -> Tensor:
     h = h.clone()
-    h[:, 0] = given.extras.vector
+    h[:, 0] = given.vector
     return h
 
 
 def written_last(h: Tensor, given: Given) -> Tensor:
     h = h * 2.0
     for number, length in enumerate(given.lengths):
-        h[number, length - 1] += given.extras.vector
+        h[number, length - 1] += given.vector
     return h
 
 
@@ -253,8 +285,8 @@ def stacked(h: Tensor, given: Given) -> Tensor:
 
 
 def unpadded(h: Tensor, given: Given) -> Tensor:
-    flat = given.extras.gate(torch.cat([h[i, :n] for i, n in enumerate(given.lengths)]))
-    texts = flat.split(given.lengths)
+    flat = given.gate(torch.cat([h[i, :n] for i, n in enumerate(given.lengths)]))
+    texts = torch.split(flat, given.lengths)
     return torch.stack([F.pad(text, (0, 0, 0, h.shape[1] - len(text))) for text in texts])
 
 
@@ -264,23 +296,23 @@ def padded_anew(h: Tensor, given: Given) -> Tensor:
 
 
 def attended(h: Tensor, given: Given) -> Tensor:
-    scores = (h @ given.extras.vector).masked_fill(~given.mask, float("-inf")).softmax(1)
+    scores = (h @ given.vector).masked_fill(~given.mask, float("-inf")).softmax(1)
     return h + (scores[..., None] * h).sum(1, keepdim=True)
 
 
 def peaked(h: Tensor, given: Given) -> Tensor:
-    return h + h[torch.arange(len(h)), (h @ given.extras.vector).argmax(1)][:, None]
+    return h + h[torch.arange(len(h)), (h @ given.vector).argmax(1)][:, None]
 
 
 def prefixed(h: Tensor, given: Given) -> Tensor:
-    prefix = given.extras.vector.expand(len(h), 1, -1)
+    prefix = given.vector.expand(len(h), 1, -1)
     return torch.cat([prefix, h[:, :-1]], 1).cumsum(1)
 
 
 def sequence_first(h: Tensor, given: Given) -> Tensor:
     h = h.transpose(0, 1).contiguous()
     h = h * torch.arange(len(h))[:, None, None]
-    return given.extras.gate(h).transpose(0, 1)
+    return given.gate(h).transpose(0, 1)
 
 
 def chosen_tokens(h: Tensor, given: Given) -> Tensor:
@@ -290,7 +322,7 @@ def chosen_tokens(h: Tensor, given: Given) -> Tensor:
 
 def normed_tokens(h: Tensor, given: Given) -> Tensor:
     h = h.clone()
-    h[given.mask] = given.extras.norm(h[given.mask])
+    h[given.mask] = given.norm(h[given.mask])
     return h
 
 
@@ -299,7 +331,8 @@ def normed_tokens(h: Tensor, given: Given) -> Tensor:
 
 def of_text(given: Given) -> Tensor:
     """The text of each token of packed ones, from 0 up."""
-    return (given.batch["places"][0] == 0).cumsum(0) - 1
+    found: Tensor = (given.batch["places"][0] == 0).cumsum(0) - 1
+    return found
 
 
 def pooled_texts(h: Tensor, given: Given) -> Tensor:
@@ -309,68 +342,52 @@ def pooled_texts(h: Tensor, given: Given) -> Tensor:
 
 
 def split_texts(h: Tensor, given: Given) -> Tensor:
-    return torch.cat([text - text.mean(0) for text in h[0].split(of_text(given).bincount().tolist())])[None]
+    return torch.cat([text - text.mean(0) for text in torch.split(h[0], of_text(given).bincount().tolist())])[None]
 
-
-# -- images into texts ------------------------------------------------------------------------------------------------
-
-
-def _scattered_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
-    return words.masked_scatter(where[..., None].expand_as(words), images)
-
-
-def _written_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
-    words = words.clone()
-    words[where] = images
-    return words
-
-
-def _looked_up_images(words: Tensor, where: Tensor, images: Tensor) -> Tensor:
-    number = (where.flatten().cumsum(0) - 1).clamp(min=0).view(where.shape)
-    rows = torch.cat([images, images.new_zeros(1, images.shape[-1])])
-    return torch.where(where[..., None], rows[number], words)
-
-
-_WAYS = (_scattered_images, _written_images, _looked_up_images)
-
-
-def _images(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
-        return way(stem(batch["x"]), batch["x"] == IMAGE, tower(batch["pixels"]).mean(1))
-
-    return merge
-
-
-def _patches(way: Callable[..., Tensor], *, loops: bool) -> Callable[..., Tensor]:
-    def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
-        seen, grid = tower(batch["pixels"]), batch["grid"]
-        if loops:
-            images = torch.stack([patches.mean(0) for patches in seen.split(grid.tolist())])
-        else:
-            owner = torch.repeat_interleave(torch.arange(len(grid)), grid)
-            images = seen.new_zeros(len(grid), seen.shape[-1]).index_add(0, owner, seen) / grid[:, None]
-        return way(stem(batch["x"]), batch["x"] == IMAGE, images)
-
-    return merge
-
-
-MERGES: dict[str, list[Callable[..., Tensor]]] = {
-    "images": [_images(way) for way in _WAYS],
-    "patches": [_patches(way, loops=index == 1) for index, way in enumerate(_WAYS)],
-}
 
 # -- by name ----------------------------------------------------------------------------------------------------------
 
-_ANY = (gated, flattened, masked_out, filled, where, written_mask, written_rows, written_view, selected, scattered)
+_ANY: tuple[Piece, ...] = (
+    gated,
+    flattened,
+    masked_out,
+    filled,
+    where,
+    written_mask,
+    written_rows,
+    written_view,
+    selected,
+    scattered,
+)
 _ANY += (index_put, dropped, noisy, no_gradient, detached, checkpointed, normed, factored, twice, chunked, einsum)
 _ANY += (masked_mean, random_mask)
-_SAMPLES = (rolled, centered, ordered, grouped, uniform, beta, mixed_up, named, named_loop, repeated, some_samples)
+_SAMPLES: tuple[Piece, ...] = (
+    rolled,
+    centered,
+    ordered,
+    grouped,
+    uniform,
+    beta,
+    mixed_up,
+    named,
+    named_loop,
+    repeated,
+    some_samples,
+)
 _SAMPLES += (by_class, sampled_class)
-_TEXTS = (over_length, last_position, last_token, gathered, written_first, written_last, stacked, unpadded, padded_anew)
+_TEXTS: tuple[Piece, ...] = (
+    over_length,
+    last_position,
+    last_token,
+    gathered,
+    written_first,
+    written_last,
+    stacked,
+    unpadded,
+    padded_anew,
+)
 _TEXTS += (attended, peaked, prefixed, sequence_first, chosen_tokens, normed_tokens)
 _PACKED = (pooled_texts, split_texts)
-
-Piece = Callable[[Tensor, Given], Tensor]
 
 
 def names_of(functions: tuple[Piece, ...]) -> list[str]:

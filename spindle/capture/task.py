@@ -188,7 +188,8 @@ class Looker:
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if sites.get("") else 1)):
             twice = _twice(batch, whole, step)
-            self._look_at_other(task, twice, (0, end), _singly(twice.units), sites, prober, step)
+            cut = _singly(twice.units) if step == 1 else ((0, whole[1]), (whole[1], end))
+            self._look_at_other(task, twice, (0, end), cut, sites, prober, step)
 
     def _look_at_other(
         self,

@@ -245,8 +245,9 @@ def _class_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Te
     if given["reduction"] != "mean" or given["weight"] is not None or target.is_floating_point():
         plain: Tensor = function(**given)
         return plain
-    each = function(**{**given, "reduction": "none"})
-    return _total(each) / (target != given["ignore_index"]).sum()
+    each: Tensor = function(**{**given, "reduction": "none"})
+    count: Tensor = (target != given["ignore_index"]).sum()
+    return _total(each) / count
 
 
 def _elementwise_loss(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Tensor:

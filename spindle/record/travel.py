@@ -29,8 +29,8 @@ def dumped(value: Any, functions: Iterable[Any] = ()) -> bytes:
             _WithoutWeights(buffer).dump(value)
         except Exception as error:
             raise WorkloadError(
-                f"the task functions, or what they use, cannot be sent to the processes of ranks ({error}); keep locks, "
-                "files and connections out of them"
+                f"the task functions, or what they use, cannot be sent to the processes of ranks ({error}); keep "
+                "locks, files and connections out of them"
             ) from error
     return buffer.getvalue()
 
@@ -95,4 +95,4 @@ def _found_again(module: str, *attributes: str) -> "ContextVar[Any]":
     return found
 
 
-copyreg.pickle(ContextVar, _context_variable)  # type: ignore[arg-type]
+copyreg.pickle(ContextVar, _context_variable)

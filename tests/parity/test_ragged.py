@@ -21,7 +21,7 @@ import spindle
 from spindle.capture import operators
 from spindle.errors import SpindleError, WorkloadError
 from spindle.graph import SAMPLES, TensorSpec
-from spindle.runtime import executor
+from spindle.runtime import executor, pieces
 from spindle.runtime.programs.messages import Layouts, StepLayout
 from spindle.units import Bounds, SampledBatch, Units
 from spindle.workload import Batch, Workload
@@ -31,6 +31,7 @@ from tests.random_plans import random_plan
 EXAMPLES = int(os.environ.get("SPINDLE_RAGGED_EXAMPLES", "40"))
 
 
+@pytest.mark.timeout(60 + 20 * EXAMPLES)
 @settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # smaller() shrinks better
 @given(seed=st.integers(0, 10**6))
 def test_random_task_code_on_ragged_batches_is_exact(seed: int) -> None:
@@ -124,7 +125,7 @@ def test_a_part_padded_in_its_own_way_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_in_another_order_in_a_message_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message whose samples are the wrong way round."""
-    own = executor.cut
+    own = pieces.cut
 
     def swapped(value: Tensor, spec: TensorSpec, units: Units, held: Bounds, low: int, high: int) -> Tensor:
         piece = own(value, spec, units, held, low, high)

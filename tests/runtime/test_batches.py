@@ -57,7 +57,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(("accumulate", "in_flight"), [(1, 1), (2, 1), (4, 2)])
 def test_steps_recorded_ahead_are_exact(ahead: Counter[str], accumulate: int, in_flight: int) -> None:
-    """Rounds, micro-batches, a task that rests, draws by step: all as in one process; only the first step is not ahead."""
+    """Rounds, micro-batches, a task that rests, draws by step: all as in one process."""
     workload = ragged(accumulate=accumulate, in_flight=in_flight)
     plan = random_plan(spindle.make_metagraph(workload), 2, 3)
     report = spindle.verify(workload, plan, steps=4, launcher="threads")

@@ -53,10 +53,10 @@ def test_ranks_that_may_send_are_members_too() -> None:
     transfer = Transfer(
         name="a>b", source="a", target="b", backward=False, messages=(message,), senders=(0, 1), receivers=(2, 3)
     )
-    assert (transfer.sending(), transfer.receiving()) == ({0, 1}, {2, 3})
+    assert (transfer.sending(), transfer.receiving()) == (frozenset((0, 1)), frozenset((2, 3)))
     assert transfer.members() == {0, 1, 2, 3}
     fixed = replace(transfer, senders=(), receivers=())
-    assert (fixed.sending(), fixed.receiving()) == ({0}, {3})
+    assert (fixed.sending(), fixed.receiving()) == (frozenset((0,)), frozenset((3,)))
 
 
 def test_groups_are_made_of_several_ranks_once_in_one_order() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spindle.capture.codes import OperatorCode
+from spindle.capture.codes import OperatorCode, OperatorModule
 from spindle.runtime.programs.program import Bucket, Program
 from spindle.runtime.store import ParameterStore
 from tests.runtime.hand_program import lowered
@@ -15,11 +15,11 @@ from tests.runtime.hand_program import lowered
 def code(name: str, module: nn.Module, component: str) -> OperatorCode:
     return OperatorCode(
         name=name,
-        module=module,
+        module=OperatorModule(module, {}),
         inputs=(),
         outputs=(),
-        parameters=tuple((inner, f"{component}.{inner}") for inner, _ in module.named_parameters()),
-        buffers=tuple((inner, f"{component}.{inner}") for inner, _ in module.named_buffers()),
+        parameters=tuple((f"block.{inner}", f"{component}.{inner}") for inner, _ in module.named_parameters()),
+        buffers=tuple((f"block.{inner}", f"{component}.{inner}") for inner, _ in module.named_buffers()),
     )
 
 

@@ -60,6 +60,7 @@ def test_public_names() -> None:
         "make_metagraph",
         "make_plan",
         "make_profile",
+        "per_sample",
         "train",
         "verify",
     ]
