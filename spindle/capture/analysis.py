@@ -77,7 +77,7 @@ def places_of(trials: Sequence[Trial]) -> tuple[dict[object, list[tuple[Place, .
     """Where each result of each key of glue and each block call may be cut, by shapes; and keys whose shapes are the
     same in all parts.
     """
-    found: dict[object, list[tuple[Place, ...]]] = {}
+    found: dict[object, list[tuple[Place, ...] | None]] = {}  # None: only seen without entries, which tell nothing
     same: set[object] = set()
     for trial in trials:
         whole = _results(trial.whole.wired)
@@ -91,17 +91,16 @@ def places_of(trials: Sequence[Trial]) -> tuple[dict[object, list[tuple[Place, .
             for index in range(width):
                 for number, call in enumerate(calls):
                     shapes = [other[number][index] if index < len(other[number]) else () for other in others]
-                    here = _candidates(call[index], shapes, trial)
+                    here = None if 0 in call[index] else _candidates(call[index], shapes, trial)
                     slots = found.setdefault(key, [])
-                    if len(slots) <= index:
-                        slots.append(here)
-                    else:
-                        slots[index] = tuple(place for place in slots[index] if place in here)
+                    slots += [None] * (index + 1 - len(slots))
+                    was = slots[index]
+                    slots[index] = here if was is None else tuple(p for p in was if here is None or p in here)
     for trial in trials:
         for key, calls in _results(trial.whole.wired).items():
             if all(_results_equal(calls, _results(part.wired).get(key)) for part in trial.parts):
                 same.add(key)
-    return found, same
+    return {key: [slot or () for slot in slots] for key, slots in found.items()}, same
 
 
 def _results_equal(calls: list[list[tuple[int, ...]]], others: list[list[tuple[int, ...]]] | None) -> bool:
@@ -228,8 +227,8 @@ class Prober:
         for _, dim in places:
             if all(p.ndim == whole.ndim for p in parts) and _close(torch.cat(parts, dim), whole):
                 return "rows"
-        if not places and any(part.shape != whole.shape for part in parts):
-            return "unknown"
+        if not places and (not whole.numel() or any(part.shape != whole.shape for part in parts)):
+            return "unknown"  # nothing without entries is a constant, either
         return "constant" if all(_close(part, whole) for part in parts) else "mixes"
 
     def _values(self, trial: Trial, part: Part, made: dict[tuple[str, int], Tensor]) -> dict[Key, list[list[Any]]]:

@@ -28,15 +28,19 @@ from spindle.workload import Batch, Workload
 from tests.ragged_tasks import Case, Stack, TaskCase, TowerCase, plan_of, random_case, verdict_of, workload_of
 from tests.random_plans import random_plan
 
-EXAMPLES = int(os.environ.get("SPINDLE_RAGGED_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("SPINDLE_RAGGED_EXAMPLES", "24"))
+PARTS = 4  # so that none takes as long as a test that hangs
 
 
 @pytest.mark.timeout(60 + 20 * EXAMPLES)
-@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # smaller() shrinks better
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(
+    max_examples=-(-EXAMPLES // PARTS), phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # smaller() shrinks better
 @given(seed=st.integers(0, 10**6))
-def test_random_task_code_on_ragged_batches_is_exact(seed: int) -> None:
+def test_random_task_code_on_ragged_batches_is_exact(part: int, seed: int) -> None:
     """Any code, batches and plan agree with one process to 1e-10, or a sentence says what is not supported."""
-    case = random_case(seed)
+    case = random_case(seed + 10**7 * part)  # the seeds of all parts are the same
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verdict, text = verdict_of(case)
@@ -88,6 +92,11 @@ def is_found(case: Case, plant: Callable[[], None] = lambda: None) -> bool:
     workload = workload_of(case)
     plan = plan_of(case, workload)
     plant()
+    return says_wrong(workload, plan)
+
+
+def says_wrong(workload: Workload, plan: spindle.Plan) -> bool:
+    """Whether verification of a workload that is captured already raises, or finds that something differs."""
     try:
         return not spindle.verify(workload, plan, steps=2, launcher="threads", timeout_s=20.0).ok
     except (SpindleError, AssertionError):
@@ -197,9 +206,7 @@ def test_ranks_that_read_other_shapes_are_named() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_without_agreement_other_shapes_still_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the agreement left out, pieces of other sizes are refused where they arrive, or time out."""
+def test_without_agreement_other_shapes_are_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the agreement left out, pieces of other sizes are refused where they arrive, or their results differ."""
     monkeypatch.setattr(executor.Executor, "_agree", lambda self, target: None)
-    workload, plan = _parted()
-    with pytest.raises(SpindleError):
-        spindle.verify(workload, plan, steps=3, launcher="threads", timeout_s=20.0)
+    assert says_wrong(*_parted())
