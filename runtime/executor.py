@@ -233,9 +233,9 @@ class Executor:
     def _check(self, tensor: str, verb: str, value: Tensor, recorded: tuple[int, ...]) -> None:
         if tuple(value.shape) != recorded:
             raise RunError(
-                f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that makes "
-                "it must give shapes that follow from those of its arguments, and the first batches must show how many "
-                "rows samples have (begin with one like most, or give a list of batches)"
+                f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that "
+                "makes it must give shapes that follow from those of its arguments, and the first batches must show "
+                "how many rows samples have (begin with one like most, or give a list of batches)"
             )
 
     def _compute(self, ready: Ready, bounds: Bounds, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
