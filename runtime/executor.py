@@ -202,8 +202,8 @@ class Executor:
         other = next(rank for rank, value in digests.items() if value != digests[first])
         return WorkloadError(
             f"task {task!r}, step {self.stream.step}: ranks {first} and {other} read batches of different shapes or "
-            f"rows; "
-            "every pass over its data must give the same batches in every process (seed your own random generators)"
+            "rows; every pass over its data must give the same batches in every process (seed your own random "
+            "generators)"
         )
 
     def _bounds(self, run: SliceRun, rank: int) -> Bounds:
@@ -234,8 +234,8 @@ class Executor:
         if tuple(value.shape) != recorded:
             raise RunError(
                 f"{tensor} was {verb} with shape {tuple(value.shape)}, but recorded with {recorded}; the code that "
-                f"makes "
-                "it must give shapes that follow from those of its arguments"
+                "makes it must give shapes that follow from those of its arguments, and the first batches must show "
+                "how many rows samples have (begin with one like most, or give a list of batches)"
             )
 
     def _compute(self, ready: Ready, bounds: Bounds, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

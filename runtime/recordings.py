@@ -169,8 +169,7 @@ class Recordings:
             if not same or not all(map(_equal, again.aux, found)):
                 raise WorkloadError(
                     f"{where}: its function computes something else of the same fields than before (a counter, a "
-                    f"global, "
-                    "a number from outside of torch); let it depend on its batch alone"
+                    "global, a number from outside of torch); let it depend on its batch alone"
                 )
         return found
 

@@ -323,8 +323,7 @@ class _Builder:
         if isinstance(error, CheckpointError):
             return WorkloadError(
                 f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of "
-                f"its "
-                "own, which would draw others when it is computed again; switch that off "
+                "its own, which would draw others when it is computed again; switch that off "
                 "(gradient_checkpointing_disable()) and name the component in the workload's recompute="
             )
         what = f"a layer of class {type(block).__name__}" if block is not None else "its glue"

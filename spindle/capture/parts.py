@@ -124,8 +124,7 @@ def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: M
             if maker is not None and maker in home and home[maker] != own and named[ref] not in code.reads[own]:
                 raise WorkloadError(
                     f"{where}: operator {own!r} reads a value of {home[maker]!r}, which it did not when it was "
-                    f"captured; a "
-                    "task must compute in the same way in every step"
+                    "captured; a task must compute in the same way in every step"
                 )
 
 

@@ -303,8 +303,7 @@ class Looker:
         if written:
             raise WorkloadError(
                 f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other "
-                f"ranks "
-                "would not see; do it after the step, in a callback"
+                "ranks would not see; do it after the step, in a callback"
             )
 
     def _explained(self, task: Task, failure: Failure) -> Exception:
@@ -324,14 +323,12 @@ class Looker:
         if isinstance(error, NotImplementedError):
             return WorkloadError(
                 f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > "
-                f"0], "
-                "nonzero(), unique()); use torch.where, or put it into a module and register that"
+                "0], nonzero(), unique()); use torch.where, or put it into a module and register that"
             )
         if isinstance(error, LazyRead):
             return WorkloadError(
                 f"task {task.name!r}{place}: it branches on a value computed from parameters (if, while, int(), "
-                f".item()); "
-                "use torch.where, or put it into a module and register that"
+                ".item()); use torch.where, or put it into a module and register that"
             )
         if isinstance(error, Refused):
             return WorkloadError(f"task {task.name!r}{place}: {error}")
@@ -355,9 +352,8 @@ class Looker:
         if self.skeleton.configs and "position_ids" in batch.fields and "attention_mask" not in batch.fields:
             warnings.warn(
                 f"task {task.name!r}: the model's config has use_cache=True, which is off in planned runs; "
-                f"transformers "
-                "looks for packed texts in position_ids only where it is off, so set config.use_cache=False, for a "
-                "plain "
+                "transformers looks for packed texts in position_ids only where it is off, so set "
+                "config.use_cache=False, for a plain "
                 "run to compute the same",
                 SpindleWarning,
                 stacklevel=6,

@@ -176,8 +176,7 @@ def _check_places(places: int, source: Tensor, shape: tuple[int, ...], width: in
     if tuple(source.shape) != shape and places * width != source.numel():
         raise ValueError(
             f"masked_scatter has {places} places for {source.numel() // width} values; samples must have as many "
-            f"values "
-            "as places: say in rows= how many belong to each"
+            "values as places: say in rows= how many belong to each"
         )
 
 
