@@ -31,6 +31,32 @@ def writes_first(function: Callable[..., Any]) -> bool:
     return name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
 
 
+_STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {
+    F.batch_norm: (1, 2, 5, "training"),
+    torch.batch_norm: (3, 4, 5, "training"),
+    F.instance_norm: (1, 2, 5, "use_input_stats"),
+    torch.instance_norm: (3, 4, 5, "use_input_stats"),
+}
+"""Where running mean and variance stand among the arguments of a function, and whether it updates them."""
+
+
+def updated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Arguments that a function changes in place without saying so: running statistics, embeddings with max_norm."""
+
+    def given(index: int, name: str, default: Any = None) -> Any:
+        return args[index] if len(args) > index else kwargs.get(name, default)
+
+    if function is F.embedding and given(3, "max_norm") is not None:
+        return [given(1, "weight")]
+    if function not in _STATISTICS:
+        return []
+    mean, variance, place, flag = _STATISTICS[function]
+    if not given(place, flag, function is F.instance_norm):
+        return []
+    found = (given(mean, "running_mean"), given(variance, "running_var"))
+    return [value for value in found if isinstance(value, Tensor)]
+
+
 class Written:
     """A function that writes in place, as one that gives what its first argument becomes."""
 

@@ -23,6 +23,7 @@ from spindle.record.functions import (
     by_rows,
     recordable,
     under_autocast,
+    updated,
     without_devices,
     writes_first,
 )
@@ -205,6 +206,8 @@ class Recorder(TorchFunctionMode):
         self._versions: dict[int, int] = {}
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
+        self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
         self._kept: list[Any] = []  # so that no id is used twice
@@ -275,6 +278,7 @@ class Recorder(TorchFunctionMode):
             func, args = Into(func), (out, *args)
         encoded = tree(self._encoded, args), tree(self._encoded, kwargs)  # as they are before the call
         result = self._on_meta(func, args, kwargs)
+        self._note_changed(updated(func, args, kwargs))
         if out is not None:
             self._renew(out)
             self._taint(out)
@@ -425,6 +429,15 @@ class Recorder(TorchFunctionMode):
             self._kept.append(value)
         return found
 
+    def _note_changed(self, values: Iterable[Tensor]) -> None:
+        """Note tensors that the last call changes in place, as batch norm does its running statistics."""
+        for value in values:
+            number = self._number.get(id(value))
+            if number in self.recording.leaves:
+                self._updated.append(self.recording.leaves[number])
+            else:
+                self.changed.append(value)
+
     def _renew(self, value: Tensor) -> None:
         self._meta.pop(id(value), None)
 
@@ -459,7 +472,7 @@ class Recorder(TorchFunctionMode):
 
     def _written_leaves(self) -> tuple[str, ...]:
         """Parameters and buffers that the last call changed in place."""
-        found = []
+        found, self._updated = self._updated, []
         for number, tensor in self._touched.items():
             if tensor._version != self._versions[number]:
                 self._versions[number] = tensor._version

@@ -82,7 +82,17 @@ def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:
 
 
 def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
-    """Buffers that were replaced by a new tensor: a call that writes it to the buffer."""
+    """Buffers that were replaced by a new tensor: a call that writes it to the buffer. Those that a call changed in
+    place, though they were taken as constants, are told to the skeleton.
+    """
+    names = {id(buffer): name for name, buffer in skeleton.buffers().items()} if recorder.changed else {}
+    for changed in recorder.changed:
+        if id(changed) not in names:
+            raise Refused(
+                "a call changes a tensor in place that is no buffer of a component (statistics of its own, say); make "
+                "it a buffer of a module that is registered"
+            )
+        skeleton.changed.add(names[id(changed)])
     for name, leaf, value in skeleton.replaced_buffers():
         if tuple(value.shape) != tuple(leaf.shape):
             raise Refused(

@@ -196,3 +196,17 @@ def test_ctrl_c_is_heard_by_the_driver_alone() -> None:
     assert out == "heard\n"
     assert "Traceback" not in err
     assert driver.returncode == 0
+
+
+def test_running_statistics_outside_of_layers_come_back() -> None:
+    """Batch norm in a stem: ranks update their own buffers, not those that recordings read; they are one process's."""
+    ours, theirs = encoder_decoder(torch.float64), encoder_decoder(torch.float64)
+    plan = random_plan(spindle.make_metagraph(ours), 2, 3)
+    spindle.train(ours, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), steps=3, launcher="processes")
+    first, second = theirs.tasks["seq"].batches()
+    for batch in (first, second, first):
+        theirs.tasks["seq"].function(batch)
+    found, expected = dict(ours.named_buffers()), dict(theirs.named_buffers())
+    assert int(found["stem.1.num_batches_tracked"]) == 3
+    assert bool(found["stem.1.running_mean"].any())
+    torch.testing.assert_close(found, expected)
