@@ -176,18 +176,19 @@ class Feed:
 
     def _ordered(self) -> "Future[_Read]":
         if not self._listed:
-            return self._thread.submit(self._read)
+            generation = self._shared.generation if self._shared else 0  # of now: a resume may come before it begins
+            return self._thread.submit(lambda: self._read(generation))
         found: Future[_Read] = Future()
         try:
-            found.set_result(self._read())
+            found.set_result(self._read(0))
         except WorkloadError as error:
             found.set_exception(error)
         return found
 
     # -- what its thread does -------------------------------------------------------------------------------------
 
-    def _read(self) -> _Read:
-        return self._shared.read(self._loaded) if self._shared else self._loaded()
+    def _read(self, generation: int) -> _Read:
+        return self._shared.read(self._loaded, generation) if self._shared else self._loaded()
 
     def _finish(self) -> None:
         self._iterator = None

@@ -53,9 +53,12 @@ class SharedReads(Protocol):
     reads: bool
     """Whether this rank runs the loader."""
 
-    def read(self, own: Callable[[], T]) -> T:
-        """The next batch, by `own` or from the rank that reads. Raises WorkloadError where the loader failed, RunError
-        where that rank has left, and Dropped after `restart` or `leave`.
+    generation: int
+    """How often the feeds were resumed."""
+
+    def read(self, own: Callable[[], T], generation: int) -> T:
+        """The next batch of a generation, by `own` or from the rank that reads. Raises WorkloadError where the loader
+        failed, RunError where that rank has left, and Dropped after `restart` or `leave`.
         """
 
     def restart(self) -> None:
@@ -132,9 +135,8 @@ class Reader(_Side):
         self._begun = 0  # the generation that `_untaken` counts
         self._slowest: int | None = None  # the rank for which this one waits
 
-    def read(self, own: Callable[[], T]) -> T:
+    def read(self, own: Callable[[], T], generation: int) -> T:
         """See SharedReads. The loader runs once there is room for what it gives."""
-        generation = self.generation
         self._make_room(generation)
         try:
             found = own()
@@ -227,10 +229,9 @@ class Receiver(_Side):
         self.reader, self._end = reader, end
         self._arrived: tuple[int, int] | None = None  # generation and descriptor
 
-    def read(self, own: Callable[[], T]) -> T:
+    def read(self, own: Callable[[], T], generation: int) -> T:
         """See SharedReads; `own` stays unused."""
         del own
-        generation = self.generation
         self._check(generation)
         while self._arrived is None or self._arrived[0] != generation:
             if self._arrived is not None and self._arrived[0] > generation:

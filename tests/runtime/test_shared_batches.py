@@ -20,7 +20,7 @@ from spindle.errors import RunError, WorkloadError
 from spindle.runtime import shared_batches
 from spindle.runtime.data import Feed
 from spindle.runtime.machines import Door, called, machine
-from spindle.runtime.shared_batches import Reader, Receiver, Seat, readers
+from spindle.runtime.shared_batches import Dropped, Reader, Receiver, Seat, readers
 from spindle.workload import Task
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +287,16 @@ def test_batches_of_before_are_not_taken_after_a_resume(
             one.feeds[place].resume(state)
         assert [taken(feed, 3) for feed in one.feeds] == [[2.0, 3.0, 4.0]] * 2
         assert one.first.state()["taken"] == one.others[0].state()["taken"] == 5
+
+
+def test_work_ordered_before_a_resume_reads_nothing_regression(sharing: Callable[..., Sharing]) -> None:
+    """A thread may begin with it only afterwards: it must not take, or send, a batch of what comes then."""
+    one = sharing(numbers(3))
+    for side in (one.reader, *one.receivers):
+        ordered = side.generation
+        side.restart()
+        with pytest.raises(Dropped):
+            side.read(lambda: pytest.fail("the loader was run"), ordered)
 
 
 def test_a_rank_that_waits_is_free_to_resume(sharing: Callable[..., Sharing]) -> None:
