@@ -292,7 +292,8 @@ def test_batches_of_before_are_not_taken_after_a_resume(
 def test_work_ordered_before_a_resume_reads_nothing_regression(sharing: Callable[..., Sharing]) -> None:
     """A thread may begin with it only afterwards: it must not take, or send, a batch of what comes then."""
     one = sharing(numbers(3))
-    for side in (one.reader, *one.receivers):
+    sides: list[Reader | Receiver] = [one.reader, *one.receivers]
+    for side in sides:
         ordered = side.generation
         side.restart()
         with pytest.raises(Dropped):
