@@ -47,11 +47,11 @@ def test_everything_listens_on_loopback() -> None:
 
 
 def test_a_worker_that_raises_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
-    """Rank, wave, instruction and the user's own line are in the message."""
+    """Rank, instruction, task, step and the user's own line are in the message; it fails while it is recorded."""
     workload = fragile_workload(tmp_path / "break")
     plan = widest_plan(spindle.make_metagraph(workload), 2)
     (tmp_path / "break").touch()
-    with pytest.raises(RunError, match=r"rank \d, wave \d+, FORWARD s\d+ \(task.*too hot") as caught:
+    with pytest.raises(RunError, match=r"rank \d, LOAD task: task 'task', step 0 .*: too hot") as caught:
         spindle.train(workload, plan, optimizer=sgd, steps=3, launcher="ray", timeout_s=30.0)
     assert "faulty.py" in str(caught.value)
     assert "Traceback (most recent call last)" in caught.value.__notes__[0]
