@@ -53,11 +53,13 @@ class Namer:
 
 
 def _label(path: str, lists: set[str]) -> str:
-    """The shortest tail of a list's path that no other list of its component has."""
+    """The shortest tail of a list's path that no other list of its component has, its parent in it where there are others:
+    "visual.blocks" beside "language_model.layers".
+    """
     component, _, inner = path.partition(".")
     parts = inner.split(".")
     rivals = [other for other in lists if other != path and other.partition(".")[0] == component]
-    for count in range(1, len(parts) + 1):
+    for count in range(min(2, len(parts)) if rivals else 1, len(parts) + 1):
         tail = ".".join(parts[-count:])
         if not any(other == tail or other.endswith(f".{tail}") for other in rivals):
             return tail
