@@ -53,8 +53,8 @@ class Namer:
 
 
 def _label(path: str, lists: set[str]) -> str:
-    """The shortest tail of a list's path that no other list of its component has, its parent in it where there are others:
-    "visual.blocks" beside "language_model.layers".
+    """The shortest tail of a list's path that no other list of its component has; where there are others it holds the
+    parent: "visual.blocks" beside "language_model.layers".
     """
     component, _, inner = path.partition(".")
     parts = inner.split(".")
