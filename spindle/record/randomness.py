@@ -33,7 +33,7 @@ class Drawing(TorchFunctionMode):
         """`sites`: of each draw of the scope, in order; None: none of them is made of samples."""
         super().__init__()
         self.scope, self.sites = scope, sites
-        self.count = 0
+        self.shapes: list[tuple[int, ...]] = []  # of all draws so far
         self.writes_out_attention = False
 
     def __torch_function__(
@@ -77,10 +77,10 @@ class Drawing(TorchFunctionMode):
 
     def _next(self, shape: Sequence[int]) -> tuple[int, Site]:
         """Number and site of the next draw."""
-        index = self.count
-        self.count += 1
+        index = len(self.shapes)
+        self.shapes.append(tuple(shape))
         if self.sites is None:
-            return index, Site(-1, 0, tuple(shape))
+            return index, Site(-1, 0, self.shapes[-1])
         if index >= len(self.sites):
             raise WorkloadError(
                 f"{self.scope or 'the task'} draws random numbers {index + 1} times, but did {len(self.sites)} times "
@@ -126,18 +126,13 @@ class RowDraw:
 
 
 class RecordedDrawing(Drawing):
-    """Draws of glue while it is recorded: on the device of a value of the model as calls, others for real.
-
-    `shapes` are those of all draws, in order.
-    """
+    """Draws of glue while it is recorded: on the device of a value of the model as calls, others for real."""
 
     def __init__(self, recorder: Recorder, sites: Sequence[Site] | None) -> None:
         super().__init__("", sites)
         self.recorder = recorder
-        self.shapes: list[tuple[int, ...]] = []
 
     def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
-        self.shapes.append(what.shape)
         index, site = self._next(what.shape)
         if like is None or not is_lazy(like):
             found: Tensor = self.recorder.real(draw, (what, self.scope, index, site))
@@ -148,7 +143,6 @@ class RecordedDrawing(Drawing):
 
     def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
         """See Drawing."""
-        self.shapes.append(tuple(values.shape))
         call = RowDraw(function, args, self.scope, *self._next(values.shape))
         if not is_lazy(values):
             found: Tensor = self.recorder.real(call, (values,))
@@ -160,37 +154,16 @@ class RecordedDrawing(Drawing):
 class NotingShapes(Drawing):
     """Draws of a block that runs for its shapes alone: nothing is drawn."""
 
-    def __init__(self) -> None:
-        super().__init__("", None)
-        self.shapes: list[tuple[int, ...]] = []
-
     def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
         del like
-        self.shapes.append(what.shape)
+        self._next(what.shape)
         return torch.empty(what.shape, dtype=what.dtype, device="meta")
 
     def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
         """See Drawing."""
-        self.shapes.append(tuple(values.shape))
+        self._next(values.shape)
         with torch._C.DisableTorchFunction():
             return function(torch.empty_like(values, device="meta"), *args)
-
-
-class RealShapes(Drawing):
-    """Draws of a block that runs for its shapes alone, but needs numbers."""
-
-    def __init__(self) -> None:
-        super().__init__("", None)
-        self.shapes: list[tuple[int, ...]] = []
-
-    def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
-        self.shapes.append(what.shape)
-        return super()._drawn(what, like)
-
-    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
-        """See Drawing."""
-        self.shapes.append(tuple(values.shape))
-        return super().rows(function, values, *args)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------

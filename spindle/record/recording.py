@@ -7,13 +7,14 @@ to a tensor gives a new value for it, so that every value has one maker.
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from spindle.record.slots import Mark, mapped
 
+LeafT = TypeVar("LeafT")
 _PLAIN = (int, float, str, bool, type(None), torch.dtype)
 
 
@@ -64,15 +65,11 @@ class Node:
 
     def refs(self) -> list[int]:
         """Values that it reads."""
-        found: list[int] = []
-        tree(lambda leaf: found.append(leaf.index) if type(leaf) is Ref else None, (self.args, self.kwargs))
-        return found
+        return [ref.index for ref in leaves_of((self.args, self.kwargs), Ref)]
 
     def aux(self) -> list[int]:
         """Tensors computed from the batch that it reads."""
-        found: list[int] = []
-        tree(lambda leaf: found.append(leaf.index) if type(leaf) is Aux else None, (self.args, self.kwargs))
-        return found
+        return [aux.index for aux in leaves_of((self.args, self.kwargs), Aux)]
 
 
 @dataclass(slots=True)
@@ -110,13 +107,18 @@ def tree(function: Callable[[Any], Any], structure: Any) -> Any:
     return mapped(function, structure)
 
 
+def leaves_of(structure: Any, kind: type[LeafT]) -> list[LeafT]:
+    """Leaves of one kind in nested arguments, in order."""
+    if isinstance(structure, kind):
+        return [structure]
+    found: list[LeafT] = []
+    tree(lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None, structure)
+    return found
+
+
 def tensors_in(structure: Any) -> list[Tensor]:
     """Tensors of nested results, in order."""
-    if isinstance(structure, Tensor):
-        return [structure]
-    found: list[Tensor] = []
-    tree(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, structure)
-    return found
+    return leaves_of(structure, Tensor)
 
 
 Leaf = Callable[[str], Tensor]

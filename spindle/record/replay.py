@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spindle.record.functions import writes_first
-from spindle.record.recording import tensors_in, tree
+from spindle.record.recording import leaves_of, tensors_in, tree
 from spindle.record.slots import Mark
 
 _BYPASSES: frozenset[Any] = frozenset(
@@ -124,7 +124,7 @@ class RealCalls:
         for call in reversed(self.calls):
             if call.reads or call.writes or needed & set(call.outs):
                 kept.append(call)
-                tree(lambda leaf: needed.add(leaf.index) if type(leaf) is Real else None, (call.args, call.kwargs))
+                needed.update(real.index for real in leaves_of((call.args, call.kwargs), Real))
         return kept[::-1]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spindle.record.draws import Draw
-from spindle.record.recording import tree
+from spindle.record.recording import leaves_of, tree
 from spindle.record.slots import Mark
 
 Shape = tuple[int, ...]
@@ -78,7 +78,7 @@ class ShapeRule:
     @classmethod
     def learned(cls, known: "ShapeRule | None", found: Results, given: Sequence[Shape]) -> "ShapeRule":
         """The rule after one more run that gave `found` for arguments of shapes `given`."""
-        made = _made(found.structure)
+        made = leaves_of(found.structure, Made)
         shapes = [each.shape for each in made] + list(found.drawn.shapes)
         options = tuple(tuple(_options(size, given) for size in shape) for shape in shapes)
         if known is not None:
@@ -103,12 +103,6 @@ class ShapeRule:
         return structure, tuple(shapes[self.num_results :])
 
 
-def _made(structure: Any) -> list[Made]:
-    found: list[Made] = []
-    tree(lambda leaf: found.append(leaf) if isinstance(leaf, Made) else None, structure)
-    return found
-
-
 def _options(size: int, given: Sequence[Shape]) -> tuple[Size, ...]:
     of_arguments = [
         (i, dim, Fraction(size, own)) for i, shape in enumerate(given) for dim, own in enumerate(shape) if own
@@ -128,7 +122,7 @@ def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Except
 
     `reason`: why the meta device could not run it.
     """
-    from spindle.record.randomness import RealShapes
+    from spindle.record.randomness import Drawing
 
     def real(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_meta:
@@ -141,7 +135,7 @@ def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Except
     generator = torch.Generator().manual_seed(0)
     try:
         given, named = tree(real, args), tree(real, kwargs)
-        with torch.random.fork_rng(devices=[]), RealShapes() as drawing:
+        with torch.random.fork_rng(devices=[]), Drawing("", None) as drawing:
             structure = own(*given, **named)
     except Exception as error:
         raise error from reason

@@ -304,7 +304,7 @@ def _run_on_meta(own: Callable[..., Any], recorder: Recorder, args: Any, kwargs:
 
     recorder.inside = True
     try:
-        with NotingShapes() as noted:
+        with NotingShapes("", None) as noted:
             structure = own(*args, **kwargs)
     finally:
         recorder.inside = False
