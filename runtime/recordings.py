@@ -19,7 +19,7 @@ from spindle.capture.parts import TaskPart, divide
 from spindle.capture.repeat import base_task
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.record.draws import Stream, drawing_from
-from spindle.record.recorder import LazyRead
+from spindle.record.lazy import LazyRead
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton

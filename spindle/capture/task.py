@@ -23,8 +23,8 @@ from spindle.capture.operators import Seen
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import SAMPLES
 from spindle.record.draws import GLOBAL_GENERATORS, Site, Stream
+from spindle.record.lazy import LazyRead, Refused, Stranger
 from spindle.record.randomness import Undrawn, undrawn
-from spindle.record.recorder import LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.units import Bounds, Place, SampledBatch, Units

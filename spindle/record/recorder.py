@@ -27,146 +27,27 @@ from spindle.record.functions import (
     without_devices,
     writes_first,
 )
+from spindle.record.lazy import (
+    AS_OTHER,
+    ATTRIBUTES,
+    OPENS_GRADIENTS,
+    READS,
+    SHOWS,
+    LazyRead,
+    Refused,
+    Stranger,
+    any_lazy,
+    get_device,
+    get_meta,
+    is_lazy,
+    is_meta,
+    memory_of,
+)
 from spindle.record.recording import Autocast, Aux, Node, Recording, Ref, tensors_in, tree
 from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
 _CPU = torch.device("cpu")
-_get_device: Any = Tensor.device.__get__
-_get_meta: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
-_ATTRIBUTES: frozenset[Any] = frozenset(
-    {
-        *(
-            getattr(Tensor, name).__get__
-            for name in [
-                "shape",
-                "dtype",
-                "ndim",
-                "requires_grad",
-                "layout",
-                "is_cuda",
-                "grad_fn",
-                "is_sparse",
-                "is_nested",
-                "is_leaf",
-                "is_quantized",
-                "is_mps",
-                "is_xpu",
-                "is_mkldnn",
-                "is_sparse_csr",
-                "itemsize",
-                "nbytes",
-                "names",
-                "_version",
-                "is_cpu",
-            ]
-            if hasattr(getattr(Tensor, name, None), "__get__")
-        ),
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.nelement,
-        Tensor.__len__,
-        Tensor.stride,
-        Tensor.is_contiguous,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.is_signed,
-        Tensor.__hash__,
-        Tensor.storage_offset,
-        Tensor.element_size,
-        Tensor.ndimension,
-        Tensor.get_device,
-        torch.is_floating_point,
-        torch.is_complex,
-        torch.is_tensor,
-        torch.numel,
-        torch.result_type,
-        torch.is_same_size,
-    }
-)
-"""What can be asked of a lazy value: nothing that depends on its numbers."""
-
-READS: frozenset[Any] = frozenset(
-    {
-        Tensor.item,
-        Tensor.tolist,
-        Tensor.__bool__,
-        Tensor.__int__,
-        Tensor.__float__,
-        Tensor.__index__,
-        Tensor.__complex__,
-        Tensor.__contains__,
-        Tensor.numpy,
-        Tensor.__array__,
-        torch.equal,
-        Tensor.equal,
-        torch.allclose,
-        Tensor.allclose,
-        torch.is_nonzero,
-        Tensor.is_nonzero,
-    }
-)
-"""What gives Python the numbers in a tensor."""
-
-_SHOWS: frozenset[Any] = frozenset({Tensor.__repr__, Tensor.__format__, Tensor.__str__})
-_AS_OTHER: dict[Any, Any] = {
-    Tensor.expand_as: Tensor.expand,
-    Tensor.view_as: Tensor.view,
-    Tensor.reshape_as: Tensor.reshape,
-}
-"""What takes the shape of another tensor: of a real one it gives a real one."""
-
-_OPENS_GRADIENTS: frozenset[Any] = frozenset(
-    {Tensor.backward, torch.autograd.backward, torch.autograd.grad, Tensor.register_hook, Tensor.retain_grad}
-)
-
-
-class LazyRead(Exception):
-    """Code asked for a number that depends on parameters."""
-
-
-class Refused(Exception):
-    """Code does what a planned run cannot do; the message says what, and what to do."""
-
-
-class Stranger(Exception):
-    """A trainable parameter that belongs to no component."""
-
-
-def is_lazy(value: Any) -> bool:
-    """Whether a tensor is on the meta device, whatever modes are on."""
-    if not isinstance(value, Tensor):
-        return False
-    with torch._C.DisableTorchFunction():
-        return value.is_meta
-
-
-def _is_meta(value: Any) -> bool:
-    """Whether a tensor is on the meta device, where no recorder is on."""
-    return isinstance(value, Tensor) and bool(_get_meta(value))
-
-
-def _memory(value: Tensor) -> int:
-    """Which memory a real tensor lies in; 0 for tensors without."""
-    try:
-        return 0 if _get_meta(value) else int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse ones, and such as stand for many
-        return 0
-
-
-def any_lazy(values: Iterable[Any]) -> bool:
-    """Whether nested arguments hold a lazy tensor."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if _get_meta(value):
-                return True
-        elif type(value) in (list, tuple):
-            if any_lazy(value):
-                return True
-        elif type(value) is dict and any_lazy(value.values()):
-            return True
-    return False
 
 
 class ByRows(TorchFunctionMode):
@@ -220,24 +101,24 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run a call for real, or on the meta device and record it."""
         kwargs = kwargs or {}
-        if func is _get_device or func == _get_device:
+        if func is get_device or func == get_device:
             found = func(*args)
             return _CPU if found.type == "meta" else found
-        if func == _get_meta:
+        if func == get_meta:
             return False
-        if func in _ATTRIBUTES:
+        if func in ATTRIBUTES:
             return func(*args, **kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
             self._refuse_strangers(args)
             return self._real(func, args, kwargs)
-        if func in _AS_OTHER and not tainted and not _is_meta(args[0]):
-            return self._real(_AS_OTHER[func], (args[0], *args[1].shape), {})
+        if func in AS_OTHER and not tainted and not is_meta(args[0]):
+            return self._real(AS_OTHER[func], (args[0], *args[1].shape), {})
         if func in READS:
             raise LazyRead(getattr(func, "__name__", "read"))
-        if func in _SHOWS:
+        if func in SHOWS:
             return f"<value of the model, shape {tuple(args[0].shape)}>"
-        if func in _OPENS_GRADIENTS:
+        if func in OPENS_GRADIENTS:
             raise Refused(
                 f"it calls {getattr(func, '__name__', func)} on a value of the model; return the loss, its gradients "
                 "are computed and reduced as planned"
@@ -269,14 +150,14 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.to and len(args) == 1 and not kwargs:
             return args[0]
         if self.inside:
-            func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
+            func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
             return self._on_meta(func, args, kwargs)
         self._refuse_strangers(args)
-        func, args, kwargs = recordable(func, args, kwargs, _is_meta, self._run)
+        func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
         out = kwargs.pop("out", None)
         if out is not None:
             func, args = Into(func), (out, *args)
-        encoded = tree(self._encoded, args), tree(self._encoded, kwargs)  # as they are before the call
+        encoded = tree(self.encoded, args), tree(self.encoded, kwargs)  # as they are before the call
         result = self._on_meta(func, args, kwargs)
         self._note_changed(updated(func, args, kwargs))
         if out is not None:
@@ -287,7 +168,7 @@ class Recorder(TorchFunctionMode):
         return self.record(func, args, encoded, result)
 
     def _on_meta(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given, named = under_autocast(func, tree(self._as_meta, args), tree(self._as_meta, kwargs))
+        given, named = under_autocast(func, tree(self.as_meta, args), tree(self.as_meta, kwargs))
         return UNCHECKED.get(func, func)(*given, **named)
 
     def record(
@@ -308,16 +189,16 @@ class Recorder(TorchFunctionMode):
         """A call that wrote to its first argument: a new value for it, and for the tensor that it is a view of."""
         x, (given, named) = args[0], encoded
         base = x._base
-        if base is not None and _is_meta(x):
+        if base is not None and is_meta(x):
             base = self._stands_for.get(id(base), base)
-        if base is not None and (id(base) in self._number or not _is_meta(base)):
+        if base is not None and (id(base) in self._number or not is_meta(base)):
             place = WrittenThroughView(func, x)
-            source = Ref(self._number[id(base)]) if id(base) in self._number else self._encoded(base)
+            source = Ref(self._number[id(base)]) if id(base) in self._number else self.encoded(base)
             self._add(place, (source, *given[1:]), named, [self._new(base), self._new(x)])
         else:
             base = x
             self._add(Written(func), given, named, [self._new(x)])
-        if not _is_meta(base):
+        if not is_meta(base):
             self._taint(base, x)
         return x
 
@@ -357,7 +238,7 @@ class Recorder(TorchFunctionMode):
 
     def draw(self, function: Callable[..., Tensor], like: Tensor, result: Tensor) -> Tensor:
         """Note a draw on the device of a lazy value: `function(like)` gives numbers of the shape of `result`."""
-        self._add(function, (self._encoded(like),), {}, [self._new(result)], draws=True)
+        self._add(function, (self.encoded(like),), {}, [self._new(result)], draws=True)
         return result
 
     @staticmethod
@@ -385,7 +266,8 @@ class Recorder(TorchFunctionMode):
         known = self._number.get(id(value))
         return (self._new(value), True) if known is None else (known, False)
 
-    def _encoded(self, value: Any) -> Any:
+    def encoded(self, value: Any) -> Any:
+        """A leaf of a call's arguments as it is recorded."""
         if not isinstance(value, Tensor):
             return value
         number = self._number.get(id(value))
@@ -398,7 +280,7 @@ class Recorder(TorchFunctionMode):
             )
         if number is not None:
             return Ref(number)
-        if _is_meta(value):
+        if is_meta(value):
             raise Refused(
                 "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
                 "(torch.jit.script, C++); let the layer return it"
@@ -410,16 +292,9 @@ class Recorder(TorchFunctionMode):
             self._kept.append(value)
         return Aux(self._aux[id(value)])
 
-    def encoded(self, value: Any) -> Any:
-        """A leaf of a call's arguments as it is recorded."""
-        return self._encoded(value)
-
     def as_meta(self, value: Any) -> Any:
         """A leaf of a call's arguments as a meta tensor."""
-        return self._as_meta(value)
-
-    def _as_meta(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or _get_meta(value):
+        if not isinstance(value, Tensor) or get_meta(value):
             return value
         found = self._meta.get(id(value))
         if found is None:
@@ -443,14 +318,14 @@ class Recorder(TorchFunctionMode):
 
     def _taint(self, value: Tensor, *others: Tensor) -> None:
         """Of all tensors that share its memory, what these hold is known from here on."""
-        self._tainted[_memory(value)] = {id(value), *(id(other) for other in others)}
+        self._tainted[memory_of(value)] = {id(value), *(id(other) for other in others)}
         self._kept += (value, *others)
 
     def _touches_tainted(self, values: Iterable[Any]) -> bool:
         found = False
         for value in values:
             if isinstance(value, Tensor):
-                known = self._tainted.get(_memory(value))
+                known = self._tainted.get(memory_of(value))
                 if known is not None and id(value) not in known:
                     raise Refused(
                         "a view of a tensor is read after a value of the model was written into that tensor; write to "
@@ -463,8 +338,8 @@ class Recorder(TorchFunctionMode):
 
     def _keep_as_read(self, value: Any) -> None:
         """Before a real tensor changes: what calls have read of its memory becomes a copy."""
-        memory = _memory(value) if isinstance(value, Tensor) else 0
-        read = [n for n, tensor in enumerate(self.recording.aux) if memory and _memory(tensor) == memory]
+        memory = memory_of(value) if isinstance(value, Tensor) else 0
+        read = [n for n, tensor in enumerate(self.recording.aux) if memory and memory_of(tensor) == memory]
         for number in read:
             self.recording.aux[number] = self.recording.aux[number].clone()
             self.real_calls.sound = False
@@ -484,5 +359,5 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return
         for value in args:
-            if isinstance(value, nn.Parameter) and value.requires_grad and not _get_meta(value):
+            if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")

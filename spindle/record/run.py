@@ -10,8 +10,9 @@ from torch import Tensor
 
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.functions import Assigned
+from spindle.record.lazy import Refused, is_lazy
 from spindle.record.randomness import RecordedDrawing
-from spindle.record.recorder import ByRows, Recorder, Refused, is_lazy
+from spindle.record.recorder import ByRows, Recorder
 from spindle.record.recording import Recording, Ref
 from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn

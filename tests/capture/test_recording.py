@@ -12,7 +12,7 @@ import spindle
 from spindle.capture import capture
 from spindle.errors import WorkloadError
 from spindle.record.draws import Stream
-from spindle.record.recorder import LazyRead, Refused, Stranger
+from spindle.record.lazy import LazyRead, Refused, Stranger
 from spindle.record.recording import Recording, execute
 from spindle.record.run import Failure, record
 from spindle.record.skeleton import Skeleton

@@ -1,0 +1,146 @@
+"""Lazy values: which tensors depend on parameters, and what code may ask of them.
+
+A tensor on the meta device is lazy: its shape and type are known, its numbers are not.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+get_device: Any = Tensor.device.__get__
+get_meta: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+ATTRIBUTES: frozenset[Any] = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in [
+                "shape",
+                "dtype",
+                "ndim",
+                "requires_grad",
+                "layout",
+                "is_cuda",
+                "grad_fn",
+                "is_sparse",
+                "is_nested",
+                "is_leaf",
+                "is_quantized",
+                "is_mps",
+                "is_xpu",
+                "is_mkldnn",
+                "is_sparse_csr",
+                "itemsize",
+                "nbytes",
+                "names",
+                "_version",
+                "is_cpu",
+            ]
+            if hasattr(getattr(Tensor, name, None), "__get__")
+        ),
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.__len__,
+        Tensor.stride,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.is_signed,
+        Tensor.__hash__,
+        Tensor.storage_offset,
+        Tensor.element_size,
+        Tensor.ndimension,
+        Tensor.get_device,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.is_tensor,
+        torch.numel,
+        torch.result_type,
+        torch.is_same_size,
+    }
+)
+"""What can be asked of a lazy value: nothing that depends on its numbers."""
+
+READS: frozenset[Any] = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.__complex__,
+        Tensor.__contains__,
+        Tensor.numpy,
+        Tensor.__array__,
+        torch.equal,
+        Tensor.equal,
+        torch.allclose,
+        Tensor.allclose,
+        torch.is_nonzero,
+        Tensor.is_nonzero,
+    }
+)
+"""What gives Python the numbers in a tensor."""
+
+SHOWS: frozenset[Any] = frozenset({Tensor.__repr__, Tensor.__format__, Tensor.__str__})
+AS_OTHER: dict[Any, Any] = {
+    Tensor.expand_as: Tensor.expand,
+    Tensor.view_as: Tensor.view,
+    Tensor.reshape_as: Tensor.reshape,
+}
+"""What takes the shape of another tensor: of a real one it gives a real one."""
+
+OPENS_GRADIENTS: frozenset[Any] = frozenset(
+    {Tensor.backward, torch.autograd.backward, torch.autograd.grad, Tensor.register_hook, Tensor.retain_grad}
+)
+
+
+class LazyRead(Exception):
+    """Code asked for a number that depends on parameters."""
+
+
+class Refused(Exception):
+    """Code does what a planned run cannot do; the message says what, and what to do."""
+
+
+class Stranger(Exception):
+    """A trainable parameter that belongs to no component."""
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether a tensor is on the meta device, whatever modes are on."""
+    if not isinstance(value, Tensor):
+        return False
+    with torch._C.DisableTorchFunction():
+        return value.is_meta
+
+
+def is_meta(value: Any) -> bool:
+    """Whether a tensor is on the meta device, where no recorder is on."""
+    return isinstance(value, Tensor) and bool(get_meta(value))
+
+
+def memory_of(value: Tensor) -> int:
+    """Which memory a real tensor lies in; 0 for tensors without."""
+    try:
+        return 0 if get_meta(value) else int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse ones, and such as stand for many
+        return 0
+
+
+def any_lazy(values: Iterable[Any]) -> bool:
+    """Whether nested arguments hold a lazy tensor."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if get_meta(value):
+                return True
+        elif type(value) in (list, tuple):
+            if any_lazy(value):
+                return True
+        elif type(value) is dict and any_lazy(value.values()):
+            return True
+    return False
