@@ -11,6 +11,7 @@ from spindle.capture.codes import Captured
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.draws import Sites, Stream, drawing_from
 from spindle.record.randomness import Drawing
+from spindle.record.skeleton import Around, call_name, forwards_replaced
 from spindle.workload import Workload
 
 
@@ -22,8 +23,8 @@ def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -
     scopes = _Scopes(sites)
     with ExitStack() as stack:
         stack.enter_context(caches_off(configs))
-        for path in dict.fromkeys(scope.partition("@")[0] for scope in sites if scope):
-            stack.enter_context(_replaced(_module_at(workload, path), scopes, path))
+        paths = dict.fromkeys(scope.partition("@")[0] for scope in sites if scope)
+        stack.enter_context(forwards_replaced((_module_at(workload, path), scopes.of(path)) for path in paths))
         stack.enter_context(drawing_from(stream))
         stack.enter_context(Drawing("", sites.get("", ())))
         yield
@@ -38,30 +39,23 @@ class _Scopes:
     """Names calls of blocks in the order in which a task makes them, as a recording does: `path`, then `path@1`."""
 
     def __init__(self, sites: Sites) -> None:
-        self.sites, self.count, self.inside = sites, Counter[str](), False
+        self.sites, self.calls, self.inside = sites, Counter[Any](), False
 
-    def call(self, path: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def of(self, path: str) -> Around:
         """Run a block in the next scope of its path; a block inside of a block belongs to that one's scope."""
-        if self.inside:
-            return own(*args, **kwargs)
-        scope = path if not self.count[path] else f"{path}@{self.count[path]}"
-        self.count[path] += 1
-        self.inside = True
-        try:
-            with Drawing(scope, self.sites.get(scope, ())):
-                return own(*args, **kwargs)
-        finally:
-            self.inside = False
 
+        def around(own: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*args: Any, **kwargs: Any) -> Any:
+                if self.inside:
+                    return own(*args, **kwargs)
+                scope = call_name(path, path, self.calls)
+                self.inside = True
+                try:
+                    with Drawing(scope, self.sites.get(scope, ())):
+                        return own(*args, **kwargs)
+                finally:
+                    self.inside = False
 
-@contextmanager
-def _replaced(module: nn.Module, scopes: _Scopes, path: str) -> Iterator[None]:
-    patched, own = "forward" in module.__dict__, module.forward
-    module.forward = lambda *args, **kwargs: scopes.call(path, own, args, kwargs)
-    try:
-        yield
-    finally:
-        if patched:
-            module.forward = own
-        else:
-            del module.__dict__["forward"]
+            return called
+
+        return around

@@ -10,7 +10,7 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from spindle.record.caches import caches_off, caching_configs
-from spindle.record.recorder import Recorder, is_lazy
+from spindle.record.lazy import is_lazy
+from spindle.record.recorder import Recorder
 from spindle.record.recording import Recording, tensors_in, tree
 from spindle.record.replay import RealCalls
 from spindle.record.shapes import Drawn, Made, Results, ShapeRule, results_of, run_for_real
@@ -56,13 +57,17 @@ class Skeleton:
         self.sites = Sites()
         self.known: dict[object, Results] = {}
         self.configs = caching_configs(nn.ModuleList(self.components.values()))
-        self.paths = {id(block.module): block.path for block in self.blocks}
-        inside = {id(m) for block in self.blocks for m in block.module.modules() if m is not block.module}
+        inside = {id(m) for block in self.blocks for m in block.module.modules()}
         self._outside = [
             (name, module)
             for name, root in self.components.items()
             for module in root.modules()
-            if id(module) not in inside and id(module) not in self.paths and type(module).forward is not _NO_FORWARD
+            if id(module) not in inside and type(module).forward is not _NO_FORWARD
+        ]
+        self._modules = [  # and what the names of their parameters and buffers begin with
+            (f"{name}.{path}." if path else f"{name}.", module)
+            for name, root in self.components.items()
+            for path, module in root.named_modules()
         ]
         self._metas: dict[int, tuple[str, Tensor]] = {}  # of parameters and stateful buffers, by id of the user's own
         self._collect()
@@ -88,18 +93,16 @@ class Skeleton:
     def _collect(self) -> None:
         """Meta tensors for all parameters and for stateful buffers, and where they stand."""
         self._places: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        for component, root in self.components.items():
-            for path, module in root.named_modules():
-                prefix = f"{component}.{path}." if path else f"{component}."
-                for own, name in (
-                    *((module._parameters, name) for name in module._parameters),
-                    *((module._buffers, name) for name in module._buffers if prefix + name in self.stateful),
-                ):
-                    value = own[name]
-                    if value is not None:
-                        if id(value) not in self._metas:
-                            self._metas[id(value)] = (prefix + name, _meta_like(value))
-                        self._places.append((own, name, value, self._metas[id(value)][1]))
+        for prefix, module in self._modules:
+            for own, name in (
+                *((module._parameters, name) for name in module._parameters),
+                *((module._buffers, name) for name in module._buffers if prefix + name in self.stateful),
+            ):
+                value = own[name]
+                if value is not None:
+                    if id(value) not in self._metas:
+                        self._metas[id(value)] = (prefix + name, _meta_like(value))
+                    self._places.append((own, name, value, self._metas[id(value)][1]))
         self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
         self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
 
@@ -132,9 +135,8 @@ class Skeleton:
         for own, name, _, meta in self._places:
             own[name] = meta
         self._standing = [
-            (f"{component}.{path}.{key}" if path else f"{component}.{key}", module._buffers, key, buffer)
-            for component, root in self.components.items()
-            for path, module in root.named_modules()
+            (prefix + key, module._buffers, key, buffer)
+            for prefix, module in self._modules
             for key, buffer in module._buffers.items()
         ]
         try:
@@ -175,29 +177,41 @@ class Skeleton:
     @contextlib.contextmanager
     def _forwards(self, recorder: Recorder) -> Iterator[None]:
         """Blocks as single calls; other modules tell which call of a component is under way."""
-        replaced: list[tuple[nn.Module, bool, Any]] = []
-        calls, scopes = Counter[nn.Module](), Counter[str]()
-        wanted = [(block.module, _block_call(self, block, recorder, scopes)) for block in self.blocks]
+        calls = Counter[Any]()
+        wanted = [(block.module, _block_call(self, block, recorder, calls)) for block in self.blocks]
         wanted += [(module, _component_call(name, module, recorder, calls)) for name, module in self._outside]
-        seen: set[int] = set()
-        try:
-            for module, make in wanted:
-                if id(module) in seen:
-                    continue
-                seen.add(id(module))
-                patched, own = "forward" in module.__dict__, module.forward
-                replaced.append((module, patched, own))
-                module.forward = make(own)
+        with forwards_replaced(wanted):
             yield
-        finally:
-            for module, patched, own in replaced:
-                if patched:
-                    module.forward = own
-                else:
-                    del module.__dict__["forward"]
 
 
 _NO_FORWARD = nn.Module.forward
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A module's `forward` in; what is called in its place out."""
+
+
+@contextlib.contextmanager
+def forwards_replaced(wanted: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
+    """While open, other functions stand in place of the `forward` of modules; of a module named twice, the first."""
+    replaced: dict[int, tuple[nn.Module, bool, Any]] = {}
+    try:
+        for module, around in wanted:
+            if id(module) not in replaced:
+                replaced[id(module)] = (module, "forward" in module.__dict__, module.forward)
+                module.forward = around(module.forward)
+        yield
+    finally:
+        for module, patched, own in replaced.values():
+            if patched:
+                module.forward = own
+            else:
+                module.__dict__.pop("forward", None)
+
+
+def call_name(name: str, of: Any, calls: Counter[Any]) -> str:
+    """Name of the next call of something: `name`, then `name@1`; `calls` counts them."""
+    number = calls[of]
+    calls[of] += 1
+    return f"{name}@{number}" if number else name
 
 
 def _meta_like(value: Tensor) -> Tensor:
@@ -207,17 +221,14 @@ def _meta_like(value: Tensor) -> Tensor:
     return nn.Parameter(meta, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else meta
 
 
-def _component_call(
-    name: str, module: nn.Module, recorder: Recorder, calls: Counter[nn.Module]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _component_call(name: str, module: nn.Module, recorder: Recorder, calls: Counter[Any]) -> Around:
     """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
 
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             if recorder.component or recorder.inside:
                 return own(*args, **kwargs)
-            recorder.component = name if not calls[module] else f"{name}@{calls[module]}"
-            calls[module] += 1
+            recorder.component = call_name(name, module, calls)
             try:
                 return own(*args, **kwargs)
             except Exception as error:
@@ -234,16 +245,18 @@ def _component_call(
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def _block_call(
-    skeleton: Skeleton, block: BlockInfo, recorder: Recorder, scopes: Counter[str]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _block_call(skeleton: Skeleton, block: BlockInfo, recorder: Recorder, calls: Counter[Any]) -> Around:
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             if recorder.inside:  # a block in a block is part of it
                 return own(*args, **kwargs)
-            scope = block.path if not scopes[block.path] else f"{block.path}@{scopes[block.path]}"
-            scopes[block.path] += 1
-            results = _results(skeleton, block, own, recorder, args, kwargs)
+            scope = call_name(block.path, block.path, calls)
+            key = (block.kind, torch.is_grad_enabled(), _signature((args, kwargs)))
+            if key not in skeleton.known:
+                recorder.block = block.path
+                skeleton.known[key] = _found(skeleton, block, own, recorder, args, kwargs)
+                recorder.block = ""
+            results = skeleton.known[key]
             with torch._C.DisableTorchFunction():
                 made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
                 encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
@@ -255,22 +268,6 @@ def _block_call(
     return make
 
 
-def _results(
-    skeleton: Skeleton,
-    block: BlockInfo,
-    own: Callable[..., Any],
-    recorder: Recorder,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Results:
-    key = (block.kind, torch.is_grad_enabled(), _signature((args, kwargs)))
-    if key not in skeleton.known:
-        recorder.block = block.path
-        skeleton.known[key] = _found(skeleton, block, own, recorder, args, kwargs)
-        recorder.block = ""
-    return skeleton.known[key]
-
-
 def _found(
     skeleton: Skeleton,
     block: BlockInfo,
@@ -279,6 +276,7 @@ def _found(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Results:
+    """What a block gives: by its rule, on the meta device, or, while learning, for real."""
     rule = skeleton.rules.get(block.kind)
     if rule is None:
         try:
