@@ -73,12 +73,9 @@ class Findings:
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def places_of(trials: Sequence[Trial]) -> tuple[dict[object, list[tuple[Place, ...]]], set[object]]:
-    """Where each result of each key of glue and each block call may be cut, by shapes; and keys whose shapes are the
-    same in all parts.
-    """
+def places_of(trials: Sequence[Trial]) -> dict[object, list[tuple[Place, ...]]]:
+    """Where each result of each key of glue and each block call may be cut, by shapes."""
     found: dict[object, list[tuple[Place, ...] | None]] = {}  # None: only seen without entries, which tell nothing
-    same: set[object] = set()
     for trial in trials:
         whole = _results(trial.whole.wired)
         parts = [_results(part.wired) for part in trial.parts]
@@ -96,15 +93,7 @@ def places_of(trials: Sequence[Trial]) -> tuple[dict[object, list[tuple[Place, .
                     slots += [None] * (index + 1 - len(slots))
                     was = slots[index]
                     slots[index] = here if was is None else tuple(p for p in was if here is None or p in here)
-    for trial in trials:
-        for key, calls in _results(trial.whole.wired).items():
-            if all(_results_equal(calls, _results(part.wired).get(key)) for part in trial.parts):
-                same.add(key)
-    return {key: [slot or () for slot in slots] for key, slots in found.items()}, same
-
-
-def _results_equal(calls: list[list[tuple[int, ...]]], others: list[list[tuple[int, ...]]] | None) -> bool:
-    return calls == others
+    return {key: [slot or () for slot in slots] for key, slots in found.items()}
 
 
 def _results(wired: Wired) -> dict[object, list[list[tuple[int, ...]]]]:
@@ -132,8 +121,13 @@ def _candidates(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]], trial:
 def _explains(unit: str, dim: int, whole: tuple[int, ...], part: tuple[int, ...], piece: Part, trial: Trial) -> bool:
     if len(part) != len(whole) or part[:dim] + part[dim + 1 :] != whole[:dim] + whole[dim + 1 :]:
         return False
+    return trial.units.rows(unit, *trial.whole.bounds) > 0 and fits(trial, unit, whole[dim], part[dim], piece)
+
+
+def fits(trial: Trial, unit: str, whole: int, own: int, part: Part) -> bool:
+    """Whether `own` entries are the share of a part's rows of `unit` in the `whole` entries of all."""
     total = trial.units.rows(unit, *trial.whole.bounds)
-    return total > 0 and part[dim] * total == whole[dim] * trial.units.rows(unit, *piece.bounds)
+    return own * total == whole * trial.units.rows(unit, *part.bounds)
 
 
 def sites_of(trials: Sequence[Trial]) -> dict[str, tuple[Site, ...]]:
@@ -357,7 +351,7 @@ class Prober:
                 return None
             if cut:
                 unit = next(
-                    (u for u in trial.units.counts if _fits(trial, u, value.shape[cut[0]], shape[cut[0]], part)), None
+                    (u for u in trial.units.counts if fits(trial, u, value.shape[cut[0]], shape[cut[0]], part)), None
                 )
                 if unit is None:
                     return None
@@ -394,11 +388,6 @@ class Prober:
         except Exception:  # a block may need anything; what it cannot do here it may do at run time
             return None
         return [own[out].clone() for out in node.outs]
-
-
-def _fits(trial: Trial, unit: str, whole: int, own: int, part: Part) -> bool:
-    total = trial.units.rows(unit, *trial.whole.bounds)
-    return own * total == whole * trial.units.rows(unit, *part.bounds)
 
 
 def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -69,7 +69,7 @@ class Looker:
         others = self._other_ways(task, batches[0], trials, sites)
         trials, telling = trials + others, telling and telling + others
         findings = Findings()
-        findings.places, _ = places_of(telling or trials)
+        findings.places = places_of(telling or trials)
         prober = self._prober(task, findings, sites)
         for trial in telling:
             prober.look(trial)
@@ -206,7 +206,7 @@ class Looker:
         except Exception:
             return
         same = set.intersection(*(_keys(part.wired) for part in (trial.whole, *trial.parts)))
-        places, known = places_of([trial])[0], prober.findings.places
+        places, known = places_of([trial]), prober.findings.places
         found: dict[object, list[tuple[Place, ...]]] = {}
         for key, slots in known.items():
             own = places.get(key, slots)
