@@ -23,12 +23,14 @@ Key = tuple[int, Frontier, str]
 class Wired:
     """A recording with what its nodes read of each other.
 
-    `live`: nodes that the loss or a changing buffer depends on, in order. `sources`: nodes that each reads. `repeated`:
-    those that are computed inside whatever reads them. `frontier` and `key` as above, of those that are not.
+    `live`: nodes that the loss or a changing buffer depends on, in order. `refs`: values that each node reads,
+    `sources` the nodes that make them. `repeated`: nodes that are computed inside whatever reads them. `frontier` of
+    every other live node, and its `key`, as above.
     """
 
     recording: Recording
     live: list[int]
+    refs: list[list[int]]
     sources: dict[int, list[int]]
     repeated: set[int]
     frontier: dict[int, Frontier]
@@ -51,7 +53,8 @@ class Wired:
 def wire(recording: Recording, stateful: Iterable[str]) -> Wired:
     """Work out who reads whom; `stateful` are buffers that change."""
     nodes, maker = recording.nodes, recording.makers()
-    changing = {number for number, name in recording.leaves.items() if name in set(stateful)}
+    names = set(stateful)
+    changing = {number for number, name in recording.leaves.items() if name in names}
     refs = [node.refs() for node in nodes]
     sources = {n: list(dict.fromkeys(maker[r] for r in refs[n] if r in maker)) for n in range(len(nodes))}
     live = _live(recording, maker, sources)
@@ -62,7 +65,7 @@ def wire(recording: Recording, stateful: Iterable[str]) -> Wired:
         plain = not (node.block or node.draws or node.writes or node.aux() or changing & set(refs[n]))
         if plain and n not in read_by_block and all(s in repeated for s in sources[n]):
             repeated.add(n)
-    return Wired(recording, live, sources, repeated, _frontiers(nodes, live, sources, repeated), maker)
+    return Wired(recording, live, refs, sources, repeated, _frontiers(nodes, live, sources, repeated), maker)
 
 
 def _live(recording: Recording, maker: Mapping[int, int], sources: Mapping[int, list[int]]) -> list[int]:
@@ -131,6 +134,7 @@ class _Grouper:
     def __init__(self, wired: Wired, mixing: set[Key]) -> None:
         self.wired, self.mixing, self.nodes = wired, mixing, wired.recording.nodes
         self.glue = list(wired.glue())
+        self.written = {name for node in self.nodes for name in node.writes}
 
     def run(self) -> list[Group]:
         groups = self._initial()
@@ -162,10 +166,9 @@ class _Grouper:
         return groups
 
     def _changing_owners(self, n: int) -> Iterator[str]:
-        recording = self.wired.recording
-        written = {name for node in recording.nodes for name in node.writes}
-        for name in (recording.leaves[r] for r in self.nodes[n].refs() if r in recording.leaves):
-            if name in written:
+        leaves = self.wired.recording.leaves
+        for name in (leaves[r] for r in self.wired.refs[n] if r in leaves):
+            if name in self.written:
                 yield name.rpartition(".")[0]
 
     def _graph(self, groups: list[Group]) -> "tuple[nx.DiGraph[int], dict[int, int]]":
@@ -220,7 +223,7 @@ class _Grouper:
         return after[0] if not before and alone and not self._reads_batch(one) else None
 
     def _parameters(self, one: Group) -> bool:
-        return any(r in self.wired.recording.leaves for n in one.nodes for r in self.nodes[n].refs())
+        return any(r in self.wired.recording.leaves for n in one.nodes for r in self.wired.refs[n])
 
     def _reads_batch(self, one: Group) -> bool:
         return any(self.nodes[n].aux() for n in one.nodes)

@@ -15,7 +15,7 @@ from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.grouping import Group, Key, Wired, group, wire
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
-from spindle.capture.parts import crossing_values, divide, members
+from spindle.capture.parts import crossing_values, divide, reads_of_others
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import SAMPLES, Operator, Parameter, TensorSpec
 from spindle.record.draws import Site
@@ -103,10 +103,10 @@ class _Builder:
         code = self._task_code(names)
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
+        mixing = {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
         for number in self._order(names):
             name = names[number]
-            if not any(draft.name == name for draft in self.drafts):
-                self._draft(name, components[name], parts[name], code)
+            self._draft(name, components[name], parts[name], code, name in mixing)
         loss = code.tensors.get(self._loss(names), "")
         if not loss or not self.specs[loss].needs_grad:
             raise self._no_gradient()
@@ -191,11 +191,11 @@ class _Builder:
     def _sizes(self, found: Group) -> dict[str, int]:
         """Numbers of the parameters that a group reads, by name."""
         leaves = self.recording.leaves
-        names = {leaves[r] for n in found.nodes for r in self.nodes[n].refs() if r in leaves}
+        names = {leaves[r] for n in found.nodes for r in self.wired.refs[n] if r in leaves}
         return {name: self.named[name].numel() for name in names if name in self.named}
 
     def _order(self, names: Mapping[int, str]) -> list[int]:
-        """One node of each operator, in an order in which each comes after those that it reads."""
+        """The first node of each operator; an operator comes after the operators whose values it reads."""
         done: set[str] = set()
         waits: dict[str, set[str]] = {name: set() for name in names.values()}
         for number, name in names.items():
@@ -218,11 +218,8 @@ class _Builder:
                 tensors[what] = f"{self.task.name}/{name.partition('.')[2]}:{index}"
         number_of = {number: tensors[what] for found in crossing.values() for number, what in found.items()}
         reads: dict[str, dict[str, None]] = {name: {} for name in names.values()}
-        for name, own in members(self.wired, names).items():
-            for ref in (ref for n in own for ref in self.nodes[n].refs()):
-                maker = self.wired.maker.get(ref)
-                if maker is not None and maker in names and names[maker] != name:
-                    reads[name][number_of[ref]] = None
+        for name, ref in reads_of_others(self.wired, names):
+            reads[name][number_of[ref]] = None
         glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
         blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
         for other in self.seen.others:
@@ -277,12 +274,11 @@ class _Builder:
 
     # -- one operator ---------------------------------------------------------------------------------------------
 
-    def _draft(self, name: str, component: str, part: OperatorPart, code: TaskCode) -> None:
+    def _draft(self, name: str, component: str, part: OperatorPart, code: TaskCode, mixes: bool) -> None:
         leaves = self.recording.leaves
         own = dict.fromkeys(leaves[r] for n in part.nodes for r in n.refs() if r in leaves)
         block = self.modules[part.block.partition("@")[0]] if part.block else None
         module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
-        mixes = name in {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
         label = type(block).__name__ if block is not None else name.rpartition(".")[2].partition("-")[0]
         kind = costs.kind_of(label, module, part, self._input_specs(part, code, name), self.precision)

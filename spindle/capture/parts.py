@@ -1,7 +1,7 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -44,15 +44,19 @@ class TaskPart:
         return TaskPart(self.task, bounds, {name: own(part) for name, part in self.operators.items()}, self.shapes)
 
 
+def reads_of_others(wired: Wired, home: Mapping[int, str]) -> Iterator[tuple[str, int]]:
+    """Each operator with each value of another one that it reads. `home`: operator of a node."""
+    for number, own in home.items():
+        for ref in wired.refs[number]:
+            maker = wired.maker.get(ref)
+            if maker is not None and home.get(maker, own) != own:
+                yield own, ref
+
+
 def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[str, dict[int, Crossing]]:
     """Values that operators send to others, by operator: number of each, and what it is. `home`: operator of a node."""
     nodes = wired.recording.nodes
-    read: set[int] = {loss}
-    for number, own in home.items():
-        for ref in nodes[number].refs():
-            maker = wired.maker.get(ref)
-            if maker is not None and maker in home and home[maker] != own:
-                read.add(ref)
+    read = {loss, *(ref for _, ref in reads_of_others(wired, home))}
     found: dict[str, dict[int, Crossing]] = defaultdict(dict)
     calls = Counter[object]()
     for number in wired.live:
@@ -65,7 +69,7 @@ def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[st
 
 
 def members(wired: Wired, home: Mapping[int, str]) -> dict[str, list[int]]:
-    """Nodes of each operator in order, those that are repeated inside of it included."""
+    """Nodes of each operator in order, with the nodes that are repeated inside of it."""
     found: dict[str, set[int]] = defaultdict(set)
     for number, name in home.items():
         own = found[name]
@@ -118,14 +122,12 @@ def divide(
 
 def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: Mapping[int, str], where: str) -> None:
     """Raise WorkloadError where an operator reads a value of another that it did not read when it was captured."""
-    for number, own in home.items():
-        for ref in wired.recording.nodes[number].refs():
-            maker = wired.maker.get(ref)
-            if maker is not None and maker in home and home[maker] != own and named[ref] not in code.reads[own]:
-                raise WorkloadError(
-                    f"{where}: operator {own!r} reads a value of {home[maker]!r}, which it did not when it was "
-                    "captured; a task must compute in the same way in every step"
-                )
+    for own, ref in reads_of_others(wired, home):
+        if named[ref] not in code.reads[own]:
+            raise WorkloadError(
+                f"{where}: operator {own!r} reads a value of {home[wired.maker[ref]]!r}, which it did not when it was "
+                "captured; a task must compute in the same way in every step"
+            )
 
 
 def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:
