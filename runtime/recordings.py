@@ -19,13 +19,13 @@ from spindle.capture.parts import TaskPart, divide
 from spindle.capture.repeat import base_task
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.record.draws import Stream, drawing_from
-from spindle.record.lazy import LazyRead
+from spindle.record.lazy import BRANCHES, INSTEAD, LazyRead
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.travel import dumped
 from spindle.runtime.programs.messages import StepLayout
-from spindle.units import Bounds, SampledBatch
+from spindle.units import Bounds, SampledBatch, with_own_tensors
 from spindle.workload import Precision, Workload
 
 _CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ class Recordings:
         )
         fields = loaded.batch.part(*bounds)
         if code.copies_batch:
-            fields = {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
+            fields = with_own_tensors(fields)
         key = (loaded.task, signature(fields))
         known = self._known.get(key)
         if known is not None:
@@ -183,8 +183,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _explained(where: str, error: Exception) -> Exception:
     if isinstance(error, LazyRead):
         return WorkloadError(
-            f"{where}: it branches on a value computed from parameters (if, while, int(), .item()), which it did not "
-            "when it was captured; use torch.where, or put it into a module and register that"
+            f"{where}: {BRANCHES} (if, while, int(), .item()), which it did not when it was captured; {INSTEAD}"
         )
     if isinstance(error, SpindleError):
         return type(error)(f"{where}: {error}")

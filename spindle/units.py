@@ -72,10 +72,6 @@ class Units:
             raise ValueError(f"{size} entries do not divide among {rows} rows of {unit!r}")
         return start // rows, (end - start) // rows
 
-    def is_fixed(self) -> bool:
-        """Whether every unit has the same number of rows in every sample."""
-        return all(len(set(counts)) <= 1 for counts in self.counts.values())
-
 
 @dataclass(frozen=True)
 class SampledBatch:
@@ -111,6 +107,11 @@ class SampledBatch:
             for name, v in self.fields.items()
         )
         return fields, tuple(sorted(self.units.counts.items()))
+
+
+def with_own_tensors(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with copies of their tensors, which code may write to."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
 
 
 def cut_value(value: Any, dim: int, start: int, length: int) -> Any:

@@ -1,8 +1,8 @@
 """Capture: a Workload in; its TaskGraph and the code of every operator out. The data passes through in this order:
 
 blocks      repeated layers are found
-task        the user's task function is recorded on its first batches, whole and in parts (spindle.record)
-analysis    parts beside wholes show what mixes samples, and how each value is cut
+look        the user's task function is recorded on its first batches (spindle.record), whole and in parts, which show
+            what mixes samples, and how each value is cut
 grouping    what was recorded falls into groups: blocks and glue
 costs       which are measured on fake tensors at the full batch
 operators   and put together, named by naming, as codes
@@ -17,11 +17,12 @@ from collections.abc import Callable
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
+from spindle.capture.look.looker import Looker
+from spindle.capture.look.refusals import TakeWhole, refuse_gradient_hooks
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
-from spindle.capture.task import Looker, TakeWhole, refuse_gradient_hooks
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
 from spindle.record.skeleton import BlockInfo, Skeleton
@@ -85,11 +86,13 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
     skeleton = Skeleton({name: c.module for name, c in workload.components.items()}, infos, learning=True)
-    looker, namer, memo = Looker(workload, skeleton, {}, whole), Namer(blocks), Memo()
+    namer, memo = Namer(blocks), Memo()
+    mixing_kinds: dict[str, bool] = {}
     results: list[TaskOperators] = []
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
-        results.append(build_operators(workload, task, looker.look(task), namer, memo))
+        seen = Looker(workload, skeleton, task, mixing_kinds, whole).look()
+        results.append(build_operators(workload, task, seen, namer, memo))
     skeleton.learning = False
     return Captured(
         graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),

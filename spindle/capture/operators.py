@@ -9,19 +9,17 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
-from spindle.capture.analysis import Findings, place_of, spread_mixing
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.grouping import Group, Key, Wired, group, wire
+from spindle.capture.look.trials import Seen, place_of, spread_mixing
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import crossing_values, divide, reads_of_others
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import SAMPLES, Operator, Parameter, TensorSpec
-from spindle.record.draws import Site
 from spindle.record.randomness import undrawn
-from spindle.record.run import Recorded
-from spindle.units import Bounds, Place, SampledBatch
+from spindle.units import Place
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
@@ -55,23 +53,6 @@ class TaskOperators:
     codes: list[OperatorCode]
     code: TaskCode
     loss: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What capture saw of a task: the recording of its first batch, and of some samples of it. `others`: recordings of
-    other samples, which may run other code.
-    """
-
-    batch: SampledBatch
-    whole: Recorded
-    few: Recorded
-    few_bounds: Bounds
-    findings: Findings
-    sites: Mapping[str, tuple[Site, ...]]
-    stateful: frozenset[str]
-    copies_batch: bool
-    others: tuple[Wired, ...] = ()
 
 
 def build_operators(workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> TaskOperators:

@@ -99,6 +99,10 @@ OPENS_GRADIENTS: frozenset[Any] = frozenset(
 )
 
 
+BRANCHES = "it branches on a value computed from parameters"
+INSTEAD = "use torch.where, or put it into a module and register that"
+
+
 class LazyRead(Exception):
     """Code asked for a number that depends on parameters."""
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import spindle
 from spindle.capture import Captured, capture
-from spindle.capture.task import PROBE_SAMPLES
+from spindle.capture.look.samples import PROBE_SAMPLES
 from spindle.contract import contract, expand
 from spindle.graph import Operator
 from tests.tiny_workloads import FAMILIES, WIDTH, five_families

@@ -1,156 +1,38 @@
-"""Analysis: recordings of a few samples, whole and in parts, in; which glue mixes samples, and how values are cut, out.
+"""Prober: trials in; which glue and which blocks mix samples, out.
 
 - A value is sharded over the batch when its parts, put together along some dimension by the rows of some unit, are what
   the whole batch gives; or when all parts give the same. Other values mix samples, or count them.
 - Recorded calls run for real on these samples, with parameters moved off zeros and ones, which hide everything. What
   blocks give is made up; one block of each kind runs, to see whether it mixes samples itself.
-- Several batches are looked at, and one whose entries are moved about, since real ones can hide mixing (equal lengths,
-  masks of ones).
 """
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
-from spindle.graph import SAMPLES
+from spindle.capture.look.trials import Findings, Part, Trial, fits
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.randomness import Drawing
-from spindle.record.recording import Node, execute
-from spindle.units import Bounds, Place, Units
+from spindle.record.recording import Node, Recording, execute
+from spindle.record.skeleton import BlockInfo
+from spindle.units import Place
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits
 _JITTERED = 10_000_000  # numbers of a parameter; larger ones are no zeros
 
+_CPU = torch.device("cpu")
+
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, KeyError)
 """What code raises that cannot run on the samples it is given."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A recording of samples `bounds` of a batch, as in step `step`, and the shapes of what was drawn: by scope, "" for
-    the glue.
-    """
-
-    bounds: Bounds
-    wired: Wired
-    draws: Mapping[str, Sequence[tuple[int, ...]]]
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Recordings of some samples of one batch: together, and in two parts."""
-
-    units: Units
-    whole: Part
-    parts: tuple[Part, ...]
-
-
-@dataclass
-class Findings:
-    """What is known of a task's values.
-
-    `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along
-    which it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys
-    that mix samples, `mixing_blocks` block calls that do.
-    """
-
-    places: dict[object, list[tuple[Place, ...]]] = field(default_factory=dict)
-    constant: set[object] = field(default_factory=set)
-    mixing: set[Key] = field(default_factory=set)
-    mixing_blocks: set[str] = field(default_factory=set)
-
-
-# -- shapes -----------------------------------------------------------------------------------------------------------
-
-
-def places_of(trials: Sequence[Trial]) -> dict[object, list[tuple[Place, ...]]]:
-    """Where each result of each key of glue and each block call may be cut, by shapes."""
-    found: dict[object, list[tuple[Place, ...] | None]] = {}  # None: only seen without entries, which tell nothing
-    for trial in trials:
-        whole = _results(trial.whole.wired)
-        parts = [_results(part.wired) for part in trial.parts]
-        for key, calls in whole.items():
-            others = [part.get(key, []) for part in parts]
-            width = len(calls[0])
-            if any(len(other) != len(calls) for other in others) or any(len(c) != width for c in calls):
-                found[key] = [() for _ in range(width)]
-                continue
-            for index in range(width):
-                for number, call in enumerate(calls):
-                    shapes = [other[number][index] if index < len(other[number]) else () for other in others]
-                    here = None if 0 in call[index] else _candidates(call[index], shapes, trial)
-                    slots = found.setdefault(key, [])
-                    slots += [None] * (index + 1 - len(slots))
-                    was = slots[index]
-                    slots[index] = here if was is None else tuple(p for p in was if here is None or p in here)
-    return {key: [slot or () for slot in slots] for key, slots in found.items()}
-
-
-def _results(wired: Wired) -> dict[object, list[list[tuple[int, ...]]]]:
-    """Shapes of results by key, one list a call."""
-    found: dict[object, list[list[tuple[int, ...]]]] = defaultdict(list)
-    recording = wired.recording
-    for number in (*wired.glue(), *wired.blocks()):
-        node = recording.nodes[number]
-        found[node.block or wired.key(number)].append([recording.shapes[out] for out in node.outs])
-    return found
-
-
-def _candidates(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]], trial: Trial) -> tuple[Place, ...]:
-    """Units and dimensions whose rows explain the sizes of all parts."""
-    return tuple(
-        (unit, dim)
-        for dim in range(len(whole))
-        for unit in (SAMPLES, *(u for u in trial.units.counts if u != SAMPLES))
-        if whole[dim]
-        and any(part[:dim] + part[dim + 1 :] == whole[:dim] + whole[dim + 1 :] for part in parts if len(part) > dim)
-        and all(_explains(unit, dim, whole, part, piece, trial) for part, piece in zip(parts, trial.parts, strict=True))
-    )
-
-
-def _explains(unit: str, dim: int, whole: tuple[int, ...], part: tuple[int, ...], piece: Part, trial: Trial) -> bool:
-    if len(part) != len(whole) or part[:dim] + part[dim + 1 :] != whole[:dim] + whole[dim + 1 :]:
-        return False
-    return trial.units.rows(unit, *trial.whole.bounds) > 0 and fits(trial, unit, whole[dim], part[dim], piece)
-
-
-def fits(trial: Trial, unit: str, whole: int, own: int, part: Part) -> bool:
-    """Whether `own` entries are the share of a part's rows of `unit` in the `whole` entries of all."""
-    total = trial.units.rows(unit, *trial.whole.bounds)
-    return own * total == whole * trial.units.rows(unit, *part.bounds)
-
-
-def sites_of(trials: Sequence[Trial]) -> dict[str, tuple[Site, ...]]:
-    """Of each scope that draws, along which unit and dimension the samples of each draw lie."""
-    found: dict[str, tuple[Site, ...]] = {}
-    for scope in dict.fromkeys(scope for trial in trials for scope, shapes in trial.whole.draws.items() if shapes):
-        sites: list[Site] = []
-        for index in range(max(len(trial.whole.draws.get(scope, ())) for trial in trials)):
-            seen: tuple[Place, ...] | None = None
-            shape: tuple[int, ...] = ()
-            for trial in trials:
-                shapes = [piece.draws.get(scope, ()) for piece in (trial.whole, *trial.parts)]
-                if any(len(s) <= index for s in shapes):
-                    continue
-                shape = shapes[0][index]
-                here = _candidates(shape, [s[index] for s in shapes[1:]], trial)
-                seen = here if seen is None else tuple(p for p in seen if p in here)
-            sites.append(Site(seen[0][1], 0, (), seen[0][0]) if seen else Site(-1, 0, shape))
-        found[scope] = tuple(sites)
-    return found
-
-
-# -- values -----------------------------------------------------------------------------------------------------------
 
 
 class Prober:
@@ -160,16 +42,15 @@ class Prober:
         self,
         task: str,
         parameters: Mapping[str, Tensor],
-        modules: Mapping[str, nn.Module],
-        kinds: Mapping[str, str],
+        blocks: Mapping[str, BlockInfo],
         findings: Findings,
         sites: Mapping[str, tuple[Site, ...]],
         known_blocks: dict[str, bool],
     ) -> None:
-        """`parameters` and changing buffers by name; `modules` and `kinds` of blocks by path. `known_blocks`: whether
-        each kind of block mixes samples; found here for those that are new.
+        """`parameters` and changing buffers by name; `blocks` by path. `known_blocks`: whether each kind of block mixes
+        samples; new kinds are added.
         """
-        self.task, self.parameters, self.modules, self.kinds = task, parameters, modules, kinds
+        self.task, self.parameters, self.blocks = task, parameters, blocks
         self.findings, self.sites, self.known_blocks = findings, sites, known_blocks
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
@@ -238,27 +119,35 @@ class Prober:
                     self._probe_block(trial, part, node, values)
                     values.update(self._made_up(trial, part, node, made))
                     continue
-                self._run(node, recording, values)
+                self._run(number, wired, values)
                 if number not in wired.repeated:
                     results = [values.get(out) for out in node.outs]
                     found[wired.key(number)].append([None if r is None else r.clone() for r in results])
         return found
 
-    def _run(self, node: Node, recording: Any, values: dict[int, Tensor]) -> None:
-        if any(ref not in values and ref not in recording.leaves for ref in node.refs()):
-            return
-        try:
-            execute(
-                [node],
-                values,
-                aux=recording.aux.__getitem__,
-                leaf=self._leaf,
-                leaves=recording.leaves,
-                blocks={},
-                device=torch.device("cpu"),
-            )
-        except FAILURES:
-            return
+    def _run(self, number: int, wired: Wired, values: dict[int, Tensor]) -> None:
+        recording = wired.recording
+        if all(ref in values or ref in recording.leaves for ref in wired.refs[number]):
+            with suppress(*FAILURES):
+                self._execute(recording.nodes[number], recording, values)
+
+    def _execute(
+        self,
+        node: Node,
+        recording: Recording,
+        values: dict[int, Tensor],
+        blocks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    ) -> None:
+        """Run one call; `values` takes what it gives."""
+        execute(
+            [node],
+            values,
+            aux=recording.aux.__getitem__,
+            leaf=self._leaf,
+            leaves=recording.leaves,
+            blocks=blocks,
+            device=_CPU,
+        )
 
     def _leaf(self, name: str) -> Tensor:
         """A parameter moved off zeros and ones; one on the meta device is made up."""
@@ -304,16 +193,17 @@ class Prober:
 
     def _probe_block(self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor]) -> None:
         """See once for each kind of block whether it mixes samples: it runs on the whole's arguments, cut."""
-        path = node.block.partition("@")[0]
-        kind = self.kinds[path]
+        kind = self._block(node).kind
         if kind not in self.known_blocks and part is trial.whole:
             self.known_blocks[kind] = self._block_mixes(trial, node, values)
         if self.known_blocks.get(kind):
             self.findings.mixing_blocks.add(node.block)
 
+    def _block(self, node: Node) -> BlockInfo:
+        return self.blocks[node.block.partition("@")[0]]
+
     def _block_mixes(self, trial: Trial, node: Node, values: dict[int, Tensor]) -> bool:
-        path = node.block.partition("@")[0]
-        module = _twin(self.modules[path], self.generator)
+        module = _twin(self._block(node).module, self.generator)
         whole = self._block_results(trial, trial.whole, node, values, module)
         places = self.findings.places.get(node.block, [])
         if whole is None:
@@ -370,21 +260,10 @@ class Prober:
             with Drawing(scope, self.sites.get(scope, ())):
                 return module.forward(*args, **kwargs)
 
-        recording = part.wired.recording
         own = dict(values)
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(drawing_from(stream))
-                execute(
-                    [node],
-                    own,
-                    aux=recording.aux.__getitem__,
-                    leaf=self._leaf,
-                    leaves=recording.leaves,
-                    blocks={scope: run},
-                    device=torch.device("cpu"),
-                )
+            with torch.no_grad(), drawing_from(stream):
+                self._execute(node, part.wired.recording, own, {scope: run})
         except Exception:  # a block may need anything; what it cannot do here it may do at run time
             return None
         return [own[out].clone() for out in node.outs]
@@ -422,25 +301,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     size = b.abs()
     scale = float(size[size < _MASK].max()) if bool((size < _MASK).any()) else 0.0
     return bool(((a - b).abs() <= tolerance * torch.where(size < _MASK, max(scale, 1e-30), size)).all())
-
-
-def spread_mixing(wired: Wired, findings: Findings) -> None:
-    """Glue that reads glue which mixes samples counts as mixing too, up to the next block."""
-    nodes = wired.recording.nodes
-    changed = True
-    while changed:
-        changed = False
-        for n in wired.glue():
-            key = wired.key(n)
-            if key in findings.mixing:
-                continue
-            reads = (s for s in wired.sources[n] if s not in wired.repeated and not nodes[s].block)
-            if any(wired.key(s) in findings.mixing for s in reads):
-                findings.mixing.add(key)
-                changed = True
-
-
-def place_of(findings: Findings, key: object, index: int) -> Place | None:
-    """How result `index` of a key or block call is cut; None when it only exists whole."""
-    places = findings.places.get(key, [])
-    return places[index][0] if index < len(places) and places[index] else None

@@ -1,0 +1,271 @@
+"""Looker: one task and its first batches in; what capture needs to know of them out."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.capture.codes import computing_in
+from spindle.capture.grouping import Key, Wired, wire
+from spindle.capture.look.prober import Prober
+from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators, refuse_written_parameters
+from spindle.capture.look.samples import PROBE_SAMPLES, TRIALS, disturbed, few_of, first_batches, singly, twice
+from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
+from spindle.errors import SpindleWarning, WorkloadError
+from spindle.record.draws import Site, Stream
+from spindle.record.randomness import Undrawn, undrawn
+from spindle.record.run import Failure, Recorded, record
+from spindle.record.skeleton import Skeleton
+from spindle.units import Bounds, Place, SampledBatch, Units, with_own_tensors
+from spindle.workload import Task, Workload
+
+CHANCES = 8  # steps in which the layers called are compared, where numbers are drawn that may decide that
+
+_CPU = torch.device("cpu")
+
+
+class Looker:
+    """Looks at one task of a workload."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        skeleton: Skeleton,
+        task: Task,
+        known_blocks: dict[str, bool],
+        whole: frozenset[str] = frozenset(),
+    ) -> None:
+        """`known_blocks`: whether each kind of block mixes samples, found for all tasks together; `whole` names
+        components that are taken whole.
+        """
+        self.workload, self.skeleton, self.task = workload, skeleton, task
+        self.known_blocks, self.whole = known_blocks, whole
+        self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
+        self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
+
+    def look(self) -> Seen:
+        """Record some batches of the task. Raises WorkloadError when its code cannot be run as planned, TakeWhole when
+        a component must be taken whole.
+        """
+        batches = first_batches(self.task)
+        self._find_changing_buffers(batches[0])
+        few = [few_of(batch.units) for batch in batches]
+        trials = self._trials(batches, few)
+        self.sites = sites = sites_of(trials)
+        if sites:
+            trials = self._trials(batches, few)
+        telling = [trial for trial in trials if len(trial.parts) > 1]
+        others = self._other_ways(batches[0], trials)
+        trials, telling = trials + others, telling and telling + others
+        findings = Findings(places_of(telling or trials))
+        prober = self._prober(findings)
+        for trial in telling:
+            prober.look(trial)
+        if not telling and batches[0].units.num_samples > 1:
+            self._take_as_mixing(trials, findings)
+        self._look_at_disturbed(batches[0], *few[0], prober)
+        whole = self._record(batches[0], (0, batches[0].units.num_samples))
+        self._refuse_chance(batches[0], few[0][0], whole)
+        self._warn_of_attention(whole)
+        self._warn_of_caches(batches[0])
+        return Seen(
+            batch=batches[0],
+            whole=whole,
+            few=self._record(batches[0], few[0][0]),
+            few_bounds=few[0][0],
+            findings=findings,
+            sites=sites,
+            stateful=frozenset(self.skeleton.stateful),
+            copies_batch=bool(self.copies_batch),
+            others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
+        )
+
+    def _take_as_mixing(self, trials: Sequence[Trial], findings: Findings) -> None:
+        """No batch seen shows how its samples are cut: all that the task computes exists whole only."""
+        warnings.warn(
+            f"task {self.task.name!r}: its first batch has rows of a packed field in one sample only, so nothing shows "
+            "how its values are cut by sample, and each of its operators runs on one device; start with a batch in "
+            "which two samples have rows, or give a list of batches",
+            SpindleWarning,
+            stacklevel=6,
+        )
+        for wired in (trial.whole.wired for trial in trials):
+            findings.mixing.update(wired.key(n) for n in wired.glue())
+            findings.mixing_blocks.update(wired.recording.nodes[n].block for n in wired.blocks())
+
+    def _prober(self, findings: Findings) -> Prober:
+        assert self.sites is not None
+        named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
+        blocks = {block.path: block for block in self.skeleton.blocks}
+        return Prober(self.task.name, named, blocks, findings, self.sites, self.known_blocks)
+
+    # -- trials ---------------------------------------------------------------------------------------------------
+
+    def _trials(self, batches: Sequence[SampledBatch], few: Sequence[tuple[Bounds, tuple[Bounds, ...]]]) -> list[Trial]:
+        return [self._trial(batch, *samples) for batch, samples in zip(batches, few, strict=True)]
+
+    def _trial(self, batch: SampledBatch, whole: Bounds, parts: Sequence[Bounds], step: int = 0) -> Trial:
+        made = [self._part(batch, bounds, step) for bounds in (whole, *parts)]
+        return Trial(batch.units, made[0], tuple(made[1:]))
+
+    def _part(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Part:
+        recorded = self._record(batch, bounds, step)
+        draws = {scope: drawn.shapes for scope, drawn in recorded.drawn.items()}
+        return Part(bounds, wire(recorded.recording, self.skeleton.stateful), draws, step)
+
+    def _other_ways(self, batch: SampledBatch, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials of samples for which the task runs code that it did not run for a whole: a mask of ones is left out,
+        say. These samples twice are a whole that goes the same way.
+        """
+        known = {key for trial in trials for key in _keys(trial.whole.wired)}
+        found: list[Trial] = []
+        singles = [(i, i + 1) for i in range(min(PROBE_SAMPLES, batch.units.num_samples))]
+        for bounds in dict.fromkeys([part.bounds for part in trials[0].parts] + singles):
+            try:
+                keys = _keys(self._part(batch, bounds).wired)
+                if keys <= known:
+                    continue
+                doubled = twice(batch, bounds)
+                half = doubled.units.num_samples // 2
+                trial = self._trial(doubled, (0, 2 * half), ((0, half), (half, 2 * half)))
+            except Exception:  # samples without an image, say, which code of users may not be able to take alone
+                continue
+            known |= keys
+            found.append(trial)
+        return found
+
+    def _look_at_disturbed(self, batch: SampledBatch, whole: Bounds, parts: tuple[Bounds, ...], prober: Prober) -> None:
+        """Batches whose numbers were moved about count in code that all their parts run: the few samples,
+        and these twice as drawn in other steps, since few are in order by chance.
+        """
+        generator = torch.Generator().manual_seed(0)
+        fields = {name: disturbed(value, generator) for name, value in batch.part(*whole).items()}
+        units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
+        if len(parts) > 1:
+            self._look_at_other(SampledBatch(fields, units, batch.places), whole, parts, prober)
+        end = 2 * whole[1]
+        for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
+            doubled = twice(batch, whole, step)
+            cut = singly(doubled.units) if step == 1 else ((0, whole[1]), (whole[1], end))
+            self._look_at_other(doubled, (0, end), cut, prober, step)
+
+    def _look_at_other(
+        self, batch: SampledBatch, whole: Bounds, parts: Sequence[Bounds], prober: Prober, step: int = 0
+    ) -> None:
+        try:
+            trial = self._trial(batch, whole, parts, step)
+        except Exception:
+            return
+        same = set.intersection(*(_keys(part.wired) for part in (trial.whole, *trial.parts)))
+        places, known = places_of([trial]), prober.findings.places
+        found: dict[object, list[tuple[Place, ...]]] = {}
+        for key, slots in known.items():
+            own = places.get(key, slots)
+            found[key] = [tuple(p for p in was if p in now) for was, now in zip(slots, own, strict=False)]
+            if isinstance(key, str) and found[key] != slots:  # a block: its results are not cut in another way
+                return
+        known.update((key, slots) for key, slots in found.items() if key in same)
+        prober.look(trial, same)
+
+    # -- one recording --------------------------------------------------------------------------------------------
+
+    def _record(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Recorded:
+        """A recording of some samples. Of the first few, and where the task writes to its batch, on copies of them."""
+        fields = batch.part(*bounds)
+        if self.copies_batch is not False:
+            fields = with_own_tensors(fields)
+        versions = {name: value._version for name, value in fields.items() if isinstance(value, Tensor)}
+        stream = Stream(step=step, task=self.task.name, low=bounds[0], high=bounds[1], units=batch.units)
+        found = self._recorded(fields, stream)
+        self.copies_batch = bool(self.copies_batch) or any(
+            fields[name]._version != version for name, version in versions.items()
+        )
+        check_loss(self.task, found)
+        refuse_written_parameters(self.workload, self.task, found)
+        return found
+
+    def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
+        noted = Undrawn()
+        try:
+            with noted:
+                found = record(
+                    self.skeleton,
+                    self.task.function,
+                    fields,
+                    stream=stream,
+                    sites=None if self.sites is None else self.sites.get("", ()),
+                    autocast=computing_in(self.workload.precision, _CPU),
+                )
+        except Failure as failure:
+            raise explained(self.task, failure, self.whole) from failure.error
+        if noted.names:
+            raise undrawn(f"task {self.task.name!r}", noted.names)
+        return found
+
+    def _find_changing_buffers(self, batch: SampledBatch) -> None:
+        """Record until no buffer that is taken as a constant changes."""
+        bounds = few_of(batch.units)[0]
+        for attempt in range(10):
+            buffers = self.skeleton.buffers()
+            before = {name: (buffer._version, buffer.clone()) for name, buffer in buffers.items()}
+            drawn = None
+            try:
+                with no_other_generators(self.task):
+                    self._record(batch, bounds)
+            except Moved as error:
+                drawn = error
+            changed = set(self.skeleton.changed)
+            for name, (version, value) in before.items():
+                if buffers[name]._version != version:
+                    changed.add(name)
+                    with torch.no_grad():
+                        buffers[name].copy_(value)
+            if drawn is not None and attempt:  # the first call may import modules, which may draw
+                raise drawn
+            if changed <= self.skeleton.stateful and drawn is None:
+                return
+            self.skeleton.set_stateful(changed)
+
+    def _refuse_chance(self, batch: SampledBatch, bounds: Bounds, known: Recorded) -> None:
+        """No layer may be left out by a number that is drawn: ranks wait for what a layer sends."""
+        if not any(math.prod(shape) == 1 for shape in known.drawn[""].shapes):
+            return
+        calls = {node.block for node in known.recording.nodes}
+        for step in range(1, CHANCES):
+            recorded = self._record(batch, bounds, step)
+            differing = sorted(calls ^ {node.block for node in recorded.recording.nodes})
+            if differing:
+                raise WorkloadError(
+                    f"task {self.task.name!r} calls {differing[0]} in some steps and leaves it out in others, by a "
+                    "number that it draws (layerdrop); every step must call the same layers: set layerdrop=0 in the "
+                    "model's config"
+                )
+
+    # -- warnings -------------------------------------------------------------------------------------------------
+
+    def _warn_of_attention(self, found: Recorded) -> None:
+        if any(drawn.written_out for drawn in found.drawn.values()):
+            warnings.warn(
+                f"task {self.task.name!r}: attention with dropout cannot use a fused kernel, since its mask must not "
+                "depend on the plan, and takes more time and memory on GPUs; set attention dropout to 0 "
+                "(attention_dropout=0)",
+                SpindleWarning,
+                stacklevel=6,
+            )
+
+    def _warn_of_caches(self, batch: SampledBatch) -> None:
+        if self.skeleton.configs and "position_ids" in batch.fields and "attention_mask" not in batch.fields:
+            warnings.warn(
+                f"task {self.task.name!r}: the model's config has use_cache=True, which is off in planned runs; "
+                "transformers looks for packed texts in position_ids only where it is off, so set "
+                "config.use_cache=False, for a plain run to compute the same",
+                SpindleWarning,
+                stacklevel=6,
+            )
+
+
+def _keys(wired: Wired) -> set[Key]:
+    return {wired.key(number) for number in wired.glue()}

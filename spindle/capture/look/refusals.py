@@ -1,0 +1,167 @@
+"""Refusals: what a planned run cannot do as the user's code does it, and how to say so."""
+
+import inspect
+import os
+import random
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spindle.errors import WorkloadError
+from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.record.lazy import BRANCHES, INSTEAD, LazyRead, Refused, Stranger
+from spindle.record.run import Failure, Recorded
+from spindle.workload import Task, Workload
+
+
+class TakeWhole(Exception):
+    """A component's own code cannot be recorded, so that it must run as one operator."""
+
+    def __init__(self, component: str, warning: str) -> None:
+        super().__init__(warning)
+        self.component, self.warning = component, warning
+
+
+def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
+    """What to tell the user of a task function that raised while it was recorded: WorkloadError, or TakeWhole where a
+    component that is not yet among `whole` is to blame.
+    """
+    error = failure.error
+    if isinstance(error, WorkloadError):
+        return error
+    place = _place(error, task)
+    if isinstance(error, Stranger):
+        return WorkloadError(
+            f"task {task.name!r}{place} uses a trainable parameter ({error}) of no component, which "
+            "would never be trained; register its module by workload.component(...), or freeze it"
+        )
+    component = failure.component.partition("@")[0] or failure.block.partition(".")[0]
+    if component and component not in whole and not _is_users(error):
+        return TakeWhole(component, _whole_warning(task, component, error))
+    if isinstance(error, NotImplementedError):
+        return WorkloadError(
+            f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > "
+            f"0], nonzero(), unique()); {INSTEAD}"
+        )
+    if isinstance(error, LazyRead):
+        return WorkloadError(f"task {task.name!r}{place}: {BRANCHES} (if, while, int(), .item()); {INSTEAD}")
+    if isinstance(error, Refused):
+        return WorkloadError(f"task {task.name!r}{place}: {error}")
+    remedy = "Mend that line"
+    if "cuda" in str(error).lower() or "NVIDIA" in str(error):
+        remedy = "Leave devices out (.cuda(), .to(device)): modules and batches are moved to where they run"
+    return WorkloadError(
+        f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}: {_reason(error)}. {remedy}"
+    )
+
+
+def check_loss(task: Task, found: Recorded) -> None:
+    """Raise WorkloadError unless the task returned a loss: one floating-point scalar that needs a gradient."""
+    recording = found.recording
+    result: object = found.result
+    needs_grad = False
+    if result is None and recording.loss >= 0:
+        result = torch.empty(recording.shapes[recording.loss], dtype=recording.dtypes[recording.loss], device="meta")
+        needs_grad = recording.needs_grad[recording.loss]
+    if not isinstance(result, Tensor) or not (result.ndim <= 1 and result.numel() == 1 and result.is_floating_point()):
+        raise WorkloadError(f"task {task.name!r} returned {_told(result)}; return the loss, one floating-point scalar")
+    if not needs_grad:
+        raise WorkloadError(f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter")
+
+
+def refuse_written_parameters(workload: Workload, task: Task, found: Recorded) -> None:
+    """Raise WorkloadError where the task writes to a parameter."""
+    parameters = {name for name, _ in workload.named_parameters()}
+    written = sorted({n for node in found.recording.nodes for n in node.writes if n in parameters})
+    if written:
+        raise WorkloadError(
+            f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other "
+            "ranks would not see; do it after the step, in a callback"
+        )
+
+
+def _told(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        return "None" if loss is None else f"a {type(loss).__name__}"
+    dtype = str(loss.dtype).removeprefix("torch.")
+    return f"a {dtype} tensor of {loss.ndim} dimensions" if loss.ndim else f"a scalar of {dtype}"
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error would be raised in a plain run too: what a recording cannot do fails in other ways."""
+    return not isinstance(error, LazyRead | Refused | NotImplementedError | RuntimeError)
+
+
+def _whole_warning(task: Task, component: str, error: Exception) -> str:
+    reason = BRANCHES if isinstance(error, LazyRead) else _reason(error)
+    return (
+        f"task {task.name!r}: component {component!r} cannot be recorded and runs as one operator: {reason}"
+        f"{_innermost(error)}; take what depends on such values out of it, or name parts of it that stand alone, as in "
+        "layers=['visual']"
+    )
+
+
+def _innermost(error: Exception) -> str:
+    """The innermost line outside of torch and of us that was running."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}torch{os.sep}" not in frame.filename and f"{os.sep}spindle{os.sep}" not in frame.filename
+    ]
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _place(error: BaseException, task: Task) -> str:
+    """The last line of the task function's file that was running."""
+    code = getattr(inspect.unwrap(task.function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if code is not None and f.filename == code.co_filename]
+    return f", line {lines[-1]} of {os.path.basename(code.co_filename)}" if code is not None and lines else ""
+
+
+class Moved(WorkloadError):
+    """A generator that is not ours has drawn."""
+
+
+@contextmanager
+def no_other_generators(task: Task) -> Iterator[None]:
+    """Numbers of Python's or numpy's generators would differ between ranks."""
+    alone = GLOBAL_GENERATORS.acquire(timeout=5.0)  # a loader of another run moves them too; one that hangs we outwait
+    try:
+        before = random.getstate(), np.random.get_state()
+        yield
+        after = random.getstate(), np.random.get_state()
+    finally:
+        if alone:
+            GLOBAL_GENERATORS.release()
+    for name, old, new in zip(("random", "numpy.random"), map(repr, before), map(repr, after), strict=True):
+        if old != new:
+            raise Moved(
+                f"task {task.name!r} draws from {name} in its function or model, which would give every rank other "
+                "numbers; draw with torch, or in the loader"
+            )
+
+
+def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
+    """Recorded calls carry none, and parameters of a run are copies. Inside blocks modules keep theirs."""
+    for name, parameter in workload.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise WorkloadError(
+                f"parameter {name!r} has a gradient hook, which would see the gradients of parts of the batch; "
+                "remove it and change gradients in the optimizer"
+            )
+    for component in workload.components.values():
+        for path, module in component.module.named_modules():
+            if module not in inside and (module._backward_hooks or module._backward_pre_hooks):
+                raise WorkloadError(
+                    f"component {component.name!r}: module {path!r} has a backward hook outside of blocks, which a "
+                    "recording does not carry; remove it, or let layers= name a list of blocks that holds the module"
+                )

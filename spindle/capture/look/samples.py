@@ -1,0 +1,123 @@
+"""Samples: which batches of a task are looked at, and which samples of them, whole and in parts.
+
+Several batches are looked at, and ones whose entries are moved about, since real ones can hide mixing (equal lengths,
+masks of ones).
+"""
+
+import itertools
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spindle.graph import SAMPLES
+from spindle.units import Bounds, SampledBatch, Units, shares
+from spindle.workload import Task
+
+PROBE_SAMPLES = 5
+LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and those of different shapes among them that are used
+
+
+def first_batches(task: Task) -> list[SampledBatch]:
+    """The first batch of a task; of a list also others of different shapes, which show how sizes vary.
+
+    Raises WorkloadError when the loader raises, or gives what a task cannot take.
+    """
+    if type(task.data) not in (list, tuple):
+        return _read_on(task, task.sampled(task.first_batch()))
+    found: list[SampledBatch] = []
+    for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
+        one = task.sampled(batch)
+        if all(one.shapes != other.shapes for other in found) and len(found) < TRIALS:
+            found.append(one)
+    return found or [task.sampled(task.first_batch())]
+
+
+def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
+    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), one that can."""
+    alike = {pair for pair in _pairs(first.units) if not _told_apart(first.units, pair)}
+    if not alike:
+        return [first]
+    with suppress(Exception):  # a loader that breaks later says so when it gets there
+        for batch in itertools.islice(task.batches(), 1, LOOKED_AT):
+            other = task.sampled(batch)
+            if any(_told_apart(other.units, pair) for pair in alike):
+                return [first, other]
+    return [first]
+
+
+def _pairs(units: Units) -> list[tuple[str, str]]:
+    """Units that a value might go by either of; fields that lie side by side, as ids and labels of packed texts, do."""
+    counts = units.counts
+    return [(a, b) for a, b in itertools.combinations(counts, 2) if SAMPLES in (a, b) or counts[a] != counts[b]]
+
+
+def _told_apart(units: Units, pair: tuple[str, str]) -> bool:
+    """Whether some part of a batch has another share of the rows of one unit than of the other, and not all of them."""
+    size = units.num_samples
+    return any(_tells(units, pair, size, cut) and _is_shared(units, size, cut) for cut in range(1, size))
+
+
+def _is_shared(units: Units, count: int, cut: int) -> bool:
+    """Whether samples before and after `cut` both have rows of each unit of which the batch has any."""
+    return all(0 < offsets[cut] < offsets[count] for offsets in units.offsets.values() if offsets[-1])
+
+
+def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
+    a, b = units.offsets[pair[0]], units.offsets[pair[1]]
+    return a[cut] * b[count] != b[cut] * a[count]
+
+
+def twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
+    """Some samples, and the same again with noise on their numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    fields = batch.part(*bounds)
+    for name, (_, dim) in batch.places.items():
+        value = fields[name]
+        if isinstance(value, Tensor):
+            fields[name] = torch.cat([value, disturbed(value, generator, masks=False)], dim)
+        else:
+            fields[name] = value + value
+    counts = {unit: rows[bounds[0] : bounds[1]] * 2 for unit, rows in batch.units.counts.items()}
+    return SampledBatch(fields, Units(counts), batch.places)
+
+
+def singly(units: Units) -> list[Bounds]:
+    """As many parts of a batch as can be of which each has rows of every unit: chance may hide what passes from one
+    sample to the next at some place, but hardly at all of them.
+    """
+    return [(low, high) for low, high in shares(units, units.num_samples) if low < high]
+
+
+def few_of(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
+    """A few samples of a batch, and uneven parts of them, so that a mean of means differs from the mean; each part has
+    rows of every unit that the batch has, and other shares of them where units differ. One part where no two have.
+    """
+    size = units.num_samples
+    pairs = [pair for pair in _pairs(units) if _told_apart(units, pair)]
+    best = -1
+    found: tuple[Bounds, tuple[Bounds, ...]] = ((0, size), ((0, size),))
+    for count in range(min(PROBE_SAMPLES, size), size + 1):
+        for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
+            told = sum(_tells(units, pair, count, cut) for pair in pairs)
+            if told > best and _is_shared(units, count, cut):
+                best, found = told, ((0, count), ((0, cut), (cut, count)))
+        if best == len(pairs):
+            break
+    return found
+
+
+def disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:
+    """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their
+    order.
+    """
+    if not isinstance(value, Tensor) or not value.numel():
+        return value
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
+        return value + noise * (float(value.double().std(correction=0)) or 1.0)
+    if masks and value.ndim > 1 and bool((value == 1).all()):
+        lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
+        return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
+    return value
