@@ -4,8 +4,9 @@ blocks      repeated layers are found
 look        the user's task function is recorded on its first batches (spindle.record), whole and in parts, which show
             what mixes samples, and how each value is cut
 grouping    what was recorded falls into groups: blocks and glue
+assignment  which become operators, named by naming
 costs       which are measured on fake tensors at the full batch
-operators   and put together, named by naming, as codes
+operators   and put together as codes
 parts       by which recordings of other batches fall into the same operators
 repeat      once for each concurrent micro-batch
 

@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
+from spindle.capture.assignment import assigned, no_gradient
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
-from spindle.capture.grouping import Group, Key, Wired, group, wire
-from spindle.capture.look.trials import Seen, place_of, spread_mixing
+from spindle.capture.grouping import wire
+from spindle.capture.look.trials import Seen, place_of
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
-from spindle.capture.parts import crossing_values, divide, reads_of_others
+from spindle.capture.parts import divide
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import SAMPLES, Operator, Parameter, TensorSpec
 from spindle.record.randomness import undrawn
-from spindle.units import Place
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
@@ -79,26 +79,22 @@ class _Builder:
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
-        groups = self._groups()
-        names, components = self._names(groups)
-        code = self._task_code(names)
+        found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer)
+        code, self.loss = found.code, found.loss
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
         mixing = {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
-        for number in self._order(names):
-            name = names[number]
-            self._draft(name, components[name], parts[name], code, name in mixing)
-        loss = code.tensors.get(self._loss(names), "")
-        if not loss or not self.specs[loss].needs_grad:
-            raise self._no_gradient()
-        self.loss = loss
+        for name in found.order:
+            self._draft(name, found.components[name], parts[name], code, name in mixing)
+        if not self.specs[self.loss].needs_grad:
+            raise no_gradient(self.task.name)
         costs_by_draft = self._backward_pass(code)
         self._warn_of_whole_operators(costs_by_draft)
         return TaskOperators(
             [self._operator(draft, cost, code) for draft, cost in costs_by_draft],
             [self._code(draft, code) for draft in self.drafts],
             code,
-            loss,
+            self.loss,
         )
 
     @property
@@ -108,150 +104,6 @@ class _Builder:
     @property
     def _where(self) -> str:
         return f"task {self.task.name!r}"
-
-    def _no_gradient(self) -> WorkloadError:
-        return WorkloadError(f"{self._where}: its loss needs no gradient; let it depend on a trained parameter")
-
-    def _loss(self, names: Mapping[int, str]) -> Crossing:
-        """What the loss is: which result of which call."""
-        loss = self.recording.loss
-        if loss not in self.wired.maker:
-            raise self._no_gradient()
-        return crossing_values(self.wired, names, loss)[names[self.wired.maker[loss]]][loss]
-
-    # -- which node belongs to which operator ---------------------------------------------------------------------
-
-    def _groups(self) -> list[Group]:
-        """Groups of glue, in which every value that passes between operators can be cut, or mixes samples."""
-        findings = self.seen.findings
-        if self.recording.loss in self.wired.maker and self.wired.maker[self.recording.loss] in self.wired.repeated:
-            raise WorkloadError(f"{self._where}: its loss does not depend on the batch; let it read a field of it")
-        while True:
-            for wired in (self.wired, *self.seen.others):
-                spread_mixing(wired, findings)
-            groups = group(self.wired, findings.mixing)
-            home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
-            home |= {n: self.nodes[n].block for n in self.wired.blocks()}
-            crossing = crossing_values(self.wired, home, self.recording.loss)
-            late = {
-                what
-                for found in crossing.values()
-                for what, _, index in found.values()
-                if not isinstance(what, str)
-                and what not in findings.mixing
-                and what not in findings.constant
-                and place_of(findings, what, index) is None
-            }
-            mixed = {key for found in groups if found.mixes for key in found.keys}
-            if not late and mixed <= findings.mixing:
-                return groups
-            findings.mixing.update(late | mixed)  # type: ignore[arg-type]
-
-    def _names(self, groups: list[Group]) -> tuple[dict[int, str], dict[str, str]]:
-        """The operator of each node, and the component of each operator; in the order in which they are computed."""
-        names: dict[int, str] = {}
-        components: dict[str, str] = {}
-        loss_maker = self.wired.maker.get(self.recording.loss, -1)
-        order: list[tuple[int, Group | None]] = [(min(g.nodes), g) for g in groups if g.nodes]
-        order += [(number, None) for number in self.wired.blocks()]
-        for number, found in sorted(order, key=lambda pair: pair[0]):
-            node = self.nodes[number]
-            if found is None:
-                component, name = self.namer.block(self.task.name, node.component, node.block.partition("@")[0])
-                names[number] = name
-            else:
-                component = self.namer.component(found.component, self._sizes(found))
-                role = "post" if found.has_frontier else "pre"
-                if found.mixes:
-                    component, role = ("loss", "") if loss_maker in found.nodes else (component, "mix")
-                name = self.namer.glue(self.task.name, component, role)
-                names |= dict.fromkeys(found.nodes, name)
-            components[name] = component
-        return names, components
-
-    def _sizes(self, found: Group) -> dict[str, int]:
-        """Numbers of the parameters that a group reads, by name."""
-        leaves = self.recording.leaves
-        names = {leaves[r] for n in found.nodes for r in self.wired.refs[n] if r in leaves}
-        return {name: self.named[name].numel() for name in names if name in self.named}
-
-    def _order(self, names: Mapping[int, str]) -> list[int]:
-        """The first node of each operator; an operator comes after the operators whose values it reads."""
-        done: set[str] = set()
-        waits: dict[str, set[str]] = {name: set() for name in names.values()}
-        for number, name in names.items():
-            waits[name] |= {names[s] for s in self.wired.sources[number] if s in names and names[s] != name}
-        first = {name: number for number, name in sorted(names.items(), reverse=True)}
-        order: list[int] = []
-        while len(done) < len(waits):
-            ready = [name for name in waits if name not in done and waits[name] <= done]
-            assert ready, "operators wait for each other in a circle"
-            chosen = min(ready, key=first.__getitem__)
-            done.add(chosen)
-            order.append(first[chosen])
-        return order
-
-    def _task_code(self, names: Mapping[int, str]) -> TaskCode:
-        crossing = crossing_values(self.wired, names, self.recording.loss)
-        tensors: dict[Crossing, str] = {}
-        for name, found in crossing.items():
-            for index, what in enumerate(found.values()):
-                tensors[what] = f"{self.task.name}/{name.partition('.')[2]}:{index}"
-        number_of = {number: tensors[what] for found in crossing.values() for number, what in found.items()}
-        reads: dict[str, dict[str, None]] = {name: {} for name in names.values()}
-        for name, ref in reads_of_others(self.wired, names):
-            reads[name][number_of[ref]] = None
-        glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
-        blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
-        for other in self.seen.others:
-            self._take_other_way(other, glue, blocks, crossing, tensors)
-        return TaskCode(
-            task=self.task.name,
-            glue=glue,
-            blocks=blocks,
-            crossing={name: tuple(found.values()) for name, found in crossing.items()},
-            tensors=tensors,
-            reads={name: tuple(found) for name, found in reads.items()},
-            sites=self.seen.sites,
-            stateful=self.seen.stateful,
-            copies_batch=self.seen.copies_batch,
-        )
-
-    def _place(self, what: Crossing) -> Place | None:
-        return place_of(self.seen.findings, what[0], what[2])
-
-    def _take_other_way(
-        self,
-        wired: Wired,
-        glue: dict[Key, str],
-        blocks: Mapping[str, str],
-        crossing: Mapping[str, Mapping[int, Crossing]],
-        tensors: dict[Crossing, str],
-    ) -> None:
-        """Code that only some samples run counts to the operator that it is connected with, of the same frontier and
-        component; what it sends in place of what the operator sends otherwise has the same name.
-        """
-        mixing, nodes = self.seen.findings.mixing, wired.recording.nodes
-        changed = True
-        while changed:
-            changed = False
-            for n in wired.glue():
-                a = wired.key(n)
-                for b in (wired.key(s) for s in wired.sources[n] if s in wired.frontier and not nodes[s].block):
-                    alike = a[1:] == b[1:] and (a in mixing) == (b in mixing)
-                    if alike and (a in glue) != (b in glue):
-                        glue[a if b in glue else b] = glue[b if b in glue else a]
-                        changed = True
-        home = {n: blocks.get(nodes[n].block, "") for n in wired.blocks()}
-        home |= {n: glue.get(wired.key(n), "") for n in wired.glue()}
-        if not all(home.values()):
-            return
-        for name, sent in crossing_values(wired, home, wired.recording.loss).items():
-            usual = list(crossing.get(name, {}).values())
-            if len(sent) == len(usual):
-                for what, expected in zip(sent.values(), usual, strict=True):
-                    if self._place(what) == self._place(expected):
-                        tensors.setdefault(what, tensors[expected])
 
     # -- one operator ---------------------------------------------------------------------------------------------
 

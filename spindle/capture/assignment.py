@@ -1,0 +1,185 @@
+"""Assignment: the recording of a task's first batch in; which call belongs to which operator out, by name.
+
+Glue is grouped so that every value that passes between operators can be cut, or mixes samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spindle.capture.codes import Crossing, TaskCode
+from spindle.capture.grouping import Group, Key, Wired, group
+from spindle.capture.look.trials import Seen, place_of, spread_mixing
+from spindle.capture.naming import Namer
+from spindle.capture.parts import crossing_values, reads_of_others
+from spindle.errors import WorkloadError
+from spindle.units import Place
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The operators of a task. `order`: their names, each after the operators whose values it reads; `components` by
+    operator; `loss` is the tensor of the loss.
+    """
+
+    code: TaskCode
+    order: list[str]
+    components: Mapping[str, str]
+    loss: str
+
+
+def assigned(task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer) -> Assigned:
+    """Divide what was recorded of a task (`wired`) into operators; `named` are parameters and buffers by name.
+
+    Raises WorkloadError where its loss depends on no parameter, or not on the batch.
+    """
+    return _Assignment(task, seen, wired, named, namer).run()
+
+
+def no_gradient(task: str) -> WorkloadError:
+    """The error for a loss that nothing trained leads to."""
+    return WorkloadError(f"task {task!r}: its loss needs no gradient; let it depend on a trained parameter")
+
+
+class _Assignment:
+    def __init__(self, task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer) -> None:
+        self.task, self.seen, self.wired, self.named, self.namer = task, seen, wired, named, namer
+        self.findings, self.recording, self.nodes = seen.findings, wired.recording, wired.recording.nodes
+        self.loss_maker = wired.maker.get(self.recording.loss, -1)
+
+    def run(self) -> Assigned:
+        names, components = self._names(self._groups())
+        if self.loss_maker < 0:
+            raise no_gradient(self.task)
+        crossing = crossing_values(self.wired, names, self.recording.loss)
+        code = self._code(names, crossing)
+        loss = code.tensors[crossing[names[self.loss_maker]][self.recording.loss]]
+        return Assigned(code, self._order(names), components, loss)
+
+    def _groups(self) -> list[Group]:
+        """Groups of glue, in which every value that passes between operators can be cut, or mixes samples."""
+        findings = self.findings
+        if self.loss_maker in self.wired.repeated:
+            raise WorkloadError(f"task {self.task!r}: its loss does not depend on the batch; let it read a field of it")
+        while True:
+            for wired in (self.wired, *self.seen.others):
+                spread_mixing(wired, findings)
+            groups = group(self.wired, findings.mixing)
+            home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
+            home |= {n: self.nodes[n].block for n in self.wired.blocks()}
+            crossing = crossing_values(self.wired, home, self.recording.loss)
+            late = {
+                what
+                for found in crossing.values()
+                for what, _, index in found.values()
+                if not isinstance(what, str)
+                and what not in findings.mixing
+                and what not in findings.constant
+                and place_of(findings, what, index) is None
+            }
+            mixed = {key for found in groups if found.mixes for key in found.keys}
+            if not late and mixed <= findings.mixing:
+                return groups
+            findings.mixing.update(late | mixed)  # type: ignore[arg-type]
+
+    def _names(self, groups: list[Group]) -> tuple[dict[int, str], dict[str, str]]:
+        """The operator of each node, and the component of each operator; in the order in which they are computed."""
+        names: dict[int, str] = {}
+        components: dict[str, str] = {}
+        order: list[tuple[int, Group | None]] = [(min(g.nodes), g) for g in groups if g.nodes]
+        order += [(number, None) for number in self.wired.blocks()]
+        for number, found in sorted(order, key=lambda pair: pair[0]):
+            node = self.nodes[number]
+            if found is None:
+                component, name = self.namer.block(self.task, node.component, node.block.partition("@")[0])
+                names[number] = name
+            else:
+                component = self.namer.component(found.component, self._sizes(found))
+                role = "post" if found.has_frontier else "pre"
+                if found.mixes:
+                    component, role = ("loss", "") if self.loss_maker in found.nodes else (component, "mix")
+                name = self.namer.glue(self.task, component, role)
+                names |= dict.fromkeys(found.nodes, name)
+            components[name] = component
+        return names, components
+
+    def _sizes(self, found: Group) -> dict[str, int]:
+        """Numbers of the parameters that a group reads, by name."""
+        leaves = self.recording.leaves
+        names = {leaves[r] for n in found.nodes for r in self.wired.refs[n] if r in leaves}
+        return {name: self.named[name].numel() for name in names if name in self.named}
+
+    def _order(self, names: Mapping[int, str]) -> list[str]:
+        """Operators, each after the operators whose values it reads; else by their first node."""
+        waits: dict[str, set[str]] = {name: set() for name in names.values()}
+        for number, name in names.items():
+            waits[name] |= {names[s] for s in self.wired.sources[number] if s in names and names[s] != name}
+        first = {name: number for number, name in sorted(names.items(), reverse=True)}
+        order: dict[str, None] = {}
+        while len(order) < len(waits):
+            ready = [name for name in waits if name not in order and waits[name] <= order.keys()]
+            assert ready, "operators wait for each other in a circle"
+            order[min(ready, key=first.__getitem__)] = None
+        return list(order)
+
+    def _code(self, names: Mapping[int, str], crossing: Mapping[str, Mapping[int, Crossing]]) -> TaskCode:
+        tensors: dict[Crossing, str] = {}
+        for name, found in crossing.items():
+            for index, what in enumerate(found.values()):
+                tensors[what] = f"{self.task}/{name.partition('.')[2]}:{index}"
+        number_of = {number: tensors[what] for found in crossing.values() for number, what in found.items()}
+        reads: dict[str, dict[str, None]] = {name: {} for name in names.values()}
+        for name, ref in reads_of_others(self.wired, names):
+            reads[name][number_of[ref]] = None
+        glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
+        blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
+        for other in self.seen.others:
+            self._take_other_way(other, glue, blocks, crossing, tensors)
+        return TaskCode(
+            task=self.task,
+            glue=glue,
+            blocks=blocks,
+            crossing={name: tuple(found.values()) for name, found in crossing.items()},
+            tensors=tensors,
+            reads={name: tuple(found) for name, found in reads.items()},
+            sites=self.seen.sites,
+            stateful=self.seen.stateful,
+            copies_batch=self.seen.copies_batch,
+        )
+
+    def _take_other_way(
+        self,
+        wired: Wired,
+        glue: dict[Key, str],
+        blocks: Mapping[str, str],
+        crossing: Mapping[str, Mapping[int, Crossing]],
+        tensors: dict[Crossing, str],
+    ) -> None:
+        """Code that only some samples run counts to the operator that it is connected with, of the same frontier and
+        component; what it sends in place of what the operator sends otherwise has the same name.
+        """
+        mixing, nodes = self.findings.mixing, wired.recording.nodes
+        changed = True
+        while changed:
+            changed = False
+            for n in wired.glue():
+                a = wired.key(n)
+                for b in (wired.key(s) for s in wired.sources[n] if s in wired.frontier and not nodes[s].block):
+                    alike = a[1:] == b[1:] and (a in mixing) == (b in mixing)
+                    if alike and (a in glue) != (b in glue):
+                        glue[a if b in glue else b] = glue[b if b in glue else a]
+                        changed = True
+        home = {n: blocks.get(nodes[n].block, "") for n in wired.blocks()}
+        home |= {n: glue.get(wired.key(n), "") for n in wired.glue()}
+        if not all(home.values()):
+            return
+        for name, sent in crossing_values(wired, home, wired.recording.loss).items():
+            usual = list(crossing.get(name, {}).values())
+            if len(sent) == len(usual):
+                for what, expected in zip(sent.values(), usual, strict=True):
+                    if self._place(what) == self._place(expected):
+                        tensors.setdefault(what, tensors[expected])
+
+    def _place(self, what: Crossing) -> Place | None:
+        return place_of(self.findings, what[0], what[2])
