@@ -11,14 +11,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from spindle.capture.repeat import base_task, micro_batch
+import torch
+
+from spindle.capture.repeat import base_task, micro_batch, num_micro_batches
+from spindle.errors import WorkloadError
 from spindle.record.draws import Stream
 from spindle.runtime.data import Feed
 from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Program
 from spindle.runtime.recordings import LoadedBatch, Recordings
+from spindle.runtime.transport import Transport
 from spindle.runtime.watch import tokens_of
-from spindle.units import Bounds, SampledBatch
+from spindle.units import SampledBatch
 
 TakesPart = Callable[[int], Iterable[str]]
 """Tasks that take part in a step."""
@@ -45,7 +49,8 @@ class Batches:
         self.program, self.rank, self.feeds, self.recordings = program, rank, feeds, recordings
         self.seed, self.rounds, self.takes_part = seed, rounds, takes_part
         self.layouts = Layouts(program)
-        self.in_flight = 1 + max((micro_batch(task) for task, _ in program.losses), default=0)
+        self.in_flight = num_micro_batches(task for task, _ in program.losses)
+        self.loads = [task for task, runs in program.runs_by_task.items() if any(rank in run.ranks for run in runs)]
         self.tokens: Counter[str] = Counter()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording") if ahead else None
         self._running: concurrent.futures.Future[None] | None = None
@@ -60,7 +65,8 @@ class Batches:
         self.wait()
         first = number * self.in_flight
         read: dict[str, list[SampledBatch]] = {}
-        left = {task for task in self._loaded() if base_task(task) in set(self.takes_part(step))}
+        tasks = set(self.takes_part(step))
+        left = {task for task in self.loads if base_task(task) in tasks}
 
         def fetch(task: str) -> LoadedBatch:
             base, micro = base_task(task), micro_batch(task)
@@ -77,19 +83,9 @@ class Batches:
 
         return fetch
 
-    def _loaded(self) -> list[str]:
-        """Tasks and micro-batches that this rank loads."""
-        return list(dict.fromkeys(run.task for run in self.program.slices if self.rank in run.ranks))
-
     def _loaded_batch(self, task: str, step: int, number: int, batch: SampledBatch) -> LoadedBatch:
         stream = Stream(seed=self.seed, step=step, batch=number, task=base_task(task))
         return self.recordings.loaded(task, batch, self.layouts.of(task, batch.units), stream)
-
-    def held(self, loaded: LoadedBatch) -> Sequence[Bounds]:
-        """Samples that this rank's runs hold of a batch."""
-        runs = (run for run in self.program.slices if run.task == loaded.task and self.rank in run.ranks)
-        bounds = (loaded.layout.bounds[run.name][run.ranks.index(self.rank)] for run in runs)
-        return [own for own in dict.fromkeys(bounds) if own[0] < own[1]]
 
     # -- ahead ----------------------------------------------------------------------------------------------------
 
@@ -101,14 +97,14 @@ class Batches:
         """Record what a later round will load. What goes wrong here goes wrong again when it is loaded, and is told."""
         with contextlib.suppress(Exception):
             tasks = set(self.takes_part(step))
-            for task in (task for task in self._loaded() if base_task(task) in tasks):
+            for task in (task for task in self.loads if base_task(task) in tasks):
                 if self._stopped.is_set():
                     return
                 batch = self.feeds[base_task(task)].peek(micro_batch(task))
                 if batch is not None:
                     place = number * self.in_flight + micro_batch(task)
                     loaded = self._loaded_batch(task, step, place, batch)
-                    loaded.prepare(self.held(loaded))
+                    loaded.prepare(self.program, self.rank)
                     self._prepared[task, step, place, id(batch)] = loaded
 
     def wait(self) -> None:
@@ -135,3 +131,31 @@ class Batches:
             feed.close()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transport: Transport, step: int) -> None:
+    """See that all ranks that loaded a task have a batch of the same shapes: they send each other pieces of it.
+
+    All ranks call it together. Raises WorkloadError that names two ranks.
+    """
+    own = [loaded[task].digest() if task in loaded else -1 for task in tasks]
+    sums = torch.tensor(
+        [[d >= 0, max(d, 0), max(d, 0) ** 2] for d in own], dtype=torch.float64, device=transport.device
+    )
+    transport.all_reduce(sums, tuple(range(transport.num_ranks)))()
+    for task, digest, (count, total, squares) in zip(tasks, own, sums.tolist(), strict=True):
+        if count * squares != total * total:  # the variance is zero where all are equal
+            raise _differing(task, digest, transport, step)
+
+
+def _differing(task: str, digest: int, transport: Transport, step: int) -> WorkloadError:
+    seen = torch.zeros(transport.num_ranks, dtype=torch.float64, device=transport.device)
+    seen[transport.rank] = digest + 1
+    transport.all_reduce(seen, tuple(range(transport.num_ranks)))()
+    digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}
+    first = next(iter(digests))
+    other = next(rank for rank, value in digests.items() if value != digests[first])
+    return WorkloadError(
+        f"task {task!r}, step {step}: ranks {first} and {other} read batches of different shapes or rows; every pass "
+        "over its data must give the same batches in every process (seed your own random generators)"
+    )

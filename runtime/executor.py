@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
-from spindle.capture.repeat import micro_batch
-from spindle.errors import RunError, SpindleError, WorkloadError
+from spindle.capture.repeat import num_micro_batches
+from spindle.errors import RunError, SpindleError
 from spindle.record.draws import Stream, drawing_from
+from spindle.runtime.batches import check_alike
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
 from spindle.runtime.programs.passes import accumulating
@@ -75,7 +76,7 @@ class Executor:
         self.instructions = program.instructions[self.rank]
         sizes = {name: flat.nbytes for name, flat in store.bucket.items()}
         self.timed = functools.partial(span_of, program, self.rank, sizes)
-        self.in_flight = 1 + max((micro_batch(task) for task, _ in program.losses), default=0)
+        self.in_flight = num_micro_batches(task for task, _ in program.losses)
         self.adding = accumulating(self.instructions, program.bucket_by_name)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
@@ -174,37 +175,12 @@ class Executor:
     # -- compute --------------------------------------------------------------------------------------------------
 
     def _load(self, task: str) -> None:
-        loaded = self.loaded[task] = self.fetch(task)
-        runs = (self.ready[run.name] for run in self.program.slices if run.task == task and run.name in self.ready)
-        held = (loaded.layout.bounds[ready.run.name][ready.index] for ready in runs)
-        loaded.prepare(bounds for bounds in held if bounds[0] < bounds[1])
+        self.loaded[task] = self.fetch(task)
+        self.loaded[task].prepare(self.program, self.rank)
 
     def _agree(self, target: str) -> None:
-        """See that all ranks that loaded a task have a batch of the same shapes: they send each other pieces of it."""
         del target
-        tasks = [task for task, _ in self.program.losses]
-        own = [self.loaded[task].digest() if task in self.loaded else -1 for task in tasks]
-        sums = torch.tensor(
-            [[d >= 0, max(d, 0), max(d, 0) ** 2] for d in own], dtype=torch.float64, device=self.transport.device
-        )
-        everyone = tuple(range(self.transport.num_ranks))
-        self.transport.all_reduce(sums, everyone)()
-        for task, digest, (count, total, squares) in zip(tasks, own, sums.tolist(), strict=True):
-            if count * squares != total * total:  # the variance is zero where all are equal
-                raise self._differing(task, digest, everyone)
-
-    def _differing(self, task: str, digest: int, everyone: tuple[int, ...]) -> WorkloadError:
-        seen = torch.zeros(len(everyone), dtype=torch.float64, device=self.transport.device)
-        seen[self.rank] = digest + 1
-        self.transport.all_reduce(seen, everyone)()
-        digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}
-        first = next(iter(digests))
-        other = next(rank for rank, value in digests.items() if value != digests[first])
-        return WorkloadError(
-            f"task {task!r}, step {self.stream.step}: ranks {first} and {other} read batches of different shapes or "
-            "rows; every pass over its data must give the same batches in every process (seed your own random "
-            "generators)"
-        )
+        check_alike([task for task, _ in self.program.losses], self.loaded, self.transport, self.stream.step)
 
     def _bounds(self, run: SliceRun, rank: int) -> Bounds:
         """Samples that a rank holds in a run, in this step."""

@@ -6,7 +6,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.travel import dumped
 from spindle.runtime.programs.messages import StepLayout
+from spindle.runtime.programs.program import Program
 from spindle.units import Bounds, SampledBatch, with_own_tensors
 from spindle.workload import Precision, Workload
 
@@ -77,10 +78,13 @@ class LoadedBatch:
     stream: Stream
     parts: dict[Bounds, TaskPart] = field(default_factory=dict)
 
-    def prepare(self, bounds: Iterable[Bounds]) -> None:
-        """Record these samples."""
-        for own in dict.fromkeys(bounds):
-            self.part(own)
+    def prepare(self, program: Program, rank: int) -> None:
+        """Record the samples that the runs of a rank hold."""
+        for run in program.runs_by_task.get(self.task, ()):
+            if rank in run.ranks:
+                low, high = self.layout.bounds[run.name][run.ranks.index(rank)]
+                if low < high:
+                    self.part((low, high))
 
     def part(self, bounds: Bounds) -> TaskPart:
         """What was recorded of samples `bounds`."""

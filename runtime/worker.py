@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.capture.repeat import base_task, micro_batch
+from spindle.capture.repeat import base_task, num_micro_batches
 from spindle.graph import parse_piece
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
@@ -156,7 +156,7 @@ def separate(job: Job) -> Job:
 def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[str, Feed]:
     """Feeds of the tasks that a rank loads. All ranks come here together, since those of a machine share batches."""
     read = [name for name, task in tasks.items() if not is_listed(task)]
-    in_flight = 1 + max((micro_batch(task) for task, _ in job.program.losses), default=0)
+    in_flight = num_micro_batches(task for task, _ in job.program.losses)
     shared = shared_reads(transport, read, in_flight=in_flight, timeout_s=job.timeout_s)
     return {
         name: Feed(task, job.seed, timeout_s=job.timeout_s, shared=shared.get(name), cores=transport.cores)

@@ -111,7 +111,7 @@ class Layouts:
 
     def of(self, task: str, units: Units, costs: Sequence[int] | None = None) -> StepLayout:
         """The layout of one batch of a task. `costs`: of each sample, for runs whose bounds follow them."""
-        runs = [run for run in self.program.slices if run.task == task]
+        runs = self.program.runs_by_task.get(task, ())
         varies = any(run.varies for run in runs)
         key = (task, (tuple(units.counts.items()), tuple(costs or ())) if varies else units.num_samples)
         if key not in self._known:

@@ -208,6 +208,14 @@ class Program:
                 found[bucket].append(run.name)
         return {name: tuple(runs) for name, runs in found.items()}
 
+    @cached_property
+    def runs_by_task(self) -> dict[str, tuple[SliceRun, ...]]:
+        """The slice runs of each task, in forward order."""
+        found: dict[str, list[SliceRun]] = {}
+        for run in self.slices:
+            found.setdefault(run.task, []).append(run)
+        return {task: tuple(runs) for task, runs in found.items()}
+
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Sets of ranks that need a process group of their own, in the order in which all ranks make them."""
