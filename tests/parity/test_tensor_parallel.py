@@ -448,7 +448,7 @@ def test_the_planner_spreads_layers_where_that_is_faster(tmp_path: Path) -> None
     (tmp_path / "slow.yaml").write_text(SLOW)
     made = workload()
     plan = spindle.make_plan(made, str(tmp_path / "slow.yaml"))
-    layouts = {(len(s.devices), s.tensor_parallel) for s in plan if s.metaop.startswith("describe.lm.layers")}
+    layouts = {(len(s.devices), s.tensor_parallel) for s in plan if s.metaop.startswith("describe.lm.model.layers")}
     assert any(degree > 1 for _, degree in layouts), str(plan)
     formats.write(plan, tmp_path / "plan.json")
     report = compared(made, formats.read(tmp_path / "plan.json", Plan))
