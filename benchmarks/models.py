@@ -64,7 +64,7 @@ class Row:
 
     @property
     def found(self) -> str:
-        """Layers by list: those that run, of those there are."""
+        """Layers by list: how many run, and how many there are."""
         return ", ".join(f"{name} {count}" for name, count in self.layers.items()) or "none"
 
     @property

@@ -115,7 +115,7 @@ class Executor:
         """Run the program once, after `rounds - 1` rounds that only add to the gradients.
 
         `new_round` gives what fetches a task's batch, recorded, in the next round; `observe` sees the gradients that
-        the update uses, and then random numbers are those of a CPU on every device, so that runs compare. They depend
+        the update uses, and then every device draws the random numbers of a CPU, so that runs compare. They depend
         on `seed` and `step`, never on the plan. Losses are means over the rounds. Raises RunError naming rank, wave and
         instruction, with the user's own line that went wrong.
         """
@@ -280,7 +280,7 @@ class Executor:
             self._put(gradients(name), found)
 
     def _input_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
-        """Parts of an input that lie on this rank, then those that arrived."""
+        """Parts of an input that lie on this rank, then parts that arrived."""
         spec, source = self.program.tensor_by_name[tensor], self.maker[tensor]
         stays = self._staying(spec.rows > 0, source, run)
         if stays is not None:
@@ -290,7 +290,7 @@ class Executor:
         yield from self._arrived(f"{source.name}>{run.name}", tensor)
 
     def _gradient_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
-        """Parts of an output's gradient from its readers on this rank, then those that arrived."""
+        """Parts of an output's gradient from its readers on this rank, then parts that arrived."""
         spec = self.program.tensor_by_name[tensor]
         for reader in self.readers[tensor]:
             if not reader.backward:

@@ -30,7 +30,7 @@ from spindle.runtime.transport import ProcessTransport, Transport
 
 T = TypeVar("T")
 
-AHEAD = 2  # batches that are sent and not yet received, beside those of one round of a step
+AHEAD = 2  # batches that are sent and not yet received, beside the batches of one round of a step
 
 _HEAD = struct.Struct("<Q")  # generation of a batch that is sent
 _TAKEN = struct.Struct("<Q")  # generation of a batch that was received
@@ -78,7 +78,7 @@ class _Side:
     """What both sides have: sockets, a generation, and a way to wake up the thread that waits."""
 
     def __init__(self, task: str, sockets: Mapping[int, socket.socket]) -> None:
-        """`sockets`: those to the other ranks."""
+        """`sockets`: connections to the other ranks."""
         self.task = task
         self.sockets = dict(sockets)
         self.generation = 0
@@ -293,7 +293,7 @@ class Seat:
 def shared_reads(
     transport: Transport, tasks: Collection[str], *, in_flight: int, timeout_s: float
 ) -> dict[str, SharedReads]:
-    """How this rank gets the batches of those of its `tasks` that others of its machine load too. All ranks call it.
+    """How this rank gets the batches of its `tasks` that other ranks of its machine load too. All ranks call it.
 
     `in_flight`: batches that one round of a step takes of each task.
     """

@@ -154,7 +154,7 @@ def separate(job: Job) -> Job:
 
 
 def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[str, Feed]:
-    """Feeds of the tasks that a rank loads. All ranks come here together, since those of a machine share batches."""
+    """Feeds of the tasks that a rank loads. All ranks come here together, since ranks of a machine share batches."""
     read = [name for name, task in tasks.items() if not is_listed(task)]
     in_flight = num_micro_batches(task for task, _ in job.program.losses)
     shared = shared_reads(transport, read, in_flight=in_flight, timeout_s=job.timeout_s)

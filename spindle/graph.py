@@ -37,9 +37,9 @@ BYTES_BY_DTYPE = {
 class TensorSpec:
     """A tensor that one operator sends to others.
 
-    `shape` is that of the whole batch that was captured; others may have other sizes. Along dimension `row_dim` it is
-    cut by the rows that each sample has of `unit`; `rows` is how many entries that is for a sample, on average. rows 0
-    and unit "" mark a tensor that only exists whole. `needs_grad`: a gradient comes back for it.
+    `shape` is for the whole batch that was captured; other batches may have other sizes. It is cut along dimension
+    `row_dim` by the rows that each sample has of `unit`; `rows` is how many entries that is for a sample, on average.
+    rows 0 and unit "" mark a tensor that only exists whole. `needs_grad`: a gradient comes back for it.
     """
 
     name: str

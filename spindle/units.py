@@ -29,7 +29,7 @@ Bounds = tuple[int, int]
 def per_sample(values: Tensor, counts: Tensor) -> Tensor:
     """Sum `values`, of which each sample has `counts[i]` that follow each other, by sample; whole numbers, shape [B].
 
-    Patches of each sample, from those of each image: `per_sample(grid.prod(1), images)`.
+    Patches of each sample, from the patches of each image: `per_sample(grid.prod(1), images)`.
     """
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu().long())
     if len(owner) != len(values):
@@ -124,7 +124,7 @@ def cut_value(value: Any, dim: int, start: int, length: int) -> Any:
 def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch_size: int) -> SampledBatch:
     """The batch with its samples: `rows` is what the task's `rows=` gave for it, `where` names the task in errors.
 
-    Raises WorkloadError for fields whose rows are not those of the samples, and `rows` that do not fit their fields.
+    Raises WorkloadError for fields that have other rows than the samples, and `rows` that do not fit their fields.
     """
     counts: dict[str, tuple[int, ...]] = {}
     places: dict[str, Place] = {}

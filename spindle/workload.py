@@ -227,8 +227,8 @@ class Workload:
         When its data ends, `on_end` starts it over, stops the training before a step that lacks a batch, or ends it
         with an error. `prefetch` batches are read ahead while others train.
 
-        Any dimension of a field but that of the samples may differ from batch to batch, and so may the number of
-        samples. `rows`: a function from a batch to the number of rows that each sample has in each packed field, as
+        Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
+        from a batch to the number of rows that each sample has in each packed field, as
         {"pixel_values": patches, "image_grid_thw": images}; see docs/packed.md.
         """
         _check_name("task", name, self.tasks)

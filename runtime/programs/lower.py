@@ -94,7 +94,7 @@ def _slice_runs(
 
 
 def _unit(run: SliceRun, graph: TaskGraph) -> str:
-    """The unit whose rows a run computes on: that of what it makes, packed ones first."""
+    """The unit whose rows a run computes on: the unit of what it makes, packed ones first."""
     units = [graph.tensors[name].unit for name in run.outputs if graph.tensors[name].rows]
     return next((unit for unit in units if unit != SAMPLES), SAMPLES)
 

@@ -1,6 +1,6 @@
 """Messages: the bounds of a step's batch in; which samples go from which rank to which out, the same on all ranks.
 
-A tensor that is cut goes in pieces, from those who hold them to those who need them. One that only exists whole comes
+A tensor that is cut goes in pieces, from ranks that hold them to ranks that need them. One that only exists whole comes
 from the first rank of the run that makes it, which alone gets its gradients back. A rank without samples takes no part.
 """
 
@@ -103,7 +103,7 @@ class StepLayout:
 
 
 class Layouts:
-    """Layouts of the batches of a program's tasks; those of equal batches are worked out once."""
+    """Layouts of the batches of a program's tasks; equal batches share one."""
 
     def __init__(self, program: Program) -> None:
         self.program = program

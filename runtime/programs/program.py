@@ -48,10 +48,10 @@ class SliceRun:
 
     Each `tensor_parallel` ranks that follow each other hold the same samples, and a part each of the layers that can be
     cut. `inputs` come from other slice runs, `outputs` go to other slice runs (or are the loss). `trained` are the
-    parameters to whose gradients it adds. `loads`: it reads batch fields. `backward`: a gradient comes back for an
+    parameters to whose gradients it adds. `loads`: its ranks fetch the batch. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
     `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`;
-    `bounds` are those of as many samples, evenly shared.
+    `bounds` are then for samples that are evenly shared.
     """
 
     name: str

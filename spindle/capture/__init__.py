@@ -108,7 +108,7 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
 
 
 def _blocks(workload: Workload, whole: frozenset[str]) -> list[Block]:
-    """Blocks of all components, with whole components in place of those inside them."""
+    """Blocks of all components, with whole components in place of the blocks inside them."""
     inside = {module for name in whole for module in workload.components[name].module.modules()}
     found = [block for block in blocks_of(workload) if block.module not in inside]
     return found + [Block(name, workload.components[name].module) for name in sorted(whole)]

@@ -27,7 +27,7 @@ something (code that runs twice has one key), and which of its results."""
 
 
 class OperatorModule(nn.Module):
-    """The parameters of one operator: those of its block, or those that its glue reads, under names of their own."""
+    """The parameters of one operator, which its block holds or its glue reads, under names of their own."""
 
     def __init__(self, block: nn.Module | None, state: Mapping[str, Tensor]) -> None:
         """`state`: parameters and changing buffers that the operator reads itself, by the workload's names."""

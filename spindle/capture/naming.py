@@ -30,8 +30,8 @@ class Namer:
         return self._unique(f"{task}.{component}", role)
 
     def component(self, called: str, sizes: Mapping[str, int]) -> str:
-        """The component that a group of glue counts to: that of most of its parameters, else the one that was
-        called.
+        """The component that a group of glue counts to: the owner of most of its parameters, else the one that
+        was called.
         """
         by_component: Counter[str] = Counter()
         for name, size in sizes.items():

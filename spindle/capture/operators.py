@@ -124,7 +124,7 @@ class _Builder:
         self.drafts.append(draft)
 
     def _cost(self, draft: _Draft, code: TaskCode, live: tuple[bool, ...] | None) -> Cost:
-        """Cost of an operator, with a gradient for those of its results that are `live` (None: all)."""
+        """Cost of an operator, with a gradient for results that are `live` (None: all)."""
         key = f"{draft.kind}{live or ''}"
         if key not in self.memo.costs:
             specs = self._tensor_specs(draft.name, code)
@@ -165,7 +165,7 @@ class _Builder:
         return [self.specs[tensor] for tensor in code.reads[name]]
 
     def _input_specs(self, part: OperatorPart, code: TaskCode, name: str) -> list[ValueSpec]:
-        """Tensors of other operators, and those computed from the batch."""
+        """Tensors of other operators, and tensors computed from the batch."""
         aux = (part.recording.aux[number] for number in part.aux_read())
         return [*self._tensor_specs(name, code), *(ValueSpec(tuple(value.shape), value.dtype) for value in aux)]
 

@@ -19,8 +19,8 @@ from spindle.units import Bounds, Units
 
 @dataclass(frozen=True)
 class TaskPart:
-    """A recording of samples `bounds`, divided into operators. `shapes`: those of the tensors that pass between
-    them.
+    """A recording of samples `bounds`, divided into operators. `shapes`: shapes of the tensors that pass
+    between operators.
     """
 
     task: str

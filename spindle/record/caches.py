@@ -1,4 +1,4 @@
-"""Caches: those of keys and values that decoders keep for generation, off while they train."""
+"""Caches: keys and values that decoders keep for generation; off while they train."""
 
 import contextlib
 from collections.abc import Iterator

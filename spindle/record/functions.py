@@ -198,7 +198,7 @@ def recordable(
 
 
 def _check_places(places: int, source: Tensor, shape: tuple[int, ...], width: int) -> None:
-    """Samples must take their own values, neither those of the next sample nor fewer than they have."""
+    """Samples must take their own values, not values of the next sample, and no fewer than they have."""
     if tuple(source.shape) != shape and places * width != source.numel():
         raise ValueError(
             f"masked_scatter has {places} places for {source.numel() // width} values; samples must have as many "

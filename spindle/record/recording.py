@@ -77,7 +77,7 @@ class Recording:
     """What one run of a task function on some samples came to.
 
     `leaves` are names of parameters and of buffers that change, by value number; `shapes`, `dtypes` and `needs_grad`
-    those of all values; `aux` what was computed for real.
+    are of all values; `aux` holds what was computed for real.
     """
 
     leaves: dict[int, str]

@@ -4,7 +4,7 @@ A task function mostly does the same for every batch of the same shapes: then ru
 the recorded ones read, in a fraction of the time. What Python read of a tensor (`.tolist()`, `if`, an index) is a
 guard: where it reads something else, or a result has another shape, the batch is recorded anew.
 
-Not seen are reads that bypass torch, such as those of numpy arrays that share a tensor's memory: then nothing is kept.
+Not seen are reads that bypass torch, such as reads of numpy arrays that share a tensor's memory: then nothing is kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ _BYPASSES: frozenset[Any] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Real(Mark):
-    """Tensor number `index` among those that are computed for real."""
+    """Tensor number `index` among all tensors that are computed for real."""
 
     index: int
 

@@ -65,7 +65,7 @@ Size = int | tuple[int, int, Fraction]
 
 @dataclass(frozen=True)
 class ShapeRule:
-    """Shapes of a block's results and draws from those of its tensor arguments.
+    """Shapes of a block's results and draws, from the shapes of its tensor arguments.
 
     `sizes`: for each result, then each draw, and each of its dimensions, what its size may be, best first.
     """

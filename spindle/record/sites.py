@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 
 _PACKAGE = __name__.rpartition(".")[0]
 _SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("recorder", "replay", "run", "sites", "skeleton"))
-"""Modules that pass calls on; those that make calls of their own (functions, randomness) are places like others."""
+"""Modules that pass calls on. Modules that make calls of their own (functions, replacements) are places like others."""
 
 
 class Sites:
@@ -51,15 +51,5 @@ def _innermost_line(start: CodeType) -> str:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package not in ("torch", _PACKAGE.partition(".")[0]):
             return f"line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
-        frame = frame.f_back
-    return ""
-
-
-def user_line(start: CodeType, file: str) -> str:
-    """The innermost line of `file` that is running, as "line 12 of model.py"; "" when none is."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not start:
-        if frame.f_code.co_filename == file:
-            return f"line {frame.f_lineno} of {os.path.basename(file)}"
         frame = frame.f_back
     return ""

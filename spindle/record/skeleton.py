@@ -1,7 +1,7 @@
 """Skeleton: the user's modules as a recording needs them, with meta parameters, and repeated layers as single calls.
 
-- While a skeleton is open its meta parameters stand in the modules. Buffers stay real, but for those that change while
-  the model runs (running statistics): of these only the run knows the values, so they are meta too.
+- While a skeleton is open its meta parameters stand in the modules. Buffers stay real. Buffers that change
+  while the model runs (running statistics) are meta too, since only the run knows their values.
 - A block (a repeated layer) is one call: its `forward` is replaced, so that hooks around it stay outside of it. It runs
   on the meta device to tell the shapes of its results, once for each kind of layer and shapes of arguments.
 - A skeleton travels without weights: parameters are sent as their shapes.
@@ -41,8 +41,8 @@ class BlockInfo:
 class Skeleton:
     """Modules of some components by name, and blocks in them. `stateful`: buffers that change while the model runs.
 
-    `rules` tell, by kind of block, what those give that cannot run on the meta device. While `learning`, at capture,
-    they are found and checked by running such blocks for real.
+    `rules` tell, by kind of block, what blocks give that cannot run on the meta device. While `learning`, at capture,
+    rules are found and checked by running such blocks for real.
     """
 
     components: Mapping[str, nn.Module]

@@ -1,6 +1,6 @@
 """Look: a task and its first batches in; what mixes samples, and along what each value may be cut, out.
 
-looker    records the task on its first batches, in this order of steps
+looker    records the task on its first batches, and puts together what is found
 samples   chooses the batches, and the samples of them, whole and in parts
 trials    compares the shapes of wholes and parts
 prober    compares their numbers

@@ -165,7 +165,7 @@ class Prober:
     def _made_up(
         self, trial: Trial, part: Part, node: Node, made: dict[tuple[str, int], Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Results of a block, made up: those of a part are cut from those of the whole."""
+        """Results of a block, made up: results of a part are cut from the results of the whole."""
         recording = part.wired.recording
         places = self.findings.places.get(node.block, [])
         for index, out in enumerate(node.outs):
@@ -270,7 +270,9 @@ class Prober:
 
 
 def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of a module on the CPU, its parameters moved off zeros and ones; those on the meta device made up."""
+    """A copy of a module on the CPU, its parameters moved off zeros and ones, and made up where they
+    are on the meta device.
+    """
     twin = copy.deepcopy(module)
     if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")

@@ -16,7 +16,7 @@ from spindle.units import Bounds, SampledBatch, Units, shares
 from spindle.workload import Task
 
 PROBE_SAMPLES = 5
-LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and those of different shapes among them that are used
+LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
 
 def first_batches(task: Task) -> list[SampledBatch]:
