@@ -12,7 +12,7 @@ from models_base import Batch, Family, Sample
 from models_vision_language import GRIDS, LENGTHS, QWEN3, QWEN25, own_loss, packed_batch, packed_rows
 from torch import Tensor, nn
 
-WIDTH, ACTION, HORIZONS = 32, 7, (6, 6, 4)
+WIDTH, ACTION, HORIZONS = 32, 7, (6, 6, 4, 5)
 
 
 class ActionBlock(nn.Module):

@@ -120,7 +120,12 @@ def clip() -> Sample:
     return Sample({"model": module}, [batch(n) for n in LENGTHS], lambda b: contrast(b, module))
 
 
-SHAPES = (((4, 4), (2, 6), (3, 5), (4, 3)), ((6, 4), (2, 2), (5, 5), (3, 8)), ((4, 4), (4, 4), (4, 4)))
+SHAPES = (
+    ((4, 4), (2, 6), (3, 5), (4, 3)),
+    ((6, 4), (2, 2), (5, 5), (3, 8)),
+    ((4, 4), (4, 4), (4, 4)),
+    ((5, 3), (4, 4), (2, 2), (6, 2)),
+)
 
 
 def siglip2() -> Sample:
@@ -147,7 +152,7 @@ def siglip2() -> Sample:
 
 # -- sound, images and text -------------------------------------------------------------------------------------------
 
-FRAMES = (((20,), (), (24, 40), (16,)), ((), (60,), (36, 12), (44,)), ((20,), (20,), ()))
+FRAMES = (((20,), (), (24, 40), (16,)), ((), (60,), (36, 12), (44,)), ((20,), (20,), ()), ((), (16,), (24,), ()))
 
 
 def omni() -> Sample:
@@ -193,14 +198,15 @@ def omni() -> Sample:
             texts.append(text + words(length))
         every = torch.tensor([clip for clips in frames for clip in clips])
         heard = torch.arange(int(every.max())) < every[:, None]
-        grid = torch.tensor([(1, *size) for images in grids for size in images])
-        return {
+        made = {
             **padded(texts, IMAGE),
             "input_features": torch.randn(len(every), 8, heard.shape[1]),
             "feature_attention_mask": heard.long(),
-            "pixel_values": torch.randn(int(grid.prod(1).sum()), 48),
-            "image_grid_thw": grid,
         }
+        if any(grids):
+            grid = torch.tensor([(1, *size) for images in grids for size in images])
+            made |= {"pixel_values": torch.randn(int(grid.prod(1).sum()), 48), "image_grid_thw": grid}
+        return made
 
     def rows(batch: Batch) -> Mapping[str, Any]:
         clips, frames = (batch["input_ids"] == AUDIO_START).sum(1), batch["feature_attention_mask"].sum(1)

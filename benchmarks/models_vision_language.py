@@ -15,8 +15,8 @@ import spindle
 
 WORDS, IMAGE, START, END = 100, 100, 101, 102  # words are below; special tokens follow
 VOCABULARY = 110
-LENGTHS = ((6, 9, 4, 5), (16, 3, 4, 5), (6, 3, 9))  # words of each sample, in three batches; the last is not full
-IMAGES = ((1, 0, 2, 1), (0, 1, 3, 1), (1, 2, 0))  # images of each sample
+LENGTHS = ((6, 9, 4, 5), (16, 3, 4, 5), (6, 3, 9), (5, 8, 3, 7))  # words of each sample; the third is not full
+IMAGES = ((1, 0, 2, 1), (0, 1, 3, 1), (1, 2, 0), (0, 0, 0, 0))  # images of each sample; the last batch has none
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -74,12 +74,20 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def chat(
-    model: str, config: str, tokens: int, *, kinds: bool = False, stacked: bool = False, **settings: Any
+    model: str,
+    config: str,
+    tokens: int,
+    *,
+    kinds: bool = False,
+    stacked: bool = False,
+    needs_images: bool = False,
+    **settings: Any,
 ) -> Callable[[], Sample]:
     """A model whose images are all of one size and give `tokens` tokens each.
 
     `kinds`: it also wants to know which tokens are images. `stacked`: images lie along a second dimension of
-    pixel_values, padded to the most images of the batch, instead of one after another.
+    pixel_values, padded to the most images of the batch, instead of one after another. `needs_images`: it takes no
+    batch of texts alone.
     """
 
     def build() -> Sample:
@@ -89,7 +97,9 @@ def chat(
 
         def batch(images: Sequence[int], lengths: Sequence[int]) -> Batch:
             made = padded([prompt([tokens] * n, length) for n, length in zip(images, lengths, strict=True)], WORDS)
-            if stacked:
+            if not any(images):
+                pass  # as processors do, which then give no field of images
+            elif stacked:
                 seen = torch.arange(max(images)) < torch.tensor(images)[:, None]
                 made["pixel_values"] = torch.randn(*seen.shape, 3, size, size) * seen[..., None, None, None]
                 made["pixel_attention_mask"] = seen[..., None, None].expand(*seen.shape, size, size).clone()
@@ -102,7 +112,8 @@ def chat(
         def rows(batch: Batch) -> Mapping[str, Any]:
             return {"images" if stacked else "pixel_values": images_of(batch)}
 
-        batches = [batch(images, lengths) for images, lengths in zip(IMAGES, LENGTHS, strict=True)]
+        shapes = [pair for pair in zip(IMAGES, LENGTHS, strict=True) if any(pair[0]) or not needs_images]
+        batches = [batch(images, lengths) for images, lengths in shapes]
         return Sample({"model": module}, batches, own_loss(module), rows=rows)
 
     return build
@@ -110,10 +121,11 @@ def chat(
 
 # -- images of any size -----------------------------------------------------------------------------------------------
 
-GRIDS = (  # rows and columns of patches of each image of each sample, in three batches
+GRIDS = (  # rows and columns of patches of each image of each sample; the last batch has none
     (((4, 4),), (), ((8, 4), (4, 4)), ((4, 4),)),
     ((), ((4, 4),), ((12, 8), (4, 4), (4, 4)), ((4, 8),)),
     (((8, 8),), ((4, 4), (8, 4)), ()),
+    ((), (), (), ()),
 )
 
 
@@ -122,8 +134,9 @@ def packed_batch(grids: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[i
     sizes = [[rows * columns for rows, columns in images] for images in grids]
     texts = [prompt([size // 4 for size in s], length) for s, length in zip(sizes, lengths, strict=True)]
     made = padded(texts, WORDS)
-    made["pixel_values"] = torch.randn(sum(map(sum, sizes)), values)
-    made["image_grid_thw"] = torch.tensor([(1, *grid) for images in grids for grid in images])
+    if any(grids):
+        made["pixel_values"] = torch.randn(sum(map(sum, sizes)), values)
+        made["image_grid_thw"] = torch.tensor([(1, *grid) for images in grids for grid in images])
     made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).int()
     return made
 
@@ -131,8 +144,8 @@ def packed_batch(grids: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[i
 def packed_rows(batch: Batch) -> Mapping[str, Any]:
     """Images and patches of each sample."""
     images = images_of(batch)
-    patches = spindle.per_sample(batch["image_grid_thw"].prod(1), images)
-    return {"image_grid_thw": images, "pixel_values": patches}
+    grid = batch.get("image_grid_thw", torch.zeros(0, 3))
+    return {"image_grid_thw": images, "pixel_values": spindle.per_sample(grid.prod(1), images)}
 
 
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 103, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -188,6 +201,7 @@ SIZES = (  # height and width of each image of each sample
     (((16, 16),), (), ((16, 30), (16, 16)), ((20, 20),)),
     ((), ((16, 16), (16, 30)), ((16, 16),), ((24, 32),)),
     (((32, 32),), ((16, 16), (32, 12)), ()),
+    ((), (), (), ()),
 )
 
 
@@ -210,13 +224,15 @@ def onevision() -> Sample:
     def batch(sizes: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int]) -> Batch:
         texts = [prompt([tokens(s) for s in images], n) for images, n in zip(sizes, lengths, strict=True)]
         made = padded(texts, WORDS)
-        made["image_sizes"] = torch.tensor([size for images in sizes for size in images])
-        made["pixel_values"] = torch.randn(len(made["image_sizes"]), 5, 3, 16, 16)
+        if any(sizes):
+            made["image_sizes"] = torch.tensor([size for images in sizes for size in images])
+            made["pixel_values"] = torch.randn(len(made["image_sizes"]), 5, 3, 16, 16)
         return made
 
     def rows(batch: Batch) -> Mapping[str, Any]:
         images = images_of(batch)
-        tiles = torch.tensor([image_size_to_num_patches(size, PINPOINTS, 16) for size in batch["image_sizes"]])
+        sizes = batch.get("image_sizes", [])
+        tiles = torch.tensor([image_size_to_num_patches(size, PINPOINTS, 16) for size in sizes])
         return {
             "image_sizes": images,
             "pixel_values": images,
@@ -304,6 +320,7 @@ FAMILIES = (
             "Blip2ForConditionalGeneration",
             "Blip2Config",
             4,
+            needs_images=True,
             vision_config={**VISION, "model_type": "blip_2_vision_model"},
             qformer_config={
                 **QUERIES,

@@ -19,10 +19,15 @@ from spindle.record.draws import Stream
 from spindle.runtime.data import Feed
 from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Program
-from spindle.runtime.recordings import LoadedBatch, Recordings
+from spindle.runtime.recordings import OTHER_LAYERS, LoadedBatch, Recordings
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import tokens_of
 from spindle.units import SampledBatch
+
+OTHER_SHAPES = (
+    "read batches of different shapes or rows; every pass over its data must give the same batches in every process "
+    "(seed your own random generators)"
+)
 
 TakesPart = Callable[[int], Iterable[str]]
 """Tasks that take part in a step."""
@@ -134,28 +139,26 @@ class Batches:
 
 
 def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transport: Transport, step: int) -> None:
-    """See that all ranks that loaded a task have a batch of the same shapes: they send each other pieces of it.
+    """See that all ranks that loaded a task have a batch of the same shapes and call the same layers for their samples:
+    they send each other pieces of it.
 
     All ranks call it together. Raises WorkloadError that names two ranks.
     """
-    own = [loaded[task].digest() if task in loaded else -1 for task in tasks]
-    sums = torch.tensor(
-        [[d >= 0, max(d, 0), max(d, 0) ** 2] for d in own], dtype=torch.float64, device=transport.device
-    )
+    own = [digest for task in tasks for digest in (loaded[task].digests() if task in loaded else (0, 0))]
+    sums = torch.tensor([[d > 0, d, d**2] for d in own], dtype=torch.float64, device=transport.device)
     transport.all_reduce(sums, tuple(range(transport.num_ranks)))()
-    for task, digest, (count, total, squares) in zip(tasks, own, sums.tolist(), strict=True):
+    for index, (count, total, squares) in enumerate(sums.tolist()):
         if count * squares != total * total:  # the variance is zero where all are equal
-            raise _differing(task, digest, transport, step)
+            first, other = _differing(own[index], transport)
+            what = f"call different layers: {OTHER_LAYERS}" if index % 2 else OTHER_SHAPES
+            raise WorkloadError(f"task {tasks[index // 2]!r}, step {step}: ranks {first} and {other} {what}")
 
 
-def _differing(task: str, digest: int, transport: Transport, step: int) -> WorkloadError:
+def _differing(digest: int, transport: Transport) -> tuple[int, int]:
+    """Two ranks whose digests differ."""
     seen = torch.zeros(transport.num_ranks, dtype=torch.float64, device=transport.device)
-    seen[transport.rank] = digest + 1
+    seen[transport.rank] = digest
     transport.all_reduce(seen, tuple(range(transport.num_ranks)))()
     digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}
     first = next(iter(digests))
-    other = next(rank for rank, value in digests.items() if value != digests[first])
-    return WorkloadError(
-        f"task {task!r}, step {step}: ranks {first} and {other} read batches of different shapes or rows; every pass "
-        "over its data must give the same batches in every process (seed your own random generators)"
-    )
+    return first, next(rank for rank, value in digests.items() if value != digests[first])

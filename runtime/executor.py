@@ -193,8 +193,11 @@ class Executor:
         if bounds[0] == bounds[1]:
             self._put(activations(name), Activations({}, {}))
             return
-        part = self.loaded[run.task].part(bounds)
+        loaded = self.loaded[run.task]
+        part = loaded.part(bounds)
         for spec, needs_grad in ready.inputs:
+            if spec.name in loaded.absent:
+                continue
             value = joined(self._input_pieces(run, bounds, spec.name), spec)
             self._check(spec.name, "received", value, part.shapes[spec.name])
             inputs[spec.name] = value.detach().requires_grad_(needs_grad)
@@ -222,11 +225,15 @@ class Executor:
         stream = ready.stream(self.stream, self.first_batch, loaded.batch.units, bounds)
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for code in ready.codes:
-                own = part.operators[code.name]
-                given = [values[name] for name in code.inputs]
-                values.update(zip(code.outputs, self._run_code(ready, code, own, given), strict=True))
+                own = part.operators.get(code.name)
+                if own is None:  # of a modality that this batch lacks
+                    continue
+                given = [values[name] for name in code.inputs if name not in loaded.absent]
+                sent = [name for name in code.outputs if name not in loaded.absent]
+                values.update(zip(sent, self._run_code(ready, code, own, given), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
-        return {spec.name: values[spec.name].to(dtype) for spec, dtype in ready.outputs}
+        outputs = ((spec.name, dtype) for spec, dtype in ready.outputs if spec.name not in loaded.absent)
+        return {name: values[name].to(dtype) for name, dtype in outputs}
 
     def _run_code(
         self, ready: Ready, code: OperatorCode, part: OperatorPart, given: Sequence[Tensor]
@@ -244,7 +251,7 @@ class Executor:
         numbers are a function of their place, so come out again; running statistics have counted this batch already
         and are put back.
         """
-        if not run.recompute:
+        if not (run.recompute and held.outputs):
             yield held.outputs
             return
         buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
@@ -257,25 +264,24 @@ class Executor:
 
     def _backward(self, name: str) -> None:
         run = self.program.slice_by_name[name]
-        held = self._activations(name)
-        if not held.outputs:
-            if any(needs_grad for _, needs_grad in self.ready[name].inputs):
-                self._put(gradients(name), {})
-            return
-        units, bounds = self.loaded[run.task].batch.units, self._bounds(run, self.rank)
+        held, loaded = self._activations(name), self.loaded[run.task]
+        units, bounds = loaded.batch.units, self._bounds(run, self.rank)
         with self._live_outputs(run, held) as outputs:
             ends, weights = [], []
             for tensor, output in outputs.items():
                 spec = self.program.tensor_by_name[tensor]
+                if loaded.absent and not output.requires_grad:
+                    continue
                 if tensor in self.weight_by_loss:
                     ends.append(output)
                     weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
                 elif spec.needs_grad:
                     ends.append(output)
                     weights.append(summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output))
-            torch.autograd.backward(ends, weights)
-        leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
-        if leaves:
+            if ends:
+                torch.autograd.backward(ends, weights)
+        if any(needs_grad for _, needs_grad in self.ready[name].inputs):
+            leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
             found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
             self._put(gradients(name), found)
 
@@ -322,6 +328,8 @@ class Executor:
         sends: list[tuple[int, Tensor]] = []
         pieces: list[tuple[Message, Tensor]] = []
         for message in loaded.layout.messages[name]:
+            if message.tensor in loaded.absent:
+                continue
             spec = self.program.tensor_by_name[message.tensor]
             if message.source == self.rank:
                 made = self._gradients(source.name) if transfer.backward else self._activations(source.name).outputs

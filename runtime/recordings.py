@@ -32,6 +32,12 @@ from spindle.workload import Precision, Workload
 _CPU = torch.device("cpu")
 MOST_KNOWN = 64  # recordings kept; batches of other shapes are recorded anew
 
+OTHER_LAYERS = (
+    "for some samples of a batch that lacks a modality the task calls other layers than for others; decide by the "
+    "fields of the whole batch, not by their values"
+)
+"""What is wrong where parts of one batch call other layers."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -89,13 +95,23 @@ class LoadedBatch:
     def part(self, bounds: Bounds) -> TaskPart:
         """What was recorded of samples `bounds`."""
         if bounds not in self.parts:
-            self.parts[bounds] = self.recordings.record(self, bounds)
+            found = self.recordings.record(self, bounds)
+            if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
+                raise WorkloadError(f"task {base_task(self.task)!r}, step {self.stream.step}: {OTHER_LAYERS}")
+            self.parts[bounds] = found
         return self.parts[bounds]
 
-    def digest(self) -> int:
-        """A number of 20 bits that is equal for batches of equal shapes and rows."""
-        text = repr(self.batch.shapes).encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 12
+    @property
+    def absent(self) -> frozenset[str]:
+        """Tensors that operators do not send of this batch, since it lacks a modality: the same on all ranks."""
+        return next((part.absent for part in self.parts.values()), frozenset())
+
+    def digests(self) -> tuple[int, int]:
+        """A number that is equal for batches of equal shapes and rows, and one that is equal where the same operators
+        compute and send something; 0 where nothing is recorded.
+        """
+        ways = {_digest((sorted(part.absent), sorted(part.idle))) for part in self.parts.values()}
+        return _digest(self.batch.shapes), max(ways, default=0)
 
 
 class Recordings:
@@ -137,7 +153,8 @@ class Recordings:
                 self._known.move_to_end(key)
                 return known[1].of_others(code, known[0], found, bounds, loaded.batch.units)
         recorded = self._recorded(loaded.task, fields, stream, where)
-        part = divide(code, recorded, bounds, loaded.batch.units, self.device, where)
+        lacks = sorted(code.held - loaded.batch.held)
+        part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
         if key[1] is not None and recorded.replay is not None:
             self._known[key] = recorded, part
             if len(self._known) > MOST_KNOWN:
@@ -176,6 +193,11 @@ class Recordings:
                     "global, a number from outside of torch); let it depend on its batch alone"
                 )
         return found
+
+
+def _digest(value: object) -> int:
+    """A number of 20 bits, at least 1: squares of it are exact in float64."""
+    return 1 + (int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=4).digest()) >> 12)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,7 @@
 - Rows are whole numbers, so that every rank finds the same bounds without a message.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -55,18 +55,19 @@ class Units:
 
     def rows(self, unit: str, low: int, high: int) -> int:
         """Rows that belong to samples low..high-1."""
-        offsets = self.offsets[unit]
-        return offsets[high] - offsets[low]
+        offsets = self.offsets.get(unit)  # a batch that counts none of a unit has none
+        return offsets[high] - offsets[low] if offsets else 0
 
     def span(self, unit: str, size: int, held: Bounds, wanted: Bounds) -> tuple[int, int]:
         """Where samples `wanted` lie in a dimension of `size` entries that holds samples `held`: first entry, number.
 
         Raises ValueError when the entries do not divide evenly among the rows.
         """
-        offsets = self.offsets[unit]
-        first, rows = offsets[held[0]], offsets[held[1]] - offsets[held[0]]
+        rows = self.rows(unit, *held)
         if rows == 0:
             return 0, 0
+        offsets = self.offsets[unit]
+        first = offsets[held[0]]
         start, end = (offsets[wanted[0]] - first) * size, (offsets[wanted[1]] - first) * size
         if start % rows or end % rows:
             raise ValueError(f"{size} entries do not divide among {rows} rows of {unit!r}")
@@ -94,10 +95,24 @@ class SampledBatch:
             found[name] = cut_value(found[name], dim, *self._span(name, unit, dim, whole, (low, high)))
         return found
 
+    def without(self, names: Collection[str]) -> "SampledBatch":
+        """The batch without some fields, and without rows of the units of these names."""
+        counts = {u: (0,) * len(rows) if u in names else rows for u, rows in self.units.counts.items()}
+        places = {name: place for name, place in self.places.items() if name not in names}
+        fields = {name: value for name, value in self.fields.items() if name not in names}
+        return SampledBatch(fields, Units(counts), places)
+
     def _span(self, name: str, unit: str, dim: int, whole: Bounds, wanted: Bounds) -> tuple[int, int]:
         value = self.fields[name]
         size = value.shape[dim] if isinstance(value, Tensor) else len(value)
         return self.units.span(unit, size, whole, wanted)
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """Names of fields and units of which the batch has anything."""
+        fields = {name for name, value in self.fields.items() if value is not None}
+        empty = {unit for unit, rows in self.units.counts.items() if not any(rows)}
+        return frozenset((fields | self.units.counts.keys()) - empty)
 
     @cached_property
     def shapes(self) -> tuple[object, ...]:

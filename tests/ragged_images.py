@@ -31,13 +31,17 @@ _WAYS = (_scattered_images, _written_images, _looked_up_images)
 
 def _images(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
-        return way(stem(batch["x"]), batch["x"] == IMAGE, tower(batch["pixels"]).mean(1))
+        words = stem(batch["x"])
+        return way(words, batch["x"] == IMAGE, tower(batch["pixels"]).mean(1)) if "pixels" in batch else words
 
     return merge
 
 
 def _patches(way: Callable[..., Tensor], *, loops: bool) -> Callable[..., Tensor]:
     def merge(batch: Batch, stem: Any, tower: Any) -> Tensor:
+        if "pixels" not in batch:
+            words: Tensor = stem(batch["x"])
+            return words
         seen, grid = tower(batch["pixels"]), batch["grid"]
         if loops:
             images = torch.stack([patches.mean(0) for patches in seen.split(grid.tolist())])

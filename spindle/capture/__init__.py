@@ -99,7 +99,7 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
         graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
         codes={code.name: code for result in results for code in result.codes},
         tasks={task: result.code for task, result in zip(workload.tasks, results, strict=True)},
-        losses={task: result.loss for task, result in zip(workload.tasks, results, strict=True)},
+        losses={task: result.code.loss for task, result in zip(workload.tasks, results, strict=True)},
         weights={task.name: task.weight for task in workload.tasks.values()},
         parameters=dict(workload.named_parameters()),
         skeleton=skeleton,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spindle.capture.codes import Crossing, TaskCode
-from spindle.capture.grouping import Group, Key, Wired, group
+from spindle.capture.crossing import crossing_values, leaves_of_operators, reads_of_others, with_gradient
+from spindle.capture.grouping import Group, Key, Order, Wired, group
 from spindle.capture.look.trials import Seen, place_of, spread_mixing
 from spindle.capture.naming import Namer
-from spindle.capture.parts import crossing_values, reads_of_others
 from spindle.errors import WorkloadError
 from spindle.units import Place
 
@@ -20,13 +20,12 @@ from spindle.units import Place
 @dataclass(frozen=True)
 class Assigned:
     """The operators of a task. `order`: their names, each after the operators whose values it reads; `components` by
-    operator; `loss` is the tensor of the loss.
+    operator.
     """
 
     code: TaskCode
     order: list[str]
     components: Mapping[str, str]
-    loss: str
 
 
 def assigned(task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer) -> Assigned:
@@ -54,8 +53,7 @@ class _Assignment:
             raise no_gradient(self.task)
         crossing = crossing_values(self.wired, names, self.recording.loss)
         code = self._code(names, crossing)
-        loss = code.tensors[crossing[names[self.loss_maker]][self.recording.loss]]
-        return Assigned(code, self._order(names), components, loss)
+        return Assigned(code, self._order(names), components)
 
     def _groups(self) -> list[Group]:
         """Groups of glue, in which every value that passes between operators can be cut, or mixes samples."""
@@ -134,8 +132,12 @@ class _Assignment:
             reads[name][number_of[ref]] = None
         glue = {self.wired.key(n): name for n, name in names.items() if not self.nodes[n].block}
         blocks = {self.nodes[n].block: name for n, name in names.items() if self.nodes[n].block}
+        self.own_leaves = leaves_of_operators(self.wired, names)
+        waits = {self.nodes[n].block: self.wired.frontier[n] for n in self.wired.blocks()}
+        self.block_order = Order(waits)
         for other in self.seen.others:
             self._take_other_way(other, glue, blocks, crossing, tensors)
+        findings, leaves = self.findings, self.recording.leaves
         return TaskCode(
             task=self.task,
             glue=glue,
@@ -143,6 +145,14 @@ class _Assignment:
             crossing={name: tuple(found.values()) for name, found in crossing.items()},
             tensors=tensors,
             reads={name: tuple(found) for name, found in reads.items()},
+            loss=number_of[self.recording.loss],
+            held=self.seen.batch.held,
+            waits=waits,
+            places={
+                what: tuple(place_of(findings, what, index) for index in range(len(slots)))
+                for what, slots in findings.places.items()
+            },
+            trained=frozenset(leaves[n] for n in with_gradient(self.wired) & leaves.keys()),
             sites=self.seen.sites,
             stateful=self.seen.stateful,
             copies_batch=self.seen.copies_batch,
@@ -159,6 +169,26 @@ class _Assignment:
         """Code that only some samples run counts to the operator that it is connected with, of the same frontier and
         component; what it sends in place of what the operator sends otherwise has the same name.
         """
+        nodes = wired.recording.nodes
+        for n in wired.glue():
+            self._take_like(wired, n, glue, same_place=True)
+        self._join_connected(wired, glue)
+        for n in wired.glue():
+            if self._take_like(wired, n, glue, same_place=False):
+                self._join_connected(wired, glue)
+        home = {n: blocks.get(nodes[n].block, "") for n in wired.blocks()}
+        home |= {n: glue.get(wired.key(n), "") for n in wired.glue()}
+        if not all(home.values()):
+            return
+        for name, sent in crossing_values(wired, home, wired.recording.loss).items():
+            usual = list(crossing.get(name, {}).values())
+            if len(sent) == len(usual):
+                for what, expected in zip(sent.values(), usual, strict=True):
+                    if self._place(what) == self._place(expected):
+                        tensors.setdefault(what, tensors[expected])
+
+    def _join_connected(self, wired: Wired, glue: dict[Key, str]) -> None:
+        """Glue that is connected with glue of an operator, and like it, counts to that operator."""
         mixing, nodes = self.findings.mixing, wired.recording.nodes
         changed = True
         while changed:
@@ -170,16 +200,25 @@ class _Assignment:
                     if alike and (a in glue) != (b in glue):
                         glue[a if b in glue else b] = glue[b if b in glue else a]
                         changed = True
-        home = {n: blocks.get(nodes[n].block, "") for n in wired.blocks()}
-        home |= {n: glue.get(wired.key(n), "") for n in wired.glue()}
-        if not all(home.values()):
-            return
-        for name, sent in crossing_values(wired, home, wired.recording.loss).items():
-            usual = list(crossing.get(name, {}).values())
-            if len(sent) == len(usual):
-                for what, expected in zip(sent.values(), usual, strict=True):
-                    if self._place(what) == self._place(expected):
-                        tensors.setdefault(what, tensors[expected])
+
+    def _take_like(self, wired: Wired, number: int, glue: dict[Key, str], *, same_place: bool) -> bool:
+        """Let a call of glue count to the first operator that could compute it: it waits for the same blocks of those
+        that are called, stands in the same component, mixes samples or not, and has the parameters.
+        """
+        key, mixing = wired.key(number), self.findings.mixing
+        if key in glue:
+            return False
+        called = {wired.recording.nodes[n].block for n in wired.blocks()}
+        reads = leaves_of_operators(wired, {number: ""}).get("", set())
+        for other, name in glue.items():
+            alike = (
+                other[2] == key[2] and (other in mixing) == (key in mixing) and (other[0] == key[0] or not same_place)
+            )
+            waits = self.block_order.without(other[1], called)
+            if alike and waits == key[1] and reads <= self.own_leaves.get(name, set()):
+                glue[key] = name
+                return True
+        return False
 
     def _place(self, what: Crossing) -> Place | None:
         return place_of(self.findings, what[0], what[2])

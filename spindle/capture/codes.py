@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.grouping import Key
+from spindle.capture.grouping import Frontier, Key
 from spindle.graph import TaskGraph
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.draws import Site
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Node, Recording, execute
 from spindle.record.skeleton import Skeleton
+from spindle.units import Place
 from spindle.workload import Precision
 
 Crossing = tuple[object, int, int]
@@ -138,8 +139,10 @@ class TaskCode:
     """How recordings of a task fall into operators.
 
     `glue` and `blocks` name the operator of each key and block call, `crossing` the values that each operator sends, in
-    order, `tensors` their names. `sites`: along what the samples lie in draws, by scope. `stateful`: buffers that
-    change.
+    order, `tensors` their names; `loss` is the name of the loss. `sites`: along what the samples lie in draws, by
+    scope. `stateful`: buffers that change. `held`: fields and units of which the first batch had some. `waits`: the
+    last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
+    the task trains; `learning`: tensors that a gradient comes back for.
     """
 
     task: str
@@ -148,9 +151,24 @@ class TaskCode:
     crossing: Mapping[str, tuple[Crossing, ...]]
     tensors: Mapping[Crossing, str]
     reads: Mapping[str, tuple[str, ...]]
+    loss: str
+    held: frozenset[str]
+    waits: Mapping[str, Frontier]
+    places: Mapping[object, tuple[Place | None, ...]]
+    trained: frozenset[str]
+    learning: frozenset[str] = frozenset()
     sites: Mapping[str, tuple[Site, ...]]
     stateful: frozenset[str] = frozenset()
     copies_batch: bool = False
+
+    def sent(self, operator: str) -> list[str]:
+        """Tensors that an operator sends to others."""
+        return [self.tensors[what] for what in self.crossing.get(operator, ())]
+
+    def place(self, what: Crossing) -> Place | None:
+        """How a value is cut by sample; None when it only exists whole."""
+        places = self.places.get(what[0], ())
+        return places[what[2]] if what[2] < len(places) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

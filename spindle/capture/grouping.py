@@ -105,6 +105,28 @@ def _frontiers(
     return {n: ordered.setdefault(f, tuple(sorted(f))) for n, f in frontier.items()}
 
 
+class Order:
+    """Which block calls come before which: `waits` are the last ones before each, in the order of the calls."""
+
+    def __init__(self, waits: Mapping[str, Frontier]) -> None:
+        self.waits, self.before = waits, dict[str, frozenset[str]]()
+        for block, last in waits.items():
+            self.before[block] = frozenset(last).union(*(self.before[other] for other in last))
+
+    def without(self, frontier: Frontier, called: set[str]) -> Frontier:
+        """The blocks that are waited for when only some are called: instead of the others, those before them."""
+        found: set[str] = set()
+        stack, seen = list(frontier), set(frontier)
+        while stack:
+            block = stack.pop()
+            if block in called:
+                found.add(block)
+            else:
+                stack += set(self.waits.get(block, ())) - seen
+                seen.update(stack)
+        return tuple(sorted(found.difference(*(self.before.get(block, ()) for block in found))))
+
+
 @dataclass
 class Group:
     """Nodes of glue that become one operator. `mixes`: it mixes samples, and runs on whole batches."""

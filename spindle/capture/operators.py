@@ -52,7 +52,6 @@ class TaskOperators:
     operators: list[Operator]
     codes: list[OperatorCode]
     code: TaskCode
-    loss: str
 
 
 def build_operators(workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> TaskOperators:
@@ -80,21 +79,20 @@ class _Builder:
 
     def run(self) -> TaskOperators:
         found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer)
-        code, self.loss = found.code, found.loss
+        code = found.code
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
         mixing = {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
         for name in found.order:
             self._draft(name, found.components[name], parts[name], code, name in mixing)
-        if not self.specs[self.loss].needs_grad:
+        if not self.specs[code.loss].needs_grad:
             raise no_gradient(self.task.name)
         costs_by_draft = self._backward_pass(code)
         self._warn_of_whole_operators(costs_by_draft)
         return TaskOperators(
             [self._operator(draft, cost, code) for draft, cost in costs_by_draft],
             [self._code(draft, code) for draft in self.drafts],
-            code,
-            self.loss,
+            replace(code, learning=frozenset(t for t, spec in self.specs.items() if spec.needs_grad)),
         )
 
     @property
@@ -171,10 +169,10 @@ class _Builder:
 
     def _backward_pass(self, code: TaskCode) -> list[tuple[_Draft, Cost]]:
         """Which tensors a gradient comes back for, from the loss up: what nothing trained depends on gets none."""
-        wanted = {self.loss}
+        wanted = {code.loss}
         found: list[tuple[_Draft, Cost]] = []
         for draft in reversed(self.drafts):
-            outputs = [code.tensors[what] for what in code.crossing.get(draft.name, ())]
+            outputs = code.sent(draft.name)
             live = tuple(tensor in wanted for tensor in outputs)
             cost = self._cost(draft, code, None if all(live) else live)
             if not all(live):
@@ -251,7 +249,7 @@ class _Builder:
             kind=draft.kind,
             batch_size=self._samples,
             inputs=code.reads[draft.name],
-            outputs=tuple(self._tensor_spec(code.tensors[what]) for what in code.crossing.get(draft.name, ())),
+            outputs=tuple(map(self._tensor_spec, code.sent(draft.name))),
             parameters=tuple(_parameters(draft.module, named, trained, self.cuts)),
             forward_flops=cost.forward_flops,
             backward_flops=cost.backward_flops,
@@ -267,7 +265,7 @@ class _Builder:
             name=draft.name,
             module=draft.module,
             inputs=code.reads[draft.name],
-            outputs=tuple(code.tensors[what] for what in code.crossing.get(draft.name, ())),
+            outputs=tuple(code.sent(draft.name)),
             parameters=self._parameter_names(draft),
             buffers=tuple((inner, self.name_by_id[id(b)]) for inner, b in buffers if id(b) in self.name_by_id),
             mixes=draft.mixes or not draft.splittable,

@@ -1,15 +1,16 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import BatchValues, Crossing, OperatorPart, TaskCode
+from spindle.capture.codes import BatchValues, OperatorPart, TaskCode
+from spindle.capture.crossing import crossing_values, members, reads_of_others
 from spindle.capture.grouping import Wired, wire
+from spindle.capture.lacking import Lacking
 from spindle.errors import WorkloadError
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
@@ -19,14 +20,17 @@ from spindle.units import Bounds, Units
 
 @dataclass(frozen=True)
 class TaskPart:
-    """A recording of samples `bounds`, divided into operators. `shapes`: shapes of the tensors that pass
-    between operators.
+    """A recording of samples `bounds`, divided into operators. `shapes`: shapes of the tensors that pass between
+    operators. Of a batch that lacks a modality, `absent` are tensors that do not, and `idle` operators that compute
+    nothing.
     """
 
     task: str
     bounds: Bounds
     operators: Mapping[str, OperatorPart]
     shapes: Mapping[str, tuple[int, ...]]
+    absent: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
 
     def of_others(
         self, code: TaskCode, recorded: Recorded, aux: Sequence[Tensor], bounds: Bounds, units: Units
@@ -41,58 +45,61 @@ class TaskPart:
             found = _own_sites(sites, drawn, units, bounds) if sites else ()
             return OperatorPart(part.recording, part.nodes, part.inputs, part.outputs, values, part.block, found)
 
-        return TaskPart(self.task, bounds, {name: own(part) for name, part in self.operators.items()}, self.shapes)
-
-
-def reads_of_others(wired: Wired, home: Mapping[int, str]) -> Iterator[tuple[str, int]]:
-    """Each operator with each value of another one that it reads. `home`: operator of a node."""
-    for number, own in home.items():
-        for ref in wired.refs[number]:
-            maker = wired.maker.get(ref)
-            if maker is not None and home.get(maker, own) != own:
-                yield own, ref
-
-
-def crossing_values(wired: Wired, home: Mapping[int, str], loss: int) -> dict[str, dict[int, Crossing]]:
-    """Values that operators send to others, by operator: number of each, and what it is. `home`: operator of a node."""
-    nodes = wired.recording.nodes
-    read = {loss, *(ref for _, ref in reads_of_others(wired, home))}
-    found: dict[str, dict[int, Crossing]] = defaultdict(dict)
-    calls = Counter[object]()
-    for number in wired.live:
-        if number in home:
-            what: object = nodes[number].block or wired.key(number)
-            sent = [(index, out) for index, out in enumerate(nodes[number].outs) if out in read]
-            found[home[number]].update((out, (what, calls[what], index)) for index, out in sent)
-            calls[what] += bool(sent)  # a loop over samples may send what its last turn gives
-    return found
-
-
-def members(wired: Wired, home: Mapping[int, str]) -> dict[str, list[int]]:
-    """Nodes of each operator in order, with the nodes that are repeated inside of it."""
-    found: dict[str, set[int]] = defaultdict(set)
-    for number, name in home.items():
-        own = found[name]
-        own.add(number)
-        stack = [s for s in wired.sources[number] if s in wired.repeated]
-        while stack:
-            source = stack.pop()
-            if source not in own:
-                own.add(source)
-                stack.extend(wired.sources[source])
-    return {name: sorted(own) for name, own in found.items()}
+        operators = {name: own(part) for name, part in self.operators.items()}
+        return replace(self, bounds=bounds, operators=operators)
 
 
 def divide(
-    code: TaskCode, recorded: Recorded, bounds: Bounds, units: Units, device: torch.device, where: str
+    code: TaskCode,
+    recorded: Recorded,
+    bounds: Bounds,
+    units: Units,
+    device: torch.device,
+    where: str,
+    lacks: Sequence[str] = (),
 ) -> TaskPart:
-    """The operators of a recording. Raises WorkloadError, which begins with `where`, when the task ran code or called
-    layers in another way than when it was captured.
+    """The operators of a recording. `lacks`: fields and units that its batch has none of, but the captured one had.
+
+    Raises WorkloadError, which begins with `where`, when the task ran code or called layers in another way than when
+    it was captured.
     """
     wired = wire(recorded.recording, code.stateful)
-    home = _home(code, wired, where)
-    nodes = recorded.recording.nodes
-    crossing = crossing_values(wired, home, recorded.recording.loss)
+    if lacks:
+        lacking = Lacking(code, wired, lacks, where)
+        home, keys = lacking.home()
+        numbers = lacking.numbers(home, keys)
+        if len(recorded.drawn[""].shapes) != len(code.sites.get("", ())):
+            raise lacking.refusal("the task draws other random numbers")
+    else:
+        home = _home(code, wired, where)
+        numbers = _numbers(code, wired, home, where)
+    nodes, values = recorded.recording.nodes, BatchValues(recorded.recording.aux, device)
+    members_by_name = members(wired, home)
+    operators = {}
+    for name in code.reads:
+        own = members_by_name.get(name, [])
+        block = next((nodes[n].block for n in own if nodes[n].block), "")
+        sent = [numbers[tensor] for tensor in code.sent(name) if tensor in numbers]
+        if own or sent:
+            operators[name] = OperatorPart(
+                recorded.recording,
+                [nodes[n] for n in own],
+                [numbers[tensor] for tensor in code.reads[name] if tensor in numbers],
+                sent,
+                values,
+                block,
+                _own_sites(code.sites.get(block, ()), recorded.drawn.get(block, Drawn()), units, bounds)
+                if block
+                else (),
+            )
+    shapes = {tensor: recorded.recording.shapes[number] for tensor, number in numbers.items()}
+    absent = frozenset(tensor for name in code.crossing for tensor in code.sent(name)) - shapes.keys()
+    return TaskPart(code.task, bounds, operators, shapes, absent, frozenset(code.reads.keys() - members_by_name.keys()))
+
+
+def _numbers(code: TaskCode, wired: Wired, home: Mapping[int, str], where: str) -> dict[str, int]:
+    """Which value of the recording each tensor is that operators send each other."""
+    crossing = crossing_values(wired, home, wired.recording.loss)
     numbers: dict[str, int] = {}
     for name, expected in code.crossing.items():
         sent = crossing.get(name, {})
@@ -103,21 +110,7 @@ def divide(
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}
     _check_reads(code, wired, home, {number: tensor for tensor, number in numbers.items()}, where)
-    values = BatchValues(recorded.recording.aux, device)
-    operators = {}
-    for name, own in members(wired, home).items():
-        block = next((nodes[n].block for n in own if nodes[n].block), "")
-        operators[name] = OperatorPart(
-            recorded.recording,
-            [nodes[n] for n in own],
-            [numbers[tensor] for tensor in code.reads[name]],
-            [numbers[code.tensors[what]] for what in code.crossing.get(name, ())],
-            values,
-            block,
-            _own_sites(code.sites.get(block, ()), recorded.drawn.get(block, Drawn()), units, bounds) if block else (),
-        )
-    shapes = {tensor: recorded.recording.shapes[number] for tensor, number in numbers.items()}
-    return TaskPart(code.task, bounds, operators, shapes)
+    return numbers
 
 
 def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: Mapping[int, str], where: str) -> None:

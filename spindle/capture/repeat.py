@@ -74,6 +74,8 @@ def _task(code: TaskCode, number: int) -> TaskCode:
         blocks={scope: _renamed(name, ".", number) for scope, name in code.blocks.items()},
         crossing={_renamed(name, ".", number): sent for name, sent in code.crossing.items()},
         tensors={what: _renamed(name, "/", number) for what, name in code.tensors.items()},
+        loss=_renamed(code.loss, "/", number),
+        learning=frozenset(_renamed(name, "/", number) for name in code.learning),
         reads={
             _renamed(name, ".", number): tuple(_renamed(tensor, "/", number) for tensor in tensors)
             for name, tensors in code.reads.items()

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators, refuse_written_parameters
-from spindle.capture.look.samples import PROBE_SAMPLES, TRIALS, disturbed, few_of, first_batches, singly, twice
+from spindle.capture.look.samples import (
+    PROBE_SAMPLES,
+    TRIALS,
+    disturbed,
+    few_of,
+    first_batches,
+    modalities,
+    singly,
+    twice,
+)
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import Site, Stream
@@ -67,6 +76,7 @@ class Looker:
         if not telling and batches[0].units.num_samples > 1:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
+        trials += self._lacking_ways(batches[0], trials[0].parts[0].bounds, prober)
         whole = self._record(batches[0], (0, batches[0].units.num_samples))
         self._refuse_chance(batches[0], few[0][0], whole)
         self._warn_of_attention(whole)
@@ -124,17 +134,34 @@ class Looker:
         found: list[Trial] = []
         singles = [(i, i + 1) for i in range(min(PROBE_SAMPLES, batch.units.num_samples))]
         for bounds in dict.fromkeys([part.bounds for part in trials[0].parts] + singles):
-            try:
-                keys = _keys(self._part(batch, bounds).wired)
-                if keys <= known:
-                    continue
-                doubled = twice(batch, bounds)
-                half = doubled.units.num_samples // 2
-                trial = self._trial(doubled, (0, 2 * half), ((0, half), (half, 2 * half)))
-            except Exception:  # samples without an image, say, which code of users may not be able to take alone
-                continue
-            known |= keys
-            found.append(trial)
+            trial = self._other_way(batch, bounds, known)
+            if trial is not None:
+                known |= _keys(trial.whole.wired)
+                found.append(trial)
+        return found
+
+    def _other_way(self, batch: SampledBatch, bounds: Bounds, known: Set[object]) -> Trial | None:
+        """A trial of these samples twice, if the task can take them alone, and runs code that is not known."""
+        try:
+            if _keys(self._part(batch, bounds).wired) <= known:
+                return None
+            doubled = twice(batch, bounds)
+            half = doubled.units.num_samples // 2
+            return self._trial(doubled, (0, 2 * half), ((0, half), (half, 2 * half)))
+        except Exception:  # samples without an image, say, which code of users may not be able to take
+            return None
+
+    def _lacking_ways(self, batch: SampledBatch, bounds: Bounds, prober: Prober) -> list[Trial]:
+        """Trials of samples that lack a modality: what code the task runs then, and how its values are cut."""
+        places = prober.findings.places
+        found: list[Trial] = []
+        for names in modalities(batch):
+            trial = self._other_way(batch.without(names), bounds, places.keys())
+            if trial is not None:
+                new = _keys(trial.whole.wired) - places.keys()
+                places.update((key, slots) for key, slots in places_of([trial]).items() if key in new)
+                prober.look(trial, new)
+                found.append(trial)
         return found
 
     def _look_at_disturbed(self, batch: SampledBatch, whole: Bounds, parts: tuple[Bounds, ...], prober: Prober) -> None:

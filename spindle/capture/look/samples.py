@@ -20,7 +20,8 @@ LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of diff
 
 
 def first_batches(task: Task) -> list[SampledBatch]:
-    """The first batch of a task; of a list also others of different shapes, which show how sizes vary.
+    """The first batch of a task; of a list also others of different shapes, which show how sizes vary. First comes one
+    that lacks the least: the others may lack a modality of it.
 
     Raises WorkloadError when the loader raises, or gives what a task cannot take.
     """
@@ -31,20 +32,29 @@ def first_batches(task: Task) -> list[SampledBatch]:
         one = task.sampled(batch)
         if all(one.shapes != other.shapes for other in found) and len(found) < TRIALS:
             found.append(one)
-    return found or [task.sampled(task.first_batch())]
+    return _fullest_first(found) or [task.sampled(task.first_batch())]
+
+
+def _fullest_first(batches: list[SampledBatch]) -> list[SampledBatch]:
+    return sorted(batches, key=lambda batch: len(batch.held), reverse=True)
 
 
 def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
-    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), one that can."""
+    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), some that can."""
+    found = [first]
+    pairs = set(itertools.combinations(first.units.counts, 2))
     alike = {pair for pair in _pairs(first.units) if not _told_apart(first.units, pair)}
-    if not alike:
-        return [first]
+    equal = pairs - set(_pairs(first.units))  # by chance, or as ids and labels are
     with suppress(Exception):  # a loader that breaks later says so when it gets there
-        for batch in itertools.islice(task.batches(), 1, LOOKED_AT):
+        for number, batch in enumerate(itertools.islice(task.batches(), 1, LOOKED_AT if alike else 1)):
             other = task.sampled(batch)
-            if any(_told_apart(other.units, pair) for pair in alike):
-                return [first, other]
-    return [first]
+            told = {pair for pair in alike | equal if _told_apart(other.units, pair)}
+            if told:
+                found.append(other)
+                alike, equal = alike - told, equal - told
+            if not alike and (not equal or number + 1 >= TRIALS):
+                break
+    return _fullest_first(found)
 
 
 def _pairs(units: Units) -> list[tuple[str, str]]:
@@ -67,6 +77,16 @@ def _is_shared(units: Units, count: int, cut: int) -> bool:
 def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
     a, b = units.offsets[pair[0]], units.offsets[pair[1]]
     return a[cut] * b[count] != b[cut] * a[count]
+
+
+def modalities(batch: SampledBatch) -> list[frozenset[str]]:
+    """Packed fields that a batch may lack together: those of which the same samples have rows; and all of them."""
+    by_samples: dict[tuple[bool, ...], set[str]] = {}
+    for name, (unit, _) in batch.places.items():
+        if unit != SAMPLES:
+            by_samples.setdefault(tuple(map(bool, batch.units.counts[unit])), set()).add(name)
+    found = [frozenset(names) for names in by_samples.values()]
+    return found if len(found) < 2 else [*found, frozenset().union(*found)]
 
 
 def twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
