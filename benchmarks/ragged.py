@@ -23,11 +23,11 @@ from torch import Tensor
 
 import spindle
 from spindle.capture import capture
-from spindle.graph import SAMPLES
 from spindle.record.draws import Stream
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
+from spindle.units import SAMPLES
 
 SAMPLES_A_BATCH, VOCABULARY, TURNS, STEPS = 16, 512, 7, 6
 

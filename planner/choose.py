@@ -4,10 +4,10 @@ What costs no time is tried first: as asked for, then optimiser states sharded, 
 Where only some of the usual ways fit, memory may cost more time than the next choice: the shortest step of those wins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from spindle.cluster import Cluster
-from spindle.cost.price import price
+from spindle.cost.sampled import price_mean
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
@@ -29,18 +29,20 @@ def solve_fitting(
     *,
     profile: Profile | None = None,
     pricing: Pricing | None = None,
+    steps: Sequence[MetaGraph] = (),
     all_fit: AllFit | None = None,
 ) -> tuple[Plan, Pricing]:
     """The shortest plan of the memory choices up to the first under which all usual ways fit.
 
     Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit.
     Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
-    `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change.
+    `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change. `steps`
+    are the same on other batches, for whose mean it is planned.
     """
     choices = memory_choices(pricing or Pricing())
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
-    priced = [(choice, price(metagraph, cluster, profile, pricing=choice)) for choice in choices]
+    priced = [(choice, price_mean(metagraph, steps, cluster, profile, choice)) for choice in choices]
     if all_fit is not None:  # the last choice is tried in any case
         least = next((i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph, cluster)), len(priced) - 1)
         priced = priced[: least + 1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from spindle.batch import SampledBatch
 from spindle.capture.repeat import base_task, micro_batch, num_micro_batches
 from spindle.errors import WorkloadError
 from spindle.record.draws import Stream
@@ -22,7 +23,6 @@ from spindle.runtime.programs.program import Program
 from spindle.runtime.recordings import OTHER_LAYERS, LoadedBatch, Recordings
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import tokens_of
-from spindle.units import SampledBatch
 
 OTHER_SHAPES = (
     "read batches of different shapes or rows; every pass over its data must give the same batches in every process "

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
 from spindle.runtime.host import running_on
 from spindle.runtime.shared_batches import SharedReads
-from spindle.units import SampledBatch
 from spindle.workload import Task
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import Captured, TaskCode, computing_in
 from spindle.capture.parts import TaskPart, divide
 from spindle.capture.repeat import base_task
@@ -26,7 +27,7 @@ from spindle.record.skeleton import Skeleton
 from spindle.record.travel import dumped
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Program
-from spindle.units import Bounds, SampledBatch, with_own_tensors
+from spindle.units import Bounds
 from spindle.workload import Precision, Workload
 
 _CPU = torch.device("cpu")

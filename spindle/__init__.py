@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from spindle.api import make_profile as make_profile
     from spindle.api import train as train
     from spindle.api import verify as verify
+    from spindle.batch import per_sample as per_sample
     from spindle.errors import SpindleError as SpindleError
     from spindle.plan import Plan as Plan
     from spindle.profile import Profile as Profile
-    from spindle.units import per_sample as per_sample
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOME_BY_NAME = {
     "make_metagraph": "spindle.api",
     "make_plan": "spindle.api",
     "make_profile": "spindle.api",
-    "per_sample": "spindle.units",
+    "per_sample": "spindle.batch",
     "train": "spindle.api",
     "verify": "spindle.api",
 }

@@ -45,18 +45,18 @@ def make_plan(
 ) -> Plan:
     """Plan a workload (or a MetaGraph) on a cluster; no device is needed. `print(plan)` is a Gantt chart.
 
+    Where batches of a workload differ in size, some dozens of them are read, and the plan is for their mean.
+
     `cluster`: a Cluster, `"4x8"`, `"4x8:a100-80g"` or a YAML file. `profile`: measured times, or the file that holds
     them; without it times are predicted from the architecture. `start`: a former plan, of a workload with other tasks
     for instance, to begin from, which takes a fraction of the time. `pins`: devices by name of a MetaOp or component,
     which then runs on exactly these. Raises InfeasibleError when nothing fits.
     """
     from spindle.clusterfile import parse_cluster
-    from spindle.source import Source, pricing_of
+    from spindle.source import Source, source_of
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
-    metagraph = workload if isinstance(workload, MetaGraph) else make_metagraph(workload)
-    pricing = Pricing() if isinstance(workload, MetaGraph) else pricing_of(workload)
-    source = Source(metagraph, pricing, executable=True)
+    source = Source(workload, Pricing(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
     former = _plan(start)
     measured = _profile(profile)
     return plan_source(source, where, measured, method=method, time_limit_s=time_limit_s, start=former, pins=pins)[0]
@@ -78,8 +78,10 @@ def plan_source(
     The plan says so too, and a run of it does so.
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
+    from spindle.cost.price import price
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
+    from spindle.planner.spread import step_spread
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
 
@@ -99,9 +101,13 @@ def plan_source(
         solved,
         profile=profile,
         pricing=source.pricing,
+        steps=() if source.is_mean else source.steps,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
     )
-    return replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer), pricing
+    known = replace(pricing, length_spread=()) if source.is_mean else pricing  # the steps know their lengths
+    spread = step_spread(plan, [price(step, cluster, profile, known) for step in source.steps], cluster)
+    plan = replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer)
+    return replace(plan, spread=spread, sizes=source.sizes), pricing
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:

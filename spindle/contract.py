@@ -21,7 +21,16 @@ def contract(graph: TaskGraph) -> MetaGraph:
     transitive reduction, which is O(operators * flows) in the worst case and runs task by task.
     """
     chains = _chains(graph)
-    names = _unique_names(chains)
+    return _assembled(graph, _unique_names(chains), chains)
+
+
+def contract_like(metagraph: MetaGraph, graph: TaskGraph) -> MetaGraph:
+    """The MetaGraph of a TaskGraph with the same operators, which do more or less work, in the same chains."""
+    chains = [[graph.by_name[operator.name] for operator in metaop.operators] for metaop in metagraph]
+    return _assembled(graph, [metaop.name for metaop in metagraph], chains)
+
+
+def _assembled(graph: TaskGraph, names: list[str], chains: list[list[Operator]]) -> MetaGraph:
     owner = {op.name: name for name, ops in zip(names, chains, strict=True) for op in ops}
     bytes_by_pair: dict[tuple[str, str], dict[str, int]] = {}
     for (source, target), tensors in graph.flows.items():

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, Wave, sorted_pairs
+from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, Wave, sorted_pairs
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -188,6 +188,20 @@ class _ClusterModel(_JsonModel):
         return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
 
 
+class _StepSpreadModel(_JsonModel):
+    steps: int
+    mean_s: float
+    p10_s: float
+    p90_s: float
+
+
+class _SizeRangeModel(_JsonModel):
+    task: str
+    field: str
+    least: int
+    most: int
+
+
 class PlanModel(_JsonModel):
     """A plan file."""
 
@@ -210,6 +224,8 @@ class PlanModel(_JsonModel):
     waves: tuple[_WaveModel, ...]
     certificate: _CertificateModel | None = None
     cluster: _ClusterModel | None = None
+    spread: _StepSpreadModel | None = None
+    sizes: tuple[_SizeRangeModel, ...] = ()
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -229,6 +245,8 @@ class PlanModel(_JsonModel):
             "waves": tuple(wave.value() for wave in self.waves),
             "certificate": self.certificate.value() if self.certificate else None,
             "cluster": self.cluster.value() if self.cluster else None,
+            "spread": StepSpread(**dict(self.spread)) if self.spread else None,
+            "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)

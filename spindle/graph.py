@@ -6,18 +6,16 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, prod
 from typing import TYPE_CHECKING
 
 from spindle.errors import GraphError
+from spindle.units import SAMPLES, Units
 
 if TYPE_CHECKING:
     import networkx as nx
-
-SAMPLES = "samples"
-"""The unit of which each sample of a batch has one row."""
 
 BYTES_BY_DTYPE = {
     "float64": 8,
@@ -155,7 +153,9 @@ class Operator:
 
     `kind` is the operator type: equal kinds do the same work on inputs of the same shape. FLOPs and bytes are those of
     the whole batch; a multiply-add counts as two. `activation_bytes` is what backward keeps. A `splittable` operator
-    may run on parts of the batch (data parallel); one that is not mixes samples and runs whole on one device.
+    may run on parts of the batch (data parallel); one that is not mixes samples and runs whole on one device. `family`
+    is equal for operators that do the same work on inputs of any sizes. `units` are the rows of the batch's samples;
+    None: samples are alike.
     """
 
     name: str
@@ -172,6 +172,8 @@ class Operator:
     batch_fields: tuple[str, ...] = ()  # fields of the batch that it, or an aux value it reads, is computed from
     activation_bytes: int = 0
     splittable: bool = True
+    family: str = ""
+    units: Units | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -184,6 +186,17 @@ class Operator:
     def tensor_parallel(self) -> int:
         """Devices that one copy of it may be spread over: a divisor of this is a degree of tensor parallelism."""
         return max((parameter.pieces for parameter in self.parameters), default=1)
+
+    @property
+    def unit(self) -> str:
+        """The unit whose rows it computes on: the unit of what it makes, packed ones first."""
+        units = [tensor.unit for tensor in self.outputs if tensor.rows]
+        return next((unit for unit in units if unit != SAMPLES), SAMPLES)
+
+    @property
+    def size(self) -> float:
+        """How much work it is, to compare with operators of its family: FLOPs of forward, else bytes."""
+        return self.forward_flops or float(self.input_bytes + self.output_bytes)
 
     @property
     def output_bytes(self) -> int:

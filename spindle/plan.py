@@ -78,6 +78,39 @@ class Memory:
     fits: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeRange:
+    """Entries of a field of a task's batches, or their "samples": the least and the most in the batches read."""
+
+    task: str
+    field: str
+    least: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most:
+            raise PlanError(
+                f"sizes of {self.field!r} of task {self.task!r} go from {self.least} to {self.most}; they must rise"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpread:
+    """Predicted seconds of `steps` steps whose batches have other sizes: mean, and 10th and 90th percentile."""
+
+    steps: int
+    mean_s: float
+    p10_s: float
+    p90_s: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.p10_s <= self.p90_s < float("inf") or not 0 <= self.mean_s < float("inf"):
+            raise PlanError(
+                f"a step takes {self.p10_s!r} to {self.p90_s!r} s, {self.mean_s!r} s on average of {self.steps}; give "
+                "rising times of at least one step"
+            )
+
+
 MOST_EDGES = 257  # a check takes their square
 
 
@@ -158,6 +191,8 @@ class Plan:
                       backward, each optimiser state on one of the devices that share it; a run of the plan does so
     metagraph         what was planned (without operators), so that a plan can be checked and explained by itself
     cluster           what it was planned for; with it the checker also verifies transfers and memory
+    spread            steps of batches of other sizes; None: all that was seen are alike
+    sizes             of the batches that it was made for
     """
 
     num_devices: int
@@ -178,6 +213,8 @@ class Plan:
     certificate: Certificate | None = None
     metagraph: MetaGraph | None = None
     cluster: Cluster | None = None
+    spread: StepSpread | None = None
+    sizes: tuple[SizeRange, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:

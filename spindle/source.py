@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.metagraph import MetaGraph
+from spindle.plan import SizeRange
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
 class Source:
     """A source's MetaGraph (with operators unless it came from a MetaGraph file), and how a spec says it is trained.
 
-    `executable`: this Spindle can run it, so a plan may only use what the runtime does.
+    `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
+    other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
+    their mean already, as that of a spec does.
     """
 
     metagraph: MetaGraph
     pricing: Pricing
     executable: bool = False
+    steps: tuple[MetaGraph, ...] = ()
+    sizes: tuple[SizeRange, ...] = ()
+    is_mean: bool = False
 
 
 def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
@@ -50,12 +56,25 @@ def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
         from spindle.formats import read
 
         return Source(read(source, MetaGraph), Pricing())
-    from spindle.capture import capture
-    from spindle.contract import contract
-
     workload, module = load_workload(source)
-    pricing = pricing_of(workload, getattr(module, "optimizer", None))
-    return Source(contract(capture(workload, on_task).graph), pricing, executable=True)
+    return source_of(workload, getattr(module, "optimizer", None), on_task)
+
+
+def source_of(
+    workload: "Workload",
+    optimizer: "Callable[[Any], Any] | None" = None,
+    on_task: Callable[[str], object] = str,
+) -> Source:
+    """A workload captured, on some dozens of its batches. Raises WorkloadError naming the task and the reason."""
+    from spindle.capture import capture
+    from spindle.capture.sizes import sizes_of
+    from spindle.contract import contract, contract_like
+
+    captured = capture(workload, on_task)
+    metagraph = contract(captured.graph)
+    found = sizes_of(workload, captured, on_task)
+    steps = tuple(contract_like(metagraph, graph) for graph in found.steps)
+    return Source(metagraph, pricing_of(workload, optimizer), executable=True, steps=steps, sizes=found.ranges)
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
+from spindle.batch import SampledBatch, sampled
 from spindle.errors import WorkloadError
-from spindle.units import SampledBatch, sampled
 
 Batch = dict[str, Any]
 Precision = Literal["fp32", "bf16"]

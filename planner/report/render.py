@@ -82,9 +82,21 @@ def summary(plan: Plan) -> str:
         )
         if plan.update_s:
             lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
+    lines += _spread(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
     return "\n".join(lines)
+
+
+def _spread(plan: Plan) -> list[str]:
+    """Where batches differ: how long steps take."""
+    found = plan.spread
+    if found is None:
+        return []
+    return [
+        f"batches    of other sizes: a step takes {found.mean_s:.6f} s on average, {found.p10_s:.6f} s (P10) to "
+        f"{found.p90_s:.6f} s (P90);\n{'':11}planned for the mean of {found.steps} steps, memory for the largest"
+    ]
 
 
 def _memory(plan: Plan) -> list[str]:

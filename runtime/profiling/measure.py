@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
 from spindle.capture.repeat import base_task
 from spindle.profile import LinkLevel
@@ -35,7 +36,6 @@ from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.transport import Transport, Wait
 from spindle.runtime.worker import OptimizerFactory
-from spindle.units import SampledBatch
 from spindle.workload import Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
 from spindle.capture.parts import TaskPart
 from spindle.graph import TensorSpec
@@ -19,7 +20,7 @@ from spindle.runtime.programs.program import Instruction, Op, Program, activatio
 from spindle.runtime.recordings import LoadedBatch, Recipe, Recordings
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import ThreadTransport, Transport
-from spindle.units import Bounds, SampledBatch
+from spindle.units import Bounds
 
 SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import SAMPLES, Operator, TaskGraph, TensorSpec
+from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
+from spindle.units import SAMPLES
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 

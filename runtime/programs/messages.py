@@ -7,9 +7,9 @@ from the first rank of the run that makes it, which alone gets its gradients bac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from spindle.graph import SAMPLES, TensorSpec
+from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Message, Program, SliceRun, Transfer
-from spindle.units import Bounds, Units, shares
+from spindle.units import SAMPLES, Bounds, Units, shares
 
 Copy = tuple[tuple[int, ...], Bounds]
 """Ranks that hold one copy of the layers together, and its samples."""

@@ -12,7 +12,8 @@ from enum import StrEnum
 from functools import cached_property
 
 from spindle.errors import ProgramError
-from spindle.graph import SAMPLES, TensorSpec, parse_piece
+from spindle.graph import TensorSpec, parse_piece
+from spindle.units import SAMPLES
 
 
 class Op(StrEnum):

@@ -28,8 +28,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
-from spindle.graph import SAMPLES, TensorSpec
+from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.units import SAMPLES
 
 HEADER = "spindle.program 2"
 _UNSAFE = re.compile(r"[%\s]")

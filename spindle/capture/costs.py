@@ -209,6 +209,18 @@ def kind_of(
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
 
 
+def family_of(label: str, module: OperatorModule, part: OperatorPart, precision: Precision = "fp32") -> str:
+    """Operator family: equal for operators that do the same work on inputs of any sizes."""
+    calls = ["block" if n.block else getattr(n.function, "__name__", type(n.function).__name__) for n in part.nodes]
+    parts = [label, precision, module_signature(module), *calls]
+    return f"{label}~{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
+
+
+def live_suffix(live: Sequence[bool]) -> str:
+    """What a kind ends in where no gradient comes back for some of its outputs."""
+    return "" if all(live) else "-" + "".join("gn"[not alive] for alive in live)
+
+
 def _text(module: OperatorModule, part: OperatorPart) -> str:
     """What a part computes, as text: functions, constants, and where each value comes from."""
     recording, names = part.recording, dict[int, str]()

@@ -18,8 +18,9 @@ from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import divide
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.graph import SAMPLES, Operator, Parameter, TensorSpec
+from spindle.graph import Operator, Parameter, TensorSpec
 from spindle.record.randomness import undrawn
+from spindle.units import SAMPLES
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
@@ -41,6 +42,7 @@ class _Draft:
     module: OperatorModule
     part: OperatorPart
     kind: str
+    family: str
     splittable: bool
     mixes: bool
 
@@ -113,7 +115,8 @@ class _Builder:
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
         label = type(block).__name__ if block is not None else name.rpartition(".")[2].partition("-")[0]
         kind = costs.kind_of(label, module, part, self._input_specs(part, code, name), self.precision)
-        draft = _Draft(name, component, module, part, kind, splittable, mixes)
+        family = costs.family_of(label, module, part, self.precision)
+        draft = _Draft(name, component, module, part, kind, family, splittable, mixes)
         cost = self._cost(draft, code, None)
         if cost.undrawn:
             raise undrawn(f"{self._where}: {name!r}", cost.undrawn)
@@ -175,8 +178,7 @@ class _Builder:
             outputs = code.sent(draft.name)
             live = tuple(tensor in wanted for tensor in outputs)
             cost = self._cost(draft, code, None if all(live) else live)
-            if not all(live):
-                draft.kind += "-" + "".join("gn"[not alive] for alive in live)
+            draft.kind += costs.live_suffix(live)
             wanted |= {t for t, grad in zip(code.reads[draft.name], cost.input_grads, strict=True) if grad}
             found.append((draft, cost))
         for tensor in self.specs:
@@ -257,6 +259,7 @@ class _Builder:
             input_bytes=sum(spec.num_bytes for spec in self._input_specs(draft.part, code, draft.name)),
             activation_bytes=cost.activation_bytes,
             splittable=draft.splittable,
+            family=draft.family,
         )
 
     def _code(self, draft: _Draft, code: TaskCode) -> OperatorCode:

@@ -13,6 +13,7 @@
   a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
 - Loading comes once a rank and task: `load_s` of the MetaOps that read a field of the batch, as measured, else none.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
+  Where a batch is known, its samples' rows tell how much.
 - Points are left as they come: they may rise where a larger count is slower; the planner cleans them.
 """
 
@@ -104,8 +105,8 @@ def _price(
     first = next(iter(times.values()))
     spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
     replicas = {n: n // tp for n, tp in degrees.items()}
-    waits = {n: imbalance(spread, batch / dp, dp) for n, dp in replicas.items()}
-    longest = {n: tail(spread, batch / dp) for n, dp in replicas.items()}
+    waits = {n: _waits(operators[0], spread, dp) for n, dp in replicas.items()}
+    longest = {n: tail(spread, batch / dp) * (waits[n] if operators[0].units else 1) for n, dp in replicas.items()}
     shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
     trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
     # pieces and shards together are as many as the devices, by which the planner divides a sharded update
@@ -132,6 +133,13 @@ def _price(
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
+
+
+def _waits(operator: Operator, spread: float, parts: int) -> float:
+    """The slowest of so many parts of the batch over the mean one."""
+    if operator.units is not None:
+        return operator.units.slowest(operator.unit, parts)
+    return imbalance(spread, operator.batch_size / parts, parts)
 
 
 def _recomputed(entry: ProfileEntry) -> ProfileEntry:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from spindle.errors import WorkloadError
-from spindle.graph import SAMPLES
-from spindle.units import Units
+from spindle.units import SAMPLES, Units
 
 _CPU = torch.device("cpu")
 CHUNK = {"cpu": 4096}

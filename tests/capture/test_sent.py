@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import spindle
+from spindle.batch import SampledBatch
 from spindle.capture import Captured, capture
 from spindle.capture.parts import TaskPart, divide
 from spindle.record.draws import Stream
 from spindle.record.run import record
 from spindle.runtime.recordings import Recipe
-from spindle.units import SampledBatch
 
 CPU = torch.device("cpu")
 

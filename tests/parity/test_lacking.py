@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spindle
+from spindle.batch import SampledBatch, sampled
 from spindle.capture.grouping import Order
 from spindle.capture.look.samples import modalities
 from spindle.errors import WorkloadError
 from spindle.plan import Plan
 from spindle.runtime.parity import ParityReport
-from spindle.units import SampledBatch, sampled
 from spindle.workload import Batch, Workload
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import Residual

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
+from spindle.batch import SampledBatch
 from spindle.capture import operators
 from spindle.errors import SpindleError, WorkloadError
-from spindle.graph import SAMPLES, TensorSpec
+from spindle.graph import TensorSpec
 from spindle.runtime import executor, pieces
 from spindle.runtime.programs.messages import Layouts, StepLayout
-from spindle.units import Bounds, SampledBatch, Units
+from spindle.units import SAMPLES, Bounds, Units
 from spindle.workload import Batch, Workload
 from tests.ragged_tasks import Case, Stack, TaskCase, TowerCase, plan_of, random_case, verdict_of, workload_of
 from tests.random_plans import random_plan

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spindle.graph import SAMPLES, TensorSpec
+from spindle.graph import TensorSpec
 from spindle.runtime.pieces import cut, joined, message_bytes, piece_shape, summed
 from spindle.runtime.programs.program import Message
-from spindle.units import Units
+from spindle.units import SAMPLES, Units
 
 PLAIN = TensorSpec(name="x", shape=(5, 2), dtype="float32")
 PATCHES = TensorSpec(name="x", shape=(15,), dtype="float32", rows=3)  # three rows a sample

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
@@ -28,7 +29,7 @@ from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
-from spindle.units import Bounds, Place, SampledBatch, Units, with_own_tensors
+from spindle.units import Bounds, Place, Units
 from spindle.workload import Task, Workload
 
 CHANCES = 8  # steps in which the layers called are compared, where numbers are drawn that may decide that

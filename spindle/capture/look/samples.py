@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spindle.graph import SAMPLES
-from spindle.units import Bounds, SampledBatch, Units, shares
+from spindle.batch import SampledBatch
+from spindle.units import SAMPLES, Bounds, Units, shares
 from spindle.workload import Task
 
 PROBE_SAMPLES = 5

@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from spindle.batch import SampledBatch
 from spindle.capture.grouping import Key, Wired
-from spindle.graph import SAMPLES
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
-from spindle.units import Bounds, Place, SampledBatch, Units
+from spindle.units import SAMPLES, Bounds, Place, Units
 
 
 @dataclass(frozen=True)

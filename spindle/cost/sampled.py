@@ -1,0 +1,57 @@
+"""Sampled: a MetaGraph, and the same on batches of other sizes, in; priced for their mean, with memory for the largest,
+out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from spindle.cluster import Cluster
+from spindle.cost.price import price
+from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.pricing import Pricing
+from spindle.profile import Profile
+
+
+def price_mean(
+    metagraph: MetaGraph,
+    steps: Sequence[MetaGraph],
+    cluster: Cluster,
+    profile: Profile | None = None,
+    pricing: Pricing | None = None,
+) -> MetaGraph:
+    """`metagraph` priced for the mean of `steps`, which are the same on other batches; as it is where there are none.
+
+    Times, messages and the share of forward are means over the steps, bytes in memory those of the largest.
+    """
+    priced = price(metagraph, cluster, profile, pricing)
+    if not steps:
+        return priced
+    others = [price(step, cluster, profile, pricing) for step in steps]
+    metaops = tuple(_mean(own, [other[own.name] for other in others]) for own in priced)
+    flows = [{(flow.source, flow.target): other.flow_bytes(flow) for flow in other.flows} for other in others]
+    return replace(
+        priced,
+        metaops=metaops,
+        flows=tuple(replace(f, num_bytes=fmean(by_ends[_ends(f)] for by_ends in flows)) for f in priced.flows),
+    )
+
+
+def _ends(flow: Flow) -> tuple[str, str]:
+    return flow.source, flow.target
+
+
+def _mean(own: MetaOp, others: Sequence[MetaOp]) -> MetaOp:
+    if not own.operators:  # read from a file: its costs cannot change
+        return own
+    times = {n: fmean(other.times[n] for other in others) for n in own.times}
+    least = min(times)
+    forward_s = fmean(other.times[least] * other.forward_fraction for other in others)
+    return replace(
+        own,
+        layer_time_s=points(times),
+        memory_bytes=points({n: max(other.memory[n] for other in others) for n in own.memory}),
+        recomputed_bytes=max(other.recomputed_bytes for other in others),
+        output_bytes=fmean(other.output_bytes for other in others),
+        forward_fraction=forward_s / times[least],
+    )
