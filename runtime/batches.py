@@ -18,6 +18,7 @@ from spindle.capture.repeat import base_task, micro_batch, num_micro_batches
 from spindle.errors import WorkloadError
 from spindle.record.draws import Stream
 from spindle.runtime.data import Feed
+from spindle.runtime.drift import Drift
 from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Program
 from spindle.runtime.recordings import OTHER_LAYERS, LoadedBatch, Recordings
@@ -47,9 +48,10 @@ class Batches:
         rounds: int,
         takes_part: TakesPart,
         ahead: bool,
+        drift: Drift | None = None,
     ) -> None:
         """`rounds` of a step; `takes_part` names the tasks of a step. `ahead`: record the next round beside this
-        one.
+        one. `drift` looks at all batches.
         """
         self.program, self.rank, self.feeds, self.recordings = program, rank, feeds, recordings
         self.seed, self.rounds, self.takes_part = seed, rounds, takes_part
@@ -57,6 +59,7 @@ class Batches:
         self.in_flight = num_micro_batches(task for task, _ in program.losses)
         self.loads = [task for task, runs in program.runs_by_task.items() if any(rank in run.ranks for run in runs)]
         self.tokens: Counter[str] = Counter()
+        self.drift = drift or Drift(())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording") if ahead else None
         self._running: concurrent.futures.Future[None] | None = None
         self._stopped = threading.Event()
@@ -78,6 +81,8 @@ class Batches:
             if base not in read:
                 read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
                 self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
+                for batch in read[base]:
+                    self.drift.look(base, step, batch)
             batch = read[base][micro]
             found = self._prepared.pop((task, step, first + micro, id(batch)), None)
             left.discard(task)

@@ -4,6 +4,7 @@ Before anything starts the program is checked against the laws, and the ranks' f
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import torch
 from spindle.capture import Captured, capture
 from spindle.capture.repeat import base_task
 from spindle.contract import contract
-from spindle.errors import RunError, WorkloadError
+from spindle.errors import RunError, SpindleWarning, WorkloadError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.runtime.launch.crew import Crew, ThreadCrew
@@ -74,6 +75,7 @@ class Run:
         A step may take as long as one rank may wait for another, `timeout_s`, and the first ones somewhat longer.
         """
         self.prepared, self.crew, self.timeout_s = prepared, crew, timeout_s
+        self.drifted: set[str] = set()
         self._check_batches(crew.call("digests"))
 
     @staticmethod
@@ -91,7 +93,15 @@ class Run:
     def steps(self, count: int, **options: Any) -> tuple[list[dict[str, float]], list[Report]]:
         """Run `count` steps on all ranks; losses by step, and the reports."""
         reports = self.crew.call("run", count, patience_s=(count + 2) * self.timeout_s, **options)
+        self._warn_of_drift(reports)
         return merge_losses(reports), reports
+
+    def _warn_of_drift(self, reports: Sequence[Report]) -> None:
+        """Once a task."""
+        for task, sentence in ((t, s) for report in reports for t, s in report.drift.items()):
+            if task not in self.drifted and self.crew.leads:
+                self.drifted.add(task)
+                warnings.warn(sentence, SpindleWarning, stacklevel=4)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
@@ -134,6 +144,7 @@ def launched(
         scheduler=scheduler,
         seed=seed,
         timeout_s=timeout_s,
+        sizes=prepared.plan.sizes,
     )
     crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)
     try:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, num_micro_batches
 from spindle.graph import parse_piece
+from spindle.plan import SizeRange
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
+from spindle.runtime.drift import Drift
 from spindle.runtime.executor import Executor, Fetch, Observe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
@@ -70,6 +72,7 @@ class Job:
     scheduler: SchedulerFactory | None = None
     seed: int = 0
     timeout_s: float = 60.0
+    sizes: tuple[SizeRange, ...] = ()  # of the batches that the plan was made for
 
 
 @dataclass(slots=True)
@@ -86,6 +89,7 @@ class Report:
     ended: str | None = None
     told: list[StepTold] = field(default_factory=list)  # of each step
     memory_bytes: int = 0  # the most that it has held
+    drift: dict[str, str] = field(default_factory=dict)  # sentences on batches that the plan was not made for, by task
     learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by component
 
 
@@ -98,6 +102,7 @@ def make_jobs(
     scheduler: SchedulerFactory | None = None,
     seed: int = 0,
     timeout_s: float = 60.0,
+    sizes: tuple[SizeRange, ...] = (),
 ) -> list[Job]:
     """For each rank the part of a captured workload that it runs. Takes time by the ranks that the slices have."""
     pieces = held_by_rank(program, captured)
@@ -127,6 +132,7 @@ def make_jobs(
                 scheduler=scheduler,
                 seed=seed,
                 timeout_s=timeout_s,
+                sizes=sizes,
             )
         )
     return jobs
@@ -194,6 +200,7 @@ class Worker:
             rounds=job.rounds,
             takes_part=self._taking_part,
             ahead=transport.device.type != "cpu",
+            drift=Drift(job.sizes),
         )
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
@@ -226,6 +233,7 @@ class Worker:
             if keep_spans:
                 report.spans += [span.later(self.clock.offset_s) for span in record.spans]
         self.batches.settle()
+        report.drift = dict(self.batches.drift.found)
         report.memory_bytes = peak_memory(self.transport.device)
         report.learning_rates = {name: float(group["lr"]) for name, group in self._groups().items() if "lr" in group}
         return report

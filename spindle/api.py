@@ -104,8 +104,7 @@ def plan_source(
         steps=() if source.is_mean else source.steps,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
     )
-    known = replace(pricing, length_spread=()) if source.is_mean else pricing  # the steps know their lengths
-    spread = step_spread(plan, [price(step, cluster, profile, known) for step in source.steps], cluster)
+    spread = step_spread(plan, [price(step, cluster, profile, pricing) for step in source.steps], cluster)
     plan = replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer)
     return replace(plan, spread=spread, sizes=source.sizes), pricing
 

@@ -70,6 +70,12 @@ class SampledBatch:
         return frozenset((fields | self.units.counts.keys()) - empty)
 
     @cached_property
+    def entries(self) -> dict[str, int]:
+        """Entries of each tensor of the batch, and its samples."""
+        sizes = {name: value.numel() for name, value in self.fields.items() if isinstance(value, Tensor)}
+        return {SAMPLES: self.units.num_samples, **sizes}
+
+    @cached_property
     def shapes(self) -> tuple[object, ...]:
         """What must be equal on all ranks and says how messages are cut: fields, shapes, types, rows of each sample."""
         fields = tuple(

@@ -262,6 +262,8 @@ class _EntryModel(_JsonModel):
     update_s: float = 0.0
     spread: float = 0.0
     tensor_parallel: int = 1
+    family: str = ""
+    size: float = 0.0
 
 
 class _LinkEntryModel(_JsonModel):

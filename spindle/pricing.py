@@ -5,6 +5,7 @@ Two choices trade time for memory; `memory_choices` lists their combinations in 
 
 from dataclasses import dataclass, replace
 from math import exp, log, sqrt
+from random import Random
 from statistics import NormalDist
 from typing import Literal
 
@@ -86,6 +87,12 @@ def length_spread(mean: float, p99: float) -> float:
         )
     sigma = z - sqrt(z * z - 2 * ratio)
     return sqrt(exp(sigma * sigma) - 1)
+
+
+def log_normal_lengths(mean: float, p99: float, count: int, source: Random) -> list[float]:
+    """Lengths of so many samples, log-normal with this mean and 99th percentile."""
+    sigma = sqrt(log(1 + length_spread(mean, p99) ** 2))
+    return [mean * exp(sigma * source.gauss(0.0, 1.0) - sigma * sigma / 2) for _ in range(count)]
 
 
 def imbalance(spread: float, samples_per_device: float, devices: int) -> float:

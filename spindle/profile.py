@@ -21,6 +21,7 @@ class ProfileEntry:
     bare_forward_s   forward that keeps nothing, as where activations are computed again (0: not measured)
     update_s         the optimiser's step over the trained parameters of one layer (0: none, or not measured)
     spread           distance of the quartiles of forward and backward together, over their median
+    family, size     operators that do the same on other batches, and how much work the whole batch was (0: not known)
     """
 
     kind: str
@@ -32,6 +33,8 @@ class ProfileEntry:
     update_s: float = 0.0
     spread: float = 0.0
     tensor_parallel: int = 1
+    family: str = ""
+    size: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
@@ -46,10 +49,12 @@ class ProfileEntry:
                 f"profile entry {self.kind!r} on {self.num_devices} devices: forward {self.forward_s!r} s, "
                 f"backward {self.backward_s!r} s; forward must be positive, backward zero or more. Measure it again"
             )
-        if not all(0 <= value < float("inf") for value in (self.bare_forward_s, self.update_s, self.spread)):
+        amounts = (self.bare_forward_s, self.update_s, self.spread, self.size)
+        if not all(0 <= value < float("inf") for value in amounts):
             raise ProfileError(
                 f"profile entry {self.kind!r} on {self.num_devices} devices: bare forward {self.bare_forward_s!r} s, "
-                f"update {self.update_s!r} s, spread {self.spread!r}; all are zero or more. Measure it again"
+                f"update {self.update_s!r} s, spread {self.spread!r}, size {self.size!r}; all are zero or more. "
+                "Measure it again"
             )
 
 
@@ -142,6 +147,15 @@ class Profile:
                     f"profile entry {entry.kind!r} on {entry.num_devices} devices is given twice; keep one"
                 )
             by_layout[layout] = entry
+        return found
+
+    @cached_property
+    def by_family(self) -> dict[str, tuple[ProfileEntry, ...]]:
+        """Data-parallel entries by operator family, of those that tell it."""
+        found: dict[str, tuple[ProfileEntry, ...]] = {}
+        for entry in self.entries:
+            if entry.family and entry.tensor_parallel == 1:
+                found[entry.family] = (*found.get(entry.family, ()), entry)
         return found
 
     @cached_property

@@ -46,12 +46,14 @@ def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
     if source.endswith((".yaml", ".yml")):
-        from spindle.contract import contract
+        from spindle.contract import contract, contract_like
         from spindle.spec.file import read_workload
         from spindle.spec.graph import build_graph
 
         spec = read_workload(source)
-        return Source(contract(build_graph(spec)), spec.pricing)
+        metagraph = contract(build_graph(spec))
+        steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
+        return Source(metagraph, spec.pricing, steps=steps, is_mean=True)
     if source.endswith(".json"):
         from spindle.formats import read
 

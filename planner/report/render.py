@@ -94,8 +94,8 @@ def _spread(plan: Plan) -> list[str]:
     if found is None:
         return []
     return [
-        f"batches    of other sizes: a step takes {found.mean_s:.6f} s on average, {found.p10_s:.6f} s (P10) to "
-        f"{found.p90_s:.6f} s (P90);\n{'':11}planned for the mean of {found.steps} steps, memory for the largest"
+        f"batches    differ in size: over {found.steps} steps a step takes {found.mean_s:.6f} s on average, "
+        f"{found.p10_s:.6f} s\n{'':11}(P10) to {found.p90_s:.6f} s (P90); planned for their mean, memory for the largest"
     ]
 
 

@@ -59,8 +59,8 @@ Moments = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchJob:
-    """What one rank needs to measure: a captured workload, its tasks without their functions, a batch of each,
-    operators of each kind in a chain, and how ranks stand on nodes.
+    """What one rank needs to measure: a captured workload, its tasks without their functions, a batch and operators in
+    a chain for each kind, and how ranks stand on nodes.
     """
 
     captured: Captured
@@ -108,7 +108,7 @@ class Bench:
         self.layers, self.optimizer = {}, None  # before others take their memory
         for kind, (count, parts) in layouts.items():
             names = self.job.chains[kind]
-            batch = self.job.batches[base_task(captured.graph.by_name[names[0]].task)]
+            batch = self.job.batches[kind]
             copy_on = (
                 (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
             )

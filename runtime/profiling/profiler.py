@@ -8,21 +8,25 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
+from spindle.capture.repeat import base_task
+from spindle.capture.sizes import sizes_of
 from spindle.cluster import Cluster
-from spindle.contract import contract
+from spindle.contract import contract, contract_like
 from spindle.cost.measured import COLLECTIVES, check_device
 from spindle.errors import ProfileError, SpindleWarning
+from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.profiling.hardware import Hardware
 from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
-from spindle.runtime.profiling.rounds import kinds_of, other_work, rounds_of
+from spindle.runtime.profiling.rounds import Round, kinds_of, other_work, rounds_of
 from spindle.runtime.profiling.site import Site
 from spindle.runtime.recordings import Recipe
 from spindle.runtime.worker import OptimizerFactory
@@ -123,13 +127,18 @@ def measure_profile(
     or are of another sort than those of `cluster`.
     """
     site = site or Site()
-    metagraph = contract(captured.graph)
-    kinds = kinds_of(metagraph)
+    graphs = _graphs(workload, captured)
+    kinds = {name: kind for metagraph, _ in reversed(graphs) for name, kind in kinds_of(metagraph).items()}
+    batch_by_kind = {
+        name: batches[kind.operators[0].task]
+        for metagraph, batches in reversed(graphs)
+        for name, kind in kinds_of(metagraph).items()
+    }
     job = BenchJob(
         captured=captured,
         recipe=Recipe.of(workload, captured),
         tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
-        batches={name: task.sampled(task.first_batch()) for name, task in workload.tasks.items()},
+        batches=batch_by_kind,
         chains={name: kind.names for name, kind in kinds.items()},
         ranks_per_node=site.ranks_per_node,
         optimizer=optimizer,
@@ -142,7 +151,11 @@ def measure_profile(
             check_device(cluster, here)
         found = _merged(known, here)
         most = most_devices or num_devices
-        rounds = list(rounds_of(metagraph, kinds, found, most, site.ranks_per_node, hardware.room_bytes))
+        rounds: list[Round] = []
+        for metagraph, _ in graphs:
+            known_kinds = {name for item in rounds for name in item.kinds}
+            own, room_bytes = kinds_of(metagraph), hardware.room_bytes
+            rounds += rounds_of(metagraph, own, found, most, site.ranks_per_node, room_bytes, known_kinds)
         others: list[Load | Message] = [*_loads(workload.tasks.values(), found), *_messages(site, found)]
         steps = _Steps(sum(len(item.new) for item in rounds) + len(others), progress, keep)
         if not steps.total:
@@ -160,6 +173,18 @@ def measure_profile(
         return found
 
     return site.measured(job, work)
+
+
+def _graphs(workload: Workload, captured: Captured) -> list[tuple[MetaGraph, Mapping[str, SampledBatch]]]:
+    """The MetaGraph on the batches to measure, each with the batch of each task: the first, or where batches differ in
+    size a small, a middle and a large one.
+    """
+    metagraph, sizes = contract(captured.graph), sizes_of(workload, captured)
+    telling = sizes.telling()
+    if telling:
+        return [(contract_like(metagraph, sizes.steps[index]), sizes.batches[index]) for index in telling]
+    first = {name: task.sampled(task.first_batch()) for name, task in workload.tasks.items()}
+    return [(metagraph, {name: first[base_task(name)] for name in captured.tasks})]
 
 
 class _Steps:

@@ -6,7 +6,7 @@ its code, its weights and its memory as it left them, which makes it up to a thi
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.profiling.measure import MIN_REPEATS, degrees, spread, steady
+from spindle.runtime.programs.lower import split_samples
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
@@ -47,6 +48,7 @@ class Round:
 
     layouts: Mapping[str, tuple[int, int]]
     new: tuple[str, ...]
+    kinds: Mapping[str, "Kind"]
     rest_bytes: int = 0
 
     def measured(self, crew: Crew, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
@@ -72,6 +74,8 @@ class Round:
                     update_s=shares[index] * step_s,
                     spread=statistics.fmean(map(spread, both_s)),
                     tensor_parallel=parts,
+                    family=self.kinds[kind].operators[0].family,
+                    size=self.kinds[kind].size_on((count, parts)),
                 )
                 found.append(entry)
         return found
@@ -120,6 +124,15 @@ class Kind:
         splittable = all(operator.splittable for operator in self.operators)
         return min(operator.tensor_parallel for operator in self.operators) if splittable else 1
 
+    def size_on(self, layout: tuple[int, int]) -> float:
+        """The work of a layer on a batch all of whose parts are like the first of a layout, which is measured."""
+        first, copies = self.operators[0], layout[0] // layout[1]
+        if first.units is None:
+            return first.size
+        rows = first.units.rows(first.unit, 0, first.batch_size)
+        share = first.units.rows(first.unit, *split_samples(first.batch_size, copies)[0])
+        return first.size * share * copies / rows if rows else first.size
+
     def num_bytes(self, layout: tuple[int, int]) -> float:
         """What they touch on one device of a layout, at most."""
         return _bytes_of(self.operators, layout)
@@ -158,11 +171,12 @@ def rounds_of(
     num_devices: int,
     ranks_per_node: int,
     room_bytes: float,
+    measured: Collection[str] = (),
 ) -> Iterator[Round]:
     """For each layout what runs together with new kinds on it; a kind that cannot run on so many devices takes fewer.
 
     Devices that hold a copy between them are on one node, and all that measure do. `room_bytes`: what layers that run
-    together may take.
+    together may take. Kinds that are `measured` elsewhere are not new.
     """
     for parts in (1, *degrees(ranks_per_node)):
         degree = {name: parts if kind.parts % parts == 0 else 1 for name, kind in kinds.items()}
@@ -172,7 +186,7 @@ def rounds_of(
         }
         for count in sorted({count for name in kinds if degree[name] == parts for count in counts[name]}):
             at = {name: (max(c for c in counts[name] if c <= count), degree[name]) for name in kinds}
-            yield from _divided(metagraph, kinds, known, (count, parts), at, room_bytes)
+            yield from _divided(metagraph, kinds, known, (count, parts), at, room_bytes, measured)
 
 
 def _divided(
@@ -182,14 +196,17 @@ def _divided(
     layout: tuple[int, int],
     at: Mapping[str, tuple[int, int]],
     room_bytes: float,
+    measured: Collection[str],
 ) -> Iterator[Round]:
     """What runs on one layout, in rounds that have room."""
     step_bytes = sum(_bytes_of(metaop.operators, at[metaop.operators[0].kind]) for metaop in metagraph)
     for names in _that_fit({name: kinds[name].num_bytes(at[name]) for name in kinds}, room_bytes):
-        new = [n for n in names if at[n] == layout and layout not in known.by_layout.get(n, {})]
+        lacking = [n for n in names if at[n] == layout and layout not in known.by_layout.get(n, {})]
+        new = [n for n in lacking if n not in measured]
         rest_bytes = step_bytes - sum(kinds[name].num_bytes(at[name]) for name in names)
         if new:
-            yield Round({n: at[n] for n in names}, tuple(new), min(max(0, int(rest_bytes)), MOST_REST_BYTES))
+            rest_bytes = min(max(0, int(rest_bytes)), MOST_REST_BYTES)
+            yield Round({n: at[n] for n in names}, tuple(new), kinds, rest_bytes)
 
 
 def _that_fit(num_bytes: Mapping[str, float], room_bytes: float) -> Iterator[list[str]]:

@@ -22,24 +22,40 @@ from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.plan import SizeRange
 from spindle.record.draws import Stream
 from spindle.record.run import Failure, record
-from spindle.units import SAMPLES
 from spindle.workload import Task, Workload
 
 READ, MEASURED = 32, 12  # batches of a task that are read, and of these the ones whose operators are measured
+ALIKE = 8  # where so many are alike, no more are read
 READ_S = 20.0  # a slow loader is read no longer
+
+IDLE = "idle"
+"""Kind of an operator that a batch leaves out."""
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The operators of a workload in some steps, and how large the batches were that were read.
+    """The operators of a workload in some steps with the batch of each task, and how large the batches were that were
+    read.
 
     `steps` is empty where all batches are alike.
     """
 
     steps: tuple[TaskGraph, ...]
+    batches: tuple[Mapping[str, SampledBatch], ...]
     ranges: tuple[SizeRange, ...]
+
+    def telling(self) -> list[int]:
+        """Steps to measure layers in: the smallest, middle and largest whose batches are full and lack nothing."""
+        whole = [index for index, graph in enumerate(self.steps) if all(map(_is_whole, graph))]
+        order = sorted(whole, key=lambda index: sum(operator.size for operator in self.steps[index]))
+        return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])) if order else []
+
+
+def _is_whole(operator: Operator) -> bool:
+    units = operator.units
+    return operator.kind != IDLE and units is not None and units.num_samples == operator.batch_size
 
 
 def sizes_of(workload: Workload, captured: Captured, on_task: Callable[[str], object] = str) -> Sizes:
@@ -53,23 +69,34 @@ def sizes_of(workload: Workload, captured: Captured, on_task: Callable[[str], ob
         read[name] = list(_read(task))
     ranges = tuple(found for name, batches in read.items() for found in _ranges(name, batches))
     if not any(_differ(batches) for batches in read.values()):
-        return Sizes((), ranges)
+        return Sizes((), (), ranges)
     measurer = _Measurer(workload, captured)
-    by_task: dict[str, list[dict[str, Operator]]] = {}
+    by_task: dict[str, list[tuple[SampledBatch, dict[str, Operator]]]] = {}
     for name in captured.tasks:
         on_task(f"sizing {name}")
-        chosen = _typical(read[base_task(name)])
-        by_task[name] = [found for batch in chosen if (found := measurer.operators(name, batch)) is not None]
-    count = max(map(len, by_task.values()))
-    return Sizes(tuple(_graph(captured, by_task, step) for step in range(count)), ranges)
+        sized = ((batch, measurer.operators(name, batch)) for batch in _typical(read[base_task(name)]))
+        by_task[name] = [(batch, operators) for batch, operators in sized if operators is not None]
+    if not all(by_task.values()):
+        return Sizes((), (), ranges)
+    steps = [
+        {name: found[(step + micro_batch(name)) % len(found)] for name, found in by_task.items()}
+        for step in range(max(map(len, by_task.values())))
+    ]
+    return Sizes(
+        tuple(TaskGraph(tuple(step[op.task][1][op.name] for op in captured.graph)) for step in steps),
+        tuple({name: batch for name, (batch, _) in step.items()} for step in steps),
+        ranges,
+    )
 
 
 def _read(task: Task) -> Iterator[SampledBatch]:
     began_s = time.monotonic()
+    found: list[SampledBatch] = []
     with suppress(Exception):  # a loader that breaks later says so when it gets there
         for batch in itertools.islice(task.batches(), READ):
-            yield task.sampled(batch)
-            if time.monotonic() - began_s > READ_S:
+            found.append(task.sampled(batch))
+            yield found[-1]
+            if time.monotonic() - began_s > READ_S or (len(found) == ALIKE and not _differ(found)):
                 return
 
 
@@ -84,35 +111,19 @@ def _ranges(task: str, batches: Sequence[SampledBatch]) -> Iterator[SizeRange]:
     """The least and most entries of each field."""
     sizes: dict[str, list[int]] = {}
     for batch in batches:
-        for name, size in entries(batch).items():
+        for name, size in batch.entries.items():
             sizes.setdefault(name, []).append(size)
     for name, found in sizes.items():
         yield SizeRange(task=task, field=name, least=min(found), most=max(found))
-
-
-def entries(batch: SampledBatch) -> dict[str, int]:
-    """Entries of each tensor of a batch, and its samples."""
-    sizes = {name: value.numel() for name, value in batch.fields.items() if isinstance(value, Tensor)}
-    return {SAMPLES: batch.units.num_samples, **sizes}
 
 
 def _typical(batches: Sequence[SampledBatch]) -> list[SampledBatch]:
     """Batches that stand for all that were read, in the order in which they came; the largest is one of them."""
     if len(batches) <= MEASURED:
         return list(batches)
-    order = sorted(range(len(batches)), key=lambda index: sum(entries(batches[index]).values()))
+    order = sorted(range(len(batches)), key=lambda index: sum(batches[index].entries.values()))
     wanted = [round((index + 0.5) * len(order) / MEASURED - 0.5) for index in range(MEASURED - 1)]
     return [batches[index] for index in sorted({*(order[place] for place in wanted), order[-1]})]
-
-
-def _graph(captured: Captured, by_task: Mapping[str, Sequence[Mapping[str, Operator]]], step: int) -> TaskGraph:
-    """All operators in one step; micro-batches of a task have batches that follow each other."""
-    operators = []
-    for operator in captured.graph:
-        found = by_task[operator.task]
-        place = step + micro_batch(operator.task)
-        operators.append(found[place % len(found)][operator.name] if found else operator)
-    return TaskGraph(tuple(operators))
 
 
 class _Measurer:
@@ -154,6 +165,8 @@ class _Measurer:
         if own is None or operator.name in part.idle:
             return replace(
                 operator,
+                kind=IDLE,
+                family="",
                 outputs=outputs,
                 forward_flops=0.0,
                 backward_flops=0.0,

@@ -1,12 +1,14 @@
 """Held out: a profile in; how wrong its curves are at points that they do not use, out.
 
 Each measured point between two others is left out in turn and told from its neighbours: an operator's time by
-a + b / n through both, a message's by alpha-beta pieces through every second size.
+a + b / n through both counts, or by a + b * size through both sizes; a message's by alpha-beta pieces through every
+second size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from spindle.cost.family import Curve, curves_of
 from spindle.cost.pieces import fit_pieces
 from spindle.profile import LinkEntry, Profile, ProfileEntry
 
@@ -51,9 +53,24 @@ def left_out(kind: str, entries: Mapping[int, ProfileEntry]) -> list[HeldOut]:
     ]
 
 
+def left_out_sizes(family: str, entries: Sequence[ProfileEntry]) -> list[HeldOut]:
+    """Each inner size of a family, from the others on the same count."""
+    rows = []
+    for count, curve in curves_of(entries).items():
+        for index in range(1, len(curve.entries) - 1):
+            left = curve.entries[index]
+            told = Curve(curve.entries[:index] + curve.entries[index + 1 :]).at(left.size)
+            measured_s, predicted_s = (entry.forward_s + entry.backward_s for entry in (left, told))
+            rows.append(
+                HeldOut(what=f"{family}, other sizes", at=count, measured_s=measured_s, predicted_s=predicted_s)
+            )
+    return rows
+
+
 def held_out(profile: Profile) -> tuple[HeldOut, ...]:
     """All points of a profile that can be left out; none where no kind has three counts."""
     rows = [row for kind, entries in profile.by_kind.items() for row in left_out(kind, entries)]
+    rows += [row for family, entries in profile.by_family.items() for row in left_out_sizes(family, entries)]
     groups: dict[str, list[LinkEntry]] = {}
     for entry in profile.links:
         groups.setdefault(f"{entry.operation} of {entry.members}, {entry.level}", []).append(entry)

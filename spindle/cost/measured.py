@@ -66,7 +66,8 @@ def check_device(cluster: Cluster, profile: Profile) -> None:
 def warn_of_gaps(metagraph: MetaGraph, profile: Profile) -> None:
     """Warns when a profile has no time of any operator kind of the MetaGraph; kinds tell shapes, batch and dtype."""
     kinds = {op.kind for metaop in metagraph for op in metaop.operators}
-    if kinds and not kinds & profile.by_kind.keys():
+    families = {op.family for metaop in metagraph for op in metaop.operators}
+    if kinds and not kinds & profile.by_kind.keys() and not families & profile.by_family.keys():
         dtype = dict(profile.versions).get("dtype", "unknown")
         warnings.warn(
             f"the profile (dtype {dtype}) has none of the {len(kinds)} operator kinds of this workload, whose shapes, "

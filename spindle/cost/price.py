@@ -6,7 +6,8 @@
 - Where a Profile has measured a MetaOp's operator kind, measured layouts are taken as they are, of a count the quickest
   of them. Between two measured counts T = a + b/n through both (paper, section 3.2); outside them the nearest
   measured time is scaled by the ratio that the analytic model predicts. Kinds that were not measured are predicted
-  (`spindle.cost.roofline`).
+  (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is told by its size
+  (`spindle.cost.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
   trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimiser's step comes once
@@ -23,6 +24,7 @@ from itertools import pairwise
 from math import prod
 
 from spindle.cluster import Cluster
+from spindle.cost.family import curves_of
 from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
@@ -46,14 +48,8 @@ def price(
     spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
     """
     pricing = pricing or Pricing()
-    measured = profile.by_layout if profile else {}
-    loads = profile.load_s if profile else {}
-    metaops = tuple(
-        _price(metaop, cluster, measured.get(metaop.operators[0].kind, {}), loads, pricing)
-        if metaop.operators
-        else metaop
-        for metaop in metagraph
-    )
+    profile = profile or Profile("")
+    metaops = tuple(_price(metaop, cluster, profile, pricing) if metaop.operators else metaop for metaop in metagraph)
     sharded = metagraph.shard_optimizer or pricing.shard_optimizer
     return replace(metagraph, metaops=metaops, shard_optimizer=sharded)
 
@@ -80,11 +76,13 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
 def _price(
     metaop: MetaOp,
     cluster: Cluster,
-    by_layout: Mapping[tuple[int, int], ProfileEntry],
-    loads: Mapping[tuple[str, int], float],
+    profile: Profile,
     pricing: Pricing,
 ) -> MetaOp:
     operators, pricing = metaop.operators, pricing.of(metaop.component)
+    by_layout: Mapping[tuple[int, int], ProfileEntry] = profile.by_layout.get(operators[0].kind, {})
+    if operators[0].units is not None or not by_layout:
+        by_layout = {**by_layout, **_sized(operators, profile.by_family.get(operators[0].family, ()))}
     layouts = valid_layouts(operators, cluster, pricing)
     if not layouts:
         raise InfeasibleError(
@@ -127,12 +125,31 @@ def _price(
         layer_param_bytes=trainable / len(operators),
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
         layer_update_s=update,
-        load_s=loads.get((base_task, batch), 0.0) if reads else 0.0,
+        load_s=profile.load_s.get((base_task, batch), 0.0) if reads else 0.0,
         recomputed_bytes=recomputed_bytes(operators, pricing),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
     )
+
+
+def _sized(operators: Sequence[Operator], measured: Sequence[ProfileEntry]) -> dict[tuple[int, int], ProfileEntry]:
+    """What would be measured of the layers, by what was on batches of other sizes.
+
+    The slowest part is the one that counts; entries are for the mean part, of which `_waits` makes the slowest.
+    """
+    size = sum(operator.size for operator in operators) / len(operators)
+    found = {}
+    for count, curve in curves_of(measured).items():
+        waits = _waits(operators[0], 0.0, count)
+        entry = curve.at(size * waits)
+        found[count, 1] = replace(
+            entry,
+            forward_s=entry.forward_s / waits,
+            backward_s=entry.backward_s / waits,
+            bare_forward_s=entry.bare_forward_s / waits,
+        )
+    return found
 
 
 def _waits(operator: Operator, spread: float, parts: int) -> float:

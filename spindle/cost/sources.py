@@ -1,6 +1,7 @@
 """Sources: a priced MetaGraph and its profile in; where each cost comes from and how wrong it may be, out.
 
-- `measured`: every count the MetaOp may use was timed. `interpolated`: some counts lie between timed ones. `scaled`:
+- `measured`: every count the MetaOp may use was timed. `interpolated`: some counts lie between timed ones, or layers of
+  other sizes were timed. `scaled`:
   some lie outside them and follow the prediction's shape. `predicted`: its operator kind was never timed. `given`: the
   MetaGraph came from a file that states its times.
 - The error of interpolation is that of the profile's own points, each left out in turn; where there are too few, and
@@ -11,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spindle.cost.heldout import left_out
+from spindle.cost.family import curves_of
+from spindle.cost.heldout import HeldOut, left_out, left_out_sizes
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
 from spindle.profile import Profile, ProfileEntry
@@ -40,15 +42,17 @@ class CostSource:
 
 def cost_sources(metagraph: MetaGraph, profile: Profile | None = None) -> tuple[CostSource, ...]:
     """The source of every MetaOp's times; `metagraph` still carries its operators."""
-    measured = profile.by_kind if profile else {}
-    return tuple(
-        _source(metaop, measured.get(metaop.operators[0].kind, {}) if metaop.operators else {}) for metaop in metagraph
-    )
+    return tuple(_source(metaop, profile or Profile("")) for metaop in metagraph)
 
 
-def _source(metaop: MetaOp, entries: Mapping[int, ProfileEntry]) -> CostSource:
+def _source(metaop: MetaOp, profile: Profile) -> CostSource:
     if not metaop.operators:
         return CostSource(metaop=metaop.name, source="given", error=0.0)
+    entries = profile.by_kind.get(metaop.operators[0].kind, {})
+    alike = profile.by_family.get(metaop.operators[0].family, ())
+    if curves_of(alike) and (metaop.operators[0].units or not entries):
+        error = max(_mean_error(left_out_sizes("", alike)), MEASURED_ERROR)
+        return CostSource(metaop=metaop.name, source="interpolated", error=error)
     timed = tuple(n for n in metaop.times if n in entries)
     if not timed:
         return CostSource(metaop=metaop.name, source="predicted", error=PREDICTED_ERROR)
@@ -63,7 +67,11 @@ def _source(metaop: MetaOp, entries: Mapping[int, ProfileEntry]) -> CostSource:
 
 def leave_one_out_error(entries: Mapping[int, ProfileEntry]) -> float:
     """Mean relative error at each inner measured count when T = a + b/n through its neighbours predicts it."""
-    errors = [abs(row.error) for row in left_out("", entries)]
+    return _mean_error(left_out("", entries))
+
+
+def _mean_error(rows: Sequence[HeldOut]) -> float:
+    errors = [abs(row.error) for row in rows]
     return sum(errors) / len(errors) if errors else INTERPOLATED_ERROR
 
 

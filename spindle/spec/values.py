@@ -3,6 +3,7 @@
 `spindle.spec.file.read_workload` reads one from YAML; `spindle.spec.graph.build_graph` makes its TaskGraph.
 """
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -11,7 +12,7 @@ from typing import Literal
 
 from spindle.errors import WorkloadError
 from spindle.graph import BYTES_BY_DTYPE
-from spindle.pricing import Optimizer, Pricing, length_spread
+from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
 from spindle.spec.blocks import Component
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
@@ -162,6 +163,24 @@ class WorkloadSpec:
             shard_optimizer=self.shard_optimizer,
             length_spread=tuple(spreads),
         )
+
+    def steps(self, count: int = 12) -> tuple["WorkloadSpec", ...]:
+        """The same for batches whose samples' lengths were drawn, each of their mean length; () where all are alike."""
+        if not self.pricing.length_spread:
+            return ()
+        return tuple(
+            replace(self, tasks=tuple(self._drawn(task, random.Random(f"{task.name}/{step}")) for task in self.tasks))
+            for step in range(count)
+        )
+
+    def _drawn(self, task: Task, source: random.Random) -> Task:
+        tokens = dict(task.tokens)
+        for name in task.components:
+            component = self.component_in(task, name)
+            if component.tokens_p99 is not None:
+                lengths = log_normal_lengths(component.tokens, component.tokens_p99, task.batch_size, source)
+                tokens[name] = max(1, round(sum(lengths) / task.batch_size))
+        return replace(task, tokens=tuple(tokens.items()))
 
     def task_sets(self, *, at_most: int = 64) -> tuple[tuple[float, "WorkloadSpec"], ...]:
         """(probability, workload) of every set of tasks that a step may have, likeliest first; empty steps left out.
