@@ -95,7 +95,7 @@ def _spread(plan: Plan) -> list[str]:
         return []
     return [
         f"batches    differ in size: over {found.steps} steps a step takes {found.mean_s:.6f} s on average, "
-        f"{found.p10_s:.6f} s\n{'':11}(P10) to {found.p90_s:.6f} s (P90); planned for their mean, memory for the largest"
+        f"{found.p10_s:.6f} s\n{'':11}(P10) to {found.p90_s:.6f} s (P90); planned for the mean, memory for the largest"
     ]
 
 

@@ -209,10 +209,12 @@ def kind_of(
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
 
 
-def family_of(label: str, module: OperatorModule, part: OperatorPart, precision: Precision = "fp32") -> str:
+def family_of(
+    label: str, module: OperatorModule, part: OperatorPart, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
+) -> str:
     """Operator family: equal for operators that do the same work on inputs of any sizes."""
     calls = ["block" if n.block else getattr(n.function, "__name__", type(n.function).__name__) for n in part.nodes]
-    parts = [label, precision, module_signature(module), *calls]
+    parts = [label, precision, *(f"{len(i.shape)}{i.dtype}" for i in inputs), module_signature(module), *calls]
     return f"{label}~{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
 
 

@@ -114,8 +114,9 @@ class _Builder:
         module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
         label = type(block).__name__ if block is not None else name.rpartition(".")[2].partition("-")[0]
-        kind = costs.kind_of(label, module, part, self._input_specs(part, code, name), self.precision)
-        family = costs.family_of(label, module, part, self.precision)
+        inputs = self._input_specs(part, code, name)
+        kind = costs.kind_of(label, module, part, inputs, self.precision)
+        family = costs.family_of(label, module, part, inputs, self.precision)
         draft = _Draft(name, component, module, part, kind, family, splittable, mixes)
         cost = self._cost(draft, code, None)
         if cost.undrawn:

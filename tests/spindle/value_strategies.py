@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, Slice, TimePrices, make_waves
+from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, make_waves
 from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -98,6 +98,19 @@ slices = st.builds(
 
 named_times = st.dictionaries(text, amounts, max_size=3).map(lambda values: tuple(sorted(values.items())))
 
+size_ranges = st.builds(
+    lambda task, field, sizes: SizeRange(task=task, field=field, least=min(sizes), most=max(sizes)),
+    text,
+    text,
+    st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)),
+)
+spreads = st.builds(
+    lambda steps, mean, ends: StepSpread(steps=steps, mean_s=mean, p10_s=min(ends), p90_s=max(ends)),
+    counts,
+    amounts,
+    st.tuples(amounts, amounts),
+)
+
 plans = st.builds(
     Plan,
     num_devices=counts,
@@ -115,6 +128,8 @@ plans = st.builds(
     certificate=st.one_of(st.none(), certificates),
     metagraph=st.one_of(st.none(), metagraphs()),
     cluster=st.one_of(st.none(), clusters),
+    spread=st.one_of(st.none(), spreads),
+    sizes=st.lists(size_ranges, max_size=3).map(tuple),
 )
 
 profiles = st.builds(
@@ -131,6 +146,8 @@ profiles = st.builds(
             peak_bytes=amounts,
             bare_forward_s=amounts,
             update_s=amounts,
+            family=text,
+            size=amounts,
         ),
         max_size=4,
     ).map(tuple),
