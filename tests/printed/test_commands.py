@@ -179,7 +179,7 @@ def test_profile_then_plan(folder: Path, spindle_command: Spindle) -> None:
     assert "measured" in done.out
     assert "holds no times" not in done.out
     (folder / "other.py").write_text(
-        "import torch, spindle\nworkload = spindle.Workload('other')\n"
+        "import torch, spindle\nworkload = spindle.Workload('other', precision='bf16')\n"
         "net = workload.component('net', torch.nn.Conv1d(3, 3, 1))\n"
         "@workload.task('t', batch_size=2, data=[{'x': torch.ones(2, 3, 4)}])\n"
         "def t(batch):\n    return net(batch['x']).square().mean()\n"
