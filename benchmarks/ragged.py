@@ -1,10 +1,13 @@
 """Batches whose shapes change: python benchmarks/ragged.py [-o FILE]
 
-Balance: packed texts of log-normal lengths on two ranks, the same plan with bounds by tokens and by number of samples,
-in turns of a few steps in one run; the ratio is the median of the ratios of neighbouring turns.
-
-Recording: what a step pays for being recorded anew, and for going through the replay of a batch of the same shapes,
-beside a step of the same model in one process.
+- Balance: packed texts of log-normal lengths on two ranks, the same plan with bounds by tokens and by number of
+  samples, in turns of a few steps in one run; the ratio is the median of the ratios of neighboring turns.
+- Prediction: what `spindle profile` and `spindle plan` say of the mean step and its percentiles, and what a run took.
+- DistributedDataParallel: a two-tower multi-task workload on packed batches (ragged_models.py), in turns as above. It
+  is written as its best user would: all tasks in one forward, one reduction a step, contrastive pairs of all ranks,
+  losses equal to one process's.
+- Recording: what a step pays for being recorded anew, and for going through the replay of a batch of the same shapes,
+  beside a step of the same model in one process.
 """
 
 import argparse
@@ -19,98 +22,115 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from ragged_models import SAMPLES, language_model, rows, texts, two_towers
+from runtime_peers import Peer, adam
 from torch import Tensor
 
 import spindle
+from runtime import spindle_run, timed
 from spindle.capture import capture
+from spindle.plan import StepSpread
 from spindle.record.draws import Stream
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
-from spindle.units import SAMPLES
+from spindle.units import SAMPLES as BY_COUNT
+from spindle.workload import Workload
 
-SAMPLES_A_BATCH, VOCABULARY, TURNS, STEPS = 16, 512, 7, 6
-
-
-def packed_rows(batch: dict[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
-    """Tokens of each text; texts follow each other along the second dimension."""
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
-    lengths = torch.diff(starts, append=torch.tensor([batch["position_ids"].shape[1]]))
-    return dict.fromkeys(batch, (1, lengths))
+TURNS, STEPS, WIDTH = 9, 6, 256
+MOST_S = 120.0
 
 
-def packed_batches(count: int, mean: float = 40.0, spread: float = 0.9) -> list[dict[str, Tensor]]:
-    """Batches of 16 texts of log-normal lengths, packed into one row."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(count):
-        normal = torch.randn(SAMPLES_A_BATCH, generator=generator)
-        lengths = (mean * torch.exp(spread * normal - spread**2 / 2)).long().clamp(3, 400)
-        ids = torch.randint(1, VOCABULARY, (1, int(lengths.sum())), generator=generator)
-        positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
-        found.append({"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)})
-    return found
-
-
-def language_model() -> Any:
-    """A small Qwen2, its weights at random."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return transformers.Qwen2ForCausalLM(config)
-
-
-def packed_text(batches: list[dict[str, Tensor]]) -> spindle.Workload:
+def packed_text() -> Workload:
     """One task: next words of packed texts."""
+    torch.manual_seed(0)
     workload = spindle.Workload("packed")
-    lm = workload.component("lm", language_model())
+    lm = workload.component("lm", language_model(WIDTH))
 
-    @workload.task("text", batch_size=SAMPLES_A_BATCH, rows=packed_rows, data=batches)
+    @workload.task("text", batch_size=SAMPLES, rows=rows, data=texts())
     def text(batch: dict[str, Tensor]) -> Tensor:
         logits = lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        return F.cross_entropy(logits[0], batch["labels"][0])
 
     return workload
 
 
 @dataclass(frozen=True)
-class Balance:
-    """Milliseconds a step with bounds by tokens and by samples, and the median ratio."""
+class Compared:
+    """Milliseconds a step of both sides, and the median ratio of theirs to ours; the largest relative difference of
+    their first losses.
+    """
 
-    by_cost_ms: float
-    by_count_ms: float
+    ours_ms: float
+    theirs_ms: float
     ratio: float
+    loss_error: float = 0.0
 
 
-def balance() -> Balance:
-    """Both sides of the comparison in turns."""
-    workload = packed_text(packed_batches(48))
-    prepared = prepare(workload, spindle.make_plan(workload, "1x2:cpu", pins={"lm": [0, 1]}))
+def _compared(ours: list[float], theirs: list[float], loss_error: float = 0.0) -> Compared:
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    return Compared(1e3 * statistics.median(ours), 1e3 * statistics.median(theirs), ratio, loss_error)
+
+
+def balance() -> Compared:
+    """Bounds by tokens and by count."""
+    prepared = prepare(workload := packed_text(), spindle.make_plan(workload, "1x2:cpu", pins={"lm": [0, 1]}))
     program = prepared.program
-    counted = replace(program, slices=tuple(replace(run, weigh_by=SAMPLES) for run in program.slices))
-    options: dict[str, Any] = {
-        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-4),
-        "launcher": "processes",
-        "timeout_s": 120.0,
-    }
+    counted = replace(program, slices=tuple(replace(run, weigh_by=BY_COUNT) for run in program.slices))
+    options: dict[str, Any] = {"optimizer": adam, "launcher": "processes", "timeout_s": MOST_S}
     times: tuple[list[float], list[float]] = ([], [])
     with launched(prepared, **options) as ours, launched(replace(prepared, program=counted), **options) as theirs:
         for run in (ours, theirs):
             run.steps(STEPS)
         for _ in range(TURNS):
             for run, seconds in ((ours, times[0]), (theirs, times[1])):
-                started = time.perf_counter()
-                run.steps(STEPS, keep_spans=False)
-                seconds.append((time.perf_counter() - started) / STEPS)
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    return Balance(1e3 * statistics.median(times[0]), 1e3 * statistics.median(times[1]), statistics.median(ratios))
+                seconds.append(timed(run, STEPS)[0] / STEPS)
+    return _compared(*times)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of a step, and mean, P10 and P90 of what was measured, in seconds."""
+
+    told: StepSpread
+    mean_s: float
+    p10_s: float
+    p90_s: float
+
+
+def prediction(workload: Workload) -> Predicted:
+    """As users call it: profile, plan, train; every batch of the data once."""
+    optimizer: Any = adam
+    profile = spindle.make_profile(workload, num_devices=2, optimizer=optimizer, launcher="processes")
+    plan = spindle.make_plan(workload, "1x2:cpu", profile=profile)
+    steps = 2 * len(list(next(iter(workload.tasks.values())).batches()))
+    with spindle_run(workload, plan) as run:
+        timed(run, STEPS)
+        took = [timed(run, 1)[0] for _ in range(steps)]
+    tenths = statistics.quantiles(took, n=10, method="inclusive")
+    assert plan.spread is not None
+    return Predicted(plan.spread, statistics.fmean(took), tenths[0], tenths[-1])
+
+
+def beside_ddp() -> Compared:
+    """Spindle, planned on measured times, and DistributedDataParallel."""
+    workload = two_towers()
+    optimizer: Any = adam
+    profile = spindle.make_profile(workload, num_devices=2, optimizer=optimizer, launcher="processes")
+    plan = spindle.make_plan(workload, "1x2:cpu", profile=profile)
+    print(plan, flush=True)
+    other = Peer("ddp", "two-towers, packed", 2, 1)
+    ours: list[float] = []
+    theirs: list[float] = []
+    with spindle_run(workload, plan) as run:
+        mine, losses = timed(run, 1)[1], other.steps(1)[1]
+        error = max(abs(mine[task] - loss) / abs(loss) for task, loss in losses.items())
+        timed(run, STEPS), other.steps(STEPS)
+        for _ in range(TURNS):
+            ours.append(timed(run, STEPS)[0] / STEPS)
+            theirs.append(other.steps(STEPS)[0] / STEPS)
+    other.close()
+    return _compared(ours, theirs, error)
 
 
 @dataclass(frozen=True)
@@ -124,11 +144,11 @@ class Cost:
 
 def recording() -> Cost:
     """Of the packed language model, its whole batch."""
-    workload = packed_text(packed_batches(8))
+    workload = packed_text()
     captured = capture(workload)
     recordings = Recordings(Recipe.of(workload, captured).apart(), torch.device("cpu"))
     task = workload.tasks["text"]
-    batches = [task.sampled(batch) for batch in task.batches()]
+    batches = [task.sampled(batch) for batch in task.batches()][:8]
 
     def took(number: int) -> float:
         batch = batches[number]
@@ -154,20 +174,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="write the results there, as Markdown")
     options = parser.parse_args()
-    cost, compared = recording(), balance()
+    cost, bounds, towers = recording(), balance(), beside_ddp()
+    one, two = prediction(packed_text()), prediction(two_towers())
     text = f"""# Batches whose shapes change
 
 `python benchmarks/ragged.py` on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch
-{torch.__version__}, transformers {transformers.__version__}. {SAMPLES_A_BATCH} packed texts of log-normal lengths (mean
-40 tokens, deviation of the logarithm 0.9), a Qwen2 of 6 layers of width 192.
+{torch.__version__}, transformers {transformers.__version__}; two ranks, float32, AdamW. {SAMPLES} samples a batch,
+packed; lengths are log-normal, the deviation of their logarithm 0.9. *One tower*: a Qwen2 of 6 layers of width {WIDTH},
+texts of 48 tokens on average. *Two towers*: images of 48 patches with captions of 16 tokens, matched; texts of 48
+tokens; 6 layers of width 192 each.
 
-| two ranks, all layers on both | ms a step |
-|---|---|
-| bounds by tokens | {compared.by_cost_ms:.0f} |
-| bounds by number of samples | {compared.by_count_ms:.0f} |
-| by tokens is quicker by | {100 * (compared.ratio - 1):.0f} % |
+| side by side, in turns | ms a step | beside it | ms a step | quicker by |
+|---|---|---|---|---|
+{_row("one tower, bounds by tokens", bounds, "bounds by number of samples")}
+{_row("two towers, Spindle", towers, "DistributedDataParallel")}
 
-| recording on one rank, whole batch | ms of CPU time |
+First losses of the two towers differ by {towers.loss_error:.0e} of their value.
+
+| a step, in ms | mean | P10 | P90 |
+|---|---|---|---|
+{_rows("one tower", one)}
+{_rows("two towers", two)}
+
+| recording on one rank, whole batch of one tower | ms of CPU time |
 |---|---|
 | recorded anew (new shapes) | {cost.anew_ms:.1f} |
 | replay (known shapes) | {cost.replay_ms:.2f} |
@@ -176,6 +205,19 @@ def main() -> None:
     print(text)
     if options.output:
         options.output.write_text(text)
+
+
+def _row(ours: str, found: Compared, theirs: str) -> str:
+    gain = 100 * (found.ratio - 1)
+    return f"| {ours} | {found.ours_ms:.0f} | {theirs} | {found.theirs_ms:.0f} | {gain:.0f} % |"
+
+
+def _rows(name: str, found: Predicted) -> str:
+    told, ms = found.told, 1e3
+    return (
+        f"| {name}, predicted from a profile | {ms * told.mean_s:.0f} | {ms * told.p10_s:.0f} | {ms * told.p90_s:.0f} |"
+        f"\n| {name}, measured | {ms * found.mean_s:.0f} | {ms * found.p10_s:.0f} | {ms * found.p90_s:.0f} |"
+    )
 
 
 if __name__ == "__main__":

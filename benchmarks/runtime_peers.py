@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ragged_models import two_towers
 from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
@@ -91,7 +92,8 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
     if num_ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
-    workload = (one_task if name == "one-task" else WORKLOADS[name])(_gathered if num_ranks > 1 else lambda x: x)
+    makers = {**WORKLOADS, "one-task": one_task, "two-towers, packed": two_towers}
+    workload = makers[name](_gathered if num_ranks > 1 else lambda x: x)
     step = _stepper(kind, workload, rank, num_ranks)
     pipe.send(True)
     while count := pipe.recv():
@@ -169,4 +171,4 @@ def _endless(task: Any, rank: int, num_ranks: int) -> Any:
     while True:
         for batch in task.batches():
             share = task.batch_size // num_ranks
-            yield {name: value[rank * share : (rank + 1) * share] for name, value in batch.items()}
+            yield task.sampled(batch).part(rank * share, (rank + 1) * share)
