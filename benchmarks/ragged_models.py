@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.workload import Batch, Workload
 
-SAMPLES, BATCHES, VOCABULARY, WIDTH, LAYERS, PATCH, JOINT = 16, 32, 512, 192, 6, 48, 64
+SAMPLES, BATCHES, VOCABULARY, WIDTH, LAYERS, PATCH, JOINT = 16, 32, 512, 384, 6, 48, 64
 
 
 class Layer(nn.Module):
@@ -67,7 +67,7 @@ def language_model(width: int = WIDTH) -> Any:
     config = transformers.Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=width,
-        intermediate_size=512,
+        intermediate_size=8 * width // 3,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,

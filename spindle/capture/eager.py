@@ -9,9 +9,9 @@ from torch import nn
 
 from spindle.capture.codes import Captured
 from spindle.record.caches import caches_off, caching_configs
+from spindle.record.calls import Around, call_name, forwards_replaced
 from spindle.record.draws import Sites, Stream, drawing_from
 from spindle.record.randomness import Drawing
-from spindle.record.skeleton import Around, call_name, forwards_replaced
 from spindle.workload import Workload
 
 

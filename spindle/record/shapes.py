@@ -1,7 +1,9 @@
-"""Shapes: what a call of a block gives, without its numbers; and rules for blocks that the meta device cannot run.
+"""Shapes: what a call of a block gives, without its numbers; and rules by which shapes of arguments tell it.
 
-A rule is learned from real runs on a few samples: each size of a result is a constant, or a multiple of a size of an
-argument. It is narrowed with every run, and checked against what the block gives when it is executed.
+In a rule each size of a result is a constant, or a multiple of a size of an argument. It is narrowed with every run,
+and checked against what the block gives when it is executed. Blocks that the meta device cannot run have a rule from
+real runs on a few samples. All others get one as their arguments change sizes, since a run on the meta device takes
+milliseconds.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,6 +103,62 @@ class ShapeRule:
             self.structure,
         )
         return structure, tuple(shapes[self.num_results :])
+
+    def certain(self, given: Sequence[Shape]) -> Results | None:
+        """Results for arguments of some shapes, where all that each size may be comes to the same; else None."""
+        for shape in self.sizes:
+            for options in shape:
+                if len({_exact(option, given) for option in options}) != 1 or _exact(options[0], given) is None:
+                    return None
+        structure, drawn = self.results(given)
+        return Results(structure, Drawn(drawn, self.written_out))
+
+
+AGREED, CHECKED = 8, 16  # runs before a rule is used; of so many uses, one is a run
+
+
+class Habit:
+    """What blocks of one kind give while the sizes of their arguments change: first as runs tell, then by a rule."""
+
+    def __init__(self) -> None:
+        self._rule: ShapeRule | None = None
+        self._others: list[object] = []
+        self._runs, self._uses, self._is_regular = 0, 0, True
+
+    def tell(self, given: Sequence[Shape]) -> Results | None:
+        """Results for arguments of some shapes; None: run the block."""
+        if not self._is_regular or self._rule is None or self._runs < AGREED:
+            return None
+        self._uses += 1
+        return self._rule.certain(given) if self._uses % CHECKED else None
+
+    def learn(self, found: Results, given: Sequence[Shape]) -> None:
+        """Take in what a run gave; a kind that follows no rule is always run."""
+        others: list[object] = []
+        tree(lambda leaf: others.append(_without_sizes(leaf)), found.structure)
+        try:
+            self._rule = ShapeRule.learned(self._rule, found, given)
+            self._is_regular &= self._runs == 0 or others == self._others
+        except ValueError:
+            self._is_regular = False
+        self._others, self._runs = others, self._runs + 1
+
+
+def _without_sizes(leaf: object) -> object:
+    if isinstance(leaf, Made):
+        return leaf.dtype, leaf.needs_grad
+    return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf)
+
+
+def _exact(option: Size, given: Sequence[Shape]) -> int | None:
+    """A size; None where it would not be whole, or the arguments have no such dimension."""
+    if isinstance(option, int):
+        return option
+    index, dim, factor = option
+    if index >= len(given) or dim >= len(given[index]):
+        return None
+    size = given[index][dim] * factor
+    return int(size) if size.denominator == 1 else None
 
 
 def _options(size: int, given: Sequence[Shape]) -> tuple[Size, ...]:

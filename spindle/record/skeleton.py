@@ -10,7 +10,7 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from spindle.record.caches import caches_off, caching_configs
+from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
 from spindle.record.lazy import is_lazy
 from spindle.record.recorder import Recorder
-from spindle.record.recording import Recording, tensors_in, tree
+from spindle.record.recording import Recording, tree
 from spindle.record.replay import RealCalls
-from spindle.record.shapes import Drawn, Made, Results, ShapeRule, results_of, run_for_real
+from spindle.record.shapes import Habit, Results, ShapeRule
 from spindle.record.sites import Sites
 
 
@@ -55,14 +56,15 @@ class Skeleton:
         self.lock = threading.Lock()
         self.changed: set[str] = set()  # buffers that a recording replaced, though taken as constants
         self.sites = Sites()
-        self.known: dict[object, Results] = {}
+        self.known: dict[object, Results] = {}  # by kind of block and arguments with their shapes
+        self.habits: dict[object, Habit] = {}  # the same without the shapes
         self.configs = caching_configs(nn.ModuleList(self.components.values()))
         inside = {id(m) for block in self.blocks for m in block.module.modules()}
         self._outside = [
             (name, module)
             for name, root in self.components.items()
             for module in root.modules()
-            if id(module) not in inside and type(module).forward is not _NO_FORWARD
+            if id(module) not in inside and type(module).forward is not NO_FORWARD
         ]
         self._modules = [  # and what the names of their parameters and buffers begin with
             (f"{name}.{path}." if path else f"{name}.", module)
@@ -88,6 +90,7 @@ class Skeleton:
         """Take these buffers as ones that change."""
         self.stateful |= names
         self.known.clear()
+        self.habits.clear()
         self._collect()
 
     def _collect(self) -> None:
@@ -178,40 +181,10 @@ class Skeleton:
     def _forwards(self, recorder: Recorder) -> Iterator[None]:
         """Blocks as single calls; other modules tell which call of a component is under way."""
         calls = Counter[Any]()
-        wanted = [(block.module, _block_call(self, block, recorder, calls)) for block in self.blocks]
-        wanted += [(module, _component_call(name, module, recorder, calls)) for name, module in self._outside]
+        wanted = [(block.module, block_call(self, block, recorder, calls)) for block in self.blocks]
+        wanted += [(module, component_call(name, module, recorder, calls)) for name, module in self._outside]
         with forwards_replaced(wanted):
             yield
-
-
-_NO_FORWARD = nn.Module.forward
-Around = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""A module's `forward` in; what is called in its place out."""
-
-
-@contextlib.contextmanager
-def forwards_replaced(wanted: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
-    """While open, other functions stand in place of the `forward` of modules; of a module named twice, the first."""
-    replaced: dict[int, tuple[nn.Module, bool, Any]] = {}
-    try:
-        for module, around in wanted:
-            if id(module) not in replaced:
-                replaced[id(module)] = (module, "forward" in module.__dict__, module.forward)
-                module.forward = around(module.forward)
-        yield
-    finally:
-        for module, patched, own in replaced.values():
-            if patched:
-                module.forward = own
-            else:
-                module.__dict__.pop("forward", None)
-
-
-def call_name(name: str, of: Any, calls: Counter[Any]) -> str:
-    """Name of the next call of something: `name`, then `name@1`; `calls` counts them."""
-    number = calls[of]
-    calls[of] += 1
-    return f"{name}@{number}" if number else name
 
 
 def _meta_like(value: Tensor) -> Tensor:
@@ -219,109 +192,6 @@ def _meta_like(value: Tensor) -> Tensor:
         return value
     meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return nn.Parameter(meta, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else meta
-
-
-def _component_call(name: str, module: nn.Module, recorder: Recorder, calls: Counter[Any]) -> Around:
-    """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
-
-    def make(own: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            if recorder.component or recorder.inside:
-                return own(*args, **kwargs)
-            recorder.component = call_name(name, module, calls)
-            try:
-                return own(*args, **kwargs)
-            except Exception as error:
-                recorder.failed = error, recorder.component
-                raise
-            finally:
-                recorder.component = ""
-
-        return called
-
-    return make
-
-
-# -- blocks -----------------------------------------------------------------------------------------------------------
-
-
-def _block_call(skeleton: Skeleton, block: BlockInfo, recorder: Recorder, calls: Counter[Any]) -> Around:
-    def make(own: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            if recorder.inside:  # a block in a block is part of it
-                return own(*args, **kwargs)
-            scope = call_name(block.path, block.path, calls)
-            key = (block.kind, torch.is_grad_enabled(), _signature((args, kwargs)))
-            if key not in skeleton.known:
-                recorder.block = block.path
-                skeleton.known[key] = _found(skeleton, block, own, recorder, args, kwargs)
-                recorder.block = ""
-            results = skeleton.known[key]
-            with torch._C.DisableTorchFunction():
-                made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
-                encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
-                recorder.drawn[scope] = results.drawn
-                return recorder.record(own, args, encoded, made, block=scope)
-
-        return called
-
-    return make
-
-
-def _found(
-    skeleton: Skeleton,
-    block: BlockInfo,
-    own: Callable[..., Any],
-    recorder: Recorder,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Results:
-    """What a block gives: by its rule, on the meta device, or, while learning, for real."""
-    rule = skeleton.rules.get(block.kind)
-    if rule is None:
-        try:
-            return _run_on_meta(own, recorder, args, kwargs)
-        except Exception as error:
-            if not skeleton.learning:
-                raise
-            reason = error
-    elif not skeleton.learning:
-        structure, shapes = rule.results([tuple(t.shape) for t in tensors_in((args, kwargs))])
-        return Results(structure, Drawn(shapes, rule.written_out))
-    else:
-        reason = None
-    with skeleton.real(block.module):
-        found = run_for_real(own, args, kwargs, reason)
-    sizes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-    skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes)
-    return found
-
-
-def _run_on_meta(own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any) -> Results:
-    from spindle.record.randomness import NotingShapes
-
-    recorder.inside = True
-    try:
-        with NotingShapes("", None) as noted:
-            structure = own(*args, **kwargs)
-    finally:
-        recorder.inside = False
-    return results_of(structure, noted.shapes, written_out=noted.writes_out_attention)
-
-
-def _signature(structure: Any) -> tuple[object, ...]:
-    """Shapes, types and constants of nested arguments; other objects count by their class."""
-    found: list[object] = []
-
-    def note(leaf: Any) -> None:
-        if isinstance(leaf, Tensor):
-            found.append((tuple(leaf.shape), leaf.dtype, leaf.requires_grad, is_lazy(leaf)))
-        else:
-            found.append(leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__)
-
-    with torch._C.DisableTorchFunction():
-        tree(note, structure)
-    return tuple(found)
 
 
 # -- calls that no mode sees ------------------------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""Calls: what stands in place of `forward` while a task is recorded, of components to tell whose code runs, and of
+repeated layers, which are one node each and give tensors without numbers.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spindle.record.lazy import is_lazy
+from spindle.record.recorder import Recorder
+from spindle.record.recording import tensors_in, tree
+from spindle.record.shapes import Drawn, Habit, Made, Results, Shape, ShapeRule, results_of, run_for_real
+
+if TYPE_CHECKING:
+    from spindle.record.skeleton import BlockInfo, Skeleton
+
+MOST_KNOWN = 4096  # results of blocks that are kept, by shapes of arguments
+
+
+NO_FORWARD = nn.Module.forward
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A module's `forward` in; what is called in its place out."""
+
+
+@contextlib.contextmanager
+def forwards_replaced(wanted: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
+    """While open, other functions stand in place of the `forward` of modules; of a module named twice, the first."""
+    replaced: dict[int, tuple[nn.Module, bool, Any]] = {}
+    try:
+        for module, around in wanted:
+            if id(module) not in replaced:
+                replaced[id(module)] = (module, "forward" in module.__dict__, module.forward)
+                module.forward = around(module.forward)
+        yield
+    finally:
+        for module, patched, own in replaced.values():
+            if patched:
+                module.forward = own
+            else:
+                module.__dict__.pop("forward", None)
+
+
+def call_name(name: str, of: Any, calls: Counter[Any]) -> str:
+    """Name of the next call of something: `name`, then `name@1`; `calls` counts them."""
+    number = calls[of]
+    calls[of] += 1
+    return f"{name}@{number}" if number else name
+
+
+def component_call(name: str, module: nn.Module, recorder: Recorder, calls: Counter[Any]) -> Around:
+    """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if recorder.component or recorder.inside:
+                return own(*args, **kwargs)
+            recorder.component = call_name(name, module, calls)
+            try:
+                return own(*args, **kwargs)
+            except Exception as error:
+                recorder.failed = error, recorder.component
+                raise
+            finally:
+                recorder.component = ""
+
+        return called
+
+    return make
+
+
+def block_call(skeleton: "Skeleton", block: "BlockInfo", recorder: Recorder, calls: Counter[Any]) -> Around:
+    """What stands in place of a block's `forward`: it notes the call, and gives tensors without numbers."""
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if recorder.inside:  # a block in a block is part of it
+                return own(*args, **kwargs)
+            scope = call_name(block.path, block.path, calls)
+            results = _results(skeleton, block, own, recorder, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
+                encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
+                recorder.drawn[scope] = results.drawn
+                return recorder.record(own, args, encoded, made, block=scope)
+
+        return called
+
+    return make
+
+
+def _results(
+    skeleton: "Skeleton",
+    block: "BlockInfo",
+    own: Callable[..., Any],
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Results:
+    """What a block gives: known for arguments of these shapes, told by habit, or found."""
+    kinds, given = _signature((args, kwargs))
+    like = (block.kind, torch.is_grad_enabled(), kinds)
+    key = (*like, given)
+    results = skeleton.known.get(key)
+    if results is None:
+        habit = skeleton.habits.setdefault(like, Habit())
+        results = None if skeleton.learning else habit.tell(given)
+    if results is None:
+        recorder.block = block.path
+        results = _found(skeleton, block, own, recorder, args, kwargs)
+        recorder.block = ""
+        habit.learn(results, given)
+        if len(skeleton.known) > MOST_KNOWN:
+            skeleton.known.clear()
+        skeleton.known[key] = results
+    return results
+
+
+def _found(
+    skeleton: "Skeleton",
+    block: "BlockInfo",
+    own: Callable[..., Any],
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Results:
+    """What a block gives: by its rule, on the meta device, or, while learning, for real."""
+    rule = skeleton.rules.get(block.kind)
+    if rule is None:
+        try:
+            return _run_on_meta(own, recorder, args, kwargs)
+        except Exception as error:
+            if not skeleton.learning:
+                raise
+            reason = error
+    elif not skeleton.learning:
+        structure, shapes = rule.results([tuple(t.shape) for t in tensors_in((args, kwargs))])
+        return Results(structure, Drawn(shapes, rule.written_out))
+    else:
+        reason = None
+    with skeleton.real(block.module):
+        found = run_for_real(own, args, kwargs, reason)
+    sizes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+    skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes)
+    return found
+
+
+def _run_on_meta(own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any) -> Results:
+    from spindle.record.randomness import NotingShapes
+
+    recorder.inside = True
+    try:
+        with NotingShapes("", None) as noted:
+            structure = own(*args, **kwargs)
+    finally:
+        recorder.inside = False
+    return results_of(structure, noted.shapes, written_out=noted.writes_out_attention)
+
+
+def _signature(structure: Any) -> tuple[tuple[object, ...], tuple[Shape, ...]]:
+    """Types and constants of nested arguments, and the shapes of tensors; other objects count by their class."""
+    found: list[object] = []
+    shapes: list[Shape] = []
+
+    def note(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            shapes.append(tuple(leaf.shape))
+            found.append((leaf.ndim, leaf.dtype, leaf.requires_grad, is_lazy(leaf)))
+        else:
+            found.append(leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__)
+
+    with torch._C.DisableTorchFunction():
+        tree(note, structure)
+    return tuple(found), tuple(shapes)
