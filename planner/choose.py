@@ -7,7 +7,7 @@ Where only some of the usual ways fit, memory may cost more time than the next c
 from collections.abc import Callable, Sequence
 
 from spindle.cluster import Cluster
-from spindle.cost.sampled import price_mean
+from spindle.cost.sampled import Priced, price_steps
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
@@ -16,7 +16,7 @@ from spindle.profile import Profile
 
 WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
-Solve = Callable[[MetaGraph, Cluster, float], Plan]
+Solve = Callable[[Priced, Cluster, float], Plan]
 """A priced MetaGraph, a cluster and a share of the time limit in; raises InfeasibleError."""
 AllFit = Callable[[MetaGraph, Cluster], bool]
 """Whether all usual ways of a priced MetaGraph fit."""
@@ -30,6 +30,7 @@ def solve_fitting(
     profile: Profile | None = None,
     pricing: Pricing | None = None,
     steps: Sequence[MetaGraph] = (),
+    is_mean: bool = False,
     all_fit: AllFit | None = None,
 ) -> tuple[Plan, Pricing]:
     """The shortest plan of the memory choices up to the first under which all usual ways fit.
@@ -37,14 +38,15 @@ def solve_fitting(
     Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit.
     Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
     `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change. `steps`
-    are the same on other batches, for whose mean it is planned.
+    are the same on other batches, for whose mean it is planned; `is_mean`: it stands for that already.
     """
     choices = memory_choices(pricing or Pricing())
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
-    priced = [(choice, price_mean(metagraph, steps, cluster, profile, choice)) for choice in choices]
+    priced = [(choice, price_steps(metagraph, steps, cluster, profile, choice, is_mean=is_mean)) for choice in choices]
     if all_fit is not None:  # the last choice is tried in any case
-        least = next((i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph, cluster)), len(priced) - 1)
+        fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
+        least = next(fitting, len(priced) - 1)
         priced = priced[: least + 1]
     last: InfeasibleError | None = None
     best: tuple[Plan, Pricing] | None = None
@@ -65,4 +67,4 @@ def solve_fitting(
 
 
 def _is_worth_it(plan: Plan, best: Plan) -> bool:
-    return plan.memory.fits >= best.memory.fits and plan.step_s < (1 - WORTH) * best.step_s
+    return plan.memory.fits >= best.memory.fits and plan.expected_s < (1 - WORTH) * best.expected_s

@@ -8,8 +8,9 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from time import perf_counter
 from typing import Literal, get_args
 
@@ -24,6 +25,7 @@ from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import step_times
+from spindle.planner.spread import spread_of, steps_s
 from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
 from spindle.planner.usual.place import place
 
@@ -32,11 +34,14 @@ METHODS: tuple[str, ...] = get_args(Method)
 SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 WARM_SHARE = 0.25
+MOST_SIMULATED = 6  # schedules whose steps on other batches are simulated
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placed schedule: slices in order of start, its makespan, and the whole step it predicts."""
+    """A placed schedule: slices in order of start, its makespan, and the whole step it predicts; where batches differ,
+    each of several steps.
+    """
 
     method: str
     slices: tuple[Slice, ...]
@@ -44,6 +49,12 @@ class Candidate:
     reduction_s: float
     update_s: float
     step_s: float
+    steps_s: tuple[float, ...] = ()
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds of a step, on average."""
+        return fmean(self.steps_s) if self.steps_s else self.step_s
 
 
 def solve(
@@ -56,9 +67,14 @@ def solve(
     aligned: bool = False,
     start: Plan | None = None,
     pins: Pins | None = None,
+    steps: Sequence[MetaGraph] = (),
     clock: Callable[[], float] = perf_counter,
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
+
+    `steps` are priced MetaGraphs of several batches, of which `metagraph` is the mean: of what the search finds for it,
+    the schedule counts that takes least time on average over them, since unequal batches keep devices waiting that
+    equal ones would not.
 
     `start` is a former plan, of a task set that was a little different: what stays the same is taken over, and the
     search takes a quarter of the default time. `pins` are devices by name of a MetaOp or component, which then runs on
@@ -78,14 +94,14 @@ def solve(
     unpinned = make_problem(metagraph, cluster)  # what bounds it holds with pins too
     bound = lower_bound(unpinned)
     problem = pinned(unpinned, pins) if pins else unpinned
-    baselines, reason = ({}, None) if pins else _baselines(problem, aligned=aligned)
+    baselines, reason = ({}, None) if pins else _baselines(problem, steps, aligned=aligned)
     if method in WAVES_BY_BASELINE:
         chosen = _only(problem, baselines, method)
     else:
         found: list[Candidate] = []
         limit_s = default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
         if not aligned:
-            found = _searched(problem, bound, limit_s, baselines, start=start, seed=seed, clock=clock)
+            found = _searched(problem, bound, limit_s, baselines, steps, start=start, seed=seed, clock=clock)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
@@ -101,7 +117,7 @@ def solve(
 def usual_ways_fit(metagraph: MetaGraph, cluster: Cluster, *, aligned: bool = False) -> bool:
     """Whether each of the usual ways has a plan within the memory of the devices."""
     try:
-        found, _ = _baselines(make_problem(metagraph, cluster), aligned=aligned)
+        found, _ = _baselines(make_problem(metagraph, cluster), (), aligned=aligned)
     except InfeasibleError:
         return False
     return len(found) == len(WAVES_BY_BASELINE)
@@ -118,6 +134,7 @@ def _searched(
     bound: Bound,
     limit_s: float,
     baselines: Mapping[str, Candidate],
+    steps: Sequence[MetaGraph],
     *,
     start: Plan | None,
     seed: int,
@@ -137,14 +154,20 @@ def _searched(
             SpindleWarning,
             stacklevel=2,
         )
-    return [evaluate(problem, "lp", slices) for slices in schedules]
+    found = [evaluate(problem, "lp", slices) for slices in schedules]
+    if not steps:
+        return found
+    found.sort(key=lambda candidate: candidate.step_s)
+    return [evaluate(problem, "lp", candidate.slices, steps) for candidate in found[:MOST_SIMULATED]]
 
 
-def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...]) -> Candidate:
+def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...], steps: Sequence[MetaGraph] = ()) -> Candidate:
     """Cost placed slices in the model that all methods share."""
     makespan_s = max(s.end_s for s in slices)
-    times = step_times(_draft(problem, method, slices, makespan_s), problem.metagraph, problem.cluster)
-    return Candidate(method, slices, makespan_s, times.reduction_s, times.update_s, times.step_s)
+    draft = _draft(problem, method, slices, makespan_s)
+    times = step_times(draft, problem.metagraph, problem.cluster)
+    each_s = steps_s(draft, steps, problem.cluster)
+    return Candidate(method, slices, makespan_s, times.reduction_s, times.update_s, times.step_s, each_s)
 
 
 def assemble(
@@ -170,16 +193,21 @@ def assemble(
         certificate=bound.certificate,
         metagraph=without_operators(problem.metagraph),
         cluster=problem.cluster,
+        spread=spread_of(chosen.steps_s, {name: c.expected_s for name, c in baselines.items()}),
     )
 
 
 def best(candidates: Iterable[Candidate], baselines: Iterable[Candidate]) -> Candidate:
-    """The shortest step among candidates that no baseline beats, in the step and if possible in makespan too."""
+    """The shortest step on average among candidates that no baseline beats, if possible in makespan neither.
+
+    Where batches differ, the makespan is that of their mean, and does not count.
+    """
     baselines = list(baselines)
-    makespan_s = min((c.makespan_s for c in baselines), default=float("inf"))
-    step_s = min((c.step_s for c in baselines), default=float("inf"))
+    makespan_s = min((c.makespan_s for c in baselines if not c.steps_s), default=float("inf"))
+    step_s = min((c.expected_s for c in baselines), default=float("inf"))
     return min(
-        candidates, key=lambda c: (c.step_s > step_s, c.makespan_s > makespan_s, c.step_s, c.makespan_s, c.method)
+        candidates,
+        key=lambda c: (c.expected_s > step_s, c.makespan_s > makespan_s, c.expected_s, c.makespan_s, c.method),
     )
 
 
@@ -193,7 +221,9 @@ def _draft(problem: Problem, method: str, slices: tuple[Slice, ...], makespan_s:
     )
 
 
-def _baselines(problem: Problem, *, aligned: bool) -> tuple[dict[str, Candidate], InfeasibleError | None]:
+def _baselines(
+    problem: Problem, steps: Sequence[MetaGraph], *, aligned: bool
+) -> tuple[dict[str, Candidate], InfeasibleError | None]:
     """The usual ways that fit in memory, and why the last of the others does not."""
     found: dict[str, Candidate] = {}
     reason: InfeasibleError | None = None
@@ -205,8 +235,8 @@ def _baselines(problem: Problem, *, aligned: bool) -> tuple[dict[str, Candidate]
             except InfeasibleError as error:
                 reason = error
                 continue
-            candidate = evaluate(problem, name, slices)
-            if name not in found or candidate.step_s < found[name].step_s:
+            candidate = evaluate(problem, name, slices, steps)
+            if name not in found or candidate.expected_s < found[name].expected_s:
                 found[name] = candidate
     return found, reason
 

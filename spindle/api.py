@@ -78,18 +78,24 @@ def plan_source(
     The plan says so too, and a run of it does so.
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
-    from spindle.cost.price import price
+    from spindle.cost.sampled import Priced
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
-    from spindle.planner.spread import step_spread
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
 
-    def solved(metagraph: MetaGraph, where: Cluster, share: float) -> Plan:
+    def solved(priced: Priced, where: Cluster, share: float) -> Plan:
         plan = solve(
-            metagraph, where, method=method, time_limit_s=share * limit_s, aligned=aligned, start=start, pins=pins
+            priced.metagraph,
+            where,
+            steps=priced.steps,
+            method=method,
+            time_limit_s=share * limit_s,
+            aligned=aligned,
+            start=start,
+            pins=pins,
         )
-        return laid_out(plan, metagraph)
+        return laid_out(plan, priced.metagraph)
 
     if profile is not None:
         check_device(cluster, profile)
@@ -101,12 +107,12 @@ def plan_source(
         solved,
         profile=profile,
         pricing=source.pricing,
-        steps=() if source.is_mean else source.steps,
+        steps=source.steps,
+        is_mean=source.is_mean,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
     )
-    spread = step_spread(plan, [price(step, cluster, profile, pricing) for step in source.steps], cluster)
-    plan = replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer)
-    return replace(plan, spread=spread, sizes=source.sizes), pricing
+    plan = replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer, sizes=source.sizes)
+    return plan, pricing
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:

@@ -193,6 +193,10 @@ class _StepSpreadModel(_JsonModel):
     mean_s: float
     p10_s: float
     p90_s: float
+    baselines_s: NameTable = {}
+
+    def value(self) -> StepSpread:
+        return StepSpread(**{**dict(self), "baselines_s": sorted_pairs(self.baselines_s)})
 
 
 class _SizeRangeModel(_JsonModel):
@@ -245,7 +249,7 @@ class PlanModel(_JsonModel):
             "waves": tuple(wave.value() for wave in self.waves),
             "certificate": self.certificate.value() if self.certificate else None,
             "cluster": self.cluster.value() if self.cluster else None,
-            "spread": StepSpread(**dict(self.spread)) if self.spread else None,
+            "spread": self.spread.value() if self.spread else None,
             "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
@@ -96,12 +97,15 @@ class SizeRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpread:
-    """Predicted seconds of `steps` steps whose batches have other sizes: mean, and 10th and 90th percentile."""
+    """Predicted seconds of `steps` steps whose batches have other sizes: mean, and 10th and 90th percentile; means of
+    the usual ways, by name.
+    """
 
     steps: int
     mean_s: float
     p10_s: float
     p90_s: float
+    baselines_s: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.p10_s <= self.p90_s < float("inf") or not 0 <= self.mean_s < float("inf"):
@@ -249,6 +253,31 @@ class Plan:
         """Share of device time in which no slice runs."""
         busy = sum(s.span_s * len(s.devices) for s in self.slices)
         return 1 - busy / (self.makespan_s * self.num_devices) if self.makespan_s else 0.0
+
+    @property
+    def compared(self) -> Literal["mean step", "step", "makespan"]:
+        """What is compared with the usual ways: steps if they are predicted, their mean where batches differ."""
+        if self.spread is not None and self.spread.baselines_s:
+            return "mean step"
+        return "step" if self.step_s and self.baseline_steps_s else "makespan"
+
+    @property
+    def usual_ways(self) -> tuple[tuple[str, float], ...]:
+        """Seconds of what is compared, of the usual ways by name."""
+        if self.compared == "mean step":
+            assert self.spread is not None
+            return self.spread.baselines_s
+        return self.baseline_steps_s if self.compared == "step" else self.baselines_s
+
+    @property
+    def compared_s(self) -> float:
+        """Seconds of what is compared, of this plan."""
+        return self.makespan_s if self.compared == "makespan" else self.expected_s
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds of a step: the mean where batches differ."""
+        return self.step_s if self.spread is None else self.spread.mean_s
 
     def wave_of(self, slice_: Slice) -> int:
         """Index of the wave in which `slice_` starts."""

@@ -13,7 +13,7 @@ from math import ceil
 
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
-from spindle.planner.report.render import LEAST_GAIN, usual_ways
+from spindle.planner.report.render import LEAST_GAIN
 
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good
 SATURATED = 0.15  # more devices are said to be of no use when they save at most this share
@@ -64,7 +64,7 @@ def advise_after(predicted_s: float, measured_s: float) -> Advice | None:
 
 
 def _as_good(plan: Plan) -> Advice | None:
-    ways, own_s = usual_ways(plan)
+    ways, own_s = plan.usual_ways, plan.compared_s
     usual_s = dict(ways).get("sequential")
     if usual_s is None or own_s < usual_s * (1 - AS_GOOD):
         return None
@@ -155,7 +155,7 @@ def slowest_chain(metagraph: MetaGraph, num_devices: int) -> tuple[float, tuple[
 
 
 def _profile(plan: Plan, error: float) -> Advice | None:
-    ways, own_s = usual_ways(plan)
+    ways, own_s = plan.usual_ways, plan.compared_s
     usual = [seconds for name, seconds in ways if name != "paper"]
     if not usual:
         return None

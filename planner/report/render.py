@@ -114,18 +114,16 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def usual_ways(plan: Plan) -> tuple[tuple[tuple[str, float], ...], float]:
-    """Seconds of the usual ways by name, and those of the plan: whole steps if predicted, else makespans."""
-    if plan.step_s and plan.baseline_steps_s:
-        return plan.baseline_steps_s, plan.step_s
-    return plan.baselines_s, plan.makespan_s
-
-
 def _baselines(plan: Plan) -> list[str]:
     if not plan.baselines_s:
         return []
-    ways, own_s = usual_ways(plan)
-    lines = ["against    whole steps of the usual ways" if own_s == plan.step_s else "against"]
+    ways, own_s = plan.usual_ways, plan.compared_s
+    what = {
+        "mean step": "    mean steps of the usual ways",
+        "step": "    whole steps of the usual ways",
+        "makespan": "",
+    }
+    lines = [f"against{what[plan.compared]}"]
     for name, seconds in sorted(ways, key=lambda pair: -pair[1]):
         lines.append(f"  {name:<16} {seconds:>12.6f} s  {_gain(seconds, own_s)}  {_title(name)}".rstrip())
     usual = [(seconds, name) for name, seconds in ways if name != "paper"]

@@ -3,7 +3,7 @@ out.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from spindle.cluster import Cluster
@@ -13,21 +13,33 @@ from spindle.pricing import Pricing
 from spindle.profile import Profile
 
 
-def price_mean(
+@dataclass(frozen=True)
+class Priced:
+    """A priced MetaGraph to plan, and the same in several steps, where batches differ."""
+
+    metagraph: MetaGraph
+    steps: tuple[MetaGraph, ...] = ()
+
+
+def price_steps(
     metagraph: MetaGraph,
     steps: Sequence[MetaGraph],
     cluster: Cluster,
     profile: Profile | None = None,
     pricing: Pricing | None = None,
-) -> MetaGraph:
-    """`metagraph` priced for the mean of `steps`, which are the same on other batches; as it is where there are none.
-
-    Times, messages and the share of forward are means over the steps, bytes in memory those of the largest.
+    *,
+    is_mean: bool = False,
+) -> Priced:
+    """`metagraph` priced for the mean of `steps`, which are the same on other batches; as it is where there are none,
+    or where it stands for their mean already.
     """
     priced = price(metagraph, cluster, profile, pricing)
-    if not steps:
-        return priced
-    others = [price(step, cluster, profile, pricing) for step in steps]
+    others = tuple(price(step, cluster, profile, pricing) for step in steps)
+    return Priced(mean_of(priced, others) if others and not is_mean else priced, others)
+
+
+def mean_of(priced: MetaGraph, others: Sequence[MetaGraph]) -> MetaGraph:
+    """Times, messages and the share of forward are means over `others`, bytes in memory those of the largest."""
     metaops = tuple(_mean(own, [other[own.name] for other in others]) for own in priced)
     flows = [{(flow.source, flow.target): other.flow_bytes(flow) for flow in other.flows} for other in others]
     return replace(

@@ -80,11 +80,11 @@ def _makespan(plan: Plan) -> Tile:
 
 
 def _gain(plan: Plan) -> Tile | None:
-    usual = usual_ways(plan)
+    usual = plan.usual_ways
     best = min(((value, name) for name, value in usual if name != "paper"), default=None)
     if best is None:
         return None
-    own_s = _own_s(plan)
+    own_s = plan.compared_s
     share = 1 - own_s / best[0]
     way = escape(f"the best usual way, {best[1].replace('_', ' ')} ({seconds(best[0])})")
     if abs(share) < LEAST_GAIN:
@@ -115,8 +115,8 @@ def _memory(plan: Plan) -> Tile | None:
 
 def verdict(plan: Plan) -> str:
     """A sentence when waves do not help."""
-    usual = [(value, name) for name, value in usual_ways(plan) if name != "paper"]
-    own_s = _own_s(plan)
+    usual = [(value, name) for name, value in plan.usual_ways if name != "paper"]
+    own_s = plan.compared_s
     if usual and own_s > min(usual)[0] * (1 + LEAST_GAIN):
         text = f"This plan is slower than {min(usual)[1]}; method auto never is."
         return f'<p class="verdict bad">{escape(text)}</p>'
@@ -143,26 +143,17 @@ def _share(found: Accounts, cause: Cause, view: View) -> str:
     return f'<td class="number">{seconds(part_s / len(view.shown.rows))} ({share})</td>'
 
 
-def usual_ways(plan: Plan) -> tuple[tuple[str, float], ...]:
-    """Seconds of a step the usual ways, by name; of the makespan when steps are not predicted."""
-    return plan.baseline_steps_s if plan.step_s and plan.baseline_steps_s else plan.baselines_s
-
-
-def _own_s(plan: Plan) -> float:
-    return plan.step_s if plan.step_s and plan.baseline_steps_s else plan.makespan_s
-
-
 def baselines(plan: Plan) -> str:
     """The usual ways as a card with bars; nothing when the plan carries none."""
-    usual = usual_ways(plan)
+    usual = plan.usual_ways
     if not usual:
         return ""
-    own_s = _own_s(plan)
+    own_s = plan.compared_s
     longest_s = max(own_s, *(value for _, value in usual))
     rows = sorted([(value, BASELINE_TITLES.get(name, name), "") for name, value in usual], reverse=True)
     rows.append((own_s, "this plan", "own"))
     body = "".join(_baseline_row(value, name, style, own_s, longest_s) for value, name, style in rows)
-    what = "step" if own_s == plan.step_s and plan.step_s else "makespan"
+    what = plan.compared
     missing = [BASELINE_TITLES[name] for name in BASELINE_TITLES if name not in dict(usual)]
     note = f'<p class="quiet">Does not fit in memory: {escape("; ".join(missing))}.</p>' if missing else ""
     head = f'<tr><th></th><th></th><th class="number">{what}</th><th class="number">this plan is</th></tr>'

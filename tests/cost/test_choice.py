@@ -8,6 +8,7 @@ from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.price import price
+from spindle.cost.sampled import Priced
 from spindle.errors import InfeasibleError
 from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph
@@ -36,8 +37,8 @@ def metagraph() -> MetaGraph:
     return contract(build_graph(parse_workload(SPEC)))
 
 
-def plan(metagraph: MetaGraph, cluster: Cluster, share: float = 1.0) -> Plan:
-    return solve(metagraph, cluster, method="paper")
+def plan(priced: Priced, cluster: Cluster, share: float = 1.0) -> Plan:
+    return solve(priced.metagraph, cluster, method="paper")
 
 
 def with_memory(num_bytes: float) -> Cluster:
@@ -45,7 +46,7 @@ def with_memory(num_bytes: float) -> Cluster:
 
 
 def peak(metagraph: MetaGraph, pricing: Pricing) -> float:
-    return max(plan(price(metagraph, CLUSTER, pricing=pricing), CLUSTER).memory.peak_bytes_per_device)
+    return max(plan(Priced(price(metagraph, CLUSTER, pricing=pricing)), CLUSTER).memory.peak_bytes_per_device)
 
 
 def test_the_first_choice_that_leaves_room_is_taken(metagraph: MetaGraph) -> None:
@@ -80,9 +81,9 @@ def test_no_usual_way_is_shorter_under_any_memory_choice_regression(share: float
 
     shares = []
 
-    def solved(metagraph: MetaGraph, where: Cluster, share: float) -> Plan:
+    def solved(priced: Priced, where: Cluster, share: float) -> Plan:
         shares.append(share)
-        return solve(metagraph, where, time_limit_s=0.05)
+        return solve(priced.metagraph, where, time_limit_s=0.05)
 
     made, _ = solve_fitting(graph, cluster, solved, all_fit=usual_ways_fit)
     assert sum(shares) == pytest.approx(1.0)

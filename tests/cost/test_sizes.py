@@ -14,7 +14,7 @@ from spindle.contract import contract, contract_like
 from spindle.cost.family import Curve, curves_of
 from spindle.cost.heldout import held_out, left_out_sizes
 from spindle.cost.price import price
-from spindle.cost.sampled import price_mean
+from spindle.cost.sampled import price_steps
 from spindle.cost.sources import INTERPOLATED_ERROR, cost_sources
 from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
@@ -64,8 +64,9 @@ def test_times_are_means_and_memory_is_of_the_largest(cluster: Cluster) -> None:
     """Flows too are means."""
     first, steps = steps_of(1e12, 3e12, 8e12)
     priced = [price(step, cluster) for step in steps]
-    mean = price_mean(first, steps, cluster)
-    (own,) = mean
+    found = price_steps(first, steps, cluster)
+    assert found.steps == tuple(priced)
+    (own,) = found.metagraph
     for n, seconds in own.layer_time_s:
         assert isclose(seconds, sum(p.metaops[0].times[n] for p in priced) / 3)
         assert own.memory[n] == max(p.metaops[0].memory[n] for p in priced)
@@ -75,7 +76,9 @@ def test_times_are_means_and_memory_is_of_the_largest(cluster: Cluster) -> None:
 def test_without_steps_the_price_is_the_plain_one(cluster: Cluster) -> None:
     """Workloads whose batches are alike are priced as ever."""
     first, _ = steps_of(1e12)
-    assert price_mean(first, (), cluster) == price(first, cluster)
+    assert price_steps(first, (), cluster).metagraph == price(first, cluster)
+    steps = steps_of(1e12, 3e12)[1]
+    assert price_steps(first, steps, cluster, is_mean=True).metagraph == price(first, cluster)
 
 
 # -- the slowest part -------------------------------------------------------------------------------------------------
