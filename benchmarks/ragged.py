@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from ragged_models import SAMPLES, language_model, rows, texts, two_towers
+from ragged_models import LARGE, SMALL, Sizes, language_model, rows, texts, two_towers
 from runtime_peers import Peer, adam
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def packed_text() -> Workload:
     workload = spindle.Workload("packed")
     lm = workload.component("lm", language_model(WIDTH))
 
-    @workload.task("text", batch_size=SAMPLES, rows=rows, data=texts())
+    @workload.task("text", batch_size=LARGE.samples, rows=rows, data=texts(LARGE))
     def text(batch: dict[str, Tensor]) -> Tensor:
         logits = lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         return F.cross_entropy(logits[0], batch["labels"][0])
@@ -112,14 +112,14 @@ def prediction(workload: Workload) -> Predicted:
     return Predicted(plan.spread, statistics.fmean(took), tenths[0], tenths[-1])
 
 
-def beside_ddp() -> Compared:
+def beside_ddp(sizes: Sizes) -> Compared:
     """Spindle, planned on measured times, and DistributedDataParallel."""
-    workload = two_towers()
+    workload = two_towers(sizes=sizes)
     optimizer: Any = adam
     profile = spindle.make_profile(workload, num_devices=2, optimizer=optimizer, launcher="processes")
     plan = spindle.make_plan(workload, "1x2:cpu", profile=profile)
     print(plan, flush=True)
-    other = Peer("ddp", "two-towers, packed", 2, 1)
+    other = Peer("ddp", "packed, small" if sizes == SMALL else "packed, large", 2, 1)
     ours: list[float] = []
     theirs: list[float] = []
     with spindle_run(workload, plan) as run:
@@ -174,27 +174,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="write the results there, as Markdown")
     options = parser.parse_args()
-    cost, bounds, towers = recording(), balance(), beside_ddp()
-    one, two = prediction(packed_text()), prediction(two_towers())
+    cost, bounds, small, large = recording(), balance(), beside_ddp(SMALL), beside_ddp(LARGE)
+    one, two = prediction(packed_text()), prediction(two_towers(sizes=LARGE))
     text = f"""# Batches whose shapes change
 
 `python benchmarks/ragged.py` on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch
-{torch.__version__}, transformers {transformers.__version__}; two ranks, float32, AdamW. {SAMPLES} samples a batch,
-packed; lengths are log-normal, the deviation of their logarithm 0.9. *One tower*: a Qwen2 of 6 layers of width {WIDTH},
-texts of 48 tokens on average. *Two towers*: images of 48 patches with captions of 16 tokens, matched; texts of 48
-tokens; 6 layers of width 192 each.
+{torch.__version__}, transformers {transformers.__version__}; two ranks, float32, AdamW. All is packed; lengths are
+log-normal, the deviation of their logarithm 0.9. *One tower*: a Qwen2 of 6 layers of width {WIDTH}, {LARGE.samples}
+texts of {LARGE.text:g} tokens on average. *Two towers* of 6 layers of width 384: images and captions are matched, texts
+train the text tower. Small batches: {SMALL}. Large ones: {LARGE}.
 
 | side by side, in turns | ms a step | beside it | ms a step | quicker by |
 |---|---|---|---|---|
 {_row("one tower, bounds by tokens", bounds, "bounds by number of samples")}
-{_row("two towers, Spindle", towers, "DistributedDataParallel")}
+{_row("two towers, small batches: Spindle", small, "DistributedDataParallel")}
+{_row("two towers, large batches: Spindle", large, "DistributedDataParallel")}
 
-First losses of the two towers differ by {towers.loss_error:.0e} of their value.
+First losses of the two towers differ by {max(small.loss_error, large.loss_error):.0e} of their value.
 
 | a step, in ms | mean | P10 | P90 |
 |---|---|---|---|
 {_rows("one tower", one)}
-{_rows("two towers", two)}
+{_rows("two towers, large batches", two)}
 
 | recording on one rank, whole batch of one tower | ms of CPU time |
 |---|---|

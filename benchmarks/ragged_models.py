@@ -6,6 +6,7 @@ batch, by samples; in one process, and under Spindle, nothing does.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +19,26 @@ from torch import Tensor, nn
 import spindle
 from spindle.workload import Batch, Workload
 
-SAMPLES, BATCHES, VOCABULARY, WIDTH, LAYERS, PATCH, JOINT = 16, 32, 512, 384, 6, 48, 64
+BATCHES, VOCABULARY, WIDTH, LAYERS, PATCH, JOINT = 32, 512, 384, 6, 48, 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Samples of a batch, and what they have on average: patches of an image, tokens of a caption and of a text."""
+
+    samples: int
+    patches: float
+    caption: float
+    text: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} images of {self.patches:g} patches with captions of {self.caption:g} tokens, "
+            f"{self.samples} texts of {self.text:g} tokens"
+        )
+
+
+SMALL, LARGE = Sizes(8, 16, 8, 16), Sizes(16, 48, 16, 48)
 
 
 class Layer(nn.Module):
@@ -76,10 +96,10 @@ def language_model(width: int = WIDTH) -> Any:
     return transformers.Qwen2ForCausalLM(config)
 
 
-def log_normal(generator: torch.Generator, mean: float, most: int, spread: float = 0.9) -> Tensor:
+def log_normal(generator: torch.Generator, samples: int, mean: float, spread: float = 0.9) -> Tensor:
     """Lengths of the samples of a batch."""
-    normal = torch.randn(SAMPLES, generator=generator)
-    return (mean * torch.exp(spread * normal - spread**2 / 2)).long().clamp(3, most)
+    normal = torch.randn(samples, generator=generator)
+    return (mean * torch.exp(spread * normal - spread**2 / 2)).long().clamp(3, int(8 * mean))
 
 
 def packed_texts(lengths: Tensor, generator: torch.Generator) -> Batch:
@@ -95,24 +115,24 @@ def text_lengths(batch: Batch) -> Tensor:
     return torch.diff(starts, append=torch.tensor([batch["position_ids"].shape[1]]))
 
 
-def pairs() -> list[Batch]:
+def pairs(sizes: Sizes) -> list[Batch]:
     """Images, and a caption of each."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(BATCHES):
-        counts = log_normal(generator, 48.0, 400)
-        batch = packed_texts(log_normal(generator, 16.0, 100), generator)
+        counts = log_normal(generator, sizes.samples, sizes.patches)
+        batch = packed_texts(log_normal(generator, sizes.samples, sizes.caption), generator)
         batch["patches"] = torch.randn(1, int(counts.sum()), PATCH, generator=generator)
         found.append({**batch, "counts": counts})
     return found
 
 
-def texts() -> list[Batch]:
+def texts(sizes: Sizes) -> list[Batch]:
     """Texts, each token with the next one of its text."""
     generator = torch.Generator().manual_seed(2)
     found = []
     for _ in range(BATCHES):
-        batch = packed_texts(log_normal(generator, 48.0, 400), generator)
+        batch = packed_texts(log_normal(generator, sizes.samples, sizes.text), generator)
         labels = batch["input_ids"].roll(-1, 1)
         labels[0, torch.tensor(list(accumulate(text_lengths(batch).tolist()))) - 1] = -100
         found.append({**batch, "labels": labels})
@@ -125,7 +145,7 @@ def rows(batch: Batch) -> Mapping[str, Any]:
     return counts | ({"patches": (1, batch["counts"])} if "patches" in batch else {})
 
 
-def two_towers(gather: Gather = lambda part: part) -> Workload:
+def two_towers(gather: Gather = lambda part: part, sizes: Sizes = SMALL) -> Workload:
     """Both tasks."""
     torch.manual_seed(0)
     workload = spindle.Workload("two-towers")
@@ -133,7 +153,7 @@ def two_towers(gather: Gather = lambda part: part) -> Workload:
     text = workload.component("text", language_model())
     inward = workload.component("projection", nn.Linear(WIDTH, JOINT))
 
-    @workload.task("match", batch_size=SAMPLES, rows=rows, data=pairs())
+    @workload.task("match", batch_size=sizes.samples, rows=rows, data=pairs(sizes))
     def match(batch: Batch) -> Tensor:
         lengths = text_lengths(batch)
         owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -143,7 +163,7 @@ def two_towers(gather: Gather = lambda part: part) -> Workload:
         scores, target = 10.0 * images @ words.T, torch.arange(len(images))
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
-    @workload.task("read", batch_size=SAMPLES, rows=rows, data=texts())
+    @workload.task("read", batch_size=sizes.samples, rows=rows, data=texts(sizes))
     def read(batch: Batch) -> Tensor:
         logits = text(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         count = (batch["labels"] != -100).sum()[None].float()

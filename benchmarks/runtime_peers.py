@@ -6,6 +6,7 @@
 - `fsdp`: fully_shard of every block and of the whole, the same loop.
 """
 
+import functools
 import os
 import resource
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ragged_models import two_towers
+from ragged_models import LARGE, two_towers
 from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
@@ -92,7 +93,8 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
     if num_ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
-    makers = {**WORKLOADS, "one-task": one_task, "two-towers, packed": two_towers}
+    large = functools.partial(two_towers, sizes=LARGE)
+    makers = {**WORKLOADS, "one-task": one_task, "packed, small": two_towers, "packed, large": large}
     workload = makers[name](_gathered if num_ranks > 1 else lambda x: x)
     step = _stepper(kind, workload, rank, num_ranks)
     pipe.send(True)
