@@ -94,7 +94,12 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
     large = functools.partial(two_towers, sizes=LARGE)
-    makers = {**WORKLOADS, "one-task": one_task, "packed, small": two_towers, "packed, large": large}
+    makers: dict[str, Callable[..., Workload]] = {
+        **WORKLOADS,
+        "one-task": one_task,
+        "packed, small": two_towers,
+        "packed, large": large,
+    }
     workload = makers[name](_gathered if num_ranks > 1 else lambda x: x)
     step = _stepper(kind, workload, rank, num_ranks)
     pipe.send(True)
