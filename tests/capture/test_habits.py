@@ -46,7 +46,7 @@ sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=1, m
 
 @given(block=st.sampled_from([*REGULAR, *IRREGULAR]), seen=sizes)
 def test_what_is_told_is_what_a_run_gives(block: Block, seen: list[tuple[int, int]]) -> None:
-    """Of blocks that follow a rule; others are told too until a run contradicts, and found out when they are computed."""
+    """Of blocks that follow a rule. Others are told until a run contradicts, and found out when they are computed."""
     habit = Habit()
     for b, t in seen:
         told = habit.tell([(b, t)])
