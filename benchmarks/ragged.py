@@ -1,7 +1,7 @@
 """Batches whose shapes change: python benchmarks/ragged.py [-o FILE]
 
 - Balance: packed texts of log-normal lengths on two ranks, the same plan with bounds by tokens and by number of
-  samples, in turns of a few steps in one run; the ratio is the median of the ratios of neighboring turns.
+  samples, in turns of a few steps in one run, through all batches.
 - Prediction: what `spindle profile` and `spindle plan` say of the mean step and its percentiles, and what a run took.
 - DistributedDataParallel: a two-tower multi-task workload on packed batches (ragged_models.py), in turns as above. It
   is written as its best user would: all tasks in one forward, one reduction a step, contrastive pairs of all ranks,
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from ragged_models import LARGE, SMALL, Sizes, language_model, rows, texts, two_towers
+from ragged_models import LARGE, SMALL, WIDE, Sizes, language_model, rows, texts, two_towers
 from runtime_peers import Peer, adam
 from torch import Tensor
 
@@ -35,19 +35,20 @@ from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.units import SAMPLES as BY_COUNT
+from spindle.units import shares
 from spindle.workload import Workload
 
-TURNS, STEPS, WIDTH = 7, 5, 256
+TURNS, STEPS, WIDTH = 8, 4, 256  # of all 32 batches each once
 MOST_S = 120.0
 
 
-def packed_text() -> Workload:
+def packed_text(sizes: Sizes = LARGE) -> Workload:
     """One task: next words of packed texts."""
     torch.manual_seed(0)
     workload = spindle.Workload("packed")
     lm = workload.component("lm", language_model(WIDTH))
 
-    @workload.task("text", batch_size=LARGE.samples, rows=rows, data=texts(LARGE))
+    @workload.task("text", batch_size=sizes.samples, rows=rows, data=texts(sizes))
     def text(batch: dict[str, Tensor]) -> Tensor:
         logits = lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         return F.cross_entropy(logits[0], batch["labels"][0])
@@ -57,9 +58,7 @@ def packed_text() -> Workload:
 
 @dataclass(frozen=True)
 class Compared:
-    """Milliseconds a step of both sides, and the median ratio of theirs to ours; the largest relative difference of
-    their first losses.
-    """
+    """Mean milliseconds a step of both sides, their ratio, and the largest relative error of their first losses."""
 
     ours_ms: float
     theirs_ms: float
@@ -68,13 +67,24 @@ class Compared:
 
 
 def _compared(ours: list[float], theirs: list[float], loss_error: float = 0.0) -> Compared:
-    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    return Compared(1e3 * statistics.median(ours), 1e3 * statistics.median(theirs), ratio, loss_error)
+    """Turns of both sides on the same batches: all of them count, since they differ in size."""
+    ours_s, theirs_s = statistics.fmean(ours), statistics.fmean(theirs)
+    return Compared(1e3 * ours_s, 1e3 * theirs_s, theirs_s / ours_s, loss_error)
 
 
-def balance() -> Compared:
+def most_balance(sizes: Sizes) -> float:
+    """The larger share of two by count over the larger by tokens: what bounds by tokens could gain at most."""
+    task, largest = packed_text(sizes).tasks["text"], [0, 0]
+    for batch in map(task.sampled, task.batches()):
+        tokens = batch.units.counts["input_ids"]
+        for index, costs in enumerate((None, tokens)):
+            largest[index] += max(sum(tokens[low:high]) for low, high in shares(batch.units, 2, costs))
+    return largest[0] / largest[1]
+
+
+def balance(sizes: Sizes) -> Compared:
     """Bounds by tokens and by count."""
-    prepared = prepare(workload := packed_text(), spindle.make_plan(workload, "1x2:cpu", pins={"lm": [0, 1]}))
+    prepared = prepare(workload := packed_text(sizes), spindle.make_plan(workload, "1x2:cpu", pins={"lm": [0, 1]}))
     program = prepared.program
     counted = replace(program, slices=tuple(replace(run, weigh_by=BY_COUNT) for run in program.slices))
     options: dict[str, Any] = {"optimizer": adam, "launcher": "processes", "timeout_s": MOST_S}
@@ -136,8 +146,9 @@ def beside_ddp(workload: Workload, plan: Plan, sizes: Sizes) -> Compared:
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of CPU time: recording a batch anew, its replay, and a step in one process."""
+    """Milliseconds of CPU time: recording one of the first batches, a later one, a replay; a step in one process."""
 
+    first_ms: float
     anew_ms: float
     replay_ms: float
     step_ms: float
@@ -149,7 +160,7 @@ def recording() -> Cost:
     captured = capture(workload)
     recordings = Recordings(Recipe.of(workload, captured).apart(), torch.device("cpu"))
     task = workload.tasks["text"]
-    batches = [task.sampled(batch) for batch in task.batches()][:8]
+    batches = [task.sampled(batch) for batch in task.batches()]
 
     def took(number: int) -> float:
         batch = batches[number]
@@ -159,7 +170,8 @@ def recording() -> Cost:
         return 1e3 * (time.process_time() - started)
 
     took(0)
-    anew = [took(number) for number in range(1, len(batches))]
+    first = [took(number) for number in range(1, 8)]  # while layers still run on the meta device
+    anew = [took(number) for number in range(8, len(batches))]
     replayed = [took(number) for number in range(len(batches))]
     torch.set_num_threads(1)
     steps = []
@@ -167,7 +179,7 @@ def recording() -> Cost:
         started = time.process_time()
         task.function(dict(batch.fields)).backward()  # type: ignore[no-untyped-call]
         steps.append(1e3 * (time.process_time() - started))
-    return Cost(statistics.median(anew), statistics.median(replayed), statistics.median(steps))
+    return Cost(*(statistics.median(taken) for taken in (first, anew, replayed, steps)))
 
 
 def main() -> None:
@@ -175,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="write the results there, as Markdown")
     options = parser.parse_args()
-    cost, bounds = recording(), balance()
+    cost, bounds, wide = recording(), balance(LARGE), balance(WIDE)
     text, small, large = packed_text(), two_towers(sizes=SMALL), two_towers(sizes=LARGE)
     plans = [planned(workload) for workload in (text, small, large)]
     ddp = [beside_ddp(small, plans[1], SMALL), beside_ddp(large, plans[2], LARGE)]
@@ -185,12 +197,14 @@ def main() -> None:
 `python benchmarks/ragged.py` on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch
 {torch.__version__}, transformers {transformers.__version__}; two ranks, float32, AdamW. All is packed; lengths are
 log-normal, the deviation of their logarithm 0.9. *One tower*: a Qwen2 of 6 layers of width {WIDTH}, {LARGE.samples}
-texts of {LARGE.text:g} tokens on average. *Two towers* of 6 layers of width 384: images and captions are matched, texts
-train the text tower. Small batches: {SMALL}. Large ones: {LARGE}.
+texts of {LARGE.text:g} tokens on average; with a long tail {WIDE.samples} of {WIDE.text:g}, deviation {WIDE.spread}.
+*Two towers* of 6 layers of width 384: images and captions are matched, texts train the text tower. Small batches:
+{SMALL}. Large ones: {LARGE}.
 
 | side by side, in turns | ms a step | beside it | ms a step | quicker by |
 |---|---|---|---|---|
-{_row("one tower, bounds by tokens", bounds, "bounds by number of samples")}
+{_row("one tower, bounds by tokens", bounds, f"by number of samples; at most {most_balance(LARGE) - 1:.0%} to gain")}
+{_row("the same, a long tail", wide, f"by number of samples; at most {most_balance(WIDE) - 1:.0%} to gain")}
 {_row("two towers, small batches: Spindle", ddp[0], "DistributedDataParallel")}
 {_row("two towers, large batches: Spindle", ddp[1], "DistributedDataParallel")}
 
@@ -204,7 +218,8 @@ First losses of the two towers differ by {max(found.loss_error for found in ddp)
 
 | recording on one rank, whole batch of one tower | ms of CPU time |
 |---|---|
-| recorded anew (new shapes) | {cost.anew_ms:.1f} |
+| recorded anew (new shapes), the first batches | {cost.first_ms:.1f} |
+| recorded anew, later ones | {cost.anew_ms:.1f} |
 | replay (known shapes) | {cost.replay_ms:.2f} |
 | forward and backward in one process, beside it | {cost.step_ms:.0f} |
 """

@@ -24,12 +24,16 @@ BATCHES, VOCABULARY, WIDTH, LAYERS, PATCH, JOINT = 32, 512, 384, 6, 48, 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples of a batch, and what they have on average: patches of an image, tokens of a caption and of a text."""
+    """Samples of a batch, and what they have on average: patches of an image, tokens of a caption and of a text.
+
+    `spread`: standard deviation of the logarithm of all of these.
+    """
 
     samples: int
     patches: float
     caption: float
     text: float
+    spread: float = 0.9
 
     def __str__(self) -> str:
         return (
@@ -39,6 +43,7 @@ class Sizes:
 
 
 SMALL, LARGE = Sizes(8, 16, 8, 16), Sizes(16, 48, 16, 48)
+WIDE = Sizes(8, 48, 16, 192, spread=1.2)  # a long tail: one text in a hundred is eight times as long as the mean
 
 
 class Layer(nn.Module):
@@ -96,10 +101,10 @@ def language_model(width: int = WIDTH) -> Any:
     return transformers.Qwen2ForCausalLM(config)
 
 
-def log_normal(generator: torch.Generator, samples: int, mean: float, spread: float = 0.9) -> Tensor:
+def log_normal(generator: torch.Generator, sizes: Sizes, mean: float) -> Tensor:
     """Lengths of the samples of a batch."""
-    normal = torch.randn(samples, generator=generator)
-    return (mean * torch.exp(spread * normal - spread**2 / 2)).long().clamp(3, int(8 * mean))
+    normal = torch.randn(sizes.samples, generator=generator)
+    return (mean * torch.exp(sizes.spread * normal - sizes.spread**2 / 2)).long().clamp(3, int(8 * mean))
 
 
 def packed_texts(lengths: Tensor, generator: torch.Generator) -> Batch:
@@ -120,8 +125,8 @@ def pairs(sizes: Sizes) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(BATCHES):
-        counts = log_normal(generator, sizes.samples, sizes.patches)
-        batch = packed_texts(log_normal(generator, sizes.samples, sizes.caption), generator)
+        counts = log_normal(generator, sizes, sizes.patches)
+        batch = packed_texts(log_normal(generator, sizes, sizes.caption), generator)
         batch["patches"] = torch.randn(1, int(counts.sum()), PATCH, generator=generator)
         found.append({**batch, "counts": counts})
     return found
@@ -132,7 +137,7 @@ def texts(sizes: Sizes) -> list[Batch]:
     generator = torch.Generator().manual_seed(2)
     found = []
     for _ in range(BATCHES):
-        batch = packed_texts(log_normal(generator, sizes.samples, sizes.text), generator)
+        batch = packed_texts(log_normal(generator, sizes, sizes.text), generator)
         labels = batch["input_ids"].roll(-1, 1)
         labels[0, torch.tensor(list(accumulate(text_lengths(batch).tolist()))) - 1] = -100
         found.append({**batch, "labels": labels})
