@@ -3,16 +3,18 @@
 Batches are read and recorded; no model runs. Operators of the same shapes are measured once, on fake tensors.
 """
 
+import contextlib
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spindle.batch import SampledBatch
+from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture import costs
 from spindle.capture.codes import Captured, OperatorPart, TaskCode, computing_in
 from spindle.capture.parts import TaskPart, divide
@@ -66,7 +68,8 @@ def sizes_of(workload: Workload, captured: Captured, on_task: Callable[[str], ob
     read = {}
     for name, task in workload.tasks.items():
         on_task(f"reading batches of {name}")
-        read[name] = list(_read(task))
+        with _generators_kept():
+            read[name] = list(_read(task))
     ranges = tuple(found for name, batches in read.items() for found in _ranges(name, batches))
     if not any(_differ(batches) for batches in read.values()):
         return Sizes((), (), ranges)
@@ -89,10 +92,22 @@ def sizes_of(workload: Workload, captured: Captured, on_task: Callable[[str], ob
     )
 
 
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """While open, loaders may draw from the process's generators, which then stand where they stood."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 def _read(task: Task) -> Iterator[SampledBatch]:
     began_s = time.monotonic()
     found: list[SampledBatch] = []
-    with suppress(Exception):  # a loader that breaks later says so when it gets there
+    with contextlib.suppress(Exception):  # a loader that breaks later says so when it gets there
         for batch in itertools.islice(task.batches(), READ):
             found.append(task.sampled(batch))
             yield found[-1]
@@ -146,11 +161,11 @@ class _Measurer:
 
     def _part(self, task: str, code: TaskCode, batch: SampledBatch) -> TaskPart:
         bounds = (0, batch.units.num_samples)
-        name = base_task(task)
+        name, fields = base_task(task), batch.part(*bounds)
         recorded = record(
             self.captured.skeleton,
             self.workload.tasks[name].function,
-            batch.part(*bounds),
+            with_own_tensors(fields) if code.copies_batch else fields,
             stream=Stream(task=name, high=bounds[1], units=batch.units),
             sites=code.sites.get("", ()),
             autocast=computing_in(self.captured.precision, _CPU),

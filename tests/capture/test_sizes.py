@@ -127,6 +127,34 @@ def test_a_loader_that_breaks_later_counts_as_far_as_it_goes() -> None:
     assert len(found(texts(data)).steps) == 2
 
 
+def test_reading_changes_neither_batches_nor_generators() -> None:
+    """A task that writes to its batch, and a loader that shuffles."""
+    order = []
+
+    def data() -> Iterator[Batch]:
+        for length in torch.randperm(6).tolist():
+            order.append(length)
+            yield {"x": torch.ones(2, 3 + length)}
+
+    listed = [{"x": torch.ones(2, 3 + length)} for length in range(3)]
+    for given in (data, listed):
+        torch.manual_seed(0)
+        workload = Workload("writes")
+        layer = workload.component("layer", nn.Linear(1, 4))
+
+        @workload.task("t", batch_size=2, data=given)
+        def t(batch: Batch, layer: Any = layer) -> Tensor:
+            batch["x"].mul_(2)
+            loss: Tensor = layer(batch["x"][..., None]).square().mean()
+            return loss
+
+        captured = capture(workload)
+        before = torch.get_rng_state()
+        assert len(sizes_of(workload, captured).steps) == len(given if isinstance(given, list) else range(6))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(batch["x"], torch.ones_like(batch["x"])) for batch in listed)
+
+
 def test_layers_that_a_batch_leaves_out_do_nothing_in_it() -> None:
     """A batch without an image takes no time of the image tower, and is not measured."""
     sizes = found(image_workload(branched).workload)

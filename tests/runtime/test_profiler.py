@@ -17,6 +17,7 @@ from spindle.runtime.profiling.profiler import MESSAGE_BYTES, measure_profile
 from spindle.runtime.profiling.rounds import counts_to_measure
 from spindle.runtime.profiling.site import Site
 from spindle.workload import Workload
+from tests.capture.test_sizes import text, texts
 from tests.tiny_workloads import cut_language_model, two_towers
 
 
@@ -48,6 +49,20 @@ def whole() -> Profile:
 
 def test_a_whole_profile_is_not_measured_again() -> None:
     assert profile(whole()) == (whole(), 0)
+
+
+def test_where_batches_differ_three_sizes_are_measured() -> None:
+    """A small, a middle and a large one; a plan takes them for the sizes in between."""
+    workload = texts([text(length) for length in (4, 20, 8, 12, 16)])
+    found = measure_profile(workload, capture(workload), num_devices=2, seconds_per_entry=0.0)
+    sizes = {family: {entry.size for entry in entries} for family, entries in found.by_family.items()}
+    assert all(len(each) == 3 for each in sizes.values())
+    assert {entry.num_devices for entry in found.entries} == {1, 2}
+    again = measure_profile(workload, capture(workload), num_devices=2, known=found, seconds_per_entry=0.0)
+    assert again == found
+    plan = spindle.make_plan(workload, "1x2:cpu", profile=found)
+    assert plan.spread is not None
+    assert plan.spread.steps == 5
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
