@@ -158,7 +158,8 @@ def run_reference(
                         loss = task.function(dict(given.fields))
                     found.append(float(loss.detach()))
                     dtypes[name] = loss.dtype
-                    torch.autograd.backward(loss * (task.weight / workload.accumulate))
+                    if loss.requires_grad:  # not where a batch lacks all that is trained
+                        torch.autograd.backward(loss * (task.weight / workload.accumulate))
                 losses[-1][name] = sum(found) / len(found)
             if workload.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained.values(), workload.max_grad_norm)

@@ -54,6 +54,10 @@ class Units:
             raise ValueError(f"{size} entries do not divide among {rows} rows of {unit!r}")
         return start // rows, (end - start) // rows
 
+    def first_share(self, unit: str, parts: int) -> Bounds:
+        """The first of so many shares of the batch, by rows of a unit."""
+        return shares(self, parts, None if unit == SAMPLES else self.counts.get(unit))[0]
+
     def slowest(self, unit: str, parts: int) -> float:
         """Rows of the largest of so many shares of the batch over the mean share; 1 where all are equal."""
         if parts == 1:

@@ -31,11 +31,11 @@ from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.rehearsal import Rehearsal
-from spindle.runtime.programs.lower import split_samples
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.transport import Transport, Wait
 from spindle.runtime.worker import OptimizerFactory
+from spindle.units import SAMPLES
 from spindle.workload import Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
@@ -278,7 +278,7 @@ class Bench:
 
     def _record(self, task: Task, batch: SampledBatch) -> None:
         """Record a rank's share of the samples, as each step does when it has loaded a batch."""
-        bounds = split_samples(batch.units.num_samples, min(self.num_ranks, batch.units.num_samples))[0]
+        bounds = batch.units.first_share(SAMPLES, min(self.num_ranks, batch.units.num_samples))
         name = next(name for name in self.job.captured.tasks if base_task(name) == task.name)
         layout = StepLayout(batch.units, {}, {})
         self.recordings.loaded(name, batch, layout, Stream(task=task.name)).part(bounds)

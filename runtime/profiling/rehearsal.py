@@ -58,12 +58,13 @@ class Rehearsal:
         self.executors = {False: self._executor(program), True: self._executor(again)}
         before, run, after = program.slices
         self.goes_back = run.backward
-        self.task, bounds = run.task, before.bounds_of(self.rank)
+        self.task = run.task
+        bounds = batch.units.first_share(captured.graph.by_name[names[0]].unit, count // max(1, len(ranks)))
         specs = program.tensor_by_name
         recordings, stream = Recordings(recipe, device), Stream(task=run.task, units=batch.units)
         parts: dict[Bounds, TaskPart] = {}
         self.loaded = {
-            recompute: LoadedBatch(recordings, run.task, batch, _layout(executor.program, batch), stream, parts)
+            recompute: LoadedBatch(recordings, run.task, batch, _layout(executor.program, batch, bounds), stream, parts)
             for recompute, executor in self.executors.items()
         }
         shapes = self.loaded[False].part(bounds).shapes
@@ -111,9 +112,9 @@ def _alone(device: torch.device) -> Transport:
     return transport
 
 
-def _layout(program: Program, batch: SampledBatch) -> StepLayout:
-    """The samples of an excerpt, which may be the first share of the batch alone."""
-    return StepLayout(batch.units, {run.name: run.bounds for run in program.slices}, {})
+def _layout(program: Program, batch: SampledBatch, bounds: Bounds) -> StepLayout:
+    """The samples of an excerpt: on each rank the first share of the batch, cut as runs cut it."""
+    return StepLayout(batch.units, {run.name: (bounds,) * len(run.ranks) for run in program.slices}, {})
 
 
 def _random(spec: TensorSpec, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -15,7 +15,6 @@ from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.launch.crew import Crew
 from spindle.runtime.profiling.measure import MIN_REPEATS, degrees, spread, steady
-from spindle.runtime.programs.lower import split_samples
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest
@@ -130,7 +129,7 @@ class Kind:
         if first.units is None:
             return first.size
         rows = first.units.rows(first.unit, 0, first.batch_size)
-        share = first.units.rows(first.unit, *split_samples(first.batch_size, copies)[0])
+        share = first.units.rows(first.unit, *first.units.first_share(first.unit, copies))
         return first.size * share * copies / rows if rows else first.size
 
     def num_bytes(self, layout: tuple[int, int]) -> float:

@@ -88,11 +88,10 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
     skeleton = Skeleton({name: c.module for name, c in workload.components.items()}, infos, learning=True)
     namer, memo = Namer(blocks), Memo()
-    mixing_kinds: dict[str, bool] = {}
     results: list[TaskOperators] = []
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
-        seen = Looker(workload, skeleton, task, mixing_kinds, whole).look()
+        seen = Looker(workload, skeleton, task, whole).look()
         results.append(build_operators(workload, task, seen, namer, memo))
     skeleton.learning = False
     return Captured(

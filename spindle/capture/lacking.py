@@ -29,7 +29,7 @@ class Lacking:
 
     def __init__(self, code: TaskCode, wired: Wired, names: Sequence[str], where: str) -> None:
         self.code, self.wired, self.nodes = code, wired, wired.recording.nodes
-        self.where = f"{where}: a batch lacks {', '.join(map(repr, names))}, which the first batch had, and without it"
+        self.where = f"{where}: a batch lacks {', '.join(map(repr, names))}, which the first batch had; without it"
         self.order = Order(code.waits)
         self.maker = {tensor: name for name in code.crossing for tensor in code.sent(name)}
         self.places = {code.tensors[what]: code.place(what) for sent in code.crossing.values() for what in sent}
@@ -130,6 +130,6 @@ class Lacking:
     def refusal(self, what: str) -> WorkloadError:
         """The error for a batch that is computed in another way."""
         return WorkloadError(
-            f"{self.where} {what}, so it computes in another way; make such batches a task of their own, or let "
-            "the first batch be one that lacks nothing"
+            f"{self.where} {what}, so it computes in another way; let it run the same lines with and without, or make "
+            "such batches a task of their own"
         )

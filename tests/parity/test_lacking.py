@@ -180,6 +180,34 @@ def test_recomputed_layers_are_exact() -> None:
     assert report.ok, str(report)
 
 
+def test_a_loss_without_gradient_counts_and_trains_nothing() -> None:
+    """Only images train here, and a batch has none."""
+    parts = workload(two_losses)
+    for module in (parts.words, parts.lm, parts.head):
+        module.requires_grad_(False)
+    report = verified(parts)
+    assert report.ok, str(report)
+
+
+def test_a_loader_is_read_on_past_a_batch_that_lacks_a_unit() -> None:
+    """One image in each sample cannot be told from samples; the next batch has none, and rows= leaves the name out."""
+    parts = Parts()
+    data = [batches("missing")[index] for index in (0, 1, 2)]
+    data[0]["ids"][:, :2] = 3
+    data[0]["ids"][:, 0] = IMAGE
+
+    def centered(batch: Batch) -> Tensor:
+        h = parts.words(batch["ids"])
+        if has_images(batch):
+            seen = parts.vision(batch["pixels"])
+            h = h.masked_scatter((batch["ids"] == IMAGE)[..., None].expand_as(h), seen - seen.mean(0))
+        return parts.loss(batch, h)
+
+    parts.workload.task("see", batch_size=4, data=lambda: data, rows=rows)(centered)
+    report = verified(parts, 3, 1)
+    assert report.ok, str(report)
+
+
 # -- what must be refused ---------------------------------------------------------------------------------------------
 
 
@@ -215,7 +243,7 @@ def test_other_random_numbers_are_refused() -> None:
         return parts.loss(batch, F.dropout(h, 0.2))
 
     with pytest.raises(
-        WorkloadError, match=r"lacks 'pixels', which the first batch had, .* draws other random numbers"
+        WorkloadError, match=r"lacks 'pixels', which the first batch had; .* draws other random numbers"
     ):
         verified(workload(noisy))
 

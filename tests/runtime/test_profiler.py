@@ -16,9 +16,18 @@ from spindle.runtime.profiling.measure import MIN_REPEATS
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES, measure_profile
 from spindle.runtime.profiling.rounds import counts_to_measure
 from spindle.runtime.profiling.site import Site
-from spindle.workload import Workload
+from spindle.workload import Batch, Workload
 from tests.capture.test_sizes import text, texts
+from tests.parity.test_lacking import IMAGE, Parts
+from tests.parity.test_lacking import workload as image_workload
 from tests.tiny_workloads import cut_language_model, two_towers
+
+
+def taken_whole(batch: Batch, parts: Parts) -> torch.Tensor:
+    """A tower that cannot take no image at all."""
+    if not len(batch["pixels"]):
+        raise ValueError("no image")
+    return parts.loss(batch, parts.merged(batch))
 
 
 @functools.cache
@@ -63,6 +72,22 @@ def test_where_batches_differ_three_sizes_are_measured() -> None:
     plan = spindle.make_plan(workload, "1x2:cpu", profile=found)
     assert plan.spread is not None
     assert plan.spread.steps == 5
+
+
+def test_layers_are_measured_on_parts_that_have_images() -> None:
+    """Where the images are those of the last samples, half a batch by number of samples has none."""
+    workload = image_workload(taken_whole, "missing", order=(0, 2)).workload
+    task = workload.tasks["see"]
+    last = [{**b, "ids": b["ids"].flip(0)} for b in task.batches()]
+    workload.tasks["see"] = replace(task, data=[{**b, "ids": sorted_by_images(b["ids"])} for b in last])
+    workload.captured = None
+    found = measure_profile(workload, capture(workload), num_devices=2, seconds_per_entry=0.0)
+    assert {entry.num_devices for entry in found.entries} == {1, 2}
+
+
+def sorted_by_images(ids: torch.Tensor) -> torch.Tensor:
+    """Samples with the fewest images first."""
+    return ids[(ids == IMAGE).sum(1).argsort()]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])

@@ -45,14 +45,11 @@ class Looker:
         workload: Workload,
         skeleton: Skeleton,
         task: Task,
-        known_blocks: dict[str, bool],
         whole: frozenset[str] = frozenset(),
     ) -> None:
-        """`known_blocks`: whether each kind of block mixes samples, found for all tasks together; `whole` names
-        components that are taken whole.
-        """
+        """`whole` names components that are taken whole."""
         self.workload, self.skeleton, self.task = workload, skeleton, task
-        self.known_blocks, self.whole = known_blocks, whole
+        self.whole = whole
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
@@ -111,7 +108,7 @@ class Looker:
         assert self.sites is not None
         named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
         blocks = {block.path: block for block in self.skeleton.blocks}
-        return Prober(self.task.name, named, blocks, findings, self.sites, self.known_blocks)
+        return Prober(self.task.name, named, blocks, findings, self.sites)
 
     # -- trials ---------------------------------------------------------------------------------------------------
 

@@ -21,13 +21,15 @@ from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.trials import Findings, Part, Trial, fits
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.randomness import Drawing
-from spindle.record.recording import Node, Recording, execute
+from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
 from spindle.record.skeleton import BlockInfo
 from spindle.units import Place
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits
 _JITTERED = 10_000_000  # numbers of a parameter; larger ones are no zeros
+
+_ZEROS = ("new_zeros", "zeros_like", "zeros", "full", "full_like", "new_full", "zero_")
 
 _CPU = torch.device("cpu")
 
@@ -45,13 +47,11 @@ class Prober:
         blocks: Mapping[str, BlockInfo],
         findings: Findings,
         sites: Mapping[str, tuple[Site, ...]],
-        known_blocks: dict[str, bool],
     ) -> None:
-        """`parameters` and changing buffers by name; `blocks` by path. `known_blocks`: whether each kind of block mixes
-        samples; new kinds are added.
-        """
+        """`parameters` and changing buffers by name; `blocks` by path."""
         self.task, self.parameters, self.blocks = task, parameters, blocks
-        self.findings, self.sites, self.known_blocks = findings, sites, known_blocks
+        self.findings, self.sites = findings, sites
+        self.known_blocks: dict[object, bool] = {}  # whether they mix samples, by kind and way of calling
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
         self.varying: set[Key] = set()  # keys whose results differ by sample in some trial
@@ -61,11 +61,19 @@ class Prober:
         made: dict[tuple[str, int], Tensor] = {}
         whole = self._values(trial, trial.whole, made)
         parts = [self._values(trial, part, made) for part in trial.parts]
+        nodes = trial.whole.wired.recording.nodes
+        zeros = {
+            trial.whole.wired.key(n)
+            for n in trial.whole.wired.glue()
+            if getattr(nodes[n].function, "__name__", "") in _ZEROS
+        }
         for key, calls in whole.items():
             if only is not None and key not in only:
                 continue
             others = [part.get(key, []) for part in parts]
             verdict = self._compared(key, calls, others)
+            if verdict == "constant" and key not in zeros and all(_is_zero(v) for call in calls for v in call):
+                verdict = "mixes"  # a sum over samples none of which counts (all are masked): others may
             if verdict == "mixes":
                 self.findings.mixing.add(key)
             elif verdict == "constant" and key not in self.varying:
@@ -192,12 +200,29 @@ class Prober:
     # -- blocks ---------------------------------------------------------------------------------------------------
 
     def _probe_block(self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor]) -> None:
-        """See once for each kind of block whether it mixes samples: it runs on the whole's arguments, cut."""
-        kind = self._block(node).kind
+        """See once for each kind of block, and each way in which it is called, whether it mixes samples: it runs on the
+        whole's arguments, cut. The same layer keeps padded texts apart, and not packed ones without a mask.
+        """
+        kind = (self._block(node).kind, self._way(node, values))
         if kind not in self.known_blocks and part is trial.whole:
             self.known_blocks[kind] = self._block_mixes(trial, node, values)
         if self.known_blocks.get(kind):
             self.findings.mixing_blocks.add(node.block)
+
+    def _way(self, node: Node, values: dict[int, Tensor]) -> object:
+        """What a call gives to a block: constants, types and dimensions of the model's values, and tensors of the
+        batch; and how its results are cut.
+        """
+
+        def told(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                value = values.get(leaf.index)
+                return None if value is None else (value.ndim, str(value.dtype))
+            if isinstance(leaf, Aux):
+                return "batch", leaf.index  # another mask may let samples see each other
+            return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__
+
+        return repr((tree(told, node.args), tree(told, node.kwargs), self.findings.places.get(node.block)))
 
     def _block(self, node: Node) -> BlockInfo:
         return self.blocks[node.block.partition("@")[0]]
@@ -284,6 +309,10 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
             if parameter.is_floating_point() and parameter.numel() <= _JITTERED:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
     return twin
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.numel()) and not bool(value.count_nonzero())
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

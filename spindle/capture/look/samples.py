@@ -75,7 +75,8 @@ def _is_shared(units: Units, count: int, cut: int) -> bool:
 
 
 def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
-    a, b = units.offsets[pair[0]], units.offsets[pair[1]]
+    none = [0] * (units.num_samples + 1)  # a batch may lack a unit
+    a, b = (units.offsets.get(unit, none) for unit in pair)
     return a[cut] * b[count] != b[cut] * a[count]
 
 
