@@ -1,4 +1,4 @@
-"""Drift: batches of a run in; a sentence where one is of another size than those that its plan was made for, out."""
+"""Drift: batches of a run in; a sentence where the size of one lies outside the range its plan was made for, out."""
 
 from collections.abc import Iterable
 

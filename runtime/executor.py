@@ -221,18 +221,18 @@ class Executor:
         """Run the operators of a slice on this rank's samples; its outputs."""
         values = dict(inputs)
         loaded = self.loaded[ready.run.task]
-        part = loaded.part(bounds)
+        part, absent = loaded.part(bounds), loaded.absent
         stream = ready.stream(self.stream, self.first_batch, loaded.batch.units, bounds)
         with computing_in(self.precision, self.transport.device), drawing_from(stream):
             for code in ready.codes:
                 own = part.operators.get(code.name)
                 if own is None:  # of a modality that this batch lacks
                     continue
-                given = [values[name] for name in code.inputs if name not in loaded.absent]
-                sent = [name for name in code.outputs if name not in loaded.absent]
+                given = [values[name] for name in code.inputs if name not in absent]
+                sent = [name for name in code.outputs if name not in absent]
                 values.update(zip(sent, self._run_code(ready, code, own, given), strict=True))
         # autocast differs between kinds of device; what leaves a slice has the type that the program says
-        outputs = ((spec.name, dtype) for spec, dtype in ready.outputs if spec.name not in loaded.absent)
+        outputs = ((spec.name, dtype) for spec, dtype in ready.outputs if spec.name not in absent)
         return {name: values[name].to(dtype) for name, dtype in outputs}
 
     def _run_code(

@@ -5,7 +5,7 @@
 - Operators of different tasks are different even when they hold the same parameters (equal parameter names).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, prod
@@ -73,6 +73,11 @@ class TensorSpec:
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
         return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
+
+
+def unit_of(made: Iterable[TensorSpec]) -> str:
+    """The unit whose rows whatever makes these tensors computes on: a packed one, if any of them is cut by it."""
+    return next((tensor.unit for tensor in made if tensor.rows and tensor.unit != SAMPLES), SAMPLES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +194,8 @@ class Operator:
 
     @property
     def unit(self) -> str:
-        """The unit whose rows it computes on: the unit of what it makes, packed ones first."""
-        units = [tensor.unit for tensor in self.outputs if tensor.rows]
-        return next((unit for unit in units if unit != SAMPLES), SAMPLES)
+        """The unit whose rows it computes on."""
+        return unit_of(self.outputs)
 
     @property
     def size(self) -> float:

@@ -54,9 +54,13 @@ class Units:
             raise ValueError(f"{size} entries do not divide among {rows} rows of {unit!r}")
         return start // rows, (end - start) // rows
 
+    def shares(self, unit: str, parts: int) -> tuple[Bounds, ...]:
+        """Consecutive bounds of so many shares of the batch, by its rows of a unit."""
+        return shares(self, parts, None if unit == SAMPLES else self.counts.get(unit))
+
     def first_share(self, unit: str, parts: int) -> Bounds:
-        """The first of so many shares of the batch, by rows of a unit."""
-        return shares(self, parts, None if unit == SAMPLES else self.counts.get(unit))[0]
+        """The first of so many shares of the batch."""
+        return self.shares(unit, parts)[0]
 
     def slowest(self, unit: str, parts: int) -> float:
         """Rows of the largest of so many shares of the batch over the mean share; 1 where all are equal."""
@@ -64,8 +68,7 @@ class Units:
             return 1.0
         key = (unit, parts)
         if key not in self._slowest:
-            costs = None if unit == SAMPLES else self.counts.get(unit)
-            rows = [self.rows(unit, *share) for share in shares(self, parts, costs)]
+            rows = [self.rows(unit, *share) for share in self.shares(unit, parts)]
             self._slowest[key] = max(rows) * parts / sum(rows) if any(rows) else 1.0
         return self._slowest[key]
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph, TensorSpec
+from spindle.graph import Operator, TaskGraph, TensorSpec, unit_of
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
-from spindle.units import SAMPLES
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 
@@ -46,7 +45,7 @@ def lower(
     mixes samples.
     """
     runs = [
-        replace(run, varies=True, weigh_by=_unit(run, graph))
+        replace(run, varies=True, weigh_by=unit_of(graph.tensors[name] for name in run.outputs))
         if run.task in varying and len(run.ranks) > run.tensor_parallel
         else run
         for run in _slice_runs(plan, metagraph, graph, losses, recompute)
@@ -92,12 +91,6 @@ def _slice_runs(
         slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
         for index, (slice_, names) in enumerate(parts)
     ]
-
-
-def _unit(run: SliceRun, graph: TaskGraph) -> str:
-    """The unit whose rows a run computes on: the unit of what it makes, packed ones first."""
-    units = [graph.tensors[name].unit for name in run.outputs if graph.tensors[name].rows]
-    return next((unit for unit in units if unit != SAMPLES), SAMPLES)
 
 
 def _parts(names: tuple[str, ...], graph: TaskGraph, recompute: Collection[str]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Message, Program, SliceRun, Transfer
-from spindle.units import SAMPLES, Bounds, Units, shares
+from spindle.units import Bounds, Units, shares
 
 Copy = tuple[tuple[int, ...], Bounds]
 """Ranks that hold one copy of the layers together, and its samples."""
@@ -22,9 +22,9 @@ def bounds_of(run: SliceRun, units: Units, costs: Sequence[int] | None = None) -
     """
     size, parts = units.num_samples, run.tensor_parallel
     if run.varies:
-        if costs is None and run.weigh_by != SAMPLES:
-            costs = units.counts.get(run.weigh_by)
-        return tuple(share for share in shares(units, len(run.ranks) // parts, costs) for _ in range(parts))
+        count = len(run.ranks) // parts
+        found = units.shares(run.weigh_by, count) if costs is None else shares(units, count, costs)
+        return tuple(share for share in found for _ in range(parts))
     planned = run.bounds[-1][1]
     if size == planned:
         return run.bounds

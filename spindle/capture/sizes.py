@@ -27,7 +27,7 @@ from spindle.record.run import Failure, record
 from spindle.workload import Task, Workload
 
 READ, MEASURED = 32, 12  # batches of a task that are read, and of these the ones whose operators are measured
-ALIKE = 8  # where so many are alike, no more are read
+ALIKE = 8  # after this number of equal batches no more are read
 READ_S = 20.0  # a slow loader is read no longer
 
 IDLE = "idle"
