@@ -25,7 +25,9 @@ import spindle
 from spindle.contract import contract
 from spindle.runtime import parity
 from spindle.runtime.controller import Prepared, prepare
+from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.parity import Tolerance
+from spindle.runtime.reference import Outcome
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Worker, make_jobs, merge_losses
 from spindle.workload import Workload
@@ -174,7 +176,7 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
     transport = ProcessTransport(join_store("127.0.0.1", port, 60.0), rank, num_ranks, device=share)
     worker = Worker(job, transport)
     report = worker.run(STEPS, keep_gradients=True, keep_spans=False)
-    torch.save((report, worker.state()), f"{folder}/{rank}.pt")
+    torch.save((report, worker.state(), worker.optimizer_state()), f"{folder}/{rank}.pt")
     worker.close()
 
 
@@ -193,9 +195,15 @@ def check(number: int, num_ranks: int, device: str) -> tuple[bool, str]:
         optimizer=momentum,
         scheduler=halving if case.scheduled else None,
     )
-    reports = [report for report, _ in found]
-    final = {name: value for _, state in found for name, value in state.items() if name in reference.parameters}
-    report = parity.compare(reference, merge_losses(reports), reports, final, tolerance=case.tolerance)
+    reports = [report for report, _, _ in found]
+    planned = Outcome(
+        merge_losses(reports),
+        [{report.rank: report.gradients[step] for report in reports} for step in range(STEPS)],
+        {name: value for _, values, _ in found for name, value in values.items()},
+        joined_pieces({name: value for _, _, states in found for name, value in states.items()}),
+        {label: rate for report in reports for label, rate in report.learning_rates.items()},
+    )
+    report = parity.compare(reference, planned, tolerance=case.tolerance)
     return report.ok, f"{report.max_abs_error:.1e} absolute, {report.max_rel_error:.1e} relative"
 
 

@@ -22,11 +22,21 @@ from spindle.plan import Plan
 from spindle.runtime.launch.crew import Crew, ThreadCrew
 from spindle.runtime.launch.torchrun import TorchrunCrew, place_among_all, under_torchrun
 from spindle.runtime.laws import check_program
+from spindle.runtime.optimizers import (
+    Metric,
+    OptimizerFactory,
+    SchedulerFactory,
+    check_optimizer,
+    described,
+    make_optimizer,
+    make_schedule,
+    stand_in,
+)
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
 from spindle.runtime.progress import merged
-from spindle.runtime.worker import OptimizerFactory, Report, SchedulerFactory, make_jobs, merge_losses
+from spindle.runtime.worker import Report, make_jobs, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
 
@@ -107,6 +117,11 @@ class Run:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
         return joined_pieces({name: tensor for held in self.crew.call("state") for name, tensor in held.items()})
 
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """States of the whole run's optimizer as `optimizer:NAME:KEY`."""
+        held = self.crew.call("optimizer_state")
+        return joined_pieces({name: tensor for states in held for name, tensor in states.items()})
+
     def save(self, checkpoints: "Checkpoints", step: int, seed: int) -> Path:
         """Write a checkpoint after `step` steps; its path."""
         from spindle.runtime.checkpoint import begin, finish, path_of, unfinished_of
@@ -130,18 +145,25 @@ def launched(
     *,
     optimizer: OptimizerFactory | None,
     scheduler: SchedulerFactory | None = None,
+    metric: Metric | None = None,
     launcher: Launcher = "auto",
     seed: int = 0,
     timeout_s: float = 60.0,
 ) -> Iterator[Run]:
-    """Start a crew for a prepared workload, and end it whatever happens."""
+    """Start a crew for a prepared workload, and end it whatever happens.
+
+    Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process.
+    """
     program = prepared.program
+    if optimizer is not None:
+        _check_steps(prepared, optimizer, scheduler, metric)
     jobs = make_jobs(
         program,
         prepared.captured,
         prepared.workload,
         optimizer=optimizer,
         scheduler=scheduler,
+        metric=metric,
         seed=seed,
         timeout_s=timeout_s,
         sizes=prepared.plan.sizes,
@@ -151,6 +173,23 @@ def launched(
         yield Run(prepared, crew, timeout_s)
     finally:
         crew.close()
+
+
+def _check_steps(
+    prepared: Prepared, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None, metric: Metric | None
+) -> None:
+    """Make optimizer and schedule once, of stand-ins, and see whether they can be stepped as in one process."""
+    workload, program = prepared.workload, prepared.program
+    parameters = {p.name: stand_in(p, torch.device("cpu")) for p in described(workload.named_parameters())}
+    made = make_optimizer(optimizer, parameters, workload.optimizer_settings).optimizer
+    specs = (p for operator in prepared.captured.graph for p in operator.parameters)
+    check_optimizer(
+        made,
+        cut={p.name.partition(".")[0] for p in specs if p.pieces > 1 and p.trainable},
+        same_everywhere=len({(bucket.ranks, bucket.owner) for bucket in program.buckets}) <= 1,
+        steps_apart=program.num_ranks > 1,
+    )
+    make_schedule(scheduler, made, metric)
 
 
 def place_among_drivers(launcher: Launcher) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Progress: optimizers and schedules as tensors and plain values by the user's names, and back.
 
-Ranks hold different parameters, so parameter groups go by the component that has settings of its own, or "" for the
-rest, never by their position.
+All ranks have the same parameter groups, each with what it holds of them (optimizers.py), so groups go by position, and
+a schedule's state is that of any rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,53 +17,83 @@ from spindle.runtime.parallel.names import piece_of
 Progress = dict[str, Any]
 """Plain values and tensors that tell where a run stands besides its tensors."""
 
-Groups = dict[str, dict[str, Any]]
-"""Settings of parameter groups by component."""
-
-_BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")  # lists in a schedule's state with an entry a group
 PREFIX = "optimizer"
+_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_KEPT = ("state", "param_groups")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """States of the named parameters as `optimizer:NAME:KEY`; numbers become tensors of no dimension."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, strict: bool = True
+) -> dict[str, Tensor]:
+    """States of the named parameters as `optimizer:NAME:KEY`; numbers become tensors of no dimension.
+
+    Raises CheckpointError for an optimizer that keeps anything else, unless not `strict`: then that is left out.
+    """
     found = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                found[f"{PREFIX}:{name}:{key}"] = torch.as_tensor(value).detach().cpu().clone()
+            if isinstance(value, Tensor):
+                found[f"{PREFIX}:{name}:{key}"] = value.detach().cpu().clone()
+            elif type(value) in _NUMBERS:
+                found[f"{PREFIX}:{name}:{key}"] = torch.tensor(value, dtype=_NUMBERS[type(value)])
+            elif value is not None and strict:
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of {name!r}; only tensors "
+                    "and numbers can be saved: train without checkpoints, or use another optimizer"
+                )
     return found
 
 
-def group_settings(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Groups:
-    """Settings of each parameter group; `names` gives a group's name by the id of its first parameter."""
+def optimizer_progress(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Progress:
+    """Settings of each group and the parameters in it by `names` (by id), and which states are numbers.
+
+    Raises CheckpointError for an optimizer that keeps more than states and groups.
+    """
+    kept = optimizer.state_dict()
+    if more := [key for key in kept if key not in _KEPT]:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} keeps {more[0]!r} beside its states and groups, which cannot be saved by "
+            "parameter: train without checkpoints, or use another optimizer"
+        )
+    states = (state for parameter, state in optimizer.state.items() if id(parameter) in names)
     return {
-        names[id(group["params"][0])]: {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
+        "groups": [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups],
+        "members": {
+            parse_piece(names[id(parameter)]).whole: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        },
+        "numbers": {k: type(v).__name__ for state in states for k, v in state.items() if type(v) in _NUMBERS},
     }
 
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    group_names: Sequence[str],
-    groups: Groups,
+    progress: Progress,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds."""
-    states: dict[str, dict[str, Tensor]] = {}
+    """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds.
+
+    Raises CheckpointError when its groups are others.
+    """
+    name_by_id = {id(parameter): name for name, parameter in parameters.items()}
+    _check_groups(optimizer, name_by_id, progress)
+    numbers = {kind.__name__: kind for kind in _NUMBERS}
+    states: dict[str, dict[str, Any]] = {}
     by_whole: dict[str, list[str]] = {}
     for name in parameters:
         by_whole.setdefault(parse_piece(name).whole, []).append(name)
     for full, value in tensors.items():
         _, name, key = full.split(":")
+        kind = numbers.get(progress["numbers"].get(key, ""))
         for own in by_whole.get(name, ()):
-            states.setdefault(own, {})[key] = piece_of(value, own).clone()
+            states.setdefault(own, {})[key] = kind(value.item()) if kind else piece_of(value, own).clone()
     fresh = optimizer.state_dict()
-    name_by_id = {id(parameter): name for name, parameter in parameters.items()}
     order = [name_by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
     fresh["state"] = {index: states[name] for index, name in enumerate(order) if name in states}
-    for name, group in zip(group_names, fresh["param_groups"], strict=True):
-        group.update(groups.get(name, {}))
+    for group, saved in zip(fresh["param_groups"], progress["groups"], strict=True):
+        group.update(saved)
     try:
         optimizer.load_state_dict(fresh)
     except (KeyError, ValueError) as error:
@@ -72,38 +102,22 @@ def load_optimizer(
         ) from None
 
 
-def schedule_state(schedule: Any, group_names: Sequence[str]) -> Any:
-    """A schedule's state; what it keeps a group is told by the group's name."""
-    return None if schedule is None else _by_group(schedule.state_dict(), group_names)
-
-
-def _by_group(state: Any, names: Sequence[str]) -> Any:
-    if isinstance(state, dict):
-        return {
-            key: {"by_group": dict(zip(names, value, strict=True))}
-            if key in _BY_GROUP and isinstance(value, list) and len(value) == len(names)
-            else _by_group(value, names)
-            for key, value in state.items()
-        }
-    return [_by_group(value, names) for value in state] if isinstance(state, list) else state
-
-
-def load_schedule(schedule: Any, group_names: Sequence[str], state: Any) -> None:
-    """Give a schedule the state that a checkpoint holds."""
-    if state is not None:
-        schedule.load_state_dict(_in_order(state, group_names, schedule.state_dict()))
-
-
-def _in_order(state: Any, names: Sequence[str], present: Any) -> Any:
-    if isinstance(state, dict) and set(state) == {"by_group"}:
-        found = state["by_group"]
-        return [found.get(name, own) for name, own in zip(names, present, strict=True)]
-    if isinstance(state, dict):
-        inner = present if isinstance(present, dict) else {}
-        return {key: _in_order(value, names, inner.get(key)) for key, value in state.items()}
-    if isinstance(state, list) and isinstance(present, list) and len(present) == len(state):
-        return [_in_order(value, names, own) for value, own in zip(state, present, strict=True)]
-    return state
+def _check_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], progress: Progress) -> None:
+    groups, saved = optimizer.param_groups, progress["groups"]
+    if len(groups) != len(saved):
+        raise CheckpointError(
+            f"the checkpoint's optimizer has {len(saved)} parameter groups, and this one {len(groups)}; make the same "
+            "groups (of all parameters, frozen ones too, which no optimizer steps)"
+        )
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            name = parse_piece(names[id(parameter)]).whole
+            before = progress["members"].get(name, number)
+            if before != number:
+                raise CheckpointError(
+                    f"parameter {name!r} is in group {number} of the optimizer, and was in group {before} when the "
+                    "checkpoint was written; make the same groups in the same order"
+                )
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

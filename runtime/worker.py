@@ -13,16 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, num_micro_batches
-from spindle.graph import parse_piece
+from spindle.graph import Parameter, parse_piece
 from spindle.plan import SizeRange
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
 from spindle.runtime.drift import Drift
 from spindle.runtime.executor import Executor, Fetch, Observe
+from spindle.runtime.optimizers import (
+    Metric,
+    Optimization,
+    OptimizerFactory,
+    SchedulerFactory,
+    described,
+    make_schedule,
+    rank_optimizer,
+    takes_metric,
+)
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
@@ -30,11 +41,9 @@ from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
     PREFIX,
     Progress,
-    group_settings,
     load_optimizer,
-    load_schedule,
+    optimizer_progress,
     optimizer_tensors,
-    schedule_state,
 )
 from spindle.runtime.record import StepRecord
 from spindle.runtime.recordings import Recipe, Recordings
@@ -44,12 +53,6 @@ from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told
 from spindle.trace import Span
 from spindle.workload import Batch, Precision, Task, Workload
-
-ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
-"""What torch optimizers take: parameters, or groups of them where components have settings of their own."""
-
-OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +70,11 @@ class Job:
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
     rounds: int = 1
     precision: Precision = "fp32"
+    parameters: tuple[Parameter, ...] = ()  # all of the workload, for the optimizer
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
     optimizer: OptimizerFactory | None = None
     scheduler: SchedulerFactory | None = None
+    metric: Metric | None = None
     seed: int = 0
     timeout_s: float = 60.0
     sizes: tuple[SizeRange, ...] = ()  # of the batches that the plan was made for
@@ -90,7 +95,7 @@ class Report:
     told: list[StepTold] = field(default_factory=list)  # of each step
     memory_bytes: int = 0  # the most that it has held
     drift: dict[str, str] = field(default_factory=dict)  # sentences on batches that the plan was not made for, by task
-    learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by component
+    learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by parameter group
 
 
 def make_jobs(
@@ -100,6 +105,7 @@ def make_jobs(
     *,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     timeout_s: float = 60.0,
     sizes: tuple[SizeRange, ...] = (),
@@ -111,7 +117,7 @@ def make_jobs(
     used = {parse_piece(name).whole for names in owned for name in names}
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
-    recipe, jobs = Recipe.of(workload, captured), []
+    recipe, jobs, parameters = Recipe.of(workload, captured), [], described(workload.named_parameters())
     for rank, own in enumerate(codes):
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
         jobs.append(
@@ -127,9 +133,11 @@ def make_jobs(
                 unused={} if rank else unused,
                 rounds=workload.accumulate // workload.in_flight,
                 precision=captured.precision,
-                settings={component.name: component.optimizer for component in workload.components.values()},
+                parameters=parameters,
+                settings=workload.optimizer_settings,
                 optimizer=optimizer,
                 scheduler=scheduler,
+                metric=metric,
                 seed=seed,
                 timeout_s=timeout_s,
                 sizes=sizes,
@@ -187,9 +195,12 @@ class Worker:
         self.store = ParameterStore(job.program, job.rank, self.codes.values())
         loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
         self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)
-        updated = {name: self.store.parameters[name] for name in self.store.updated}
-        self.optimizer = job.optimizer(parameter_groups(updated, job.settings)) if job.optimizer and updated else None
-        self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
+        self.optimization: Optimization | None = None
+        if job.optimizer is not None:
+            own = self._stepped(self.store.updated).items()
+            self.optimization = rank_optimizer(job.optimizer, job.parameters, own, job.settings, transport.device)
+        self.optimizer = self.optimization.optimizer if self.optimization else None
+        self.scheduler = make_schedule(job.scheduler, self.optimizer, job.metric) if self.optimizer else None
         self.recordings = Recordings(job.recipe, transport.device)
         self.batches = Batches(
             job.program,
@@ -235,7 +246,7 @@ class Worker:
         self.batches.settle()
         report.drift = dict(self.batches.drift.found)
         report.memory_bytes = peak_memory(self.transport.device)
-        report.learning_rates = {name: float(group["lr"]) for name, group in self._groups().items() if "lr" in group}
+        report.learning_rates = self.optimization.learning_rates() if self.optimization else {}
         return report
 
     def _ended(self) -> str | None:
@@ -260,13 +271,31 @@ class Worker:
 
     def _step(self, observe: Observe | None) -> StepRecord:
         job, tasks = self.job, frozenset(self._tasks())
-        record = self._executor(tasks).step(
-            self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed
-        )
+        executor = self._executor(tasks)
+        record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
+        if self.optimizer is not None and not any(i.op is Op.STEP for i in executor.instructions):
+            self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
-            self.scheduler.step()
+            self._step_schedule(self.scheduler, record.losses)
         self.steps_done += 1
         return record
+
+    def _step_schedule(self, schedule: LRScheduler, losses: Mapping[str, float]) -> None:
+        if self.job.metric is None or not takes_metric(schedule):
+            schedule.step()
+        else:
+            metric: Any = self.job.metric(self._losses_of_all(losses))
+            schedule.step(metric)
+
+    def _losses_of_all(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Losses of this step's tasks, of whichever ranks computed them; of micro-batches in flight their mean."""
+        tasks = self._tasks()
+        found = torch.zeros(2, len(tasks), dtype=torch.float64, device=self.transport.device)
+        for task, loss in losses.items():
+            found[:, tasks.index(base_task(task))] += torch.tensor([loss, 1.0], dtype=torch.float64)
+        if self.transport.num_ranks > 1:
+            self.transport.all_reduce(found, tuple(range(self.transport.num_ranks)))()
+        return dict(zip(tasks, (found[0] / found[1]).tolist(), strict=True))
 
     def _rounds(self) -> Callable[[], Fetch]:
         """What begins each round of a step."""
@@ -295,6 +324,12 @@ class Worker:
         """Copies of the parameters and buffers that this rank answers for."""
         return self.store.state(self.job.owned)
 
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Copies of the optimizer's states of what this rank answers for; only tensors and numbers."""
+        if self.optimizer is None:
+            return {}
+        return optimizer_tensors(self.optimizer, self._stepped(self.job.owned), strict=False)
+
     def save(self, path: str) -> Progress:
         """Write what this rank answers for into the checkpoint at `path`; what is not a tensor comes back."""
         tensors = {**self.state(), **self.job.unused}
@@ -303,8 +338,8 @@ class Worker:
         self.transport.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return {
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
-            "optimizer": self._groups(),
-            "scheduler": schedule_state(self.scheduler, list(self._groups())),
+            "optimizer": optimizer_progress(self.optimizer, self._names()) if self.optimizer else None,
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
         }
 
     def load(self, path: str, step: int, progress: Progress) -> None:
@@ -314,25 +349,22 @@ class Worker:
         for name, feed in self.feeds.items():
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
-        if self.optimizer is not None:
+        if self.optimizer is not None and progress["optimizer"] is not None:
             stepped = self._stepped(self.store.updated)
             from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
 
             own = tuple(f"{PREFIX}:{name}:" for name in {parse_piece(name).whole for name in stepped})
             held = tensors(Path(path), lambda name: name.startswith(own))
-            load_optimizer(self.optimizer, stepped, list(self._groups()), progress["optimizer"], held)
-        if self.scheduler is not None:
-            load_schedule(self.scheduler, list(self._groups()), progress["scheduler"])
+            load_optimizer(self.optimizer, stepped, progress["optimizer"], held)
+        if self.scheduler is not None and progress["scheduler"] is not None:
+            self.scheduler.load_state_dict(progress["scheduler"])
 
     def sync(self) -> None:
         """Nothing; all ranks have come this far once it returns."""
 
-    def _groups(self) -> dict[str, dict[str, Any]]:
-        """Settings of the optimizer's groups by component."""
-        if self.optimizer is None:
-            return {}
-        names = {id(parameter): group_of(name, self.job.settings) for name, parameter in self.store.parameters.items()}
-        return group_settings(self.optimizer, names)
+    def _names(self) -> dict[int, str]:
+        """Names of the parameters that this rank updates, by id."""
+        return {id(parameter): name for name, parameter in self._stepped(self.store.updated).items()}
 
     def _stepped(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Parameters among `names` that this rank's optimizer steps."""
@@ -343,25 +375,6 @@ class Worker:
         """Stop reading, and leave the transport."""
         self.batches.close()
         self.transport.close()
-
-
-def parameter_groups(
-    parameters: Mapping[str, nn.Parameter], settings: Mapping[str, Mapping[str, float]]
-) -> ParameterGroups:
-    """Parameters as an optimizer takes them: a group for each component with settings of its own, one for the rest."""
-    if not any(settings.values()):
-        return list(parameters.values())
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in parameters.items():
-        group = group_of(name, settings)
-        groups.setdefault(group, {"params": [], **settings.get(group, {})})["params"].append(parameter)
-    return list(groups.values())
-
-
-def group_of(name: str, settings: Mapping[str, Mapping[str, float]]) -> str:
-    """The group of a parameter: its component where that has settings of its own, else ""."""
-    component = name.partition(".")[0]
-    return component if settings.get(component) else ""
 
 
 def owners(program: Program, held: Sequence[Iterable[str]]) -> list[list[str]]:

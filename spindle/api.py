@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from spindle.metrics import Callback
     from spindle.runtime.controller import Launcher
+    from spindle.runtime.optimizers import Metric, OptimizerFactory, SchedulerFactory
     from spindle.runtime.parity import ParityReport
     from spindle.runtime.profiling.site import SiteLauncher
-    from spindle.runtime.worker import OptimizerFactory, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
 
@@ -193,33 +193,53 @@ def verify(
     rtol: float | None = None,
     atol: float | None = None,
     optimizer: "OptimizerFactory | None" = None,
+    scheduler: "SchedulerFactory | None" = None,
+    metric: "Metric | None" = None,
+    resume_under: Plan | int | None = None,
     launcher: "Launcher" = "auto",
     timeout_s: float = 60.0,
 ) -> "ParityReport":
-    """Run `steps` steps as planned and in one process, and compare losses, all gradients and all updates.
+    """Run `steps` steps as planned and in one process, and compare all that a step changes (docs/exactness.md).
 
-    `plan` None makes one for `num_workers` devices. Tolerances default to 1e-10 for float64 models, to rtol 1e-4 and
+    `plan` None makes one for `num_workers` devices. `optimizer`, `scheduler` and `metric` as `train` takes them; None
+    is plain gradient descent. `resume_under`: another plan, or a number of devices to make one for; after half of the
+    steps the run is saved, and resumed under it. Tolerances default to 1e-10 for float64 models, to rtol 1e-4 and
     atol 1e-5 for float32 (and 2e-6 of each tensor's largest value), to 10 % of that under bf16. Modules have their
-    values back afterwards. The report's `ok` says whether both runs agree.
+    values back afterwards. The report's `ok` says whether both runs agree, its text how many of what were compared.
+
+    One process steps with the planned run's gradients, once its own have been compared with them, so that each step is
+    compared from the same parameters.
     """
     from spindle.runtime import parity
-    from spindle.runtime.controller import launched, prepare
+    from spindle.runtime.controller import prepare
 
-    prepared = prepare(workload, plan or make_plan(workload, f"1x{num_workers}:cpu"))
-    optimizer = optimizer or parity.default_optimizer
-    usual = parity.default_tolerance(prepared.captured.parameters, workload.precision)
+    plans = [make_plan(workload, f"1x{num_workers}:cpu") if plan is None else plan]
+    if resume_under is not None:
+        again = resume_under
+        plans.append(again if isinstance(again, Plan) else make_plan(workload, f"1x{again}:cpu"))
+    prepared = [prepare(workload, each) for each in plans]
+    usual = parity.default_tolerance(prepared[0].captured.parameters, workload.precision)
     tolerance = replace(usual, rtol=usual.rtol if rtol is None else rtol, atol=usual.atol if atol is None else atol)
-    with launched(prepared, optimizer=optimizer, launcher=launcher, timeout_s=timeout_s) as run:
-        losses, reports = run.steps(steps, keep_gradients=True)
-        final = run.state()
-    reference = parity.run_reference(workload, steps, optimizer=optimizer)
-    return parity.compare(
-        reference,
-        losses,
-        reports,
-        {name: value for name, value in final.items() if name in reference.parameters},
-        tolerance=tolerance,
+    factory = optimizer or parity.default_optimizer
+    planned = parity.run_planned(
+        workload,
+        prepared,
+        steps,
+        optimizer=factory,
+        scheduler=scheduler,
+        metric=metric,
+        launcher=launcher,
+        timeout_s=timeout_s,
     )
+    reference = parity.run_reference(
+        workload,
+        steps,
+        optimizer=factory,
+        scheduler=scheduler,
+        metric=metric,
+        follow=parity.joined_gradients(planned),
+    )
+    return parity.compare(reference, planned, tolerance=tolerance)
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,7 @@ def train(
     *,
     optimizer: "OptimizerFactory",
     scheduler: "SchedulerFactory | None" = None,
+    metric: "Metric | None" = None,
     steps: int,
     launcher: "Launcher" = "auto",
     on_step: StepCallback | None = None,
@@ -265,8 +286,10 @@ def train(
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules.
 
-    `optimizer`: a function from a list of parameters (or parameter groups, where components have settings of their own)
-    to a torch optimizer; each rank makes one over what it holds. `scheduler`: one from an optimizer to its schedule.
+    `optimizer`: a function from the list of all parameters, frozen ones too, to a torch optimizer with any groups of
+    them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
+    optimizer to its schedule. `metric`: the number that a schedule such as ReduceLROnPlateau watches, from a step's
+    losses by task.
     `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
     steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are returned.
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
@@ -294,7 +317,13 @@ def train(
         raise PlanError(f"{first} steps are done already and steps is {steps}; ask for more, it counts from the start")
     prepared = prepare(workload, plan or make_plan(workload, devices_at_hand(launcher)))
     with launched(
-        prepared, optimizer=optimizer, scheduler=scheduler, launcher=launcher, seed=seed, timeout_s=timeout_s
+        prepared,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        metric=metric,
+        launcher=launcher,
+        seed=seed,
+        timeout_s=timeout_s,
     ) as run:
         if before is not None:
             run.resume(before)

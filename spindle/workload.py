@@ -275,6 +275,11 @@ class Workload:
                 f"the components are {', '.join(self.components)}"
             )
 
+    @property
+    def optimizer_settings(self) -> dict[str, Mapping[str, float]]:
+        """Settings of the optimizer by component."""
+        return {component.name: component.optimizer for component in self.components.values()}
+
     def tasks_of(self, step: int, seed: int) -> tuple[str, ...]:
         """Tasks that take part in a step."""
         return tuple(name for name, task in self.tasks.items() if task.takes_part(step, seed))

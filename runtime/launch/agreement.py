@@ -77,7 +77,7 @@ def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             if not base.__module__.startswith("torch."):
                 yield from (f"{base.__qualname__}.{n} {_text(f)}" for n, f in vars(base).items())
-    yield from (_text(maker) for maker in (jobs[0].optimizer, jobs[0].scheduler))
+    yield from (_text(maker) for maker in (jobs[0].optimizer, jobs[0].scheduler, jobs[0].metric))
 
 
 def _text(value: Any) -> str:

@@ -16,8 +16,8 @@ too, where their medians would leave all delays out. CUDA events on a GPU, a mon
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,17 @@ from torch import Tensor
 from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
 from spindle.capture.repeat import base_task
+from spindle.graph import Parameter
 from spindle.profile import LinkLevel
 from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
+from spindle.runtime.optimizers import OptimizerFactory, rank_optimizer
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.rehearsal import Rehearsal
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.transport import Transport, Wait
-from spindle.runtime.worker import OptimizerFactory
 from spindle.units import SAMPLES
 from spindle.workload import Task
 
@@ -69,6 +70,8 @@ class BenchJob:
     batches: Mapping[str, SampledBatch]
     chains: Mapping[str, tuple[str, ...]]
     ranks_per_node: int
+    parameters: tuple[Parameter, ...] = ()
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     optimizer: OptimizerFactory | None = None
     seconds: float = 0.3
 
@@ -113,8 +116,7 @@ class Bench:
                 (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
             )
             self.layers[kind] = Rehearsal(captured, self.job.recipe, names, batch, count, self.device, copy_on)
-        trained = [parameter for each in self.layers.values() for parameter in each.trained]
-        self.optimizer = self.job.optimizer(trained) if self.job.optimizer and trained else None
+        self.optimizer = self._optimizer(self.layers.values())
         self.rest = torch.zeros(rest_bytes if self.device.type == "cpu" else 0, dtype=torch.uint8)
 
     def rehearse(self, *, recompute: bool) -> tuple[list[tuple[float, float]], float]:
@@ -139,6 +141,13 @@ class Bench:
         ]
         return times, _seconds(*step)
 
+    def _optimizer(self, layers: Iterable[Rehearsal]) -> torch.optim.Optimizer | None:
+        """The user's optimizer over what these layers train."""
+        job, trained = self.job, [item for each in layers for item in each.trained.items()]
+        if job.optimizer is None or not trained:
+            return None
+        return rank_optimizer(job.optimizer, job.parameters, trained, job.settings, self.device).optimizer
+
     def _step(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
@@ -154,12 +163,12 @@ class Bench:
         return [seconds / total_s / each.size for seconds, each in zip(alone_s, self.layers.values(), strict=True)]
 
     def _update_s(self, layers: Rehearsal) -> float:
-        if self.job.optimizer is None or not layers.trained:
+        optimizer = self._optimizer([layers])
+        if optimizer is None:
             return 0.0
-        optimizer = self.job.optimizer(layers.trained)
         took = []
         for _ in range(MIN_REPEATS + 1):
-            for parameter in layers.trained:
+            for parameter in layers.trained.values():
                 parameter.grad = torch.zeros_like(parameter)
             step = self._marks(optimizer.step)
             self._settle()

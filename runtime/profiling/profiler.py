@@ -24,12 +24,12 @@ from spindle.errors import ProfileError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew
+from spindle.runtime.optimizers import OptimizerFactory, described, rank_optimizer
 from spindle.runtime.profiling.hardware import Hardware
 from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
 from spindle.runtime.profiling.rounds import Round, kinds_of, other_work, rounds_of
 from spindle.runtime.profiling.site import Site
 from spindle.runtime.recordings import Recipe
-from spindle.runtime.worker import OptimizerFactory
 from spindle.workload import Batch, Task, Workload
 
 MESSAGE_BYTES = tuple(4 << shift for shift in range(10, 24, 2))  # 4 KiB to 16 MiB
@@ -141,12 +141,14 @@ def measure_profile(
         batches=batch_by_kind,
         chains={name: kind.names for name, kind in kinds.items()},
         ranks_per_node=site.ranks_per_node,
+        parameters=described(workload.named_parameters()),
+        settings=workload.optimizer_settings,
         optimizer=optimizer,
         seconds=seconds_per_entry,
     )
 
     def work(hardware: Hardware, started: Callable[[], Crew]) -> Profile:
-        here = _conditions(captured, hardware, optimizer)
+        here = _conditions(captured, hardware, job)
         if cluster is not None:
             check_device(cluster, here)
         found = _merged(known, here)
@@ -209,7 +211,7 @@ class _Steps:
             self.progress(self.count, self.total)
 
 
-def _conditions(captured: Captured, hardware: Hardware, optimizer: OptimizerFactory | None) -> Profile:
+def _conditions(captured: Captured, hardware: Hardware, job: BenchJob) -> Profile:
     """An empty profile that names the hardware, the versions and how it will be measured."""
     versions = {
         "dtype": captured.precision,
@@ -219,8 +221,9 @@ def _conditions(captured: Captured, hardware: Hardware, optimizer: OptimizerFact
     }
     if hardware.threads is not None:
         versions["threads"] = str(hardware.threads)
-    if optimizer is not None:
-        versions["optimizer"] = type(optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__
+    if job.optimizer is not None:
+        made = rank_optimizer(job.optimizer, job.parameters, (), job.settings, torch.device("cpu"))
+        versions["optimizer"] = type(made.optimizer).__name__
     return Profile(hardware.device, tuple(sorted(versions.items())))
 
 

@@ -52,7 +52,7 @@ class Rehearsal:
             code.module.to(device)
         self.codes = cut_codes(codes, held_by_rank(program, captured)[self.rank], self.switch)
         self.store = ParameterStore(program, self.rank, self.codes.values())
-        self.trained = [parameter for parameter in self.store.parameters.values() if parameter.requires_grad]
+        self.trained = {name: p for name, p in self.store.parameters.items() if p.requires_grad}
         each = [[name] for name in names]
         again = excerpt(captured.graph, each, count, losses=captured.losses, recompute=True, copy=ranks)
         self.executors = {False: self._executor(program), True: self._executor(again)}

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, not_negative
 from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
+
+if TYPE_CHECKING:
+    from spindle.plan import Plan
 
 
 @cli.command()
@@ -97,6 +100,11 @@ def profile(
 @click.option("--plan", "plan_file", type=JSON_FILE, help="Verify this plan. Default: plan for --workers devices.")
 @click.option("--workers", "-n", type=click.IntRange(1), default=2, show_default=True, help="Devices to plan for.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--resume-under",
+    metavar="PLAN|N",
+    help="Save after half of the steps, and resume under this plan, or under one for N devices.",
+)
 @click.option("--rtol", type=float, callback=not_negative, help="Default: 1e-4, or 1e-10 for float64 models.")
 @click.option("--atol", type=float, callback=not_negative, help="Default: 1e-5, or 1e-10 for float64 models.")
 @LAUNCHER
@@ -106,15 +114,20 @@ def verify(
     plan_file: str | None,
     workers: int,
     steps: int,
+    resume_under: str | None,
     rtol: float | None,
     atol: float | None,
     launcher: Any,
     as_json: bool,
 ) -> None:
-    """Compare a planned run of SOURCE with one process: losses, gradients, updates. Exit 1 when they differ.
+    """Compare a planned run of SOURCE with one process: all that a step changes. Exit 1 when they differ.
+
+    Functions `optimizer(parameters)`, `scheduler(optimizer)` and `metric(losses)` in the file are used as `spindle
+    train` uses them; without an optimizer it is plain gradient descent.
 
     \b
     spindle verify model.py:workload --workers 4
+    spindle verify model.py:workload --steps 4 --resume-under 3
     """
     from dataclasses import asdict
 
@@ -122,12 +135,16 @@ def verify(
     from spindle.source import load_workload
 
     with busy("verifying"):
-        workload, _ = load_workload(source)
+        workload, module = load_workload(source)
         report = api.verify(
             workload,
             read_plan(plan_file) if plan_file else None,
             num_workers=workers,
             steps=steps,
+            optimizer=getattr(module, "optimizer", None),
+            scheduler=getattr(module, "scheduler", None),
+            metric=getattr(module, "metric", None),
+            resume_under=_plan_or_count(resume_under) if resume_under else None,
             rtol=rtol,
             atol=atol,
             launcher=launcher,
@@ -140,6 +157,10 @@ def verify(
         click.echo(folded(str(report)))
     if not report.ok:
         click.get_current_context().exit(1)
+
+
+def _plan_or_count(text: str) -> "Plan | int":
+    return int(text) if text.isdigit() else read_plan(text)
 
 
 @cli.command()
@@ -213,6 +234,7 @@ def train(
             read_plan(plan_file) if plan_file else None,
             optimizer=optimizer,
             scheduler=getattr(module, "scheduler", None),
+            metric=getattr(module, "metric", None),
             steps=steps,
             launcher=launcher,
             seed=seed,

@@ -90,9 +90,8 @@ def compared(workload: spindle.Workload, plan: spindle.Plan, *, steps: int = 2, 
     optimizer = parity.default_optimizer
     reference = parity.run_reference(workload, steps, optimizer=optimizer, seed=seed)
     with launched(prepare(workload, plan), optimizer=optimizer, launcher="threads", seed=seed, timeout_s=30.0) as run:
-        losses, reports = run.steps(steps, keep_gradients=True)
-        final = {name: value for name, value in run.state().items() if name in reference.parameters}
-    return parity.compare(reference, losses, reports, final, tolerance=EXACT)
+        planned = parity.observed(run, steps)
+    return parity.compare(reference, planned, tolerance=EXACT)
 
 
 @settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.parity import ParityReport, Reference, Tolerance
+from spindle.runtime.parity import ParityReport, Tolerance
 from spindle.runtime.programs.program import Op, Program
+from spindle.runtime.reference import Outcome
 from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import FAMILIES
@@ -21,7 +22,7 @@ STEPS = 2
 
 
 @functools.cache
-def built(family: str, dtype: torch.dtype) -> tuple[Workload, Reference]:
+def built(family: str, dtype: torch.dtype) -> tuple[Workload, Outcome]:
     """A workload with its reference run; capture and reference are made once."""
     workload = FAMILIES[family](dtype)
     return workload, parity.run_reference(workload, STEPS, optimizer=parity.default_optimizer)
@@ -36,11 +37,9 @@ def report_of(
     if program is not None:
         prepared = replace(prepared, program=program)
     with launched(prepared, optimizer=parity.default_optimizer, launcher="threads", timeout_s=30.0) as run:
-        losses, reports = run.steps(STEPS, keep_gradients=True)
-        state = run.state()
+        planned = parity.observed(run, STEPS)
     tolerance = parity.default_tolerance(prepared.captured.parameters)
-    final = {name: value for name, value in state.items() if name in reference.parameters}
-    return parity.compare(reference, losses, reports, final, tolerance=tolerance)
+    return parity.compare(reference, planned, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,10 +114,12 @@ def test_verify_leaves_the_modules_as_they_were() -> None:
 def test_a_reference_without_a_finite_loss_is_told() -> None:
     """A loss that diverges in one process too is no fault of the plan, though nothing agrees with it."""
     losses = [{"t": 1.0, "u": 1.0}, {"t": 1.0, "u": float("nan")}]
-    report = parity.compare(Reference(losses, [], {}), losses, [], {}, tolerance=Tolerance(1e-4, 1e-5))
+    report = parity.compare(
+        Outcome(losses), Outcome([losses[0], {"t": 1.0, "u": 2.0}]), tolerance=Tolerance(1e-4, 1e-5)
+    )
     assert not report.ok
     assert "one process itself has no finite loss of 'u' in step 1" in str(report)
-    sound = parity.compare(Reference(losses[:1], [], {}), [{"t": 2.0}], [], {}, tolerance=Tolerance(1e-4, 1e-5))
+    sound = parity.compare(Outcome(losses[:1]), Outcome([{"t": 2.0}]), tolerance=Tolerance(1e-4, 1e-5))
     assert not sound.ok
     assert "itself" not in str(sound)
 
@@ -126,8 +127,8 @@ def test_a_reference_without_a_finite_loss_is_told() -> None:
 def test_report_names_the_worst_parameters() -> None:
     """The text of a failed report says what differs, where and by how much."""
     _, reference = built("two_towers", torch.float64)
-    shifted = {name: value + (name == "left.stem.bias") for name, value in reference.parameters.items()}
-    report = parity.compare(reference, reference.losses, [], shifted, tolerance=Tolerance(1e-10, 1e-10))
+    shifted = {name: value + (name == "left.stem.bias") for name, value in reference.values.items()}
+    report = parity.compare(reference, replace(reference, values=shifted), tolerance=Tolerance(1e-10, 1e-10))
     assert not report.ok
     assert "left.stem.bias" in str(report)
     assert "DIFFERS" in str(report)

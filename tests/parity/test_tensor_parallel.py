@@ -154,10 +154,9 @@ def compared(
     reference = parity.run_reference(made, steps, optimizer=momentum, scheduler=scheduler)
     prepared = prepare(made, plan)
     with launched(prepared, optimizer=momentum, scheduler=scheduler, launcher=launcher, timeout_s=30.0) as run:
-        losses, reports = run.steps(steps, keep_gradients=True)
-        final = {name: value for name, value in run.state().items() if name in reference.parameters}
-    assert final.keys() == reference.parameters.keys()
-    return parity.compare(reference, losses, reports, final, tolerance=tolerance)
+        planned = parity.observed(run, steps)
+    assert planned.values.keys() == reference.values.keys()
+    return parity.compare(reference, planned, tolerance=tolerance)
 
 
 @few

@@ -70,9 +70,8 @@ def compared(
     reference = parity.run_reference(workload, steps, optimizer=momentum, scheduler=scheduler)
     prepared = prepare(workload, plan)
     with launched(prepared, optimizer=momentum, scheduler=scheduler, launcher="threads", timeout_s=30.0) as run:
-        losses, reports = run.steps(steps, keep_gradients=True)
-        final = {name: value for name, value in run.state().items() if name in reference.parameters}
-    return parity.compare(reference, losses, reports, final, tolerance=Tolerance(1e-10, 1e-10))
+        planned = parity.observed(run, steps)
+    return parity.compare(reference, planned, tolerance=Tolerance(1e-10, 1e-10))
 
 
 @few

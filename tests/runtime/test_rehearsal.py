@@ -129,7 +129,7 @@ def test_again_is_the_same_again(recompute: bool) -> None:
             layers.begin(recompute=recompute)
             layers.forward()
             layers.backward()
-            found.append([p.grad.clone() for p in layers.trained if p.grad is not None])
+            found.append([p.grad.clone() for p in layers.trained.values() if p.grad is not None])
             layers.store.zero_gradients()
         assert len(found[0]) == len(layers.trained)
         torch.testing.assert_close(*found, rtol=0, atol=0)

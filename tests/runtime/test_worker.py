@@ -14,7 +14,7 @@ from spindle.plan import Plan, Slice, make_waves
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.parallel.names import held_names
 from spindle.runtime.programs.program import SliceRun
-from spindle.runtime.worker import Job, make_jobs, owners, parameter_groups, separate
+from spindle.runtime.worker import Job, make_jobs, owners, separate
 from spindle.workload import Workload
 from tests.faults.breaking import Plain, rows, workload_of
 from tests.random_plans import widest_plan
@@ -178,18 +178,3 @@ def test_jobs_of_many_ranks_take_work_by_their_number() -> None:
     alone = 1  # the loss, on one rank
     assert few[0] - alone == (more[0] - alone) // 2 == (most[0] - alone) // 4 > 0
     assert few[1] == more[1] == most[1] == 2 * most[2]
-
-
-def test_parameters_without_settings_are_one_list() -> None:
-    parameters = {"a.w": nn.Parameter(torch.ones(1)), "b.w": nn.Parameter(torch.ones(1))}
-    assert parameter_groups(parameters, {"a": {}, "b": {}}) == list(parameters.values())
-
-
-def test_components_with_settings_are_groups() -> None:
-    """One for each of them, one for the rest, in the order of the parameters."""
-    parameters = {name: nn.Parameter(torch.ones(1)) for name in ("a.v", "b.w", "a.w", "c.w")}
-    found = parameter_groups(parameters, {"a": {"lr": 0.5}, "b": {}, "c": {}})
-    assert found == [
-        {"params": [parameters["a.v"], parameters["a.w"]], "lr": 0.5},
-        {"params": [parameters["b.w"], parameters["c.w"]]},
-    ]

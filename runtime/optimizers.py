@@ -1,0 +1,273 @@
+"""Optimizers: the user's own parameter groups, the same on every rank, and what of them can step as in one process.
+
+- The factory gets all parameters of the workload in one order, so its groups, and what a schedule keeps for each, are
+  those of one process. A rank gives it stand-ins for parameters that it does not update: of their shape and type, and
+  without memory. They leave the groups again; a group may be empty on a rank.
+- Settings of a component (`component(optimizer=...)`) split each group of the factory: parameters of components with
+  settings become groups of their own, in the order in which they occur, the rest stays one.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from spindle.errors import RunError, WorkloadError
+from spindle.graph import Parameter, parse_piece
+from spindle.runtime.parallel.names import piece_of
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+Metric = Callable[[Mapping[str, float]], float]
+Settings = Mapping[str, Mapping[str, float]]
+
+PAIRS = "named_parameters"
+"""A factory whose first parameter has this name gets (name, parameter) pairs."""
+
+_BY_ELEMENT = frozenset(
+    ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """An optimizer and the labels of its groups: "" or the component that has settings, with the number (or the `name`)
+    of the user's group where there are several.
+    """
+
+    optimizer: torch.optim.Optimizer
+    labels: tuple[str, ...]
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each group by its label; optimizers that find their own (lr=None) have none."""
+        rates = (
+            (label, group.get("lr")) for label, group in zip(self.labels, self.optimizer.param_groups, strict=True)
+        )
+        return {label: float(rate) for label, rate in rates if rate is not None}
+
+
+def make_optimizer(
+    factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter], settings: Settings
+) -> Optimization:
+    """What the user's factory makes of all parameters, its groups split by components with settings.
+
+    Raises WorkloadError when it gives no optimizer, takes a parameter that it was not given, cannot be stepped without
+    more, or lacks a setting that a component asks for; RunError when it raises.
+    """
+    pairs = next(iter(_arguments(factory)), None) == PAIRS
+    try:
+        optimizer = factory(list(parameters.items()) if pairs else list(parameters.values()))
+    except Exception as error:
+        raise RunError.of(error, "optimizer=") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise WorkloadError(f"optimizer= gave a {type(optimizer).__name__}; return a torch.optim.Optimizer")
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise WorkloadError("SparseAdam needs sparse gradients, and planned runs add up dense ones; use Adam")
+    if needed := [name for name, p in _arguments(optimizer.step).items() if _is_required(p)]:
+        raise WorkloadError(
+            f"{kind}.step needs {needed[0]!r}: it computes losses anew inside of a step, which a planned step cannot; "
+            "use an optimizer whose step takes no argument"
+        )
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        if foreign := [p for p in group["params"] if id(p) not in names]:
+            raise WorkloadError(
+                f"optimizer= took a parameter of shape {tuple(foreign[0].shape)} that it was not given; use the "
+                f"parameters of its argument only, since each device has its own (call it `{PAIRS}` to get names too)"
+            )
+    return Optimization(optimizer, _split(optimizer, names, settings))
+
+
+def make_schedule(
+    factory: SchedulerFactory | None, optimizer: torch.optim.Optimizer, metric: Metric | None
+) -> LRScheduler | None:
+    """The user's schedule of an optimizer. Raises WorkloadError when it needs a metric and there is none."""
+    if factory is None:
+        return None
+    try:
+        schedule = factory(optimizer)
+    except Exception as error:
+        raise RunError.of(error, "scheduler=") from error
+    if not callable(getattr(schedule, "step", None)):
+        raise WorkloadError(f"scheduler= gave a {type(schedule).__name__}; return a schedule with a step()")
+    if takes_metric(schedule) and metric is None:
+        raise WorkloadError(
+            f"{type(schedule).__name__} needs a number in each step; give metric=, a function from a step's losses "
+            "(by task) to the number, such as lambda losses: sum(losses.values())"
+        )
+    return schedule
+
+
+def takes_metric(schedule: LRScheduler) -> bool:
+    """Whether a schedule's step needs a number, as ReduceLROnPlateau's does."""
+    return any(_is_required(parameter) for parameter in _arguments(schedule.step).values())
+
+
+def rank_optimizer(
+    factory: OptimizerFactory,
+    every: Sequence[Parameter],
+    own: Iterable[tuple[str, nn.Parameter]],
+    settings: Settings,
+    device: torch.device,
+) -> Optimization:
+    """The optimizer of a rank that updates `own`: of `every` parameter itself, pieces where it is cut, or nothing."""
+    held: dict[str, list[tuple[str, nn.Parameter]]] = {p.name: [] for p in every}
+    for name, parameter in own:
+        held[parse_piece(name).whole].append((name, parameter))
+    alone = {name: found[0][1] for name, found in held.items() if len(found) == 1 and found[0][0] == name}
+    parameters = {p.name: alone[p.name] if p.name in alone else stand_in(p, device) for p in every}
+    built = make_optimizer(factory, parameters, settings)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    states: defaultdict[Tensor, Any] = defaultdict(dict)
+    for group in built.optimizer.param_groups:
+        taken = [(whole, *of) for whole in group["params"] for of in held[names[id(whole)]]]
+        for whole, name, parameter in taken:
+            for key, value in built.optimizer.state.get(whole, {}).items():  # of an optimizer that begins with some
+                states[parameter][key] = value if whole is parameter else _piece(value, whole, name)
+        group["params"] = [parameter for _, _, parameter in taken]
+        if "param_names" in group:
+            group["param_names"] = [name for _, name, _ in taken]
+    built.optimizer.state = states
+    return built
+
+
+def stand_in(parameter: Parameter, device: torch.device) -> nn.Parameter:
+    """A parameter of the same shape and type that takes no memory."""
+    value = torch.zeros((), dtype=getattr(torch, parameter.dtype), device=device).expand(parameter.shape)
+    return nn.Parameter(value, requires_grad=parameter.trainable)
+
+
+def described(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[Parameter, ...]:
+    """What a rank must know of each parameter to make a stand-in."""
+    return tuple(
+        Parameter(name=name, shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch."), trainable=p.requires_grad)
+        for name, p in parameters
+    )
+
+
+def _piece(value: Any, whole: Tensor, name: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return (piece_of(value, name) if value.shape == whole.shape else value).clone()
+
+
+def _split(optimizer: torch.optim.Optimizer, names: Mapping[int, str], settings: Settings) -> tuple[str, ...]:
+    """Split the groups by components with settings; the label of each."""
+    groups, labels, several = [], [], len(optimizer.param_groups) > 1
+    for number, group in enumerate(optimizer.param_groups):
+        parts: dict[str, list[int]] = {}
+        for index, parameter in enumerate(group["params"]):
+            component = names[id(parameter)].partition(".")[0]
+            parts.setdefault(component if settings.get(component) else "", []).append(index)
+        for component, indices in (parts or {"": []}).items():
+            own = settings.get(component, {})
+            if unknown := [key for key in own if key not in group]:
+                raise WorkloadError(
+                    f"component {component!r}: optimizer={dict(own)} sets {unknown[0]!r}, which "
+                    f"{type(optimizer).__name__} does not have; it has {', '.join(k for k in group if k != 'params')}"
+                )
+            lists = {key: [group[key][index] for index in indices] for key in ("params", "param_names") if key in group}
+            apart = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # rates
+            groups.append(group | apart | dict(own) | lists)
+            user = str(group.get("name", f"group {number}")) if several else ""
+            labels.append(" ".join(filter(None, (user, component))))
+    optimizer.param_groups[:] = groups
+    return tuple(labels)
+
+
+def _arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some of C have none
+        return {}
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
+
+
+# -- what an optimizer sees at once ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What the update of a number depends on beside its own gradients: others of its parameter, other parameters."""
+
+    of_parameter: bool
+    of_others: bool
+
+
+def reach_of(optimizer: torch.optim.Optimizer) -> Reach:
+    """Tried on small matrices: whole and in halves, together and one by one. Optimizers of torch are known.
+
+    Raises WorkloadError when it cannot be tried.
+    """
+    if type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _BY_ELEMENT:
+        return Reach(of_parameter=False, of_others=False)
+    draw = torch.Generator().manual_seed(0)
+    tried = [[torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
+    reach = [_reach_in(optimizer, group, tried) for group in optimizer.param_groups]
+    return Reach(any(found.of_parameter for found in reach), any(found.of_others for found in reach))
+
+
+def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: list[list[Tensor]]) -> Reach:
+    """`tried`: of two parameters the value and the gradients of two steps."""
+    first, second = tried
+    try:
+        together, alone = _after(optimizer, group, [first, second]), _after(optimizer, group, [first])
+        halves = [
+            torch.cat(_after(optimizer, group, [[t.chunk(2, dim)[k] for t in first] for k in (0, 1)]), dim)
+            for dim in (0, 1)
+        ]
+    except Exception as error:
+        raise WorkloadError(
+            f"{type(optimizer).__name__} could not be tried on a small matrix ({type(error).__name__}: {error}), so "
+            "whether its steps are those of one process is not known; use another, or plan for one device"
+        ) from error
+    return Reach(
+        of_parameter=not all(torch.allclose(half, alone[0], rtol=1e-9, atol=1e-12) for half in halves),
+        of_others=not torch.allclose(together[0], alone[0], rtol=1e-9, atol=1e-12),
+    )
+
+
+def _after(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Values of fresh parameters after the steps."""
+    probe: Any = object.__new__(type(optimizer))
+    probe.__dict__.update(optimizer.__dict__)
+    parameters = [nn.Parameter(value.clone()) for value, *_ in tried]
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**group, "params": parameters, **({} if group.get("lr") is None else {"lr": 0.01})}]
+    for step in range(1, len(tried[0])):
+        for parameter, values in zip(parameters, tried, strict=True):
+            parameter.grad = values[step].clone()
+        probe.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, *, cut: Iterable[str], same_everywhere: bool, steps_apart: bool
+) -> None:
+    """Refuse an optimizer that would not step as in one process. `cut`: components that tensor parallelism may cut.
+    `same_everywhere`: whether all ranks that update anything update all; `steps_apart`: there is more than one rank.
+    """
+    cut = sorted(cut)
+    if not cut and (same_everywhere or not steps_apart):
+        return
+    reach, kind = reach_of(optimizer), type(optimizer).__name__
+    if reach.of_parameter and cut:
+        raise WorkloadError(
+            f"{kind} computes with whole matrices, and component {cut[0]!r} is registered with tensor_parallel=, which "
+            "keeps them in pieces; leave tensor_parallel out, or use an optimizer that updates each element by itself"
+        )
+    if reach.of_others and steps_apart and not same_everywhere:
+        raise WorkloadError(
+            f"{kind} computes the update of a parameter from others too, and in this plan devices update different "
+            "ones; plan for one device, or use an optimizer that updates each parameter by itself"
+        )

@@ -1,0 +1,160 @@
+"""Reference: what one process does with a workload, step by step. All that `verify` and docs/exactness.md promise is
+measured by it.
+
+It runs the user's own task functions on whole batches and on the user's own modules, which get their values back
+afterwards. It draws the same random numbers: they depend on the seed, the step, the task, the place in the code and the
+sample.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spindle.capture import capture
+from spindle.capture.codes import Captured, computing_in
+from spindle.capture.eager import drawing_as_planned
+from spindle.record.draws import Stream
+from spindle.runtime.data import Feed
+from spindle.runtime.optimizers import (
+    Metric,
+    OptimizerFactory,
+    SchedulerFactory,
+    make_optimizer,
+    make_schedule,
+    takes_metric,
+)
+from spindle.runtime.progress import optimizer_tensors
+from spindle.workload import Task, Workload
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What some steps did: losses by step, gradients by step and rank, and after the last step the values of parameters
+    and buffers, the optimizer's states and the learning rates by parameter group.
+
+    `buffers` names those of the values that are buffers. `loss_dtypes`: the type of each task's loss, which may be less
+    exact than the model's: transformers compute losses in float32.
+    """
+
+    losses: list[dict[str, float]]
+    gradients: list[dict[int, Gradients]] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    loss_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def run_reference(
+    workload: Workload,
+    steps: int,
+    *,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None = None,
+    metric: Metric | None = None,
+    seed: int = 0,
+    follow: Sequence[Gradients] = (),
+) -> Outcome:
+    """Train `steps` steps in this process, then give the modules their values back.
+
+    `follow`: gradients of another run by step. Where they are given, the optimizer steps with them after this run's own
+    were noted: then each step of both runs starts from the same parameters, and what differs in one step's gradients by
+    rounding does not grow, as it would where an optimizer divides by the gradient's size.
+    """
+    captured = capture(workload)
+    parameters = dict(workload.named_parameters())
+    feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
+    found = Outcome([], buffers=frozenset(name for name, _ in workload.named_buffers()))
+    with restored(workload):
+        made = make_optimizer(optimizer, parameters, workload.optimizer_settings)
+        schedule = make_schedule(scheduler, made.optimizer, metric)
+        for step in range(steps):
+            for parameter in parameters.values():
+                parameter.grad = None
+            found.losses.append({})
+            for name in workload.tasks_of(step, seed):
+                stream = Stream(seed=seed, step=step, task=name)
+                losses = _run_task(workload, captured, workload.tasks[name], feeds[name], stream, found.loss_dtypes)
+                found.losses[-1][name] = sum(losses) / len(losses)
+            if workload.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), workload.max_grad_norm)
+            found.gradients.append({0: {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}})
+            for name, gradient in (follow[step] if follow else {}).items():
+                parameters[name].grad = gradient.clone()
+            made.optimizer.step()
+            if schedule is not None:
+                given: Any = [metric(found.losses[-1])] if metric is not None and takes_metric(schedule) else []
+                schedule.step(*given)
+        every = (*workload.named_parameters(), *workload.named_buffers())
+        found.values.update({name: tensor.detach().clone() for name, tensor in every})
+        found.states.update(optimizer_tensors(made.optimizer, parameters, strict=False))
+        found.learning_rates.update(made.learning_rates())
+    for feed in feeds.values():
+        feed.close()
+    return found
+
+
+def _run_task(
+    workload: Workload,
+    captured: Captured,
+    task: Task,
+    feed: Feed,
+    place: Stream,
+    dtypes: dict[str, torch.dtype],
+) -> list[float]:
+    """Forward and backward of a step's batches of one task; their losses."""
+    losses = []
+    for batch in range(workload.accumulate):
+        given = feed.next()
+        stream = Stream(
+            seed=place.seed,
+            step=place.step,
+            batch=batch,
+            task=task.name,
+            units=given.units,
+            high=given.units.num_samples,
+        )
+        drawing = drawing_as_planned(workload, captured, stream)
+        with computing_in(workload.precision, torch.device("cpu")), drawing:
+            loss = task.function(dict(given.fields))
+        losses.append(float(loss.detach()))
+        dtypes[task.name] = loss.dtype
+        if loss.requires_grad:  # not where a batch lacks all that is trained
+            torch.autograd.backward(loss * (task.weight / workload.accumulate))
+    return losses
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@contextlib.contextmanager
+def restored(workload: Workload) -> Iterator[None]:
+    """While open modules may change; then they have their tensors, values, gradients and plain attributes back."""
+    modules = list({id(m): m for c in workload.components.values() for m in c.module.modules()}.values())
+    held = [(dict(m._parameters), dict(m._buffers), _plain(m)) for m in modules]
+    tensors = [t for parameters, buffers, _ in held for t in (*parameters.values(), *buffers.values()) if t is not None]
+    values = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in {id(t): t for t in tensors}.values()]
+    for tensor, _, _ in values:
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for module, (parameters, buffers, plain) in zip(modules, held, strict=True):
+            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                own.clear()
+                own.update(before)  # type: ignore[arg-type]
+            module.__dict__.update(plain)
+        with torch.no_grad():
+            for tensor, value, gradient in values:
+                tensor.copy_(value)
+                tensor.grad = gradient
+
+
+def _plain(module: nn.Module) -> Mapping[str, object]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
