@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import Tensor
@@ -31,6 +31,7 @@ from spindle.runtime.progress import Progress
 from spindle.workload import Workload
 
 _ABOUT, _PROGRESS = "spindle.json", "progress.pt"
+_VERSION = 2  # parameter groups by position; 1 had them by component
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -52,10 +53,19 @@ class _About(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: str = Field(pattern=r"^spindle\.checkpoint$")
-    version: int = Field(ge=1, le=1)
+    version: int
     step: int = Field(ge=0)
     seed: int
     files: dict[str, tuple[int, int]] = Field(strict=False)  # bytes and crc32
+
+    @field_validator("version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version != _VERSION:
+            raise ValueError(
+                f"it is of version {version}, and this is version {_VERSION}: go on with the other Spindle"
+            )
+        return version
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def finish(unfinished: Path, path: Path, *, step: int, seed: int, progress: Prog
     """Complete what the ranks wrote into `unfinished` and give it its name; drop the oldest beyond `keep`."""
     torch.save(progress, unfinished / _PROGRESS)
     files = {file.name: _sum_of(file) for file in sorted(unfinished.iterdir())}
-    about = _About(format="spindle.checkpoint", version=1, step=step, seed=seed, files=files)
+    about = _About(format="spindle.checkpoint", version=_VERSION, step=step, seed=seed, files=files)
     (unfinished / _ABOUT).write_text(about.model_dump_json(indent=1))
     for file in unfinished.iterdir():
         _synced(file)

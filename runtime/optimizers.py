@@ -29,10 +29,6 @@ Settings = Mapping[str, Mapping[str, float]]
 PAIRS = "named_parameters"
 """A factory whose first parameter has this name gets (name, parameter) pairs."""
 
-_BY_ELEMENT = frozenset(
-    ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
@@ -205,12 +201,10 @@ class Reach:
 
 
 def reach_of(optimizer: torch.optim.Optimizer) -> Reach:
-    """Tried on small matrices: whole and in halves, together and one by one. Optimizers of torch are known.
+    """Tried on small matrices: whole and in halves, together and one by one.
 
     Raises WorkloadError when it cannot be tried.
     """
-    if type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _BY_ELEMENT:
-        return Reach(of_parameter=False, of_others=False)
     draw = torch.Generator().manual_seed(0)
     tried = [[torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
     reach = [_reach_in(optimizer, group, tried) for group in optimizer.param_groups]

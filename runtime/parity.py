@@ -22,12 +22,12 @@ __all__ = ["compare", "default_optimizer", "default_tolerance", "observed", "run
 
 ROUNDINGS = 16  # of the machine's precision: for float32 2e-6 of a tensor's largest value
 QUANTITIES = {
-    "loss": "losses",
-    "gradient": "gradients",
-    "parameter": "parameters",
-    "buffer": "buffers",
-    "state": "optimizer states",
-    "rate": "learning rates",
+    "loss": "loss",
+    "gradient": "gradient",
+    "parameter": "parameter",
+    "buffer": "buffer",
+    "state": "optimizer state",
+    "rate": "learning rate",
 }
 """What is compared, in the order in which a step makes it, and how a report calls it."""
 
@@ -90,7 +90,7 @@ class ParityReport:
 
     def __str__(self) -> str:
         counts = {quantity: sum(row.quantity == quantity for row in self.rows) for quantity in QUANTITIES}
-        told = ", ".join(f"{count} {QUANTITIES[quantity]}" for quantity, count in counts.items() if count)
+        told = ", ".join(_counted(count, QUANTITIES[quantity]) for quantity, count in counts.items() if count)
         wrong = [row for row in self.rows if not row.ok]
         verdict = "agrees with one process" if self.ok else f"DIFFERS from one process in {len(wrong)} places"
         lines = [
@@ -169,6 +169,10 @@ def observed(run: Run, steps: int) -> Outcome:
         run.optimizer_state(),
         {label: rate for report in reports for label, rate in report.learning_rates.items()},
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def joined_gradients(outcome: Outcome) -> list[Gradients]:

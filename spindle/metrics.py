@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One step of a run, counted from 1. Mappings go by task, by rank, and by component ("" for all without settings).
+    """One step of a run, counted from 1. Mappings go by task, by rank, and by parameter group.
 
     step_s                    the slowest rank's seconds from the step's start to its end
     samples_per_s, tokens_per_s   of tasks that took part; tokens of those whose batches have `attention_mask` (its sum)
                               or `input_ids` (its size)
+    learning_rates            by group: "" or a component with settings of its own, after "group 0", "group 1", or the
+                              name of the group, where the optimizer has several
     memory_bytes              peak of each rank so far: of its GPU, or of its process on a CPU
     """
 

@@ -1,0 +1,310 @@
+"""Optimizers and schedules step as in one process, whatever groups they make, under every plan, and after a resume."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+import spindle
+from spindle.errors import CheckpointError, SpindleError, WorkloadError
+from spindle.graph import Parameter
+from spindle.runtime.optimizers import Reach, make_optimizer, rank_optimizer, reach_of
+from tests.parity.test_tensor_parallel import workload as cut_towers
+from tests.random_plans import random_plan, widest_plan
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW by for loop": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Muon on matrices": lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=0.01),
+    "transformers' Adafactor": lambda p: _adafactor(p),
+}
+
+
+def _adafactor(parameters: list[nn.Parameter]) -> Optimizer:
+    from transformers.optimization import Adafactor
+
+    made: Optimizer = Adafactor(parameters)
+    return made
+
+
+def _by_dimension(parameters: list[nn.Parameter]) -> Optimizer:
+    decayed: Any = [p for p in parameters if p.ndim > 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in parameters if p.ndim < 2]}],
+        lr=0.01,
+        weight_decay=0.0,
+    )
+
+
+def _by_name(named_parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    heads: Any = [(n, p) for n, p in named_parameters if n.startswith("head")]
+    rest: Any = [(n, p) for n, p in named_parameters if not n.startswith("head")]
+    return torch.optim.SGD([{"params": rest, "lr": 0.05}, {"params": heads}], lr=0.2, momentum=0.9)
+
+
+def _by_depth(named_parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    """A rate for each layer of the trunk, deepest first, and one for the rest; frozen ones left out, as many do."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in reversed(named_parameters):
+        if parameter.requires_grad:
+            layer = name.split(".")[1] if name.startswith("trunk.") else "rest"
+            groups.setdefault(layer, {"params": [], "lr": 0.1 * 0.7 ** len(groups)})["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()))
+
+
+GROUPED: dict[str, Callable[[Any], Optimizer]] = {
+    "by dimension": _by_dimension,
+    "by name": _by_name,
+    "by depth": _by_depth,
+    "one parameter": lambda p: torch.optim.SGD(p[:1], lr=0.1),
+}
+
+
+def _rates(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    """A function of its own for each group."""
+
+    def rate(group: int, epoch: int) -> float:
+        return 1.0 / (1 + group + epoch)
+
+    return lr_scheduler.LambdaLR(optimizer, [functools.partial(rate, k) for k in range(len(optimizer.param_groups))])
+
+
+def _one_cycle(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.OneCycleLR(
+        optimizer, [0.1 * (k + 1) for k in range(len(optimizer.param_groups))], total_steps=8, cycle_momentum=False
+    )
+
+
+def _sequence(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    warmup = lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, 4)], [2])
+
+
+SCHEDULES = {"none": None, "a function a group": _rates, "one cycle": _one_cycle, "sequence": _sequence}
+
+
+def towers(*, frozen: bool = False, own: Mapping[str, float] | None = None, **options: Any) -> spindle.Workload:
+    torch.manual_seed(0)
+    workload = spindle.Workload("towers", **options)
+    layers = [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
+    trunk = workload.component("trunk", nn.Sequential(*layers).double(), optimizer=own)
+    head = workload.component("head", nn.Linear(8, 3, bias=False).double())
+    other = workload.component("other", nn.Linear(8, 8).double())
+    trunk.requires_grad_(not frozen)
+    draw = torch.Generator().manual_seed(1)
+    batches = [
+        {"x": torch.randn(6, 8, generator=draw, dtype=torch.float64), "y": torch.randint(3, (6,), generator=draw)}
+        for _ in range(3)
+    ]
+
+    @workload.task("name", batch_size=6, data=batches)
+    def name(batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(head(trunk(batch["x"])), batch["y"])
+
+    @workload.task("fit", batch_size=6, data=batches, every=2)
+    def fit(batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = (other(trunk(batch["x"])) - 1).square().mean()
+        return loss
+
+    return workload
+
+
+def apart(workload: spindle.Workload) -> spindle.Plan:
+    """Components on devices of their own, so that groups are empty on some."""
+    return spindle.make_plan(workload, "1x2:cpu", pins={"trunk": [0], "head": [1], "other": [1]})
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_steps_as_in_one_process(kind: str) -> None:
+    """Apart on two devices, then resumed on three, with states."""
+    workload = towers()
+    plan = widest_plan(spindle.make_metagraph(workload), 3)
+    report = spindle.verify(
+        workload, apart(workload), steps=4, optimizer=OPTIMIZERS[kind], resume_under=plan, launcher="threads"
+    )
+    assert report.ok, str(report)
+    assert kind in ("SGD", "Muon on matrices") or "state" in {row.quantity for row in report.rows}
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    groups=st.sampled_from(sorted(GROUPED)),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    own=st.sampled_from([None, {"lr": 0.02}]),
+    sharded=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_groups_and_schedules_are_those_of_one_process(
+    groups: str, schedule: str, own: Mapping[str, float] | None, sharded: bool, seed: int
+) -> None:
+    """Any groups with any schedule, under one random plan and then another."""
+    workload = towers(own=own, shard_optimizer=sharded)
+    graph = spindle.make_metagraph(workload)
+    report = spindle.verify(
+        workload,
+        random_plan(graph, 1 + seed % 3, seed),
+        steps=4,
+        optimizer=GROUPED[groups],
+        scheduler=SCHEDULES[schedule],
+        resume_under=random_plan(graph, 1 + (seed + 1) % 3, seed + 1),
+        launcher="threads",
+    )
+    assert report.ok, str(report)
+    assert "rate" in {row.quantity for row in report.rows}
+
+
+def test_a_plateau_is_seen_by_its_metric() -> None:
+    """The rate falls when the given loss no longer does: the same on all ranks, as in one process."""
+    report = spindle.verify(
+        towers(),
+        steps=5,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        scheduler=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0, factor=0.5),
+        metric=lambda losses: losses["name"] + losses.get("fit", 0.0),
+        launcher="threads",
+    )
+    assert report.ok, str(report)
+
+
+def test_a_part_thawed_later_has_the_rate_of_its_schedule(tmp_path: Any) -> None:
+    """Its group is there from the first step on, so its rate is where one process has it."""
+
+    def trained(workload: spindle.Workload, steps: int) -> spindle.TrainResult:
+        rates: list[Mapping[str, float]] = []
+
+        class Rates(spindle.metrics.Callback):
+            def on_step(self, metrics: spindle.metrics.StepMetrics) -> None:
+                rates.append(metrics.learning_rates)
+
+        spindle.train(
+            workload,
+            apart(workload),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            scheduler=lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+            steps=steps,
+            checkpoints=tmp_path,
+            resume=True,
+            launcher="threads",
+            callbacks=[Rates()],
+        )
+        return rates  # type: ignore[return-value]
+
+    trained(towers(frozen=True, own={"lr": 0.8}), 2)
+    after: Any = trained(towers(own={"lr": 0.8}), 3)
+    assert dict(after[-1]) == {"trunk": 0.1, "": 0.1 / 8}
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "no optimizer": (lambda p: None, None, "gave a NoneType"),
+    "LBFGS": (lambda p: torch.optim.LBFGS(p), None, "LBFGS.step needs 'closure'"),
+    "SparseAdam": (lambda p: torch.optim.SparseAdam(p), None, "needs sparse gradients"),
+    "another's parameter": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2, 7))], lr=1.0), None, r"\(2, 7\)"),
+    "it raises": (lambda p: torch.optim.SGD([], lr=1.0), None, "optimizer= raised ValueError"),
+    "no metric": (lambda p: torch.optim.SGD(p, lr=1.0), lr_scheduler.ReduceLROnPlateau, "give metric="),
+    "wrong lists": (
+        lambda p: torch.optim.SGD(p, lr=1.0),
+        lambda o: lr_scheduler.LambdaLR(o, [lambda e: 1.0] * 3),
+        "scheduler= raised ValueError",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_step_is_refused_before_the_run(kind: str) -> None:
+    optimizer, scheduler, sentence = REFUSED[kind]
+    with pytest.raises(SpindleError, match=sentence):
+        spindle.train(towers(), optimizer=optimizer, scheduler=scheduler, steps=1, launcher="threads")
+
+
+def test_a_setting_that_the_optimizer_lacks_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="'lrr', which SGD does not have"):
+        spindle.train(towers(own={"lrr": 1.0}), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), steps=1,
+                      launcher="threads")  # fmt: skip
+
+
+class Coupled(torch.optim.SGD):
+    """Divides each update by the norm of all gradients, as optimizers with one step size for a model do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum((p.grad.square().sum() for p in held), torch.tensor(1e-12)).sqrt()
+        for parameter in held:
+            parameter.data.sub_(0.1 * parameter.grad / norm)
+
+
+def test_an_optimizer_over_all_parameters_needs_one_device() -> None:
+    """Refused where ranks update different ones; the same as in one process where each has all."""
+    with pytest.raises(WorkloadError, match="the update of a parameter from others"):
+        spindle.verify(towers(), apart(towers()), optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
+    alone = spindle.verify(towers(), num_workers=1, optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
+    assert alone.ok, str(alone)
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "Muon on matrices", "transformers' Adafactor"])
+def test_whole_matrices_are_not_stepped_in_pieces(kind: str) -> None:
+    with pytest.raises(WorkloadError, match="computes with whole matrices, and component 'encoder'"):
+        spindle.verify(cut_towers(), optimizer=OPTIMIZERS[kind], launcher="threads")
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_an_optimizer_sees_at_once_is_tried(kind: str) -> None:
+    """Only these need whole matrices, and none needs others'."""
+    optimizer = OPTIMIZERS[kind]([nn.Parameter(torch.ones(4, 6, dtype=torch.float64))])
+    assert reach_of(optimizer) == Reach(kind in ("Adafactor", "Muon on matrices", "transformers' Adafactor"), False)
+    assert not optimizer.state or kind == "Adagrad"
+
+
+def test_groups_are_the_same_on_a_rank_that_holds_little() -> None:
+    """Each group is there, in order, with its settings, and with what the rank holds of it."""
+    every = [
+        Parameter(name=f"{part}.{kind}", shape=shape, dtype="float64")
+        for part in ("a", "b", "c")
+        for kind, shape in (("weight", (4, 4)), ("bias", (4,)))
+    ]
+    own = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    everything = {p.name: nn.Parameter(torch.ones(p.shape, dtype=torch.float64)) for p in every}
+    settings_by_part = {"a": {}, "b": {"lr": 0.5}, "c": {"lr": 0.25}}
+    whole = make_optimizer(_by_dimension, everything, settings_by_part)
+    part = rank_optimizer(_by_dimension, every, [("b.bias", own)], settings_by_part, torch.device("cpu"))
+    assert part.labels == whole.labels == tuple(f"group {g}{c}" for g in (0, 1) for c in ("", " b", " c"))
+    assert [len(group["params"]) for group in whole.optimizer.param_groups] == [1] * 6
+    assert [group["params"] for group in part.optimizer.param_groups] == [[], [], [], [], [own], []]
+    for ours, theirs in zip(part.optimizer.param_groups, whole.optimizer.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "sentence"),
+    [
+        (lambda p: torch.optim.AdamW(p), _by_dimension, "1 parameter groups, and this one 2"),
+        (
+            _by_name,
+            lambda p: torch.optim.SGD([{"params": p[1:]}, {"params": p[:1]}], lr=0.1, momentum=0.9),
+            "is in group",
+        ),
+    ],
+)
+def test_other_groups_do_not_go_on(tmp_path: Any, then: Any, now: Any, sentence: str) -> None:
+    workload = towers()
+    plan = apart(workload)
+    spindle.train(workload, plan, optimizer=then, steps=1, checkpoints=tmp_path, launcher="threads")
+    with pytest.raises(CheckpointError, match=sentence):
+        spindle.train(workload, plan, optimizer=now, steps=2, checkpoints=tmp_path, resume=True, launcher="threads")
