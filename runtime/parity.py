@@ -13,6 +13,7 @@ from spindle.errors import PlanError
 from spindle.graph import parse_piece
 from spindle.runtime.checkpoint import Checkpoints, to_resume
 from spindle.runtime.controller import Launcher, Prepared, Run, launched
+from spindle.runtime.launch.torchrun import under_torchrun
 from spindle.runtime.optimizers import Metric, OptimizerFactory, SchedulerFactory
 from spindle.runtime.parallel.names import joined_pieces, piece_of
 from spindle.runtime.reference import Gradients, Outcome, restored, run_reference
@@ -72,6 +73,7 @@ class ParityReport:
     losses: tuple[dict[str, float], ...]
     reference_losses: tuple[dict[str, float], ...]
     tolerance: Tolerance
+    unreached: tuple[str, ...] = ()  # parameters with zero gradients in a step in which one process gives them none
 
     @property
     def ok(self) -> bool:
@@ -108,6 +110,12 @@ class ParityReport:
             f"  one process itself has no finite loss of {task!r} in step {step}; mend the task's data or loss first"
             for step, task in endless[:1]
         ]
+        if self.unreached:
+            lines.append(
+                f"  note: {_counted(len(self.unreached), 'parameter')} ({self.unreached[0]}) had zero gradients in a "
+                "step in which a batch lacked what leads to them; one process gives them none there, so an optimizer "
+                "with momentum or weight decay would let them rest (docs/exactness.md)"
+            )
         return "\n".join(lines)
 
 
@@ -127,6 +135,10 @@ def run_planned(
 
     The user's modules stay as they are. Raises PlanError when there are fewer steps than plans.
     """
+    if len(prepared) > 1 and under_torchrun():
+        raise PlanError(
+            "resume_under= saves into a folder of this process, and torchrun starts several; run verify without it"
+        )
     if steps < len(prepared):
         raise PlanError(f"steps is {steps} and there are {len(prepared)} plans; give each at least one step")
     parts: list[Outcome] = []
@@ -222,7 +234,13 @@ def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> Pa
     for label, rate in reference.learning_rates.items():
         got, expected = (torch.tensor(x, dtype=torch.float64) for x in (planned.learning_rates[label], rate))
         rows.append(_row("rate", label, last, got, expected, tolerance))
-    return ParityReport(tuple(rows), tuple(planned.losses), tuple(reference.losses), tolerance)
+    unreached = {
+        name: None
+        for ours, theirs in zip(joined_gradients(planned), reference.gradients, strict=True)
+        for name, gradient in ours.items()
+        if name not in theirs[0] and not gradient.any()
+    }
+    return ParityReport(tuple(rows), tuple(planned.losses), tuple(reference.losses), tolerance, tuple(unreached))
 
 
 def _gradient_rows(

@@ -303,3 +303,15 @@ def test_a_frontier_without_blocks_that_are_not_called() -> None:
     assert order.without(("c",), {"a", "b", "v"}) == ("b", "v")
     assert order.without(("b", "c"), {"a", "b"}) == ("b",)
     assert order.without(("w",), {"a"}) == ()
+
+
+def test_an_optimizer_that_moves_what_has_no_gradient_is_told_of() -> None:
+    """Both sides step with the zeros of the planned run, so they agree, and the report names such a parameter."""
+    made = workload(branched).workload
+    report = spindle.verify(
+        made, steps=3, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1), launcher="threads", timeout_s=30.0
+    )
+    assert report.ok, str(report)
+    assert all(name.startswith("vision.") for name in report.unreached)
+    assert "(vision.0." in str(report)
+    assert not spindle.verify(made, steps=1, launcher="threads", timeout_s=30.0).unreached

@@ -193,7 +193,7 @@ def test_verify_agrees(folder: Path, spindle_command: Spindle) -> None:
     found = one_object(done)
     assert (done.code, done.err, found["ok"]) == (0, "", True)
     assert set(found) >= {"ok", "max_abs_error", "max_rel_error", "losses", "reference_losses", "rows"}
-    assert {row["quantity"] for row in found["rows"]} == {"loss", "gradient", "value"}
+    assert {row["quantity"] for row in found["rows"]} == {"loss", "gradient", "parameter", "rate"}
 
 
 def test_verify_finds_a_difference(folder: Path, spindle_command: Spindle) -> None:
@@ -202,6 +202,23 @@ def test_verify_finds_a_difference(folder: Path, spindle_command: Spindle) -> No
     assert done.code == 1
     assert done.out.startswith("parity: DIFFERS from one process")
     assert one_object(spindle_command("verify", "model.py:drifting", "--launcher", "threads", "--json"))["ok"] is False
+
+
+def test_verify_takes_what_train_takes(folder: Path, spindle_command: Spindle) -> None:
+    """The file's optimizer, schedule and metric are used, over a resume too; what cannot step is refused."""
+    stepped = (folder / "model.py").read_text() + (
+        "def optimizer(named_parameters):\n    return torch.optim.AdamW(named_parameters, lr=0.1)\n"
+        "scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau\n"
+    )
+    (folder / "stepped.py").write_text(stepped + "def metric(losses):\n    return losses['t']\n")
+    options = ("--launcher", "threads", "--steps", "4", "--resume-under", "1")
+    done = spindle_command("verify", "stepped.py", *options)
+    assert done.code == 0
+    assert "2 parameters, 6 optimizer states, 1 learning" in done.out
+    (folder / "stepped.py").write_text(stepped)
+    refused = spindle_command("verify", "stepped.py", *options)
+    assert (refused.code, refused.out) == (2, "")
+    assert "ReduceLROnPlateau needs a number in each step; give metric=" in refused.err
 
 
 def test_train(folder: Path, spindle_command: Spindle) -> None:
@@ -223,7 +240,7 @@ def test_numbers_that_json_does_not_have(folder: Path, spindle_command: Spindle)
     trained = spindle_command("train", *options)
     assert (trained.code, one_object(trained)["losses"]) == (0, [{"t": None}])
     verified = spindle_command("verify", *options)
-    assert (verified.code, one_object(verified)["ok"]) == (1, False)
+    assert (verified.code, one_object(verified)["ok"]) == (0, True)  # it is the same in one process
 
 
 def test_losses_that_are_no_numbers_are_said(folder: Path, spindle_command: Spindle) -> None:
