@@ -313,5 +313,5 @@ def test_an_optimizer_that_moves_what_has_no_gradient_is_told_of() -> None:
     )
     assert report.ok, str(report)
     assert all(name.startswith("vision.") for name in report.unreached)
-    assert "(vision.0." in str(report)
+    assert "(vision." in str(report)
     assert not spindle.verify(made, steps=1, launcher="threads", timeout_s=30.0).unreached
