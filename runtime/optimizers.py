@@ -70,6 +70,10 @@ def make_optimizer(
             f"{kind}.step needs {needed[0]!r}: it computes losses anew inside of a step, which a planned step cannot; "
             "use an optimizer whose step takes no argument"
         )
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise WorkloadError(
+            f"optimizer= registered a hook on {kind}.step, which would see only what one device updates; leave it out"
+        )
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         if foreign := [p for p in group["params"] if id(p) not in names]:

@@ -212,12 +212,19 @@ def test_a_part_thawed_later_has_the_rate_of_its_schedule(tmp_path: Any) -> None
     assert dict(after[-1]) == {"trunk": 0.1, "": 0.1 / 8}
 
 
+def _hooked(parameters: Any) -> Optimizer:
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "no optimizer": (lambda p: None, None, "gave a NoneType"),
     "LBFGS": (lambda p: torch.optim.LBFGS(p), None, "LBFGS.step needs 'closure'"),
     "SparseAdam": (lambda p: torch.optim.SparseAdam(p), None, "needs sparse gradients"),
     "another's parameter": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2, 7))], lr=1.0), None, r"\(2, 7\)"),
     "it raises": (lambda p: torch.optim.SGD([], lr=1.0), None, "optimizer= raised ValueError"),
+    "a hook": (lambda p: _hooked(p), None, "registered a hook on SGD.step"),
     "no metric": (lambda p: torch.optim.SGD(p, lr=1.0), lr_scheduler.ReduceLROnPlateau, "give metric="),
     "wrong lists": (
         lambda p: torch.optim.SGD(p, lr=1.0),
