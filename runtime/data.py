@@ -55,7 +55,8 @@ class _Read:
 
 def keeps_state(task: Task) -> bool:
     """Whether a task's loader can tell where it stands, and go on from there."""
-    return all(hasattr(task.data, method) for method in ("state_dict", "load_state_dict"))
+    loader = getattr(task.data, "base_dataloader", task.data)  # accelerate's have the methods, but pass them on to this
+    return all(hasattr(loader, method) for method in ("state_dict", "load_state_dict"))
 
 
 def is_listed(task: Task) -> bool:
@@ -152,7 +153,7 @@ class Feed:
         self._pass, self._taken, self._skip = int(state["pass"]), 0, int(state["taken"])
         self._pass_generators = state["generators"]
         self._generators = _Generators.loaded(self._pass_generators)
-        self._reading.put_back()
+        self._reading.close()
         self._reading, self._begun = reading(self.task.data), False
         self._reading.load(f"task {self.task.name!r}", state.get("own", self._first_own))
         self._pass_own = self._reading.state()
@@ -207,8 +208,7 @@ class Feed:
 
     def _finish(self) -> None:
         self._iterator = None
-        self._reading.put_back()
-        self._reading = reading(())  # the copy's worker processes end with it
+        self._reading.close()
         if self._shared is not None:
             self._shared.release()
 

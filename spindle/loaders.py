@@ -73,17 +73,19 @@ class Reading:
         for sampler, before, counted in zip(self.samplers, self._counted, state["samplers"], strict=True):
             vars(sampler).update({**before, **counted})
 
-    def put_back(self) -> None:
-        """Put generators that have no copy back where they stood."""
+    def close(self) -> None:
+        """End worker processes that persist, and put generators that have no copy back where they stood."""
+        for loader in self.loaders:
+            vars(loader)["_iterator"] = None
         for generator, state in zip(self.outside, self._outside, strict=True):
             set_state(generator, state)
 
     def kept(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; when no more are wanted, generators without a copy are put back."""
+        """The same batches; closes when no more are wanted."""
         try:
             yield from batches
         finally:
-            self.put_back()
+            self.close()
 
 
 def persisting(loader: DataLoader[Any]) -> bool:
@@ -146,25 +148,25 @@ def set_epoch(where: str, source: Any, epoch: int) -> None:
 def parts(source: Any) -> list[Any]:
     """A loader, and the samplers, data sets and loaders that it is made of, each once and after those inside it."""
     found: dict[int, Any] = {}
-    seen: set[int] = set()
-
-    def look(part: Any) -> None:
-        if id(part) in seen or isinstance(part, (*_STAYS, *_PLAIN)):
-            return
-        seen.add(id(part))
-        if type(part) in (list, tuple, dict):
-            for one in part.values() if isinstance(part, dict) else part if len(part) <= _MOST_ENTRIES else ():
-                look(one)
-            return
-        held = getattr(part, "__dict__", None)
-        for name, one in list(held.items()) if isinstance(held, dict) else ():
-            if name.strip("_") in (*_PARTS, *_WRAPPED):
-                look(one)
-        found[id(part)] = part
-
     if type(source) not in (list, tuple):
-        look(source)
+        _look_for_parts(source, found, set())
     return list(found.values())
+
+
+def _look_for_parts(part: Any, found: dict[int, Any], seen: set[int]) -> None:
+    if id(part) in seen or isinstance(part, (*_STAYS, *_PLAIN)):
+        return
+    seen.add(id(part))
+    if type(part) in (list, tuple, dict):
+        inner = list(part.values() if isinstance(part, dict) else part) if len(part) <= _MOST_ENTRIES else []
+    else:
+        held = getattr(part, "__dict__", None)
+        names = (*_PARTS, *_WRAPPED)
+        inner = [one for name, one in held.items() if name.strip("_") in names] if isinstance(held, dict) else []
+    for one in inner:
+        _look_for_parts(one, found, seen)
+    if type(part) not in (list, tuple, dict):
+        found[id(part)] = part
 
 
 def _refuse_share(where: str, part: Any) -> None:

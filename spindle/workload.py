@@ -61,7 +61,7 @@ class Task:
         """The first pass over the task's data, which stays as it is. Raises WorkloadError when there is none."""
         own = reading(self.data)
         batches = self.begun(own.data, 0)
-        return own.kept(batches) if own.outside else batches
+        return own.kept(batches) if own.outside or own.loaders else batches
 
     def begun(self, data: Any, epoch: int, state: Any = None) -> Iterator[Any]:
         """Pass `epoch` over the task's data, which its reader has from `spindle.loaders.reading`. `state`: where in it

@@ -1,6 +1,8 @@
 """Order of data: what a feed gives is what `for batch in loader` gives in one process, pass after pass."""
 
+import io
 import random
+import threading
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -28,6 +30,7 @@ from spindle.runtime.data import Feed
 from spindle.workload import Task
 
 ROWS, SIZE, PASSES = 12, 3, 3
+WAIT_S = 20.0
 Loader = Any
 Made = tuple[Loader, list[Any]]
 """What a task is given, and what a script calls `set_epoch` of."""
@@ -166,7 +169,7 @@ def seeded() -> torch.Generator:
 
 def distributed(loader: Callable[..., Any] = DataLoader, **options: Any) -> Made:
     sampler = DistributedSampler(Rows(), 1, 0)
-    return loader(Rows(), SIZE, sampler=sampler, **options), [sampler]
+    return loader(Rows(), batch_size=SIZE, sampler=sampler, **options), [sampler]
 
 
 def within_batches() -> Made:
@@ -328,19 +331,18 @@ def test_a_feed_gives_what_one_process_reads(kind: str) -> None:
         assert next(map(values, given.batches())) == expected[0]  # as planning does
         feed = Feed(given, 0)
         assert taken(feed, len(expected)) == expected
-        feed.close()
-        feed._thread.submit(lambda: None).cancelled()  # the thread ends
-        wait_for_end(feed)
+        closed(feed)
     assert one_process(made) == expected
 
 
-def wait_for_end(feed: Feed) -> None:
-    """Until the thread of a closed feed has done all."""
-    import threading
-
+def closed(*feeds: Feed) -> None:
+    """Close all feeds and wait until their threads have ended."""
+    for feed in feeds:
+        feed.close()
     for thread in threading.enumerate():
-        if thread.name == f"data-{feed.task.name}":
-            thread.join(20.0)
+        if thread.name == "data-t":
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -353,20 +355,16 @@ def test_a_resumed_feed_goes_on_as_one_process(kind: str) -> None:
     for cut in range(len(expected)):
         states[cut] = through_a_file(feed.state())
         feed.next()
-    feed.close()
-    wait_for_end(feed)
+    closed(feed)
     for cut in cuts:
         again = Feed(task(MADE[kind]()[0]), 0)
         again.digest()  # reads ahead
         again.resume(states[cut])
         assert taken(again, len(expected) - cut) == expected[cut:], f"from batch {cut}"
-        again.close()
-        wait_for_end(again)
+        closed(again)
 
 
 def through_a_file(state: Any) -> Any:
-    import io
-
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -380,14 +378,12 @@ def test_ranks_of_one_process_do_not_share_what_changes(kind: str) -> None:
     given = task(MADE[kind]()[0])
     one, other = Feed(given, 0), Feed(given, 0)
     ahead = taken(one, 5)
-    found = [values(other.next().fields) for _ in range(2)] + []
+    found = [values(other.next().fields) for _ in range(2)]
     for _ in range(len(expected) - 5):
         ahead += taken(one, 1)
         found += taken(other, 1)
     found += taken(other, 3)
-    for feed in (one, other):
-        feed.close()
-        wait_for_end(feed)
+    closed(one, other)
     assert ahead == found == expected
 
 
@@ -462,6 +458,5 @@ def test_workers_that_do_not_hear_of_epochs_are_told_of(caplog: pytest.LogCaptur
         caplog.clear()
         feed = Feed(task(DataLoader(rows, SIZE, num_workers=1, persistent_workers=True)), 0)
         taken(feed, ROWS // SIZE + 1)
-        feed.close()
-        wait_for_end(feed)
+        closed(feed)
         assert ("set_epoch does not" in caplog.text) == told
