@@ -242,15 +242,19 @@ class Workload:
     ) -> Callable[[FunctionT], FunctionT]:
         """Decorator that registers a task function: a batch (a dict of fields) in, a scalar loss out.
 
-        `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
-        each process that needs them reads its own. `weight` multiplies the task's loss in the sum. The task takes part
-        in every `every`-th step, or in each step with `probability`; parameters that no task of a step uses rest in it.
-        When its data ends, `on_end` starts it over, stops the training before a step that lacks a batch, or ends it
-        with an error. `prefetch` batches are read ahead while others train.
+        `data`: an iterable of batches, or a function that returns one; it must give the same batches in each process,
+        and is told the number of each pass where it, its sampler or its data set has `set_epoch`. `weight` multiplies
+        the task's loss in the sum. The task takes part in every `every`-th step, or in each step with `probability`;
+        parameters that no task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the
+        training before a step that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while
+        others train.
 
         Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
         from a batch to the number of rows that each sample has in each packed field, as
         {"pixel_values": patches, "image_grid_thw": images}; see docs/packed.md.
+
+        Raises WorkloadError on values that are none of these, and when the data draw from a generator that another
+        task's data draw from.
         """
         _check_name("task", name, self.tasks)
         if not isinstance(batch_size, int) or batch_size < 1:

@@ -153,7 +153,7 @@ class Own:
 
 
 OF_MODULE = torch.Generator()
-SAMPLER = DistributedSampler(Rows(), 1, 0)
+SAMPLER: Any = DistributedSampler(Rows(), 1, 0)
 
 
 class ByGlobal(Rows):
@@ -168,12 +168,12 @@ def seeded() -> torch.Generator:
 
 
 def distributed(loader: Callable[..., Any] = DataLoader, **options: Any) -> Made:
-    sampler = DistributedSampler(Rows(), 1, 0)
+    sampler: Any = DistributedSampler(Rows(), 1, 0)
     return loader(Rows(), batch_size=SIZE, sampler=sampler, **options), [sampler]
 
 
 def within_batches() -> Made:
-    sampler = DistributedSampler(Rows(), 1, 0)
+    sampler: Any = DistributedSampler(Rows(), 1, 0)
     return DataLoader(Rows(), batch_sampler=BatchSampler(sampler, SIZE, drop_last=True)), [sampler]
 
 
@@ -260,7 +260,7 @@ class Sized12(Sized):
         return ROWS
 
 
-PERSISTENT = {"num_workers": 2, "persistent_workers": True}
+PERSISTENT: dict[str, Any] = {"num_workers": 2, "persistent_workers": True}
 
 MADE: dict[str, Callable[[], Made]] = {
     "DistributedSampler": distributed,
