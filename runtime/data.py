@@ -5,8 +5,12 @@
   ranks know it. A list of batches, which every rank has, needs neither thread, nor random numbers.
 - Random numbers that the loader draws come from generators of its own, seeded alike everywhere, so that a shuffling
   loader gives all ranks the same order.
+- A feed reads a copy of the loader (spindle/loaders.py): generators that the user gave it start where the user's stand,
+  in every run, and draw what they would in one process. Each pass gets its number through `set_epoch`.
 - Where a feed stands is a small state: the generators at the start of the present pass, and the batches taken of it. A
   resumed feed reads those again and drops them; a loader with `state_dict` and `load_state_dict` of its own need not.
+- Worker processes that persist go on from pass to pass. They hold what the data set was in the first pass and draw on
+  from there, as in one process, so that a resumed run starts them as in the first pass; what they draw is lost to it.
 """
 
 import contextlib
@@ -27,6 +31,7 @@ import torch
 
 from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
+from spindle.loaders import deaf, persisting, reading, set_epoch
 from spindle.record.draws import GLOBAL_GENERATORS
 from spindle.runtime.host import running_on
 from spindle.runtime.shared_batches import SharedReads
@@ -35,7 +40,9 @@ from spindle.workload import Task
 logger = logging.getLogger(__name__)
 
 FeedState = dict[str, Any]
-"""Plain values and tensors: {"pass": 0, "taken": 12, "generators": ..., "loader": None}."""
+"""Plain values and tensors: {"pass": 0, "taken": 12, "generators": ..., "own": ..., "loader": None}. `generators` are
+those of the process, `own` the loader's.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class _Read:
 
 def keeps_state(task: Task) -> bool:
     """Whether a task's loader can tell where it stands, and go on from there."""
-    return all(hasattr(task.data, method) for method in ("state_dict", "load_state_dict"))
+    loader = getattr(task.data, "base_dataloader", task.data)  # accelerate's have the methods, but pass them on to this
+    return all(hasattr(loader, method) for method in ("state_dict", "load_state_dict"))
 
 
 def is_listed(task: Task) -> bool:
@@ -79,11 +87,15 @@ class Feed:
             np.random.RandomState(int(state.randint(2**31))).get_state(),
             torch.Generator().manual_seed(int(state.randint(2**31))).get_state(),
         )
+        self._first_generators = self._generators.dumped()
+        self._reading = reading(task.data)
+        self._first_own = self._reading.state()
         self._thread = _Thread(f"data-{task.name}")
         self._ahead: deque[Future[_Read]] = deque()
         self._iterator: Iterator[object] | None = None
         self._pass, self._taken, self._skip = 0, 0, 0
-        self._pass_generators = self._generators.dumped()
+        self._pass_generators, self._pass_own = self._first_generators, self._first_own
+        self._begun = False  # whether a pass was begun with this copy of the loader
         self._loader_state: Any = None
         self._state = self._now()
 
@@ -141,6 +153,10 @@ class Feed:
         self._pass, self._taken, self._skip = int(state["pass"]), 0, int(state["taken"])
         self._pass_generators = state["generators"]
         self._generators = _Generators.loaded(self._pass_generators)
+        self._reading.close()
+        self._reading, self._begun = reading(self.task.data), False
+        self._reading.load(f"task {self.task.name!r}", state.get("own", self._first_own))
+        self._pass_own = self._reading.state()
         self._loader_state = state["loader"]
         self._state = state
 
@@ -192,6 +208,7 @@ class Feed:
 
     def _finish(self) -> None:
         self._iterator = None
+        self._reading.close()
         if self._shared is not None:
             self._shared.release()
 
@@ -226,19 +243,49 @@ class Feed:
 
     def _begin_pass(self) -> None:
         if not self._listed:
-            self._pass_generators = _Generators.now().dumped()
-        if self._loader_state is not None:
-            self.task.data.load_state_dict(self._loader_state)  # type: ignore[union-attr]
-            self._taken, self._skip, self._loader_state = self._skip, 0, None
+            self._pass_generators, self._pass_own = _Generators.now().dumped(), self._reading.state()
         with running_on(self._cores):
-            self._iterator = self.task.batches()
+            if self._pass and not self._begun and self._loader_state is None:
+                self._start_workers()
+            if self._pass == 1 and any(map(deaf, self._reading.loaders)):
+                logger.warning(
+                    "task %r: its loader's workers persist and hold a copy of its data set, which set_epoch does not "
+                    "reach, here as in one process; set persistent_workers=False, or keep the number in shared memory",
+                    self.task.name,
+                )
+            self._iterator = self.task.begun(self._reading.data, self._pass, self._loader_state)
+        if self._loader_state is not None:
+            self._taken, self._skip, self._loader_state = self._skip, 0, None
+        self._begun = True
+
+    def _start_workers(self) -> None:
+        """Start worker processes that persist as the first pass did, before a later one that a run resumes in: a pass
+        that finds them draws no numbers to start them.
+        """
+        name, own = f"task {self.task.name!r}", self._pass_own
+        persistent = [loader for loader in self._reading.loaders if persisting(loader)]
+        if not persistent:
+            return
+        logger.warning(
+            "%s: its workers persist, and what they drew in earlier passes is lost: the order of samples goes on as "
+            "it was, but random numbers drawn in workers (augmentation) do not; persistent_workers=False repeats them",
+            name,
+        )
+        _Generators.loaded(self._first_generators).set()
+        self._reading.load(name, self._first_own)
+        for loader in persistent:
+            set_epoch(name, loader, 0)
+            iter(loader)
+        _Generators.loaded(self._pass_generators).set()
+        self._reading.load(name, own)
 
     def _now(self) -> FeedState:
-        loader: Any = self.task.data
+        loader: Any = self._reading.data
         return {
             "pass": self._pass,
             "taken": self._taken,
             "generators": self._pass_generators,
+            "own": self._pass_own,
             "loader": loader.state_dict() if keeps_state(self.task) and self._taken else None,
         }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spindle.batch import SampledBatch, sampled
 from spindle.errors import WorkloadError
+from spindle.loaders import check_apart, reading, set_epoch
 
 Batch = dict[str, Any]
 Precision = Literal["fp32", "bf16"]
@@ -57,21 +58,37 @@ class Task:
         return self.probability >= 1 or random.Random(f"{seed}/{step}/{self.name}").random() < self.probability
 
     def batches(self) -> Iterator[Any]:
-        """A fresh pass over the task's data. Raises WorkloadError when there is none to be had."""
-        source = self.data() if callable(self.data) else self.data
+        """The first pass over the task's data, which stays as it is. Raises WorkloadError when there is none."""
+        own = reading(self.data)
+        batches = self.begun(own.data, 0)
+        return own.kept(batches) if own.outside or own.loaders else batches
+
+    def begun(self, data: Any, epoch: int, state: Any = None) -> Iterator[Any]:
+        """Pass `epoch` over the task's data, which its reader has from `spindle.loaders.reading`. `state`: where in it
+        a loader that keeps one goes on. Raises WorkloadError when there is no pass to be had.
+        """
+        where, source = f"task {self.name!r}", data() if callable(data) else data
+        set_epoch(where, source, epoch)
+        if state is not None:
+            source.load_state_dict(state)
         try:
-            iterator = iter(source)
+            iterator: Iterator[Any] = iter(source)
         except TypeError:
             raise WorkloadError(
-                f"task {self.name!r}: data is a {type(source).__name__}; give an iterable of batches or a function "
-                "that returns one"
+                f"{where}: data is a {type(source).__name__}; give an iterable of batches or a function that returns "
+                "one"
             ) from None
-        if iterator is source and not callable(self.data):
+        if iterator is source and not callable(data):
             raise WorkloadError(
-                f"task {self.name!r}: data is a one-time iterator ({type(source).__name__}); give a list, a loader, or "
+                f"{where}: data is a one-time iterator ({type(source).__name__}); give a list, a loader, or "
                 "a function that returns a fresh iterator"
             )
         return iterator
+
+    def __reduce__(self) -> Any:
+        """A task travels with a loader that nobody has begun to read, so without its worker processes."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return _task, ({**values, "data": reading(self.data).data},)
 
     def sampled(self, batch: Any) -> SampledBatch:
         """The batch with its samples. Raises WorkloadError when it is no dict, its fields do not hold the same samples,
@@ -104,6 +121,10 @@ class Task:
         if not first:
             raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
         return dict(self.sampled(first[0]).fields)
+
+
+def _task(values: Mapping[str, Any]) -> Task:
+    return Task(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,15 +242,19 @@ class Workload:
     ) -> Callable[[FunctionT], FunctionT]:
         """Decorator that registers a task function: a batch (a dict of fields) in, a scalar loss out.
 
-        `data`: an iterable of batches, or a function that returns one; every pass must give the same batches, since
-        each process that needs them reads its own. `weight` multiplies the task's loss in the sum. The task takes part
-        in every `every`-th step, or in each step with `probability`; parameters that no task of a step uses rest in it.
-        When its data ends, `on_end` starts it over, stops the training before a step that lacks a batch, or ends it
-        with an error. `prefetch` batches are read ahead while others train.
+        `data`: an iterable of batches, or a function that returns one; it must give the same batches in each process,
+        and is told the number of each pass where it, its sampler or its data set has `set_epoch`. `weight` multiplies
+        the task's loss in the sum. The task takes part in every `every`-th step, or in each step with `probability`;
+        parameters that no task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the
+        training before a step that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while
+        others train.
 
         Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
         from a batch to the number of rows that each sample has in each packed field, as
         {"pixel_values": patches, "image_grid_thw": images}; see docs/packed.md.
+
+        Raises WorkloadError on values that are none of these, and when the data draw from a generator that another
+        task's data draw from.
         """
         _check_name("task", name, self.tasks)
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -246,6 +271,8 @@ class Workload:
             raise WorkloadError(f"task {name!r}: on_end is {on_end!r}; choose one of {', '.join(get_args(OnEnd))}")
         if prefetch < 0:
             raise WorkloadError(f"task {name!r}: prefetch is {prefetch}; it must be 0 or more batches")
+
+        check_apart(f"task {name!r}", data, {other: task.data for other, task in self.tasks.items() if other != name})
 
         def register(function: FunctionT) -> FunctionT:
             self.tasks[name] = Task(

@@ -5,10 +5,13 @@ that wait for the failed one are released, and the failure is raised with its ra
 """
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from spindle.errors import RunError, SpindleError
+import cloudpickle
+
+from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.runtime.transport import ThreadTransport
 from spindle.runtime.worker import Job, Worker, separate
 
@@ -36,6 +39,25 @@ def silent(ranks: Sequence[int], patience_s: float | None) -> RunError:
         f"ranks {list(ranks)} did not answer within {patience_s:g} s; see what keeps them busy (py-spy dump), or raise "
         "timeout_s"
     )
+
+
+def packed_job(worker: Callable[..., Any], job: Any) -> bytes:
+    """What makes a worker of a job, as bytes for `cloudpickle.loads`. Raises WorkloadError that names the task whose
+    data cannot be sent.
+    """
+    try:
+        return cloudpickle.dumps((worker, job))  # type: ignore[no-any-return]
+    except Exception:
+        for name, task in getattr(job, "tasks", {}).items():
+            try:
+                cloudpickle.dumps(replace(task, rows=None))
+            except Exception as error:
+                raise WorkloadError(
+                    f"task {name!r}: its data ({type(task.data).__name__}) cannot be sent to the processes of ranks "
+                    f"({type(error).__name__}: {error}); keep locks, open files and connections out of the loader and "
+                    "its data set (open them when the first sample is read), or give a function that returns the loader"
+                ) from error
+        raise
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import cloudpickle
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.launch.crew import is_lost_peer, silent
+from spindle.runtime.launch.crew import is_lost_peer, packed_job, silent
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
@@ -52,16 +52,20 @@ class ProcessCrew:
         context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes"])
         self._pipes: list[Connection] = []
         self._children = []
-        for rank, job in enumerate(jobs):
-            ours, theirs = context.Pipe()
-            place = rank, len(jobs), self._store.port
-            arguments = (theirs, cloudpickle.dumps((worker, job)), place, timeout_s, _start_method())
-            child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
-            with _main_hidden():
-                child.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._children.append(child)
+        try:
+            for rank, job in enumerate(jobs):
+                ours, theirs = context.Pipe()
+                place = rank, len(jobs), self._store.port
+                arguments = (theirs, packed_job(worker, job), place, timeout_s, _start_method())
+                child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
+                with _main_hidden():
+                    child.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._children.append(child)
+        except BaseException:
+            self.close()
+            raise
         self._results(timeout_s + 60.0)
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:

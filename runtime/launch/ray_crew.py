@@ -22,7 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.launch.crew import is_lost_peer, silent
+from spindle.runtime.launch.crew import is_lost_peer, packed_job, silent
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
@@ -135,7 +135,7 @@ class RayCrew:
             here = [os.path.abspath(path) for path in sys.path]
             joining = Joining(here, len(jobs), address, self._store.port, timeout_s, bool(num_gpus))
             numbers = numbered([place.address for place in self.places])
-            sent = {id(job): ray.put(cloudpickle.dumps((worker, job))) for job in jobs}
+            sent = {id(job): ray.put(packed_job(worker, job)) for job in jobs}
             self._gather(
                 [
                     actor.start.remote(sent[id(job)], rank, number, joining)

@@ -1,23 +1,27 @@
 """Loaders with worker processes: they work under every launcher, read each batch once, and end with their rank."""
 
+import gc
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import spindle
-from spindle.errors import RunError
+from spindle.errors import RunError, WorkloadError
 from spindle.runtime.controller import Launcher
-from spindle.runtime.launch.processes import ProcessCrew
+from spindle.runtime.launch.processes import ProcessCrew, RankProcess
 from spindle.runtime.transport import Transport
 from spindle.workload import Workload
 from tests.distributed.conftest import ROOT
@@ -101,6 +105,113 @@ def test_each_sample_is_read_once(launcher: Launcher, tmp_path: Path) -> None:
     assert running(processes) == []
 
 
+class Squares(Dataset[dict[str, Tensor]]):
+    """Samples of which four have a sum that tells which they are."""
+
+    def __init__(self) -> None:
+        self.lock: Any = None
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.full((4,), float(index))}
+
+
+def in_order(**options: Any) -> tuple[Workload, Any, list[float]]:
+    """A workload whose losses are sums of the samples' squares; its loader; the losses of three passes in one process.
+
+    The loader keeps its workers, and planning and the user have begun to read it.
+    """
+
+    def loader() -> DataLoader[Any]:
+        given = options or {"generator": torch.Generator().manual_seed(3), "shuffle": True}
+        return DataLoader(Squares(), 4, num_workers=2, persistent_workers=True, **given)
+
+    def told(loader: Any, epoch: int) -> Iterator[float]:
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        return (float(batch["x"].square().sum()) for batch in loader)
+
+    fresh, given = loader(), loader()
+    expected = [loss for epoch in range(3) for loss in told(fresh, epoch)]
+    if options:  # a sampler with a generator would stand elsewhere then
+        next(iter(given))
+    torch.manual_seed(0)
+    workload = Workload("in-order")
+    net = workload.component("net", nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))))
+
+    @workload.task("t", batch_size=4, data=given)
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        return net(batch["x"]).sum() * 0 + batch["x"].square().sum()  # type: ignore[no-any-return]
+
+    return workload, given, expected
+
+
+SAMPLED: dict[str, Callable[[], dict[str, Any]]] = {
+    "generator": dict,
+    "DistributedSampler": lambda: {"sampler": DistributedSampler(Squares(), 1, 0)},
+}
+LAUNCHERS = ["threads", "processes", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+@pytest.mark.parametrize("sampled", SAMPLED)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_workers_that_persist_give_the_order_of_one_process(launcher: Launcher, sampled: str, tmp_path: Path) -> None:
+    """Also from the middle of a later pass on."""
+    workload, _, expected = in_order(**SAMPLED[sampled]())
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    found = [
+        spindle.train(
+            workload, plan, optimizer=sgd, steps=steps, launcher=launcher, checkpoints=tmp_path, resume=resume
+        )
+        for steps, resume in ((6, False), (12, True))
+    ]
+    assert [losses["t"] for result in found for losses in result.losses] == expected
+    if launcher == "threads":
+        assert [losses["t"] for losses in spindle.verify(workload, plan, steps=12).reference_losses] == expected
+
+
+def test_planning_leaves_no_workers_in_the_driver() -> None:
+    """Those that persist would else stay through the run, each with the data set."""
+    gc.collect()
+    before = multiprocessing.active_children()  # of other tests
+    workload, _, _ = in_order()
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    left: list[object] = []
+
+    def look(step: int, losses: object) -> None:
+        del step, losses
+        children = (child for child in multiprocessing.active_children() if child not in before)
+        left.extend(child for child in children if not isinstance(child, RankProcess))
+
+    spindle.train(workload, plan, optimizer=sgd, steps=2, launcher="processes", on_step=look)
+    assert left == []
+
+
+@pytest.mark.parametrize("launcher", ["processes", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_loader_that_cannot_be_sent_is_named(launcher: Launcher) -> None:
+    workload, given, _ = in_order()
+    given.dataset.lock = threading.Lock()
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    with pytest.raises(WorkloadError, match=r"task 't': its data \(DataLoader\) cannot be sent .*lock.*keep locks"):
+        spindle.train(workload, plan, optimizer=sgd, steps=2, launcher=launcher)
+    assert not [child for child in multiprocessing.active_children() if isinstance(child, RankProcess)]
+
+
+IN_ORDER = """
+import sys
+import spindle
+from tests.distributed.test_loader_workers import in_order, sgd
+from tests.random_plans import widest_plan
+
+workload, _, expected = in_order()
+plan = widest_plan(spindle.make_metagraph(workload), 2)
+result = spindle.train(workload, plan, optimizer=sgd, steps=12, launcher="torchrun")
+sys.stdout.write(f"ORDER {[losses['t'] for losses in result.losses] == expected}\\n")
+"""
+
+
 TORCHRUN = """
 import sys
 from pathlib import Path
@@ -120,11 +231,21 @@ sys.stdout.write(f"READ {samples == list(range(16))} {len(processes)}\\n")
 
 
 def test_each_sample_is_read_once_under_torchrun(tmp_path: Path) -> None:
+    done = under_torchrun(TORCHRUN, tmp_path)
+    assert done.stdout.count("READ True 2") == 2, done.stdout + done.stderr
+
+
+def test_workers_that_persist_give_the_order_of_one_process_under_torchrun(tmp_path: Path) -> None:
+    done = under_torchrun(IN_ORDER, tmp_path)
+    assert done.stdout.count("ORDER True") == 2, done.stdout + done.stderr
+
+
+def under_torchrun(text: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
     script = tmp_path / "run.py"
-    script.write_text(TORCHRUN)
+    script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(tmp_path)],
         env=environment,
         capture_output=True,
@@ -133,7 +254,6 @@ def test_each_sample_is_read_once_under_torchrun(tmp_path: Path) -> None:
         cwd=ROOT,
         check=False,
     )
-    assert done.stdout.count("READ True 2") == 2, done.stdout + done.stderr
 
 
 def test_a_busy_worker_ends_with_the_run(tmp_path: Path) -> None:
