@@ -1,0 +1,327 @@
+"""Pieces that random scripts are put together from: modules, loaders, optimizers, schedules. No Spindle is in here."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+WIDTH, WORDS, LENGTH = 6, 9, 4
+"""Width of what towers read and give; token ids, and how many a sample has."""
+
+Batch = dict[str, Any]
+Named = list[tuple[str, nn.Parameter]]
+Factory = Callable[[Any], torch.optim.Optimizer]
+Scheduler = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual layer with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + F.gelu(self.linear(self.norm(x)))
+        return y
+
+
+class BatchNormed(nn.Module):
+    """A layer whose statistics are of the whole batch, and whose running ones change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + torch.tanh(self.norm(self.linear(x)))
+        return y
+
+
+class Tower(nn.Module):
+    """A stem and layers of one kind."""
+
+    def __init__(self, make: Callable[[], nn.Module], depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Spectral(nn.Module):
+    """Two layers whose weights are divided by their largest singular value, estimated anew in each forward."""
+
+    def __init__(self, depth: int, is_old: bool) -> None:
+        super().__init__()
+        norm = nn.utils.spectral_norm if is_old else nn.utils.parametrizations.spectral_norm
+        self.layers = nn.ModuleList(norm(nn.Linear(WIDTH, WIDTH)) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+class Centered(nn.Module):
+    """Takes off a running mean that its forward moves: in place, or by a new tensor in its place."""
+
+    def __init__(self, is_assigned: bool, depth: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(WIDTH))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.is_assigned, self.inner = is_assigned, Tower(Block, depth)
+        self.center: Tensor
+        self.seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        if self.is_assigned:
+            self.center = self.center * 0.9 + y.detach().mean(0) * 0.1
+            self.seen = self.seen + 1
+        else:
+            with torch.no_grad():
+                self.center.mul_(0.9).add_(y.mean(0), alpha=0.1)
+                self.seen += 1
+        return y - self.center
+
+
+class Words(nn.Module):
+    """The mean of the vectors of a sample's words, and layers."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids).mean(1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Scale(nn.Module):
+    """A single learned number, as CLIP's logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self) -> Tensor:
+        return self.log_scale.exp()
+
+
+class Teacher(nn.Module):
+    """A copy of a tower that no gradient trains, and a running mean of what it gives."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.tower = copy.deepcopy(student).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(WIDTH))
+        self.center: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.tower(x)
+        return y
+
+
+def tied_head(words: nn.Module) -> nn.Module:
+    """A head over words that shares its weight with their embedding."""
+    head = nn.Linear(WIDTH, WORDS)
+    assert isinstance(words, Words)
+    head.weight = words.embedding.weight
+    return head
+
+
+TOWERS: dict[str, Callable[[int], nn.Module]] = {
+    "mlp": lambda depth: Tower(Block, depth),
+    "batch_norm": lambda depth: Tower(BatchNormed, depth),
+    "spectral_norm": lambda depth: Spectral(depth, is_old=False),
+    "old_spectral_norm": lambda depth: Spectral(depth, is_old=True),
+    "buffer_in_place": lambda depth: Centered(False, depth),
+    "buffer_assigned": lambda depth: Centered(True, depth),
+    "embedding": Words,
+}
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+class Samples(Dataset[Batch]):
+    """Samples with all fields that any task reads, their numbers always the same."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + index)
+        fields = {name: torch.randn(WIDTH, generator=generator, dtype=torch.float64) for name in ("x", "z", "y")}
+        ids = torch.randint(WORDS, (LENGTH,), generator=generator)
+        return {**fields, "ids": ids, "label": ids[0] % WIDTH, "word": ids[1]}
+
+
+def data_of(kind: str, samples: int, batch_size: int, seed: int) -> Iterable[Any]:
+    """A list of batches, or a loader: in order, shuffled by a generator of its own, or by the number of the pass."""
+    dataset = Samples(samples, seed)
+    if kind == "list":
+        every = range(samples)
+        parts = [every[low : low + batch_size] for low in range(0, samples, batch_size)]
+        return [default_collate([dataset[index] for index in part]) for part in parts]
+    if kind == "shuffled":
+        return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    if kind == "set_epoch":
+        sampler: DistributedSampler[Batch] = DistributedSampler(dataset, num_replicas=1, rank=0, seed=seed)
+        return DataLoader(dataset, batch_size, sampler=sampler)
+    return DataLoader(dataset, batch_size)
+
+
+def passes(data: Iterable[Any]) -> Iterator[Batch]:
+    """All batches of pass after pass, as a script for one process reads them."""
+    sampler = getattr(data, "sampler", None)
+    for number in itertools.count():
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(number)
+        yield from data
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+EPS = 1e-4
+"""Of optimizers that divide by the size of gradients, so that the rounding noise of zeros stays noise."""
+
+
+def _hf_adafactor(groups: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    made: torch.optim.Optimizer = Adafactor(groups, lr=None, eps=(EPS**2, 1e-3))
+    return made
+
+
+OPTIMIZERS: dict[str, Factory] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.03, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    "nesterov": lambda groups: torch.optim.SGD(groups, lr=0.03, momentum=0.8, nesterov=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=EPS, weight_decay=0.1),
+    "adam_amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.01, eps=EPS, amsgrad=True, weight_decay=0.01),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.03, eps=EPS, lr_decay=0.1),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.003, eps=EPS, centered=True, momentum=0.5),
+    "nadam": lambda groups: torch.optim.NAdam(groups, lr=0.01, eps=EPS, momentum_decay=0.05),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.02, eps=(EPS, 1e-3)),
+    "hf_adafactor": _hf_adafactor,
+    "muon": lambda groups: torch.optim.Muon(groups, lr=0.02, eps=EPS),
+}
+"""By kind: from parameters, or groups of them, to an optimizer."""
+
+
+def _by_dimension(named: Named) -> list[dict[str, Any]]:
+    """The usual two groups, of which one may be empty."""
+    return [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _by_name(named: Named) -> list[dict[str, Any]]:
+    """Norms and biases do not decay; a head or stem moves slower."""
+    kinds: dict[str, list[nn.Parameter]] = {"plain": [], "stem": [], "rest": []}
+    for name, parameter in named:
+        kind = "plain" if name.endswith("bias") or "norm" in name else "stem" if "stem" in name else "rest"
+        kinds[kind].append(parameter)
+    settings = {"plain": {"weight_decay": 0.0}, "stem": {"lr": 0.004}, "rest": {}}
+    return [{"params": held, **settings[kind]} for kind, held in kinds.items() if held]
+
+
+def _by_depth(named: Named) -> list[dict[str, Any]]:
+    """Layer-wise rates: a layer's number is the first number in its name."""
+    groups: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        groups.setdefault(numbers[0] + 1 if numbers else 0, []).append(parameter)
+    return [{"params": held, "lr": 0.02 * 0.7**depth} for depth, held in sorted(groups.items(), reverse=True)]
+
+
+GROUPS: dict[str, Callable[[Named], Any]] = {
+    "one": lambda named: [parameter for _, parameter in named],
+    "dimension": _by_dimension,
+    "name": _by_name,
+    "depth": _by_depth,
+    "matrices": lambda named: [parameter for _, parameter in named if parameter.ndim == 2],
+    "trained": lambda named: [parameter for _, parameter in named if parameter.requires_grad],
+    "no_biases": lambda named: [{"params": [p for n, p in named if not n.endswith("bias")]}],
+}
+"""By kind: from named parameters to what an optimizer takes; those of BY_NAME look at the names."""
+BY_NAME = ("name", "depth", "no_biases")
+
+
+def factory_of(optimizer: str, groups: str) -> Factory:
+    """A factory as a user writes one; its parameter's name says whether it takes parameters with their names."""
+    make, arrange = OPTIMIZERS[optimizer], GROUPS[groups]
+
+    def by_name(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return make(arrange(list(named_parameters)))
+
+    def by_parameter(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if groups == "one":
+            return make(parameters)
+        return make(arrange([("", parameter) for parameter in parameters]))
+
+    return by_name if groups in BY_NAME else by_parameter
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _warm(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.LinearLR(optimizer, 0.3, total_iters=2)
+
+
+def _decay(rate: float) -> Callable[[int], float]:
+    return lambda step: float(rate**step)
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
+    highest = [3 * rate for rate in _rates(optimizer)]
+    return lr_scheduler.OneCycleLR(optimizer, highest, total_steps=9, cycle_momentum=cycles)
+
+
+SCHEDULES: dict[str, Scheduler] = {
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "lambdas": lambda optimizer: lr_scheduler.LambdaLR(
+        optimizer, [_decay(0.9 - 0.2 * index) for index in range(len(optimizer.param_groups))]
+    ),
+    "one_cycle": _one_cycle,
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 4),
+    "warm_restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2, 2),
+    "sequential": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [_warm(optimizer), lr_scheduler.StepLR(optimizer, 2, 0.5)], [2]
+    ),
+    "chained": lambda optimizer: lr_scheduler.ChainedScheduler(
+        [_warm(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.8)]
+    ),
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.3),
+    "multi_step": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [1, 3], 0.4),
+    "multiplicative": lambda optimizer: lr_scheduler.MultiplicativeLR(optimizer, _decay(0.9)),
+}
+"""By kind: from an optimizer to its schedule."""
