@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.script_pieces import GROUPS, OPTIMIZERS, SCHEDULES, TOWERS
+from tests.script_pieces import GROUPS, OPTIMIZERS, SCHEDULES
+from tests.script_towers import CHANGING, READS_WORDS, TOWERS
 
 STEPS, SAVED_AFTER = 5, 2
 BATCH_SIZE = 4
-CHANGING = ("batch_norm", "spectral_norm", "old_spectral_norm", "buffer_in_place", "buffer_assigned")
-"""Towers whose buffers change in forward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,16 +153,19 @@ def _kinds_of_tasks(case: Case) -> Iterator[str]:
 
 
 def _kinds_of_state(case: Case) -> Iterator[str]:
-    """What is changed and read in several places, whose order counts."""
+    """What is changed and read in several places, whose order counts: "batch_norm_shared", and "state_shared" for all."""
     for component in case.components:
         users = sum(component.name in task.uses for task in case.tasks)
-        twice = any(task.uses.count(component.name) > 1 for task in case.tasks)
-        if component.kind in CHANGING:
-            yield from [f"{component.kind}_shared"] if users > 1 else []
-            yield from [f"{component.kind}_accumulated"] if case.accumulate > 1 and users else []
-            yield from [f"{component.kind}_in_flight"] if case.in_flight > 1 and users else []
-            yield from [f"{component.kind}_twice"] if twice else []
-            yield from [f"{component.kind}_recomputed"] if component.recompute and users else []
+        if component.kind not in CHANGING or not users:
+            continue
+        ways = {
+            "shared": users > 1,
+            "accumulated": case.accumulate > 1,
+            "in_flight": case.in_flight > 1,
+            "twice": any(task.uses.count(component.name) > 1 for task in case.tasks),
+            "recomputed": component.recompute,
+        }
+        yield from (f"{kind}_{way}" for way, is_there in ways.items() if is_there for kind in (component.kind, "state"))
 
 
 def is_valid(case: Case) -> bool:
@@ -173,7 +175,9 @@ def is_valid(case: Case) -> bool:
             learned = (*task.towers, *(task.others if task.loss == "contrastive" else ()))
             if all(case.is_frozen(name, step) for name in learned):
                 return False
-    kinds = [component.kind for component in case.components]
+    for component in case.components:
+        if component.kind == "prototypes" and any(task.uses.count(component.name) > 1 for task in case.tasks):
+            return False  # autograd refuses that a weight changes between its use and backward
     if (case.optimizer == "muon") != (case.groups == "matrices" and case.optimizer == "muon"):
         return False
     if case.optimizer == "hf_adafactor" and case.schedule:
@@ -182,7 +186,7 @@ def is_valid(case: Case) -> bool:
         return False  # its optimizer would not know what is thawed
     if case.changed and (case.changed not in (name for task in case.tasks for name in task.uses)):
         return False
-    return case.accumulate % case.in_flight == 0 and len(kinds) > 0
+    return case.accumulate % case.in_flight == 0
 
 
 # -- chance -----------------------------------------------------------------------------------------------------------
@@ -206,7 +210,8 @@ def _drawn(rng: random.Random) -> Case:
     tasks = tuple(_random_task(rng, components) for _ in range(rng.choice([1, 1, 2, 2, 3])))
     accumulate = rng.choice([1, 1, 1, 2])
     middle = rng.choice(["", "", "", "resume", "resume", "thaw", "freeze"])
-    towers = [component.name for component in components if component.kind in TOWERS and not component.is_frozen]
+    changeable = TOWERS.keys() - {"frozen_in_part"}
+    towers = [component.name for component in components if component.kind in changeable and not component.is_frozen]
     return Case(
         components=components,
         tasks=tasks,
@@ -234,7 +239,7 @@ def _random_components(rng: random.Random, optimizer: str) -> tuple[ComponentCas
         found.append(
             ComponentCase(
                 name=name,
-                kind=rng.choice(["mlp", "mlp", *TOWERS]),
+                kind=rng.choice(["mlp", "mlp", "mlp", *TOWERS]),
                 depth=rng.randint(1, 2),
                 is_frozen=is_frozen,
                 is_eval=is_frozen and rng.random() < 0.5,
@@ -242,7 +247,7 @@ def _random_components(rng: random.Random, optimizer: str) -> tuple[ComponentCas
                 recompute=rng.random() < 0.12,
             )
         )
-    words = [component.name for component in found if component.kind == "embedding"]
+    words = [component.name for component in found if component.kind in READS_WORDS]
     if words and rng.random() < 0.5:
         found.append(ComponentCase(name="head", kind="tied_head", of=words[0]))
     if rng.random() < 0.25:
@@ -264,9 +269,9 @@ def _random_task(rng: random.Random, components: tuple[ComponentCase, ...]) -> T
     if loss == "contrastive" and rng.random() < 0.3:
         others = towers
     scale = "scale" if loss == "contrastive" and "scale" in by_kind and rng.random() < 0.8 else ""
-    writes = [rng.choice(["clamp", "clamp_data"])] if scale and rng.random() < 0.4 else []
+    writes = [rng.choice(["clamp", "clamp_data", "clamp_assigned"])] if scale and rng.random() < 0.4 else []
     if loss == "distill":
-        writes += rng.choice([[], ["momentum"], ["momentum_first"], ["momentum_lerp"]])
+        writes += rng.choice([[], ["momentum"], ["momentum_first"], ["momentum_lerp"], ["momentum_data"]])
         writes += rng.choice([[], ["center"], ["center_assigned"]])
     return TaskCase(
         loss=loss,
@@ -288,7 +293,7 @@ def _random_chain(rng: random.Random, components: tuple[ComponentCase, ...]) -> 
     """A tower, or two of which the second reads what the first gives."""
     towers = [component for component in components if component.kind in TOWERS]
     first = rng.choice(towers)
-    later = [c.name for c in towers if c.kind != "embedding" and c is not first]
+    later = [c.name for c in towers if c.kind not in READS_WORDS and c is not first]
     return (first.name, rng.choice(later)) if later and rng.random() < 0.3 else (first.name,)
 
 
@@ -318,7 +323,7 @@ def smaller(case: Case) -> list[Case]:
     for index, component in enumerate(case.components):
         plain = {"depth": 1, "settings": (), "recompute": False, "is_eval": False, "is_frozen": False}
         changed = _plainer(component, plain)
-        if component.kind in TOWERS and component.kind not in ("mlp", "embedding"):
+        if component.kind in TOWERS and component.kind not in ("mlp", *READS_WORDS):
             changed.append(replace(component, kind="mlp"))
         found += [replace(case, components=_with(case.components, index, other)) for other in changed]
     return [each for each in found if each != case and _is_whole(each) and is_valid(each)]
@@ -341,7 +346,7 @@ def _is_whole(case: Case) -> bool:
     kinds = {component.name: component.kind for component in case.components}
     used = {name for task in case.tasks for name in task.uses} | {component.of for component in case.components} - {""}
     chains = [chain for task in case.tasks for chain in (task.towers, task.others)]
-    return used <= kinds.keys() and all(kinds[name] != "embedding" for chain in chains for name in chain[1:])
+    return used <= kinds.keys() and all(kinds[name] not in READS_WORDS for chain in chains for name in chain[1:])
 
 
 @functools.cache

@@ -1,161 +1,20 @@
-"""Pieces that random scripts are put together from: modules, loaders, optimizers, schedules. No Spindle is in here."""
+"""Loaders, optimizers and schedules of random scripts. No Spindle is in here."""
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-WIDTH, WORDS, LENGTH = 6, 9, 4
-"""Width of what towers read and give; token ids, and how many a sample has."""
+from tests.script_towers import LENGTH, WIDTH, WORDS
 
 Batch = dict[str, Any]
 Named = list[tuple[str, nn.Parameter]]
 Factory = Callable[[Any], torch.optim.Optimizer]
 Scheduler = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
-
-
-# -- modules ----------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A residual layer with a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + F.gelu(self.linear(self.norm(x)))
-        return y
-
-
-class BatchNormed(nn.Module):
-    """A layer whose statistics are of the whole batch, and whose running ones change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + torch.tanh(self.norm(self.linear(x)))
-        return y
-
-
-class Tower(nn.Module):
-    """A stem and layers of one kind."""
-
-    def __init__(self, make: Callable[[], nn.Module], depth: int) -> None:
-        super().__init__()
-        self.stem = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(make() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Spectral(nn.Module):
-    """Two layers whose weights are divided by their largest singular value, estimated anew in each forward."""
-
-    def __init__(self, depth: int, is_old: bool) -> None:
-        super().__init__()
-        norm = nn.utils.spectral_norm if is_old else nn.utils.parametrizations.spectral_norm
-        self.layers = nn.ModuleList(norm(nn.Linear(WIDTH, WIDTH)) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
-
-
-class Centered(nn.Module):
-    """Takes off a running mean that its forward moves: in place, or by a new tensor in its place."""
-
-    def __init__(self, is_assigned: bool, depth: int) -> None:
-        super().__init__()
-        self.register_buffer("center", torch.zeros(WIDTH))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self.is_assigned, self.inner = is_assigned, Tower(Block, depth)
-        self.center: Tensor
-        self.seen: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        if self.is_assigned:
-            self.center = self.center * 0.9 + y.detach().mean(0) * 0.1
-            self.seen = self.seen + 1
-        else:
-            with torch.no_grad():
-                self.center.mul_(0.9).add_(y.mean(0), alpha=0.1)
-                self.seen += 1
-        return y - self.center
-
-
-class Words(nn.Module):
-    """The mean of the vectors of a sample's words, and layers."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(WORDS, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(depth))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.embedding(ids).mean(1)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Scale(nn.Module):
-    """A single learned number, as CLIP's logit scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self) -> Tensor:
-        return self.log_scale.exp()
-
-
-class Teacher(nn.Module):
-    """A copy of a tower that no gradient trains, and a running mean of what it gives."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.tower = copy.deepcopy(student).requires_grad_(False)
-        self.register_buffer("center", torch.zeros(WIDTH))
-        self.center: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.tower(x)
-        return y
-
-
-def tied_head(words: nn.Module) -> nn.Module:
-    """A head over words that shares its weight with their embedding."""
-    head = nn.Linear(WIDTH, WORDS)
-    assert isinstance(words, Words)
-    head.weight = words.embedding.weight
-    return head
-
-
-TOWERS: dict[str, Callable[[int], nn.Module]] = {
-    "mlp": lambda depth: Tower(Block, depth),
-    "batch_norm": lambda depth: Tower(BatchNormed, depth),
-    "spectral_norm": lambda depth: Spectral(depth, is_old=False),
-    "old_spectral_norm": lambda depth: Spectral(depth, is_old=True),
-    "buffer_in_place": lambda depth: Centered(False, depth),
-    "buffer_assigned": lambda depth: Centered(True, depth),
-    "embedding": Words,
-}
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -203,7 +62,7 @@ def passes(data: Iterable[Any]) -> Iterator[Batch]:
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
-EPS = 1e-4
+EPS = 1e-3
 """Of optimizers that divide by the size of gradients, so that the rounding noise of zeros stays noise."""
 
 

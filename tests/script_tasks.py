@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.random_scripts import Case, TaskCase
-from tests.script_pieces import TOWERS, Batch, Named, Scale, Teacher, tied_head
+from tests.script_pieces import Batch, Named
+from tests.script_towers import TOWERS, Scale, Teacher, tied_head
 
 
 def modules_of(case: Case, step: int) -> dict[str, nn.Module]:
@@ -29,7 +30,7 @@ def modules_of(case: Case, step: int) -> dict[str, nn.Module]:
 def freeze(case: Case, modules: Mapping[str, nn.Module], step: int) -> None:
     """Freeze what is frozen from `step` on, and nothing else."""
     for component in case.components:
-        if component.kind in TOWERS:
+        if component.kind in TOWERS and (component.kind != "frozen_in_part" or case.is_frozen(component.name, step)):
             modules[component.name].requires_grad_(not case.is_frozen(component.name, step))
 
 
@@ -72,20 +73,26 @@ def _write_before(task: TaskCase, modules: Mapping[str, nn.Module]) -> None:
             _scale(task, modules).clamp_(max=0.999)
     if "clamp_data" in task.writes:
         _scale(task, modules).data.clamp_(max=0.999)
+    if "clamp_assigned" in task.writes:
+        scale = _scale(task, modules)
+        scale.data = scale.data.clamp(max=0.999)
     if "momentum_first" in task.writes:
-        _follow(modules[task.teacher], modules[task.towers[0]], lerps=False)
+        _follow(modules[task.teacher], modules[task.towers[0]], "momentum")
 
 
 def _scale(task: TaskCase, modules: Mapping[str, nn.Module]) -> nn.Parameter:
     return modules[task.scale].get_parameter("log_scale")
 
 
-def _follow(teacher: nn.Module, student: nn.Module, *, lerps: bool) -> None:
+def _follow(teacher: nn.Module, student: nn.Module, form: str) -> None:
     """Move the teacher's weights towards the student's."""
     assert isinstance(teacher, Teacher)
-    with torch.no_grad():
-        for mine, others in zip(teacher.tower.parameters(), student.parameters(), strict=True):
-            if lerps:
+    for mine, others in zip(teacher.tower.parameters(), student.parameters(), strict=True):
+        if form == "momentum_data":
+            mine.data = mine.data * 0.9 + others.data * 0.1
+            continue
+        with torch.no_grad():
+            if form == "momentum_lerp":
                 mine.lerp_(others, 0.1)
             else:
                 mine.mul_(0.9).add_(others, alpha=0.1)
@@ -102,8 +109,8 @@ def _distilled(task: TaskCase, modules: Mapping[str, nn.Module], batch: Batch, h
             teacher.center.mul_(0.9).add_(target.mean(0), alpha=0.1)
     if "center_assigned" in task.writes:
         teacher.center = teacher.center * 0.9 + target.mean(0) * 0.1
-    if "momentum" in task.writes or "momentum_lerp" in task.writes:
-        _follow(teacher, modules[task.towers[0]], lerps="momentum_lerp" in task.writes)
+    for form in {"momentum", "momentum_lerp", "momentum_data"} & set(task.writes):
+        _follow(teacher, modules[task.towers[0]], form)
     return loss
 
 
