@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.script_pieces import GROUPS, OPTIMIZERS, SCHEDULES
+from tests.script_pieces import DATA, GROUPS, OPTIMIZERS, SCHEDULES
 from tests.script_towers import CHANGING, READS_WORDS, TOWERS
 
 STEPS, SAVED_AFTER = 5, 2
@@ -153,7 +153,7 @@ def _kinds_of_tasks(case: Case) -> Iterator[str]:
 
 
 def _kinds_of_state(case: Case) -> Iterator[str]:
-    """What is changed and read in several places, whose order counts: "batch_norm_shared", and "state_shared" for all."""
+    """What changes in several places, whose order counts: "batch_norm_shared", and "state_shared" for all."""
     for component in case.components:
         users = sum(component.name in task.uses for task in case.tasks)
         if component.kind not in CHANGING or not users:
@@ -209,7 +209,7 @@ def _drawn(rng: random.Random) -> Case:
     components = _random_components(rng, optimizer)
     tasks = tuple(_random_task(rng, components) for _ in range(rng.choice([1, 1, 2, 2, 3])))
     accumulate = rng.choice([1, 1, 1, 2])
-    middle = rng.choice(["", "", "", "resume", "resume", "thaw", "freeze"])
+    middle = rng.choice(["", "", "", "resume", "resume", "thaw", "thaw", "freeze"])
     changeable = TOWERS.keys() - {"frozen_in_part"}
     towers = [component.name for component in components if component.kind in changeable and not component.is_frozen]
     return Case(
@@ -283,7 +283,7 @@ def _random_task(rng: random.Random, components: tuple[ComponentCase, ...]) -> T
         writes=tuple(writes),
         every=rng.choice([1, 1, 1, 2]),
         weight=rng.choice([1.0, 1.0, 0.5, 2.0]),
-        data=rng.choice(["list", "list", "loader", "shuffled", "set_epoch"]),
+        data=rng.choice(["list", "list", *DATA]),
         samples=rng.choice([4, 8, 10, 11, 12]),
         seed=rng.randrange(1000),
     )

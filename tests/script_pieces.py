@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, default_collate
 
 from tests.script_towers import LENGTH, WIDTH, WORDS
 
@@ -30,34 +30,57 @@ class Samples(Dataset[Batch]):
         return self.count
 
     def __getitem__(self, index: int) -> Batch:
-        generator = torch.Generator().manual_seed(self.seed * 1000 + index)
+        generator = torch.Generator().manual_seed(self.seed * 100 + index)
         fields = {name: torch.randn(WIDTH, generator=generator, dtype=torch.float64) for name in ("x", "z", "y")}
         ids = torch.randint(WORDS, (LENGTH,), generator=generator)
         return {**fields, "ids": ids, "label": ids[0] % WIDTH, "word": ids[1]}
 
-
-def data_of(kind: str, samples: int, batch_size: int, seed: int) -> Iterable[Any]:
-    """A list of batches, or a loader: in order, shuffled by a generator of its own, or by the number of the pass."""
-    dataset = Samples(samples, seed)
-    if kind == "list":
-        every = range(samples)
-        parts = [every[low : low + batch_size] for low in range(0, samples, batch_size)]
-        return [default_collate([dataset[index] for index in part]) for part in parts]
-    if kind == "shuffled":
-        return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    if kind == "set_epoch":
-        sampler: DistributedSampler[Batch] = DistributedSampler(dataset, num_replicas=1, rank=0, seed=seed)
-        return DataLoader(dataset, batch_size, sampler=sampler)
-    return DataLoader(dataset, batch_size)
+    def set_epoch(self, number: int) -> None:
+        """Other samples in each pass, as datasets that augment by its number have."""
+        self.seed = self.seed // 100 * 100 + number % 100
 
 
-def passes(data: Iterable[Any]) -> Iterator[Batch]:
+class Shuffled(BatchSampler):
+    """Batches of samples in an order of each pass."""
+
+    def set_epoch(self, number: int) -> None:
+        """The pass that comes next."""
+        assert isinstance(self.sampler, DistributedSampler)
+        self.sampler.set_epoch(number)
+
+
+def data_of(kind: str, samples: int, batch_size: int, seed: int) -> Any:
+    """A task's data: a list of batches, a function that makes an iterator, or a loader. Loaders go in order, shuffle by
+    a generator of their own or their sampler's, or tell a sampler, batch sampler or dataset the number of the pass.
+    """
+    dataset, generator = Samples(samples, 100 * seed), torch.Generator().manual_seed(seed)
+    sampler: Any = DistributedSampler(dataset, num_replicas=1, rank=0, seed=seed)
+    every = range(samples)
+    parts = [every[low : low + batch_size] for low in range(0, samples, batch_size)]
+    made: dict[str, Callable[[], Any]] = {
+        "list": lambda: [default_collate([dataset[index] for index in part]) for part in parts],
+        "function": lambda: lambda: (default_collate([dataset[index] for index in part]) for part in parts),
+        "loader": lambda: DataLoader(dataset, batch_size),
+        "shuffled": lambda: DataLoader(dataset, batch_size, shuffle=True, generator=generator),
+        "random_sampler": lambda: DataLoader(dataset, batch_size, sampler=RandomSampler(dataset, generator=generator)),
+        "set_epoch": lambda: DataLoader(dataset, batch_size, sampler=sampler),
+        "set_epoch_batches": lambda: DataLoader(dataset, batch_sampler=Shuffled(sampler, batch_size, False)),
+        "set_epoch_dataset": lambda: DataLoader(dataset, batch_size),
+    }
+    return made[kind]()
+
+
+DATA = ("list", "function", "loader", "shuffled", "random_sampler", "set_epoch", "set_epoch_batches",
+        "set_epoch_dataset")  # fmt: skip
+
+
+def passes(data: Any, kind: str) -> Iterator[Batch]:
     """All batches of pass after pass, as a script for one process reads them."""
-    sampler = getattr(data, "sampler", None)
+    told = {"set_epoch": "sampler", "set_epoch_batches": "batch_sampler", "set_epoch_dataset": "dataset"}.get(kind)
     for number in itertools.count():
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(number)
-        yield from data
+        if told is not None:
+            getattr(data, told).set_epoch(number)
+        yield from data() if callable(data) else data
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Plain:
         self.optimizer.param_groups[:] = self._with_settings()
         self.schedule = SCHEDULES[case.schedule](self.optimizer) if case.schedule else None
         self.functions = [function_of(task, self.modules) for task in case.tasks]
-        self.feeds = [passes(data_of(task.data, task.samples, BATCH_SIZE, task.seed)) for task in case.tasks]
+        self.feeds = [passes(data_of(task.data, task.samples, BATCH_SIZE, task.seed), task.data) for task in case.tasks]
         self.stepped: set[nn.Parameter] = set()
 
     def _with_settings(self) -> list[dict[str, Any]]:
