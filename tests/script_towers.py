@@ -209,6 +209,21 @@ class Counting(nn.Module):
         return y * (1 + 0.1 * self.calls)
 
 
+class Remembering(nn.Module):
+    """Takes off a running mean that is no buffer: of what it gives, or of what it gets."""
+
+    def __init__(self, depth: int, is_of_batch: bool) -> None:
+        super().__init__()
+        self.inner, self.is_of_batch = Tower(Block, depth), is_of_batch
+        self.center = torch.zeros(WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        with torch.no_grad():
+            self.center.mul_(0.9).add_((x if self.is_of_batch else y).mean(0), alpha=0.1)
+        return y - self.center
+
+
 class Cumulative(nn.Module):
     """Batch norm whose running statistics are the mean of all batches, as momentum=None asks for."""
 
@@ -293,6 +308,8 @@ TOWERS: dict[str, Callable[[int], nn.Module]] = {
     "prototypes": lambda depth: Prototypes(depth, is_data=False),
     "prototypes_data": lambda depth: Prototypes(depth, is_data=True),
     "python_counter": Counting,
+    "plain_tensor": lambda depth: Remembering(depth, is_of_batch=False),
+    "plain_tensor_of_batch": lambda depth: Remembering(depth, is_of_batch=True),
     "cumulative_batch_norm": Cumulative,
     "reversed_gradient": Reversing,
     "checkpointed": Checkpointed,
@@ -307,3 +324,5 @@ CHANGING = (
     *("buffer_assigned", "queue", "queue_pointer", "prototypes", "prototypes_data", "renormed_embedding"),
 )
 """Towers that change in forward."""
+UNSAVED = ("python_counter", "plain_tensor", "plain_tensor_of_batch")
+"""Towers that keep what no checkpoint holds."""
