@@ -207,6 +207,20 @@ def random_case(seed: int, without: Collection[str] = ()) -> Case:
     raise ValueError(f"no case without {', '.join(sorted(without))}")
 
 
+@functools.cache
+def covering_seeds(count: int) -> tuple[int, ...]:
+    """Seeds of different cases that together have all kinds about equally often."""
+    left = {seed: kinds_of(random_case(seed)) for seed in range(20 * count)}
+    seen = Counter[str]()
+    found: list[int] = []
+    for _ in range(count):
+        worth = {kind: 1 / (1 + seen[kind]) ** 2 for kind in all_kinds()}
+        best = max(left, key=lambda seed: sum(worth.get(kind, 0.0) for kind in left[seed]))
+        seen.update(left.pop(best))
+        found.append(best)
+    return tuple(found)
+
+
 def _drawn(rng: random.Random) -> Case:
     optimizer = rng.choice(list(OPTIMIZERS))
     components = _random_components(rng, optimizer)
@@ -355,4 +369,5 @@ def _is_whole(case: Case) -> bool:
 @functools.cache
 def all_kinds() -> frozenset[str]:
     """Every kind that chance brings."""
-    return frozenset(kind for seed in range(3000) for kind in kinds_of(_drawn(random.Random(seed))))
+    cases = (_drawn(random.Random(seed)) for seed in range(3000))
+    return frozenset(kind for case in cases if is_valid(case) for kind in kinds_of(case))

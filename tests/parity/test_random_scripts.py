@@ -20,6 +20,7 @@ from tests.random_scripts import (
     ComponentCase,
     TaskCase,
     all_kinds,
+    covering_seeds,
     is_valid,
     kinds_of,
     random_case,
@@ -35,7 +36,7 @@ PART = 5
 @pytest.mark.parametrize("first", range(0, EXAMPLES, PART))
 def test_a_random_script_is_exact(first: int) -> None:
     """Losses, parameters, buffers, optimizer states and rates agree, or a sentence says what is not supported."""
-    for seed in range(first, min(EXAMPLES, first + PART)):
+    for seed in covering_seeds(EXAMPLES)[first : first + PART]:
         case = random_case(seed)
         verdict, text = verdict_of(case)
         assert verdict in ("ok", "refused"), f"seed {seed}: {verdict}\n{text}\n{case}"
@@ -165,6 +166,14 @@ def test_every_kind_can_be_switched_off() -> None:
         assert all(kind not in kinds_of(random_case(seed, {kind})) for seed in range(10)), kind
     with pytest.raises(ValueError, match="bach_norm: no such kind"):
         random_case(0, {"bach_norm"})
+
+
+def test_the_seeds_cover_all_kinds() -> None:
+    """Nearly all of them, and none twice."""
+    seeds = covering_seeds(50)
+    assert len(set(seeds)) == 50
+    covered = frozenset[str]().union(*(kinds_of(random_case(seed)) for seed in seeds))
+    assert len(all_kinds() - covered) <= 4, sorted(all_kinds() - covered)
 
 
 def test_a_seed_is_always_the_same_case() -> None:
