@@ -195,7 +195,7 @@ def is_valid(case: Case) -> bool:
 # -- chance -----------------------------------------------------------------------------------------------------------
 
 
-def random_case(seed: int, without: Collection[str] = ()) -> Case:
+def random_case(seed: int, without: Collection[str] = frozenset()) -> Case:
     """The case of a seed that has none of the kinds in `without`."""
     unknown = set(without) - all_kinds() if without else set()
     if unknown:
@@ -208,9 +208,9 @@ def random_case(seed: int, without: Collection[str] = ()) -> Case:
 
 
 @functools.cache
-def covering_seeds(count: int) -> tuple[int, ...]:
-    """Seeds of different cases that together have all kinds about equally often."""
-    left = {seed: kinds_of(random_case(seed)) for seed in range(20 * count)}
+def covering_seeds(count: int, without: frozenset[str] = frozenset()) -> tuple[int, ...]:
+    """Seeds of different cases that together have all kinds but those of `without` about equally often."""
+    left = {seed: kinds_of(random_case(seed, without)) for seed in range(20 * count)}
     seen = Counter[str]()
     found: list[int] = []
     for _ in range(count):
