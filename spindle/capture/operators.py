@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
 from spindle.capture.assignment import assigned, no_gradient
@@ -121,6 +120,12 @@ class _Builder:
         cost = self._cost(draft, code, None)
         if cost.undrawn:
             raise undrawn(f"{self._where}: {name!r}", cost.undrawn)
+        if cost.hidden and any(self.name_by_id[id(p)] in self.cuts for p in module.parameters()):
+            raise WorkloadError(
+                f"{self._where}: a layer of class {label} is cut by tensor parallelism, but an autograd function of its "
+                f"own computes the gradient of {cost.hidden!r} unseen, which cannot be done in parts; use "
+                "torch.utils.checkpoint there, or leave out tensor_parallel="
+            )
         for what, spec in zip(code.crossing.get(name, ()), cost.outputs, strict=True):
             self.specs[code.tensors[what]], self.crossing[code.tensors[what]] = spec, what
         self.drafts.append(draft)
@@ -151,12 +156,6 @@ class _Builder:
 
     def _unmeasured(self, draft: _Draft, error: Exception) -> WorkloadError:
         block = draft.module.block
-        if isinstance(error, CheckpointError):
-            return WorkloadError(
-                f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of "
-                "its own, which would draw others when it is computed again; switch that off "
-                "(gradient_checkpointing_disable()) and name the component in the workload's recompute="
-            )
         what = f"a layer of class {type(block).__name__}" if block is not None else "its glue"
         return WorkloadError(
             f"{self._where}: {what} runs neither on fake tensors nor on a few samples: {type(error).__name__}: "

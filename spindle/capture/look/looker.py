@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,17 @@ from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
-from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators, refuse_written_parameters
+from spindle.capture.look.refusals import (
+    Moved,
+    Unsettled,
+    check_loss,
+    explained,
+    no_other_generators,
+    refuse_written_parameters,
+    unlike,
+)
+from spindle.capture.look.repeats import Place as Kept
+from spindle.capture.look.repeats import other_line, places
 from spindle.capture.look.samples import (
     PROBE_SAMPLES,
     TRIALS,
@@ -59,6 +70,10 @@ class Looker:
         """
         batches = first_batches(self.task)
         self._find_changing_buffers(batches[0])
+        with self._kept_alike(batches[0]):
+            return self._looked(batches)
+
+    def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
         few = [few_of(batch.units) for batch in batches]
         trials = self._trials(batches, few)
         self.sites = sites = sites_of(trials)
@@ -208,6 +223,8 @@ class Looker:
         self.copies_batch = bool(self.copies_batch) or any(
             fields[name]._version != version for name, version in versions.items()
         )
+        if self.skeleton.steady.unsettled:
+            raise Unsettled
         check_loss(self.task, found)
         refuse_written_parameters(self.workload, self.task, found)
         return found
@@ -229,6 +246,38 @@ class Looker:
         if noted.names:
             raise undrawn(f"task {self.task.name!r}", noted.names)
         return found
+
+    @contextmanager
+    def _kept_alike(self, batch: SampledBatch) -> Iterator[None]:
+        """Raise WorkloadError where the task computes something else of the same batch when it is called again, or
+        would after many calls. What calls of it count and keep is as it was afterwards.
+        """
+        bounds = few_of(batch.units)[0]
+        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        kept = places(self.task.function, modules)
+        start = [place.get() for place in kept]
+        first = self._record(batch, bounds)
+        before = [place.get() for place in kept]
+        second = self._record(batch, bounds)
+        line = other_line(first, second)
+        if line is not None:
+            raise unlike(self.task, line)
+        for place, value in zip(kept, before, strict=True):
+            if place.is_changed(value):
+                self._refuse_steering(batch, bounds, second, place)
+        yield
+        for place, value in zip(kept, start, strict=True):
+            if place.is_changed(value):
+                place.put(value)
+
+    def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
+        with place.far():
+            try:
+                line = other_line(usual, self._record(batch, bounds))
+            except WorkloadError:
+                line = "its function"
+        if line is not None:
+            raise unlike(self.task, line, place.name)
 
     def _find_changing_buffers(self, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""
