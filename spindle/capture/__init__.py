@@ -20,6 +20,7 @@ from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
 from spindle.capture.look.refusals import TakeWhole, Unsettled, refuse_gradient_hooks
+from spindle.capture.modules import refuse_modules
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
@@ -41,6 +42,7 @@ def capture(workload: Workload, on_task: Callable[[str], object] = str) -> Captu
     of several concurrent micro-batches is a task.
     """
     workload.require_tasks()
+    refuse_modules(workload)
     version = _version(workload)
     if workload.captured is not None and workload.captured[0] == version:
         known = workload.captured[1]

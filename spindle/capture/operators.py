@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spindle.capture import costs
-from spindle.capture.assignment import assigned, no_gradient
+from spindle.capture.assignment import Tied, assigned, no_gradient
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.grouping import wire
@@ -79,7 +79,7 @@ class _Builder:
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
-        found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer)
+        found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer, self._tied())
         code = found.code
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
@@ -95,6 +95,17 @@ class _Builder:
             [self._code(draft, code) for draft in self.drafts],
             replace(code, learning=frozenset(t for t, spec in self.specs.items() if spec.needs_grad)),
         )
+
+    def _tied(self) -> Tied:
+        """Each component's own names of parameters that go by the name of another component."""
+        return {
+            name: {
+                known: f"{name}.{path}"
+                for path, parameter in component.module.named_parameters(remove_duplicate=False)
+                if (known := self.name_by_id[id(parameter)]).partition(".")[0] != name
+            }
+            for name, component in self.workload.components.items()
+        }
 
     @property
     def _samples(self) -> int:
