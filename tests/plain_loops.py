@@ -90,5 +90,7 @@ def values(made: spindle.Workload) -> dict[str, Tensor]:
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     """All parameters agree to the last few bits."""
     assert ours.keys() == theirs.keys()
-    far = {n: float((ours[n] - theirs[n]).abs().max()) for n in ours if not torch.allclose(ours[n], theirs[n], 0, 1e-10)}
+    far = {
+        n: float((ours[n] - theirs[n]).abs().max()) for n in ours if not torch.allclose(ours[n], theirs[n], 0, 1e-10)
+    }
     assert not far

@@ -74,5 +74,8 @@ def blocks_of(workload: Workload) -> list[Block]:
     return [
         Block(f"{component.name}.{block.path}" if block.path else component.name, block.module)
         for component in workload.components.values()
-        for block in (*find_blocks(component.name, component.module, component.layers), *cut_outside(component, workload))
+        for block in (
+            *find_blocks(component.name, component.module, component.layers),
+            *cut_outside(component, workload),
+        )
     ]

@@ -23,6 +23,7 @@ from spindle.capture.signature import module_signature
 from spindle.record.draws import shapes_only
 from spindle.record.randomness import Undrawn
 from spindle.record.recording import Aux, Ref, tree
+from spindle.record.steady import attributes_kept
 from spindle.workload import Precision
 
 aten = torch.ops.aten
@@ -189,7 +190,11 @@ def _measured(
         state[name] = state[name].detach().requires_grad_(parameter.requires_grad)
     saved: dict[int, int] = {}
     undrawn = Undrawn()
-    with _reparametrize_module(module, state), undrawn:  # in backward too: checkpoints compute again there
+    with (
+        attributes_kept(module),
+        _reparametrize_module(module, state),
+        undrawn,
+    ):  # in backward too: checkpoints compute again there
         with _Counter() as forward, _saved_bytes(saved, hooked=hooked), computing_in(precision, torch.device("cpu")):
             outputs = module(part, *arguments)
         alive = zip(outputs, live or [True] * len(outputs), strict=True)

@@ -2,12 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
@@ -69,9 +68,17 @@ class Looker:
         a component must be taken whole.
         """
         batches = first_batches(self.task)
-        self._find_changing_buffers(batches[0])
-        with self._kept_alike(batches[0]):
+        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        kept = places(self.task.function, modules)
+        start = [place.get() for place in kept]
+        try:
+            self._find_changing_buffers(batches[0])
+            self._refuse_unlike(batches[0], kept)
             return self._looked(batches)
+        finally:  # what calls of the task count and keep is as it was
+            for place, value in zip(kept, start, strict=True):
+                if place.is_changed(value) and not isinstance(place.holder, nn.Module):
+                    place.put(value)
 
     def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
         few = [few_of(batch.units) for batch in batches]
@@ -247,15 +254,11 @@ class Looker:
             raise undrawn(f"task {self.task.name!r}", noted.names)
         return found
 
-    @contextmanager
-    def _kept_alike(self, batch: SampledBatch) -> Iterator[None]:
+    def _refuse_unlike(self, batch: SampledBatch, kept: Sequence[Kept]) -> None:
         """Raise WorkloadError where the task computes something else of the same batch when it is called again, or
-        would after many calls. What calls of it count and keep is as it was afterwards.
+        would after many calls.
         """
         bounds = few_of(batch.units)[0]
-        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
-        kept = places(self.task.function, modules)
-        start = [place.get() for place in kept]
         first = self._record(batch, bounds)
         before = [place.get() for place in kept]
         second = self._record(batch, bounds)
@@ -265,10 +268,6 @@ class Looker:
         for place, value in zip(kept, before, strict=True):
             if place.is_changed(value):
                 self._refuse_steering(batch, bounds, second, place)
-        yield
-        for place, value in zip(kept, start, strict=True):
-            if place.is_changed(value):
-                place.put(value)
 
     def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
         with place.far():
