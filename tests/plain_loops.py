@@ -45,11 +45,16 @@ Modules = dict[str, nn.Module]
 Tasks = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
-def workload(make: Callable[[], Modules], tasks: Callable[..., Tasks], **options: Any) -> spindle.Workload:
-    """`make` gives the components, in float32; `tasks`, called with them by name, the task functions."""
+def workload(
+    make: Callable[[], Modules], tasks: Callable[..., Tasks], *, as_made: bool = False, **options: Any
+) -> spindle.Workload:
+    """`make` gives the components, which become float64 unless they are to stay `as_made`; `tasks`, called with them by
+    name, the task functions.
+    """
     torch.manual_seed(0)
     made = spindle.Workload("plain", **options)
-    held = {name: made.component(name, module.double()) for name, module in make().items()}
+    modules = {name: module if as_made else module.double() for name, module in make().items()}
+    held = {name: made.component(name, module) for name, module in modules.items()}
     for number, (name, function) in enumerate(tasks(**held).items()):
         made.task(name, batch_size=4, data=rows(number))(function)
     return made
