@@ -16,7 +16,6 @@ from spindle.capture.naming import Namer
 from spindle.errors import WorkloadError
 from spindle.units import Place
 
-
 Tied = Mapping[str, Mapping[str, str]]
 """By component: its own names of parameters that another component holds too, by the names that these have there."""
 

@@ -48,8 +48,8 @@ class Cost:
     """What one run of an operator at the full batch takes.
 
     `input_grads` tells for each input whether a gradient comes out for it, `trained` names (inside the module) the
-    parameters that get one, `undrawn` the operations that draw random numbers from no stream of ours. `hidden`: of these
-    parameters one whose gradient an autograd function of the user's own computes on the way, unseen by autograd.
+    parameters that get one, `undrawn` the operations that draw random numbers from no stream of ours. `hidden`: one of
+    these parameters, whose gradient an autograd function of the user's own computes on the way, unseen by autograd.
     """
 
     outputs: tuple[ValueSpec, ...]

@@ -11,11 +11,11 @@ from spindle.workload import Component, Workload
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 _WRAPPERS: Mapping[str, str] = {
-    "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned runs "
-    "reduce gradients themselves",
-    "DataParallel": "spreads its batch over devices of its own; register the plain module (its .module): plans spread it",
-    "OptimizedModule": "adds '_orig_mod.' to the names of its parameters (torch.compile); leave the layers as they are: "
-    "ranks run them uncompiled",
+    "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned "
+    "runs reduce gradients themselves",
+    "DataParallel": "spreads its batch over devices of its own, as plans do; register the plain module (its .module)",
+    "OptimizedModule": "adds '_orig_mod.' to the names of its parameters (torch.compile); leave the layers as they "
+    "are: ranks run them uncompiled",
     "FullyShardedDataParallel": "holds parts of its parameters; register the plain module, before it is sharded, and "
     "plan with shard_optimizer=True or tensor_parallel=",
 }

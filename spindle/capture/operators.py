@@ -133,8 +133,8 @@ class _Builder:
             raise undrawn(f"{self._where}: {name!r}", cost.undrawn)
         if cost.hidden and any(self.name_by_id[id(p)] in self.cuts for p in module.parameters()):
             raise WorkloadError(
-                f"{self._where}: a layer of class {label} is cut by tensor parallelism, but an autograd function of its "
-                f"own computes the gradient of {cost.hidden!r} unseen, which cannot be done in parts; use "
+                f"{self._where}: a layer of class {label} is cut by tensor parallelism, but an autograd function of "
+                f"its own computes the gradient of {cost.hidden!r} unseen, which cannot be done in parts; use "
                 "torch.utils.checkpoint there, or leave out tensor_parallel="
             )
         for what, spec in zip(code.crossing.get(name, ()), cost.outputs, strict=True):

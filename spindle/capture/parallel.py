@@ -179,9 +179,10 @@ def _tied(component: Component, layer: _Layer, other: _Layer, *, outside: bool) 
     style = EMBEDDING if isinstance(other.module, nn.Embedding) else HEAD
     tied = _Layer(other.path, other.module, style, component=other.component)
     if layer.style not in (EMBEDDING, HEAD) or not outside:
+        path = f"{other.component}.{other.path}".strip(".")
         raise WorkloadError(
-            f"{_what(component)}: {layer.path!r} is {layer.style!r} in its plan but shares a parameter with "
-            f"{'.'.join(filter(None, (other.component, other.path)))!r}; such layers stand outside of blocks, with the styles {EMBEDDING}, {HEAD}"
+            f"{_what(component)}: {layer.path!r} is {layer.style!r} in its plan but shares a parameter with {path!r}; "
+            f"such layers stand outside of blocks, with the styles {EMBEDDING}, {HEAD}"
         )
     _check(component, tied, _OUTSIDE)
     return tied

@@ -1,7 +1,7 @@
-"""Checkpoints: activation checkpointing that the user's own code does (`torch.utils.checkpoint`), as planned runs need it.
+"""Checkpoints: activation checkpointing in the user's own code (`torch.utils.checkpoint`), as planned runs need it.
 
-- What is computed again in backward stands where it stood the first time: it draws the same random numbers, and computes
-  the same part of the features.
+- What is computed again in backward stands where it stood the first time: it draws the same random numbers, and
+  computes the same part of the features.
 - A reentrant checkpoint becomes one that is not: same gradients, and autograd sees which parameters get some.
 - While a task is recorded a checkpoint is a plain call, however it was imported.
 """
@@ -130,7 +130,7 @@ class _Patched:
                     return way.steps(own, function, args, kwargs)
 
                 torch_checkpoint.CheckpointFunction = _Reentrant(self.function)  # type: ignore[assignment, misc]
-                torch_checkpoint._checkpoint_without_reentrant_generator = steps
+                torch_checkpoint._checkpoint_without_reentrant_generator = steps  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         with self.lock:

@@ -1,4 +1,4 @@
-"""Patches: what users' code may call while it is recorded that no mode of torch sees, or that means something else then.
+"""Patches: what users' code may call while it is recorded that no mode of torch sees, or that means another thing then.
 
 - An autograd function of the user's own is one call, so that its own backward is kept; a checkpoint is a plain call.
 - Wrappers for training in parallel, and compiled modules, call what they wrap.
@@ -106,7 +106,7 @@ def _calls() -> list[Change]:
     return [
         (torch.autograd.Function, "apply", classmethod(_function_patch(torch.autograd.Function.__dict__["apply"]))),
         (grad_scaler.GradScaler, "scale", _scaler_patch(grad_scaler.GradScaler.scale)),
-        (torch.random, "default_generator", _Generator(torch.random.default_generator)),
+        (torch.random, "default_generator", _Generator(torch.default_generator)),
         (torch._C, "_set_default_dtype", _dtype_patch(torch._C._set_default_dtype)),
     ]
 
@@ -192,9 +192,9 @@ def _applied(recorder: Recorder, own: Callable[..., Any], args: tuple[Any, ...],
 
 def _hidden(name: str) -> Forbidden:
     return Forbidden(
-        f"the autograd function {name!r} computes with parameters that are not among its arguments (a checkpoint of its "
-        "own, say), whose gradients only its backward knows; call the layers without it, and name their component in "
-        "the workload's recompute=, or use torch.utils.checkpoint"
+        f"the autograd function {name!r} computes with parameters that are not among its arguments (a checkpoint of "
+        "its own, say), whose gradients only its backward knows; call the layers without it, and name their component "
+        "in the workload's recompute=, or use torch.utils.checkpoint"
     )
 
 

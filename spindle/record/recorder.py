@@ -294,8 +294,8 @@ class Recorder(TorchFunctionMode):
             return Ref(number)
         if is_meta(value):
             raise Refused(
-                "a tensor of the model was kept from an earlier call, or came out of a layer by a hook, or of code that "
-                "cannot be followed (torch.jit.script, C++); let the layer return it, in the call that reads it"
+                "a tensor of the model was kept from an earlier call, or came out of a layer by a hook, or of code "
+                "that cannot be followed (torch.jit.script, C++); let the layer return it, in the call that reads it"
             )
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)

@@ -127,7 +127,7 @@ def scripted(module: nn.Module) -> nn.Module:
 
 
 def traced(module: nn.Module) -> nn.Module:
-    made: nn.Module = torch.jit.trace(module, torch.randn(4, WIDTH, dtype=torch.float64), check_trace=False)
+    made: nn.Module = torch.jit.trace(module, torch.randn(4, WIDTH, dtype=torch.float64), check_trace=False)  # type: ignore[no-untyped-call]
     return made
 
 

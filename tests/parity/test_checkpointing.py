@@ -76,7 +76,7 @@ def test_checkpoints_around_layers_regression(reentrant: bool) -> None:
             return F.cross_entropy(head(checkpoint(trunk, stem(b["x"]), use_reentrant=reentrant)), b["y"])
 
         def segments(b: dict[str, Tensor]) -> Tensor:
-            y = checkpoint_sequential(trunk, 2, stem(b["x"]), use_reentrant=reentrant)
+            y = checkpoint_sequential(trunk, 2, stem(b["x"]), use_reentrant=reentrant)  # type: ignore[no-untyped-call]
             return F.cross_entropy(head(y), b["y"])
 
         return {"one": one, "segments": segments}
@@ -194,7 +194,7 @@ def test_autograd_functions_inside_of_layers_regression(kind: type[nn.Module]) -
 
 def test_autograd_functions_around_layers() -> None:
     def tasks(stem: nn.Module, trunk: nn.Module, head: nn.Module) -> Tasks:
-        return {"t": lambda b: F.cross_entropy(head(Threefold.apply(trunk(stem(b["x"])), 0.5)), b["y"])}
+        return {"t": lambda b: F.cross_entropy(head(Threefold.apply(trunk(stem(b["x"])), 0.5)), b["y"])}  # type: ignore[no-untyped-call]
 
     ours, theirs = (workload(with_stem(Block), tasks) for _ in range(2))
     assert_same(planned(ours), looped(theirs))
@@ -206,7 +206,7 @@ def test_autograd_functions_that_hide_parameters_are_refused_regression(called: 
 
     def tasks(stem: nn.Module, trunk: nn.Module, head: nn.Module) -> Tasks:
         first, second = (stem, trunk) if called == "trunk" else (trunk, stem)
-        return {"t": lambda b: F.cross_entropy(head(Again.apply(second, first(b["x"]))), b["y"])}
+        return {"t": lambda b: F.cross_entropy(head(Again.apply(second, first(b["x"]))), b["y"])}  # type: ignore[no-untyped-call]
 
     with pytest.raises(WorkloadError, match=r"function 'Again' computes with parameters that are not among its arg"):
         capture(workload(with_stem(Block), tasks))

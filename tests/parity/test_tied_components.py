@@ -11,7 +11,7 @@ import spindle
 from spindle.capture import capture
 from spindle.errors import WorkloadError
 from spindle.runtime.controller import prepare
-from tests.parity.test_tensor_parallel import LAYOUTS, compared, language, laid_out
+from tests.parity.test_tensor_parallel import LAYOUTS, compared, laid_out, language
 from tests.tiny_workloads import tokens
 
 

@@ -34,9 +34,11 @@ def unlike(task: Task, line: str, kept: str = "") -> WorkloadError:
     """The error for a task that does not compute the same of the same batch; `kept` is what it keeps from call to
     call.
     """
-    why = f"depends on {kept!r}, which its own calls change" if kept else "is something else each time it is called"
+    why = (
+        f"depends on {kept!r}, which its own calls change" if kept else "changes from call to call (a counter, a clock)"
+    )
     return WorkloadError(
-        f"task {task.name!r}, {line}: what it computes of one batch {why}{'' if kept else ' (a counter, a clock)'}, and "
+        f"task {task.name!r}, {line}: what it computes of one batch {why}, and "
         "a planned run calls it in several processes, as often as each needs; let it follow from the batch alone: the "
         "loader can give the step as a field"
     )
