@@ -203,7 +203,8 @@ class Workload:
 
         `layers`: lists of repeated blocks and single blocks, as dotted paths or as the modules themselves; None finds
         them, () makes no blocks. `optimizer`: settings of this component's parameter group, such as
-        {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters.
+        {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters. Of a module that
+        DistributedDataParallel or torch.compile wraps, the plain module is trained, under its own names.
 
         `tensor_parallel`: plans may spread each block, embedding and head over so many devices, or a divisor of that.
         `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
@@ -216,15 +217,16 @@ class Workload:
         if not isinstance(module, nn.Module):
             raise WorkloadError(f"component {name!r} is a {type(module).__name__}; give a torch.nn.Module")
         for other in self.components.values():
-            if other.module is module:
+            if other.module is _unwrapped(module):
                 raise WorkloadError(
                     f"component {name!r} is the module of component {other.name!r}; register it once and use it twice"
                 )
+        plain = _unwrapped(module)
         given = [layers] if isinstance(layers, str | nn.Module) else layers
-        paths = None if given is None else tuple(_path(name, module, layer) for layer in given)
+        paths = None if given is None else tuple(_path(name, plain, layer) for layer in given)
         if tensor_parallel < 1:
             raise WorkloadError(f"component {name!r}: tensor_parallel is {tensor_parallel}; it must be at least 1")
-        self.components[name] = Component(name, module, paths, dict(optimizer or {}), tensor_parallel, tensor_plan)
+        self.components[name] = Component(name, plain, paths, dict(optimizer or {}), tensor_parallel, tensor_plan)
         return module
 
     def task(
@@ -328,6 +330,17 @@ class Workload:
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     yield f"{component.name}.{path}", buffer
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that only other ways of training need."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]  # of torch.compile, whose class takes seconds to import
+        else:
+            return module
 
 
 def _path(component: str, module: nn.Module, layer: str | nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spindle.capture.codes import OperatorCode
+from spindle.record.checkpoints import resumed
 from spindle.runtime.parallel.names import Held, join, piece_of
 
 
@@ -39,11 +40,11 @@ class Switch:
     @contextlib.contextmanager
     def to(self, layout: Layout) -> Iterator[None]:
         """While open, layers compute their part in `layout`."""
-        self.layout = layout
+        before, self.layout = self.layout, layout
         try:
             yield
         finally:
-            self.layout = None
+            self.layout = before
 
 
 class _CutLayer(nn.Module):
@@ -193,7 +194,11 @@ def compute_part(
         for inner, name in code.parameters
         if "@" not in name and name not in partial
     }
-    with switch.to(layout):
+
+    def around() -> contextlib.AbstractContextManager[None]:
+        return switch.to(layout)
+
+    with around(), resumed(around):
         return functional_call(code.module, shared, tuple(arguments))
 
 

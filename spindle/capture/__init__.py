@@ -19,7 +19,8 @@ from collections.abc import Callable
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
-from spindle.capture.look.refusals import TakeWhole, refuse_gradient_hooks
+from spindle.capture.look.refusals import TakeWhole, Unsettled, refuse_gradient_hooks
+from spindle.capture.modules import refuse_modules
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
@@ -41,13 +42,14 @@ def capture(workload: Workload, on_task: Callable[[str], object] = str) -> Captu
     of several concurrent micro-batches is a task.
     """
     workload.require_tasks()
+    refuse_modules(workload)
     version = _version(workload)
     if workload.captured is not None and workload.captured[0] == version:
         known = workload.captured[1]
         assert isinstance(known, Captured)
         return known
     found = repeated(_capture(workload, on_task), workload.in_flight)
-    workload.captured = (version, found)
+    workload.captured = (_version(workload), found)  # a task may have set the mode of its modules
     return found
 
 
@@ -74,19 +76,26 @@ def _warn_of_large_operators(workload: Workload) -> None:
 def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
     _warn_of_large_operators(workload)
     whole: frozenset[str] = frozenset()
+    settled: set[str] = set()
     while True:
         try:
-            return _captured(workload, on_task, whole)
+            return _captured(workload, on_task, whole, settled)
+        except Unsettled:
+            continue
         except TakeWhole as taken:
             warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
             whole |= {taken.component}
 
 
-def _captured(workload: Workload, on_task: Callable[[str], object], whole: frozenset[str]) -> Captured:
+def _captured(
+    workload: Workload, on_task: Callable[[str], object], whole: frozenset[str], settled: set[str]
+) -> Captured:
     blocks = _blocks(workload, whole)
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
-    skeleton = Skeleton({name: c.module for name, c in workload.components.items()}, infos, learning=True)
+    skeleton = Skeleton(
+        {name: c.module for name, c in workload.components.items()}, infos, learning=True, settled=settled
+    )
     namer, memo = Namer(blocks), Memo()
     results: list[TaskOperators] = []
     for task in workload.tasks.values():

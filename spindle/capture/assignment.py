@@ -16,6 +16,9 @@ from spindle.capture.naming import Namer
 from spindle.errors import WorkloadError
 from spindle.units import Place
 
+Tied = Mapping[str, Mapping[str, str]]
+"""By component: its own names of parameters that another component holds too, by the names that these have there."""
+
 
 @dataclass(frozen=True)
 class Assigned:
@@ -28,12 +31,15 @@ class Assigned:
     components: Mapping[str, str]
 
 
-def assigned(task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer) -> Assigned:
-    """Divide what was recorded of a task (`wired`) into operators; `named` are parameters and buffers by name.
+def assigned(
+    task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer, tied: Tied | None = None
+) -> Assigned:
+    """Divide what was recorded of a task (`wired`) into operators; `named` are parameters and buffers by name, `tied`
+    other names of these.
 
     Raises WorkloadError where its loss depends on no parameter, or not on the batch.
     """
-    return _Assignment(task, seen, wired, named, namer).run()
+    return _Assignment(task, seen, wired, named, namer, tied or {}).run()
 
 
 def no_gradient(task: str) -> WorkloadError:
@@ -42,7 +48,10 @@ def no_gradient(task: str) -> WorkloadError:
 
 
 class _Assignment:
-    def __init__(self, task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer) -> None:
+    def __init__(
+        self, task: str, seen: Seen, wired: Wired, named: Mapping[str, Tensor], namer: Namer, tied: Tied
+    ) -> None:
+        self.tied = tied
         self.task, self.seen, self.wired, self.named, self.namer = task, seen, wired, named, namer
         self.findings, self.recording, self.nodes = seen.findings, wired.recording, wired.recording.nodes
         self.loss_maker = wired.maker.get(self.recording.loss, -1)
@@ -93,7 +102,8 @@ class _Assignment:
                 component, name = self.namer.block(self.task, node.component, node.block.partition("@")[0])
                 names[number] = name
             else:
-                component = self.namer.component(found.component, self._sizes(found))
+                called = found.component.partition("@")[0]
+                component = self.namer.component(called, self._sizes(found, called))
                 role = "post" if found.has_frontier else "pre"
                 if found.mixes:
                     component, role = ("loss", "") if self.loss_maker in found.nodes else (component, "mix")
@@ -102,11 +112,13 @@ class _Assignment:
             components[name] = component
         return names, components
 
-    def _sizes(self, found: Group) -> dict[str, int]:
-        """Numbers of the parameters that a group reads, by name."""
-        leaves = self.recording.leaves
+    def _sizes(self, found: Group, called: str) -> dict[str, int]:
+        """Numbers of the parameters that a group reads, by name: where it arose in a component that is tied to another,
+        by that component's own.
+        """
+        leaves, tied = self.recording.leaves, self.tied.get(called, {})
         names = {leaves[r] for n in found.nodes for r in self.wired.refs[n] if r in leaves}
-        return {name: self.named[name].numel() for name in names if name in self.named}
+        return {tied.get(name, name): self.named[name].numel() for name in names if name in self.named}
 
     def _order(self, names: Mapping[int, str]) -> list[str]:
         """Operators, each after the operators whose values it reads; else by their first node."""

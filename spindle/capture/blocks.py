@@ -72,7 +72,10 @@ def blocks_of(workload: Workload) -> list[Block]:
     from spindle.capture.parallel import cut_outside
 
     return [
-        Block(f"{component.name}.{block.path}", block.module)
+        Block(f"{component.name}.{block.path}" if block.path else component.name, block.module)
         for component in workload.components.values()
-        for block in (*find_blocks(component.name, component.module, component.layers), *cut_outside(component))
+        for block in (
+            *find_blocks(component.name, component.module, component.layers),
+            *cut_outside(component, workload),
+        )
     ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spindle.capture.grouping import Frontier, Key
 from spindle.graph import TaskGraph
 from spindle.record.caches import caches_off, caching_configs
+from spindle.record.checkpoints import Planned, going, resumed
 from spindle.record.draws import Site
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Node, Recording, execute
@@ -66,12 +67,13 @@ class OperatorModule(nn.Module):
         assert self.block is not None
         hooked = self.block._forward_hooks or self.block._forward_pre_hooks  # these were recorded as glue
         run: Callable[..., Any] = self.block.forward if hooked else self.block
-        if not part.sites and not self.configs:
-            return run
+
+        def around() -> contextlib.AbstractContextManager[object]:
+            return caches_off(self.configs)
 
         def opened(*args: Any, **kwargs: Any) -> Any:
             draws = Drawing(part.block, part.sites) if part.sites else contextlib.nullcontext()
-            with draws, caches_off(self.configs):
+            with draws, around(), resumed(around), going(Planned()):
                 return run(*args, **kwargs)
 
         return opened

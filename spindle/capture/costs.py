@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.codes import OperatorModule, OperatorPart, computing_in
@@ -22,6 +23,7 @@ from spindle.capture.signature import module_signature
 from spindle.record.draws import shapes_only
 from spindle.record.randomness import Undrawn
 from spindle.record.recording import Aux, Ref, tree
+from spindle.record.steady import attributes_kept
 from spindle.workload import Precision
 
 aten = torch.ops.aten
@@ -46,7 +48,8 @@ class Cost:
     """What one run of an operator at the full batch takes.
 
     `input_grads` tells for each input whether a gradient comes out for it, `trained` names (inside the module) the
-    parameters that get one, `undrawn` the operations that draw random numbers from no stream of ours.
+    parameters that get one, `undrawn` the operations that draw random numbers from no stream of ours. `hidden`: one of
+    these parameters, whose gradient an autograd function of the user's own computes on the way, unseen by autograd.
     """
 
     outputs: tuple[ValueSpec, ...]
@@ -56,6 +59,19 @@ class Cost:
     input_grads: tuple[bool, ...]
     trained: frozenset[str]
     undrawn: frozenset[str] = frozenset()
+    hidden: str = ""
+
+
+class _Counter(FlopCounterMode):
+    """Counts FLOPs in all: by module it cannot, where layers differentiate themselves or use inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_FORMULAS)
+        self.mod_tracker: Any = _NoTracker()
+
+
+class _NoTracker(contextlib.nullcontext[None]):
+    parents = frozenset({"Global"})
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -137,7 +153,12 @@ def measure_on_samples(
         else torch.zeros(i.shape, dtype=i.dtype)
         for i in inputs
     ]
-    cost = _measured(module, part, state, arguments, live, precision)
+    try:
+        cost = _measured(module, part, state, arguments, live, precision)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # of torch.func, whose transforms take none
+            raise
+        cost = _measured(module, part, state, arguments, live, precision, hooked=False)
     if not cost.trained and not any(cost.input_grads):
         return cost
     trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
@@ -162,36 +183,65 @@ def _measured(
     arguments: Sequence[Tensor],
     live: Sequence[bool] | None,
     precision: Precision,
+    *,
+    hooked: bool = True,
 ) -> Cost:
     for name, parameter in module.named_parameters():
         state[name] = state[name].detach().requires_grad_(parameter.requires_grad)
     saved: dict[int, int] = {}
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    cpu, undrawn = torch.device("cpu"), Undrawn()
-    with counter as forward, _saved_bytes(saved), computing_in(precision, cpu), undrawn:
-        outputs = torch.func.functional_call(module, state, (part, *arguments))
-    ends = [o for o, alive in zip(outputs, live or [True] * len(outputs), strict=True) if o.requires_grad and alive]
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as backward:
-        if ends:
-            torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+    undrawn = Undrawn()
+    with (
+        attributes_kept(module),
+        _reparametrize_module(module, state),
+        undrawn,
+    ):  # in backward too: checkpoints compute again there
+        with _Counter() as forward, _saved_bytes(saved, hooked=hooked), computing_in(precision, torch.device("cpu")):
+            outputs = module(part, *arguments)
+        alive = zip(outputs, live or [True] * len(outputs), strict=True)
+        ends = [output for output, wanted in alive if output.requires_grad and wanted]
+        seen = _reached(ends)
+        with _Counter() as backward:
+            if ends:
+                torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
     held = {value.untyped_storage()._cdata for value in (*state.values(), *arguments)}
     kept = sum(size for storage, size in saved.items() if storage not in held)
+    if not hooked:
+        kept = sum(output.nbytes for output in outputs)
+    trained = [name for name, _ in module.named_parameters() if state[name].grad is not None]
     return Cost(
         outputs=tuple(ValueSpec(tuple(o.shape), o.dtype, o.requires_grad) for o in outputs),
         forward_flops=float(forward.get_total_flops()),
         backward_flops=float(backward.get_total_flops()),
         activation_bytes=kept if ends else 0,
         input_grads=tuple(argument.grad is not None for argument in arguments),
-        trained=frozenset(name for name, _ in module.named_parameters() if state[name].grad is not None),
+        trained=frozenset(trained),
         undrawn=frozenset(undrawn.names),
+        hidden=next((name for name in trained if id(state[name]) not in seen), ""),
     )
+
+
+def _reached(ends: Sequence[Tensor]) -> set[int]:
+    """Ids of the leaves that autograd knows to get a gradient from these values."""
+    found: set[int] = set()
+    stack, seen = [end.grad_fn for end in ends], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+            stack += [following for following, _ in node.next_functions]
+    return found
 
 
 def _unique_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _saved_bytes(saved: dict[int, int]) -> Any:
+def _saved_bytes(saved: dict[int, int], *, hooked: bool) -> Any:
+    if not hooked:
+        return contextlib.nullcontext()
+
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage.nbytes()

@@ -10,7 +10,9 @@ from torch import nn
 from spindle.capture.codes import Captured
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import Around, call_name, forwards_replaced
+from spindle.record.checkpoints import Planned, going
 from spindle.record.draws import Sites, Stream, drawing_from
+from spindle.record.patches import plain_modules
 from spindle.record.randomness import Drawing
 from spindle.workload import Workload
 
@@ -26,6 +28,8 @@ def drawing_as_planned(workload: Workload, captured: Captured, stream: Stream) -
         paths = dict.fromkeys(scope.partition("@")[0] for scope in sites if scope)
         stack.enter_context(forwards_replaced((_module_at(workload, path), scopes.of(path)) for path in paths))
         stack.enter_context(drawing_from(stream))
+        stack.enter_context(plain_modules())
+        stack.enter_context(going(Planned()))
         stack.enter_context(Drawing("", sites.get("", ())))
         yield
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from spindle.capture import costs
-from spindle.capture.assignment import assigned, no_gradient
+from spindle.capture.assignment import Tied, assigned, no_gradient
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.costs import Cost, ValueSpec
 from spindle.capture.grouping import wire
@@ -80,7 +79,7 @@ class _Builder:
         self.drafts: list[_Draft] = []
 
     def run(self) -> TaskOperators:
-        found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer)
+        found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer, self._tied())
         code = found.code
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
@@ -96,6 +95,17 @@ class _Builder:
             [self._code(draft, code) for draft in self.drafts],
             replace(code, learning=frozenset(t for t, spec in self.specs.items() if spec.needs_grad)),
         )
+
+    def _tied(self) -> Tied:
+        """Each component's own names of parameters that go by the name of another component."""
+        return {
+            name: {
+                known: f"{name}.{path}"
+                for path, parameter in component.module.named_parameters(remove_duplicate=False)
+                if (known := self.name_by_id[id(parameter)]).partition(".")[0] != name
+            }
+            for name, component in self.workload.components.items()
+        }
 
     @property
     def _samples(self) -> int:
@@ -121,6 +131,12 @@ class _Builder:
         cost = self._cost(draft, code, None)
         if cost.undrawn:
             raise undrawn(f"{self._where}: {name!r}", cost.undrawn)
+        if cost.hidden and any(self.name_by_id[id(p)] in self.cuts for p in module.parameters()):
+            raise WorkloadError(
+                f"{self._where}: a layer of class {label} is cut by tensor parallelism, but an autograd function of "
+                f"its own computes the gradient of {cost.hidden!r} unseen, which cannot be done in parts; use "
+                "torch.utils.checkpoint there, or leave out tensor_parallel="
+            )
         for what, spec in zip(code.crossing.get(name, ()), cost.outputs, strict=True):
             self.specs[code.tensors[what]], self.crossing[code.tensors[what]] = spec, what
         self.drafts.append(draft)
@@ -151,12 +167,6 @@ class _Builder:
 
     def _unmeasured(self, draft: _Draft, error: Exception) -> WorkloadError:
         block = draft.module.block
-        if isinstance(error, CheckpointError):
-            return WorkloadError(
-                f"{self._where}: a layer of class {type(block).__name__} draws random numbers under a checkpoint of "
-                "its own, which would draw others when it is computed again; switch that off "
-                "(gradient_checkpointing_disable()) and name the component in the workload's recompute="
-            )
         what = f"a layer of class {type(block).__name__}" if block is not None else "its glue"
         return WorkloadError(
             f"{self._where}: {what} runs neither on fake tensors nor on a few samples: {type(error).__name__}: "

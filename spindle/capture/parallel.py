@@ -53,6 +53,7 @@ class _Layer:
     module: nn.Module
     style: str
     stacked: Mapping[str, str] = field(default_factory=dict)  # of experts: their parameters' styles
+    component: str = ""  # another one, where it shares a parameter with a layer of the one that is spread
 
 
 def cuts(workload: Workload) -> dict[str, Cut]:
@@ -65,24 +66,32 @@ def cuts(workload: Workload) -> dict[str, Cut]:
         names[id(parameter)]: cut
         for component in workload.components.values()
         if component.tensor_parallel > 1
-        for layer in _layers(component)
+        for layer in _layers(component, workload)
         for parameter, cut in _parameters(layer, component.tensor_parallel)
     }
 
 
-def cut_outside(component: Component) -> list[Block]:
-    """Layers outside of a component's blocks that are cut: each becomes a block, so that plans may spread it."""
-    if component.tensor_parallel == 1:
-        return []
-    return [Block(layer.path, layer.module) for layer in _outside(component, _plan(component))]
+def cut_outside(component: Component, workload: Workload) -> list[Block]:
+    """Layers outside of a component's blocks that are cut: each becomes a block, so that plans may spread it. Layers
+    that another component's are tied to are among them.
+    """
+    layers = [
+        layer
+        for other in workload.components.values()
+        if other.tensor_parallel > 1
+        for layer in _outside(other, _plan(other), workload)
+        if (layer.component or other.name) == component.name
+    ]
+    return [Block(layer.path, layer.module) for layer in {layer.path: layer for layer in layers}.values()]
 
 
 def refuse_bare_reads(module: nn.Module, inner: str, name: str, cut: Cut) -> None:
     """Code that reads a cut parameter itself, not through its layer, cannot run on pieces."""
     owner = module.get_submodule(inner.rpartition(".")[0])
     if cut.pieces > 1 and type(owner) not in (nn.Linear, nn.Embedding, cut.experts):
+        reader = type(owner).__name__ if inner.startswith("block.") else "code outside of layers"
         raise WorkloadError(
-            f"parameter {name!r} is cut by tensor parallelism, but {type(owner).__name__} reads it beside its layer; "
+            f"parameter {name!r} is cut by tensor parallelism, but {reader} reads it beside its layer; "
             "call the layer, or leave it out of tensor_plan="
         )
 
@@ -101,9 +110,9 @@ def _plan(component: Component) -> Mapping[str, str]:
     return {pattern: _ALIASES.get(style, style) for pattern, style in plan.items()}
 
 
-def _layers(component: Component) -> list[_Layer]:
+def _layers(component: Component, workload: Workload) -> list[_Layer]:
     plan = _plan(component)
-    found = [*_inside(component, plan), *_outside(component, plan)]
+    found = [*_inside(component, plan), *_outside(component, plan, workload)]
     if not found:
         raise WorkloadError(
             f"{_what(component)}, but its plan names nothing that can be cut; the patterns are {', '.join(plan)}"
@@ -123,11 +132,16 @@ def _inside(component: Component, plan: Mapping[str, str]) -> Iterator[_Layer]:
                 yield layer
 
 
-def _outside(component: Component, plan: Mapping[str, str]) -> list[_Layer]:
+def _outside(component: Component, plan: Mapping[str, str], workload: Workload) -> list[_Layer]:
     """What a model's own plan names here and does not fit stays whole; what the user's plan names is an error."""
-    blocks = find_blocks(component.name, component.module, component.layers)
-    inside = {module for block in blocks for module in block.module.modules()}
+    inside = _modules_inside(component)
     layers = {path: _Layer(path, m, _style(plan, path)) for path, m in component.module.named_modules() if path}
+    elsewhere = [
+        (_Layer(path, module, _WHOLE, component=other.name), other)
+        for other in workload.components.values()
+        if other is not component
+        for path, module in other.module.named_modules()
+    ]
     found: dict[str, _Layer] = {}
     for layer in layers.values():
         if layer.module in inside or layer.style == _WHOLE or layer.path in found:
@@ -136,12 +150,23 @@ def _outside(component: Component, plan: Mapping[str, str]) -> list[_Layer]:
             _check(component, layer, _OUTSIDE)
             others = [other for other in layers.values() if _share(layer.module, other.module)]
             tied = [_tied(component, layer, other, outside=other.module not in inside) for other in others]
+            for other, owner in elsewhere:
+                if _share(layer.module, other.module):
+                    alike = owner.tensor_parallel in (1, component.tensor_parallel)
+                    outside = alike and other.module not in _modules_inside(owner)
+                    tied.append(_tied(component, layer, other, outside=outside))
         except WorkloadError:
             if component.tensor_plan is not None:
                 raise
         else:
-            found |= {each.path: each for each in (layer, *tied)}
+            found |= {(f"{each.component}." if each.component else "") + each.path: each for each in (layer, *tied)}
     return list(found.values())
+
+
+def _modules_inside(component: Component) -> set[nn.Module]:
+    """Modules of a component's blocks."""
+    blocks = find_blocks(component.name, component.module, component.layers)
+    return {module for block in blocks for module in block.module.modules()}
 
 
 def _share(layer: nn.Module, other: nn.Module) -> bool:
@@ -151,11 +176,13 @@ def _share(layer: nn.Module, other: nn.Module) -> bool:
 
 def _tied(component: Component, layer: _Layer, other: _Layer, *, outside: bool) -> _Layer:
     """A layer with a parameter of `layer`, cut as that one is."""
-    tied = _Layer(other.path, other.module, EMBEDDING if isinstance(other.module, nn.Embedding) else HEAD)
+    style = EMBEDDING if isinstance(other.module, nn.Embedding) else HEAD
+    tied = _Layer(other.path, other.module, style, component=other.component)
     if layer.style not in (EMBEDDING, HEAD) or not outside:
+        path = f"{other.component}.{other.path}".strip(".")
         raise WorkloadError(
-            f"{_what(component)}: {layer.path!r} is {layer.style!r} in its plan but shares a parameter with "
-            f"{other.path!r}; such layers stand outside of blocks, with the styles {EMBEDDING}, {HEAD}"
+            f"{_what(component)}: {layer.path!r} is {layer.style!r} in its plan but shares a parameter with {path!r}; "
+            f"such layers stand outside of blocks, with the styles {EMBEDDING}, {HEAD}"
         )
     _check(component, tied, _OUTSIDE)
     return tied

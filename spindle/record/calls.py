@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spindle.record.lazy import is_lazy
+from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
 from spindle.record.shapes import Drawn, Habit, Made, Results, Shape, ShapeRule, results_of, run_for_real
@@ -51,11 +51,14 @@ def call_name(name: str, of: Any, calls: Counter[Any]) -> str:
     return f"{name}@{number}" if number else name
 
 
-def component_call(name: str, module: nn.Module, recorder: Recorder, calls: Counter[Any]) -> Around:
+def component_call(
+    skeleton: "Skeleton", name: str, module: nn.Module, recorder: Recorder, calls: Counter[Any]
+) -> Around:
     """Note which call of a component its code runs in: "vision", "vision@1" for the second."""
 
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
+            skeleton.steady.called.add(id(module))
             if recorder.component or recorder.inside:
                 return own(*args, **kwargs)
             recorder.component = call_name(name, module, calls)
@@ -77,8 +80,10 @@ def block_call(skeleton: "Skeleton", block: "BlockInfo", recorder: Recorder, cal
 
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            if recorder.inside:  # a block in a block is part of it
+            if recorder.inside or recorder.for_real:  # a block in a block is part of it
                 return own(*args, **kwargs)
+            recorder.refuse_modes()
+            skeleton.check_block(block)
             scope = call_name(block.path, block.path, calls)
             results = _results(skeleton, block, own, recorder, args, kwargs)
             with torch._C.DisableTorchFunction():
@@ -131,7 +136,9 @@ def _found(
     rule = skeleton.rules.get(block.kind)
     if rule is None:
         try:
-            return _run_on_meta(own, recorder, args, kwargs)
+            return _run_on_meta(skeleton, block, own, recorder, args, kwargs)
+        except Forbidden:
+            raise
         except Exception as error:
             if not skeleton.learning:
                 raise
@@ -141,20 +148,32 @@ def _found(
         return Results(structure, Drawn(shapes, rule.written_out))
     else:
         reason = None
-    with skeleton.real(block.module):
-        found = run_for_real(own, args, kwargs, reason)
+    recorder.for_real = True
+    try:
+        with skeleton.real(block.module), skeleton.steady.in_block(block.path) as again:
+            found = run_for_real(own, args, kwargs, reason)
+            if again():
+                run_for_real(own, args, kwargs, reason)
+    finally:
+        recorder.for_real = False
     sizes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
     skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes)
     return found
 
 
-def _run_on_meta(own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any) -> Results:
+def _run_on_meta(
+    skeleton: "Skeleton", block: "BlockInfo", own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any
+) -> Results:
     from spindle.record.randomness import NotingShapes
 
     recorder.inside = True
     try:
-        with NotingShapes("", None) as noted:
-            structure = own(*args, **kwargs)
+        with skeleton.steady.in_block(block.path) as again:
+            with NotingShapes("", None) as noted:
+                structure = own(*args, **kwargs)
+            if again():
+                with NotingShapes("", None):
+                    own(*args, **kwargs)
     finally:
         recorder.inside = False
     return results_of(structure, noted.shapes, written_out=noted.writes_out_attention)

@@ -99,6 +99,10 @@ OPENS_GRADIENTS: frozenset[Any] = frozenset(
 )
 
 
+SETS_GRADIENTS: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+"""What freezes or thaws a tensor."""
+
+
 BRANCHES = "it branches on a value computed from parameters"
 INSTEAD = "use torch.where, or put it into a module and register that"
 
@@ -109,6 +113,10 @@ class LazyRead(Exception):
 
 class Refused(Exception):
     """Code does what a planned run cannot do; the message says what, and what to do."""
+
+
+class Forbidden(Refused):
+    """Code does what no planned run can do, also where a component runs as one operator."""
 
 
 class Stranger(Exception):

@@ -63,6 +63,12 @@ class Drawing(TorchFunctionMode):
         what = Draw(fill, tuple(numbers), tuple(shape), found, where)
         return self._drawn(what, like)
 
+    def again_from(self, number: int) -> "Drawing":
+        """What draws once more from draw `number` of this scope on."""
+        again = Drawing(self.scope, self.sites)
+        again.shapes = self.shapes[:number]
+        return again
+
     def _drawn(self, what: Draw, like: Tensor | None) -> Tensor:
         del like
         return draw(what, self.scope, *self._next(what.shape))

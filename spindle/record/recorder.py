@@ -32,7 +32,9 @@ from spindle.record.lazy import (
     ATTRIBUTES,
     OPENS_GRADIENTS,
     READS,
+    SETS_GRADIENTS,
     SHOWS,
+    Forbidden,
     LazyRead,
     Refused,
     Stranger,
@@ -48,6 +50,12 @@ from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
 _CPU = torch.device("cpu")
+_get_flag: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+HALF_AUTOCAST = (
+    "it computes under torch.autocast in float16, whose gradients need loss scaling, which planned runs have not; use "
+    "bfloat16, or precision='bf16' of the workload"
+)
 
 
 class ByRows(TorchFunctionMode):
@@ -78,6 +86,7 @@ class Recorder(TorchFunctionMode):
         self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
         self.sources: list[Tensor] = []  # of each tensor computed from the batch that calls read, the one they read
         self.inside = False  # of a block, whose calls are not recorded
+        self.for_real = False  # a block runs for its shapes, on numbers that are made up
         self.component = ""
         self.failed: tuple[Exception, str] | None = None  # what a component raised, and which call of it
         self.block = ""  # whose results are being found
@@ -108,6 +117,8 @@ class Recorder(TorchFunctionMode):
             return False
         if func in ATTRIBUTES:
             return func(*args, **kwargs)
+        if func in SETS_GRADIENTS:
+            self._refuse_other_flag(args, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
             self._refuse_strangers(args)
@@ -123,6 +134,7 @@ class Recorder(TorchFunctionMode):
                 f"it calls {getattr(func, '__name__', func)} on a value of the model; return the loss, its gradients "
                 "are computed and reduced as planned"
             )
+        self.refuse_modes()
         if func in (Tensor.cuda, Tensor.cpu) or (func is Tensor.to and len(args) == 1 and not kwargs):
             return args[0]
         return self._lazy(func, args, kwargs)
@@ -282,8 +294,8 @@ class Recorder(TorchFunctionMode):
             return Ref(number)
         if is_meta(value):
             raise Refused(
-                "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
-                "(torch.jit.script, C++); let the layer return it"
+                "a tensor of the model was kept from an earlier call, or came out of a layer by a hook, or of code "
+                "that cannot be followed (torch.jit.script, C++); let the layer return it, in the call that reads it"
             )
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)
@@ -354,6 +366,26 @@ class Recorder(TorchFunctionMode):
                 found.append(self.recording.leaves[number])
         self._touched.clear()
         return tuple(found)
+
+    def refuse_modes(self) -> None:
+        """Raise Forbidden in modes of torch that recorded calls cannot carry."""
+        if not self.inside and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise Forbidden(
+                "it calls the model inside of a transform of torch.func (grad, vmap, jvp, jacrev), which calls of its "
+                "layers cannot be recorded in; put what is transformed into the forward of a layer"
+            )
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
+            raise Forbidden(HALF_AUTOCAST)
+
+    def _refuse_other_flag(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise Forbidden where code freezes or thaws a parameter."""
+        number = self._number.get(id(args[0]))
+        flag = bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+        if number in self.recording.leaves and flag != bool(_get_flag(args[0])):
+            raise Forbidden(
+                f"it sets requires_grad of {self.recording.leaves[number]!r}; freeze parameters before the workload is "
+                "planned, and call a layer that one task does not train, but another does, under torch.no_grad()"
+            )
 
     def _refuse_strangers(self, args: Iterable[Any]) -> None:
         if not torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """Run: one call of a task function under a recorder; what was recorded, and what was drawn, out."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.functions import Assigned
-from spindle.record.lazy import Refused, is_lazy
+from spindle.record.lazy import Forbidden, Refused, is_lazy
 from spindle.record.randomness import RecordedDrawing
 from spindle.record.recorder import ByRows, Recorder
 from spindle.record.recording import Recording, Ref
@@ -60,7 +60,7 @@ def record(
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
         drawing = RecordedDrawing(recorder, sites)
         try:
-            with drawing_from(stream), recorder, ByRows(), drawing:
+            with drawing_from(stream), recorder, ByRows(), drawing, _gradients_as_found():
                 result = _call(function, dict(fields))
             with torch._C.DisableTorchFunction():
                 _note_assigned(skeleton, recorder)
@@ -75,6 +75,21 @@ def record(
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         replay = recorder.real_calls.replay(fields, recorder.sources)
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)
+
+
+@contextlib.contextmanager
+def _gradients_as_found() -> Iterator[None]:
+    """Raise Forbidden where code leaves gradients switched, which its next call would see; they are switched back."""
+    found = torch.is_grad_enabled()
+    try:
+        yield
+        if torch.is_grad_enabled() != found:
+            raise Forbidden(
+                f"it leaves gradients switched {'on' if torch.is_grad_enabled() else 'off'} (torch.set_grad_enabled), "
+                "which its next call would see; switch them in a with statement"
+            )
+    finally:
+        torch.set_grad_enabled(found)
 
 
 def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:

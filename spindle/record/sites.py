@@ -6,7 +6,7 @@ import sys
 from types import CodeType, FrameType
 
 _PACKAGE = __name__.rpartition(".")[0]
-_SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("recorder", "replay", "run", "sites", "skeleton"))
+_SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("patches", "recorder", "replay", "run", "sites", "skeleton"))
 """Modules that pass calls on. Modules that make calls of their own (functions, replacements) are places like others."""
 
 

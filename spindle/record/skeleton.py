@@ -10,23 +10,23 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint as torch_checkpoint
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
-from spindle.record.lazy import is_lazy
+from spindle.record.lazy import Forbidden
+from spindle.record.patches import recorded_calls, watched_modules
 from spindle.record.recorder import Recorder
-from spindle.record.recording import Recording, tree
+from spindle.record.recording import Recording
 from spindle.record.replay import RealCalls
 from spindle.record.shapes import Habit, Results, ShapeRule
 from spindle.record.sites import Sites
+from spindle.record.steady import Steady
 
 
 @dataclass(slots=True)
@@ -51,6 +51,7 @@ class Skeleton:
     stateful: set[str] = field(default_factory=set)
     rules: dict[str, ShapeRule] = field(default_factory=dict)
     learning: bool = False
+    settled: set[str] = field(default_factory=set)  # attributes of layers that code outside of them has set once
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -71,6 +72,7 @@ class Skeleton:
             for name, root in self.components.items()
             for path, module in root.named_modules()
         ]
+        self.steady = Steady({id(m): prefix[:-1] for prefix, m in reversed(self._modules)}, inside, self.settled)
         self._metas: dict[int, tuple[str, Tensor]] = {}  # of parameters and stateful buffers, by id of the user's own
         self._collect()
 
@@ -108,6 +110,18 @@ class Skeleton:
                     self._places.append((own, name, value, self._metas[id(value)][1]))
         self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
         self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
+        by_dict: dict[int, list[tuple[dict[str, Any], str, Tensor]]] = {}
+        for held, name, _, meta in self._places:
+            by_dict.setdefault(id(held), []).append((held, name, meta))
+        self._own_of = {
+            id(block.module): [
+                place
+                for module in block.module.modules()
+                for held in (module._parameters, module._buffers)
+                for place in by_dict.get(id(held), ())
+            ]
+            for block in self.blocks
+        }
 
     def buffers(self) -> dict[str, Tensor]:
         """The modules' buffers by name, as they stand there now."""
@@ -130,8 +144,22 @@ class Skeleton:
             stack.enter_context(caches_off(self.configs))
             stack.enter_context(self._meta_parameters())
             stack.enter_context(self._forwards(recorder))
-            stack.enter_context(_whole_calls(recorder))
+            stack.enter_context(recorded_calls(recorder))
+            if self.learning:
+                stack.enter_context(watched_modules(self.steady.watch(recorder)))
             yield recorder
+
+    def check_block(self, block: BlockInfo) -> None:
+        """Raise Forbidden where a block is called with other parameters than its own."""
+        if self.learning:
+            self.steady.called.update(map(id, block.module.modules()))
+        for held, name, meta in self._own_of[id(block.module)]:
+            if held.get(name) is not meta:
+                raise Forbidden(
+                    f"it calls layer {block.path!r} with another {name!r} than its own (torch.func.functional_call, "
+                    "say), which only code outside of layers can; call it as it is, or register a copy of it as a "
+                    "component of its own"
+                )
 
     @contextlib.contextmanager
     def _meta_parameters(self) -> Iterator[None]:
@@ -182,7 +210,7 @@ class Skeleton:
         """Blocks as single calls; other modules tell which call of a component is under way."""
         calls = Counter[Any]()
         wanted = [(block.module, block_call(self, block, recorder, calls)) for block in self.blocks]
-        wanted += [(module, component_call(name, module, recorder, calls)) for name, module in self._outside]
+        wanted += [(module, component_call(self, name, module, recorder, calls)) for name, module in self._outside]
         with forwards_replaced(wanted):
             yield
 
@@ -192,72 +220,3 @@ def _meta_like(value: Tensor) -> Tensor:
         return value
     meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return nn.Parameter(meta, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else meta
-
-
-# -- calls that no mode sees ------------------------------------------------------------------------------------------
-
-_RECORDER: ContextVar[Recorder | None] = ContextVar("spindle_recorder", default=None)
-
-
-@contextlib.contextmanager
-def _whole_calls(recorder: Recorder) -> Iterator[None]:
-    """While open, autograd functions of the user's own and checkpoints are seen as calls."""
-    token = _RECORDER.set(recorder)
-    try:
-        with _PATCHES:
-            yield
-    finally:
-        _RECORDER.reset(token)
-
-
-class _Patches:
-    """Puts our own versions of a few functions in place while any recording is open, in whatever thread."""
-
-    def __init__(self) -> None:
-        self.lock, self.open = threading.Lock(), 0
-        self.apply = torch.autograd.Function.__dict__["apply"]
-        self.checkpoint = torch_checkpoint.checkpoint
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.open += 1
-            if self.open == 1:
-                own_apply, own_checkpoint = self.apply, self.checkpoint
-
-                def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-                    return _applied(own_apply.__get__(None, cls), args, kwargs)
-
-                def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-                    return _checkpointed(own_checkpoint, function, args, kwargs)
-
-                torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-                torch_checkpoint.checkpoint = checkpoint
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.open -= 1
-            if self.open == 0:
-                torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
-                torch_checkpoint.checkpoint = self.checkpoint
-
-
-_PATCHES = _Patches()
-
-
-def _applied(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An autograd function is one call, so that its own backward is kept."""
-    recorder = _RECORDER.get()
-    if recorder is None or recorder.inside or not any(is_lazy(a) for a in (*args, *kwargs.values())):
-        return own(*args, **kwargs)
-    with torch._C.DisableTorchFunction():
-        encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
-        result = own(*tree(recorder.as_meta, args), **tree(recorder.as_meta, kwargs))
-        return recorder.record(own, args, encoded, result)
-
-
-def _checkpointed(own: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Outside of blocks activations are kept or computed again as the plan says, so a checkpoint is a plain call."""
-    if _RECORDER.get() is None:
-        return own(function, *args, **kwargs)
-    options = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
-    return function(*args, **{name: value for name, value in kwargs.items() if name not in options})

@@ -64,7 +64,31 @@ class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]
         """Parameters become meta parameters."""
         if isinstance(value, nn.Parameter):
             return _meta_parameter, (tuple(value.shape), value.dtype, value.requires_grad)
+        if isinstance(value, nn.parallel.DistributedDataParallel):
+            return Wrapped, ("module", value.module)
+        if type(value).__name__ == "OptimizedModule":
+            return Wrapped, ("_orig_mod", value._orig_mod)
         return super().reducer_override(value)
+
+
+class Wrapped(nn.Module):
+    """What a wrapper (of DistributedDataParallel, torch.compile) is where only what it wraps is called."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, inner)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper has not, what it wraps has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(self.name), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is wrapped."""
+        return getattr(self, self.name)(*args, **kwargs)
 
 
 def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:

@@ -195,7 +195,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_checkpoints_of_the_model_s_own(rate: float) -> None:
-    """They are exact without dropout, and refused with it, since masks would be drawn anew."""
+    """They are exact, without dropout and with it: what is computed again draws the same."""
     torch.manual_seed(0)
     workload = spindle.Workload("checkpointed")
     stem = workload.component("stem", nn.Linear(5, WIDTH).double())
@@ -206,12 +206,8 @@ def test_checkpoints_of_the_model_s_own(rate: float) -> None:
         y: Tensor = net(stem(batch["x"]))
         return y.square().mean()
 
-    if rate:
-        with pytest.raises(WorkloadError, match=r"class Checkpointed draws random .* in the workload's recompute="):
-            capture(workload)
-    else:
-        report = compared(workload, widest_plan(spindle.make_metagraph(workload), 2))
-        assert report.ok, str(report)
+    report = compared(workload, widest_plan(spindle.make_metagraph(workload), 2))
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("as_block", [False, True])

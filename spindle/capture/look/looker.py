@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
-from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators, refuse_written_parameters
+from spindle.capture.look.refusals import (
+    Moved,
+    Unsettled,
+    check_loss,
+    explained,
+    no_other_generators,
+    refuse_written_parameters,
+    unlike,
+)
+from spindle.capture.look.repeats import Place as Kept
+from spindle.capture.look.repeats import other_line, places
 from spindle.capture.look.samples import (
     PROBE_SAMPLES,
     TRIALS,
@@ -58,7 +68,19 @@ class Looker:
         a component must be taken whole.
         """
         batches = first_batches(self.task)
-        self._find_changing_buffers(batches[0])
+        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        kept = places(self.task.function, modules)
+        start = [place.get() for place in kept]
+        try:
+            self._find_changing_buffers(batches[0])
+            self._refuse_unlike(batches[0], kept)
+            return self._looked(batches)
+        finally:  # what calls of the task count and keep is as it was
+            for place, value in zip(kept, start, strict=True):
+                if place.is_changed(value) and not isinstance(place.holder, nn.Module):
+                    place.put(value)
+
+    def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
         few = [few_of(batch.units) for batch in batches]
         trials = self._trials(batches, few)
         self.sites = sites = sites_of(trials)
@@ -208,6 +230,8 @@ class Looker:
         self.copies_batch = bool(self.copies_batch) or any(
             fields[name]._version != version for name, version in versions.items()
         )
+        if self.skeleton.steady.unsettled:
+            raise Unsettled
         check_loss(self.task, found)
         refuse_written_parameters(self.workload, self.task, found)
         return found
@@ -229,6 +253,30 @@ class Looker:
         if noted.names:
             raise undrawn(f"task {self.task.name!r}", noted.names)
         return found
+
+    def _refuse_unlike(self, batch: SampledBatch, kept: Sequence[Kept]) -> None:
+        """Raise WorkloadError where the task computes something else of the same batch when it is called again, or
+        would after many calls.
+        """
+        bounds = few_of(batch.units)[0]
+        first = self._record(batch, bounds)
+        before = [place.get() for place in kept]
+        second = self._record(batch, bounds)
+        line = other_line(first, second)
+        if line is not None:
+            raise unlike(self.task, line)
+        for place, value in zip(kept, before, strict=True):
+            if place.is_changed(value):
+                self._refuse_steering(batch, bounds, second, place)
+
+    def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
+        with place.far():
+            try:
+                line = other_line(usual, self._record(batch, bounds))
+            except WorkloadError:
+                line = "its function"
+        if line is not None:
+            raise unlike(self.task, line, place.name)
 
     def _find_changing_buffers(self, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.trials import Findings, Part, Trial, fits
+from spindle.record.checkpoints import Planned, going
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
@@ -282,7 +283,7 @@ class Prober:
         stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with Drawing(scope, self.sites.get(scope, ())):
+            with Drawing(scope, self.sites.get(scope, ())), going(Planned()):
                 return module.forward(*args, **kwargs)
 
         own = dict(values)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spindle.errors import WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.record.lazy import BRANCHES, INSTEAD, LazyRead, Refused, Stranger
+from spindle.record.lazy import BRANCHES, INSTEAD, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
 from spindle.workload import Task, Workload
 
@@ -24,6 +24,24 @@ class TakeWhole(Exception):
     def __init__(self, component: str, warning: str) -> None:
         super().__init__(warning)
         self.component, self.warning = component, warning
+
+
+class Unsettled(Exception):
+    """Code outside of layers has set an attribute in one, so that what was recorded before is out of date."""
+
+
+def unlike(task: Task, line: str, kept: str = "") -> WorkloadError:
+    """The error for a task that does not compute the same of the same batch; `kept` is what it keeps from call to
+    call.
+    """
+    why = (
+        f"depends on {kept!r}, which its own calls change" if kept else "changes from call to call (a counter, a clock)"
+    )
+    return WorkloadError(
+        f"task {task.name!r}, {line}: what it computes of one batch {why}, and "
+        "a planned run calls it in several processes, as often as each needs; let it follow from the batch alone: the "
+        "loader can give the step as a field"
+    )
 
 
 def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
@@ -39,6 +57,8 @@ def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
             f"task {task.name!r}{place} uses a trainable parameter ({error}) of no component, which "
             "would never be trained; register its module by workload.component(...), or freeze it"
         )
+    if isinstance(error, Forbidden):
+        return WorkloadError(f"task {task.name!r}{place}: {error}")
     component = failure.component.partition("@")[0] or failure.block.partition(".")[0]
     if component and component not in whole and not _is_users(error):
         return TakeWhole(component, _whole_warning(task, component, error))

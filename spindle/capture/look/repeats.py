@@ -1,0 +1,207 @@
+"""Repeats: one batch recorded several times; whether its task computes the same each time.
+
+A planned run calls a task function in several processes, each as often as it needs, and goes through one recording for
+many batches. So what a task computes may follow from its batch alone: not from a clock, nor from what earlier calls of
+it have counted or kept.
+"""
+
+import functools
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spindle.record.recording import Aux, Node, Ref, tree
+from spindle.record.run import Recorded
+
+FAR = 1_000_003  # calls: beyond what counters of steps are compared with
+MOST = 20_000  # values that are looked at
+
+
+def other_line(one: Recorded, other: Recorded) -> str | None:
+    """Where two recordings of one batch differ, as "line 12 of model.py"; None where they are the same."""
+    a, b = one.recording, other.recording
+    for first, second in zip(a.nodes, b.nodes, strict=False):
+        if first.site != second.site or _told(first) != _told(second):
+            return first.line or second.line or "code of torch"
+    if len(a.nodes) != len(b.nodes):
+        longer = max(a.nodes, b.nodes, key=len)
+        return longer[min(len(a.nodes), len(b.nodes))].line or "code of torch"
+    for number, (left, right) in enumerate(zip(a.aux, b.aux, strict=False)):
+        if not _equal(left, right):
+            reader = next((node for node in a.nodes if number in node.aux()), None)
+            return (reader.line if reader is not None else "") or "code of torch"
+    return None
+
+
+def _told(node: Node) -> str:
+    """What a call computes, without the numbers in what it reads of the batch."""
+
+    def told(leaf: Any) -> Any:
+        known = isinstance(leaf, Ref | Aux | bool | int | float | complex | str | None)
+        return repr(leaf) if known else type(leaf).__qualname__
+
+    name = getattr(node.function, "__name__", type(node.function).__name__)
+    return repr((name, node.block, node.grad, node.autocast, tree(told, node.args), tree(told, node.kwargs)))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.layout is not torch.strided:
+        return torch.equal(a.to_dense(), b.to_dense())
+    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
+
+
+# -- what a task keeps ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where code of a task may keep a number, or a list, from call to call; `name` is how the code calls it."""
+
+    name: str
+    holder: Any
+    key: Any
+
+    def get(self) -> Any:
+        """What stands there; of a list a copy."""
+        if self.key is None:
+            return list(self.holder)
+        if isinstance(self.holder, MutableMapping):
+            return self.holder.get(self.key)
+        return getattr(self.holder, self.key, None)
+
+    @contextmanager
+    def far(self) -> Iterator[None]:
+        """While open, the number is far from what it was; a list is as long as after many calls."""
+        value = self.get()
+        self.put(value * (1 + FAR // max(1, 100 * len(value))) if self.key is None else value + FAR)
+        try:
+            yield
+        finally:
+            self.put(value)
+
+    def is_changed(self, before: Any) -> bool:
+        """Whether something else stands there than before."""
+        now = self.get()
+        if self.key is None:
+            return list(map(id, now)) != list(map(id, before))
+        return isinstance(now, int | float) and isinstance(before, int | float) and now != before
+
+    def put(self, value: Any) -> None:
+        """Let something else stand there."""
+        if self.key is None:
+            self.holder[:] = value
+        elif isinstance(self.holder, MutableMapping):
+            self.holder[self.key] = value
+        else:
+            setattr(self.holder, self.key, value)
+
+
+def places(function: Callable[..., Any], modules: list[nn.Module]) -> list[Place]:
+    """Numbers and lists that a task function, what it calls, and `modules` can keep: variables of enclosing functions,
+    globals, attributes.
+    """
+    return _Search().run(function, modules)
+
+
+class _Search:
+    def __init__(self) -> None:
+        self.found: list[Place] = []
+        self.seen: set[int] = set()
+        self.kept: list[Any] = []
+
+    def run(self, function: Callable[..., Any], modules: list[nn.Module]) -> list[Place]:
+        self._function(function)
+        for module in modules:
+            self._attributes(type(module).__name__, module)
+        return self.found
+
+    def _new(self, value: Any) -> bool:
+        if id(value) in self.seen or len(self.seen) > MOST:
+            return False
+        self.seen.add(id(value))
+        self.kept.append(value)
+        return True
+
+    def _value(self, name: str, holder: Any, key: Any, value: Any) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self.found.append(Place(name, holder, key))
+        elif isinstance(value, list):
+            if self._new(value):
+                self.found.append(Place(name, value, None))
+        elif isinstance(value, dict):
+            if self._new(value):
+                for own, inner in list(value.items()):
+                    self._value(f"{name}[{own!r}]", value, own, inner)
+        elif inspect.isroutine(value) or hasattr(value, "__wrapped__"):
+            self._function(value)
+        elif isinstance(value, nn.Module) or _is_users(value):
+            self._attributes(name, value)
+
+    def _attributes(self, name: str, value: Any) -> None:
+        if not self._new(value):
+            return
+        if not isinstance(value, nn.Module | type):
+            self._function(type(value).__call__) if callable(value) else None
+        for own, inner in list(getattr(value, "__dict__", {}).items()):
+            if not own.startswith("__") and not (isinstance(value, nn.Module) and own.startswith("_")):
+                self._value(f"{name}.{own}", value, own, inner)
+
+    def _function(self, function: Any) -> None:
+        function = inspect.unwrap(function)
+        if isinstance(function, functools.partial):
+            for index, value in enumerate(function.args):
+                if not isinstance(value, int | float):  # which stay as they are
+                    self._value(f"argument {index}", None, index, value)
+            for name, value in function.keywords.items():
+                self._value(name, function.keywords, name, value)
+            function = function.func
+        owner = getattr(function, "__self__", None)
+        if owner is not None and _is_users(owner):
+            self._attributes(type(owner).__name__, owner)
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        if code is None or not self._new(function) or not _is_own_file(code.co_filename):
+            return
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not set yet
+                continue
+            self._value(name, cell, "cell_contents", value)
+        for name in _names(code):
+            if name in function.__globals__:
+                self._value(name, function.__globals__, name, function.__globals__[name])
+
+
+def _names(code: Any) -> Iterator[str]:
+    """Names that code, and functions inside of it, use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _names(constant)
+
+
+def _is_users(value: Any) -> bool:
+    """Whether an object, or a class, is of the user's own files."""
+    kind = value if isinstance(value, type) else type(value)
+    if not isinstance(getattr(value, "__dict__", None), dict | MappingProxyType):
+        return False
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    return kind.__module__ == "__main__" or (file is not None and _is_own_file(file))
+
+
+def _is_own_file(file: str) -> bool:
+    """Whether a file is of the user's own code: no installed package, and not of Python itself."""
+    folders = sysconfig.get_paths()
+    return not file.startswith(tuple(folders[name] for name in ("stdlib", "purelib", "platlib")))

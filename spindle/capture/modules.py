@@ -1,0 +1,48 @@
+"""Modules: what components may not hold, refused by name before anything runs."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from spindle.errors import WorkloadError
+from spindle.workload import Component, Workload
+
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+_WRAPPERS: Mapping[str, str] = {
+    "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned "
+    "runs reduce gradients themselves",
+    "DataParallel": "spreads its batch over devices of its own, as plans do; register the plain module (its .module)",
+    "OptimizedModule": "adds '_orig_mod.' to the names of its parameters (torch.compile); leave the layers as they "
+    "are: ranks run them uncompiled",
+    "FullyShardedDataParallel": "holds parts of its parameters; register the plain module, before it is sharded, and "
+    "plan with shard_optimizer=True or tensor_parallel=",
+}
+
+
+def refuse_modules(workload: Workload) -> None:
+    """Raise WorkloadError where a component holds modules, or numbers, that no run can be planned with."""
+    for component in workload.components.values():
+        for path, module in component.module.named_modules():
+            _check(component, path, module)
+    for name, value in (*workload.named_parameters(), *workload.named_buffers()):
+        if value.dtype is torch.float16:
+            raise WorkloadError(
+                f"{name!r} is of float16, which is not offered, since its gradients need loss scaling; use bfloat16 "
+                "(module.bfloat16()), or keep float32 and compute in bfloat16 by precision='bf16' of the workload"
+            )
+
+
+def _check(component: Component, path: str, module: nn.Module) -> None:
+    where = f"component {component.name!r}" + (f": module {path!r}" if path else "")
+    kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
+    if isinstance(module, torch.jit.ScriptModule):
+        raise WorkloadError(
+            f"{where} is compiled by torch.jit, so its code can be neither recorded nor cut; register the plain module "
+            "that it was made of"
+        )
+    found = next((kind for kind in kinds if kind in _WRAPPERS or kind in _SHARDED), None)
+    if found is not None:
+        kind = "FullyShardedDataParallel" if found in _SHARDED else found
+        raise WorkloadError(f"{where} is wrapped in {found}, which {_WRAPPERS[kind]}")

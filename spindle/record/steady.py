@@ -1,0 +1,135 @@
+"""Steady: attributes of modules that change while a task is recorded.
+
+A planned run calls layers in several processes, each as often as the plan needs, and each with a copy of the modules as
+they are when it starts. So what code outside of a layer sets in it must be the same in every call of it, and what a
+layer sets in itself must not count its calls.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any
+
+from torch import Tensor, nn
+
+from spindle.record.lazy import Forbidden, is_lazy
+from spindle.record.recorder import Recorder
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+_MISSING = object()
+
+REMEDY = (
+    "which other calls of it, and other processes, do not see; set it once, before the workload is planned, or let a "
+    "copy of the layer (copy.deepcopy), a component of its own, have the other value"
+)
+
+
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """While open, a module runs on tensors that stand for nothing: what it keeps of them in itself is dropped again."""
+    before = [(vars(inner), dict(vars(inner))) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for held, values in before:
+            if held.keys() != values.keys() or any(held[name] is not value for name, value in values.items()):
+                held.clear()
+                held.update(values)
+
+
+class _Kept:
+    """Stands in place of a tensor that a layer keeps in itself: whatever is done with it fails."""
+
+
+class Steady:
+    """Watches the modules of components while the skeleton learns.
+
+    `settled`: attributes that code outside of layers has set once. `unsettled`: it has just set one anew, so that all
+    that was recorded before is out of date.
+    """
+
+    def __init__(self, paths: Mapping[int, str], inside: Set[int], settled: set[str]) -> None:
+        """`paths` of modules by their id; `inside`: ids of those that belong to blocks."""
+        self.paths, self.inside, self.settled = paths, inside, settled
+        self.unsettled = False
+        self.called: set[int] = set()
+        self._own: dict[tuple[int, str], tuple[nn.Module, Any]] = {}  # what a block has set in itself: values before
+
+    def watch(self, recorder: Recorder) -> Callable[[nn.Module, str, Any], None]:
+        """What is told of attributes that are set while a task is recorded."""
+
+        def told(module: nn.Module, name: str, value: Any) -> None:
+            if id(module) not in self.paths or any(name in held for held in _held(module)):
+                return
+            before = vars(module).get(name, getattr(type(module), name, _MISSING))
+            if recorder.inside or recorder.for_real:
+                self._own.setdefault((id(module), name), (module, before))
+            elif name == "training" or id(module) in self.inside:
+                self._set_from_outside(module, name, before, value)
+
+        return told
+
+    def _set_from_outside(self, module: nn.Module, name: str, before: Any, value: Any) -> None:
+        if value is before or (isinstance(value, _PLAIN) and type(value) is type(before) and value == before):
+            return
+        if not isinstance(value, (*_PLAIN, Tensor)):
+            return
+        path = self.paths[id(module)]
+        key = f"{path}.{name}"
+        if id(module) in self.called or key in self.settled or isinstance(value, Tensor):
+            what = "it switches the mode of" if name == "training" else f"it sets {name!r} of"
+            told = f" ({'train' if value else 'eval'}())" if name == "training" else ""
+            raise Forbidden(f"{what} layer {path!r}{told} between calls of it, {REMEDY}")
+        self.settled.add(key)
+        self.unsettled = True
+
+    @contextlib.contextmanager
+    def in_block(self, path: str) -> Iterator[Callable[[], bool]]:
+        """While open, a block runs for its shapes. What is given tells whether it is to run once more, since it has set
+        attributes of its own; these have their values back afterwards.
+
+        Raises Forbidden where the second run sets them anew, or reads a tensor that the first has kept.
+        """
+        self._own.clear()
+        first: dict[tuple[int, str], Any] = {}
+
+        def again() -> bool:
+            for key, (module, before) in self._own.items():
+                value = vars(module).get(key[1], _MISSING)
+                if isinstance(value, Tensor) and is_lazy(value) and isinstance(before, Tensor):
+                    first[key] = _Kept()
+                    vars(module)[key[1]] = first[key]
+                elif isinstance(value, _PLAIN) and value != before:
+                    first[key] = value
+            return bool(first)
+
+        try:
+            yield again
+            for key, value in first.items():
+                module, name = self._own[key][0], key[1]
+                now = vars(module).get(name, _MISSING)
+                if isinstance(value, _PLAIN) and now != value and now == now:
+                    raise self._counted(module, name)
+        except Forbidden:
+            raise
+        except Exception as error:
+            kept = next((key for key, value in first.items() if isinstance(value, _Kept)), None)
+            if kept is None or "_Kept" not in str(error):
+                raise
+            raise self._counted(self._own[kept][0], kept[1]) from error
+        finally:
+            for (_, name), (module, before) in self._own.items():
+                if before is _MISSING:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = before
+            self._own.clear()
+
+    def _counted(self, module: nn.Module, name: str) -> Forbidden:
+        return Forbidden(
+            f"layer {self.paths[id(module)]!r} keeps {name!r} from call to call, and copies of it in several processes "
+            "would each keep their own; keep it in a buffer (register_buffer), or give it as a field of the batch"
+        )
+
+
+def _held(module: nn.Module) -> list[Mapping[str, Any]]:
+    return [vars(module).get(name, {}) for name in ("_parameters", "_buffers", "_modules")]

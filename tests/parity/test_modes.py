@@ -1,0 +1,607 @@
+"""Modes of torch, hooks, and what tasks keep: as in a plain loop, or refused in a sentence that names it."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spindle
+from spindle.capture import capture
+from spindle.errors import WorkloadError
+from tests.plain_loops import WIDTH, Block, Modules, Tasks, assert_same, looped, planned, tower, workload
+
+Batch = dict[str, Tensor]
+Step = Callable[[Batch], Tensor]
+
+
+class Gated(Block):
+    """A layer that is a gate where it trains, and else none."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.scale * (self.inner(x) if self.training else self.up(x))
+        return y
+
+
+def modules() -> Modules:
+    return {"trunk": tower(), "teacher": tower(Gated), "head": nn.Linear(WIDTH, 3)}
+
+
+def loss(head: nn.Module, y: Tensor, b: Batch) -> Tensor:
+    found: Tensor = F.cross_entropy(head(y), b["y"])
+    return found
+
+
+def both(kind: type[nn.Module]) -> Callable[[], Modules]:
+    return lambda: {"stem": nn.Linear(WIDTH, WIDTH), "trunk": tower(kind), "head": nn.Linear(WIDTH, 3)}
+
+
+def through(stem: nn.Module, trunk: nn.Module, head: nn.Module) -> Tasks:
+    return {"t": lambda b: loss(head, trunk(stem(b["x"])), b)}
+
+
+# -- gradients on and off, in tasks -----------------------------------------------------------------------------------
+
+
+def distilled(mode: Callable[[], Any], around: Callable[[Tensor], Tensor] = lambda y: y) -> Callable[..., Tasks]:
+    """A teacher's values under a mode, which a student learns."""
+
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            with mode():
+                wanted = teacher(b["x"])
+            y = trunk(b["x"])
+            found: Tensor = loss(head, y, b) + F.mse_loss(y, around(wanted)) + 0.1 * teacher(y).square().mean()
+            return found
+
+        return {"t": step}
+
+    return tasks
+
+
+def nested(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        with torch.no_grad():
+            y = trunk(b["x"])
+            with torch.enable_grad():
+                z = teacher(y)
+        return loss(head, z, b)
+
+    return {"t": step}
+
+
+def switched(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        torch.set_grad_enabled(False)
+        y = teacher(b["x"])
+        torch.set_grad_enabled(True)
+        return loss(head, trunk(b["x"]) + y, b)
+
+    return {"t": step}
+
+
+def decorated(mode: Any) -> Callable[..., Tasks]:
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        @mode  # type: ignore[untyped-decorator]
+        def known(x: Tensor) -> Tensor:
+            y: Tensor = teacher(x)
+            return y
+
+        return {"t": lambda b: loss(head, trunk(b["x"]) + known(b["x"]).clone(), b)}
+
+    return tasks
+
+
+def evaluated(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """A task may set the mode of a layer, if it always sets the same before it calls it."""
+
+    def step(b: Batch) -> Tensor:
+        teacher.eval()
+        return loss(head, teacher(trunk(b["x"])), b)
+
+    return {"t": step}
+
+
+def scaled(trunk: nn.Module, teacher: Any, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        for layer in teacher:
+            layer.scale = 0.5
+        return loss(head, teacher(trunk(b["x"])), b)
+
+    return {"t": step}
+
+
+def noting(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """Losses that a task keeps, and does not read again, are its own affair."""
+    seen: list[Tensor] = []
+
+    def step(b: Batch) -> Tensor:
+        found = loss(head, teacher(trunk(b["x"])), b)
+        seen.append(found.detach())
+        return found
+
+    return {"t": step}
+
+
+def other_parameters(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        twice = {name: 2 * value for name, value in head.named_parameters()}
+        y: Tensor = torch.func.functional_call(head, twice, (trunk(b["x"]),))
+        return F.cross_entropy(y, b["y"])
+
+    return {"t": step}
+
+
+def unscaled(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return {"t": lambda b: scaler.scale(loss(head, trunk(b["x"]), b))}
+
+
+def autocast(*, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tasks]:
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                y = trunk(b["x"])
+            return loss(head, y, b)
+
+        return {"t": step}
+
+    return tasks
+
+
+TASKS: dict[str, Callable[..., Tasks]] = {
+    "no_grad": distilled(torch.no_grad),
+    "inference_mode, then a copy": distilled(torch.inference_mode, torch.clone),
+    "enable_grad in no_grad": nested,
+    "set_grad_enabled as a call": switched,
+    "no_grad as a decorator": decorated(torch.no_grad()),
+    "inference_mode as a decorator": decorated(torch.inference_mode()),
+    "eval() before each call": evaluated,
+    "an attribute set before each call": scaled,
+    "losses kept": noting,
+    "functional_call outside of layers": other_parameters,
+    "a GradScaler that is off": unscaled,
+    "autocast switched off": autocast(enabled=False),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_go_as_in_a_plain_loop(name: str) -> None:
+    ours, theirs = (workload(modules, TASKS[name]) for _ in range(2))
+    assert_same(planned(ours), looped(theirs))
+
+
+def test_values_of_inference_mode_count_as_constants() -> None:
+    """One process raises where they meet what is trained; here they are what no_grad gives."""
+    ours = workload(modules, distilled(torch.inference_mode))
+    assert spindle.verify(ours, launcher="threads").ok
+    assert_same(planned(ours), looped(workload(modules, distilled(torch.no_grad))))
+
+
+def test_lists_that_a_task_keeps_are_as_they_were_after_planning() -> None:
+    seen: list[Tensor] = []
+
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            seen.append(b["x"])
+            return loss(head, teacher(trunk(b["x"])), b)
+
+        return {"t": step}
+
+    capture(workload(modules, tasks))
+    assert seen == []
+
+
+# -- in layers --------------------------------------------------------------------------------------------------------
+
+
+class Ungraded(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.down(x).tanh()
+        y: Tensor = x + gate * self.up(self.norm(x))
+        return y
+
+
+class Inferring(Block):
+    @torch.inference_mode()
+    def gate(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(x).tanh()
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.gate(x).clone() * self.up(self.norm(x))
+        return y
+
+
+class Switching(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        gate = self.down(x).tanh()
+        torch.set_grad_enabled(before)
+        y: Tensor = x + gate * self.up(self.norm(x))
+        return y
+
+
+class Sloping(Block):
+    """A layer that adds its own slope."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x if x.requires_grad else x.detach().requires_grad_()
+            slope = torch.autograd.grad(self.inner(z).sum(), z, create_graph=True)[0]
+        return x + slope
+
+
+class Functional(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + torch.func.grad(lambda z: self.inner(z).square().sum())(x)
+        return y
+
+
+class Replacing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        twice = {name: 2 * value for name, value in self.up.named_parameters()}
+        y: Tensor = x + torch.func.functional_call(self.up, twice, (self.norm(x),))
+        return y
+
+
+class Hooking(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 2 * gradient)  # type: ignore[no-untyped-call]
+        return x + y
+
+
+@pytest.mark.parametrize("kind", [Ungraded, Inferring, Switching, Sloping, Functional, Replacing, Hooking])
+def test_layers_go_as_in_a_plain_loop(kind: type[nn.Module]) -> None:
+    ours, theirs = (workload(both(kind), through) for _ in range(2))
+    assert_same(planned(ours), looped(theirs))
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda m: m.register_forward_hook(lambda _m, _i, output: 2 * output),
+    "forward pre": lambda m: m.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0],)),
+    "backward": lambda m: m.register_full_backward_hook(lambda _m, into, _o: tuple(2 * g for g in into)),  # type: ignore[attr-defined]
+    "backward pre": lambda m: m.register_full_backward_pre_hook(lambda _m, out: tuple(2 * g for g in out)),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("where", ["stem", "trunk", "trunk.0", "trunk.0.up"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_modules(kind: str, where: str) -> None:
+    """Those of layers and of modules in them count; outside of layers, hooks on gradients are refused."""
+
+    def make() -> Modules:
+        made = both(Block)()
+        HOOKS[kind](nn.ModuleDict(made).get_submodule(where))
+        return made
+
+    if "backward" in kind and "." not in where:
+        with pytest.raises(WorkloadError, match="has a backward hook outside of blocks"):
+            capture(workload(make, through))
+        return
+    ours, theirs = (workload(make, through) for _ in range(2))
+    assert_same(planned(ours), looped(theirs))
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def penalty(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        x = trunk(b["x"])
+        slope = torch.autograd.grad(head(teacher(x)).sum(), x, create_graph=True)[0]
+        found: Tensor = slope.square().mean()
+        return found
+
+    return {"t": step}
+
+
+def backward(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        loss(head, trunk(b["x"]), b).backward()  # type: ignore[no-untyped-call]
+        return loss(head, teacher(b["x"]), b)
+
+    return {"t": step}
+
+
+def hooked(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        y = trunk(b["x"])
+        y.register_hook(lambda gradient: 2 * gradient)
+        return loss(head, y, b)
+
+    return {"t": step}
+
+
+def doing(before: Callable[..., Any], after: Callable[..., Any] = lambda **_: None) -> Callable[..., Tasks]:
+    """A task that does something before its layers are called, and something behind."""
+
+    def tasks(**held: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            before(**held)
+            found = loss(held["head"], held["teacher"](held["trunk"](b["x"])), b)
+            after(**held)
+            return found
+
+        return {"t": step}
+
+    return tasks
+
+
+def transformed(transform: Callable[..., Any]) -> Callable[..., Tasks]:
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        return {"t": lambda b: transform(lambda x: head(trunk(x)).sum(), b["x"]).square().mean()}
+
+    return tasks
+
+
+def one_mode_each(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(mode: bool) -> Step:
+        def task(b: Batch) -> Tensor:
+            teacher.train(mode)
+            return loss(head, teacher(trunk(b["x"])), b)
+
+        return task
+
+    return {"training": step(True), "evaluating": step(False)}
+
+
+def by_batch(trunk: nn.Module, teacher: Any, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        for layer in teacher:
+            layer.scale = float(b["y"].sum())
+        return loss(head, teacher(trunk(b["x"])), b)
+
+    return {"t": step}
+
+
+def fixed_noise(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            noise = torch.randn(WIDTH, dtype=torch.float64)
+        return loss(head, trunk(b["x"]) + noise, b)
+
+    return {"t": step}
+
+
+def repeated_noise(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    def step(b: Batch) -> Tensor:
+        state = torch.get_rng_state()
+        y = F.dropout(trunk(b["x"]))
+        torch.set_rng_state(state)
+        return loss(head, y + F.dropout(trunk(b["x"])), b)
+
+    return {"t": step}
+
+
+def scaling(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    scaler = torch.amp.GradScaler("cpu")
+    return {"t": lambda b: scaler.scale(loss(head, trunk(b["x"]), b))}
+
+
+def weighted(weight: Callable[[], float]) -> Callable[..., Tasks]:
+    """A task whose loss is weighted by what something outside of its batch says."""
+
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        return {"t": lambda b: loss(head, trunk(b["x"]), b) * weight()}
+
+    return tasks
+
+
+class Counter:
+    """What trainers keep: a step."""
+
+    def __init__(self, until: int) -> None:
+        self.step, self.until = 0, until
+
+    def __call__(self) -> float:
+        self.step += 1
+        return 1.0 if self.step < self.until else 0.5
+
+
+def counted(until: int) -> Callable[[], float]:
+    step = 0
+
+    def weight() -> float:
+        nonlocal step
+        step += 1
+        return 1.0 if step < until else 0.5
+
+    return weight
+
+
+def noted(until: int) -> Callable[[], float]:
+    seen: list[int] = []
+
+    def weight() -> float:
+        seen.append(0)
+        return 1.0 if len(seen) < until else 0.5
+
+    return weight
+
+
+def in_dict(until: int) -> Callable[[], float]:
+    state = {"step": 0}
+
+    def weight() -> float:
+        state["step"] += 1
+        return 1.0 if state["step"] < until else 0.5
+
+    return weight
+
+
+STEPS_DONE = 0
+
+
+def in_global() -> float:
+    global STEPS_DONE
+    STEPS_DONE += 1
+    return 1.0 if STEPS_DONE < 1000 else 0.5
+
+
+def in_class(until: int) -> Callable[[], float]:
+    class State:
+        step = 0
+
+    def weight() -> float:
+        State.step += 1
+        return 1.0 if State.step < until else 0.5
+
+    return weight
+
+
+def in_namespace() -> Callable[[], float]:
+    state = SimpleNamespace(step=0)
+
+    def weight() -> float:
+        state.step += 1
+        return 0.1 * float(state.step)
+
+    return weight
+
+
+def freezing(**held: nn.Module) -> None:
+    held["teacher"].requires_grad_(False)
+
+
+def thawing(**held: nn.Module) -> None:
+    held["teacher"].requires_grad_(True)
+
+
+def freezing_by_hand(**held: nn.Module) -> None:
+    for parameter in held["teacher"].parameters():
+        parameter.requires_grad = False
+
+
+BATCH_ALONE = r"line \d+ of test_modes.py: what it computes of one batch changes .*let it follow from the batch alone"
+
+REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
+    "autograd.grad": (penalty, "it calls grad on a value of the model"),
+    "backward": (backward, "it calls backward on a value of the model"),
+    "a hook on a tensor": (hooked, "it calls register_hook on a value of the model"),
+    "torch.func.grad": (transformed(lambda f, x: torch.func.grad(f)(x)), r"inside of a transform of torch\.func"),
+    "torch.func.vmap": (transformed(lambda f, x: torch.func.vmap(f)(x)), r"inside of a transform of torch\.func"),
+    "torch.func.jacrev": (transformed(lambda f, x: torch.func.jacrev(f)(x)), r"inside of a transform of torch\.func"),
+    "torch.func.jvp": (transformed(lambda f, x: torch.func.jvp(f, (x,), (x,))[1]), r"a transform of torch\.func"),
+    "gradients left off": (
+        doing(lambda **_: None, lambda **_: torch.set_grad_enabled(False)),
+        "leaves gradients switched off .*with statement",
+    ),
+    "set_default_dtype": (
+        doing(lambda **_: torch.set_default_dtype(torch.float64), lambda **_: torch.set_default_dtype(torch.float32)),
+        r"calls torch\.set_default_dtype\(torch\.float64\), .*give dtype=",
+    ),
+    "float16 autocast": (autocast(enabled=True, dtype=torch.float16), "torch.autocast in float16.*precision='bf16'"),
+    "loss scaling": (scaling, "scales its loss with a GradScaler.*return the loss itself"),
+    "manual_seed": (doing(lambda **_: torch.manual_seed(0)), "sets the state of torch's random numbers"),
+    "fork_rng": (fixed_noise, r"line \d+ of test_modes.py: it sets the state of torch's random numbers"),
+    "set_rng_state": (repeated_noise, "sets the state of torch's random numbers .*in a buffer"),
+    "freezing": (doing(freezing, thawing), r"sets requires_grad of 'teacher\.0\.norm\.weight'; freeze .* before"),
+    "freezing by hand": (doing(freezing_by_hand), r"sets requires_grad of 'teacher\.0\.norm\.weight'"),
+    "eval() and train()": (
+        doing(lambda **m: m["teacher"].eval(), lambda **m: m["teacher"].train()),
+        r"switches the mode of layer 'teacher' \(train\(\)\) between calls of it.*copy\.deepcopy",
+    ),
+    "another mode each time": (
+        doing(lambda **m: m["teacher"].train(not m["teacher"].training)),
+        "switches the mode of layer 'teacher'",
+    ),
+    "another mode in each task": (one_mode_each, r"'evaluating'.*switches the mode of layer 'teacher' \(eval\(\)\)"),
+    "an attribute by the batch": (by_batch, r"it sets 'scale' of layer 'teacher\.0' between calls of it"),
+    "a clock": (weighted(lambda: time.perf_counter() % 1), BATCH_ALONE),
+    "an iterator": (weighted(functools.partial(next, itertools.count())), BATCH_ALONE),
+    "a counter": (weighted(counted(4)), BATCH_ALONE),
+    "a counter of many steps": (weighted(counted(1000)), "depends on 'step', which its own calls change"),
+    "a global": (weighted(in_global), "depends on 'STEPS_DONE'"),
+    "an object's attribute": (weighted(Counter(1000)), r"depends on 'weight\.step'"),
+    "a class's attribute": (weighted(in_class(1000)), r"depends on 'State\.step'"),
+    "a namespace": (weighted(in_namespace()), BATCH_ALONE),
+    "a dict": (weighted(in_dict(1000)), r"depends on \"state\['step'\]\""),
+    "a list": (weighted(noted(1000)), "depends on 'seen'"),
+    "functional_call of a layer": (
+        lambda **m: {
+            "t": lambda b: loss(
+                m["head"],
+                torch.func.functional_call(m["trunk"], {n: 2 * p for n, p in m["trunk"].named_parameters()}, (b["x"],)),
+                b,
+            )
+        },
+        r"calls layer 'trunk\.0' with another 'weight' than its own",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp uses it
+@pytest.mark.parametrize("name", REFUSED)
+def test_tasks_that_a_planned_run_would_not_follow_are_refused(name: str) -> None:
+    tasks, message = REFUSED[name]
+    made = workload(modules, tasks)
+    dtype, modes = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        with pytest.raises(WorkloadError, match=message) as caught:
+            capture(made)
+        assert len(str(caught.value).splitlines()) == 1
+        assert torch.is_grad_enabled() is modes
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(modes)
+
+
+# -- layers that keep something ---------------------------------------------------------------------------------------
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.inner(x) / self.calls
+
+
+class Averaging(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x + self.inner(x - self.mean)
+
+
+class Showing(Block):
+    """What a layer keeps for others to see, and does not read, is its own affair."""
+
+    shown: Tensor | None = None
+    length = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.length = x.shape[-1]
+        self.shown = self.inner(x)
+        return x + self.shown
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Counting, "calls"), (Averaging, "mean")])
+@pytest.mark.parametrize("where", ["in a list", "outside of one"])
+def test_layers_that_keep_something_from_call_to_call_are_refused(kind: type[nn.Module], name: str, where: str) -> None:
+    make = both(kind) if where == "in a list" else lambda: {**both(Block)(), "stem": kind()}
+    told = f"layer 'trunk.0' keeps '{name}'" if where == "in a list" else "what it computes of one batch"
+    with pytest.raises(WorkloadError, match=f"line .*{told}"):
+        capture(workload(make, through))
+
+
+def test_layers_that_show_something_go_as_in_a_plain_loop() -> None:
+    ours, theirs = (workload(both(Showing), through) for _ in range(2))
+    assert_same(planned(ours), looped(theirs))
