@@ -1,14 +1,17 @@
 """Many random training scripts, each by plain PyTorch and planned: python benchmarks/script_fuzz.py [--cases 1000]
 
 As in tests/parity/test_random_scripts.py. Prints each seed whose planned run is not what one process gives, with a case
-made as small as it still fails; and at the end how often which sentence refused a script. Exit code 1 when any failed.
+made as small as it still fails; and at the end, or when interrupted, how often which sentence refused a script. Exit
+code 1 when any failed.
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,10 +24,37 @@ from tests.script_runs import verdict_of
 FAILS = ("differs", "error", "crash", "invalid")
 
 
-def kind_of(text: str) -> str:
+@dataclass
+class Tally:
+    """Verdicts, in all and by kind; and the seeds of each sentence that refused or failed a script."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    sentences: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, seed: int, case: Case, verdict: str, text: str) -> None:
+        """Count a case."""
+        self.verdicts[verdict] += 1
+        for kind in kinds_of(case):
+            self.kinds.setdefault(kind, Counter())[verdict] += 1
+        if verdict != "ok":
+            sentence = verdict if verdict == "differs" else f"{verdict}: {without_names(text)}"
+            self.sentences.setdefault(sentence, []).append(seed)
+
+    def __str__(self) -> str:
+        total = ", ".join(f"{number} {verdict}" for verdict, number in self.verdicts.most_common())
+        lines = [f"{self.verdicts.total()} cases: {total}"]
+        for text, seeds in sorted(self.sentences.items(), key=lambda each: -len(each[1])):
+            lines.append(f"{len(seeds)} times (seeds {', '.join(map(str, seeds[:6]))}) {text}")
+        lines.append("kinds: exact, refused, failed")
+        for kind, seen in sorted(self.kinds.items()):
+            lines.append(f"  {kind}: {seen['ok']}, {seen['refused']}, {sum(seen[each] for each in FAILS)}")
+        return "\n".join(lines)
+
+
+def without_names(text: str) -> str:
     """The first line of a text, without names and numbers."""
-    first = re.sub(r"'[^']*'|\d+(\.\d+)?(e-?\d+)?", "..", text.split("\n", 1)[0])
-    return first[:400]
+    return re.sub(r"'[^']*'|\d+(\.\d+)?(e-?\d+)?", "..", text.split("\n", 1)[0])[:400]
 
 
 def least(case: Case, verdict: str, text: str, seconds: float) -> Case:
@@ -37,7 +67,7 @@ def least(case: Case, verdict: str, text: str, seconds: float) -> Case:
             if time.monotonic() > ends:
                 break
             got, its = verdict_of(other)
-            if got == verdict and (verdict == "differs" or kind_of(its) == kind_of(text)):
+            if got == verdict and (verdict == "differs" or without_names(its) == without_names(text)):
                 case, shrinks = other, True
                 break
     return case
@@ -51,43 +81,28 @@ def main() -> int:
     parser.add_argument("--without", default="", help="kinds to leave out, with commas; 'list' prints all")
     parser.add_argument("--shrink", type=float, default=40.0, help="seconds to make a failing case smaller")
     parser.add_argument("--lines", type=int, default=6, help="of each failure that are printed")
+    parser.add_argument("--show", action="store_true", help="print the first case, and run none")
     arguments = parser.parse_args()
     if arguments.without == "list":
         print("\n".join(sorted(all_kinds())))
         return 0
     torch.set_num_threads(1)
-    without = [kind for kind in arguments.without.split(",") if kind]
-    verdicts: Counter[str] = Counter()
-    refusals: dict[str, list[int]] = {}
-    failed: dict[str, list[int]] = {}
-    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(all_kinds())}
-    start = time.monotonic()
-    for seed in range(arguments.seed, arguments.seed + arguments.cases):
-        case = random_case(seed, without)
-        verdict, text = verdict_of(case)
-        verdicts[verdict] += 1
-        for kind in kinds_of(case):
-            kinds[kind][verdict] += 1
-        if verdict == "refused":
-            refusals.setdefault(kind_of(text), []).append(seed)
-        if verdict in FAILS:
-            small = least(case, verdict, text, arguments.shrink) if arguments.shrink else case
-            failed.setdefault(f"{verdict}: {kind_of(text)}" if verdict != "differs" else verdict, []).append(seed)
-            shown = "\n".join(f"  {line}" for line in text.split("\n")[: arguments.lines])
-            print(f"seed {seed}: {verdict}\n{shown}\n least:\n{small}\n", flush=True)
-    total = sum(verdicts.values())
-    print(
-        f"{total} cases in {time.monotonic() - start:.0f} s: "
-        + ", ".join(f"{n} {v}" for v, n in verdicts.most_common())
-    )
-    for title, found in (("failed", failed), ("refused", refusals)):
-        for text, seeds in sorted(found.items(), key=lambda each: -len(each[1])):
-            print(f"{title} {len(seeds)} times (seeds {', '.join(map(str, seeds[:6]))}): {text}")
-    print("kinds (exact, refused, failed):")
-    for kind, seen in kinds.items():
-        if seen:
-            print(f"  {kind}: {seen['ok']}, {seen['refused']}, {sum(seen[each] for each in FAILS)}")
-    return int(any(verdicts[each] for each in FAILS))
+    without = frozenset(kind for kind in arguments.without.split(",") if kind)
+    if arguments.show:
+        print(random_case(arguments.seed, without))
+        return 0
+    tally, start = Tally(), time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(arguments.seed, arguments.seed + arguments.cases):
+            case = random_case(seed, without)
+            verdict, text = verdict_of(case)
+            tally.add(seed, case, verdict, text)
+            if verdict in FAILS:
+                small = least(case, verdict, text, arguments.shrink) if arguments.shrink else case
+                shown = "\n".join(f"  {line}" for line in text.split("\n")[: arguments.lines])
+                print(f"seed {seed}: {verdict}\n{shown}\n least:\n{small}\n", flush=True)
+    print(f"{time.monotonic() - start:.0f} s; {tally}")
+    return int(any(tally.verdicts[each] for each in FAILS))
 
 
 if __name__ == "__main__":
