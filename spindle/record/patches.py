@@ -60,7 +60,7 @@ def plain_modules() -> Iterator[None]:
     """
     token = _PLAINLY.set(True)
     try:
-        with _WRAPPERS, _uncompiled():
+        with _WRAPPERS, _UNCOMPILED:
             yield
     finally:
         _PLAINLY.reset(token)
@@ -100,6 +100,28 @@ class _Patches:
                     setattr(*self.before.pop())
 
 
+class _Uncompiled:
+    """While open in any thread, what `torch.compile` has wrapped runs as it is."""
+
+    def __init__(self) -> None:
+        self.lock, self.open = threading.Lock(), 0
+        self.stance: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.open += 1
+            if self.open == 1 and "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second
+                self.stance = torch.compiler.set_stance("force_eager")
+                self.stance.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                self.stance.__exit__(None, None, None)
+                self.stance = contextlib.nullcontext()
+
+
 def _calls() -> list[Change]:
     from torch.amp import grad_scaler
 
@@ -135,14 +157,6 @@ def _plain_patch(own: Callable[..., Any], inner: str) -> Callable[..., Any]:
     return called
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """While open, what `torch.compile` has wrapped runs as it is."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 def _writes() -> list[Change]:
     own = nn.Module.__setattr__
 
@@ -156,6 +170,7 @@ def _writes() -> list[Change]:
 
 
 _CALLS, _WRAPPERS, _WRITES = _Patches(_calls), _Patches(_wrappers), _Patches(_writes)
+_UNCOMPILED = _Uncompiled()
 
 
 # -- autograd functions -----------------------------------------------------------------------------------------------

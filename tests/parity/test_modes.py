@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import random
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -463,6 +465,11 @@ def in_class(until: int) -> Callable[[], float]:
     return weight
 
 
+def by_numpy() -> Callable[[], float]:
+    generator = np.random.default_rng(0)
+    return lambda: 1.0 if generator.random() < 0.9 else 0.5
+
+
 def in_namespace() -> Callable[[], float]:
     state = SimpleNamespace(step=0)
 
@@ -523,11 +530,12 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "an attribute by the batch": (by_batch, r"it sets 'scale' of layer 'teacher\.0' between calls of it"),
     "a clock": (weighted(lambda: time.perf_counter() % 1), BATCH_ALONE),
     "an iterator": (weighted(functools.partial(next, itertools.count())), BATCH_ALONE),
-    "a counter": (weighted(counted(4)), BATCH_ALONE),
     "a counter of many steps": (weighted(counted(1000)), "depends on 'step', which its own calls change"),
     "a global": (weighted(in_global), "depends on 'STEPS_DONE'"),
     "an object's attribute": (weighted(Counter(1000)), r"depends on 'weight\.step'"),
     "a class's attribute": (weighted(in_class(1000)), r"depends on 'State\.step'"),
+    "a generator of Python": (weighted(random.Random(0).random), "draws from 'Random', a generator of its own"),
+    "a generator of numpy": (weighted(by_numpy()), "draws from 'generator', a generator of its own"),
     "a namespace": (weighted(in_namespace()), BATCH_ALONE),
     "a dict": (weighted(in_dict(1000)), r"depends on \"state\['step'\]\""),
     "a list": (weighted(noted(1000)), "depends on 'seen'"),
@@ -605,3 +613,12 @@ def test_layers_that_keep_something_from_call_to_call_are_refused(kind: type[nn.
 def test_layers_that_show_something_go_as_in_a_plain_loop() -> None:
     ours, theirs = (workload(both(Showing), through) for _ in range(2))
     assert_same(planned(ours), looped(theirs))
+
+
+def test_hooks_of_all_modules_are_refused() -> None:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(WorkloadError, match=r"a forward hook is registered for all modules.*remove it"):
+            capture(workload(both(Block), through))
+    finally:
+        hook.remove()
