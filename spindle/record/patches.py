@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.record.checkpoints import going
 from spindle.record.lazy import Forbidden, is_lazy
-from spindle.record.recorder import Recorder
+from spindle.record.recorder import HALF_AUTOCAST, Recorder
 from spindle.record.recording import tensors_in, tree
 
 Change = tuple[object, str, Any]
@@ -129,6 +129,7 @@ def _calls() -> list[Change]:
         (torch.autograd.Function, "apply", classmethod(_function_patch(torch.autograd.Function.__dict__["apply"]))),
         (grad_scaler.GradScaler, "scale", _scaler_patch(grad_scaler.GradScaler.scale)),
         (torch.random, "default_generator", _Generator(torch.default_generator)),
+        (torch.amp.autocast_mode.autocast, "__enter__", _autocast_patch(torch.amp.autocast_mode.autocast.__enter__)),
         (torch._C, "_set_default_dtype", _dtype_patch(torch._C._set_default_dtype)),
     ]
 
@@ -262,6 +263,26 @@ def _inference_patch(own: Callable[..., Any]) -> Callable[..., Any]:
             own(mode)
             return
         mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
+
+    return entered
+
+
+def _autocast_patch(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A recording is made on the CPU, and what it holds runs on whatever devices the plan has."""
+
+    def entered(mode: Any) -> Any:
+        recorder = _RECORDER.get()
+        if recorder is not None and mode.device != "cpu":
+            matters = mode._enabled or (torch.is_autocast_enabled("cpu") and torch.cuda.is_available())
+            if mode._enabled and mode.fast_dtype is torch.float16:
+                raise Forbidden(HALF_AUTOCAST)
+            if matters and not recorder.inside:
+                raise Forbidden(
+                    f"it calls torch.autocast({mode.device!r}) outside of layers, where code is recorded for any kind "
+                    "of device; give it the type of the tensors' device (x.device.type), or use precision='bf16' of "
+                    "the workload"
+                )
+        return own(mode)
 
     return entered
 

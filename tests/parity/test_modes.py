@@ -159,6 +159,21 @@ def autocast(*, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> Callable[
     return tasks
 
 
+def on_gpus(dtype: torch.dtype) -> Callable[..., Tasks]:
+    """Autocast as it is where there are GPUs; elsewhere torch switches it off."""
+
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            mode: Any = torch.autocast("cuda", dtype=dtype)
+            mode._enabled = True
+            with mode:
+                return loss(head, trunk(b["x"]), b)
+
+        return {"t": step}
+
+    return tasks
+
+
 TASKS: dict[str, Callable[..., Tasks]] = {
     "no_grad": distilled(torch.no_grad),
     "inference_mode, then a copy": distilled(torch.inference_mode, torch.clone),
@@ -512,6 +527,8 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
         r"calls torch\.set_default_dtype\(torch\.float64\), .*give dtype=",
     ),
     "float16 autocast": (autocast(enabled=True, dtype=torch.float16), "torch.autocast in float16.*precision='bf16'"),
+    "autocast of GPUs": (on_gpus(torch.bfloat16), r"calls torch\.autocast\('cuda'\).*x\.device\.type"),
+    "float16 autocast of GPUs": (on_gpus(torch.float16), "torch.autocast in float16"),
     "loss scaling": (scaling, "scales its loss with a GradScaler.*return the loss itself"),
     "manual_seed": (doing(lambda **_: torch.manual_seed(0)), "sets the state of torch's random numbers"),
     "fork_rng": (fixed_noise, r"line \d+ of test_modes.py: it sets the state of torch's random numbers"),
@@ -552,6 +569,7 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp uses it
 @pytest.mark.parametrize("name", REFUSED)
 def test_tasks_that_a_planned_run_would_not_follow_are_refused(name: str) -> None:

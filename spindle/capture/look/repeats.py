@@ -158,7 +158,7 @@ class _Search:
     def _value(self, name: str, holder: Any, key: Any, value: Any) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             self.found.append(Place(name, holder, key))
-        elif isinstance(value, _GENERATORS) or isinstance(value, list):
+        elif isinstance(value, (*_GENERATORS, list)):
             if self._new(value):
                 self.found.append(Place(name, value, None))
         elif isinstance(value, dict):
