@@ -508,6 +508,17 @@ def freezing_by_hand(**held: nn.Module) -> None:
         parameter.requires_grad = False
 
 
+SCRIPTED = """
+def loss(scores):
+    return (scores * scores).mean()
+"""
+
+
+def scripted(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    told: Any = torch.jit.CompilationUnit(SCRIPTED)
+    return {"t": lambda b: told.loss(head(trunk(b["x"])))}
+
+
 BATCH_ALONE = r"line \d+ of test_modes.py: what it computes of one batch changes .*let it follow from the batch alone"
 
 REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
@@ -556,6 +567,7 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "a namespace": (weighted(in_namespace()), BATCH_ALONE),
     "a dict": (weighted(in_dict(1000)), r"depends on \"state\['step'\]\""),
     "a list": (weighted(noted(1000)), "depends on 'seen'"),
+    "a scripted function": (scripted, "of code that cannot be followed"),
     "functional_call of a layer": (
         lambda **m: {
             "t": lambda b: loss(
