@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spindle.errors import WorkloadError
 from spindle.workload import Component, Workload
@@ -27,6 +28,11 @@ def refuse_modules(workload: Workload) -> None:
         for path, module in component.module.named_modules():
             _check(component, path, module)
     for name, value in (*workload.named_parameters(), *workload.named_buffers()):
+        if is_lazy(value):
+            raise WorkloadError(
+                f"{name!r} has no size yet (of a lazy module); call the module once on a batch before the workload is "
+                "planned"
+            )
         if value.dtype is torch.float16:
             raise WorkloadError(
                 f"{name!r} is of float16, which is not offered, since its gradients need loss scaling; use bfloat16 "
@@ -42,6 +48,13 @@ def _check(component: Component, path: str, module: nn.Module) -> None:
             f"{where} is compiled by torch.jit, so its code can be neither recorded nor cut; register the plain module "
             "that it was made of"
         )
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) and not value.is_leaf:
+            raise WorkloadError(
+                f"{where} keeps in {name!r} a tensor that autograd has computed, which no copy of the module can have; "
+                "delete it before the workload is planned (of torch.nn.utils.weight_norm: use "
+                "torch.nn.utils.parametrizations.weight_norm)"
+            )
     found = next((kind for kind in kinds if kind in _WRAPPERS or kind in _SHARDED), None)
     if found is not None:
         kind = "FullyShardedDataParallel" if found in _SHARDED else found

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.record.checkpoints import going
 from spindle.record.lazy import Forbidden, is_lazy
-from spindle.record.recorder import Recorder
+from spindle.record.recorder import HALF_AUTOCAST, Recorder
 from spindle.record.recording import tensors_in, tree
 
 Change = tuple[object, str, Any]
@@ -60,7 +60,7 @@ def plain_modules() -> Iterator[None]:
     """
     token = _PLAINLY.set(True)
     try:
-        with _WRAPPERS, _uncompiled():
+        with _WRAPPERS, _UNCOMPILED:
             yield
     finally:
         _PLAINLY.reset(token)
@@ -100,6 +100,28 @@ class _Patches:
                     setattr(*self.before.pop())
 
 
+class _Uncompiled:
+    """While open in any thread, what `torch.compile` has wrapped runs as it is."""
+
+    def __init__(self) -> None:
+        self.lock, self.open = threading.Lock(), 0
+        self.stance: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.open += 1
+            if self.open == 1 and "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second
+                self.stance = torch.compiler.set_stance("force_eager")
+                self.stance.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                self.stance.__exit__(None, None, None)
+                self.stance = contextlib.nullcontext()
+
+
 def _calls() -> list[Change]:
     from torch.amp import grad_scaler
 
@@ -107,6 +129,7 @@ def _calls() -> list[Change]:
         (torch.autograd.Function, "apply", classmethod(_function_patch(torch.autograd.Function.__dict__["apply"]))),
         (grad_scaler.GradScaler, "scale", _scaler_patch(grad_scaler.GradScaler.scale)),
         (torch.random, "default_generator", _Generator(torch.default_generator)),
+        (torch.amp.autocast_mode.autocast, "__enter__", _autocast_patch(torch.amp.autocast_mode.autocast.__enter__)),
         (torch._C, "_set_default_dtype", _dtype_patch(torch._C._set_default_dtype)),
     ]
 
@@ -135,14 +158,6 @@ def _plain_patch(own: Callable[..., Any], inner: str) -> Callable[..., Any]:
     return called
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """While open, what `torch.compile` has wrapped runs as it is."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 def _writes() -> list[Change]:
     own = nn.Module.__setattr__
 
@@ -156,6 +171,7 @@ def _writes() -> list[Change]:
 
 
 _CALLS, _WRAPPERS, _WRITES = _Patches(_calls), _Patches(_wrappers), _Patches(_writes)
+_UNCOMPILED = _Uncompiled()
 
 
 # -- autograd functions -----------------------------------------------------------------------------------------------
@@ -247,6 +263,26 @@ def _inference_patch(own: Callable[..., Any]) -> Callable[..., Any]:
             own(mode)
             return
         mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
+
+    return entered
+
+
+def _autocast_patch(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A recording is made on the CPU, and what it holds runs on whatever devices the plan has."""
+
+    def entered(mode: Any) -> Any:
+        recorder = _RECORDER.get()
+        if recorder is not None and mode.device != "cpu":
+            matters = mode._enabled or (torch.is_autocast_enabled("cpu") and torch.cuda.is_available())
+            if mode._enabled and mode.fast_dtype is torch.float16:
+                raise Forbidden(HALF_AUTOCAST)
+            if matters and not recorder.inside:
+                raise Forbidden(
+                    f"it calls torch.autocast({mode.device!r}) outside of layers, where code is recorded for any kind "
+                    "of device; give it the type of the tensors' device (x.device.type), or use precision='bf16' of "
+                    "the workload"
+                )
+        return own(mode)
 
     return entered
 

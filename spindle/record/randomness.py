@@ -185,7 +185,8 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not is_drawing() and draws(func, args, kwargs):
             self.names.add(func._schema.name.partition("::")[2])
-        return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # else code that no mode saw (torch.jit) is seen here, below autograd
+            return func(*args, **kwargs)
 
 
 def undrawn(where: str, names: Iterable[str]) -> WorkloadError:

@@ -259,6 +259,11 @@ class Recorder(TorchFunctionMode):
 
     # -- values ---------------------------------------------------------------------------------------------------
 
+    def known(self, value: Tensor) -> int:
+        """The number of a lazy tensor. Raises Refused where it came from nowhere."""
+        found = self.encoded(value)
+        return found.index if isinstance(found, Ref) else -1
+
     def number(self, value: Tensor) -> int | None:
         """The number of a lazy tensor as it is now."""
         return self._number.get(id(value))

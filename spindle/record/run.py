@@ -64,14 +64,13 @@ def record(
                 result = _call(function, dict(fields))
             with torch._C.DisableTorchFunction():
                 _note_assigned(skeleton, recorder)
+                lazy = isinstance(result, Tensor) and is_lazy(result)
+                if lazy:
+                    recorder.recording.loss = recorder.known(result)
         except Exception as error:
             failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             raise Failure(error, failed, recorder.block) from error
         recording = recorder.recording
-        lazy = isinstance(result, Tensor) and is_lazy(result)
-        if lazy:
-            number = recorder.number(result)
-            recording.loss = -1 if number is None else number
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         replay = recorder.real_calls.replay(fields, recorder.sources)
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)

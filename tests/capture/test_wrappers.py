@@ -157,6 +157,18 @@ TABLE: dict[str, Refusal] = {
         "adds 'module.'",
         "register the plain module",
     ),
+    "a lazy layer": (
+        holding(lambda made: made.update(stem=nn.LazyLinear(WIDTH))),
+        "'stem.weight' has no size yet",
+        "of a lazy module",
+        "call the module once",
+    ),
+    "a kept tensor": (
+        holding(lambda made: setattr(made["stem"], "kept", made["stem"](torch.ones(1, WIDTH, dtype=torch.float64)))),
+        "component 'stem' keeps in 'kept' a tensor",
+        "no copy of the module can have",
+        "delete it before",
+    ),
     "sharded": (holding(whole(sharded)), "FSDPModule", "holds parts of its parameters", "before it is sharded"),
     "float16": (
         holding(whole(halved)),

@@ -15,7 +15,7 @@ import spindle
 from spindle.capture import capture
 from spindle.errors import WorkloadError
 from tests.parity.test_tensor_parallel import EXACT, compared, language, next_word, spread
-from tests.plain_loops import WIDTH, Block, Modules, Tasks, assert_same, looped, planned, tower, workload
+from tests.plain_loops import WIDTH, Block, Modules, Tasks, assert_same, looped, planned, rows, tower, workload
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import tokens
 
@@ -216,3 +216,20 @@ def test_dropout_that_a_function_of_one_s_own_computes_again_is_refused_regressi
     kind = type("ByHand", (ByHand,), {"rate": 0.5})
     with pytest.raises(WorkloadError, match="draws random numbers by"):
         capture(workload(with_stem(kind), classify))
+
+
+def test_a_layer_that_is_spread_and_hides_parameters_is_refused() -> None:
+    """In backward it would compute all features, or sum none."""
+    torch.manual_seed(0)
+    made = spindle.Workload("spread")
+    cuts = {"*.up": "colwise", "*.down": "rowwise"}
+    trunk = made.component("trunk", nn.Sequential(ByHand(), ByHand()).double(), tensor_parallel=2, tensor_plan=cuts)
+    stem = made.component("stem", nn.Linear(WIDTH, WIDTH).double())
+
+    @made.task("t", batch_size=4, data=rows())
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        y: Tensor = trunk(stem(batch["x"]))
+        return y.square().mean()
+
+    with pytest.raises(WorkloadError, match="class ByHand is cut by tensor parallelism, but an autograd function"):
+        capture(made)

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import random
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +153,21 @@ def autocast(*, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> Callable[
             with torch.autocast("cpu", dtype=dtype, enabled=enabled):
                 y = trunk(b["x"])
             return loss(head, y, b)
+
+        return {"t": step}
+
+    return tasks
+
+
+def on_gpus(dtype: torch.dtype) -> Callable[..., Tasks]:
+    """Autocast as it is where there are GPUs; elsewhere torch switches it off."""
+
+    def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            mode: Any = torch.autocast("cuda", dtype=dtype)
+            mode._enabled = True
+            with mode:
+                return loss(head, trunk(b["x"]), b)
 
         return {"t": step}
 
@@ -463,6 +480,11 @@ def in_class(until: int) -> Callable[[], float]:
     return weight
 
 
+def by_numpy() -> Callable[[], float]:
+    generator = np.random.default_rng(0)
+    return lambda: 1.0 if generator.random() < 0.9 else 0.5
+
+
 def in_namespace() -> Callable[[], float]:
     state = SimpleNamespace(step=0)
 
@@ -486,6 +508,17 @@ def freezing_by_hand(**held: nn.Module) -> None:
         parameter.requires_grad = False
 
 
+SCRIPTED = """
+def loss(scores):
+    return (scores * scores).mean()
+"""
+
+
+def scripted(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    told: Any = torch.jit.CompilationUnit(SCRIPTED)
+    return {"t": lambda b: told.loss(head(trunk(b["x"])))}
+
+
 BATCH_ALONE = r"line \d+ of test_modes.py: what it computes of one batch changes .*let it follow from the batch alone"
 
 REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
@@ -505,6 +538,8 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
         r"calls torch\.set_default_dtype\(torch\.float64\), .*give dtype=",
     ),
     "float16 autocast": (autocast(enabled=True, dtype=torch.float16), "torch.autocast in float16.*precision='bf16'"),
+    "autocast of GPUs": (on_gpus(torch.bfloat16), r"calls torch\.autocast\('cuda'\).*x\.device\.type"),
+    "float16 autocast of GPUs": (on_gpus(torch.float16), "torch.autocast in float16"),
     "loss scaling": (scaling, "scales its loss with a GradScaler.*return the loss itself"),
     "manual_seed": (doing(lambda **_: torch.manual_seed(0)), "sets the state of torch's random numbers"),
     "fork_rng": (fixed_noise, r"line \d+ of test_modes.py: it sets the state of torch's random numbers"),
@@ -523,14 +558,16 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "an attribute by the batch": (by_batch, r"it sets 'scale' of layer 'teacher\.0' between calls of it"),
     "a clock": (weighted(lambda: time.perf_counter() % 1), BATCH_ALONE),
     "an iterator": (weighted(functools.partial(next, itertools.count())), BATCH_ALONE),
-    "a counter": (weighted(counted(4)), BATCH_ALONE),
     "a counter of many steps": (weighted(counted(1000)), "depends on 'step', which its own calls change"),
     "a global": (weighted(in_global), "depends on 'STEPS_DONE'"),
     "an object's attribute": (weighted(Counter(1000)), r"depends on 'weight\.step'"),
     "a class's attribute": (weighted(in_class(1000)), r"depends on 'State\.step'"),
+    "a generator of Python": (weighted(random.Random(0).random), "draws from 'Random', a generator of its own"),
+    "a generator of numpy": (weighted(by_numpy()), "draws from 'generator', a generator of its own"),
     "a namespace": (weighted(in_namespace()), BATCH_ALONE),
     "a dict": (weighted(in_dict(1000)), r"depends on \"state\['step'\]\""),
     "a list": (weighted(noted(1000)), "depends on 'seen'"),
+    "a scripted function": (scripted, "of code that cannot be followed"),
     "functional_call of a layer": (
         lambda **m: {
             "t": lambda b: loss(
@@ -544,6 +581,7 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp uses it
 @pytest.mark.parametrize("name", REFUSED)
 def test_tasks_that_a_planned_run_would_not_follow_are_refused(name: str) -> None:
@@ -605,3 +643,12 @@ def test_layers_that_keep_something_from_call_to_call_are_refused(kind: type[nn.
 def test_layers_that_show_something_go_as_in_a_plain_loop() -> None:
     ours, theirs = (workload(both(Showing), through) for _ in range(2))
     assert_same(planned(ours), looped(theirs))
+
+
+def test_hooks_of_all_modules_are_refused() -> None:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(WorkloadError, match=r"a forward hook is registered for all modules.*remove it"):
+            capture(workload(both(Block), through))
+    finally:
+        hook.remove()

@@ -18,6 +18,7 @@ from spindle.capture.look.refusals import (
     check_loss,
     explained,
     no_other_generators,
+    own_generator,
     refuse_written_parameters,
     unlike,
 )
@@ -263,10 +264,12 @@ class Looker:
         before = [place.get() for place in kept]
         second = self._record(batch, bounds)
         line = other_line(first, second)
-        if line is not None:
+        if line is not None and not any(p.draws and p.is_changed(v) for p, v in zip(kept, before, strict=True)):
             raise unlike(self.task, line)
         for place, value in zip(kept, before, strict=True):
             if place.is_changed(value):
+                if place.draws:
+                    raise own_generator(self.task, place.name)
                 self._refuse_steering(batch, bounds, second, place)
 
     def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from spindle.errors import WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
@@ -41,6 +42,14 @@ def unlike(task: Task, line: str, kept: str = "") -> WorkloadError:
         f"task {task.name!r}, {line}: what it computes of one batch {why}, and "
         "a planned run calls it in several processes, as often as each needs; let it follow from the batch alone: the "
         "loader can give the step as a field"
+    )
+
+
+def own_generator(task: Task, name: str) -> WorkloadError:
+    """The error for a task that draws from a generator of its own."""
+    return WorkloadError(
+        f"task {task.name!r} draws from {name!r}, a generator of its own, which would give every process other "
+        "numbers; draw with torch, or in the loader"
     )
 
 
@@ -172,6 +181,12 @@ def no_other_generators(task: Task) -> Iterator[None]:
 
 def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
     """Recorded calls carry none, and parameters of a run are copies. Inside blocks modules keep theirs."""
+    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+        if getattr(modules, f"_global_{kind}_hooks"):
+            raise WorkloadError(
+                f"a {kind.replace('_', ' ')} hook is registered for all modules (register_module_..._hook), which "
+                "other processes would not have; remove it, or register it on the modules that it is for"
+            )
     for name, parameter in workload.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise WorkloadError(

@@ -7,6 +7,7 @@ it have counted or kept.
 
 import functools
 import inspect
+import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, MutableMapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from spindle.record.run import Recorded
 
 FAR = 1_000_003  # calls: beyond what counters of steps are compared with
 MOST = 20_000  # values that are looked at
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def other_line(one: Recorded, other: Recorded) -> str | None:
@@ -73,6 +77,8 @@ class Place:
 
     def get(self) -> Any:
         """What stands there; of a list a copy."""
+        if self.draws:
+            return _state(self.holder)
         if self.key is None:
             return list(self.holder)
         if isinstance(self.holder, MutableMapping):
@@ -89,21 +95,38 @@ class Place:
         finally:
             self.put(value)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it is a generator of random numbers."""
+        return isinstance(self.holder, _GENERATORS)
+
     def is_changed(self, before: Any) -> bool:
         """Whether something else stands there than before."""
         now = self.get()
+        if self.draws:
+            return bool(now != before)
         if self.key is None:
             return list(map(id, now)) != list(map(id, before))
         return isinstance(now, int | float) and isinstance(before, int | float) and now != before
 
     def put(self, value: Any) -> None:
         """Let something else stand there."""
+        if self.draws:
+            return
         if self.key is None:
             self.holder[:] = value
         elif isinstance(self.holder, MutableMapping):
             self.holder[self.key] = value
         else:
             setattr(self.holder, self.key, value)
+
+
+def _state(generator: Any) -> str:
+    if isinstance(generator, random.Random):
+        return repr(generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    return repr(generator.get_state())
 
 
 def places(function: Callable[..., Any], modules: list[nn.Module]) -> list[Place]:
@@ -135,7 +158,7 @@ class _Search:
     def _value(self, name: str, holder: Any, key: Any, value: Any) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             self.found.append(Place(name, holder, key))
-        elif isinstance(value, list):
+        elif isinstance(value, (*_GENERATORS, list)):
             if self._new(value):
                 self.found.append(Place(name, value, None))
         elif isinstance(value, dict):
@@ -166,7 +189,9 @@ class _Search:
                 self._value(name, function.keywords, name, value)
             function = function.func
         owner = getattr(function, "__self__", None)
-        if owner is not None and _is_users(owner):
+        if isinstance(owner, _GENERATORS):
+            self._value(type(owner).__name__, None, None, owner)
+        elif owner is not None and _is_users(owner):
             self._attributes(type(owner).__name__, owner)
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
