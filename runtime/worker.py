@@ -18,6 +18,7 @@ from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, num_micro_batches
 from spindle.graph import parse_piece
 from spindle.plan import SizeRange
+from spindle.record.copies import copied
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
@@ -39,6 +40,7 @@ from spindle.runtime.progress import (
 from spindle.runtime.record import StepRecord
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.shared_batches import shared_reads
+from spindle.runtime.state import momenta
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told
@@ -151,7 +153,7 @@ def _stayed_behind(batch: Batch) -> Tensor:
 
 def separate(job: Job) -> Job:
     """A job with codes of its own, and loaders where they have a state: ranks of one process must not share them."""
-    codes = copy.deepcopy(job.codes)
+    codes = copied(job.codes, [code.module for code in job.codes.values()])
     tasks = {
         name: replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task
         for name, task in job.tasks.items()
@@ -202,6 +204,8 @@ class Worker:
             ahead=transport.device.type != "cpu",
             drift=Drift(job.sizes),
         )
+        layers = [layer for tally in job.program.tallies for layer in tally.layers]
+        self.momenta = momenta(job.recipe.skeleton.components, layers)
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
         transport.make_groups(job.program.groups)
@@ -288,6 +292,7 @@ class Worker:
                 job.precision,
                 self.switch,
                 job.partial,
+                self.momenta,
             )
         return self.executors[tasks]
 

@@ -160,7 +160,8 @@ class Operator:
     the whole batch; a multiply-add counts as two. `activation_bytes` is what backward keeps. A `splittable` operator
     may run on parts of the batch (data parallel); one that is not mixes samples and runs whole on one device. `family`
     is equal for operators that do the same work on inputs of any sizes. `units` are the rows of the batch's samples;
-    None: samples are alike.
+    None: samples are alike. `statistics` are norm layers whose running statistics it changes, and does not read;
+    `states` other buffers that some operator changes and that this one reads or changes.
     """
 
     name: str
@@ -179,6 +180,8 @@ class Operator:
     splittable: bool = True
     family: str = ""
     units: Units | None = field(default=None, repr=False)
+    statistics: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -40,20 +40,25 @@ _STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {
 """Where running mean and variance stand among the arguments of a function, and whether it updates them."""
 
 
+def updated_places(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where the running statistics stand that a function updates; () for one that updates none."""
+    if function not in _STATISTICS:
+        return ()
+    mean, variance, place, flag = _STATISTICS[function]
+    updates = args[place] if len(args) > place else kwargs.get(flag, function is F.instance_norm)
+    return (mean, variance) if updates else ()
+
+
 def updated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Arguments that a function changes in place without saying so: running statistics, embeddings with max_norm."""
 
-    def given(index: int, name: str, default: Any = None) -> Any:
-        return args[index] if len(args) > index else kwargs.get(name, default)
+    def given(index: int, name: str) -> Any:
+        return args[index] if len(args) > index else kwargs.get(name)
 
     if function is F.embedding and given(3, "max_norm") is not None:
         return [given(1, "weight")]
-    if function not in _STATISTICS:
-        return []
-    mean, variance, place, flag = _STATISTICS[function]
-    if not given(place, flag, function is F.instance_norm):
-        return []
-    found = (given(mean, "running_mean"), given(variance, "running_var"))
+    names = ("running_mean", "running_var")
+    found = [given(p, n) for p, n in zip(updated_places(function, args, kwargs), names, strict=False)]
     return [value for value in found if isinstance(value, Tensor)]
 
 

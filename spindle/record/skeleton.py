@@ -166,14 +166,15 @@ class Skeleton:
         places = [place for place in self._places if id(place[0]) in inside]
         for own, name, value, _ in places:
             own[name] = value
-        buffers = list(module.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        standing = [(m._buffers, key, buffer) for m in module.modules() for key, buffer in m._buffers.items()]
+        before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
         try:
             with torch._C.DisableTorchFunction():
                 yield
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
         finally:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                for (held, key, buffer), known in zip(standing, before, strict=True):
+                    held[key] = buffer if buffer is None or known is None else buffer.copy_(known)
             for own, name, _, meta in places:
                 own[name] = meta
 

@@ -71,6 +71,8 @@ class Looker:
         prober = self._prober(findings)
         for trial in telling:
             prober.look(trial)
+        if not telling:
+            prober.look_at_changes(trials[0])
         if not telling and batches[0].units.num_samples > 1:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
