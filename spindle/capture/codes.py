@@ -48,6 +48,11 @@ class OperatorModule(nn.Module):
         value: Tensor = getattr(self, self.own[name])
         return value
 
+    def _put(self, name: str, value: Tensor) -> None:
+        """Put a tensor in place of a buffer; autograd may have kept the one before."""
+        before = self.leaf(name)
+        self._buffers[self.own[name]] = value.detach().to(before.dtype).clone()
+
     def forward(self, part: "OperatorPart", *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run what was recorded on the tensors that other operators sent; what it sends to others."""
         values = dict(zip(part.inputs, inputs, strict=True))
@@ -59,6 +64,7 @@ class OperatorModule(nn.Module):
             leaves=part.recording.leaves,
             blocks={part.block: self._block(part)} if part.block else {},
             device=part.values.device,
+            put=self._put,
         )
         return tuple(values[out] for out in part.outputs)
 

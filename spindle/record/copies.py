@@ -25,6 +25,17 @@ def copied(value: CopiedT, modules: Iterable[nn.Module]) -> CopiedT:
 
 
 @contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """While open, code may put other tensors in place of a module's buffers; they are as before afterwards."""
+    before = [(part._buffers, dict(part._buffers)) for part in module.modules() if part._buffers]
+    try:
+        yield
+    finally:
+        for held, buffers in before:
+            held.update(buffers)
+
+
+@contextlib.contextmanager
 def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While open, code may set attributes of modules and put in other buffers; they are as before afterwards."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]

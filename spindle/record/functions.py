@@ -23,6 +23,16 @@ IN_PLACE_OPERATORS = frozenset(
 _NO_WRITES = frozenset({"requires_grad_", "retain_grad", "__setstate__"})
 
 
+ARITHMETIC = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv")),
+        *("add_", "sub_", "mul_", "div_", "lerp_", "addcmul_", "addcdiv_", "addmm_", "pow_", "neg_"),
+    )
+)
+"""Functions that change a tensor by what it was."""
+
+
 def writes_first(function: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument in place."""
     if function is Tensor.__setitem__:
@@ -101,15 +111,13 @@ class Into:
         return result.to(out.dtype)
 
 
-class Assigned:
-    """A buffer that is replaced by a new tensor: the value is written into it."""
+class IntoLeaf(Into):
+    """A function called with a buffer as `out=`: what it gives is written there."""
 
-    __name__ = "assign"
-
-    def __call__(self, buffer: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The buffer."""
         with torch.no_grad():
-            return buffer.copy_(value)
+            return out.copy_(self.function(*args, **kwargs))
 
 
 def scatter(x: Tensor, where: Tensor, source: Tensor) -> Tensor:

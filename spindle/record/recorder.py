@@ -6,7 +6,8 @@
 - Code that needs the number in a lazy value (`if`, `int()`, `.item()`) is refused: that number is not known here.
 """
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from spindle.record.functions import (
     REDUCTIONS,
+    ARITHMETIC,
     UNCHECKED,
     Into,
+    IntoLeaf,
     Written,
     WrittenThroughView,
     by_rows,
@@ -43,7 +46,7 @@ from spindle.record.lazy import (
     is_meta,
     memory_of,
 )
-from spindle.record.recording import Autocast, Aux, Node, Recording, Ref, tensors_in, tree
+from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
 from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
@@ -88,6 +91,8 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
+        self.written: list[Tensor] = []  # real tensors that values of the model were written into
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
@@ -133,6 +138,8 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.kept and func in ARITHMETIC:
+            self._refuse_kept(args[0])
         if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
             self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
         result = func(*args, **kwargs)
@@ -160,7 +167,12 @@ class Recorder(TorchFunctionMode):
         encoded = tree(self.encoded, args), tree(self.encoded, kwargs)  # as they are before the call
         result = self._on_meta(func, args, kwargs)
         self._note_changed(updated(func, args, kwargs))
+        if out is not None and self._number.get(id(out)) in self.recording.leaves:
+            self._touched.clear()
+            self._add(IntoLeaf(func.function), *encoded, [-1], writes=(self.recording.leaves[self._number[id(out)]],))
+            return out
         if out is not None:
+            self._refuse_kept(out)
             self._renew(out)
             self._taint(out)
             self._add(func, *encoded, [self._new(out)])
@@ -199,6 +211,7 @@ class Recorder(TorchFunctionMode):
             base = x
             self._add(Written(func), given, named, [self._new(x)])
         if not is_meta(base):
+            self._refuse_kept(base)
             self._taint(base, x)
         return x
 
@@ -232,9 +245,24 @@ class Recorder(TorchFunctionMode):
             )
         )
 
-    def note(self, func: Callable[..., Any], args: tuple[Any, ...], *, writes: tuple[str, ...]) -> None:
-        """Note a call that changes leaves and gives nothing."""
-        self._add(func, args, {}, [], writes=writes)
+    def note_assigned(self, name: str, buffer: Tensor, value: Tensor) -> None:
+        """Note that a tensor was put in the place of a buffer: a call that stands where the function of the task ends.
+
+        Its place in the code is the buffer's name, which is the same in every process.
+        """
+        args = (self.encoded(buffer), self.encoded(value))
+        maker = self.recording.makers().get(args[1].index) if isinstance(args[1], Ref) else None
+        node = Node(
+            Assigned(),
+            args,
+            {},
+            [],
+            int.from_bytes(hashlib.blake2b(f"assign {name}".encode(), digest_size=7).digest()),
+            component="" if maker is None else self.recording.nodes[maker].component,
+            writes=(name,),
+            line="" if maker is None else self.recording.nodes[maker].line,
+        )
+        self.recording.nodes.append(node)
 
     def draw(self, function: Callable[..., Tensor], like: Tensor, result: Tensor) -> Tensor:
         """Note a draw on the device of a lazy value: `function(like)` gives numbers of the shape of `result`."""
@@ -283,7 +311,8 @@ class Recorder(TorchFunctionMode):
         if is_meta(value):
             raise Refused(
                 "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
-                "(torch.jit.script, C++); let the layer return it"
+                "(torch.jit.script, C++), or was kept from an earlier batch; let the layer return it, and keep what "
+                "later batches read in a buffer that __init__ registers with its first value"
             )
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)
@@ -313,11 +342,21 @@ class Recorder(TorchFunctionMode):
             else:
                 self.changed.append(value)
 
+    def _refuse_kept(self, value: Any) -> None:
+        """A tensor that outlives the batch and is no buffer would be changed once a recording, not once a step."""
+        name = self.kept.get(memory_of(value)) if isinstance(value, Tensor) else None
+        if name is not None:
+            raise Refused(
+                f"tensor {name!r} is changed in place and is no buffer, so that no plan can follow it; make it a buffer "
+                "that __init__ of a registered module registers"
+            )
+
     def _renew(self, value: Tensor) -> None:
         self._meta.pop(id(value), None)
 
     def _taint(self, value: Tensor, *others: Tensor) -> None:
         """Of all tensors that share its memory, what these hold is known from here on."""
+        self.written.append(value)
         self._tainted[memory_of(value)] = {id(value), *(id(other) for other in others)}
         self._kept += (value, *others)
 

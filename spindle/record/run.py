@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from spindle.record.draws import Site, Stream, drawing_from
-from spindle.record.functions import Assigned
-from spindle.record.lazy import Refused, is_lazy
+from spindle.record.lazy import Refused, is_lazy, memory_of
 from spindle.record.randomness import RecordedDrawing
 from spindle.record.recorder import ByRows, Recorder
-from spindle.record.recording import Recording, Ref
+from spindle.record.recording import Recording
 from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn
 from spindle.record.skeleton import Skeleton
@@ -58,6 +57,7 @@ def record(
     """
     fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in fields.items()}
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
+        recorder.kept = skeleton.kept
         drawing = RecordedDrawing(recorder, sites)
         try:
             with drawing_from(stream), recorder, ByRows(), drawing:
@@ -87,6 +87,9 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
     place, though they were taken as constants, are told to the skeleton.
     """
     names = {id(buffer): name for name, buffer in skeleton.buffers().items()} if recorder.changed else {}
+    if recorder.written:
+        memory = {memory_of(buffer): name for name, buffer in skeleton.buffers().items() if memory_of(buffer)}
+        skeleton.changed |= {memory[of] for of in map(memory_of, recorder.written) if of in memory}
     for changed in recorder.changed:
         if id(changed) not in names:
             raise Refused(
@@ -95,6 +98,13 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
             )
         skeleton.changed.add(names[id(changed)])
     for name, leaf, value in skeleton.replaced_buffers():
+        if leaf is None:
+            if is_lazy(value):
+                raise Refused(
+                    f"buffer {name!r} is made by the first batch, which every rank would make its own; register it in "
+                    "__init__ with its first value"
+                )
+            continue
         if tuple(value.shape) != tuple(leaf.shape):
             raise Refused(
                 f"buffer {name!r} was replaced by one of shape {tuple(value.shape)}, where it had {tuple(leaf.shape)}; "
@@ -103,6 +113,4 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
         if name not in skeleton.stateful:
             skeleton.changed.add(name)
             continue
-        number = recorder.number(leaf)
-        assert number is not None
-        recorder.note(Assigned(), (Ref(number), recorder.encoded(value)), writes=(name,))
+        recorder.note_assigned(name, leaf, value)

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
-from spindle.record.lazy import is_lazy
+from spindle.record.lazy import is_lazy, memory_of
 from spindle.record.recorder import Recorder
 from spindle.record.recording import Recording, tree
 from spindle.record.replay import RealCalls
@@ -55,6 +56,7 @@ class Skeleton:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.changed: set[str] = set()  # buffers that a recording replaced, though taken as constants
+        self.kept: dict[int, str] = {}  # memory of tensors that modules and functions hold besides, and their names
         self.sites = Sites()
         self.known: dict[object, Results] = {}  # by kind of block and arguments with their shapes
         self.habits: dict[object, Habit] = {}  # the same without the shapes
@@ -109,6 +111,29 @@ class Skeleton:
         self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
         self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
 
+    def keep_apart(self, function: Callable[..., Any]) -> None:
+        """Know the plain tensors that modules, and the function of a task, hold: what they hold outlives a batch."""
+        held = {f"{prefix}{name}": value for prefix, module in self._modules for name, value in vars(module).items()}
+        with contextlib.suppress(TypeError, ValueError):
+            seen = inspect.getclosurevars(inspect.unwrap(function))
+            held |= {**seen.globals, **seen.nonlocals}
+        tensors = {name: value for name, value in held.items() if type(value) is Tensor and value.is_leaf}
+        self.kept = {memory_of(value): name for name, value in tensors.items() if memory_of(value)}
+
+    def numbers(self) -> dict[str, float]:
+        """Numbers that modules hold as plain attributes."""
+        return {
+            f"{prefix}{name}": value
+            for prefix, module in self._modules
+            for name, value in vars(module).items()
+            if type(value) in (int, float)
+        }
+
+    def module(self, path: str) -> nn.Module:
+        """A module by its path, which begins with its component."""
+        component, _, inner = path.partition(".")
+        return self.components[component].get_submodule(inner)
+
     def buffers(self) -> dict[str, Tensor]:
         """The modules' buffers by name, as they stand there now."""
         return {
@@ -150,13 +175,15 @@ class Skeleton:
             for own, name, value, _ in self._places:
                 own[name] = value
 
-    def replaced_buffers(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Buffers in whose place the code under way has put another tensor: name, buffer, tensor."""
+    def replaced_buffers(self) -> list[tuple[str, Tensor | None, Tensor]]:
+        """Buffers in whose place the code under way has put another tensor: name, buffer, tensor; also new ones."""
+        known = {(id(held), key): before for _, held, key, before in self._standing}
         found = []
-        for name, held, key, before in self._standing:
-            value = held.get(key)
-            if value is not before and isinstance(value, Tensor) and before is not None:
-                found.append((name, before, value))
+        for prefix, module in self._modules:
+            for key, value in module._buffers.items():
+                before = known.get((id(module._buffers), key))
+                if value is not before and isinstance(value, Tensor):
+                    found.append((prefix + key, before, value))
         return found
 
     @contextlib.contextmanager

@@ -70,10 +70,11 @@ def follows(make: Make, num_ranks: int, seed: int, *, steps: int = 3) -> None:
 
 
 def tasks_on(
-    workload: spindle.Workload, trunk: Callable[[Tensor], Tensor], count: int, **options: object
+    workload: spindle.Workload, trunk: Callable[[Tensor], Tensor], count: int, *, every: int = 1
 ) -> spindle.Workload:
-    """Tasks that classify what a trunk gives, each with a head of its own."""
+    """Tasks that classify what a trunk gives, each with a head of its own. The second takes part `every` so many steps."""
     for index in range(count):
+        options = {"every": every} if index == 1 else {}
         head = workload.component(f"head{index}", nn.Linear(WIDTH, 3).double())
 
         @workload.task(f"t{index}", batch_size=6, data=batches(index), weight=1.0 + index, **options)  # type: ignore[arg-type]

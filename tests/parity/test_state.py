@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spindle
-from tests.parity.stateful import WIDTH, Make, follows, stack, tasks_on
+from tests.parity.stateful import WIDTH, Make, follows, sgd, stack, tasks_on
 
-ranks_and_seed = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
 few = settings(max_examples=5, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
@@ -87,56 +86,78 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def blocks(layer: str, tasks: int = 1, depth: int = 2, **options: object) -> Make:
-    """Blocks of a kind under some tasks; `options` go to the workload."""
+def blocks(layer: str, tasks: int = 1, depth: int = 2, *, glue: bool = False, every: int = 1, **options: object) -> Make:
+    """Layers of a kind under some tasks, each a block of its own or all of them glue; `options` go to the workload."""
 
     def make() -> spindle.Workload:
         workload = spindle.Workload("state", **options)  # type: ignore[arg-type]
-        trunk = workload.component("trunk", stack(LAYERS[layer], depth))
-        return tasks_on(workload, trunk, tasks)
+        layers = [] if glue else [str(index) for index in range(depth)]
+        trunk = workload.component("trunk", stack(LAYERS[layer], depth), layers=layers)
+        return tasks_on(workload, trunk, tasks, every=every)
 
     return make
 
 
-@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-@pytest.mark.parametrize("layer", LAYERS)
+quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+each_layer = pytest.mark.parametrize("layer", LAYERS)
+anywhere = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), glue=st.booleans())
+
+
+@quiet
+@each_layer
 @few
-@ranks_and_seed
-def test_layers_of_one_task(layer: str, num_ranks: int, seed: int) -> None:
-    """What a layer changes is as in one process, wherever its blocks run."""
-    follows(blocks(layer), num_ranks, seed)
+@anywhere
+def test_layers_of_one_task(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
+    """What a layer changes is as in one process, wherever it runs."""
+    follows(blocks(layer, glue=glue), num_ranks, seed)
 
 
-@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-@pytest.mark.parametrize("layer", LAYERS)
+@quiet
+@each_layer
 @few
-@ranks_and_seed
-def test_layers_of_several_tasks(layer: str, num_ranks: int, seed: int) -> None:
-    """Tasks change them in the order of the list, on whatever devices they run."""
-    follows(blocks(layer, tasks=3), num_ranks, seed)
+@anywhere
+def test_layers_of_several_tasks(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
+    """Tasks change them in the order of the list, on whatever devices they run; one of them rests now and then."""
+    follows(blocks(layer, tasks=3, glue=glue, every=2), num_ranks, seed)
 
 
-@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-@pytest.mark.parametrize("layer", LAYERS)
+@quiet
+@each_layer
 @few
-@ranks_and_seed
-def test_layers_computed_again(layer: str, num_ranks: int, seed: int) -> None:
+@anywhere
+def test_layers_computed_again(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
     """Recomputation finds what it changes as it was, and leaves it as it stood."""
-    follows(blocks(layer, tasks=2, recompute=("trunk",)), num_ranks, seed)
+    follows(blocks(layer, tasks=2, glue=glue, recompute=("trunk",)), num_ranks, seed)
 
 
-@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-@pytest.mark.parametrize("layer", LAYERS)
+@quiet
+@each_layer
 @few
-@ranks_and_seed
-def test_layers_under_concurrent_micro_batches(layer: str, num_ranks: int, seed: int) -> None:
+@anywhere
+def test_layers_under_concurrent_micro_batches(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
     """All batches of a task come before those of the next one."""
-    follows(blocks(layer, tasks=2, accumulate=2, in_flight=2), num_ranks, seed)
+    follows(blocks(layer, tasks=2, glue=glue, accumulate=2, in_flight=2), num_ranks, seed)
 
 
-@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+@quiet
 @few
 @given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), in_flight=st.sampled_from((1, 2)))
 def test_statistics_in_rounds(num_ranks: int, seed: int, in_flight: int) -> None:
     """Statistics keep the order of one process though rounds let tasks take turns."""
     follows(blocks("batch norm", tasks=2, accumulate=4, in_flight=in_flight), num_ranks, seed)
+
+
+@quiet
+@few
+@anywhere
+def test_states_of_one_task_in_rounds(num_ranks: int, seed: int, glue: bool) -> None:
+    """A state goes from the last run of a round to the first of the next."""
+    follows(blocks("center in place", glue=glue, accumulate=4, in_flight=2), num_ranks, seed)
+
+
+def test_states_of_several_tasks_in_rounds_are_refused() -> None:
+    """Rounds let tasks take turns, which no order of one process is."""
+    workload = blocks("spectral norm", tasks=2, accumulate=2)()
+    with pytest.raises(spindle.SpindleError, match="both read or change buffer 'trunk.0.new.*set accumulate=1") as caught:
+        spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")
+    assert "tasks 't0' and 't1'" in str(caught.value)

@@ -23,6 +23,7 @@ from spindle.capture.look.samples import (
     singly,
     twice,
 )
+from spindle.capture.look.watching import line_of
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import Site, Stream
@@ -51,14 +52,26 @@ class Looker:
         self.workload, self.skeleton, self.task = workload, skeleton, task
         self.whole = whole
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
+        self.numbers = skeleton.numbers()  # of modules before any code ran
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
     def look(self) -> Seen:
+        """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
+        seen = self._look()
+        changed = {name for changes in seen.findings.changes.values() for name in changes.buffers}
+        if changed <= self.skeleton.stateful:
+            return seen
+        self.skeleton.set_stateful(changed)
+        return self._look()
+
+    def _look(self) -> Seen:
         """Record some batches of the task. Raises WorkloadError when its code cannot be run as planned, TakeWhole when
         a component must be taken whole.
         """
         batches = first_batches(self.task)
+        self.skeleton.keep_apart(self.task.function)
         self._find_changing_buffers(batches[0])
+        self._refuse_counters(batches[0])
         few = [few_of(batch.units) for batch in batches]
         trials = self._trials(batches, few)
         self.sites = sites = sites_of(trials)
@@ -255,6 +268,25 @@ class Looker:
             if changed <= self.skeleton.stateful and drawn is None:
                 return
             self.skeleton.set_stateful(changed)
+
+    def _refuse_counters(self, batch: SampledBatch) -> None:
+        """No module may count in a plain number, which would count recordings in place of steps."""
+        if self.skeleton.numbers() == self.numbers:
+            return
+        bounds = few_of(batch.units)[0]
+        found = []
+        for _ in range(2):
+            self._record(batch, bounds)
+            found.append(self.skeleton.numbers())
+        name = next((name for name, value in found[0].items() if found[1].get(name) != value), None)
+        if name is not None:
+            path, _, attribute = name.rpartition(".")
+            line = line_of(type(self.skeleton.module(path)), attribute)
+            raise WorkloadError(
+                f"task {self.task.name!r}: {path!r} keeps a state of its own in attribute {attribute!r}"
+                f"{f' ({line})' if line else ''}, a number that changes with every batch and that no plan can follow; "
+                "make it a buffer that __init__ registers"
+            )
 
     def _refuse_chance(self, batch: SampledBatch, bounds: Bounds, known: Recorded) -> None:
         """No layer may be left out by a number that is drawn: ranks wait for what a layer sends."""

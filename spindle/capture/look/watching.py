@@ -158,14 +158,14 @@ def _sorted_out(watched: Watched, first: list[Tensor], run: Run, changed: dict[s
 def _own_state(watched: Watched, name: str) -> str:
     path, _, attribute = name.rpartition(".")
     owner = type(watched.module.get_submodule(path))
-    line = _line_of(owner, attribute)
+    line = line_of(owner, attribute)
     return (
         f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call to "
         "call and which no plan can follow; make it a buffer that __init__ registers, with its first value"
     )
 
 
-def _line_of(owner: type, attribute: str) -> str:
+def line_of(owner: type, attribute: str) -> str:
     """Where the class sets an attribute, outside of __init__ if it does."""
     try:
         source, first = inspect.getsourcelines(owner)
