@@ -99,6 +99,32 @@ class WrittenThroughView:
         return base, base.as_strided(*self.place)
 
 
+class WrittenInLeaf:
+    """A function that writes to part of a parameter's or buffer's memory: it is given the whole, and gives the part."""
+
+    def __init__(self, function: Callable[..., Any], view: Tensor) -> None:
+        self.function, self.__name__ = function, getattr(function, "__name__", "write")
+        self.place = (tuple(view.shape), view.stride(), view.storage_offset())
+
+    def __call__(self, leaf: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The part after the call."""
+        with torch.no_grad():
+            part = leaf.detach().as_strided(*self.place)
+            self.function(part, *args, **kwargs)
+        return part
+
+
+class SetData:
+    """`tensor.data = value`, as a write."""
+
+    __name__ = "data"
+
+    def __call__(self, leaf: Tensor, value: Tensor) -> None:
+        """Write the value."""
+        with torch.no_grad():
+            leaf.copy_(value)
+
+
 class Into:
     """A function called with `out=`, as one that gives what `out` becomes."""
 

@@ -21,7 +21,9 @@ from spindle.record.functions import (
     UNCHECKED,
     Into,
     IntoLeaf,
+    SetData,
     Written,
+    WrittenInLeaf,
     WrittenThroughView,
     by_rows,
     recordable,
@@ -35,6 +37,7 @@ from spindle.record.lazy import (
     ATTRIBUTES,
     OPENS_GRADIENTS,
     READS,
+    SET_DATA,
     SHOWS,
     LazyRead,
     Refused,
@@ -45,6 +48,7 @@ from spindle.record.lazy import (
     is_lazy,
     is_meta,
     memory_of,
+    storage_of,
 )
 from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
 from spindle.record.replay import RealCalls
@@ -72,13 +76,20 @@ class Recorder(TorchFunctionMode):
     """One recording under way."""
 
     def __init__(
-        self, recording: Recording, leaves: dict[int, int], sites: Sites, start: CodeType, real_calls: RealCalls
+        self,
+        recording: Recording,
+        leaves: dict[int, int],
+        leaf_tensors: list[Tensor],
+        sites: Sites,
+        start: CodeType,
+        real_calls: RealCalls,
     ) -> None:
-        """`leaves`: value numbers of the meta parameters and buffers by id. `start`: code of the function whose call
+        """`leaves`: value numbers of the meta parameters and buffers, `leaf_tensors`, by id. `start`: code of the function whose call
         is the outermost place of a site.
         """
         super().__init__()
         self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
+        self.leaf_tensors = leaf_tensors
         self.sources: list[Tensor] = []  # of each tensor computed from the batch that calls read, the one they read
         self.inside = False  # of a block, whose calls are not recorded
         self.component = ""
@@ -92,10 +103,11 @@ class Recorder(TorchFunctionMode):
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
-        self.written: list[Tensor] = []  # real tensors that values of the model were written into
+        self.written: list[Tensor] = []  # real tensors that something was written into
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
+        self._leaf_by_storage: dict[int, Tensor] = {}  # of meta parameters and buffers
         self._kept: list[Any] = []  # so that no id is used twice
         self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
 
@@ -138,8 +150,10 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.kept and func in ARITHMETIC:
-            self._refuse_kept(args[0])
+        if writes_first(func) and args and isinstance(args[0], Tensor):
+            self.written.append(args[0])
+            if self.kept and func in ARITHMETIC:
+                self._refuse_kept(args[0])
         if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
             self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
         result = func(*args, **kwargs)
@@ -160,7 +174,11 @@ class Recorder(TorchFunctionMode):
             func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
             return self._on_meta(func, args, kwargs)
         self._refuse_strangers(args)
+        if func == SET_DATA:
+            return self._set_data(*args)
         func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
+        if writes_first(func) and args and self._is_alias(args[0]):
+            return self._write_leaf(func, args, kwargs)
         out = kwargs.pop("out", None)
         if out is not None:
             func, args = Into(func), (out, *args)
@@ -169,7 +187,7 @@ class Recorder(TorchFunctionMode):
         self._note_changed(updated(func, args, kwargs))
         if out is not None and self._number.get(id(out)) in self.recording.leaves:
             self._touched.clear()
-            self._add(IntoLeaf(func.function), *encoded, [-1], writes=(self.recording.leaves[self._number[id(out)]],))
+            self._add(IntoLeaf(func.function), *encoded, [-1], writes=(self._name(out),))
             return out
         if out is not None:
             self._refuse_kept(out)
@@ -178,6 +196,61 @@ class Recorder(TorchFunctionMode):
             self._add(func, *encoded, [self._new(out)])
             return out
         return self.record(func, args, encoded, result)
+
+    def _is_alias(self, value: Any) -> bool:
+        """Whether a tensor, or one of several, is not a parameter or buffer but lies in the memory of one."""
+        if type(value) in (list, tuple):
+            return any(self._is_alias(each) for each in value)
+        return isinstance(value, Tensor) and is_meta(value) and self._leaf_of(value) not in (None, value)
+
+    def _leaf_of(self, value: Tensor) -> Tensor | None:
+        """The parameter or buffer in whose memory a meta tensor lies."""
+        if not self._leaf_by_storage:
+            self._leaf_by_storage = {storage_of(leaf): leaf for leaf in self.leaf_tensors}
+        return self._leaf_by_storage.get(storage_of(value))
+
+    def _write_leaf(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A write to memory of parameters or buffers, through views of them or what `.data` and `.detach()` give."""
+        given = args[0]
+        if type(given) in (list, tuple):
+            leaves = [self._whole_leaf(each) for each in given]
+            first: Any = leaves
+        else:
+            leaf = self._leaf_of(given)
+            assert leaf is not None
+            if not _covers(given, leaf):
+                func = WrittenInLeaf(func, given)
+            leaves, first = [leaf], leaf
+        with torch.no_grad():
+            encoded = tree(self.encoded, (first, *args[1:])), tree(self.encoded, kwargs)
+            names = tuple(map(self._name, leaves))
+            self._on_meta(func, (first, *args[1:]), kwargs)
+            self._touched.clear()
+            self._versions.update({self._number[id(leaf)]: leaf._version for leaf in leaves})
+            self._add(func, *encoded, [-1] if isinstance(first, Tensor) else [], writes=names)
+        return given
+
+    def _whole_leaf(self, value: Tensor) -> Tensor:
+        leaf = self._leaf_of(value)
+        if leaf is None or not _covers(value, leaf):
+            raise Refused(
+                "it writes to several tensors at once, some of which are parts of parameters or none; write to each "
+                "alone"
+            )
+        return leaf
+
+    def _set_data(self, of: Tensor, value: Tensor) -> None:
+        """`tensor.data = value`."""
+        leaf = self._leaf_of(of) if is_meta(of) else None
+        if leaf is not of or tuple(of.shape) != tuple(value.shape):
+            if not is_meta(of):
+                self.written.append(of)  # a buffer, say, that was taken as a constant
+                return
+            raise Refused("it sets .data of a value of the model, or to another shape; compute a new value in its place")
+        self._add(SetData(), (self.encoded(of), self.encoded(value)), {}, [], writes=(self._name(leaf),))
+
+    def _name(self, leaf: Tensor) -> str:
+        return self.recording.leaves[self._number[id(leaf)]]
 
     def _on_meta(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, named = under_autocast(func, tree(self.as_meta, args), tree(self.as_meta, kwargs))
@@ -400,3 +473,10 @@ class Recorder(TorchFunctionMode):
         for value in args:
             if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")
+
+
+def _covers(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor in the memory of a parameter or buffer is all of it, in its order."""
+    return (
+        value.shape == leaf.shape and value.stride() == leaf.stride() and value.storage_offset() == leaf.storage_offset()
+    )

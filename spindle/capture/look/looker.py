@@ -259,7 +259,7 @@ class Looker:
                 drawn = error
             changed = set(self.skeleton.changed)
             for name, (version, value) in before.items():
-                if buffers[name]._version != version:
+                if buffers[name]._version != version or name in changed:
                     changed.add(name)
                     with torch.no_grad():
                         buffers[name].copy_(value)
