@@ -5,6 +5,7 @@ Every promise of the program is checked while it is kept: what an instruction re
 
 import functools
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
 from spindle.capture.repeat import num_micro_batches
 from spindle.errors import RunError, SpindleError
 from spindle.record.draws import Stream, drawing_from
+from spindle.record.recording import LeafWrite
+from spindle.record.writes import perform
 from spindle.runtime.batches import check_alike
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
@@ -65,10 +68,11 @@ class Executor:
         switch: Switch | None = None,
         partial: frozenset[str] = frozenset(),
         momenta: Mapping[str, float | None] | None = None,
+        writes: Mapping[tuple[str, str], LeafWrite] | None = None,
     ) -> None:
         """`codes` hold what the rank runs; `optimizer` is over the parameters that the rank updates. `switch` is that
         of its cut layers; `partial` names parameters whose gradients in a part are shares. `momenta`: of norm layers
-        in tallies.
+        in tallies; `writes` to parameters, by task and parameter.
         """
         self.switch, self.partial = switch or Switch(), partial
         self.program, self.transport, self.codes = program, transport, codes
@@ -76,6 +80,7 @@ class Executor:
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
         self.state = StepState(program, self.rank, codes, momenta or {})
+        self.writes = writes or {}
         self.instructions = program.instructions[self.rank]
         sizes = {name: flat.nbytes for name, flat in store.bucket.items()}
         self.timed = functools.partial(span_of, program, self.rank, sizes)
@@ -106,6 +111,7 @@ class Executor:
             Op.GATHER: self._gather,
             Op.TALLY: self._tally,
             Op.HAND: self._hand,
+            Op.WRITE: self._write,
         }
 
     def step(
@@ -421,6 +427,27 @@ class Executor:
         self.transport.start([], [(hand.source, value) for value in values])[1]()
         for buffer, value in zip(names, values, strict=True):
             buffers.put(buffer, value)
+
+    def _write(self, name: str) -> None:
+        """Change parameters outside of the optimizer, one after the other, so that little is fetched at a time."""
+        write = self.program.write_by_name[name]
+        fetches = {fetch.parameter: fetch for fetch in write.fetches}
+        departures: list[Wait] = []
+        for target in write.parameters:
+            found = self.writes[write.task, target]
+            values: dict[str, Tensor] = {}
+            for fetch in (fetches[source] for source in found.sources if source in fetches):
+                if fetch.source == self.rank:
+                    value = self.store.parameters[fetch.parameter].detach().contiguous()
+                    departures.append(self.transport.start([(peer, value) for peer in fetch.targets], [])[0])
+                elif self.rank in fetch.targets:
+                    shape, dtype = found.shapes[fetch.parameter]
+                    value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
+                    self.transport.start([], [(fetch.source, value)])[1]()
+            if self.rank in write.ranks:
+                perform(found, ChainMap(values, self.store.parameters).__getitem__, self.transport.device)  # type: ignore[arg-type]
+        for departed in departures:
+            departed()
 
     # -- buffers --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ _KIND_BY_OP = {
     Op.GATHER: SpanKind.REDUCE,
     Op.TALLY: SpanKind.REDUCE,
     Op.HAND: SpanKind.TRANSFER,
+    Op.WRITE: SpanKind.STEP,
 }
 
 

@@ -293,6 +293,7 @@ class Worker:
                 self.switch,
                 job.partial,
                 self.momenta,
+                {(base_task(task), w.target): w for task, code in job.recipe.codes.items() for w in code.writes},
             )
         return self.executors[tasks]
 

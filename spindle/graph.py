@@ -216,11 +216,28 @@ class Operator:
         return sum(parameter.num_bytes for parameter in self.parameters)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterWrite:
+    """A task writes to parameter `target` what it computes from `sources` alone, outside of the optimizer.
+
+    `after`: after all in the task that uses it, else before; None: the task does not use it. `repeatable`: to write
+    twice is to write once. `line`: where it stands.
+    """
+
+    task: str
+    target: str
+    sources: tuple[str, ...] = ()
+    after: bool | None = False
+    repeatable: bool = False
+    line: str = ""
+
+
 @dataclass(frozen=True)
 class TaskGraph:
-    """All operators of a workload; flows follow from the tensors they read and write."""
+    """All operators of a workload; flows follow from the tensors they read and write. `writes`: to parameters."""
 
     operators: tuple[Operator, ...]
+    writes: tuple[ParameterWrite, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.operators:

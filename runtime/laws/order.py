@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun, Transfer
 
 
-_TOGETHER = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND)
+_TOGETHER = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
 """What several ranks do at once."""
 
 
@@ -97,7 +97,7 @@ def _members(program: Program) -> dict[str, frozenset[int]]:
     everyone = {"": frozenset(range(program.num_ranks))}
     transfers = {transfer.name: transfer.members() for transfer in program.transfers}
     tallies = {tally.name: frozenset(tally.ranks) for tally in program.tallies}
-    hands = {hand.name: hand.members() for hand in program.handovers}
+    hands = {each.name: each.members() for each in (*program.handovers, *program.writes)}
     return everyone | transfers | tallies | hands | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
 
 

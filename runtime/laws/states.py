@@ -34,6 +34,30 @@ def statistics_tallied(program: Program, places: Places) -> Iterator[str]:
                         yield f"rank {rank} tallies {tally.name} before {op} {run.name}, which adds to it"
 
 
+def parameters_written(program: Program, places: Places) -> Iterator[str]:
+    """All that hold a parameter write to it once, before all runs or after all of them, with what they read for it."""
+    tasks = {task.partition("#")[0] for task, _ in program.losses}
+    for write in program.writes:
+        instruction = Instruction(Op.WRITE, write.name)
+        yield from exactly_once(instruction, write.members(), places)
+        if write.task not in tasks:
+            yield f"write {write.name} is of task {write.task!r}, which takes no part"
+        held = {bucket.ranks for bucket in program.buckets if set(bucket.parameters) & set(write.parameters)}
+        yield from (f"ranks {ranks} hold what write {write.name} changes" for ranks in held if ranks != write.ranks)
+        for fetch in write.fetches:
+            if not set(fetch.targets) <= set(write.ranks) or fetch.source in fetch.targets:
+                yield f"write {write.name} fetches {fetch.parameter!r} for ranks {fetch.targets}, not those that write"
+        for rank, (position, *_) in places.get(instruction, {}).items():
+            runs = [
+                at
+                for at, other in enumerate(program.instructions[rank])
+                if other.op in (Op.FORWARD, Op.BACKWARD) and (at > position if write.after else at < position)
+            ]
+            if runs:
+                other = program.instructions[rank][runs[0]]
+                yield f"rank {rank} does {instruction} {'before' if write.after else 'after'} {other}"
+
+
 def states_in_order(program: Program, places: Places) -> Iterator[str]:
     """Runs touch a state in the order of one process; whoever touches it next has it as the last one left it."""
     for handover in program.handovers:

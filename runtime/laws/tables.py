@@ -15,15 +15,16 @@ _TABLES_BY_OP = {
     Op.GATHER: ("bucket_by_name",),
     Op.TALLY: ("tally_by_name",),
     Op.HAND: ("handover_by_name",),
+    Op.WRITE: ("write_by_name",),
 }
 
 
 def names_resolve(program: Program) -> Iterator[str]:
     """Every name stands for one thing, and whatever is named exists, ranks too."""
     awaited = [*(t.name for t in program.transfers), *(b.name for b in program.buckets)]
-    together = [*(t.name for t in program.tallies), *(h.name for h in program.handovers)]
+    together = [*(t.name for t in program.tallies), *(h.name for h in program.handovers), *(w.name for w in program.writes)]
     tensors, runs = [t.name for t in program.tensors], [run.name for run in program.slices]
-    for what, names in (("tensor", tensors), ("slice run", runs), ("transfer or bucket", awaited), ("tally or handover", together)):
+    for what, names in (("tensor", tensors), ("slice run", runs), ("transfer or bucket", awaited), ("tally, handover or write", together)):
         twice = (name for name, count in Counter(names).items() if count > 1)
         yield from (f"{what} {name!r} stands in the program more than once" for name in twice)
     for rank, instructions in enumerate(program.instructions):
@@ -73,6 +74,10 @@ def _named(program: Program) -> Iterator[tuple[str, Collection[str], Collection[
         yield f"state {state.name!r}", (), state.ranks
     for hand in program.handovers:
         yield f"handover {hand.name!r}", (), (hand.source, *hand.targets)
+    for write in program.writes:
+        yield f"write {write.name!r}", (), write.ranks
+        for fetch in write.fetches:
+            yield f"write {write.name!r}", (), (fetch.source, *fetch.targets)
 
 
 def runs_complete(program: Program, places: Places) -> Iterator[str]:

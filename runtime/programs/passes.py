@@ -43,6 +43,7 @@ def restricted(program: Program, tasks: Collection[str]) -> Program:
             transfers=tuple(t for t in program.transfers if t.source in kept and t.target in kept),
             losses=tuple((task, tensor) for task, tensor in program.losses if task in tasks),
             handovers=tuple(make_handovers(program.states, slices)),
+            writes=tuple(write for write in program.writes if write.task in {task.partition("#")[0] for task in tasks}),
             instructions=((),) * program.num_ranks,
         )
     )
@@ -61,6 +62,7 @@ def add_compute(program: Program) -> Lists:
     """
     lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
     complete, hands = _completed_buckets(program), _handovers(program)
+    _add_writes(program, lists, after=False)
     for backward in (False, True):
         transfers = [t for t in program.transfers if t.backward is backward]
         incoming, outgoing = _grouped(transfers, "target"), _grouped(transfers, "source")
@@ -83,11 +85,18 @@ def add_compute(program: Program) -> Lists:
     for hand in hands.get("", ()):
         for rank in sorted(hand.members()):
             lists[rank].append(Instruction(Op.HAND, hand.name))
+    _add_writes(program, lists, after=True)
     counted = {layer for run in program.slices for layer in run.statistics}
     for tally in program.tallies:
         for rank in tally.ranks if counted & set(tally.layers) else ():
             lists[rank].append(Instruction(Op.TALLY, tally.name))
     return tuple(map(tuple, lists))
+
+
+def _add_writes(program: Program, lists: list[list[Instruction]], *, after: bool) -> None:
+    for write in program.writes:
+        for rank in sorted(write.members()) if write.after is after else ():
+            lists[rank].append(Instruction(Op.WRITE, write.name))
 
 
 def _handovers(program: Program) -> dict[str, list[Handover]]:

@@ -7,6 +7,8 @@
 - A tally holds norm layers of which several runs change the running statistics; what each adds is folded in at the end.
 - A state is some buffers that runs change one after another, in the order of one process; a handover brings them from
   the rank that changed them last to those that touch them next.
+- A write changes parameters outside of the optimizer, before or after all runs of a round, on every rank that holds
+  them; it reads other parameters, which are fetched where a rank lacks them.
 - `instructions[rank]` is the rank's program. It is all that the rank does.
 """
 
@@ -36,11 +38,12 @@ class Op(StrEnum):
     GATHER = "GATHER"  # a bucket: take its updated parameters from the rank that owns it
     TALLY = "TALLY"  # a tally: take together what all runs of a step add to running statistics
     HAND = "HAND"  # a handover: send a state, or take it
+    WRITE = "WRITE"  # a write: send or take what it reads, and change parameters outside of the optimizer
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction; `target` names a task, slice run, transfer, bucket, tally, handover or buffer."""
+    """One instruction; `target` names a task, slice run, transfer, bucket, tally, handover, write or buffer."""
 
     op: Op
     target: str = ""
@@ -201,6 +204,31 @@ class Handover:
         return frozenset((self.source, *self.targets))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """A parameter goes from a rank that holds it to ranks that need it for a write."""
+
+    parameter: str
+    source: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """A task changes `parameters` outside of the optimizer on `ranks`, which hold them; `after` all runs or before."""
+
+    name: str
+    task: str
+    after: bool
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
+    fetches: tuple[Fetch, ...] = ()
+
+    def members(self) -> frozenset[int]:
+        """Ranks that write, or send what others need."""
+        return frozenset((*self.ranks, *(fetch.source for fetch in self.fetches)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """One step of a whole workload on `num_ranks` ranks.
@@ -221,6 +249,7 @@ class Program:
     tallies: tuple[Tally, ...] = ()
     states: tuple[State, ...] = ()
     handovers: tuple[Handover, ...] = ()
+    writes: tuple[Write, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -262,6 +291,11 @@ class Program:
     def handover_by_name(self) -> dict[str, Handover]:
         """Handovers by name."""
         return {handover.name: handover for handover in self.handovers}
+
+    @cached_property
+    def write_by_name(self) -> dict[str, Write]:
+        """Writes by name."""
+        return {write.name: write for write in self.writes}
 
     @cached_property
     def one_process(self) -> tuple[SliceRun, ...]:
@@ -332,6 +366,11 @@ class Program:
         if handover is not None:
             buffer, peers = self.state_by_name[handover.state].buffers[0], sorted(handover.members() - {rank})
             return f"rank {rank}, {instruction} (buffer {buffer}, with ranks {_listed(peers)})"
+        write = self.write_by_name.get(instruction.target)
+        if write is not None:
+            peers = sorted(write.members() - {rank})
+            others = f", with ranks {_listed(peers)}" if peers else ""
+            return f"rank {rank}, {instruction} (parameter {write.parameters[0]}{others})"
         if instruction.op in (Op.AGREE, Op.CLIP) and self.num_ranks > 1:
             return f"rank {rank}, {instruction} (with all ranks)"
         return f"rank {rank}, {instruction}"

@@ -1,4 +1,4 @@
-"""States: which runs change what besides gradients in; tallies, states and handovers out. Pure Python.
+"""States: which runs change what besides gradients in; tallies, states, handovers and writes out. Pure Python.
 
 - One process runs task after task, and of each task batch after batch. Operators that touch a state keep that order,
   whatever devices they run on; the state goes with them.
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from spindle.errors import PlanError
 from spindle.graph import Operator, TaskGraph
-from spindle.runtime.programs.program import Handover, SliceRun, State, Tally
+from spindle.runtime.programs.program import Fetch, Handover, SliceRun, State, Tally, Write
 
 
 def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:
@@ -116,3 +116,36 @@ def _handovers(state: State, runs: Sequence[SliceRun]) -> Iterator[Handover]:
     if source is not None:
         others = tuple(rank for rank in state.ranks if rank != source)
         yield Handover(name=f"{state.name}>", state=state.name, source=source, targets=others)
+
+
+def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
+    """Writes to parameters outside of the optimizer: all ranks that hold one write to it, and take what they lack for it
+    from the first rank that holds that. Those of a task with the same ranks on both sides are one instruction.
+    """
+    if not graph.writes:
+        return []
+    holders: dict[str, set[int]] = {}
+    for run in runs:
+        for name in {p.name for op in run.operators for p in graph.by_name[op].parameters}:
+            holders.setdefault(name, set()).update(run.ranks)
+    found: dict[tuple[object, ...], list[tuple[str, list[Fetch]]]] = {}
+    for write in graph.writes:
+        ranks = tuple(sorted(holders[write.target]))
+        fetches = [
+            Fetch(parameter=name, source=min(holders[name]), targets=lacking)
+            for name in write.sources
+            if (lacking := tuple(rank for rank in ranks if rank not in holders[name]))
+        ]
+        ends = tuple((fetch.source, fetch.targets) for fetch in fetches)
+        found.setdefault((write.task, bool(write.after), ranks, ends), []).append((write.target, fetches))
+    return [
+        Write(
+            name=f"w{index}",
+            task=str(task),
+            after=bool(after),
+            ranks=tuple(ranks),  # type: ignore[arg-type]
+            parameters=tuple(target for target, _ in members),
+            fetches=tuple(fetch for _, fetches in members for fetch in fetches),
+        )
+        for index, ((task, after, ranks, _), members) in enumerate(found.items())
+    ]

@@ -31,6 +31,7 @@ from spindle.errors import FormatError
 from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import (
     Bucket,
+    Fetch,
     Handover,
     Instruction,
     Message,
@@ -40,6 +41,7 @@ from spindle.runtime.programs.program import (
     State,
     Tally,
     Transfer,
+    Write,
 )
 from spindle.units import SAMPLES
 
@@ -109,6 +111,12 @@ def _state_lines(program: Program) -> Iterator[str]:
     for hand in program.handovers:
         before = f" before {hand.before}" if hand.before else ""
         yield f"handover {hand.name} of {hand.state} from {hand.source} to {' '.join(map(str, hand.targets))}{before}"
+    for write in program.writes:
+        when = "after" if write.after else "before"
+        yield f"write {write.name} task {_word(write.task)} {when} ranks {' '.join(map(str, write.ranks))}"
+        yield from (f"  {_word(name)}" for name in write.parameters)
+        for fetch in write.fetches:
+            yield f"  {_word(fetch.parameter)} {fetch.source} -> {' '.join(map(str, fetch.targets))}"
 
 
 def _word(name: object) -> str:
@@ -134,6 +142,7 @@ class _Parsed:
     tallies: list[Tally] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     handovers: list[Handover] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
 
 
 def loads(text: str, *, source: str = "text") -> Program:
@@ -165,6 +174,7 @@ def loads(text: str, *, source: str = "text") -> Program:
         tallies=tuple(parsed.tallies),
         states=tuple(parsed.states),
         handovers=tuple(parsed.handovers),
+        writes=tuple(parsed.writes),
     )
 
 
@@ -286,6 +296,23 @@ def _parse_handover(parsed: _Parsed, words: list[str], body: list[list[str]]) ->
     )
 
 
+def _parse_write(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, task, when, _, *ranks = words
+    fetches = (
+        Fetch(parameter=row[0], source=int(row[1]), targets=tuple(map(int, row[3:]))) for row in body if len(row) > 1
+    )
+    parsed.writes.append(
+        Write(
+            name=name,
+            task=task,
+            after={"before": False, "after": True}[when],
+            ranks=tuple(map(int, ranks)),
+            parameters=tuple(row[0] for row in body if len(row) == 1),
+            fetches=tuple(fetches),
+        )
+    )
+
+
 def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     if int(words[0]) != len(parsed.instructions):
         raise ValueError(f"ranks stand in order; here comes rank {len(parsed.instructions)}")
@@ -308,5 +335,6 @@ _PARSERS: dict[str, Callable[[_Parsed, list[str], list[list[str]]], None]] = {
     "tally": _parse_tally,
     "state": _parse_state,
     "handover": _parse_handover,
+    "write": _parse_write,
     "rank": _parse_rank,
 }

@@ -17,7 +17,7 @@ from spindle.graph import TaskGraph
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.draws import Site
 from spindle.record.randomness import Drawing
-from spindle.record.recording import Node, Recording, execute
+from spindle.record.recording import LeafWrite, Node, Recording, execute
 from spindle.record.skeleton import Skeleton
 from spindle.units import Place
 from spindle.workload import Precision
@@ -148,7 +148,7 @@ class TaskCode:
     order, `tensors` their names; `loss` is the name of the loss. `sites`: along what the samples lie in draws, by
     scope. `stateful`: buffers that change. `held`: fields and units of which the first batch had some. `waits`: the
     last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
-    the task trains; `learning`: tensors that a gradient comes back for.
+    the task trains; `learning`: tensors that a gradient comes back for; `writes`: what it writes to parameters.
     """
 
     task: str
@@ -166,6 +166,7 @@ class TaskCode:
     sites: Mapping[str, tuple[Site, ...]]
     stateful: frozenset[str] = frozenset()
     copies_batch: bool = False
+    writes: tuple[LeafWrite, ...] = ()
 
     def sent(self, operator: str) -> list[str]:
         """Tensors that an operator sends to others."""

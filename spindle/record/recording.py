@@ -83,12 +83,33 @@ class Node:
         return [aux.index for aux in leaves_of((self.args, self.kwargs), Aux)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeafWrite:
+    """Calls that write to parameter `target`, and those that compute what is written, from `sources` and constants.
+
+    `after`: all that uses the target in the task comes before it, or, when False, after it; None: nothing uses it.
+    `repeatable`: to write twice is to write once. `text` is equal for writes that do the same. `shapes`: of the
+    sources, with their types.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    leaves: Mapping[int, str]
+    aux: Mapping[int, Tensor]
+    after: bool | None
+    repeatable: bool
+    line: str
+    text: str
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 @dataclass(slots=True)
 class Recording:
     """What one run of a task function on some samples came to.
 
     `leaves` are names of parameters and of buffers that change, by value number; `shapes`, `dtypes` and `needs_grad`
-    are of all values; `aux` holds what was computed for real.
+    are of all values; `aux` holds what was computed for real. `writes` are to parameters, and in no node.
     """
 
     leaves: dict[int, str]
@@ -98,6 +119,7 @@ class Recording:
     needs_grad: list[bool] = field(default_factory=list)
     aux: list[Tensor] = field(default_factory=list)
     loss: int = -1
+    writes: list[LeafWrite] = field(default_factory=list)
 
     def makers(self) -> dict[int, int]:
         """Number of the node that makes each value."""

@@ -16,6 +16,7 @@ from spindle.record.recording import Recording
 from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn
 from spindle.record.skeleton import Skeleton
+from spindle.record.writes import take_out
 
 TaskFunction = Callable[[Any], Any]
 
@@ -72,6 +73,10 @@ def record(
         if lazy:
             number = recorder.number(result)
             recording.loss = -1 if number is None else number
+        try:
+            take_out(recording, skeleton.parameters, skeleton.parameters_of)
+        except Refused as error:
+            raise Failure(error, "", "") from error
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         replay = recorder.real_calls.replay(fields, recorder.sources)
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)

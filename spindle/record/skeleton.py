@@ -111,6 +111,16 @@ class Skeleton:
         self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
         self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of all parameters."""
+        return [name for name, meta in self._metas.values() if isinstance(meta, nn.Parameter)]
+
+    def parameters_of(self, path: str) -> set[str]:
+        """Names of the parameters that a module holds, while the skeleton is open."""
+        numbers = (self._numbers.get(id(meta)) for meta in self.module(path).parameters())
+        return {self.leaves[number] for number in numbers if number is not None}
+
     def keep_apart(self, function: Callable[..., Any]) -> None:
         """Know the plain tensors that modules, and the function of a task, hold: what they hold outlives a batch."""
         held = {f"{prefix}{name}": value for prefix, module in self._modules for name, value in vars(module).items()}

@@ -12,7 +12,7 @@ from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
-from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators, refuse_written_parameters
+from spindle.capture.look.refusals import Moved, check_loss, explained, no_other_generators
 from spindle.capture.look.samples import (
     PROBE_SAMPLES,
     TRIALS,
@@ -224,7 +224,6 @@ class Looker:
             fields[name]._version != version for name, version in versions.items()
         )
         check_loss(self.task, found)
-        refuse_written_parameters(self.workload, self.task, found)
         return found
 
     def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
