@@ -79,17 +79,17 @@ class Recorder(TorchFunctionMode):
         self,
         recording: Recording,
         leaves: dict[int, int],
-        leaf_tensors: list[Tensor],
+        own: Mapping[int, Tensor],
         sites: Sites,
         start: CodeType,
         real_calls: RealCalls,
     ) -> None:
-        """`leaves`: value numbers of the meta parameters and buffers, `leaf_tensors`, by id. `start`: code of the function whose call
+        """`leaves`: value numbers of the meta parameters and buffers by id; `own`: these, by id of the user's. `start`: code of the function whose call
         is the outermost place of a site.
         """
         super().__init__()
         self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
-        self.leaf_tensors = leaf_tensors
+        self.own = own
         self.sources: list[Tensor] = []  # of each tensor computed from the batch that calls read, the one they read
         self.inside = False  # of a block, whose calls are not recorded
         self.component = ""
@@ -125,6 +125,8 @@ class Recorder(TorchFunctionMode):
             return False
         if func in ATTRIBUTES:
             return func(*args, **kwargs)
+        if self._holds_own((*args, *kwargs.values())):
+            args, kwargs = tree(self._as_leaf, args), tree(self._as_leaf, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
             self._refuse_strangers(args)
@@ -143,6 +145,19 @@ class Recorder(TorchFunctionMode):
         if func in (Tensor.cuda, Tensor.cpu) or (func is Tensor.to and len(args) == 1 and not kwargs):
             return args[0]
         return self._lazy(func, args, kwargs)
+
+    def _holds_own(self, values: Iterable[Any]) -> bool:
+        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self.own and not get_meta(value):
+                    return True
+            elif type(value) in (list, tuple) and self._holds_own(value):
+                return True
+        return False
+
+    def _as_leaf(self, value: Any) -> Any:
+        return self.own.get(id(value), value) if isinstance(value, Tensor) else value
 
     def real(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A call for real that no mode sees."""
@@ -198,15 +213,18 @@ class Recorder(TorchFunctionMode):
         return self.record(func, args, encoded, result)
 
     def _is_alias(self, value: Any) -> bool:
-        """Whether a tensor, or one of several, is not a parameter or buffer but lies in the memory of one."""
+        """Whether a tensor is no parameter or buffer but lies in the memory of one; or several are written at once,
+        whose versions need not tell of it.
+        """
         if type(value) in (list, tuple):
-            return any(self._is_alias(each) for each in value)
-        return isinstance(value, Tensor) and is_meta(value) and self._leaf_of(value) not in (None, value)
+            return any(is_meta(each) and self._leaf_of(each) is not None for each in value)
+        leaf = self._leaf_of(value) if isinstance(value, Tensor) and is_meta(value) else None
+        return leaf is not None and leaf is not value
 
     def _leaf_of(self, value: Tensor) -> Tensor | None:
         """The parameter or buffer in whose memory a meta tensor lies."""
         if not self._leaf_by_storage:
-            self._leaf_by_storage = {storage_of(leaf): leaf for leaf in self.leaf_tensors}
+            self._leaf_by_storage = {storage_of(leaf): leaf for leaf in self.own.values()}
         return self._leaf_by_storage.get(storage_of(value))
 
     def _write_leaf(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -160,9 +160,9 @@ class Skeleton:
             recording.shapes.append(tuple(meta.shape))
             recording.dtypes.append(meta.dtype)
             recording.needs_grad.append(meta.requires_grad)
-        leaf_tensors = [meta for _, meta in self._metas.values()]
+        own = {number: meta for number, (_, meta) in self._metas.items()}
         with self.lock, contextlib.ExitStack() as stack:
-            recorder = Recorder(recording, self._numbers, leaf_tensors, self.sites, start, RealCalls())
+            recorder = Recorder(recording, self._numbers, own, self.sites, start, RealCalls())
             stack.enter_context(caches_off(self.configs))
             stack.enter_context(self._meta_parameters())
             stack.enter_context(self._forwards(recorder))

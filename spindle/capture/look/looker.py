@@ -28,8 +28,10 @@ from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, 
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
+from spindle.record.recording import LeafWrite
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
+from spindle.record.writes import differing
 from spindle.units import Bounds, Place, Units
 from spindle.workload import Task, Workload
 
@@ -52,6 +54,7 @@ class Looker:
         self.workload, self.skeleton, self.task = workload, skeleton, task
         self.whole = whole
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
+        self.writes: Sequence[LeafWrite] | None = None  # to parameters; None: not known yet
         self.numbers = skeleton.numbers()  # of modules before any code ran
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
@@ -224,7 +227,20 @@ class Looker:
             fields[name]._version != version for name, version in versions.items()
         )
         check_loss(self.task, found)
+        self._check_writes(found)
         return found
+
+    def _check_writes(self, found: Recorded) -> None:
+        """What the task writes to parameters is the same for all samples."""
+        if self.writes is None:
+            self.writes = found.recording.writes
+        name = differing(self.writes, found.recording.writes)
+        if name:
+            line = next((w.line for w in (*self.writes, *found.recording.writes) if w.target == name), "")
+            raise WorkloadError(
+                f"task {self.task.name!r} writes to parameter {name!r}{f' ({line})' if line else ''} outside of the "
+                "optimizer what depends on the batch; do it after the step, in a callback"
+            )
 
     def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
         noted = Undrawn()
