@@ -433,6 +433,7 @@ class Executor:
         write = self.program.write_by_name[name]
         fetches = {fetch.parameter: fetch for fetch in write.fetches}
         departures: list[Wait] = []
+        held: dict[str, Tensor] = dict(self.store.parameters)
         for target in write.parameters:
             found = self.writes[write.task, target]
             values: dict[str, Tensor] = {}
@@ -445,7 +446,7 @@ class Executor:
                     value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
                     self.transport.start([], [(fetch.source, value)])[1]()
             if self.rank in write.ranks:
-                perform(found, ChainMap(values, self.store.parameters).__getitem__, self.transport.device)  # type: ignore[arg-type]
+                perform(found, ChainMap(values, held).__getitem__, self.transport.device)
         for departed in departures:
             departed()
 

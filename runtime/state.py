@@ -118,8 +118,8 @@ class StepState:
         for (op, name, value), version in zip(constant, versions, strict=True):
             if self.buffers[name] is not value or value._version != version:
                 raise RunError(
-                    f"{op} changed buffer {name!r}, which it did not on the first batches, so that nobody takes care of "
-                    "it; change it in every step"
+                    f"{op} changed buffer {name!r}, which it did not on the first batches, so that nobody takes care "
+                    "of it; change it in every step"
                 )
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ from spindle.capture.repeat import base_task, num_micro_batches
 from spindle.graph import parse_piece
 from spindle.plan import SizeRange
 from spindle.record.copies import copied
+from spindle.record.travel import let_travel
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
@@ -113,6 +114,7 @@ def make_jobs(
     used = {parse_piece(name).whole for names in owned for name in names}
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
+    let_travel(component.module for component in workload.components.values())
     recipe, jobs = Recipe.of(workload, captured), []
     for rank, own in enumerate(codes):
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}

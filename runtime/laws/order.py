@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun, Transfer
 
-
 _TOGETHER = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
 """What several ranks do at once."""
 
@@ -97,17 +96,22 @@ def _members(program: Program) -> dict[str, frozenset[int]]:
     everyone = {"": frozenset(range(program.num_ranks))}
     transfers = {transfer.name: transfer.members() for transfer in program.transfers}
     tallies = {tally.name: frozenset(tally.ranks) for tally in program.tallies}
-    hands = {each.name: each.members() for each in (*program.handovers, *program.writes)}
-    return everyone | transfers | tallies | hands | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+    hands = {hand.name: hand.members() for hand in program.handovers}
+    writes = {write.name: write.members() for write in program.writes}
+    return (
+        everyone
+        | transfers
+        | tallies
+        | hands
+        | writes
+        | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+    )
 
 
 def different_orders(program: Program) -> Iterator[str]:
     """Pairs of ranks that meet what they do together in different orders."""
     members = _members(program)
-    together = [
-        [i.target for i in instructions if i.op in _TOGETHER]
-        for instructions in program.instructions
-    ]
+    together = [[i.target for i in instructions if i.op in _TOGETHER] for instructions in program.instructions]
     for a in range(program.num_ranks):
         for b in range(a + 1, program.num_ranks):
             of_a, of_b = ([name for name in together[r] if {a, b} <= members[name]] for r in (a, b))

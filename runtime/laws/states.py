@@ -1,6 +1,7 @@
 """States: what runs change besides gradients follows one process, on every rank that holds it."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from spindle.runtime.laws.places import Places, exactly_once
 from spindle.runtime.programs.program import Handover, Instruction, Op, Program, SliceRun, State
@@ -79,11 +80,9 @@ def states_in_order(program: Program, places: Places) -> Iterator[str]:
             yield from _handed(program, home[buffer], buffer, own, places)
 
 
-def _handed(
-    program: Program, state: State, buffer: str, own: Sequence[SliceRun], places: Places
-) -> Iterator[str]:
+def _handed(program: Program, state: State, buffer: str, own: Sequence[SliceRun], places: Places) -> Iterator[str]:
     hands = [hand for hand in program.handovers if hand.state == state.name]
-    for before, run in zip(own, own[1:], strict=False):
+    for before, run in pairwise(own):
         missing = set(run.ranks) - {before.ranks[0]}
         matching = [hand for hand in hands if hand.before == run.name]
         if missing - {rank for hand in matching for rank in hand.targets}:

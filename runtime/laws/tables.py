@@ -22,9 +22,18 @@ _TABLES_BY_OP = {
 def names_resolve(program: Program) -> Iterator[str]:
     """Every name stands for one thing, and whatever is named exists, ranks too."""
     awaited = [*(t.name for t in program.transfers), *(b.name for b in program.buckets)]
-    together = [*(t.name for t in program.tallies), *(h.name for h in program.handovers), *(w.name for w in program.writes)]
+    together = [
+        *(t.name for t in program.tallies),
+        *(h.name for h in program.handovers),
+        *(w.name for w in program.writes),
+    ]
     tensors, runs = [t.name for t in program.tensors], [run.name for run in program.slices]
-    for what, names in (("tensor", tensors), ("slice run", runs), ("transfer or bucket", awaited), ("tally, handover or write", together)):
+    for what, names in (
+        ("tensor", tensors),
+        ("slice run", runs),
+        ("transfer or bucket", awaited),
+        ("tally, handover or write", together),
+    ):
         twice = (name for name, count in Counter(names).items() if count > 1)
         yield from (f"{what} {name!r} stands in the program more than once" for name in twice)
     for rank, instructions in enumerate(program.instructions):

@@ -19,7 +19,14 @@ from spindle.plan import Plan, Slice
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
-from spindle.runtime.programs.states import make_handovers, make_states, make_tallies, make_writes, orders, refuse_circle
+from spindle.runtime.programs.states import (
+    make_handovers,
+    make_states,
+    make_tallies,
+    make_writes,
+    orders,
+    refuse_circle,
+)
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 

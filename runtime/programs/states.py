@@ -28,9 +28,9 @@ def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:
         tasks = list(dict.fromkeys(_base(operator.task) for operator in found))
         if rounds > 1 and len(tasks) > 1:
             raise PlanError(
-                f"tasks {tasks[0]!r} and {tasks[1]!r} both read or change buffer {state!r}; one process runs all batches "
-                f"of a step of the one before those of the other, but {rounds} rounds of micro-batches would let them "
-                "take turns: set accumulate=1, or in_flight to the same number as accumulate"
+                f"tasks {tasks[0]!r} and {tasks[1]!r} both read or change buffer {state!r}; one process runs all "
+                f"batches of a step of the one before those of the other, but {rounds} rounds of micro-batches would "
+                "let them take turns: set accumulate=1, or in_flight to the same number as accumulate"
             )
     waits: dict[str, set[str]] = {}
     for found in users.values():
@@ -119,8 +119,8 @@ def _handovers(state: State, runs: Sequence[SliceRun]) -> Iterator[Handover]:
 
 
 def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
-    """Writes to parameters outside of the optimizer: all ranks that hold one write to it, and take what they lack for it
-    from the first rank that holds that. Those of a task with the same ranks on both sides are one instruction.
+    """Writes to parameters outside of the optimizer: all ranks that hold one write to it, and take what they lack for
+    it from the first rank that holds that. Those of a task with the same ranks on both sides are one instruction.
     """
     if not graph.writes:
         return []

@@ -241,7 +241,8 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             trained=tuple(rows["trained"]),
             tensor_parallel=parts[0] if parts else 1,
             weigh_by=units[0] if units else SAMPLES,
-            **{label: tuple(rows.get(label, ())) for label in _TOUCHED},
+            statistics=tuple(rows.get("statistics", ())),
+            states=tuple(rows.get("states", ())),
             **{flag: flag in flags for flag in _FLAGS},
         )
     )

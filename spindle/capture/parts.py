@@ -68,8 +68,8 @@ def divide(
     other = differing(code.writes, recorded.recording.writes)
     if other:
         raise WorkloadError(
-            f"{where}: it writes to parameter {other!r} in another way than when it was captured; a task must write the "
-            "same in every step (what changes from step to step belongs in a callback)"
+            f"{where}: it writes to parameter {other!r} in another way than when it was captured; a task must write "
+            "the same in every step (what changes from step to step belongs in a callback)"
         )
     if lacks:
         lacking = Lacking(code, wired, lacks, where)

@@ -65,11 +65,7 @@ def touches(
 
 
 def _of_block(operator: str, path: str, at: int, changes: Changes, buffers: Buffers) -> Iterator[Touch]:
-    counted = {
-        name: layer
-        for layer in changes.statistics
-        for name in statistics_of(layer, buffers.modules[layer])
-    }
+    counted = {name: layer for layer in changes.statistics for name in statistics_of(layer, buffers.modules[layer])}
     for full, name in buffers.below(path):
         layer = name.rpartition(".")[0] if full in counted else ""
         yield Touch(operator, name, at, full in counted or full in changes.buffers, layer)
@@ -120,8 +116,7 @@ def with_states(operators: Sequence[Operator], found: Iterable[Touch]) -> tuple[
         elif touch.buffer in states:
             own.setdefault(touch.operator, {})[touch.buffer] = None
     return tuple(
-        replace(op, statistics=tuple(layers.get(op.name, ())), states=tuple(own.get(op.name, ())))
-        for op in operators
+        replace(op, statistics=tuple(layers.get(op.name, ())), states=tuple(own.get(op.name, ()))) for op in operators
     )
 
 

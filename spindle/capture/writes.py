@@ -64,7 +64,8 @@ class _Check:
             raise self._refused(write, f"{in_flight} micro-batches run at once: set in_flight=1")
         if accumulate > 1 and others and (write.after or not write.repeatable):
             raise self._refused(
-                write, f"each of {accumulate} batches of a step does, and task {min(others)!r} uses it: set accumulate=1"
+                write,
+                f"each of {accumulate} batches of a step does, and task {min(others)!r} uses it: set accumulate=1",
             )
         return write
 
@@ -96,6 +97,6 @@ class _Check:
     def _refused(self, write: ParameterWrite, why: str) -> WorkloadError:
         line = f", {write.line}" if write.line else ""
         return WorkloadError(
-            f"task {write.task!r}{line} writes to parameter {write.target!r} outside of the optimizer, and {why}; or do "
-            "it after the step, in a callback"
+            f"task {write.task!r}{line} writes to parameter {write.target!r} outside of the optimizer, and {why}; or "
+            "do it after the step, in a callback"
         )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spindle.record.functions import (
-    REDUCTIONS,
     ARITHMETIC,
+    REDUCTIONS,
     UNCHECKED,
     Into,
     IntoLeaf,
@@ -84,8 +84,8 @@ class Recorder(TorchFunctionMode):
         start: CodeType,
         real_calls: RealCalls,
     ) -> None:
-        """`leaves`: value numbers of the meta parameters and buffers by id; `own`: these, by id of the user's. `start`: code of the function whose call
-        is the outermost place of a site.
+        """`leaves`: value numbers of the meta parameters and buffers by id; `own`: these, by id of the user's. `start`:
+        code of the function whose call is the outermost place of a site.
         """
         super().__init__()
         self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
         func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
         if writes_first(func) and args and self._is_alias(args[0]):
             return self._write_leaf(func, args, kwargs)
-        out = kwargs.pop("out", None)
+        out, plain = kwargs.pop("out", None), func
         if out is not None:
             func, args = Into(func), (out, *args)
         encoded = tree(self.encoded, args), tree(self.encoded, kwargs)  # as they are before the call
@@ -202,7 +202,7 @@ class Recorder(TorchFunctionMode):
         self._note_changed(updated(func, args, kwargs))
         if out is not None and self._number.get(id(out)) in self.recording.leaves:
             self._touched.clear()
-            self._add(IntoLeaf(func.function), *encoded, [-1], writes=(self._name(out),))
+            self._add(IntoLeaf(plain), *encoded, [-1], writes=(self._name(out),))
             return out
         if out is not None:
             self._refuse_kept(out)
@@ -264,7 +264,9 @@ class Recorder(TorchFunctionMode):
             if not is_meta(of):
                 self.written.append(of)  # a buffer, say, that was taken as a constant
                 return
-            raise Refused("it sets .data of a value of the model, or to another shape; compute a new value in its place")
+            raise Refused(
+                "it sets .data of a value of the model, or to another shape; compute a new value in its place"
+            )
         self._add(SetData(), (self.encoded(of), self.encoded(value)), {}, [], writes=(self._name(leaf),))
 
     def _name(self, leaf: Tensor) -> str:
@@ -438,8 +440,8 @@ class Recorder(TorchFunctionMode):
         name = self.kept.get(memory_of(value)) if isinstance(value, Tensor) else None
         if name is not None:
             raise Refused(
-                f"tensor {name!r} is changed in place and is no buffer, so that no plan can follow it; make it a buffer "
-                "that __init__ of a registered module registers"
+                f"tensor {name!r} is changed in place and is no buffer, so that no plan can follow it; make it a "
+                "buffer that __init__ of a registered module registers"
             )
 
     def _renew(self, value: Tensor) -> None:
@@ -496,5 +498,7 @@ class Recorder(TorchFunctionMode):
 def _covers(value: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor in the memory of a parameter or buffer is all of it, in its order."""
     return (
-        value.shape == leaf.shape and value.stride() == leaf.stride() and value.storage_offset() == leaf.storage_offset()
+        value.shape == leaf.shape
+        and value.stride() == leaf.stride()
+        and value.storage_offset() == leaf.storage_offset()
     )

@@ -5,7 +5,7 @@ do not read the batch, so each rank that holds the parameter can make them, befo
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,15 +51,15 @@ class _Taker:
             moved = [name for name in write.sources if name in self.writing]
             if moved:
                 raise Refused(
-                    f"it writes to parameter {write.target!r} ({write.line}) what it reads of {moved[0]!r}, to which it "
-                    "writes too; do this after the step, in a callback"
+                    f"it writes to parameter {write.target!r} ({write.line}) what it reads of {moved[0]!r}, to which "
+                    "it writes too; do this after the step, in a callback"
                 )
         self.recording.writes = writes
         self.recording.nodes[:] = [node for number, node in enumerate(self.nodes) if number not in taken]
 
     def _singly(self, node: Node) -> list[Node]:
         """A call on lists of tensors as calls on one each."""
-        first = node.args[0] if node.args else None
+        first: Any = node.args[0] if node.args else None
         if type(first) not in (list, tuple) or not self.parameters.intersection(node.writes):
             return [node]
         count = len(first)
@@ -102,8 +102,8 @@ class _Taker:
         before, after = all(n > numbers[-1] for n in users), all(n < numbers[0] for n in users)
         if not before and not after:
             raise Refused(
-                f"it reads parameter {target!r} before and after it writes to it ({self.nodes[numbers[0]].line}); write "
-                "before anything reads it, or after all that does"
+                f"it reads parameter {target!r} before and after it writes to it ({self.nodes[numbers[0]].line}); "
+                "write before anything reads it, or after all that does"
             )
         return LeafWrite(
             target=target,
@@ -206,5 +206,3 @@ def differing(known: Sequence[LeafWrite], found: Sequence[LeafWrite]) -> str:
     texts: Mapping[str, str] = {write.target: write.text for write in known}
     others = {write.target: write.text for write in found}
     return next((name for name in {**texts, **others} if texts.get(name) != others.get(name)), "")
-
-

@@ -19,8 +19,8 @@ from tests.task_graphs import random_task_graph
 
 def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Program]:
     """One to three tasks on one to five ranks, sometimes with clipping, recompute, sharded optimizer states, running
-    statistics and buffers that operators change. With `varying` the batches of some tasks, the first among them, are shared anew in each step, and some tensors go by
-    patches.
+    statistics and buffers that operators change. With `varying` the batches of some tasks, the first among them, are
+    shared anew in each step, and some tensors go by patches.
     """
     rng = random.Random(seed)
     sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))

@@ -77,13 +77,12 @@ def check_messages_pair_up(program: Program) -> None:
 def check_meetings_agree(program: Program) -> None:
     """Laws 2 and 3: groups come in one order; two ranks meet the collectives that they share in the same order."""
     assert program.groups == tuple(sorted(program.groups))
-    assert set(program.groups) == {each.ranks for each in (*program.buckets, *program.tallies) if len(each.ranks) > 1}
-    met = [
-        [(i.op, i.target) for i in instructions if i.op in MEETINGS]
-        for instructions in program.instructions
-    ]
+    shared = [bucket.ranks for bucket in program.buckets] + [tally.ranks for tally in program.tallies]
+    assert set(program.groups) == {ranks for ranks in shared if len(ranks) > 1}
+    met = [[(i.op, i.target) for i in instructions if i.op in MEETINGS] for instructions in program.instructions]
     everyone = {"": tuple(range(program.num_ranks))}
-    ranks_of = everyone | {each.name: each.ranks for each in (*program.buckets, *program.tallies)}
+    ranks_of = everyone | {bucket.name: bucket.ranks for bucket in program.buckets}
+    ranks_of |= {tally.name: tally.ranks for tally in program.tallies}
     ranks_of |= {hand.name: tuple(hand.members()) for hand in program.handovers}
     for a in range(program.num_ranks):
         for b in range(a):

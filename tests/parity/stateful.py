@@ -47,7 +47,7 @@ def one_process(workload: spindle.Workload, steps: int) -> dict[str, Tensor]:
             for _ in range(count):
                 loss = task.function(dict(data[at[name] % len(data)]))
                 at[name] += 1
-                (loss * task.weight / count).backward()
+                torch.autograd.backward(loss * (task.weight / count))
         optimizer.step()
     return values(workload)
 
@@ -72,7 +72,7 @@ def follows(make: Make, num_ranks: int, seed: int, *, steps: int = 3) -> None:
 def tasks_on(
     workload: spindle.Workload, trunk: Callable[[Tensor], Tensor], count: int, *, every: int = 1
 ) -> spindle.Workload:
-    """Tasks that classify what a trunk gives, each with a head of its own. The second takes part `every` so many steps."""
+    """Tasks that classify what a trunk gives, each with a head of its own; the second takes part `every` so often."""
     for index in range(count):
         options = {"every": every} if index == 1 else {}
         head = workload.component(f"head{index}", nn.Linear(WIDTH, 3).double())

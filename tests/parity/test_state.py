@@ -86,7 +86,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def blocks(layer: str, tasks: int = 1, depth: int = 2, *, glue: bool = False, every: int = 1, **options: object) -> Make:
+def blocks(
+    layer: str, tasks: int = 1, depth: int = 2, *, glue: bool = False, every: int = 1, **options: object
+) -> Make:
     """Layers of a kind under some tasks, each a block of its own or all of them glue; `options` go to the workload."""
 
     def make() -> spindle.Workload:
@@ -158,6 +160,8 @@ def test_states_of_one_task_in_rounds(num_ranks: int, seed: int, glue: bool) -> 
 def test_states_of_several_tasks_in_rounds_are_refused() -> None:
     """Rounds let tasks take turns, which no order of one process is."""
     workload = blocks("spectral norm", tasks=2, accumulate=2)()
-    with pytest.raises(spindle.SpindleError, match="both read or change buffer 'trunk.0.new.*set accumulate=1") as caught:
+    with pytest.raises(
+        spindle.SpindleError, match=r"both read or change buffer 'trunk.0.new.*set accumulate=1"
+    ) as caught:
         spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")
     assert "tasks 't0' and 't1'" in str(caught.value)

@@ -40,8 +40,8 @@ def _mul_add(pairs: Pairs) -> None:
 
 def _operators(pairs: Pairs) -> None:
     for p, q in pairs:
-        p *= 0.9  # noqa: PLW2901
-        p += 0.1 * q  # noqa: PLW2901
+        p *= 0.9  # type: ignore[misc]
+        p += 0.1 * q  # type: ignore[misc]
 
 
 def _lerp(pairs: Pairs) -> None:
@@ -70,7 +70,8 @@ def _detached(pairs: Pairs) -> None:
 
 
 def _foreach(pairs: Pairs) -> None:
-    ps, qs = [p for p, _ in pairs], [q for _, q in pairs]
+    ps: list[Tensor] = [p for p, _ in pairs]
+    qs: list[Tensor] = [q for _, q in pairs]
     torch._foreach_mul_(ps, 0.9)
     torch._foreach_add_(ps, qs, alpha=0.1)
 
@@ -112,14 +113,15 @@ def teacher(form: str, *, after: bool = False, glue: bool = False, every: int = 
                 move()
             with torch.no_grad():
                 target = follower(batch["x"])
-            loss = (1.1 * student(batch["x"]) - target).square().mean()
+            loss: Tensor = (1.1 * student(batch["x"]) - target).square().mean()
             if after:
                 move()
             return loss
 
         @workload.task("other", batch_size=6, data=batches(2))
         def other(batch: dict[str, Tensor]) -> Tensor:
-            return student(batch["x"]).square().mean()
+            found: Tensor = student(batch["x"]).square().mean()
+            return found
 
         return workload
 
@@ -183,7 +185,8 @@ def clamped(tasks: int = 1, **options: object) -> Make:
             def task(batch: dict[str, Tensor]) -> Tensor:
                 with torch.no_grad():
                     scale.log.clamp_(0, 0.25)
-                return -10 * scale(tower(batch["x"])).tanh().mean()
+                found: Tensor = -10 * scale(tower(batch["x"])).tanh().mean()
+                return found
 
         return workload
 
@@ -230,34 +233,41 @@ def nothing(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     del tower, frozen, x, when
 
 
-def moves(at: int, tower: nn.Sequential, frozen: nn.Sequential, x: Tensor, when: int) -> None:
+def first_of(module: nn.Module) -> nn.Linear:
+    """The linear layer of a stack's first layer."""
+    assert isinstance(module, nn.Sequential)
+    layer = module[0]
+    assert isinstance(layer, Layer)
+    return layer.linear
+
+
+def moves(at: int, tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     del x
     if when == at:
-        frozen[0].linear.weight.lerp_(tower[0].linear.weight, 0.5)  # type: ignore[operator, union-attr, arg-type]
+        first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
 
 
-def from_batch(tower: nn.Sequential, frozen: nn.Sequential, x: Tensor, when: int) -> None:
+def from_batch(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     del tower
     if when == 0:
-        frozen[0].linear.bias.copy_(x.mean(0))  # type: ignore[operator, union-attr]
+        first_of(frozen).bias.copy_(x.mean(0))
 
 
-def from_layers(tower: nn.Sequential, frozen: nn.Sequential, x: Tensor, when: int) -> None:
+def from_layers(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     if when == 0:
-        frozen[0].linear.bias.copy_(tower(x).mean(0))  # type: ignore[operator, union-attr]
+        first_of(frozen).bias.copy_(tower(x).mean(0))
 
 
-def in_a_circle(tower: nn.Sequential, frozen: nn.Sequential, x: Tensor, when: int) -> None:
+def in_a_circle(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     del x
     if when == 0:
-        a, b = frozen[0].linear.weight, tower[0].linear.weight
-        a.mul_(0.5).add_(b)  # type: ignore[operator, union-attr, arg-type]
-        b.mul_(0.9).add_(a)  # type: ignore[operator, union-attr, arg-type]
+        first_of(frozen).weight.mul_(0.5).add_(first_of(tower).weight)
+        first_of(tower).weight.mul_(0.9).add_(first_of(frozen).weight)
 
 
-def twice(tower: nn.Sequential, frozen: nn.Sequential, x: Tensor, when: int) -> None:
+def twice(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     del x, when
-    frozen[0].linear.weight.lerp_(tower[0].linear.weight, 0.5)  # type: ignore[operator, union-attr, arg-type]
+    first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
 
 
 before, after = functools.partial(moves, 0), functools.partial(moves, 1)
@@ -303,5 +313,5 @@ def test_what_nobody_holds_is_refused() -> None:
         found: Tensor = tower(batch["x"]).square().mean()
         return found
 
-    with pytest.raises(spindle.SpindleError, match="no task computes with 'kept.0.norm.weight'"):
+    with pytest.raises(spindle.SpindleError, match=r"no task computes with 'kept.0.norm.weight'"):
         spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")

@@ -23,8 +23,8 @@ from spindle.capture.look.samples import (
     singly,
     twice,
 )
-from spindle.capture.look.watching import line_of
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
+from spindle.capture.look.watching import line_of
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn

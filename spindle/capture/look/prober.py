@@ -46,7 +46,7 @@ class _Block:
     """What is known of a kind of block: whether it mixes samples, and what it changes."""
 
     mixes: bool
-    changes: Changes = Changes()
+    changes: Changes
 
 
 class Prober:

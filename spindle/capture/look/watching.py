@@ -160,8 +160,8 @@ def _own_state(watched: Watched, name: str) -> str:
     owner = type(watched.module.get_submodule(path))
     line = line_of(owner, attribute)
     return (
-        f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call to "
-        "call and which no plan can follow; make it a buffer that __init__ registers, with its first value"
+        f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call "
+        "to call and which no plan can follow; make it a buffer that __init__ registers, with its first value"
     )
 
 
@@ -172,7 +172,9 @@ def line_of(owner: type, attribute: str) -> str:
         file = inspect.getsourcefile(owner) or ""
     except (OSError, TypeError):
         return ""
-    sets = re.compile(rf"\.{re.escape(attribute)}\b(\[.*\])?\s*([-+*/|&]|//|\*\*)?=[^=]|\.{re.escape(attribute)}\.\w+_\(")
+    sets = re.compile(
+        rf"\.{re.escape(attribute)}\b(\[.*\])?\s*([-+*/|&]|//|\*\*)?=[^=]|\.{re.escape(attribute)}\.\w+_\("
+    )
     lines = [first + index for index, text in enumerate(source) if sets.search(text)]
     return f"line {lines[-1]} of {os.path.basename(file)}" if lines else ""
 
