@@ -70,6 +70,7 @@ def prepare(workload: Workload, plan: Plan) -> Prepared:
         max_grad_norm=workload.max_grad_norm,
         recompute={metaop.component for metaop in metagraph} if plan.recompute else workload.recompute,
         shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
+        rounds=workload.accumulate // workload.in_flight,
         varying={name for name in captured.tasks if workload.tasks[base_task(name)].rows is not None},
     )
     check_program(program)

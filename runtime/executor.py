@@ -3,9 +3,9 @@
 Every promise of the program is checked while it is kept: what an instruction reads is there, what it makes was not.
 """
 
-import contextlib
 import functools
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
 from spindle.capture.repeat import num_micro_batches
 from spindle.errors import RunError, SpindleError
 from spindle.record.draws import Stream, drawing_from
+from spindle.record.recording import LeafWrite
+from spindle.record.writes import perform
 from spindle.runtime.batches import check_alike
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
@@ -33,6 +35,7 @@ from spindle.runtime.programs.program import (
 from spindle.runtime.ready import Ready, ready_runs
 from spindle.runtime.record import StepRecord, span_of
 from spindle.runtime.recordings import LoadedBatch
+from spindle.runtime.state import StepState, received
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport, Wait
 from spindle.trace import Span
@@ -64,15 +67,20 @@ class Executor:
         precision: Precision = "fp32",
         switch: Switch | None = None,
         partial: frozenset[str] = frozenset(),
+        momenta: Mapping[str, float | None] | None = None,
+        writes: Mapping[tuple[str, str], LeafWrite] | None = None,
     ) -> None:
         """`codes` hold what the rank runs; `optimizer` is over the parameters that the rank updates. `switch` is that
-        of its cut layers; `partial` names parameters whose gradients in a part are shares.
+        of its cut layers; `partial` names parameters whose gradients in a part are shares. `momenta`: of norm layers
+        in tallies; `writes` to parameters, by task and parameter.
         """
         self.switch, self.partial = switch or Switch(), partial
         self.program, self.transport, self.codes = program, transport, codes
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank = transport.rank
+        self.state = StepState(program, self.rank, codes, momenta or {})
+        self.writes = writes or {}
         self.instructions = program.instructions[self.rank]
         sizes = {name: flat.nbytes for name, flat in store.bucket.items()}
         self.timed = functools.partial(span_of, program, self.rank, sizes)
@@ -101,6 +109,9 @@ class Executor:
             Op.CLIP: self._clip,
             Op.STEP: self._step,
             Op.GATHER: self._gather,
+            Op.TALLY: self._tally,
+            Op.HAND: self._hand,
+            Op.WRITE: self._write,
         }
 
     def step(
@@ -124,7 +135,9 @@ class Executor:
         record = StepRecord()
         losses: list[dict[str, Tensor]] = []
         self.stream = Stream(seed=seed, step=step, device=self.transport.device, portable=observe is not None)
+        self.state.begin(rounds)
         for left in reversed(range(rounds)):
+            self.state.round = rounds - 1 - left
             self.first_batch = (rounds - 1 - left) * self.in_flight
             self.fetch = new_round()
             self.begin()
@@ -201,7 +214,7 @@ class Executor:
             value = joined(self._input_pieces(run, bounds, spec.name), spec)
             self._check(spec.name, "received", value, part.shapes[spec.name])
             inputs[spec.name] = value.detach().requires_grad_(needs_grad)
-        with torch.set_grad_enabled(run.backward and not run.recompute):
+        with torch.set_grad_enabled(run.backward and not run.recompute), self.state.forward(run):
             outputs = self._compute(ready, bounds, inputs)
         for tensor, value in outputs.items():
             self._check(tensor, "computed", value, part.shapes[tensor])
@@ -245,41 +258,35 @@ class Executor:
         found: Sequence[Tensor] = compute_part(code, (part, *given), layout, self.switch, self.partial)
         return found
 
-    @contextlib.contextmanager
-    def _live_outputs(self, run: SliceRun, held: Activations) -> Iterator[dict[str, Tensor]]:
+    def _live_outputs(self, run: SliceRun, held: Activations) -> dict[str, Tensor]:
         """Outputs of a run with their graph. With `recompute` they are computed again from the kept inputs: random
-        numbers are a function of their place, so come out again; running statistics have counted this batch already
-        and are put back.
+        numbers are a function of their place, so come out again; buffers are as they were the first time, and
+        afterwards as all runs since have left them.
         """
         if not (run.recompute and held.outputs):
-            yield held.outputs
-            return
-        buffers = [buffer for name in run.operators for buffer in self.codes[name].module.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        outputs = self._compute(self.ready[run.name], self._bounds(run, self.rank), held.inputs)
-        yield outputs
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            return held.outputs
+        with self.state.again(run):
+            return self._compute(self.ready[run.name], self._bounds(run, self.rank), held.inputs)
 
     def _backward(self, name: str) -> None:
         run = self.program.slice_by_name[name]
         held, loaded = self._activations(name), self.loaded[run.task]
         units, bounds = loaded.batch.units, self._bounds(run, self.rank)
-        with self._live_outputs(run, held) as outputs:
-            ends, weights = [], []
-            for tensor, output in outputs.items():
-                spec = self.program.tensor_by_name[tensor]
-                if loaded.absent and not output.requires_grad:
-                    continue
-                if tensor in self.weight_by_loss:
-                    ends.append(output)
-                    weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
-                elif spec.needs_grad:
-                    ends.append(output)
-                    weights.append(summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output))
-            if ends:
+        ends, weights = [], []
+        for tensor, output in self._live_outputs(run, held).items():
+            spec = self.program.tensor_by_name[tensor]
+            if loaded.absent and not output.requires_grad:
+                continue
+            if tensor in self.weight_by_loss:
+                ends.append(output)
+                weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
+            elif spec.needs_grad:
+                ends.append(output)
+                weights.append(summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output))
+        if ends:
+            with self.state.backward(run):
                 torch.autograd.backward(ends, weights)
+        del ends, weights  # and with them what autograd has kept
         if any(needs_grad for _, needs_grad in self.ready[name].inputs):
             leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
             found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
@@ -401,6 +408,47 @@ class Executor:
         if bucket.owner != self.rank:
             self.store.unpack(bucket.parameters, flat)
         flat.zero_()
+
+    def _tally(self, name: str) -> None:
+        ranks, added = self.program.tally_by_name[name].ranks, self.state.contribution(name)
+        if len(ranks) > 1:
+            self.transport.all_reduce(added, ranks)()
+        self.state.fold(name, added)
+
+    def _hand(self, name: str) -> None:
+        hand = self.program.handover_by_name[name]
+        names, buffers = self.program.state_by_name[hand.state].buffers, self.state.buffers
+        if hand.source == self.rank:
+            values = [buffers[buffer].detach().clone().contiguous() for buffer in names]
+            sends = [(target, value) for target in hand.targets for value in values]
+            self.departures.append((values, self.transport.start(sends, [])[0]))
+            return
+        values = received(names, buffers)
+        self.transport.start([], [(hand.source, value) for value in values])[1]()
+        for buffer, value in zip(names, values, strict=True):
+            buffers.put(buffer, value)
+
+    def _write(self, name: str) -> None:
+        """Change parameters outside of the optimizer, one after the other, so that little is fetched at a time."""
+        write = self.program.write_by_name[name]
+        fetches = {fetch.parameter: fetch for fetch in write.fetches}
+        departures: list[Wait] = []
+        held: dict[str, Tensor] = dict(self.store.parameters)
+        for target in write.parameters:
+            found = self.writes[write.task, target]
+            values: dict[str, Tensor] = {}
+            for fetch in (fetches[source] for source in found.sources if source in fetches):
+                if fetch.source == self.rank:
+                    value = self.store.parameters[fetch.parameter].detach().contiguous()
+                    departures.append(self.transport.start([(peer, value) for peer in fetch.targets], [])[0])
+                elif self.rank in fetch.targets:
+                    shape, dtype = found.shapes[fetch.parameter]
+                    value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
+                    self.transport.start([], [(fetch.source, value)])[1]()
+            if self.rank in write.ranks:
+                perform(found, ChainMap(values, held).__getitem__, self.transport.device)
+        for departed in departures:
+            departed()
 
     # -- buffers --------------------------------------------------------------------------------------------------
 

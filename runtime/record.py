@@ -17,6 +17,9 @@ _KIND_BY_OP = {
     Op.CLIP: SpanKind.REDUCE,
     Op.STEP: SpanKind.STEP,
     Op.GATHER: SpanKind.REDUCE,
+    Op.TALLY: SpanKind.REDUCE,
+    Op.HAND: SpanKind.TRANSFER,
+    Op.WRITE: SpanKind.STEP,
 }
 
 

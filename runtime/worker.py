@@ -19,6 +19,8 @@ from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, num_micro_batches
 from spindle.graph import Parameter, parse_piece
 from spindle.plan import SizeRange
+from spindle.record.copies import copied
+from spindle.record.travel import let_travel
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
@@ -48,6 +50,7 @@ from spindle.runtime.progress import (
 from spindle.runtime.record import StepRecord
 from spindle.runtime.recordings import Recipe, Recordings
 from spindle.runtime.shared_batches import shared_reads
+from spindle.runtime.state import momenta
 from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import Transport
 from spindle.runtime.watch import StepTold, peak_memory, step_told
@@ -118,6 +121,7 @@ def make_jobs(
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
     recipe, jobs, parameters = Recipe.of(workload, captured), [], described(workload.named_parameters())
+    let_travel(component.module for component in workload.components.values())
     for rank, own in enumerate(codes):
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
         jobs.append(
@@ -159,7 +163,7 @@ def _stayed_behind(batch: Batch) -> Tensor:
 
 def separate(job: Job) -> Job:
     """A job with codes of its own, and loaders where they have a state: ranks of one process must not share them."""
-    codes = copy.deepcopy(job.codes)
+    codes = copied(job.codes, [code.module for code in job.codes.values()])
     tasks = {
         name: replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task
         for name, task in job.tasks.items()
@@ -213,6 +217,8 @@ class Worker:
             ahead=transport.device.type != "cpu",
             drift=Drift(job.sizes),
         )
+        layers = [layer for tally in job.program.tallies for layer in tally.layers]
+        self.momenta = momenta(job.recipe.skeleton.components, layers)
         self.executors: dict[frozenset[str], Executor] = {}
         self.steps_done = 0
         transport.make_groups(job.program.groups)
@@ -317,6 +323,8 @@ class Worker:
                 job.precision,
                 self.switch,
                 job.partial,
+                self.momenta,
+                {(base_task(task), w.target): w for task, code in job.recipe.codes.items() for w in code.writes},
             )
         return self.executors[tasks]
 

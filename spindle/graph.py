@@ -160,7 +160,8 @@ class Operator:
     the whole batch; a multiply-add counts as two. `activation_bytes` is what backward keeps. A `splittable` operator
     may run on parts of the batch (data parallel); one that is not mixes samples and runs whole on one device. `family`
     is equal for operators that do the same work on inputs of any sizes. `units` are the rows of the batch's samples;
-    None: samples are alike.
+    None: samples are alike. `statistics` are norm layers whose running statistics it changes, and does not read;
+    `states` other buffers that some operator changes and that this one reads or changes.
     """
 
     name: str
@@ -179,6 +180,8 @@ class Operator:
     splittable: bool = True
     family: str = ""
     units: Units | None = field(default=None, repr=False)
+    statistics: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -213,11 +216,28 @@ class Operator:
         return sum(parameter.num_bytes for parameter in self.parameters)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterWrite:
+    """A task writes to parameter `target` what it computes from `sources` alone, outside of the optimizer.
+
+    `after`: after all in the task that uses it, else before; None: the task does not use it. `repeatable`: to write
+    twice is to write once. `line`: where it stands.
+    """
+
+    task: str
+    target: str
+    sources: tuple[str, ...] = ()
+    after: bool | None = False
+    repeatable: bool = False
+    line: str = ""
+
+
 @dataclass(frozen=True)
 class TaskGraph:
-    """All operators of a workload; flows follow from the tensors they read and write."""
+    """All operators of a workload; flows follow from the tensors they read and write. `writes`: to parameters."""
 
     operators: tuple[Operator, ...]
+    writes: tuple[ParameterWrite, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.operators:

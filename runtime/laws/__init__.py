@@ -5,6 +5,7 @@ What these checks find, a network would answer with a hang or a dead process.
 places    where each instruction stands, and how often it should
 tables    names, runs, batches, parameters
 flow      samples and their gradients: all of them, once, from who has them
+states    what runs change besides gradients, in the order of one process
 order     buffers, and who waits for whom
 """
 
@@ -14,6 +15,7 @@ from spindle.errors import ProgramError
 from spindle.runtime.laws.flow import samples_covered, transfers_complete
 from spindle.runtime.laws.order import buffers_sound, different_orders, stuck_ranks
 from spindle.runtime.laws.places import places_of
+from spindle.runtime.laws.states import parameters_written, states_in_order, statistics_tallied
 from spindle.runtime.laws.tables import batches_loaded, names_resolve, parameters_reduced, runs_complete
 from spindle.runtime.programs.program import Program
 
@@ -43,6 +45,9 @@ def broken_laws(program: Program) -> Iterator[str]:
     yield from samples_covered(program)
     yield from transfers_complete(program, places)
     yield from parameters_reduced(program, places)
+    yield from statistics_tallied(program, places)
+    yield from states_in_order(program, places)
+    yield from parameters_written(program, places)
     yield from buffers_sound(program)
     stuck = list(stuck_ranks(program))
     if stuck:

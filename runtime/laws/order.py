@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun, Transfer
 
+_TOGETHER = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
+"""What several ranks do at once."""
+
 
 def buffers_sound(program: Program) -> Iterator[str]:
     """Each buffer is freed once, after it was made; nothing reads it afterwards, and nothing is left over."""
@@ -92,16 +95,23 @@ def _members(program: Program) -> dict[str, frozenset[int]]:
     """Ranks that take part in each transfer, reduction, and in what all do together (which has no target)."""
     everyone = {"": frozenset(range(program.num_ranks))}
     transfers = {transfer.name: transfer.members() for transfer in program.transfers}
-    return everyone | transfers | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+    tallies = {tally.name: frozenset(tally.ranks) for tally in program.tallies}
+    hands = {hand.name: hand.members() for hand in program.handovers}
+    writes = {write.name: write.members() for write in program.writes}
+    return (
+        everyone
+        | transfers
+        | tallies
+        | hands
+        | writes
+        | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+    )
 
 
 def different_orders(program: Program) -> Iterator[str]:
     """Pairs of ranks that meet what they do together in different orders."""
     members = _members(program)
-    together = [
-        [i.target for i in instructions if i.op in (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)]
-        for instructions in program.instructions
-    ]
+    together = [[i.target for i in instructions if i.op in _TOGETHER] for instructions in program.instructions]
     for a in range(program.num_ranks):
         for b in range(a + 1, program.num_ranks):
             of_a, of_b = ([name for name in together[r] if {a, b} <= members[name]] for r in (a, b))
@@ -114,14 +124,13 @@ def different_orders(program: Program) -> Iterator[str]:
 def stuck_ranks(program: Program) -> Iterator[str]:
     """Step all ranks together; name the instruction at which each stuck rank stands."""
     members = _members(program)
-    together = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER)
     position = [0] * program.num_ranks
 
     def meeting(rank: int, instruction: Instruction) -> frozenset[int]:
         run = program.slice_by_name.get(instruction.target)
         if run is not None and run.tensor_parallel > 1 and rank in run.ranks:
             return frozenset(run.copy_of(rank))
-        return members[instruction.target] if instruction.op in together else frozenset()
+        return members[instruction.target] if instruction.op in _TOGETHER else frozenset()
 
     def at(rank: int) -> Instruction | None:
         instructions = program.instructions[rank]

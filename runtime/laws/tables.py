@@ -13,14 +13,27 @@ _TABLES_BY_OP = {
     Op.AWAIT: ("transfer_by_name", "bucket_by_name"),
     Op.REDUCE: ("bucket_by_name",),
     Op.GATHER: ("bucket_by_name",),
+    Op.TALLY: ("tally_by_name",),
+    Op.HAND: ("handover_by_name",),
+    Op.WRITE: ("write_by_name",),
 }
 
 
 def names_resolve(program: Program) -> Iterator[str]:
     """Every name stands for one thing, and whatever is named exists, ranks too."""
     awaited = [*(t.name for t in program.transfers), *(b.name for b in program.buckets)]
+    together = [
+        *(t.name for t in program.tallies),
+        *(h.name for h in program.handovers),
+        *(w.name for w in program.writes),
+    ]
     tensors, runs = [t.name for t in program.tensors], [run.name for run in program.slices]
-    for what, names in (("tensor", tensors), ("slice run", runs), ("transfer or bucket", awaited)):
+    for what, names in (
+        ("tensor", tensors),
+        ("slice run", runs),
+        ("transfer or bucket", awaited),
+        ("tally, handover or write", together),
+    ):
         twice = (name for name, count in Counter(names).items() if count > 1)
         yield from (f"{what} {name!r} stands in the program more than once" for name in twice)
     for rank, instructions in enumerate(program.instructions):
@@ -41,6 +54,9 @@ def names_resolve(program: Program) -> Iterator[str]:
         for name in (transfer.source, transfer.target):
             if name not in program.slice_by_name:
                 yield f"transfer {transfer.name!r} names slice run {name!r}, which the program does not have"
+    for hand in program.handovers:
+        if hand.state not in program.state_by_name or hand.before not in ("", *runs):
+            yield f"handover {hand.name!r} is of {hand.state!r} before {hand.before!r}, which the program does not have"
     made = {tensor: run.task for run in program.slices for tensor in run.outputs}
     for task, tensor in program.losses:
         if made.get(tensor) != task:
@@ -61,6 +77,16 @@ def _named(program: Program) -> Iterator[tuple[str, Collection[str], Collection[
             yield f"transfer {transfer.name!r}", sorted(tensors), sorted(transfer.members())
     for bucket in program.buckets:
         yield f"bucket {bucket.name!r}", (), bucket.ranks
+    for tally in program.tallies:
+        yield f"tally {tally.name!r}", (), tally.ranks
+    for state in program.states:
+        yield f"state {state.name!r}", (), state.ranks
+    for hand in program.handovers:
+        yield f"handover {hand.name!r}", (), (hand.source, *hand.targets)
+    for write in program.writes:
+        yield f"write {write.name!r}", (), write.ranks
+        for fetch in write.fetches:
+            yield f"write {write.name!r}", (), (fetch.source, *fetch.targets)
 
 
 def runs_complete(program: Program, places: Places) -> Iterator[str]:

@@ -19,6 +19,14 @@ from spindle.plan import Plan, Slice
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
+from spindle.runtime.programs.states import (
+    make_handovers,
+    make_states,
+    make_tallies,
+    make_writes,
+    orders,
+    refuse_circle,
+)
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
 
@@ -34,22 +42,24 @@ def lower(
     recompute: Collection[str] = (),
     shard_optimizer: bool = False,
     varying: Collection[str] = (),
+    rounds: int = 1,
 ) -> Program:
     """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
 
     `losses`: the tensor that holds each task's loss; `weights`: what multiplies it; `recompute`: components that keep
     their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks; `varying`: tasks whose batches are
-    shared by what their samples hold.
+    shared by what their samples hold; `rounds`: how often a step runs it.
 
-    Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, or splits an operator that
-    mixes samples.
+    Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, splits an operator that
+    mixes samples, or cannot keep the order in which one process changes a buffer.
     """
     runs = [
         replace(run, varies=True, weigh_by=unit_of(graph.tensors[name] for name in run.outputs))
         if run.task in varying and len(run.ranks) > run.tensor_parallel
         else run
-        for run in _slice_runs(plan, metagraph, graph, losses, recompute)
+        for run in _slice_runs(plan, metagraph, graph, losses, recompute, orders(graph, rounds))
     ]
+    states = make_states(runs)
     edges = _edges(runs)
     forward = [_transfer(graph, *edge) for edge in edges]
     backward = [_backward_transfer(graph, *edge) for edge in edges if edge[1].backward]
@@ -63,6 +73,10 @@ def lower(
         weights=tuple(weights.items()),
         instructions=((),) * plan.num_devices,
         max_grad_norm=max_grad_norm,
+        tallies=tuple(make_tallies(runs)),
+        states=tuple(states),
+        handovers=tuple(make_handovers(states, runs)),
+        writes=tuple(make_writes(graph, runs)),
     )
     return run_passes(program)
 
@@ -71,9 +85,14 @@ def lower(
 
 
 def _slice_runs(
-    plan: Plan, metagraph: MetaGraph, graph: TaskGraph, losses: Mapping[str, str], recompute: Collection[str]
+    plan: Plan,
+    metagraph: MetaGraph,
+    graph: TaskGraph,
+    losses: Mapping[str, str],
+    recompute: Collection[str],
+    waits: Mapping[str, set[str]],
 ) -> list[SliceRun]:
-    slices = _dependency_order(plan, metagraph)
+    slices = _dependency_order(plan, metagraph, graph, waits)
     for slice_ in slices:
         if max(slice_.devices) >= plan.num_devices:
             raise PlanError(
@@ -141,6 +160,8 @@ def slice_run(
         backward=backward,
         recompute=backward and ops[0].component in recompute,
         tensor_parallel=parts,
+        statistics=tuple(dict.fromkeys(layer for op in ops for layer in op.statistics)),
+        states=tuple(dict.fromkeys(state for op in ops for state in op.states)),
     )
 
 
@@ -176,20 +197,29 @@ def _check_cover(operators: Sequence[tuple[str, ...]], graph: TaskGraph) -> None
         raise PlanError(f"the plan leaves out operator {missing[0]!r}{more}; plan this workload again")
 
 
-def _dependency_order(plan: Plan, metagraph: MetaGraph) -> list[Slice]:
-    """Slices by start time, but never before one that they depend on."""
+def _dependency_order(
+    plan: Plan, metagraph: MetaGraph, graph: TaskGraph, orders: Mapping[str, set[str]]
+) -> list[Slice]:
+    """Slices by start time, but never before one that they depend on. `orders`: operators that each comes after."""
     by_metaop: dict[str, list[Slice]] = {}
     for slice_ in sorted(plan, key=lambda s: (s.metaop, s.first_layer)):
         by_metaop.setdefault(slice_.metaop, []).append(slice_)
-    waits: dict[Slice, int] = {}
-    followers: dict[Slice, list[Slice]] = {slice_: [] for slice_ in plan}
+    needs: dict[Slice, set[Slice]] = {}
     for metaop, slices in by_metaop.items():
-        before = [by_metaop[p][-1] for p in metagraph.predecessors.get(metaop, ()) if p in by_metaop]
+        before = {by_metaop[p][-1] for p in metagraph.predecessors.get(metaop, ()) if p in by_metaop}
         for index, slice_ in enumerate(slices):
-            needed = before if index == 0 else [slices[index - 1]]
-            waits[slice_] = len(needed)
-            for other in needed:
-                followers[other].append(slice_)
+            needs[slice_] = before if index == 0 else {slices[index - 1]}
+    if orders:
+        home = {name: slice_ for slice_ in plan for name in _operators(slice_, metagraph)}
+        for after, names in orders.items():
+            extra = {home[name] for name in names if name in home and after in home} - {home.get(after)}
+            if extra:
+                needs[home[after]] = needs[home[after]] | extra
+    followers: dict[Slice, list[Slice]] = {slice_: [] for slice_ in plan}
+    for slice_, found in needs.items():
+        for other in found:
+            followers[other].append(slice_)
+    waits = {slice_: len(found) for slice_, found in needs.items()}
     heap = [(_start_key(s), s) for s, count in waits.items() if count == 0]
     heapq.heapify(heap)
     order: list[Slice] = []
@@ -200,6 +230,9 @@ def _dependency_order(plan: Plan, metagraph: MetaGraph) -> list[Slice]:
             waits[follower] -= 1
             if waits[follower] == 0:
                 heapq.heappush(heap, (_start_key(follower), follower))
+    if len(order) < len(waits):
+        left = [name for slice_ in waits if slice_ not in order for name in _operators(slice_, metagraph)]
+        raise refuse_circle(left, orders, graph)
     return order
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from spindle.runtime.programs.program import (
     Bucket,
+    Handover,
     Instruction,
     Op,
     Program,
@@ -17,6 +18,7 @@ from spindle.runtime.programs.program import (
     arrivals,
     gradients,
 )
+from spindle.runtime.programs.states import make_handovers
 
 Lists = tuple[tuple[Instruction, ...], ...]
 
@@ -29,7 +31,9 @@ def run_passes(program: Program) -> Program:
 
 
 def restricted(program: Program, tasks: Collection[str]) -> Program:
-    """The program of a step in which only these tasks take part. Buckets stay, so gradients lie where they lay."""
+    """The program of a step in which only these tasks take part. Buckets, tallies and states stay: whoever holds what
+    changes is the same in every step.
+    """
     slices = tuple(run for run in program.slices if run.task in tasks)
     kept = {run.name for run in slices}
     return run_passes(
@@ -38,29 +42,36 @@ def restricted(program: Program, tasks: Collection[str]) -> Program:
             slices=slices,
             transfers=tuple(t for t in program.transfers if t.source in kept and t.target in kept),
             losses=tuple((task, tensor) for task, tensor in program.losses if task in tasks),
+            handovers=tuple(make_handovers(program.states, slices)),
+            writes=tuple(write for write in program.writes if write.task in {task.partition("#")[0] for task in tasks}),
             instructions=((),) * program.num_ranks,
         )
     )
 
 
 def accumulating(instructions: Sequence[Instruction], buckets: Collection[str]) -> tuple[Instruction, ...]:
-    """A rank's instructions for a round that only adds to the gradients: no reduction, clipping or step."""
-    ends = (Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER)
+    """A rank's instructions for a round that only adds to the gradients: no reduction, tally, clipping or step."""
+    ends = (Op.REDUCE, Op.TALLY, Op.CLIP, Op.STEP, Op.GATHER)
     return tuple(i for i in instructions if i.op not in ends and not (i.op is Op.AWAIT and i.target in buckets))
 
 
 def add_compute(program: Program) -> Lists:
     """Forward in the global order, backward in its reverse. Each transfer stands right after the run that it carries
-    from, each reduction right after the last run that adds to its bucket, at the same place of the order on all ranks.
+    from, each reduction right after the last run that adds to its bucket, each handover right before the run that it is
+    for, at the same place of the order on all ranks.
     """
     lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
-    complete = _completed_buckets(program)
+    complete, hands = _completed_buckets(program), _handovers(program)
+    _add_writes(program, lists, after=False)
     for backward in (False, True):
         transfers = [t for t in program.transfers if t.backward is backward]
         incoming, outgoing = _grouped(transfers, "target"), _grouped(transfers, "source")
         for run in reversed(program.slices) if backward else program.slices:
             if backward and not run.backward:
                 continue
+            for hand in () if backward else hands.get(run.name, ()):
+                for rank in sorted(hand.members()):
+                    lists[rank].append(Instruction(Op.HAND, hand.name))
             for rank in run.ranks:
                 brings = [t for t in incoming.get(run.name, ()) if rank in t.receiving()]
                 lists[rank] += [Instruction(Op.AWAIT, t.name) for t in brings]
@@ -71,7 +82,29 @@ def add_compute(program: Program) -> Lists:
             for bucket in complete.get(run.name, ()) if backward else ():
                 for rank in bucket.ranks:
                     lists[rank].append(Instruction(Op.REDUCE, bucket.name))
+    for hand in hands.get("", ()):
+        for rank in sorted(hand.members()):
+            lists[rank].append(Instruction(Op.HAND, hand.name))
+    _add_writes(program, lists, after=True)
+    counted = {layer for run in program.slices for layer in run.statistics}
+    for tally in program.tallies:
+        for rank in tally.ranks if counted & set(tally.layers) else ():
+            lists[rank].append(Instruction(Op.TALLY, tally.name))
     return tuple(map(tuple, lists))
+
+
+def _add_writes(program: Program, lists: list[list[Instruction]], *, after: bool) -> None:
+    for write in program.writes:
+        for rank in sorted(write.members()) if write.after is after else ():
+            lists[rank].append(Instruction(Op.WRITE, write.name))
+
+
+def _handovers(program: Program) -> dict[str, list[Handover]]:
+    """Handovers by the run that they are for."""
+    found: dict[str, list[Handover]] = {}
+    for hand in program.handovers:
+        found.setdefault(hand.before, []).append(hand)
+    return found
 
 
 def _completed_buckets(program: Program) -> dict[str, list[Bucket]]:

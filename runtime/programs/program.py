@@ -4,9 +4,15 @@
 - A transfer moves the tensors that one slice run made for another, between ranks, all its messages at once; forward
   ones carry activations, backward ones their gradients. What stays on a rank is no message.
 - A bucket holds the parameters that live on one set of ranks; their gradients are summed over it together.
+- A tally holds norm layers of which several runs change the running statistics; what each adds is folded in at the end.
+- A state is some buffers that runs change one after another, in the order of one process; a handover brings them from
+  the rank that changed them last to those that touch them next.
+- A write changes parameters outside of the optimizer, before or after all runs of a round, on every rank that holds
+  them; it reads other parameters, which are fetched where a rank lacks them.
 - `instructions[rank]` is the rank's program. It is all that the rank does.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -30,11 +36,14 @@ class Op(StrEnum):
     CLIP = "CLIP"  # all ranks together: scale all gradients down when their norm is too large
     STEP = "STEP"  # apply the optimiser to the parameters that the rank updates
     GATHER = "GATHER"  # a bucket: take its updated parameters from the rank that owns it
+    TALLY = "TALLY"  # a tally: take together what all runs of a step add to running statistics
+    HAND = "HAND"  # a handover: send a state, or take it
+    WRITE = "WRITE"  # a write: send or take what it reads, and change parameters outside of the optimizer
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction; `target` names a task, slice run, transfer, bucket or buffer."""
+    """One instruction; `target` names a task, slice run, transfer, bucket, tally, handover, write or buffer."""
 
     op: Op
     target: str = ""
@@ -52,7 +61,8 @@ class SliceRun:
     parameters to whose gradients it adds. `loads`: its ranks fetch the batch. `backward`: a gradient comes back for an
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
     `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`;
-    `bounds` are then for samples that are evenly shared.
+    `bounds` are then for samples that are evenly shared. `statistics` are norm layers whose running statistics it
+    changes, `states` buffers that it touches and some run changes.
     """
 
     name: str
@@ -72,6 +82,8 @@ class SliceRun:
     tensor_parallel: int = 1
     varies: bool = False
     weigh_by: str = SAMPLES
+    statistics: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold one copy of the layers together, `rank` among them, in order of their parts."""
@@ -155,6 +167,68 @@ class Bucket:
         return self.ranks[0] if self.owner is None else self.owner
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """Norm layers that `ranks` hold. What runs add to their running statistics is kept apart by run, and after backward
+    all ranks fold it in, in the order of one process.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Buffers that `ranks` hold and runs change one after another."""
+
+    name: str
+    ranks: tuple[int, ...]
+    buffers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """A state goes from the rank that has it as it stands to ranks that touch it next, in run `before`; "": after
+    backward, to all that hold it.
+    """
+
+    name: str
+    state: str
+    source: int
+    targets: tuple[int, ...]
+    before: str = ""
+
+    def members(self) -> frozenset[int]:
+        """Ranks that send or receive."""
+        return frozenset((self.source, *self.targets))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """A parameter goes from a rank that holds it to ranks that need it for a write."""
+
+    parameter: str
+    source: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """A task changes `parameters` outside of the optimizer on `ranks`, which hold them; `after` all runs or before."""
+
+    name: str
+    task: str
+    after: bool
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
+    fetches: tuple[Fetch, ...] = ()
+
+    def members(self) -> frozenset[int]:
+        """Ranks that write, or send what others need."""
+        return frozenset((*self.ranks, *(fetch.source for fetch in self.fetches)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """One step of a whole workload on `num_ranks` ranks.
@@ -172,6 +246,10 @@ class Program:
     weights: tuple[tuple[str, float], ...]
     instructions: tuple[tuple[Instruction, ...], ...]
     max_grad_norm: float | None = None
+    tallies: tuple[Tally, ...] = ()
+    states: tuple[State, ...] = ()
+    handovers: tuple[Handover, ...] = ()
+    writes: tuple[Write, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -200,6 +278,37 @@ class Program:
         return {bucket.name: bucket for bucket in self.buckets}
 
     @cached_property
+    def tally_by_name(self) -> dict[str, Tally]:
+        """Tallies by name."""
+        return {tally.name: tally for tally in self.tallies}
+
+    @cached_property
+    def state_by_name(self) -> dict[str, State]:
+        """States by name."""
+        return {state.name: state for state in self.states}
+
+    @cached_property
+    def handover_by_name(self) -> dict[str, Handover]:
+        """Handovers by name."""
+        return {handover.name: handover for handover in self.handovers}
+
+    @cached_property
+    def write_by_name(self) -> dict[str, Write]:
+        """Writes by name."""
+        return {write.name: write for write in self.writes}
+
+    @cached_property
+    def one_process(self) -> tuple[SliceRun, ...]:
+        """Slice runs in the order in which one process runs them: task after task, batch after batch."""
+        tasks = list(dict.fromkeys(task.partition("#")[0] for task, _ in self.losses))
+
+        def place(run: SliceRun) -> tuple[int, int]:
+            task, _, number = run.task.partition("#")
+            return tasks.index(task), int(number or 0)
+
+        return tuple(sorted(self.slices, key=place))
+
+    @cached_property
     def runs_by_bucket(self) -> dict[str, tuple[str, ...]]:
         """For each bucket the slice runs that add to its gradients, in forward order."""
         home = {name: bucket.name for bucket in self.buckets for name in bucket.parameters}
@@ -222,7 +331,8 @@ class Program:
         """Sets of ranks that need a process group of their own, in the order in which all ranks make them."""
         buckets = {bucket.ranks for bucket in self.buckets if len(bucket.ranks) > 1}
         copies = {tuple(sorted(ranks)) for run in self.slices if run.tensor_parallel > 1 for ranks, _ in run.copies()}
-        return tuple(sorted(buckets | copies))
+        tallies = {tally.ranks for tally in self.tallies if len(tally.ranks) > 1}
+        return tuple(sorted(buckets | copies | tallies))
 
     def operators_of(self, rank: int) -> tuple[str, ...]:
         """Operators that `rank` runs."""
@@ -250,6 +360,17 @@ class Program:
         bucket = self.bucket_by_name.get(instruction.target)
         if bucket is not None:
             return f"rank {rank}, {instruction} (with ranks {', '.join(map(str, bucket.ranks))})"
+        tally, handover = self.tally_by_name.get(instruction.target), self.handover_by_name.get(instruction.target)
+        if tally is not None:
+            return f"rank {rank}, {instruction} (statistics of {tally.layers[0]}, with ranks {_listed(tally.ranks)})"
+        if handover is not None:
+            buffer, peers = self.state_by_name[handover.state].buffers[0], sorted(handover.members() - {rank})
+            return f"rank {rank}, {instruction} (buffer {buffer}, with ranks {_listed(peers)})"
+        write = self.write_by_name.get(instruction.target)
+        if write is not None:
+            peers = sorted(write.members() - {rank})
+            others = f", with ranks {_listed(peers)}" if peers else ""
+            return f"rank {rank}, {instruction} (parameter {write.parameters[0]}{others})"
         if instruction.op in (Op.AGREE, Op.CLIP) and self.num_ranks > 1:
             return f"rank {rank}, {instruction} (with all ranks)"
         return f"rank {rank}, {instruction}"
@@ -258,6 +379,10 @@ class Program:
 def _holds(name: str, part: int, parts: int) -> bool:
     piece = parse_piece(name)
     return piece.count == 1 or piece.index * parts // piece.count == part
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def activations(run: str) -> str:

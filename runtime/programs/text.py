@@ -29,11 +29,25 @@ from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
 from spindle.graph import TensorSpec
-from spindle.runtime.programs.program import Bucket, Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import (
+    Bucket,
+    Fetch,
+    Handover,
+    Instruction,
+    Message,
+    Op,
+    Program,
+    SliceRun,
+    State,
+    Tally,
+    Transfer,
+    Write,
+)
 from spindle.units import SAMPLES
 
 HEADER = "spindle.program 2"
 _UNSAFE = re.compile(r"[%\s]")
+_TOUCHED = ("statistics", "states")
 _FLAGS = ("loads", "backward", "recompute", "varies")
 
 
@@ -66,6 +80,7 @@ def _lines(program: Program) -> Iterator[str]:
         yield _row("inputs", run.inputs)
         yield _row("outputs", run.outputs)
         yield _row("trained", run.trained)
+        yield from (_row(label, getattr(run, label)) for label in _TOUCHED if getattr(run, label))
     for transfer in program.transfers:
         direction = "backward" if transfer.backward else "forward"
         ends = "".join(
@@ -80,9 +95,28 @@ def _lines(program: Program) -> Iterator[str]:
         owner = "" if bucket.owner is None else f" owner {bucket.owner}"
         yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}{owner}"
         yield from (f"  {_word(name)}" for name in bucket.parameters)
+    yield from _state_lines(program)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
         yield from (f"  {i.op} {_word(i.target)}".rstrip() for i in instructions)
+
+
+def _state_lines(program: Program) -> Iterator[str]:
+    for tally in program.tallies:
+        yield f"tally {tally.name} ranks {' '.join(map(str, tally.ranks))}"
+        yield from (f"  {_word(name)}" for name in tally.layers)
+    for state in program.states:
+        yield f"state {state.name} ranks {' '.join(map(str, state.ranks))}"
+        yield from (f"  {_word(name)}" for name in state.buffers)
+    for hand in program.handovers:
+        before = f" before {hand.before}" if hand.before else ""
+        yield f"handover {hand.name} of {hand.state} from {hand.source} to {' '.join(map(str, hand.targets))}{before}"
+    for write in program.writes:
+        when = "after" if write.after else "before"
+        yield f"write {write.name} task {_word(write.task)} {when} ranks {' '.join(map(str, write.ranks))}"
+        yield from (f"  {_word(name)}" for name in write.parameters)
+        for fetch in write.fetches:
+            yield f"  {_word(fetch.parameter)} {fetch.source} -> {' '.join(map(str, fetch.targets))}"
 
 
 def _word(name: object) -> str:
@@ -105,6 +139,10 @@ class _Parsed:
     transfers: list[Transfer] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
     instructions: list[tuple[Instruction, ...]] = field(default_factory=list)
+    tallies: list[Tally] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    handovers: list[Handover] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
 
 
 def loads(text: str, *, source: str = "text") -> Program:
@@ -133,6 +171,10 @@ def loads(text: str, *, source: str = "text") -> Program:
         weights=tuple(parsed.weights),
         instructions=tuple(parsed.instructions),
         max_grad_norm=parsed.max_grad_norm,
+        tallies=tuple(parsed.tallies),
+        states=tuple(parsed.states),
+        handovers=tuple(parsed.handovers),
+        writes=tuple(parsed.writes),
     )
 
 
@@ -199,6 +241,8 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             trained=tuple(rows["trained"]),
             tensor_parallel=parts[0] if parts else 1,
             weigh_by=units[0] if units else SAMPLES,
+            statistics=tuple(rows.get("statistics", ())),
+            states=tuple(rows.get("states", ())),
             **{flag: flag in flags for flag in _FLAGS},
         )
     )
@@ -231,6 +275,45 @@ def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> N
     )
 
 
+def _parse_tally(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, *ranks = words
+    layers = tuple(layer for (layer,) in body)
+    parsed.tallies.append(Tally(name=name, ranks=tuple(map(int, ranks)), layers=layers))
+
+
+def _parse_state(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, *ranks = words
+    buffers = tuple(buffer for (buffer,) in body)
+    parsed.states.append(State(name=name, ranks=tuple(map(int, ranks)), buffers=buffers))
+
+
+def _parse_handover(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, state, _, source, _, *targets = words
+    before = ""
+    if "before" in targets:
+        *targets, _, before = targets
+    parsed.handovers.append(
+        Handover(name=name, state=state, source=int(source), targets=tuple(map(int, targets)), before=before)
+    )
+
+
+def _parse_write(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, _, task, when, _, *ranks = words
+    fetches = (
+        Fetch(parameter=row[0], source=int(row[1]), targets=tuple(map(int, row[3:]))) for row in body if len(row) > 1
+    )
+    parsed.writes.append(
+        Write(
+            name=name,
+            task=task,
+            after={"before": False, "after": True}[when],
+            ranks=tuple(map(int, ranks)),
+            parameters=tuple(row[0] for row in body if len(row) == 1),
+            fetches=tuple(fetches),
+        )
+    )
+
+
 def _parse_rank(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     if int(words[0]) != len(parsed.instructions):
         raise ValueError(f"ranks stand in order; here comes rank {len(parsed.instructions)}")
@@ -250,5 +333,9 @@ _PARSERS: dict[str, Callable[[_Parsed, list[str], list[list[str]]], None]] = {
     "slice": _parse_slice,
     "transfer": _parse_transfer,
     "bucket": _parse_bucket,
+    "tally": _parse_tally,
+    "state": _parse_state,
+    "handover": _parse_handover,
+    "write": _parse_write,
     "rank": _parse_rank,
 }

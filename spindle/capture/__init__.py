@@ -7,6 +7,8 @@ grouping    what was recorded falls into groups: blocks and glue
 assignment  which become operators, named by naming
 costs       which are measured on fake tensors at the full batch
 operators   and put together as codes
+states      which buffers must keep the order of one process
+writes      which parameters tasks write to, and whether a plan can do so in time
 parts       by which recordings of other batches fall into the same operators
 repeat      once for each concurrent micro-batch
 
@@ -25,8 +27,11 @@ from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
+from spindle.capture.states import with_states
+from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
+from spindle.record.copies import attributes_kept
 from spindle.record.skeleton import BlockInfo, Skeleton
 from spindle.workload import Workload
 
@@ -98,13 +103,17 @@ def _captured(
     )
     namer, memo = Namer(blocks), Memo()
     results: list[TaskOperators] = []
+    modules = [part for component in workload.components.values() for part in component.module.modules()]
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
-        seen = Looker(workload, skeleton, task, whole).look()
-        results.append(build_operators(workload, task, seen, namer, memo))
+        with attributes_kept(modules):
+            seen = Looker(workload, skeleton, task, whole).look()
+            results.append(build_operators(workload, task, seen, namer, memo))
     skeleton.learning = False
+    operators = with_states([op for r in results for op in r.operators], [t for r in results for t in r.touches])
+    writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results})
     return Captured(
-        graph=TaskGraph(tuple(operator for result in results for operator in result.operators)),
+        graph=TaskGraph(operators, writes),
         codes={code.name: code for result in results for code in result.codes},
         tasks={task: result.code for task, result in zip(workload.tasks, results, strict=True)},
         losses={task: result.code.loss for task, result in zip(workload.tasks, results, strict=True)},

@@ -168,6 +168,7 @@ class _Assignment:
             sites=self.seen.sites,
             stateful=self.seen.stateful,
             copies_batch=self.seen.copies_batch,
+            writes=tuple(self.recording.writes),
         )
 
     def _take_other_way(

@@ -18,7 +18,7 @@ from spindle.record.caches import caches_off, caching_configs
 from spindle.record.checkpoints import Planned, going, resumed
 from spindle.record.draws import Site
 from spindle.record.randomness import Drawing
-from spindle.record.recording import Node, Recording, execute
+from spindle.record.recording import LeafWrite, Node, Recording, execute
 from spindle.record.skeleton import Skeleton
 from spindle.units import Place
 from spindle.workload import Precision
@@ -49,6 +49,11 @@ class OperatorModule(nn.Module):
         value: Tensor = getattr(self, self.own[name])
         return value
 
+    def _put(self, name: str, value: Tensor) -> None:
+        """Put a tensor in place of a buffer; autograd may have kept the one before."""
+        before = self.leaf(name)
+        self._buffers[self.own[name]] = value.detach().to(before.dtype).clone()
+
     def forward(self, part: "OperatorPart", *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run what was recorded on the tensors that other operators sent; what it sends to others."""
         values = dict(zip(part.inputs, inputs, strict=True))
@@ -60,6 +65,7 @@ class OperatorModule(nn.Module):
             leaves=part.recording.leaves,
             blocks={part.block: self._block(part)} if part.block else {},
             device=part.values.device,
+            put=self._put,
         )
         return tuple(values[out] for out in part.outputs)
 
@@ -144,7 +150,7 @@ class TaskCode:
     order, `tensors` their names; `loss` is the name of the loss. `sites`: along what the samples lie in draws, by
     scope. `stateful`: buffers that change. `held`: fields and units of which the first batch had some. `waits`: the
     last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
-    the task trains; `learning`: tensors that a gradient comes back for.
+    the task trains; `learning`: tensors that a gradient comes back for; `writes`: what it writes to parameters.
     """
 
     task: str
@@ -162,6 +168,7 @@ class TaskCode:
     sites: Mapping[str, tuple[Site, ...]]
     stateful: frozenset[str] = frozenset()
     copies_batch: bool = False
+    writes: tuple[LeafWrite, ...] = ()
 
     def sent(self, operator: str) -> list[str]:
         """Tensors that an operator sends to others."""

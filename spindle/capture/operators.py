@@ -16,6 +16,7 @@ from spindle.capture.look.trials import Seen, place_of
 from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import divide
+from spindle.capture.states import Buffers, Touch, touches
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import Operator, Parameter, TensorSpec
 from spindle.record.randomness import undrawn
@@ -53,6 +54,7 @@ class TaskOperators:
     operators: list[Operator]
     codes: list[OperatorCode]
     code: TaskCode
+    touches: list[Touch]
 
 
 def build_operators(workload: Workload, task: Task, seen: Seen, namer: Namer, memo: Memo) -> TaskOperators:
@@ -94,6 +96,7 @@ class _Builder:
             [self._operator(draft, cost, code) for draft, cost in costs_by_draft],
             [self._code(draft, code) for draft in self.drafts],
             replace(code, learning=frozenset(t for t, spec in self.specs.items() if spec.needs_grad)),
+            self._touches(),
         )
 
     def _tied(self) -> Tied:
@@ -106,6 +109,13 @@ class _Builder:
             }
             for name, component in self.workload.components.items()
         }
+
+    def _touches(self) -> list[Touch]:
+        """What operators read and change of buffers."""
+        buffers = Buffers(self.name_by_id, self.modules, self.named)
+        numbers = {id(node): number for number, node in enumerate(self.nodes)}
+        changes = self.seen.findings.changes
+        return [t for draft in self.drafts for t in touches(draft.name, draft.part, changes, numbers, buffers)]
 
     @property
     def _samples(self) -> int:

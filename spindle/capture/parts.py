@@ -15,6 +15,7 @@ from spindle.errors import WorkloadError
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
 from spindle.record.shapes import Drawn
+from spindle.record.writes import differing
 from spindle.units import Bounds, Units
 
 
@@ -64,6 +65,12 @@ def divide(
     it was captured.
     """
     wired = wire(recorded.recording, code.stateful)
+    other = differing(code.writes, recorded.recording.writes)
+    if other:
+        raise WorkloadError(
+            f"{where}: it writes to parameter {other!r} in another way than when it was captured; a task must write "
+            "the same in every step (what changes from step to step belongs in a callback)"
+        )
     if lacks:
         lacking = Lacking(code, wired, lacks, where)
         home, keys = lacking.home()

@@ -33,7 +33,10 @@ def repeated(captured: Captured, count: int) -> Captured:
     numbers = range(count)
     return replace(
         captured,
-        graph=TaskGraph(tuple(_operator(operator, number) for number in numbers for operator in captured.graph)),
+        graph=TaskGraph(
+            tuple(_operator(operator, number) for number in numbers for operator in captured.graph),
+            captured.graph.writes,
+        ),
         codes={c.name: c for number in numbers for c in (_code(code, number) for code in captured.codes.values())},
         tasks={f"{t}#{number}": _task(code, number) for number in numbers for t, code in captured.tasks.items()},
         losses={f"{t}#{n}": _renamed(tensor, "/", n) for n in numbers for t, tensor in captured.losses.items()},

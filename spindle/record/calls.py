@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spindle.record.copies import buffers_kept
 from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
@@ -115,7 +116,8 @@ def _results(
         results = None if skeleton.learning else habit.tell(given)
     if results is None:
         recorder.block = block.path
-        results = _found(skeleton, block, own, recorder, args, kwargs)
+        with buffers_kept(block.module):
+            results = _found(skeleton, block, own, recorder, args, kwargs)
         recorder.block = ""
         habit.learn(results, given)
         if len(skeleton.known) > MOST_KNOWN:

@@ -23,6 +23,16 @@ IN_PLACE_OPERATORS = frozenset(
 _NO_WRITES = frozenset({"requires_grad_", "retain_grad", "__setstate__"})
 
 
+ARITHMETIC = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv")),
+        *("add_", "sub_", "mul_", "div_", "lerp_", "addcmul_", "addcdiv_", "addmm_", "pow_", "neg_"),
+    )
+)
+"""Functions that change a tensor by what it was."""
+
+
 def writes_first(function: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument in place."""
     if function is Tensor.__setitem__:
@@ -40,20 +50,25 @@ _STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {
 """Where running mean and variance stand among the arguments of a function, and whether it updates them."""
 
 
+def updated_places(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where the running statistics stand that a function updates; () for one that updates none."""
+    if function not in _STATISTICS:
+        return ()
+    mean, variance, place, flag = _STATISTICS[function]
+    updates = args[place] if len(args) > place else kwargs.get(flag, function is F.instance_norm)
+    return (mean, variance) if updates else ()
+
+
 def updated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Arguments that a function changes in place without saying so: running statistics, embeddings with max_norm."""
 
-    def given(index: int, name: str, default: Any = None) -> Any:
-        return args[index] if len(args) > index else kwargs.get(name, default)
+    def given(index: int, name: str) -> Any:
+        return args[index] if len(args) > index else kwargs.get(name)
 
     if function is F.embedding and given(3, "max_norm") is not None:
         return [given(1, "weight")]
-    if function not in _STATISTICS:
-        return []
-    mean, variance, place, flag = _STATISTICS[function]
-    if not given(place, flag, function is F.instance_norm):
-        return []
-    found = (given(mean, "running_mean"), given(variance, "running_var"))
+    names = ("running_mean", "running_var")
+    found = [given(p, n) for p, n in zip(updated_places(function, args, kwargs), names, strict=False)]
     return [value for value in found if isinstance(value, Tensor)]
 
 
@@ -84,6 +99,32 @@ class WrittenThroughView:
         return base, base.as_strided(*self.place)
 
 
+class WrittenInLeaf:
+    """A function that writes to part of a parameter's or buffer's memory: it is given the whole, and gives the part."""
+
+    def __init__(self, function: Callable[..., Any], view: Tensor) -> None:
+        self.function, self.__name__ = function, getattr(function, "__name__", "write")
+        self.place = (tuple(view.shape), view.stride(), view.storage_offset())
+
+    def __call__(self, leaf: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The part after the call."""
+        with torch.no_grad():
+            part = leaf.detach().as_strided(*self.place)
+            self.function(part, *args, **kwargs)
+        return part
+
+
+class SetData:
+    """`tensor.data = value`, as a write."""
+
+    __name__ = "data"
+
+    def __call__(self, leaf: Tensor, value: Tensor) -> None:
+        """Write the value."""
+        with torch.no_grad():
+            leaf.copy_(value)
+
+
 class Into:
     """A function called with `out=`, as one that gives what `out` becomes."""
 
@@ -96,15 +137,13 @@ class Into:
         return result.to(out.dtype)
 
 
-class Assigned:
-    """A buffer that is replaced by a new tensor: the value is written into it."""
+class IntoLeaf(Into):
+    """A function called with a buffer as `out=`: what it gives is written there."""
 
-    __name__ = "assign"
-
-    def __call__(self, buffer: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The buffer."""
         with torch.no_grad():
-            return buffer.copy_(value)
+            return out.copy_(self.function(*args, **kwargs))
 
 
 def scatter(x: Tensor, where: Tensor, source: Tensor) -> Tensor:

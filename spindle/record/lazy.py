@@ -64,6 +64,8 @@ ATTRIBUTES: frozenset[Any] = frozenset(
 )
 """What can be asked of a lazy value: nothing that depends on its numbers."""
 
+SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+
 READS: frozenset[Any] = frozenset(
     {
         Tensor.item,
@@ -141,6 +143,14 @@ def memory_of(value: Tensor) -> int:
     try:
         return 0 if get_meta(value) else int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse ones, and such as stand for many
+        return 0
+
+
+def storage_of(value: Tensor) -> int:
+    """Which storage a tensor lies in, on the meta device too; 0 for tensors without."""
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
         return 0
 
 

@@ -6,7 +6,8 @@
 - Code that needs the number in a lazy value (`if`, `int()`, `.item()`) is refused: that number is not known here.
 """
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spindle.record.functions import (
+    ARITHMETIC,
     REDUCTIONS,
     UNCHECKED,
     Into,
+    IntoLeaf,
+    SetData,
     Written,
+    WrittenInLeaf,
     WrittenThroughView,
     by_rows,
     recordable,
@@ -32,6 +37,7 @@ from spindle.record.lazy import (
     ATTRIBUTES,
     OPENS_GRADIENTS,
     READS,
+    SET_DATA,
     SETS_GRADIENTS,
     SHOWS,
     Forbidden,
@@ -44,8 +50,9 @@ from spindle.record.lazy import (
     is_lazy,
     is_meta,
     memory_of,
+    storage_of,
 )
-from spindle.record.recording import Autocast, Aux, Node, Recording, Ref, tensors_in, tree
+from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
 from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites
 
@@ -77,13 +84,20 @@ class Recorder(TorchFunctionMode):
     """One recording under way."""
 
     def __init__(
-        self, recording: Recording, leaves: dict[int, int], sites: Sites, start: CodeType, real_calls: RealCalls
+        self,
+        recording: Recording,
+        leaves: dict[int, int],
+        own: Mapping[int, Tensor],
+        sites: Sites,
+        start: CodeType,
+        real_calls: RealCalls,
     ) -> None:
-        """`leaves`: value numbers of the meta parameters and buffers by id. `start`: code of the function whose call
-        is the outermost place of a site.
+        """`leaves`: value numbers of the meta parameters and buffers by id; `own`: these, by id of the user's. `start`:
+        code of the function whose call is the outermost place of a site.
         """
         super().__init__()
         self.recording, self.sites, self.start, self.real_calls = recording, sites, start, real_calls
+        self.own = own
         self.sources: list[Tensor] = []  # of each tensor computed from the batch that calls read, the one they read
         self.inside = False  # of a block, whose calls are not recorded
         self.for_real = False  # a block runs for its shapes, on numbers that are made up
@@ -97,9 +111,12 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
+        self.written: list[Tensor] = []  # real tensors that something was written into
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
+        self._leaf_by_storage: dict[int, Tensor] = {}  # of meta parameters and buffers
         self._kept: list[Any] = []  # so that no id is used twice
         self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
 
@@ -119,6 +136,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in SETS_GRADIENTS:
             self._refuse_other_flag(args, kwargs)
+        if self._holds_own((*args, *kwargs.values())):
+            args, kwargs = tree(self._as_leaf, args), tree(self._as_leaf, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
             self._refuse_strangers(args)
@@ -139,12 +158,29 @@ class Recorder(TorchFunctionMode):
             return args[0]
         return self._lazy(func, args, kwargs)
 
+    def _holds_own(self, values: Iterable[Any]) -> bool:
+        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self.own and not get_meta(value):
+                    return True
+            elif type(value) in (list, tuple) and self._holds_own(value):
+                return True
+        return False
+
+    def _as_leaf(self, value: Any) -> Any:
+        return self.own.get(id(value), value) if isinstance(value, Tensor) else value
+
     def real(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A call for real that no mode sees."""
         with torch._C.DisableTorchFunction():
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if writes_first(func) and args and isinstance(args[0], Tensor):
+            self.written.append(args[0])
+            if self.kept and func in ARITHMETIC:
+                self._refuse_kept(args[0])
         if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
             self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
         result = func(*args, **kwargs)
@@ -165,19 +201,88 @@ class Recorder(TorchFunctionMode):
             func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
             return self._on_meta(func, args, kwargs)
         self._refuse_strangers(args)
+        if func == SET_DATA:
+            return self._set_data(*args)
         func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
-        out = kwargs.pop("out", None)
+        if writes_first(func) and args and self._is_alias(args[0]):
+            return self._write_leaf(func, args, kwargs)
+        out, plain = kwargs.pop("out", None), func
         if out is not None:
             func, args = Into(func), (out, *args)
         encoded = tree(self.encoded, args), tree(self.encoded, kwargs)  # as they are before the call
         result = self._on_meta(func, args, kwargs)
         self._note_changed(updated(func, args, kwargs))
+        if out is not None and self._number.get(id(out)) in self.recording.leaves:
+            self._touched.clear()
+            self._add(IntoLeaf(plain), *encoded, [-1], writes=(self._name(out),))
+            return out
         if out is not None:
+            self._refuse_kept(out)
             self._renew(out)
             self._taint(out)
             self._add(func, *encoded, [self._new(out)])
             return out
         return self.record(func, args, encoded, result)
+
+    def _is_alias(self, value: Any) -> bool:
+        """Whether a tensor is no parameter or buffer but lies in the memory of one; or several are written at once,
+        whose versions need not tell of it.
+        """
+        if type(value) in (list, tuple):
+            return any(is_meta(each) and self._leaf_of(each) is not None for each in value)
+        leaf = self._leaf_of(value) if isinstance(value, Tensor) and is_meta(value) else None
+        return leaf is not None and leaf is not value
+
+    def _leaf_of(self, value: Tensor) -> Tensor | None:
+        """The parameter or buffer in whose memory a meta tensor lies."""
+        if not self._leaf_by_storage:
+            self._leaf_by_storage = {storage_of(leaf): leaf for leaf in self.own.values()}
+        return self._leaf_by_storage.get(storage_of(value))
+
+    def _write_leaf(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A write to memory of parameters or buffers, through views of them or what `.data` and `.detach()` give."""
+        given = args[0]
+        if type(given) in (list, tuple):
+            leaves = [self._whole_leaf(each) for each in given]
+            first: Any = leaves
+        else:
+            leaf = self._leaf_of(given)
+            assert leaf is not None
+            if not _covers(given, leaf):
+                func = WrittenInLeaf(func, given)
+            leaves, first = [leaf], leaf
+        with torch.no_grad():
+            encoded = tree(self.encoded, (first, *args[1:])), tree(self.encoded, kwargs)
+            names = tuple(map(self._name, leaves))
+            self._on_meta(func, (first, *args[1:]), kwargs)
+            self._touched.clear()
+            self._versions.update({self._number[id(leaf)]: leaf._version for leaf in leaves})
+            self._add(func, *encoded, [-1] if isinstance(first, Tensor) else [], writes=names)
+        return given
+
+    def _whole_leaf(self, value: Tensor) -> Tensor:
+        leaf = self._leaf_of(value)
+        if leaf is None or not _covers(value, leaf):
+            raise Refused(
+                "it writes to several tensors at once, some of which are parts of parameters or none; write to each "
+                "alone"
+            )
+        return leaf
+
+    def _set_data(self, of: Tensor, value: Tensor) -> None:
+        """`tensor.data = value`."""
+        leaf = self._leaf_of(of) if is_meta(of) else None
+        if leaf is not of or tuple(of.shape) != tuple(value.shape):
+            if not is_meta(of):
+                self.written.append(of)  # a buffer, say, that was taken as a constant
+                return
+            raise Refused(
+                "it sets .data of a value of the model, or to another shape; compute a new value in its place"
+            )
+        self._add(SetData(), (self.encoded(of), self.encoded(value)), {}, [], writes=(self._name(leaf),))
+
+    def _name(self, leaf: Tensor) -> str:
+        return self.recording.leaves[self._number[id(leaf)]]
 
     def _on_meta(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, named = under_autocast(func, tree(self.as_meta, args), tree(self.as_meta, kwargs))
@@ -211,6 +316,7 @@ class Recorder(TorchFunctionMode):
             base = x
             self._add(Written(func), given, named, [self._new(x)])
         if not is_meta(base):
+            self._refuse_kept(base)
             self._taint(base, x)
         return x
 
@@ -244,9 +350,24 @@ class Recorder(TorchFunctionMode):
             )
         )
 
-    def note(self, func: Callable[..., Any], args: tuple[Any, ...], *, writes: tuple[str, ...]) -> None:
-        """Note a call that changes leaves and gives nothing."""
-        self._add(func, args, {}, [], writes=writes)
+    def note_assigned(self, name: str, buffer: Tensor, value: Tensor) -> None:
+        """Note that a tensor was put in the place of a buffer: a call that stands where the function of the task ends.
+
+        Its place in the code is the buffer's name, which is the same in every process.
+        """
+        args = (self.encoded(buffer), self.encoded(value))
+        maker = self.recording.makers().get(args[1].index) if isinstance(args[1], Ref) else None
+        node = Node(
+            Assigned(),
+            args,
+            {},
+            [],
+            int.from_bytes(hashlib.blake2b(f"assign {name}".encode(), digest_size=7).digest()),
+            component="" if maker is None else self.recording.nodes[maker].component,
+            writes=(name,),
+            line="" if maker is None else self.recording.nodes[maker].line,
+        )
+        self.recording.nodes.append(node)
 
     def draw(self, function: Callable[..., Tensor], like: Tensor, result: Tensor) -> Tensor:
         """Note a draw on the device of a lazy value: `function(like)` gives numbers of the shape of `result`."""
@@ -299,8 +420,9 @@ class Recorder(TorchFunctionMode):
             return Ref(number)
         if is_meta(value):
             raise Refused(
-                "a tensor of the model was kept from an earlier call, or came out of a layer by a hook, or of code "
-                "that cannot be followed (torch.jit.script, C++); let the layer return it, in the call that reads it"
+                "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
+                "(torch.jit.script, C++), or was kept from an earlier batch; let the layer return it, and keep what "
+                "later batches read in a buffer that __init__ registers with its first value"
             )
         if id(value) not in self._aux:
             self._aux[id(value)] = len(self.recording.aux)
@@ -330,11 +452,21 @@ class Recorder(TorchFunctionMode):
             else:
                 self.changed.append(value)
 
+    def _refuse_kept(self, value: Any) -> None:
+        """A tensor that outlives the batch and is no buffer would be changed once a recording, not once a step."""
+        name = self.kept.get(memory_of(value)) if isinstance(value, Tensor) else None
+        if name is not None:
+            raise Refused(
+                f"tensor {name!r} is changed in place and is no buffer, so that no plan can follow it; make it a "
+                "buffer that __init__ of a registered module registers"
+            )
+
     def _renew(self, value: Tensor) -> None:
         self._meta.pop(id(value), None)
 
     def _taint(self, value: Tensor, *others: Tensor) -> None:
         """Of all tensors that share its memory, what these hold is known from here on."""
+        self.written.append(value)
         self._tainted[memory_of(value)] = {id(value), *(id(other) for other in others)}
         self._kept += (value, *others)
 
@@ -398,3 +530,12 @@ class Recorder(TorchFunctionMode):
         for value in args:
             if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")
+
+
+def _covers(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor in the memory of a parameter or buffer is all of it, in its order."""
+    return (
+        value.shape == leaf.shape
+        and value.stride() == leaf.stride()
+        and value.storage_offset() == leaf.storage_offset()
+    )

@@ -40,6 +40,17 @@ class Autocast:
     dtype: torch.dtype
 
 
+class Assigned:
+    """A buffer in whose place a new tensor is put. Who holds the buffer does so; by itself it writes the value."""
+
+    __name__ = "assign"
+
+    def __call__(self, buffer: Tensor, value: Tensor) -> Tensor:
+        """The buffer."""
+        with torch.no_grad():
+            return buffer.copy_(value)
+
+
 @dataclass(slots=True)
 class Node:
     """One recorded call: `function(*args, **kwargs)` gives values `outs`, in the order of its tensors; -1 stands for a
@@ -72,12 +83,33 @@ class Node:
         return [aux.index for aux in leaves_of((self.args, self.kwargs), Aux)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeafWrite:
+    """Calls that write to parameter `target`, and those that compute what is written, from `sources` and constants.
+
+    `after`: all that uses the target in the task comes before it, or, when False, after it; None: nothing uses it.
+    `repeatable`: to write twice is to write once. `text` is equal for writes that do the same. `shapes`: of the
+    sources, with their types.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    leaves: Mapping[int, str]
+    aux: Mapping[int, Tensor]
+    after: bool | None
+    repeatable: bool
+    line: str
+    text: str
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 @dataclass(slots=True)
 class Recording:
     """What one run of a task function on some samples came to.
 
     `leaves` are names of parameters and of buffers that change, by value number; `shapes`, `dtypes` and `needs_grad`
-    are of all values; `aux` holds what was computed for real.
+    are of all values; `aux` holds what was computed for real. `writes` are to parameters, and in no node.
     """
 
     leaves: dict[int, str]
@@ -87,6 +119,7 @@ class Recording:
     needs_grad: list[bool] = field(default_factory=list)
     aux: list[Tensor] = field(default_factory=list)
     loss: int = -1
+    writes: list[LeafWrite] = field(default_factory=list)
 
     def makers(self) -> dict[int, int]:
         """Number of the node that makes each value."""
@@ -124,6 +157,9 @@ def tensors_in(structure: Any) -> list[Tensor]:
 Leaf = Callable[[str], Tensor]
 """The tensor of a parameter or buffer by its name."""
 
+Put = Callable[[str, Tensor], None]
+"""Puts a tensor in place of a buffer."""
+
 
 def execute(
     nodes: Sequence[Node],
@@ -134,10 +170,12 @@ def execute(
     leaves: Mapping[int, str],
     blocks: Mapping[str, Callable[..., Any]],
     device: torch.device,
+    put: Put | None = None,
 ) -> None:
     """Run recorded calls in order; `values` holds what they read of others and takes what they give.
 
-    `aux(i)` is tensor i that was computed from the batch, on the device; `blocks` runs calls of layers by name.
+    `aux(i)` is tensor i that was computed from the batch, on the device; `blocks` runs calls of layers by name. `put`
+    takes what is assigned to a buffer; None: it is written into the buffer.
     """
 
     def decoded(argument: Any) -> Any:
@@ -148,6 +186,9 @@ def execute(
         return aux(argument.index) if kind is Aux else argument
 
     for node in nodes:
+        if put is not None and type(node.function) is Assigned:
+            put(node.writes[0], decoded(node.args[1]))
+            continue
         function = blocks[node.block] if node.block else node.function
         with _as_recorded(node, device):
             result = function(*tree(decoded, node.args), **(tree(decoded, node.kwargs) if node.kwargs else {}))

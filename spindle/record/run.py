@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from spindle.record.draws import Site, Stream, drawing_from
-from spindle.record.functions import Assigned
-from spindle.record.lazy import Forbidden, Refused, is_lazy
+from spindle.record.lazy import Forbidden, Refused, is_lazy, memory_of
 from spindle.record.randomness import RecordedDrawing
 from spindle.record.recorder import ByRows, Recorder
-from spindle.record.recording import Recording, Ref
+from spindle.record.recording import Recording
 from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn
 from spindle.record.skeleton import Skeleton
+from spindle.record.writes import take_out
 
 TaskFunction = Callable[[Any], Any]
 
@@ -58,6 +58,7 @@ def record(
     """
     fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in fields.items()}
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
+        recorder.kept = skeleton.kept
         drawing = RecordedDrawing(recorder, sites)
         try:
             with drawing_from(stream), recorder, ByRows(), drawing, _gradients_as_found():
@@ -71,6 +72,10 @@ def record(
             failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             raise Failure(error, failed, recorder.block) from error
         recording = recorder.recording
+        try:
+            take_out(recording, skeleton.parameters, skeleton.parameters_of)
+        except Refused as error:
+            raise Failure(error, "", "") from error
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         replay = recorder.real_calls.replay(fields, recorder.sources)
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)
@@ -101,6 +106,9 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
     place, though they were taken as constants, are told to the skeleton.
     """
     names = {id(buffer): name for name, buffer in skeleton.buffers().items()} if recorder.changed else {}
+    if recorder.written:
+        memory = {memory_of(buffer): name for name, buffer in skeleton.buffers().items() if memory_of(buffer)}
+        skeleton.changed |= {memory[of] for of in map(memory_of, recorder.written) if of in memory}
     for changed in recorder.changed:
         if id(changed) not in names:
             raise Refused(
@@ -109,6 +117,13 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
             )
         skeleton.changed.add(names[id(changed)])
     for name, leaf, value in skeleton.replaced_buffers():
+        if leaf is None:
+            if is_lazy(value):
+                raise Refused(
+                    f"buffer {name!r} is made by the first batch, which every rank would make its own; register it in "
+                    "__init__ with its first value"
+                )
+            continue
         if tuple(value.shape) != tuple(leaf.shape):
             raise Refused(
                 f"buffer {name!r} was replaced by one of shape {tuple(value.shape)}, where it had {tuple(leaf.shape)}; "
@@ -117,6 +132,4 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
         if name not in skeleton.stateful:
             skeleton.changed.add(name)
             continue
-        number = recorder.number(leaf)
-        assert number is not None
-        recorder.note(Assigned(), (Ref(number), recorder.encoded(value)), writes=(name,))
+        recorder.note_assigned(name, leaf, value)

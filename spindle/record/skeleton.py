@@ -8,9 +8,10 @@
 """
 
 import contextlib
+import inspect
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
-from spindle.record.lazy import Forbidden
+from spindle.record.lazy import Forbidden, memory_of
 from spindle.record.patches import recorded_calls, watched_modules
 from spindle.record.recorder import Recorder
 from spindle.record.recording import Recording
@@ -56,6 +57,7 @@ class Skeleton:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.changed: set[str] = set()  # buffers that a recording replaced, though taken as constants
+        self.kept: dict[int, str] = {}  # memory of tensors that modules and functions hold besides, and their names
         self.sites = Sites()
         self.known: dict[object, Results] = {}  # by kind of block and arguments with their shapes
         self.habits: dict[object, Habit] = {}  # the same without the shapes
@@ -123,6 +125,30 @@ class Skeleton:
             for block in self.blocks
         }
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of all parameters."""
+        return [name for name, meta in self._metas.values() if isinstance(meta, nn.Parameter)]
+
+    def parameters_of(self, path: str) -> set[str]:
+        """Names of the parameters that a module holds, while the skeleton is open."""
+        numbers = (self._numbers.get(id(meta)) for meta in self.module(path).parameters())
+        return {self.leaves[number] for number in numbers if number is not None}
+
+    def keep_apart(self, function: Callable[..., Any]) -> None:
+        """Know the plain tensors that modules, and the function of a task, hold: what they hold outlives a batch."""
+        held = {f"{prefix}{name}": value for prefix, module in self._modules for name, value in vars(module).items()}
+        with contextlib.suppress(TypeError, ValueError):
+            seen = inspect.getclosurevars(inspect.unwrap(function))
+            held |= {**seen.globals, **seen.nonlocals}
+        tensors = {name: value for name, value in held.items() if type(value) is Tensor and value.is_leaf}
+        self.kept = {memory_of(value): name for name, value in tensors.items() if memory_of(value)}
+
+    def module(self, path: str) -> nn.Module:
+        """A module by its path, which begins with its component."""
+        component, _, inner = path.partition(".")
+        return self.components[component].get_submodule(inner)
+
     def buffers(self) -> dict[str, Tensor]:
         """The modules' buffers by name, as they stand there now."""
         return {
@@ -139,8 +165,9 @@ class Skeleton:
             recording.shapes.append(tuple(meta.shape))
             recording.dtypes.append(meta.dtype)
             recording.needs_grad.append(meta.requires_grad)
+        own = {number: meta for number, (_, meta) in self._metas.items()}
         with self.lock, contextlib.ExitStack() as stack:
-            recorder = Recorder(recording, self._numbers, self.sites, start, RealCalls())
+            recorder = Recorder(recording, self._numbers, own, self.sites, start, RealCalls())
             stack.enter_context(caches_off(self.configs))
             stack.enter_context(self._meta_parameters())
             stack.enter_context(self._forwards(recorder))
@@ -178,13 +205,15 @@ class Skeleton:
             for own, name, value, _ in self._places:
                 own[name] = value
 
-    def replaced_buffers(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Buffers in whose place the code under way has put another tensor: name, buffer, tensor."""
+    def replaced_buffers(self) -> list[tuple[str, Tensor | None, Tensor]]:
+        """Buffers in whose place the code under way has put another tensor: name, buffer, tensor; also new ones."""
+        known = {(id(held), key): before for _, held, key, before in self._standing}
         found = []
-        for name, held, key, before in self._standing:
-            value = held.get(key)
-            if value is not before and isinstance(value, Tensor) and before is not None:
-                found.append((name, before, value))
+        for prefix, module in self._modules:
+            for key, value in module._buffers.items():
+                before = known.get((id(module._buffers), key))
+                if value is not before and isinstance(value, Tensor):
+                    found.append((prefix + key, before, value))
         return found
 
     @contextlib.contextmanager
@@ -194,14 +223,15 @@ class Skeleton:
         places = [place for place in self._places if id(place[0]) in inside]
         for own, name, value, _ in places:
             own[name] = value
-        buffers = list(module.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        standing = [(m._buffers, key, buffer) for m in module.modules() for key, buffer in m._buffers.items()]
+        before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
         try:
             with torch._C.DisableTorchFunction():
                 yield
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
         finally:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                for (held, key, buffer), known in zip(standing, before, strict=True):
+                    held[key] = buffer if buffer is None or known is None else buffer.copy_(known)
             for own, name, _, meta in places:
                 own[name] = meta
 

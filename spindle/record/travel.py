@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from spindle.errors import WorkloadError
 
@@ -93,6 +94,26 @@ class Wrapped(nn.Module):
 
 def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+
+
+def let_travel(modules: Iterable[nn.Module]) -> None:
+    """Let pickle send parametrized modules (spectral norm, weight norm), which torch itself does not."""
+    for module in (part for root in modules for part in root.modules()):
+        if parametrize.is_parametrized(module):
+            copyreg.pickle(type(module), _parametrized)
+
+
+def _parametrized(module: nn.Module) -> tuple[Any, ...]:
+    return _parametrized_again, (type(module).__bases__[0], dict(vars(module)))
+
+
+def _parametrized_again(own: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+    module = own.__new__(own)
+    vars(module).update(attributes)
+    parametrize._inject_new_class(module)
+    for name in attributes["_modules"]["parametrizations"]:
+        parametrize._inject_property(module, name)
+    return module
 
 
 def _context_variable(value: "ContextVar[Any]") -> tuple[Any, ...]:

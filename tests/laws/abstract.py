@@ -18,13 +18,14 @@ from tests.task_graphs import random_task_graph
 
 
 def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Program]:
-    """One to three tasks on one to five ranks, sometimes with clipping, recompute and sharded optimizer states. With
-    `varying` the batches of some tasks, the first among them, are shared anew in each step, and some tensors go by
-    patches.
+    """One to three tasks on one to five ranks, sometimes with clipping, recompute, sharded optimizer states, running
+    statistics and buffers that operators change. With `varying` the batches of some tasks, the first among them, are
+    shared anew in each step, and some tensors go by patches.
     """
     rng = random.Random(seed)
     sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(1, 7))
     graph = _with_patches(sample.graph, random.Random(seed)) if varying else sample.graph
+    graph = _with_states(graph, random.Random(seed))
     metagraph = contract(graph)
     return graph, lower(
         random_plan(metagraph, rng.randint(1, 5), seed),
@@ -46,6 +47,20 @@ def _with_patches(graph: TaskGraph, rng: random.Random) -> TaskGraph:
         return replace(spec, unit="patches") if spec.rows and rng.random() < 0.4 else spec
 
     return TaskGraph(tuple(replace(op, outputs=tuple(map(packed, op.outputs))) for op in graph))
+
+
+def _with_states(graph: TaskGraph, rng: random.Random) -> TaskGraph:
+    """Up to two norm layers, and up to two buffers, that an operator of each of some tasks changes."""
+    tasks = list(dict.fromkeys(operator.task for operator in graph))
+    touched: dict[str, tuple[list[str], list[str]]] = {operator.name: ([], []) for operator in graph}
+    for kind, names in enumerate((("n.0", "n.1"), ("queue", "center"))):
+        for name in rng.sample(names, rng.randint(0, 2)):
+            for task in rng.sample(tasks, rng.randint(1, len(tasks))):
+                own = [operator.name for operator in graph if operator.task == task]
+                touched[rng.choice(own)][kind].append(name)
+    return TaskGraph(
+        tuple(replace(op, statistics=tuple(touched[op.name][0]), states=tuple(touched[op.name][1])) for op in graph)
+    )
 
 
 class Abstract:
@@ -73,6 +88,9 @@ class Abstract:
         self.reduced: list[set[str]] = [set() for _ in program.instructions]
         self.awaited: list[set[str]] = [set() for _ in program.instructions]
         self.stepped: set[int] = set()
+        self.done: list[set[str]] = [set() for _ in program.instructions]  # runs that went forward or backward
+        self.turns: list[dict[str, int]] = [{} for _ in program.instructions]  # runs that changed what a rank has
+        self.given: dict[tuple[str, int], dict[str, int]] = {}
 
     def run(self, rng: random.Random) -> None:
         """Any rank that can go on does, in random order, until all are done."""
@@ -85,6 +103,11 @@ class Abstract:
             self.at[rank] += 1
         assert not any(self.held), self.held
         assert not self.mail, self.mail
+        assert not self.given, self.given
+        for state in self.program.states:
+            for buffer in state.buffers:
+                users = sum(buffer in run.states for run in self.program.slices)
+                assert {self.turns[rank].get(buffer, 0) for rank in state.ranks} == {users}
 
     def next(self, rank: int) -> Instruction | None:
         instructions = self.program.instructions[rank]
@@ -100,6 +123,12 @@ class Abstract:
                 return self.arrived.get(bucket.name, set()) == set(bucket.ranks)
             wanted = self.messages[instruction.target]
             return all((instruction.target, m) in self.mail for m in wanted if m.target == rank)
+        if instruction.op is Op.TALLY:
+            self.arrived.setdefault(instruction.target, set()).add(rank)
+            return self.arrived[instruction.target] == set(self.program.tally_by_name[instruction.target].ranks)
+        if instruction.op is Op.HAND:
+            hand = self.program.handover_by_name[instruction.target]
+            return rank == hand.source or (hand.name, rank) in self.given
         if instruction.op in (Op.AGREE, Op.CLIP):
             self.arrived.setdefault(instruction.op, set()).add(rank)
             return len(self.arrived[instruction.op]) == self.program.num_ranks
@@ -133,6 +162,13 @@ class Abstract:
             self.stepped.add(rank)
         elif instruction.op is Op.GATHER:
             assert rank in self.stepped
+        elif instruction.op is Op.HAND:
+            self.hand(rank, name)
+        elif instruction.op is Op.TALLY:
+            layers = set(self.program.tally_by_name[name].layers)
+            counting = [run for run in self.program.slices if layers & set(run.statistics) and rank in run.ranks]
+            due = {f"{op} {run.name}" for run in counting for op in ("F", "B")[: 1 + run.backward]}
+            assert due <= self.done[rank]
         elif instruction.op is Op.FREE:
             del self.held[rank][name]
             assert name not in self.freed[rank]
@@ -143,7 +179,27 @@ class Abstract:
         assert buffer not in self.freed[rank]
         self.held[rank][buffer] = value
 
+    def hand(self, rank: int, name: str) -> None:
+        hand = self.program.handover_by_name[name]
+        if rank != hand.source:
+            self.turns[rank] |= self.given.pop((name, rank))
+            return
+        buffers = self.program.state_by_name[hand.state].buffers
+        for target in hand.targets:
+            self.given[name, target] = {buffer: self.turns[rank].get(buffer, 0) for buffer in buffers}
+
+    def touch(self, rank: int, run: SliceRun) -> None:
+        """A run finds each state as the one before it in one process left it. Of its ranks the first answers for it."""
+        tasks = list(dict.fromkeys(task.partition("#")[0] for task, _ in self.program.losses))
+        order = sorted(self.program.slices, key=lambda r: tasks.index(r.task))
+        for buffer in run.states:
+            users = [other.name for other in order if buffer in other.states]
+            assert self.turns[rank].get(buffer, 0) == users.index(run.name)
+            self.turns[rank][buffer] = users.index(run.name) + (rank == run.ranks[0])
+
     def forward(self, rank: int, run: SliceRun) -> None:
+        self.done[rank].add(f"F {run.name}")
+        self.touch(rank, run)
         assert run.task in self.loaded[rank]
         assert rank in self.agreed or self.program.num_ranks == 1
         for tensor in run.inputs:
@@ -153,6 +209,7 @@ class Abstract:
 
     def backward(self, rank: int, run: SliceRun) -> None:
         assert f"activations:{run.name}" in self.held[rank]
+        self.done[rank].add(f"B {run.name}")
         for tensor in run.outputs:
             readers = [r for r in self.program.slices if tensor in r.inputs and r.backward]
             if not self.program.tensor_by_name[tensor].needs_grad or tensor in dict(self.program.losses).values():

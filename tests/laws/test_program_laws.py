@@ -17,6 +17,7 @@ from spindle.runtime.programs.program import Instruction, Message, Op, Program, 
 from tests.laws.abstract import Abstract, random_program
 
 seeds = st.integers(0, 10**9)
+MEETINGS = (Op.AGREE, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND)
 
 # -- the laws ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ def test_rounds_that_only_add_end_too(seed: int) -> None:
     _, program = random_program(seed)
     adding = replace(program, instructions=tuple(accumulating(i, program.bucket_by_name) for i in program.instructions))
     Abstract(adding).run(random.Random(seed))
-    assert not {i.op for rank in adding.instructions for i in rank} & {Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER}
+    assert not {i.op for rank in adding.instructions for i in rank} & {Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER, Op.TALLY}
 
 
 def check_messages_pair_up(program: Program) -> None:
@@ -76,13 +77,13 @@ def check_messages_pair_up(program: Program) -> None:
 def check_meetings_agree(program: Program) -> None:
     """Laws 2 and 3: groups come in one order; two ranks meet the collectives that they share in the same order."""
     assert program.groups == tuple(sorted(program.groups))
-    assert set(program.groups) == {bucket.ranks for bucket in program.buckets if len(bucket.ranks) > 1}
-    met = [
-        [(i.op, i.target) for i in instructions if i.op in (Op.AGREE, Op.REDUCE, Op.CLIP, Op.GATHER)]
-        for instructions in program.instructions
-    ]
+    shared = [bucket.ranks for bucket in program.buckets] + [tally.ranks for tally in program.tallies]
+    assert set(program.groups) == {ranks for ranks in shared if len(ranks) > 1}
+    met = [[(i.op, i.target) for i in instructions if i.op in MEETINGS] for instructions in program.instructions]
     everyone = {"": tuple(range(program.num_ranks))}
     ranks_of = everyone | {bucket.name: bucket.ranks for bucket in program.buckets}
+    ranks_of |= {tally.name: tally.ranks for tally in program.tallies}
+    ranks_of |= {hand.name: tuple(hand.members()) for hand in program.handovers}
     for a in range(program.num_ranks):
         for b in range(a):
             of_a, of_b = ([(op, name) for op, name in met[rank] if {a, b} <= set(ranks_of[name])] for rank in (a, b))

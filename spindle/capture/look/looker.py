@@ -19,7 +19,6 @@ from spindle.capture.look.refusals import (
     explained,
     no_other_generators,
     own_generator,
-    refuse_written_parameters,
     unlike,
 )
 from spindle.capture.look.repeats import Place as Kept
@@ -38,8 +37,10 @@ from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, 
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
+from spindle.record.recording import LeafWrite
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
+from spindle.record.writes import differing
 from spindle.units import Bounds, Place, Units
 from spindle.workload import Task, Workload
 
@@ -62,9 +63,19 @@ class Looker:
         self.workload, self.skeleton, self.task = workload, skeleton, task
         self.whole = whole
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
+        self.writes: Sequence[LeafWrite] | None = None  # to parameters; None: not known yet
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
     def look(self) -> Seen:
+        """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
+        seen = self._look()
+        changed = {name for changes in seen.findings.changes.values() for name in changes.buffers}
+        if changed <= self.skeleton.stateful:
+            return seen
+        self.skeleton.set_stateful(changed)
+        return self._look()
+
+    def _look(self) -> Seen:
         """Record some batches of the task. Raises WorkloadError when its code cannot be run as planned, TakeWhole when
         a component must be taken whole.
         """
@@ -72,6 +83,7 @@ class Looker:
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         kept = places(self.task.function, modules)
         start = [place.get() for place in kept]
+        self.skeleton.keep_apart(self.task.function)
         try:
             self._find_changing_buffers(batches[0])
             self._refuse_unlike(batches[0], kept)
@@ -94,6 +106,8 @@ class Looker:
         prober = self._prober(findings)
         for trial in telling:
             prober.look(trial)
+        if not telling:
+            prober.look_at_changes(trials[0])
         if not telling and batches[0].units.num_samples > 1:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
@@ -234,8 +248,20 @@ class Looker:
         if self.skeleton.steady.unsettled:
             raise Unsettled
         check_loss(self.task, found)
-        refuse_written_parameters(self.workload, self.task, found)
+        self._check_writes(found)
         return found
+
+    def _check_writes(self, found: Recorded) -> None:
+        """What the task writes to parameters is the same for all samples."""
+        if self.writes is None:
+            self.writes = found.recording.writes
+        name = differing(self.writes, found.recording.writes)
+        if name:
+            line = next((w.line for w in (*self.writes, *found.recording.writes) if w.target == name), "")
+            raise WorkloadError(
+                f"task {self.task.name!r} writes to parameter {name!r}{f' ({line})' if line else ''} outside of the "
+                "optimizer what depends on the batch; do it after the step, in a callback"
+            )
 
     def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
         noted = Undrawn()
@@ -295,7 +321,7 @@ class Looker:
                 drawn = error
             changed = set(self.skeleton.changed)
             for name, (version, value) in before.items():
-                if buffers[name]._version != version:
+                if buffers[name]._version != version or name in changed:
                     changed.add(name)
                     with torch.no_grad():
                         buffers[name].copy_(value)

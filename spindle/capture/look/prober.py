@@ -6,11 +6,12 @@
   blocks give is made up; one block of each kind runs, to see whether it mixes samples itself.
 """
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.trials import Findings, Part, Trial, fits
+from spindle.capture.look.watching import Changes, OwnState, Watched, counts_batches, examined
+from spindle.errors import WorkloadError
 from spindle.record.checkpoints import Planned, going
+from spindle.record.copies import copied
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
@@ -38,6 +42,14 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, Key
 """What code raises that cannot run on the samples it is given."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What is known of a kind of block: whether it mixes samples, and what it changes."""
+
+    mixes: bool
+    changes: Changes
+
+
 class Prober:
     """Runs recordings of one task for real, and compares parts with wholes."""
 
@@ -52,10 +64,14 @@ class Prober:
         """`parameters` and changing buffers by name; `blocks` by path."""
         self.task, self.parameters, self.blocks = task, parameters, blocks
         self.findings, self.sites = findings, sites
-        self.known_blocks: dict[object, bool] = {}  # whether they mix samples, by kind and way of calling
+        self.known_blocks: dict[object, _Block] = {}  # by kind and way of calling
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
         self.varying: set[Key] = set()  # keys whose results differ by sample in some trial
+
+    def look_at_changes(self, trial: Trial) -> None:
+        """See what blocks change, where nothing shows how samples are cut."""
+        self._values(trial, trial.whole, {})
 
     def look(self, trial: Trial, only: Collection[Key] | None = None) -> None:
         """Add what one trial shows to the findings, of some keys alone if these are given."""
@@ -68,11 +84,12 @@ class Prober:
             for n in trial.whole.wired.glue()
             if getattr(nodes[n].function, "__name__", "") in _ZEROS
         }
+        writing = {trial.whole.wired.key(n) for n in trial.whole.wired.glue() if nodes[n].writes}
         for key, calls in whole.items():
             if only is not None and key not in only:
                 continue
             others = [part.get(key, []) for part in parts]
-            verdict = self._compared(key, calls, others)
+            verdict = "mixes" if key in writing else self._compared(key, calls, others)
             if verdict == "constant" and key not in zeros and all(_is_zero(v) for call in calls for v in call):
                 verdict = "mixes"  # a sum over samples none of which counts (all are masked): others may
             if verdict == "mixes":
@@ -206,9 +223,14 @@ class Prober:
         """
         kind = (self._block(node).kind, self._way(node, values))
         if kind not in self.known_blocks and part is trial.whole:
-            self.known_blocks[kind] = self._block_mixes(trial, node, values)
-        if self.known_blocks.get(kind):
+            self.known_blocks[kind] = self._examined_block(trial, node, values)
+        known = self.known_blocks.get(kind)
+        if known is None:
+            return
+        if known.mixes:
             self.findings.mixing_blocks.add(node.block)
+        if known.changes:
+            self.findings.changes[node.block] = known.changes.below(node.block.partition("@")[0])
 
     def _way(self, node: Node, values: dict[int, Tensor]) -> object:
         """What a call gives to a block: constants, types and dimensions of the model's values, and tensors of the
@@ -228,27 +250,50 @@ class Prober:
     def _block(self, node: Node) -> BlockInfo:
         return self.blocks[node.block.partition("@")[0]]
 
-    def _block_mixes(self, trial: Trial, node: Node, values: dict[int, Tensor]) -> bool:
+    def _examined_block(self, trial: Trial, node: Node, values: dict[int, Tensor]) -> _Block:
         module = _twin(self._block(node).module, self.generator)
+        watched = Watched(module)
         whole = self._block_results(trial, trial.whole, node, values, module)
+        if whole is None:  # it cannot run here (it needs a device, say); nothing is known against it
+            counting = frozenset(path for path, m in module.named_modules() if counts_batches(m))
+            return _Block(False, Changes(counting))
+        run = partial(self._block_results, trial, trial.whole, node, values, module)
+        try:
+            changes = examined(watched, whole, run)
+        except OwnState as state:
+            kind = type(self._block(node).module).__name__
+            raise WorkloadError(f"task {self.task!r}: {node.block} (a {kind}) {state}") from None
+        after: dict[str, Tensor] = {}
+        if changes.buffers:
+            watched.rewind()
+            run()
+            after = {name: value for name, value in watched.changed().items() if name in changes.buffers}
         places = self.findings.places.get(node.block, [])
-        if whole is None:
-            return False  # it cannot run here (it needs a device, say); nothing is known against it
         parts = []
         for part in trial.parts:
-            twin = next((n for n in part.wired.blocks() if part.wired.recording.nodes[n].block == node.block), None)
-            if twin is None:
-                return True
-            given = self._cut_arguments(trial, part, node, part.wired.recording.nodes[twin], values)
-            results = None if given is None else self._block_results(trial, part, *given, module)
+            watched.rewind()
+            results = self._part_results(trial, part, node, values, module)
             if results is None:
-                return True
+                return _Block(True, changes)
             parts.append(results)
+            mine = watched.changed() if changes.buffers else {}
+            if any(not _close(mine.get(name, value.new_empty(0)), after[name]) for name, value in after.items()):
+                return _Block(True, changes)  # what it leaves behind is of all samples
         verdicts = [
             self._result(value, [part[index] for part in parts], place)
             for index, (value, place) in enumerate(zip(whole, places, strict=False))
+            if parts
         ]
-        return bool({"mixes", "unknown"} & set(verdicts))
+        return _Block(bool({"mixes", "unknown"} & set(verdicts)), changes)
+
+    def _part_results(
+        self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor], module: nn.Module
+    ) -> list[Tensor] | None:
+        twin = next((n for n in part.wired.blocks() if part.wired.recording.nodes[n].block == node.block), None)
+        if twin is None:
+            return None
+        given = self._cut_arguments(trial, part, node, part.wired.recording.nodes[twin], values)
+        return None if given is None else self._block_results(trial, part, *given, module)
 
     def _cut_arguments(
         self, trial: Trial, part: Part, node: Node, twin: Node, values: dict[int, Tensor]
@@ -299,7 +344,7 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of a module on the CPU, its parameters moved off zeros and ones, and made up where they
     are on the meta device.
     """
-    twin = copy.deepcopy(module)
+    twin = copied(module, [module])
     if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
         for tensor in (*twin.parameters(), *twin.buffers()):

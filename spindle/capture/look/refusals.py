@@ -102,17 +102,6 @@ def check_loss(task: Task, found: Recorded) -> None:
         raise WorkloadError(f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter")
 
 
-def refuse_written_parameters(workload: Workload, task: Task, found: Recorded) -> None:
-    """Raise WorkloadError where the task writes to a parameter."""
-    parameters = {name for name, _ in workload.named_parameters()}
-    written = sorted({n for node in found.recording.nodes for n in node.writes if n in parameters})
-    if written:
-        raise WorkloadError(
-            f"task {task.name!r} writes to parameter {written[0]!r} outside of the optimizer, which the other "
-            "ranks would not see; do it after the step, in a callback"
-        )
-
-
 def _told(loss: object) -> str:
     if not isinstance(loss, Tensor):
         return "None" if loss is None else f"a {type(loss).__name__}"

@@ -1,0 +1,317 @@
+"""Parameters that a task writes to outside of the optimizer: as one process leaves them, or refused by line."""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import spindle
+from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, sgd, stack
+
+few = settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+anywhere = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), glue=st.booleans())
+
+
+class Layer(nn.Module):
+    """A layer with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.linear(self.norm(x)).tanh()
+        return y
+
+
+Pairs = list[tuple[nn.Parameter, nn.Parameter]]
+
+
+def _mul_add(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.mul_(0.9).add_(q, alpha=0.1)
+
+
+def _operators(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p *= 0.9  # type: ignore[misc]
+        p += 0.1 * q  # type: ignore[misc]
+
+
+def _lerp(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.lerp_(q, 0.1)
+
+
+def _copy(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.copy_(0.9 * p + 0.1 * q)
+
+
+def _data(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.data = p.data * 0.9 + q.data * 0.1
+
+
+def _data_in_place(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.data.mul_(0.9).add_(q.detach().data, alpha=0.1)
+
+
+def _detached(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.detach().mul_(0.9).add_(q.detach(), alpha=0.1)
+
+
+def _foreach(pairs: Pairs) -> None:
+    ps: list[Tensor] = [p for p, _ in pairs]
+    qs: list[Tensor] = [q for _, q in pairs]
+    torch._foreach_mul_(ps, 0.9)
+    torch._foreach_add_(ps, qs, alpha=0.1)
+
+
+def _foreach_data(pairs: Pairs) -> None:
+    torch._foreach_lerp_([p.data for p, _ in pairs], [q.data for _, q in pairs], 0.1)
+
+
+def _part(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p[:2].mul_(0.5)
+        p[2:] = q[2:]
+
+
+FORMS: dict[str, Callable[[Pairs], None]] = {
+    name.strip("_"): form
+    for name, form in list(globals().items())
+    if name.startswith("_") and callable(form) and getattr(form, "__module__", "") == __name__
+}
+
+
+def teacher(form: str, *, after: bool = False, glue: bool = False, every: int = 1, **options: object) -> Make:
+    """A student, and a teacher that moves after it before or after the forward, or with a task that rests."""
+
+    def make() -> spindle.Workload:
+        workload = spindle.Workload("teacher", **options)  # type: ignore[arg-type]
+        layers = [] if glue else ["0", "1"]
+        student = workload.component("student", stack(Layer), layers=layers)
+        follower = workload.component("teacher", copy.deepcopy(student).requires_grad_(False), layers=layers)
+        pairs = list(zip(follower.parameters(), student.parameters(), strict=True))
+
+        @torch.no_grad()
+        def move() -> None:
+            FORMS[form](pairs)
+
+        @workload.task("follow", batch_size=6, data=batches(1), every=every)
+        def follow(batch: dict[str, Tensor]) -> Tensor:
+            if not after:
+                move()
+            with torch.no_grad():
+                target = follower(batch["x"])
+            loss: Tensor = (1.1 * student(batch["x"]) - target).square().mean()
+            if after:
+                move()
+            return loss
+
+        @workload.task("other", batch_size=6, data=batches(2))
+        def other(batch: dict[str, Tensor]) -> Tensor:
+            found: Tensor = student(batch["x"]).square().mean()
+            return found
+
+        return workload
+
+    return make
+
+
+@quiet
+@pytest.mark.parametrize("form", FORMS)
+@few
+@anywhere
+def test_a_teacher_that_follows(form: str, num_ranks: int, seed: int, glue: bool) -> None:
+    """However it is written, and wherever student and teacher run."""
+    follows(teacher(form, glue=glue), num_ranks, seed)
+
+
+@quiet
+@few
+@anywhere
+def test_a_teacher_that_follows_after_the_forward(num_ranks: int, seed: int, glue: bool) -> None:
+    """The forward of a step sees the teacher as the step before has left it."""
+    follows(teacher("lerp", glue=glue, after=True), num_ranks, seed)
+
+
+@quiet
+@few
+@anywhere
+def test_a_teacher_that_rests(num_ranks: int, seed: int, glue: bool) -> None:
+    """A task writes in the steps in which it takes part."""
+    follows(teacher("mul_add", glue=glue, every=2), num_ranks, seed, steps=4)
+
+
+@quiet
+@few
+@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), after=st.booleans())
+def test_each_batch_of_a_step_writes(num_ranks: int, seed: int, after: bool) -> None:
+    """With gradients accumulated a teacher moves once for each batch."""
+    follows(teacher("lerp", after=after, accumulate=3), num_ranks, seed)
+
+
+class Scale(nn.Module):
+    """A logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log.exp()
+
+
+def clamped(tasks: int = 1, **options: object) -> Make:
+    """Tasks that clamp the scale they share before they use it."""
+
+    def make() -> spindle.Workload:
+        workload = spindle.Workload("clamp", **options)  # type: ignore[arg-type]
+        tower = workload.component("tower", stack(Layer))
+        scale = workload.component("scale", Scale())
+        for index in range(tasks):
+
+            @workload.task(f"t{index}", batch_size=6, data=batches(index))
+            def task(batch: dict[str, Tensor]) -> Tensor:
+                with torch.no_grad():
+                    scale.log.clamp_(0, 0.25)
+                found: Tensor = -10 * scale(tower(batch["x"])).tanh().mean()
+                return found
+
+        return workload
+
+    return make
+
+
+@quiet
+@few
+@given(
+    num_ranks=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    tasks=st.sampled_from((1, 2)),
+    batches_and_rounds=st.sampled_from(((1, 1), (2, 1), (2, 2))),
+)
+def test_a_scale_that_is_clamped(num_ranks: int, seed: int, tasks: int, batches_and_rounds: tuple[int, int]) -> None:
+    """The forward sees the clamped value; to clamp again, in another task or batch, changes nothing."""
+    accumulate, in_flight = batches_and_rounds
+    make = clamped(tasks, accumulate=accumulate, in_flight=in_flight)
+    wanted = one_process(make(), 2)
+    assert float(wanted["scale.log"]) != 0.3
+    follows(make, num_ranks, seed, steps=3)
+
+
+def two(first: Callable[..., None], second: Callable[..., None], **options: object) -> spindle.Workload:
+    """Two tasks on one tower and a frozen copy of it; each may write first, or after."""
+    workload = spindle.Workload("two", **options)  # type: ignore[arg-type]
+    tower = workload.component("tower", stack(Layer))
+    frozen = workload.component("frozen", copy.deepcopy(tower).requires_grad_(False))
+    for name, write in (("first", first), ("second", second)):
+
+        @workload.task(name, batch_size=6, data=batches(1))
+        def task(batch: dict[str, Tensor], write: Callable[..., None] = write) -> Tensor:
+            with torch.no_grad():
+                write(tower, frozen, batch["x"], 0)
+            found: Tensor = (tower(batch["x"]) - frozen(batch["x"])).square().mean()
+            with torch.no_grad():
+                write(tower, frozen, batch["x"], 1)
+            return found
+
+    return workload
+
+
+def nothing(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del tower, frozen, x, when
+
+
+def first_of(module: nn.Module) -> nn.Linear:
+    """The linear layer of a stack's first layer."""
+    assert isinstance(module, nn.Sequential)
+    layer = module[0]
+    assert isinstance(layer, Layer)
+    return layer.linear
+
+
+def moves(at: int, tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del x
+    if when == at:
+        first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
+
+
+def from_batch(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del tower
+    if when == 0:
+        first_of(frozen).bias.copy_(x.mean(0))
+
+
+def from_layers(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    if when == 0:
+        first_of(frozen).bias.copy_(tower(x).mean(0))
+
+
+def in_a_circle(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del x
+    if when == 0:
+        first_of(frozen).weight.mul_(0.5).add_(first_of(tower).weight)
+        first_of(tower).weight.mul_(0.9).add_(first_of(frozen).weight)
+
+
+def twice(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del x, when
+    first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
+
+
+before, after = functools.partial(moves, 0), functools.partial(moves, 1)
+LINE = r"line \d+ of test_writes\.py"
+REFUSED: dict[str, tuple[Callable[..., None], Callable[..., None], dict[str, object], str]] = {
+    "used earlier": (
+        nothing,
+        before,
+        {},
+        rf"task 'second', {LINE} writes to parameter 'frozen.0.linear.weight' outside of the optimizer, and task "
+        r"'first' uses it earlier in the step: list that task later; or do it after the step, in a callback",
+    ),
+    "used later": (after, nothing, {}, rf"task 'first', {LINE} writes .* task 'second' uses it later in the step"),
+    "by two tasks": (before, before, {}, "task 'second' writes to it too: let one of them do it"),
+    "at once": (before, nothing, {"accumulate": 2, "in_flight": 2}, "2 micro-batches run at once: set in_flight=1"),
+    "for each batch": (before, nothing, {"accumulate": 2}, "each of 2 batches of a step does.*set accumulate=1"),
+    "from the batch": (from_batch, nothing, {}, rf"'frozen.0.linear.bias'.*{LINE}.*what depends on the batch"),
+    "from layers": (from_layers, nothing, {}, rf"'frozen.0.linear.bias' \({LINE}\).*what depends on the batch"),
+    "in a circle": (in_a_circle, nothing, {}, rf"'frozen.0.linear.weight' \({LINE}\) what it reads of 'tower.0.lin"),
+    "before and after": (twice, nothing, {}, rf"before and after it writes to it \({LINE}\)"),
+}
+
+
+@quiet
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_keep_its_order_is_refused(case: str) -> None:
+    """Before anything runs, with the parameter, the line and a remedy."""
+    first, second, options, words = REFUSED[case]
+    with pytest.raises(spindle.SpindleError, match=words):
+        spindle.make_metagraph(two(first, second, **options))
+
+
+def test_what_nobody_holds_is_refused() -> None:
+    """A copy that no task computes with lives on no rank."""
+    workload = spindle.Workload("copy")
+    tower = workload.component("tower", stack(Layer))
+    kept = workload.component("kept", copy.deepcopy(tower).requires_grad_(False))
+
+    @workload.task("t", batch_size=6, data=batches(1))
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            _lerp(list(zip(kept.parameters(), tower.parameters(), strict=True)))
+        found: Tensor = tower(batch["x"]).square().mean()
+        return found
+
+    with pytest.raises(spindle.SpindleError, match=r"no task computes with 'kept.0.norm.weight'"):
+        spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")
