@@ -1,4 +1,4 @@
-"""What a planned run would not follow: modes, seeds, counters, kept values are refused in a sentence that names them."""
+"""What a planned run would not follow: modes, seeds, counters, kept values are refused in a sentence naming them."""
 
 import functools
 import itertools
