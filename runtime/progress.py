@@ -44,8 +44,10 @@ def optimizer_tensors(
     return found
 
 
-def optimizer_progress(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Progress:
-    """Settings of each group and the parameters in it by `names` (by id), and which states are numbers.
+def optimizer_progress(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], numbers: Mapping[str, str]
+) -> Progress:
+    """Settings of each group and the parameters in it by `names` (by id), and which states are numbers beside `numbers`.
 
     Raises CheckpointError for an optimizer that keeps more than states and groups.
     """
@@ -63,7 +65,8 @@ def optimizer_progress(optimizer: torch.optim.Optimizer, names: Mapping[int, str
             for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         },
-        "numbers": {k: type(v).__name__ for state in states for k, v in state.items() if type(v) in _NUMBERS},
+        "numbers": dict(numbers)
+        | {k: type(v).__name__ for state in states for k, v in state.items() if type(v) in _NUMBERS},
     }
 
 

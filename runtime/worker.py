@@ -71,6 +71,7 @@ class Job:
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
+        self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
     rounds: int = 1
     precision: Precision = "fp32"
     parameters: tuple[Parameter, ...] = ()  # all of the workload, for the optimizer
@@ -220,6 +221,7 @@ class Worker:
         layers = [layer for tally in job.program.tallies for layer in tally.layers]
         self.momenta = momenta(job.recipe.skeleton.components, layers)
         self.executors: dict[frozenset[str], Executor] = {}
+        self.resting: dict[str, Tensor] = {}  # optimizer states of parameters that nobody steps in this run; on rank 0
         self.steps_done = 0
         transport.make_groups(job.program.groups)
 
@@ -342,11 +344,12 @@ class Worker:
         """Write what this rank answers for into the checkpoint at `path`; what is not a tensor comes back."""
         tensors = {**self.state(), **self.job.unused}
         if self.optimizer is not None:
-            tensors |= optimizer_tensors(self.optimizer, self._stepped(self.job.owned))
+            tensors |= self.resting | optimizer_tensors(self.optimizer, self._stepped(self.job.owned))
         self.transport.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        stepped = {id(parameter): name for name, parameter in self._stepped(self.store.updated).items()}
         return {
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
-            "optimizer": optimizer_progress(self.optimizer, self._names()) if self.optimizer else None,
+            "optimizer": optimizer_progress(self.optimizer, stepped, self.numbers) if self.optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
         }
 
@@ -358,21 +361,25 @@ class Worker:
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
         if self.optimizer is not None and progress["optimizer"] is not None:
-            stepped = self._stepped(self.store.updated)
-            from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
-
-            own = tuple(f"{PREFIX}:{name}:" for name in {parse_piece(name).whole for name in stepped})
-            held = tensors(Path(path), lambda name: name.startswith(own))
-            load_optimizer(self.optimizer, stepped, progress["optimizer"], held)
+            self._load_optimizer(Path(path), progress["optimizer"])
         if self.scheduler is not None and progress["scheduler"] is not None:
             self.scheduler.load_state_dict(progress["scheduler"])
 
+    def _load_optimizer(self, path: Path, progress: Progress) -> None:
+        """States and settings of a checkpoint. Those of parameters that are frozen now are kept for the next one."""
+        assert self.optimizer is not None
+        from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
+
+        stepped = self._stepped(self.store.updated)
+        own, self.numbers = {parse_piece(name).whole for name in stepped}, progress["numbers"]
+        load_optimizer(self.optimizer, stepped, progress, tensors(path, lambda name: _of_parameter(name) in own))
+        if self.job.rank == 0:
+            buckets = self.job.program.buckets
+            everyones = {None, *(parse_piece(name).whole for bucket in buckets for name in bucket.parameters)}
+            self.resting = tensors(path, lambda name: _of_parameter(name) not in everyones)
+
     def sync(self) -> None:
         """Nothing; all ranks have come this far once it returns."""
-
-    def _names(self) -> dict[int, str]:
-        """Names of the parameters that this rank updates, by id."""
-        return {id(parameter): name for name, parameter in self._stepped(self.store.updated).items()}
 
     def _stepped(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Parameters among `names` that this rank's optimizer steps."""
@@ -383,6 +390,12 @@ class Worker:
         """Stop reading, and leave the transport."""
         self.batches.close()
         self.transport.close()
+
+
+def _of_parameter(name: str) -> str | None:
+    """The parameter whose optimizer state has this name in a checkpoint; None for what is no such state."""
+    kind, _, rest = name.partition(":")
+    return rest.partition(":")[0] if kind == PREFIX and rest else None
 
 
 def owners(program: Program, held: Sequence[Iterable[str]]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 import spindle
 from spindle.errors import CheckpointError, SpindleError, WorkloadError
 from spindle.graph import Parameter
+from spindle.runtime import checkpoint
 from spindle.runtime.optimizers import Reach, make_optimizer, rank_optimizer, reach_of
 from tests.parity.test_tensor_parallel import workload as cut_towers
 from tests.random_plans import random_plan, widest_plan
@@ -210,6 +211,21 @@ def test_a_part_thawed_later_has_the_rate_of_its_schedule(tmp_path: Any) -> None
     trained(towers(frozen=True, own={"lr": 0.8}), 2)
     after: Any = trained(towers(own={"lr": 0.8}), 3)
     assert dict(after[-1]) == {"trunk": 0.1, "": 0.1 / 8}
+
+
+def test_states_of_a_part_that_rests_are_kept(tmp_path: Any) -> None:
+    """Frozen for two steps and thawed again, a tower has the momentum and the step count that it had before."""
+    for steps, frozen in ((2, False), (4, True), (6, False)):
+        workload = towers(frozen=frozen)
+        plan = random_plan(spindle.make_metagraph(workload), 1 + steps % 3, steps)
+        spindle.train(workload, plan, optimizer=_by_dimension, steps=steps, checkpoints=tmp_path, resume=True,
+                      launcher="threads")  # fmt: skip
+    stages = [
+        checkpoint.tensors(path, lambda name: name.startswith("optimizer:trunk.0.1.weight:"))
+        for path in sorted(tmp_path.iterdir())
+    ]
+    assert [float(states["optimizer:trunk.0.1.weight:step"]) for states in stages] == [2, 2, 4]
+    assert all(torch.equal(value, stages[1][name]) for name, value in stages[0].items())
 
 
 def _hooked(parameters: Any) -> Optimizer:
