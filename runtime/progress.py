@@ -47,7 +47,7 @@ def optimizer_tensors(
 def optimizer_progress(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], numbers: Mapping[str, str]
 ) -> Progress:
-    """Settings of each group and the parameters in it by `names` (by id), and which states are numbers beside `numbers`.
+    """Settings of each group, the parameters in it by `names` (by id), and which states are numbers, beside `numbers`.
 
     Raises CheckpointError for an optimizer that keeps more than states and groups.
     """

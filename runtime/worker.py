@@ -71,7 +71,6 @@ class Job:
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
-        self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
     rounds: int = 1
     precision: Precision = "fp32"
     parameters: tuple[Parameter, ...] = ()  # all of the workload, for the optimizer
@@ -222,6 +221,7 @@ class Worker:
         self.momenta = momenta(job.recipe.skeleton.components, layers)
         self.executors: dict[frozenset[str], Executor] = {}
         self.resting: dict[str, Tensor] = {}  # optimizer states of parameters that nobody steps in this run; on rank 0
+        self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
         self.steps_done = 0
         transport.make_groups(job.program.groups)
 
