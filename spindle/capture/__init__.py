@@ -30,7 +30,7 @@ from spindle.capture.states import with_states
 from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
-from spindle.record.copies import attributes_kept
+from spindle.record.copies import attributes_kept, values_kept
 from spindle.record.skeleton import BlockInfo, Skeleton
 from spindle.workload import Workload
 
@@ -97,11 +97,12 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
     modules = [part for component in workload.components.values() for part in component.module.modules()]
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
-        with attributes_kept(modules):
+        with attributes_kept(modules), values_kept(b for _, b in workload.named_buffers()):
             seen = Looker(workload, skeleton, task, whole).look()
             results.append(build_operators(workload, task, seen, namer, memo))
     skeleton.learning = False
-    operators = with_states([op for r in results for op in r.operators], [t for r in results for t in r.touches])
+    touched = [touch for result in results for touch in result.touches]
+    operators = with_states([op for r in results for op in r.operators], touched, workload.in_flight)
     writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results})
     return Captured(
         graph=TaskGraph(operators, writes),

@@ -6,12 +6,14 @@
 - Code that needs the number in a lazy value (`if`, `int()`, `.item()`) is refused: that number is not known here.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -108,6 +110,7 @@ class Recorder(TorchFunctionMode):
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
         self._leaf_by_storage: dict[int, Tensor] = {}  # of meta parameters and buffers
+        self._in_checkpoint = False
         self._kept: list[Any] = []  # so that no id is used twice
         self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
 
@@ -319,6 +322,11 @@ class Recorder(TorchFunctionMode):
         writes: tuple[str, ...] = (),
         draws: bool = False,
     ) -> None:
+        if writes and (self._in_checkpoint or _under_checkpoint()):
+            raise Refused(
+                f"{writes[0]!r} changes under a checkpoint of the model's own, which one process runs twice; switch "
+                "that off (gradient_checkpointing_disable()) and name the component in the workload's recompute="
+            )
         state = self._autocast_state()
         site = self.sites.here(self.start)
         self.recording.nodes.append(
@@ -337,6 +345,15 @@ class Recorder(TorchFunctionMode):
                 line=self.sites.lines[site],
             )
         )
+
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """While open, code runs that one process runs again in backward."""
+        before, self._in_checkpoint = self._in_checkpoint, torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._in_checkpoint = before
 
     def note_assigned(self, name: str, buffer: Tensor, value: Tensor) -> None:
         """Note that a tensor was put in the place of a buffer: a call that stands where the function of the task ends.
@@ -493,6 +510,12 @@ class Recorder(TorchFunctionMode):
         for value in args:
             if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")
+
+
+def _under_checkpoint() -> bool:
+    """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__
 
 
 def _covers(value: Tensor, leaf: Tensor) -> bool:

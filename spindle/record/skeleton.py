@@ -296,7 +296,10 @@ def _applied(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _checkpointed(own: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Outside of blocks activations are kept or computed again as the plan says, so a checkpoint is a plain call."""
-    if _RECORDER.get() is None:
+    recorder = _RECORDER.get()
+    if recorder is None:
         return own(function, *args, **kwargs)
     options = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
-    return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
+    with recorder.checkpointed():
+        found = function(*args, **{name: value for name, value in kwargs.items() if name not in options})
+    return found
