@@ -86,7 +86,7 @@ def block_call(skeleton: "Skeleton", block: "BlockInfo", recorder: Recorder, cal
                 made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
                 encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
                 recorder.drawn[scope] = results.drawn
-                return recorder.record(own, args, encoded, made, block=scope)
+                return recorder.record(own, args, encoded, made, block=scope, changes=skeleton.changed_by(block))
 
         return called
 

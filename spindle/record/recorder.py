@@ -104,6 +104,8 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.constants: Mapping[int, str] = {}  # buffers that are taken as such, by id
+        self.read: set[str] = set()  # those of them that the task reads outside of blocks
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
         self.written: list[Tensor] = []  # real tensors that something was written into
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
@@ -128,7 +130,7 @@ class Recorder(TorchFunctionMode):
             return False
         if func in ATTRIBUTES:
             return func(*args, **kwargs)
-        if self._holds_own((*args, *kwargs.values())):
+        if not self.inside and self._holds_own((*args, *kwargs.values())):
             args, kwargs = tree(self._as_leaf, args), tree(self._as_leaf, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
@@ -150,14 +152,19 @@ class Recorder(TorchFunctionMode):
         return self._lazy(func, args, kwargs)
 
     def _holds_own(self, values: Iterable[Any]) -> bool:
-        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules."""
+        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules.
+
+        Notes on the way which buffers are read that are taken as constants.
+        """
+        found = False
         for value in values:
             if isinstance(value, Tensor):
-                if id(value) in self.own and not get_meta(value):
-                    return True
-            elif type(value) in (list, tuple) and self._holds_own(value):
-                return True
-        return False
+                if id(value) in self.constants:
+                    self.read.add(self.constants[id(value)])
+                found |= id(value) in self.own and not get_meta(value)
+            elif type(value) in (list, tuple):
+                found |= self._holds_own(value)
+        return found
 
     def _as_leaf(self, value: Any) -> Any:
         return self.own.get(id(value), value) if isinstance(value, Tensor) else value
@@ -280,10 +287,18 @@ class Recorder(TorchFunctionMode):
         return UNCHECKED.get(func, func)(*given, **named)
 
     def record(
-        self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any], result: Any, block: str = ""
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        encoded: tuple[Any, Any],
+        result: Any,
+        block: str = "",
+        changes: tuple[str, ...] = (),
     ) -> Any:
-        """Note a call that gave `result` on the meta device; what the user's code gets of it."""
-        writes = self._written_leaves()
+        """Note a call that gave `result` on the meta device; what the user's code gets of it. `changes`: buffers that a
+        block is known to change.
+        """
+        writes = (*self._written_leaves(), *changes)
         if writes or block or not writes_first(func):
             outs = [self._out(tensor) for tensor in tensors_in(result)]
             known = not writes and not block and all(not fresh for _, fresh in outs)

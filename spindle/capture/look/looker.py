@@ -61,7 +61,10 @@ class Looker:
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
         seen = self._look()
-        changed = {name for changes in seen.findings.changes.values() for name in changes.buffers}
+        found = seen.findings.changes.values()
+        changed = {name for changes in found for name in changes.buffers}
+        layers = {layer for changes in found for layer in changes.statistics}
+        changed |= {name for name in self.skeleton.read if name.rpartition(".")[0] in layers}
         if changed <= self.skeleton.stateful:
             return seen
         self.skeleton.set_stateful(changed)

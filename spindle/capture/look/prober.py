@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.trials import Findings, Part, Trial, fits
-from spindle.capture.look.watching import Changes, OwnState, Watched, changes_in_backward, counts_batches, examined
+from spindle.capture.look.watching import Changes, OwnState, Watched, changes_in_backward, examined
 from spindle.errors import WorkloadError
 from spindle.record.copies import copied
 from spindle.record.draws import Site, Stream, drawing_from
+from spindle.record.functions import counts_batches
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
 from spindle.record.skeleton import BlockInfo

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from spindle.record.functions import counts_batches
 
 Run = Callable[[], list[Tensor] | None]
 
@@ -42,13 +43,6 @@ class Changes:
 
 class OwnState(Exception):
     """A block keeps a state that no planned run can follow; the message names it."""
-
-
-def counts_batches(module: nn.Module) -> bool:
-    """Whether a module is a norm layer of torch that keeps running statistics just now."""
-    known = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
-    held = [module._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
-    return known and module.training and bool(module.track_running_stats) and all(value is not None for value in held)
 
 
 def statistics_of(layer: str, module: nn.Module) -> list[str]:
