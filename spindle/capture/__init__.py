@@ -16,7 +16,7 @@ eager runs the user's functions as they are, with the same random numbers: what 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
@@ -92,14 +92,10 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
     skeleton = Skeleton({name: c.module for name, c in workload.components.items()}, infos, learning=True)
-    namer, memo = Namer(blocks), Memo()
-    results: list[TaskOperators] = []
-    modules = [part for component in workload.components.values() for part in component.module.modules()]
-    for task in workload.tasks.values():
-        on_task(f"recording {task.name}")
-        with attributes_kept(modules), values_kept(b for _, b in workload.named_buffers()):
-            seen = Looker(workload, skeleton, task, whole).look()
-            results.append(build_operators(workload, task, seen, namer, memo))
+    results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
+    while late := read & (skeleton.stateful | {t.buffer for r in results for t in r.touches if t.changes}):
+        skeleton.set_stateful(late)  # a task reads them as constants, another one changes them
+        results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
     skeleton.learning = False
     touched = [touch for result in results for touch in result.touches]
     operators = with_states([op for r in results for op in r.operators], touched, workload.in_flight)
@@ -114,6 +110,27 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
         skeleton=skeleton,
         precision=workload.precision,
     )
+
+
+def _of_tasks(
+    workload: Workload,
+    skeleton: Skeleton,
+    blocks: Sequence[Block],
+    whole: frozenset[str],
+    on_task: Callable[[str], object],
+) -> tuple[list[TaskOperators], set[str]]:
+    """The operators of each task, and the buffers that tasks read as constants outside of blocks."""
+    namer, memo = Namer(blocks), Memo()
+    results: list[TaskOperators] = []
+    read: set[str] = set()
+    modules = [part for component in workload.components.values() for part in component.module.modules()]
+    for task in workload.tasks.values():
+        on_task(f"recording {task.name}")
+        with attributes_kept(modules), values_kept(b for _, b in workload.named_buffers()):
+            seen = Looker(workload, skeleton, task, whole).look()
+            results.append(build_operators(workload, task, seen, namer, memo))
+        read |= seen.read
+    return results, read
 
 
 def _blocks(workload: Workload, whole: frozenset[str]) -> list[Block]:

@@ -64,7 +64,7 @@ class Looker:
         found = seen.findings.changes.values()
         changed = {name for changes in found for name in changes.buffers}
         layers = {layer for changes in found for layer in changes.statistics}
-        changed |= {name for name in self.skeleton.read if name.rpartition(".")[0] in layers}
+        changed |= {name for name in seen.read if name.rpartition(".")[0] in layers}
         if changed <= self.skeleton.stateful:
             return seen
         self.skeleton.set_stateful(changed)
@@ -77,6 +77,7 @@ class Looker:
         batches = first_batches(self.task)
         self.skeleton.keep_apart(self.task.function)
         self._find_changing_buffers(batches[0])
+        self.skeleton.read.clear()
         self._refuse_counters(batches[0])
         few = [few_of(batch.units) for batch in batches]
         trials = self._trials(batches, few)
@@ -109,6 +110,7 @@ class Looker:
             sites=sites,
             stateful=frozenset(self.skeleton.stateful),
             copies_batch=bool(self.copies_batch),
+            read=frozenset(self.skeleton.read),
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
 
