@@ -16,7 +16,7 @@ eager runs the user's functions as they are, with the same random numbers: what 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
@@ -115,7 +115,7 @@ def _captured(workload: Workload, on_task: Callable[[str], object], whole: froze
 def _of_tasks(
     workload: Workload,
     skeleton: Skeleton,
-    blocks: Sequence[Block],
+    blocks: list[Block],
     whole: frozenset[str],
     on_task: Callable[[str], object],
 ) -> tuple[list[TaskOperators], set[str]]:
