@@ -31,7 +31,7 @@ from spindle.capture.states import with_states
 from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
-from spindle.record.copies import attributes_kept
+from spindle.record.copies import attributes_kept, values_kept
 from spindle.record.skeleton import BlockInfo, Skeleton
 from spindle.workload import Workload
 
@@ -101,16 +101,13 @@ def _captured(
     skeleton = Skeleton(
         {name: c.module for name, c in workload.components.items()}, infos, learning=True, settled=settled
     )
-    namer, memo = Namer(blocks), Memo()
-    results: list[TaskOperators] = []
-    modules = [part for component in workload.components.values() for part in component.module.modules()]
-    for task in workload.tasks.values():
-        on_task(f"recording {task.name}")
-        with attributes_kept(modules):
-            seen = Looker(workload, skeleton, task, whole).look()
-            results.append(build_operators(workload, task, seen, namer, memo))
+    results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
+    while late := read & (skeleton.stateful | {t.buffer for r in results for t in r.touches if t.changes}):
+        skeleton.set_stateful(late)  # a task reads them as constants, another one changes them
+        results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
     skeleton.learning = False
-    operators = with_states([op for r in results for op in r.operators], [t for r in results for t in r.touches])
+    touched = [touch for result in results for touch in result.touches]
+    operators = with_states([op for r in results for op in r.operators], touched, workload.in_flight)
     writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results})
     return Captured(
         graph=TaskGraph(operators, writes),
@@ -122,6 +119,27 @@ def _captured(
         skeleton=skeleton,
         precision=workload.precision,
     )
+
+
+def _of_tasks(
+    workload: Workload,
+    skeleton: Skeleton,
+    blocks: list[Block],
+    whole: frozenset[str],
+    on_task: Callable[[str], object],
+) -> tuple[list[TaskOperators], set[str]]:
+    """The operators of each task, and the buffers that tasks read as constants outside of blocks."""
+    namer, memo = Namer(blocks), Memo()
+    results: list[TaskOperators] = []
+    read: set[str] = set()
+    modules = [part for component in workload.components.values() for part in component.module.modules()]
+    for task in workload.tasks.values():
+        on_task(f"recording {task.name}")
+        with attributes_kept(modules), values_kept(b for _, b in workload.named_buffers()):
+            seen = Looker(workload, skeleton, task, whole).look()
+            results.append(build_operators(workload, task, seen, namer, memo))
+        read |= seen.read
+    return results, read
 
 
 def _blocks(workload: Workload, whole: frozenset[str]) -> list[Block]:

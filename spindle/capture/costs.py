@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.codes import OperatorModule, OperatorPart, computing_in
 from spindle.capture.signature import module_signature
+from spindle.record.copies import attributes_kept
 from spindle.record.draws import shapes_only
 from spindle.record.randomness import Undrawn
 from spindle.record.recording import Aux, Ref, tree
-from spindle.record.steady import attributes_kept
 from spindle.workload import Precision
 
 aten = torch.ops.aten
@@ -191,7 +191,7 @@ def _measured(
     saved: dict[int, int] = {}
     undrawn = Undrawn()
     with (
-        attributes_kept(module),
+        attributes_kept(module.modules()),
         _reparametrize_module(module, state),
         undrawn,
     ):  # in backward too: checkpoints compute again there

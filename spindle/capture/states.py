@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorPart
-from spindle.capture.look.watching import Changes, counts_batches, statistics_of
+from spindle.capture.look.watching import Changes, statistics_of
 from spindle.errors import WorkloadError
 from spindle.graph import Operator
-from spindle.record.functions import updated_places
+from spindle.record.functions import counts_batches, updated_places
 from spindle.record.recording import Node, Ref
 
 
 @dataclass(frozen=True, slots=True)
 class Touch:
     """An operator reads or changes a buffer, as call number `at` of its task. `layer`: it counts a batch into the
-    running statistics of that layer.
+    running statistics of that layer; `again`: it changes it once more in backward.
     """
 
     operator: str
@@ -28,6 +28,7 @@ class Touch:
     at: int
     changes: bool
     layer: str = ""
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def _of_block(operator: str, path: str, at: int, changes: Changes, buffers: Buff
     counted = {name: layer for layer in changes.statistics for name in statistics_of(layer, buffers.modules[layer])}
     for full, name in buffers.below(path):
         layer = name.rpartition(".")[0] if full in counted else ""
-        yield Touch(operator, name, at, full in counted or full in changes.buffers, layer)
+        again = changes.again and full in changes.buffers
+        yield Touch(operator, name, at, full in counted or full in changes.buffers, layer, again)
 
 
 def _of_glue(operator: str, node: Node, at: int, leaves: Mapping[int, str], buffers: Buffers) -> Iterator[Touch]:
@@ -93,10 +95,11 @@ def _refs(value: object) -> list[Ref]:
     return [value] if isinstance(value, Ref) else []
 
 
-def with_states(operators: Sequence[Operator], found: Iterable[Touch]) -> tuple[Operator, ...]:
+def with_states(operators: Sequence[Operator], found: Iterable[Touch], in_flight: int = 1) -> tuple[Operator, ...]:
     """Operators that tell which running statistics they change, and which states they touch.
 
-    Raises WorkloadError where an operator touches a state before and after another one of its task does.
+    Raises WorkloadError where an operator touches a state before and after another one of its task does, or where its
+    backward does too, so that one process goes forward and backward by turns.
     """
     touched = list(found)
     changed = {touch.buffer for touch in touched if touch.changes}
@@ -107,6 +110,7 @@ def with_states(operators: Sequence[Operator], found: Iterable[Touch]) -> tuple[
     read = {touch.buffer for touch in touched if not touch.layer}
     counted = {layer: names for layer, names in by_layer.items() if not names & read}
     states = changed - {name for names in counted.values() for name in names}
+    _check_turns([touch for touch in touched if touch.buffer in states], in_flight)
     _check_order(operators, [touch for touch in touched if touch.buffer in states])
     layers: dict[str, dict[str, None]] = {}
     own: dict[str, dict[str, None]] = {}
@@ -118,6 +122,21 @@ def with_states(operators: Sequence[Operator], found: Iterable[Touch]) -> tuple[
     return tuple(
         replace(op, statistics=tuple(layers.get(op.name, ())), states=tuple(own.get(op.name, ()))) for op in operators
     )
+
+
+def _check_turns(touched: Sequence[Touch], in_flight: int) -> None:
+    users: dict[str, set[str]] = {}
+    for touch in touched:
+        users.setdefault(touch.buffer, set()).add(touch.operator)
+    for touch in touched:
+        others = sorted(users[touch.buffer] - {touch.operator})
+        if touch.again and (others or in_flight > 1):
+            other = f"{others[0]!r} reads or changes too" if others else "several micro-batches change at once"
+            raise WorkloadError(
+                f"{touch.operator!r} changes buffer {touch.buffer!r} under a checkpoint of its own, which runs again "
+                f"in backward, and which {other}; switch the checkpoint off and name the component in the workload's "
+                "recompute="
+            )
 
 
 def _check_order(operators: Sequence[Operator], touched: Sequence[Touch]) -> None:

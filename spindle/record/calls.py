@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spindle.record.copies import buffers_kept
+from spindle.record.copies import attributes_kept
 from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
@@ -91,7 +91,7 @@ def block_call(skeleton: "Skeleton", block: "BlockInfo", recorder: Recorder, cal
                 made = tree(lambda leaf: leaf.tensor() if isinstance(leaf, Made) else leaf, results.structure)
                 encoded = tree(recorder.encoded, args), tree(recorder.encoded, kwargs)
                 recorder.drawn[scope] = results.drawn
-                return recorder.record(own, args, encoded, made, block=scope)
+                return recorder.record(own, args, encoded, made, block=scope, changes=skeleton.changed_by(block))
 
         return called
 
@@ -116,7 +116,7 @@ def _results(
         results = None if skeleton.learning else habit.tell(given)
     if results is None:
         recorder.block = block.path
-        with buffers_kept(block.module):
+        with attributes_kept(block.module.modules()):
             results = _found(skeleton, block, own, recorder, args, kwargs)
         recorder.block = ""
         habit.learn(results, given)

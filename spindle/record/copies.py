@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 CopiedT = TypeVar("CopiedT")
@@ -25,17 +26,6 @@ def copied(value: CopiedT, modules: Iterable[nn.Module]) -> CopiedT:
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """While open, code may put other tensors in place of a module's buffers; they are as before afterwards."""
-    before = [(part._buffers, dict(part._buffers)) for part in module.modules() if part._buffers]
-    try:
-        yield
-    finally:
-        for held, buffers in before:
-            held.update(buffers)
-
-
-@contextlib.contextmanager
 def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While open, code may set attributes of modules and put in other buffers; they are as before afterwards."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
@@ -48,3 +38,16 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
             held.update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def values_kept(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """While open, code may change buffers in place; they hold what they held before afterwards."""
+    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version or not torch.equal(buffer, value):
+                    buffer.copy_(value)

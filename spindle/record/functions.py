@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spindle.record.recording import tree
 
@@ -48,6 +49,13 @@ _STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {
     torch.instance_norm: (3, 4, 5, "use_input_stats"),
 }
 """Where running mean and variance stand among the arguments of a function, and whether it updates them."""
+
+
+def counts_batches(module: nn.Module) -> bool:
+    """Whether a module is a norm layer of torch that keeps running statistics just now."""
+    known = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
+    held = [module._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
+    return known and module.training and bool(module.track_running_stats) and all(value is not None for value in held)
 
 
 def updated_places(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

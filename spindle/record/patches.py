@@ -237,7 +237,8 @@ class _Recorded:
 
     def reentrant(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """The function's results. Raises Forbidden where torch would give no gradient to what it computes with."""
-        result = function(*args)
+        with _checkpointed():
+            result = function(*args)
         if not torch.is_grad_enabled() or any(value.requires_grad for value in args if isinstance(value, Tensor)):
             return result
         if any(value.requires_grad for value in tensors_in(result)):
@@ -249,9 +250,15 @@ class _Recorded:
         return result
 
     def steps(self, own: Callable[..., Any], function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[None]:
-        """Nothing before and after."""
+        """The recorder knows that this is in a checkpoint."""
         del own, function, args, kwargs
-        yield
+        with _checkpointed():
+            yield
+
+
+def _checkpointed() -> contextlib.AbstractContextManager[None]:
+    recorder = _RECORDER.get()
+    return contextlib.nullcontext() if recorder is None else recorder.checkpointed()
 
 
 # -- modes, seeds, scaling --------------------------------------------------------------------------------------------

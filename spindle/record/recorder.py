@@ -6,12 +6,14 @@
 - Code that needs the number in a lazy value (`if`, `int()`, `.item()`) is refused: that number is not known here.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -111,12 +113,15 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.constants: Mapping[int, str] = {}  # buffers that are taken as such, by id
+        self.read: set[str] = set()  # those of them that the task reads outside of blocks
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
         self.written: list[Tensor] = []  # real tensors that something was written into
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
         self._leaf_by_storage: dict[int, Tensor] = {}  # of meta parameters and buffers
+        self._in_checkpoint = False
         self._kept: list[Any] = []  # so that no id is used twice
         self._touched: dict[int, Tensor] = {}  # leaves among the arguments of the call under way, by number
 
@@ -136,7 +141,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in SETS_GRADIENTS:
             self._refuse_other_flag(args, kwargs)
-        if self._holds_own((*args, *kwargs.values())):
+        if not self.inside and self._holds_own((*args, *kwargs.values())):
             args, kwargs = tree(self._as_leaf, args), tree(self._as_leaf, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
         if not (tainted or any_lazy(args) or any_lazy(kwargs.values())):
@@ -159,14 +164,19 @@ class Recorder(TorchFunctionMode):
         return self._lazy(func, args, kwargs)
 
     def _holds_own(self, values: Iterable[Any]) -> bool:
-        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules."""
+        """Whether code has kept hold of the user's own parameters, in whose place meta ones stand in the modules.
+
+        Notes on the way which buffers are read that are taken as constants.
+        """
+        found = False
         for value in values:
             if isinstance(value, Tensor):
-                if id(value) in self.own and not get_meta(value):
-                    return True
-            elif type(value) in (list, tuple) and self._holds_own(value):
-                return True
-        return False
+                if id(value) in self.constants:
+                    self.read.add(self.constants[id(value)])
+                found |= id(value) in self.own and not get_meta(value)
+            elif type(value) in (list, tuple):
+                found |= self._holds_own(value)
+        return found
 
     def _as_leaf(self, value: Any) -> Any:
         return self.own.get(id(value), value) if isinstance(value, Tensor) else value
@@ -289,10 +299,18 @@ class Recorder(TorchFunctionMode):
         return UNCHECKED.get(func, func)(*given, **named)
 
     def record(
-        self, func: Callable[..., Any], args: tuple[Any, ...], encoded: tuple[Any, Any], result: Any, block: str = ""
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        encoded: tuple[Any, Any],
+        result: Any,
+        block: str = "",
+        changes: tuple[str, ...] = (),
     ) -> Any:
-        """Note a call that gave `result` on the meta device; what the user's code gets of it."""
-        writes = self._written_leaves()
+        """Note a call that gave `result` on the meta device; what the user's code gets of it. `changes`: buffers that a
+        block is known to change.
+        """
+        writes = (*self._written_leaves(), *changes)
         if writes or block or not writes_first(func):
             outs = [self._out(tensor) for tensor in tensors_in(result)]
             known = not writes and not block and all(not fresh for _, fresh in outs)
@@ -331,6 +349,11 @@ class Recorder(TorchFunctionMode):
         writes: tuple[str, ...] = (),
         draws: bool = False,
     ) -> None:
+        if writes and (self._in_checkpoint or _under_checkpoint()):
+            raise Refused(
+                f"{writes[0]!r} changes under a checkpoint of the model's own, which one process runs twice; switch "
+                "that off (gradient_checkpointing_disable()) and name the component in the workload's recompute="
+            )
         state = self._autocast_state()
         site = self.sites.here(self.start)
         self.recording.nodes.append(
@@ -349,6 +372,15 @@ class Recorder(TorchFunctionMode):
                 line=self.sites.lines[site],
             )
         )
+
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """While open, code runs that one process runs again in backward."""
+        before, self._in_checkpoint = self._in_checkpoint, torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._in_checkpoint = before
 
     def note_assigned(self, name: str, buffer: Tensor, value: Tensor) -> None:
         """Note that a tensor was put in the place of a buffer: a call that stands where the function of the task ends.
@@ -530,6 +562,12 @@ class Recorder(TorchFunctionMode):
         for value in args:
             if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")
+
+
+def _under_checkpoint() -> bool:
+    """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__
 
 
 def _covers(value: Tensor, leaf: Tensor) -> bool:

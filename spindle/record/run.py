@@ -58,7 +58,7 @@ def record(
     """
     fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in fields.items()}
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
-        recorder.kept = skeleton.kept
+        recorder.kept, recorder.constants = skeleton.kept, skeleton.constants
         drawing = RecordedDrawing(recorder, sites)
         try:
             with drawing_from(stream), recorder, ByRows(), drawing, _gradients_as_found():
@@ -71,6 +71,7 @@ def record(
         except Exception as error:
             failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             raise Failure(error, failed, recorder.block) from error
+        skeleton.read |= recorder.read
         recording = recorder.recording
         try:
             take_out(recording, skeleton.parameters, skeleton.parameters_of)

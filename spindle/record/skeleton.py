@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
+from spindle.record.functions import counts_batches
 from spindle.record.lazy import Forbidden, memory_of
 from spindle.record.patches import recorded_calls, watched_modules
 from spindle.record.recorder import Recorder
@@ -57,6 +58,8 @@ class Skeleton:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.changed: set[str] = set()  # buffers that a recording replaced, though taken as constants
+        self.read: set[str] = set()  # buffers taken as constants that tasks read outside of blocks
+        self._changed_by: dict[str, tuple[str, ...]] = {}
         self.kept: dict[int, str] = {}  # memory of tensors that modules and functions hold besides, and their names
         self.sites = Sites()
         self.known: dict[object, Results] = {}  # by kind of block and arguments with their shapes
@@ -110,6 +113,8 @@ class Skeleton:
                     if id(value) not in self._metas:
                         self._metas[id(value)] = (prefix + name, _meta_like(value))
                     self._places.append((own, name, value, self._metas[id(value)][1]))
+        self._changed_by.clear()
+        self.constants = {id(buffer): name for name, buffer in self.buffers().items() if id(buffer) not in self._metas}
         self.leaves = {number: name for number, (name, _) in enumerate(self._metas.values())}
         self._numbers = {id(meta): number for number, (_, meta) in enumerate(self._metas.values())}
         by_dict: dict[int, list[tuple[dict[str, Any], str, Tensor]]] = {}
@@ -134,6 +139,19 @@ class Skeleton:
         """Names of the parameters that a module holds, while the skeleton is open."""
         numbers = (self._numbers.get(id(meta)) for meta in self.module(path).parameters())
         return {self.leaves[number] for number in numbers if number is not None}
+
+    def changed_by(self, block: BlockInfo) -> tuple[str, ...]:
+        """Buffers that a block changes, so that it counts though nobody reads what it gives."""
+        if block.path not in self._changed_by:
+            found = [
+                f"{block.path}.{path}.{name}" if path else f"{block.path}.{name}"
+                for path, module in block.module.named_modules()
+                for name in module._buffers
+                if counts_batches(module)
+            ]
+            found += sorted(name for name in self.stateful if name.startswith(f"{block.path}."))
+            self._changed_by[block.path] = tuple(dict.fromkeys(found))
+        return self._changed_by[block.path]
 
     def keep_apart(self, function: Callable[..., Any]) -> None:
         """Know the plain tensors that modules, and the function of a task, hold: what they hold outlives a batch."""
@@ -224,7 +242,8 @@ class Skeleton:
         for own, name, value, _ in places:
             own[name] = value
         standing = [(m._buffers, key, buffer) for m in module.modules() for key, buffer in m._buffers.items()]
-        before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
+        with torch._C.DisableTorchFunction():
+            before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
         try:
             with torch._C.DisableTorchFunction():
                 yield

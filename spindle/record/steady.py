@@ -23,19 +23,6 @@ REMEDY = (
 )
 
 
-@contextlib.contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """While open, a module runs on tensors that stand for nothing: what it keeps of them in itself is dropped again."""
-    before = [(vars(inner), dict(vars(inner))) for inner in module.modules()]
-    try:
-        yield
-    finally:
-        for held, values in before:
-            if held.keys() != values.keys() or any(held[name] is not value for name, value in values.items()):
-                held.clear()
-                held.update(values)
-
-
 class _Kept:
     """Stands in place of a tensor that a layer keeps in itself: whatever is done with it fails."""
 

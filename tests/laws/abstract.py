@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from spindle.contract import contract
-from spindle.graph import TaskGraph, TensorSpec
+from spindle.graph import ParameterWrite, TaskGraph, TensorSpec
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
@@ -58,9 +58,21 @@ def _with_states(graph: TaskGraph, rng: random.Random) -> TaskGraph:
             for task in rng.sample(tasks, rng.randint(1, len(tasks))):
                 own = [operator.name for operator in graph if operator.task == task]
                 touched[rng.choice(own)][kind].append(name)
-    return TaskGraph(
-        tuple(replace(op, statistics=tuple(touched[op.name][0]), states=tuple(touched[op.name][1])) for op in graph)
+    operators = tuple(
+        replace(op, statistics=tuple(touched[op.name][0]), states=tuple(touched[op.name][1])) for op in graph
     )
+    return TaskGraph(operators, tuple(_writes(graph, tasks, rng)))
+
+
+def _writes(graph: TaskGraph, tasks: list[str], rng: random.Random) -> Iterator[ParameterWrite]:
+    """Up to two writes to parameters, of tasks of any kind, each from up to two others."""
+    names = sorted({parameter.name for operator in graph for parameter in operator.parameters})
+    rng.shuffle(names)
+    for target, sources in ((names[:1], names[1:3]), (names[3:4], names[4:5])):
+        if target and rng.random() < 0.5:
+            yield ParameterWrite(
+                task=rng.choice(tasks), target=target[0], sources=tuple(sources), after=rng.random() < 0.5
+            )
 
 
 class Abstract:
@@ -90,6 +102,9 @@ class Abstract:
         self.stepped: set[int] = set()
         self.done: list[set[str]] = [set() for _ in program.instructions]  # runs that went forward or backward
         self.turns: list[dict[str, int]] = [{} for _ in program.instructions]  # runs that changed what a rank has
+        self.ran = [0] * program.num_ranks
+        self.wrote: list[set[str]] = [set() for _ in program.instructions]
+        self.sent: set[tuple[str, str, int]] = set()
         self.given: dict[tuple[str, int], dict[str, int]] = {}
 
     def run(self, rng: random.Random) -> None:
@@ -104,6 +119,8 @@ class Abstract:
         assert not any(self.held), self.held
         assert not self.mail, self.mail
         assert not self.given, self.given
+        for write in self.program.writes:
+            assert all(write.name in self.wrote[rank] for rank in write.ranks)
         for state in self.program.states:
             for buffer in state.buffers:
                 users = sum(buffer in run.states for run in self.program.slices)
@@ -126,6 +143,8 @@ class Abstract:
         if instruction.op is Op.TALLY:
             self.arrived.setdefault(instruction.target, set()).add(rank)
             return self.arrived[instruction.target] == set(self.program.tally_by_name[instruction.target].ranks)
+        if instruction.op is Op.WRITE:
+            return self.can_write(rank, instruction.target)
         if instruction.op is Op.HAND:
             hand = self.program.handover_by_name[instruction.target]
             return rank == hand.source or (hand.name, rank) in self.given
@@ -164,6 +183,10 @@ class Abstract:
             assert rank in self.stepped
         elif instruction.op is Op.HAND:
             self.hand(rank, name)
+        elif instruction.op is Op.WRITE:
+            write = self.program.write_by_name[name]
+            assert self.ran[rank] == (self.runs(rank) if write.after else 0)
+            self.wrote[rank].add(name)
         elif instruction.op is Op.TALLY:
             layers = set(self.program.tally_by_name[name].layers)
             counting = [run for run in self.program.slices if layers & set(run.statistics) and rank in run.ranks]
@@ -178,6 +201,16 @@ class Abstract:
         assert buffer not in self.held[rank]
         assert buffer not in self.freed[rank]
         self.held[rank][buffer] = value
+
+    def runs(self, rank: int) -> int:
+        """Times that a rank goes forward or backward."""
+        return sum(i.op in (Op.FORWARD, Op.BACKWARD) for i in self.program.instructions[rank])
+
+    def can_write(self, rank: int, name: str) -> bool:
+        """Sends leave at once; who lacks a parameter waits for it."""
+        fetches = self.program.write_by_name[name].fetches
+        self.sent |= {(name, f.parameter, target) for f in fetches if f.source == rank for target in f.targets}
+        return all((name, f.parameter, rank) in self.sent for f in fetches if rank in f.targets)
 
     def hand(self, rank: int, name: str) -> None:
         hand = self.program.handover_by_name[name]
@@ -199,6 +232,7 @@ class Abstract:
 
     def forward(self, rank: int, run: SliceRun) -> None:
         self.done[rank].add(f"F {run.name}")
+        self.ran[rank] += 1
         self.touch(rank, run)
         assert run.task in self.loaded[rank]
         assert rank in self.agreed or self.program.num_ranks == 1
@@ -210,6 +244,7 @@ class Abstract:
     def backward(self, rank: int, run: SliceRun) -> None:
         assert f"activations:{run.name}" in self.held[rank]
         self.done[rank].add(f"B {run.name}")
+        self.ran[rank] += 1
         for tensor in run.outputs:
             readers = [r for r in self.program.slices if tensor in r.inputs and r.backward]
             if not self.program.tensor_by_name[tensor].needs_grad or tensor in dict(self.program.losses).values():

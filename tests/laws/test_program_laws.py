@@ -17,7 +17,7 @@ from spindle.runtime.programs.program import Instruction, Message, Op, Program, 
 from tests.laws.abstract import Abstract, random_program
 
 seeds = st.integers(0, 10**9)
-MEETINGS = (Op.AGREE, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND)
+MEETINGS = (Op.AGREE, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
 
 # -- the laws ---------------------------------------------------------------------------------------------------------
 
@@ -84,6 +84,7 @@ def check_meetings_agree(program: Program) -> None:
     ranks_of = everyone | {bucket.name: bucket.ranks for bucket in program.buckets}
     ranks_of |= {tally.name: tally.ranks for tally in program.tallies}
     ranks_of |= {hand.name: tuple(hand.members()) for hand in program.handovers}
+    ranks_of |= {write.name: tuple(write.members()) for write in program.writes}
     for a in range(program.num_ranks):
         for b in range(a):
             of_a, of_b = ([(op, name) for op, name in met[rank] if {a, b} <= set(ranks_of[name])] for rank in (a, b))

@@ -69,7 +69,10 @@ class Looker:
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
         seen = self._look()
-        changed = {name for changes in seen.findings.changes.values() for name in changes.buffers}
+        found = seen.findings.changes.values()
+        changed = {name for changes in found for name in changes.buffers}
+        layers = {layer for changes in found for layer in changes.statistics}
+        changed |= {name for name in seen.read if name.rpartition(".")[0] in layers}
         if changed <= self.skeleton.stateful:
             return seen
         self.skeleton.set_stateful(changed)
@@ -86,6 +89,7 @@ class Looker:
         self.skeleton.keep_apart(self.task.function)
         try:
             self._find_changing_buffers(batches[0])
+            self.skeleton.read.clear()
             self._refuse_unlike(batches[0], kept)
             return self._looked(batches)
         finally:  # what calls of the task count and keep is as it was
@@ -125,6 +129,7 @@ class Looker:
             sites=sites,
             stateful=frozenset(self.skeleton.stateful),
             copies_batch=bool(self.copies_batch),
+            read=frozenset(self.skeleton.read),
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
 

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.trials import Findings, Part, Trial, fits
-from spindle.capture.look.watching import Changes, OwnState, Watched, counts_batches, examined
+from spindle.capture.look.watching import Changes, OwnState, Watched, changes_in_backward, examined
 from spindle.errors import WorkloadError
 from spindle.record.checkpoints import Planned, going
 from spindle.record.copies import copied
 from spindle.record.draws import Site, Stream, drawing_from
+from spindle.record.functions import counts_batches
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
 from spindle.record.skeleton import BlockInfo
@@ -163,12 +164,13 @@ class Prober:
         recording: Recording,
         values: dict[int, Tensor],
         blocks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+        aux: Sequence[Tensor] | None = None,
     ) -> None:
-        """Run one call; `values` takes what it gives."""
+        """Run one call; `values` takes what it gives. `aux`: in place of what was computed from the batch."""
         execute(
             [node],
             values,
-            aux=recording.aux.__getitem__,
+            aux=(recording.aux if aux is None else aux).__getitem__,
             leaf=self._leaf,
             leaves=recording.leaves,
             blocks=blocks,
@@ -257,9 +259,9 @@ class Prober:
         if whole is None:  # it cannot run here (it needs a device, say); nothing is known against it
             counting = frozenset(path for path, m in module.named_modules() if counts_batches(m))
             return _Block(False, Changes(counting))
-        run = partial(self._block_results, trial, trial.whole, node, values, module)
+        run = partial(self._block_results, trial, trial.whole, node, values=values, module=module)
         try:
-            changes = examined(watched, whole, run)
+            changes = examined(watched, whole, run, partial(run, other=True))
         except OwnState as state:
             kind = type(self._block(node).module).__name__
             raise WorkloadError(f"task {self.task!r}: {node.block} (a {kind}) {state}") from None
@@ -268,6 +270,8 @@ class Prober:
             watched.rewind()
             run()
             after = {name: value for name, value in watched.changed().items() if name in changes.buffers}
+            watched.rewind()
+            changes = replace(changes, again=changes_in_backward(watched, run(learns=True)))
         places = self.findings.places.get(node.block, [])
         parts = []
         for part in trial.parts:
@@ -322,8 +326,16 @@ class Prober:
         return twin, given
 
     def _block_results(
-        self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor], module: nn.Module
+        self,
+        trial: Trial,
+        part: Part,
+        node: Node,
+        values: dict[int, Tensor],
+        module: nn.Module,
+        learns: bool = False,
+        other: bool = False,
     ) -> list[Tensor] | None:
+        """What a block gives; where it `learns`, with a graph; on `other` numbers than those of the samples."""
         scope = node.block
         stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
 
@@ -331,13 +343,14 @@ class Prober:
             with Drawing(scope, self.sites.get(scope, ())), going(Planned()):
                 return module.forward(*args, **kwargs)
 
-        own = dict(values)
+        own = {number: _disturbed(value) for number, value in values.items()} if other else dict(values)
+        aux = [_disturbed(value) for value in part.wired.recording.aux] if other else None
         try:
-            with torch.no_grad(), drawing_from(stream):
-                self._execute(node, part.wired.recording, own, {scope: run})
+            with torch.set_grad_enabled(learns), drawing_from(stream):
+                self._execute(node, part.wired.recording, own, {scope: run}, aux)
         except Exception:  # a block may need anything; what it cannot do here it may do at run time
             return None
-        return [own[out].clone() for out in node.outs]
+        return [own[out] if learns else own[out].clone() for out in node.outs]
 
 
 def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -355,6 +368,10 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
             if parameter.is_floating_point() and parameter.numel() <= _JITTERED:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
     return twin
+
+
+def _disturbed(value: Tensor) -> Tensor:
+    return value * 0.7 + 0.3 if value.is_floating_point() else value
 
 
 def _is_zero(value: Any) -> bool:

@@ -52,7 +52,7 @@ class Findings:
 @dataclass(frozen=True)
 class Seen:
     """What capture saw of a task: the recording of its first batch, and of some samples of it. `others`: recordings of
-    other samples, which may run other code.
+    other samples, which may run other code. `read`: buffers that it reads as constants outside of blocks.
     """
 
     batch: SampledBatch
@@ -64,6 +64,7 @@ class Seen:
     stateful: frozenset[str]
     copies_batch: bool
     others: tuple[Wired, ...] = ()
+    read: frozenset[str] = frozenset()
 
 
 def places_of(trials: Sequence[Trial]) -> dict[object, list[tuple[Place, ...]]]:

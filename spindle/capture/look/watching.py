@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from spindle.record.functions import counts_batches
 
 Run = Callable[[], list[Tensor] | None]
 
@@ -22,15 +23,19 @@ Run = Callable[[], list[Tensor] | None]
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What a call changes, by name: `statistics` are norm layers whose running statistics it changes and does not read,
-    `buffers` all others.
+    `buffers` all others. `again`: these change once more in backward, under a checkpoint of the block's own.
     """
 
     statistics: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    again: bool = False
 
     def below(self, path: str) -> "Changes":
         """The same by names that begin with the block's own path."""
-        return Changes(*(frozenset(f"{path}.{name}" for name in names) for names in (self.statistics, self.buffers)))
+        statistics, buffers = (
+            frozenset(f"{path}.{name}" if name else path for name in names) for names in (self.statistics, self.buffers)
+        )
+        return Changes(statistics, buffers, self.again)
 
     def __bool__(self) -> bool:
         return bool(self.statistics or self.buffers)
@@ -38,13 +43,6 @@ class Changes:
 
 class OwnState(Exception):
     """A block keeps a state that no planned run can follow; the message names it."""
-
-
-def counts_batches(module: nn.Module) -> bool:
-    """Whether a module is a norm layer of torch that keeps running statistics just now."""
-    known = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
-    held = [module._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
-    return known and module.training and bool(module.track_running_stats) and all(value is not None for value in held)
 
 
 def statistics_of(layer: str, module: nn.Module) -> list[str]:
@@ -58,7 +56,7 @@ class Watched:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.modules = list(module.named_modules())
-        self._attributes = [dict(vars(m)) for _, m in self.modules]
+        self._attributes = [{name: _kept(value) for name, value in vars(m).items()} for _, m in self.modules]
         self._places = [(_joined(path, name), m._buffers, name) for path, m in self.modules for name in m._buffers]
         self._held = {full: held[name] for full, held, name in self._places}
         self._before = {full: None if b is None else (b._version, b.clone()) for full, b in self._held.items()}
@@ -86,13 +84,13 @@ class Watched:
         found: dict[str, Any] = {}
         for (path, module), before in zip(self.modules, self._attributes, strict=True):
             for name, value in vars(module).items():
-                if _tells(value) and not _same(value, before.get(name)):
+                if _tells(value) and not _same_value(value, before.get(name)):
                     found[_joined(path, name)] = value
             for name, value in module._buffers.items():
                 full = _joined(path, name)
                 if value is not None and self._held.get(full) is None:
                     found[full] = value
-        return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+        return {name: _kept(value) for name, value in found.items()}
 
     def rewind(self) -> None:
         """Give the buffers of the start their values back."""
@@ -112,8 +110,9 @@ class Watched:
             }
 
 
-def examined(watched: Watched, first: list[Tensor], run: Run) -> Changes:
-    """What a block has changed that has run once, and gave `first`; it runs again to see what it reads of that.
+def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) -> Changes:
+    """What a block has changed that has run once, and gave `first`; it runs again, after a run on other numbers, to see
+    what it reads of that.
 
     Raises OwnState where it keeps a state that is no buffer, or writes to a parameter.
     """
@@ -124,6 +123,7 @@ def examined(watched: Watched, first: list[Tensor], run: Run) -> Changes:
     attributes = watched.attributes()
     if not changed and not attributes:
         return Changes()
+    run_other()
     watched.rewind()
     again = run()
     differing = list(_differing(attributes, watched.attributes()))
@@ -132,6 +132,21 @@ def examined(watched: Watched, first: list[Tensor], run: Run) -> Changes:
         if differing or attributes:
             raise OwnState(_own_state(watched, names[0]))
     return _sorted_out(watched, first, run, changed)
+
+
+def changes_in_backward(watched: Watched, results: list[Tensor] | None) -> bool:
+    """Whether buffers change once more while `results`, which a block has just given, are differentiated."""
+    ends = [result for result in results or () if result.requires_grad]
+    if not ends:
+        return False
+    before = watched.changed()
+    try:
+        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+    except RuntimeError:  # what draws under a checkpoint, which is refused elsewhere
+        return True
+    watched.module.zero_grad()
+    after = watched.changed()
+    return before.keys() != after.keys() or not all(_equal(value, after[name]) for name, value in before.items())
 
 
 def _sorted_out(watched: Watched, first: list[Tensor], run: Run, changed: dict[str, Tensor]) -> Changes:
@@ -189,8 +204,8 @@ def _same_value(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else bool(a == b)
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _tells(value: Any) -> bool:
