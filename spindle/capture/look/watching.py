@@ -141,7 +141,7 @@ def changes_in_backward(watched: Watched, results: list[Tensor] | None) -> bool:
         return False
     before = watched.changed()
     try:
-        torch.autograd.backward([end.sum() for end in ends])
+        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
     except RuntimeError:  # what draws under a checkpoint, which is refused elsewhere
         return True
     watched.module.zero_grad()
