@@ -7,6 +7,7 @@
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -85,6 +86,8 @@ class StepState:
         self._tallied = {run.name: [layer for layer in run.statistics if layer in tallied] for run in own}
         self._counted = {run.name: self._names(run.statistics) for run in own}
         self._constant = {run.name: self._constants(run, codes) for run in own}
+        users = Counter(name for run in own for name in run.states)
+        self._shared = {name for name, count in users.items() if count > 1}
         self._orders: dict[tuple[str, int], TallyOrder] = {}
         self.begin(1)
 
@@ -108,6 +111,9 @@ class StepState:
         """While open a run computes for the first time."""
         if run.recompute and run.states:
             self.before[run.name] = {name: self.buffers[name].clone() for name in run.states}
+        for name in run.states:
+            if name in self._shared:
+                self.buffers.put(name, self.buffers[name].clone())  # another run's backward may need the one before
         touched = {name: self.buffers[name] for name in run.states}
         constant = [(op, name, self.buffers[name]) for op, name in self._constant[run.name]]
         versions = [value._version for _, _, value in constant]

@@ -223,7 +223,8 @@ class Skeleton:
         for own, name, value, _ in places:
             own[name] = value
         standing = [(m._buffers, key, buffer) for m in module.modules() for key, buffer in m._buffers.items()]
-        before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
+        with torch._C.DisableTorchFunction():
+            before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
         try:
             with torch._C.DisableTorchFunction():
                 yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import spindle
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, planned, sgd, stack, tasks_on, values
-from tests.parity.stateful_layers import LAYERS, REFUSED, Centered, Checkpointed, Normed
+from tests.parity.stateful_layers import LAYERS, REFUSED, Checkpointed, Normed, Spectral
 from tests.random_plans import random_plan
 
 few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -266,8 +266,8 @@ def test_states_of_several_tasks_in_rounds_are_refused() -> None:
 @pytest.mark.parametrize("glue", [False, True])
 def test_states_under_checkpoints(glue: bool) -> None:
     """Of one task they follow; of two, one process goes forward and backward by turns."""
-    layer = functools.partial(Checkpointed, functools.partial(Centered, "in place"))
+    layer = functools.partial(Checkpointed, Spectral)
     follows(blocks(layer, glue=glue), 2, 3)
-    words = r"changes buffer 'trunk.0.inner.center' under a checkpoint of its own.*name the component in the workload's"
+    words = r"changes buffer 'trunk.0.inner.new.* under a checkpoint of its own.*name the component in the workload's"
     with pytest.raises(spindle.SpindleError, match=words):
         spindle.make_metagraph(blocks(layer, tasks=2, glue=glue)())
