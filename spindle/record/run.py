@@ -78,7 +78,8 @@ def record(
         except Refused as error:
             raise Failure(error, "", "") from error
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
-        replay = recorder.real_calls.replay(fields, recorder.sources)
+        # a task that writes to parameters is recorded anew each time: its momentum may follow a schedule of its own
+        replay = None if recording.writes else recorder.real_calls.replay(fields, recorder.sources)
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)
 
 

@@ -315,3 +315,27 @@ def test_what_nobody_holds_is_refused() -> None:
 
     with pytest.raises(spindle.SpindleError, match=r"no task computes with 'kept.0.norm.weight'"):
         spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")
+
+
+@quiet
+def test_a_momentum_that_follows_a_schedule_is_refused() -> None:
+    """Ranks write what was captured; a number that changes from step to step is noticed, not ignored."""
+    workload = spindle.Workload("schedule")
+    tower = workload.component("tower", stack(Layer))
+    frozen = workload.component("frozen", copy.deepcopy(tower).requires_grad_(False))
+    momentum = [0.9]
+
+    @workload.task("t", batch_size=6, data=batches(1))
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            first_of(frozen).weight.lerp_(first_of(tower).weight, 1 - momentum[0])
+        found: Tensor = (tower(batch["x"]) - frozen(batch["x"])).square().mean()
+        return found
+
+    spindle.make_metagraph(workload)
+    momentum[0] = 0.95
+    words = (
+        r"task 't', step 0: it writes to parameter 'frozen.0.linear.weight' in another way than when it was captured"
+    )
+    with pytest.raises(spindle.SpindleError, match=words):
+        spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")
