@@ -35,8 +35,12 @@ class Samples(Dataset[Batch]):
         ids = torch.randint(WORDS, (LENGTH,), generator=generator)
         return {**fields, "ids": ids, "label": ids[0] % WIDTH, "word": ids[1]}
 
+
+class SamplesByPass(Samples):
+    """Other samples in each pass, as datasets that augment by its number have."""
+
     def set_epoch(self, number: int) -> None:
-        """Other samples in each pass, as datasets that augment by its number have."""
+        """The pass that comes next."""
         self.seed = self.seed // 100 * 100 + number % 100
 
 
@@ -65,7 +69,7 @@ def data_of(kind: str, samples: int, batch_size: int, seed: int) -> Any:
         "random_sampler": lambda: DataLoader(dataset, batch_size, sampler=RandomSampler(dataset, generator=generator)),
         "set_epoch": lambda: DataLoader(dataset, batch_size, sampler=sampler),
         "set_epoch_batches": lambda: DataLoader(dataset, batch_sampler=Shuffled(sampler, batch_size, False)),
-        "set_epoch_dataset": lambda: DataLoader(dataset, batch_size),
+        "set_epoch_dataset": lambda: DataLoader(SamplesByPass(samples, 100 * seed), batch_size),
     }
     return made[kind]()
 
