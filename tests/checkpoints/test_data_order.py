@@ -1,6 +1,7 @@
 """Order of data: what a feed gives is what `for batch in loader` gives in one process, pass after pass."""
 
 import io
+import multiprocessing
 import random
 import threading
 from collections.abc import Callable, Iterator, Sized
@@ -260,11 +261,20 @@ class Sized12(Sized):
         return ROWS
 
 
-PERSISTENT: dict[str, Any] = {"num_workers": 2, "persistent_workers": True}
+# Forked from a server of their own: this process may have threads and locks of whatever was tested before.
+WORKERS: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "forkserver"}
+PERSISTENT: dict[str, Any] = {**WORKERS, "persistent_workers": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_workers() -> None:
+    """Let the server that workers are forked from import what they need once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", __name__])
+
 
 MADE: dict[str, Callable[[], Made]] = {
     "DistributedSampler": distributed,
-    "DistributedSampler, workers": lambda: distributed(num_workers=2),
+    "DistributedSampler, workers": lambda: distributed(**WORKERS),
     "DistributedSampler, persistent workers": lambda: distributed(**PERSISTENT),
     "sampler of a batch sampler": within_batches,
     "batch sampler": batched,
@@ -272,11 +282,11 @@ MADE: dict[str, Callable[[], Made]] = {
     "accelerate": accelerated,
     "loader that keeps its place": stateful,
     "data set": lambda: of_dataset(Epochs()),
-    "data set, workers": lambda: of_dataset(Epochs(), num_workers=2),
+    "data set, workers": lambda: of_dataset(Epochs(), **WORKERS),
     "data set, persistent workers": lambda: of_dataset(Epochs(), **PERSISTENT),
     "data set inside a subset": inside_a_subset,
     "stream": lambda: of_dataset(Stream()),
-    "stream, persistent worker": lambda: of_dataset(Stream(), num_workers=1, persistent_workers=True),
+    "stream, persistent worker": lambda: of_dataset(Stream(), **{**PERSISTENT, "num_workers": 1}),
     "a loader around the loader": wrapped,
     "function with a sampler": fresh,
     "function with a generator": closed_over,
@@ -284,7 +294,7 @@ MADE: dict[str, Callable[[], Made]] = {
     "function that gives one loader": the_same_loader,
     "class with a global generator": by_class_of_module,
     "generator": shuffled,
-    "generator, workers": lambda: shuffled(num_workers=2),
+    "generator, workers": lambda: shuffled(**WORKERS),
     "generator, persistent workers": lambda: shuffled(**PERSISTENT),
     "RandomSampler": lambda: sampled_by(RandomSampler(Sized12(), generator=seeded())),
     "WeightedRandomSampler": lambda: sampled_by(WeightedRandomSampler([1.0] * 5, ROWS, generator=seeded())),
@@ -456,7 +466,7 @@ def test_workers_that_do_not_hear_of_epochs_are_told_of(caplog: pytest.LogCaptur
     """As in one process: they hold a copy of the data set; numbers in shared memory do reach them."""
     for rows, told in ((Epochs(), True), (Stream(), False)):
         caplog.clear()
-        feed = Feed(task(DataLoader(rows, SIZE, num_workers=1, persistent_workers=True)), 0)
+        feed = Feed(task(DataLoader(rows, SIZE, **{**PERSISTENT, "num_workers": 1})), 0)
         taken(feed, ROWS // SIZE + 1)
         closed(feed)
         assert ("set_epoch does not" in caplog.text) == told
