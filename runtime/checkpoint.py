@@ -63,7 +63,7 @@ class _About(BaseModel):
     def _is_known(cls, version: int) -> int:
         if version != _VERSION:
             raise ValueError(
-                f"it is of version {version}, and this is version {_VERSION}: go on with the other Spindle"
+                f"it is of version {version} and this Spindle reads {_VERSION}: go on with the one that wrote it"
             )
         return version
 
@@ -166,7 +166,9 @@ def read(path: Path, share: Share = (0, 1)) -> Checkpoint:
             f"{path} is no checkpoint ({error.strerror}: {_ABOUT}); give a step-... directory"
         ) from None
     except (ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        first = (
+            error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+        )
         raise CheckpointError(f"{path / _ABOUT} cannot be read ({first}); take an older checkpoint") from None
     for name, expected in sorted(about.files.items())[share[0] :: share[1]]:
         file = path / name

@@ -393,7 +393,7 @@ class Executor:
         self.store.complete_gradients(self.updated)
         if self.observe is not None:
             self.observe(self.store.gradients(self.updated))
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.updated:
             with self.store.without_gradients(self.idle):
                 self.optimizer.step()
         self.store.zero_gradients()

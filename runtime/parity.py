@@ -161,11 +161,12 @@ def run_planned(
                 parts.append(observed(run, last - first))
                 if last < steps:
                     run.save(kept, last, seed)
+        untouched = {name: t.detach().clone() for name, t in (*workload.named_parameters(), *workload.named_buffers())}
     ends = parts[-1]
     return Outcome(
         [losses for part in parts for losses in part.losses],
         [gradients for part in parts for gradients in part.gradients],
-        ends.values,
+        untouched | ends.values,
         ends.states,
         ends.learning_rates,
     )

@@ -281,7 +281,7 @@ class Worker:
         job, tasks = self.job, frozenset(self._tasks())
         executor = self._executor(tasks)
         record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
-        if self.optimizer is not None and not any(i.op is Op.STEP for i in executor.instructions):
+        if self.optimizer is not None and not executor.updated:
             self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
             self._step_schedule(self.scheduler, record.losses)

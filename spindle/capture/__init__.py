@@ -135,7 +135,7 @@ def _of_tasks(
     modules = [part for component in workload.components.values() for part in component.module.modules()]
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
-        with attributes_kept(modules), values_kept(b for _, b in workload.named_buffers()):
+        with attributes_kept(modules, skeleton.steady.is_settled), values_kept(b for _, b in workload.named_buffers()):
             seen = Looker(workload, skeleton, task, whole).look()
             results.append(build_operators(workload, task, seen, namer, memo))
         read |= seen.read

@@ -6,7 +6,7 @@ later), which torch does not copy.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -26,16 +26,21 @@ def copied(value: CopiedT, modules: Iterable[nn.Module]) -> CopiedT:
 
 
 @contextlib.contextmanager
-def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, code may set attributes of modules and put in other buffers; they are as before afterwards."""
+def attributes_kept(
+    modules: Iterable[nn.Module], but: Callable[[nn.Module, str], bool] | None = None
+) -> Iterator[None]:
+    """While open, code may set attributes of modules and put in other buffers; they are as before afterwards, `but` for
+    attributes of which this is true.
+    """
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     try:
         yield
     finally:
         for module, attributes, buffers in before:
             held = vars(module)
+            stays = {name: value for name, value in held.items() if but is not None and but(module, name)}
             held.clear()
-            held.update(attributes)
+            held.update(attributes | stays)
             module._buffers.clear()
             module._buffers.update(buffers)
 

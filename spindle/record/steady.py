@@ -41,6 +41,10 @@ class Steady:
         self.called: set[int] = set()
         self._own: dict[tuple[int, str], tuple[nn.Module, Any]] = {}  # what a block has set in itself: values before
 
+    def is_settled(self, module: nn.Module, name: str) -> bool:
+        """Whether code outside of layers sets this attribute, always to the same."""
+        return f"{self.paths.get(id(module))}.{name}" in self.settled
+
     def watch(self, recorder: Recorder) -> Callable[[nn.Module, str, Any], None]:
         """What is told of attributes that are set while a task is recorded."""
 

@@ -77,7 +77,7 @@ def cut_json(path: Path) -> None:
 
 
 def another_version(path: Path) -> None:
-    edit(path, version=2)
+    edit(path, version=3)
 
 
 def unknown_field(path: Path) -> None:
@@ -101,7 +101,7 @@ def edit(path: Path, **values: Any) -> None:
         (without_a_file, "missing"),
         (without_itself, "is no checkpoint"),
         (cut_json, "cannot be read"),
-        (another_version, "less than or equal to 1"),
+        (another_version, "it is of version 3 and this Spindle reads 2"),
         (unknown_field, "Extra inputs"),
         (path_outside, "missing"),
     ],

@@ -265,7 +265,7 @@ class WritesParameter(Linear):
         return y
 
 
-OWN = r"keeps a state of its own in attribute '%s' \(line \d+ of stateful_layers.py\)"
+OWN = r"keeps( a state of its own in attribute)? '%s' |stateful_layers.py: what it computes .* changes from call"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a number": (Counter, OWN % "calls"),
     "a plain tensor": (functools.partial(Plain, "assigned"), OWN % "center"),
