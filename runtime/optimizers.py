@@ -8,6 +8,7 @@
 """
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from spindle.errors import RunError, WorkloadError
+from spindle.errors import RunError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter, parse_piece
 from spindle.runtime.parallel.names import piece_of
 
@@ -227,7 +228,8 @@ def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: li
     except Exception as error:
         raise WorkloadError(
             f"{type(optimizer).__name__} could not be tried on a small matrix ({type(error).__name__}: {error}), so "
-            "whether its steps are those of one process is not known; use another, or plan for one device"
+            "whether it computes the update of an element from others is not known; if so, plan for one device, and "
+            "leave tensor_parallel= out"
         ) from error
     return Reach(
         of_parameter=not all(torch.allclose(half, alone[0], rtol=1e-9, atol=1e-12) for half in halves),
@@ -241,7 +243,8 @@ def _after(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: Seque
     probe.__dict__.update(optimizer.__dict__)
     parameters = [nn.Parameter(value.clone()) for value, *_ in tried]
     probe.state = defaultdict(dict)
-    probe.param_groups = [{**group, "params": parameters, **({} if group.get("lr") is None else {"lr": 0.01})}]
+    told = {"fused": False, "capturable": False} | ({} if group.get("lr") is None else {"lr": 0.01})  # on any device
+    probe.param_groups = [group | {key: value for key, value in told.items() if key in group} | {"params": parameters}]
     for step in range(1, len(tried[0])):
         for parameter, values in zip(parameters, tried, strict=True):
             parameter.grad = values[step].clone()
@@ -258,7 +261,14 @@ def check_optimizer(
     cut = sorted(cut)
     if not cut and (same_everywhere or not steps_apart):
         return
-    reach, kind = reach_of(optimizer), type(optimizer).__name__
+    kind = type(optimizer).__name__
+    try:
+        reach = reach_of(optimizer)
+    except WorkloadError as error:
+        if cut:
+            raise
+        warnings.warn(str(error), SpindleWarning, stacklevel=4)
+        return
     if reach.of_parameter and cut:
         raise WorkloadError(
             f"{kind} computes with whole matrices, and component {cut[0]!r} is registered with tensor_parallel=, which "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 import spindle
-from spindle.errors import CheckpointError, SpindleError, WorkloadError
+from spindle.errors import CheckpointError, SpindleError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter
 from spindle.runtime import checkpoint
 from spindle.runtime.optimizers import Reach, make_optimizer, rank_optimizer, reach_of
@@ -279,6 +279,23 @@ def test_an_optimizer_over_all_parameters_needs_one_device() -> None:
         spindle.verify(towers(), apart(towers()), optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
     alone = spindle.verify(towers(), num_workers=1, optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
     assert alone.ok, str(alone)
+
+
+class Elsewhere(torch.optim.SGD):
+    """Needs a kind of device that is not here."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if any(p.dtype == torch.float64 and p.shape == (4, 6) for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("no such device")
+        super().step(closure)
+
+
+def test_an_optimizer_that_cannot_be_tried_is_warned_of() -> None:
+    """It runs, unless parameters are cut."""
+    with pytest.warns(SpindleWarning, match="Elsewhere could not be tried on a small matrix .RuntimeError: no such"):
+        assert spindle.verify(towers(), optimizer=lambda p: Elsewhere(p, lr=0.1), launcher="threads").ok
+    with pytest.raises(WorkloadError, match="leave tensor_parallel= out"):
+        spindle.verify(cut_towers(), optimizer=lambda p: Elsewhere(p, lr=0.1), launcher="threads")
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "Muon on matrices", "transformers' Adafactor"])
