@@ -282,7 +282,8 @@ class Worker:
         executor = self._executor(tasks)
         record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
         if self.optimizer is not None and not executor.updated:
-            self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
+            with self.store.without_gradients(self.store.updated):
+                self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
             self._step_schedule(self.scheduler, record.losses)
         self.steps_done += 1

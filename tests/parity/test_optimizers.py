@@ -172,6 +172,15 @@ def test_groups_and_schedules_are_those_of_one_process(
     assert "rate" in {row.quantity for row in report.rows}
 
 
+def test_nothing_moves_in_a_step_without_its_tasks() -> None:
+    """A device, or all of them, may hold nothing that a step updates: momentum and weight decay rest too."""
+    workload = towers(max_grad_norm=5.0)
+    del workload.tasks["name"]  # leaves one task, of every second step
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    report = spindle.verify(workload, plan, steps=4, optimizer=OPTIMIZERS["SGD"], launcher="threads")
+    assert report.ok, str(report)
+
+
 def test_a_plateau_is_seen_by_its_metric() -> None:
     """The rate falls when the given loss no longer does: the same on all ranks, as in one process."""
     report = spindle.verify(
