@@ -71,7 +71,7 @@ def make_optimizer(
             f"{kind}.step needs {needed[0]!r}: it computes losses anew inside of a step, which a planned step cannot; "
             "use an optimizer whose step takes no argument"
         )
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")):
         raise WorkloadError(
             f"optimizer= registered a hook on {kind}.step, which would see only what one device updates; leave it out"
         )
@@ -125,7 +125,8 @@ def rank_optimizer(
     parameters = {p.name: alone[p.name] if p.name in alone else stand_in(p, device) for p in every}
     built = make_optimizer(factory, parameters, settings)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    states: defaultdict[Tensor, Any] = defaultdict(dict)
+    states: defaultdict[Any, Any] = defaultdict(dict)
+    states.update({key: value for key, value in built.optimizer.state.items() if not isinstance(key, Tensor)})
     for group in built.optimizer.param_groups:
         taken = [(whole, *of) for whole in group["params"] for of in held[names[id(whole)]]]
         for whole, name, parameter in taken:
@@ -217,12 +218,13 @@ def reach_of(optimizer: torch.optim.Optimizer) -> Reach:
 
 
 def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: list[list[Tensor]]) -> Reach:
-    """`tried`: of two parameters the value and the gradients of two steps."""
-    first, second = tried
+    """`tried`: of two parameters the value and the gradients of two steps; the second one rests in the first step."""
+    first, second = tried[0], [tried[1][0], None, tried[1][2]]
     try:
         together, alone = _after(optimizer, group, [first, second]), _after(optimizer, group, [first])
+        alone += _after(optimizer, group, [second])
         halves = [
-            torch.cat(_after(optimizer, group, [[t.chunk(2, dim)[k] for t in first] for k in (0, 1)]), dim)
+            torch.cat(_after(optimizer, group, [[t.chunk(2, dim)[k] for t in tried[0]] for k in (0, 1)]), dim)
             for dim in (0, 1)
         ]
     except Exception as error:
@@ -233,21 +235,24 @@ def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: li
         ) from error
     return Reach(
         of_parameter=not all(torch.allclose(half, alone[0], rtol=1e-9, atol=1e-12) for half in halves),
-        of_others=not torch.allclose(together[0], alone[0], rtol=1e-9, atol=1e-12),
+        of_others=not all(torch.allclose(*pair, rtol=1e-9, atol=1e-12) for pair in zip(together, alone, strict=True)),
     )
 
 
-def _after(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Values of fresh parameters after the steps."""
+def _after(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: Sequence[Sequence[Tensor | None]]
+) -> list[Tensor]:
+    """Values of fresh parameters after the steps; without a gradient one rests."""
     probe: Any = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
-    parameters = [nn.Parameter(value.clone()) for value, *_ in tried]
+    parameters = [nn.Parameter(value.clone()) for value, *_ in tried if value is not None]
     probe.state = defaultdict(dict)
     told = {"fused": False, "capturable": False} | ({} if group.get("lr") is None else {"lr": 0.01})  # on any device
     probe.param_groups = [group | {key: value for key, value in told.items() if key in group} | {"params": parameters}]
     for step in range(1, len(tried[0])):
         for parameter, values in zip(parameters, tried, strict=True):
-            parameter.grad = values[step].clone()
+            gradient = values[step]
+            parameter.grad = None if gradient is None else gradient.clone()
         probe.step()
     return [parameter.detach() for parameter in parameters]
 

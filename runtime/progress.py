@@ -49,17 +49,25 @@ def optimizer_progress(
 ) -> Progress:
     """Settings of each group, the parameters in it by `names` (by id), and which states are numbers, beside `numbers`.
 
-    Raises CheckpointError for an optimizer that keeps more than states and groups.
+    `held` are settings of groups of which this rank has parameters: an optimizer may count in them. Raises
+    CheckpointError for an optimizer that keeps more than states of parameters and groups.
     """
     kept = optimizer.state_dict()
-    if more := [key for key in kept if key not in _KEPT]:
+    more = [key for key in kept if key not in _KEPT] + [key for key in optimizer.state if not isinstance(key, Tensor)]
+    more += [key for key, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if more:
         raise CheckpointError(
             f"{type(optimizer).__name__} keeps {more[0]!r} beside its states and groups, which cannot be saved by "
             "parameter: train without checkpoints, or use another optimizer"
         )
+    settings = {
+        str(number): {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for number, group in enumerate(optimizer.param_groups)
+    }
     states = (state for parameter, state in optimizer.state.items() if id(parameter) in names)
     return {
-        "groups": [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups],
+        "groups": settings,
+        "held": {n: settings[n] for n, group in zip(settings, optimizer.param_groups, strict=True) if group["params"]},
         "members": {
             parse_piece(names[id(parameter)]).whole: number
             for number, group in enumerate(optimizer.param_groups)
@@ -95,8 +103,8 @@ def load_optimizer(
     fresh = optimizer.state_dict()
     order = [name_by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
     fresh["state"] = {index: states[name] for index, name in enumerate(order) if name in states}
-    for group, saved in zip(fresh["param_groups"], progress["groups"], strict=True):
-        group.update(saved)
+    for number, group in enumerate(fresh["param_groups"]):
+        group.update((progress["groups"] | progress["held"])[str(number)])
     try:
         optimizer.load_state_dict(fresh)
     except (KeyError, ValueError) as error:

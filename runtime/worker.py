@@ -281,7 +281,7 @@ class Worker:
         job, tasks = self.job, frozenset(self._tasks())
         executor = self._executor(tasks)
         record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
-        if self.optimizer is not None and not executor.updated:
+        if self.optimizer is not None and self.store.updated and not executor.updated:
             with self.store.without_gradients(self.store.updated):
                 self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
@@ -364,7 +364,7 @@ class Worker:
         if self.optimizer is not None and progress["optimizer"] is not None:
             self._load_optimizer(Path(path), progress["optimizer"])
         if self.scheduler is not None and progress["scheduler"] is not None:
-            self.scheduler.load_state_dict(progress["scheduler"])
+            self.scheduler.load_state_dict(copy.deepcopy(progress["scheduler"]))  # of which some take keys out
 
     def _load_optimizer(self, path: Path, progress: Progress) -> None:
         """States and settings of a checkpoint. Those of parameters that are frozen now are kept for the next one."""

@@ -282,6 +282,87 @@ class Coupled(torch.optim.SGD):
             parameter.data.sub_(0.1 * parameter.grad / norm)
 
 
+class Counting(torch.optim.Optimizer):
+    """Counts in its groups the steps in which any of their parameters had a gradient, and steps less and less."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.5, "count": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None]
+            group["count"] += bool(held)
+            for parameter in held:
+                parameter.add_(parameter.grad, alpha=-group["lr"] / group["count"])
+
+
+def test_what_an_optimizer_counts_in_its_groups() -> None:
+    """It depends on which parameters are there, so it needs one device; a resume has the count of who holds some."""
+    with pytest.raises(WorkloadError, match="the update of a parameter from others"):
+        spindle.verify(towers(), apart(towers()), optimizer=Counting, launcher="threads")
+    for sharded in (False, True):
+        workload = towers(shard_optimizer=sharded)
+        del workload.tasks["fit"]
+        plan = widest_plan(spindle.make_metagraph(workload), 1)
+        report = spindle.verify(workload, plan, steps=4, optimizer=Counting, resume_under=plan, launcher="threads")
+        assert report.ok, str(report)
+
+
+def test_a_schedule_that_takes_its_state_apart_resumes() -> None:
+    """Threads share what a checkpoint holds, and CyclicLR takes keys out of it."""
+    workload = towers()
+    report = spindle.verify(
+        workload,
+        apart(workload),
+        steps=4,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        scheduler=lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+        resume_under=apart(workload),
+        launcher="threads",
+    )
+    assert report.ok, str(report)
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers as one, whose states only they know."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.first = torch.optim.SGD([p for p in parameters if p.ndim == 2], lr=0.1, momentum=0.9)
+        self.second = torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=0.1)
+        super().__init__([*self.first.param_groups, *self.second.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.first.step()
+        self.second.step()
+
+
+class Global(torch.optim.SGD):
+    """Keeps a state of no parameter."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self._own()["count"] = torch.zeros(())
+
+    def _own(self) -> Any:
+        states: Any = self.state
+        return states["global"]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._own()["count"] += 1
+        super().step(closure)
+
+
+@pytest.mark.parametrize(("factory", "named"), [(Both, "first"), (Global, "global")])
+def test_states_that_only_the_optimizer_knows_are_not_saved(tmp_path: Any, factory: Any, named: str) -> None:
+    """It trains; a checkpoint, which would lose them, is refused."""
+    workload = towers()
+    options: Any = {"optimizer": factory, "steps": 1, "launcher": "threads"}
+    spindle.train(workload, apart(workload), **options)
+    with pytest.raises(CheckpointError, match=f"keeps '{named}' beside its states and groups"):
+        spindle.train(workload, apart(workload), checkpoints=tmp_path, **options)
+
+
 def test_an_optimizer_over_all_parameters_needs_one_device() -> None:
     """Refused where ranks update different ones; the same as in one process where each has all."""
     with pytest.raises(WorkloadError, match="the update of a parameter from others"):
