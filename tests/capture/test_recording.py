@@ -15,6 +15,7 @@ from spindle.record.draws import Stream
 from spindle.record.lazy import LazyRead, Refused, Stranger
 from spindle.record.recording import Recording, execute
 from spindle.record.run import Failure, record
+from spindle.record.sites import Sites
 from spindle.record.skeleton import Skeleton
 from tests.tiny_workloads import floats
 
@@ -490,3 +491,16 @@ def test_a_refusal_names_task_and_line(name: str) -> None:
     task, message = REFUSED[name]
     with pytest.raises(WorkloadError, match=rf"task 't', line \d+ of test_recording\.py:? ?.*{message}"):
         capture(workload_of(task, linear(), [batch()]))
+
+
+def test_a_place_stays_the_same_when_python_specializes_its_code() -> None:
+    """After some calls Python 3.11 calls a builtin by another instruction than at first."""
+    sites = Sites()
+
+    def run() -> int:
+        return sum(sites.here(start.__code__) for _ in (0,))
+
+    def start() -> int:
+        return run()
+
+    assert len({start() for _ in range(300)}) == 1
