@@ -157,13 +157,6 @@ OF_MODULE = torch.Generator()
 SAMPLER: Any = DistributedSampler(Rows(), 1, 0)
 
 
-class ByGlobal(Rows):
-    """Draws from a global of its module."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x": index + torch.rand(1, generator=OF_MODULE)}
-
-
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(11)
 
@@ -236,11 +229,6 @@ def by_function_of_module() -> Made:
     return lambda: DataLoader(Rows(), SIZE, shuffle=True, generator=OF_MODULE), []
 
 
-def by_class_of_module() -> Made:
-    OF_MODULE.manual_seed(11)
-    return DataLoader(ByGlobal(), SIZE), []
-
-
 def accelerated() -> Made:
     shards = pytest.importorskip("accelerate.data_loader")
     loader = distributed(shards.DataLoaderShard, rng_types=None)[0]
@@ -292,7 +280,6 @@ MADE: dict[str, Callable[[], Made]] = {
     "function with a generator": closed_over,
     "function with a global generator": by_function_of_module,
     "function that gives one loader": the_same_loader,
-    "class with a global generator": by_class_of_module,
     "generator": shuffled,
     "generator, workers": lambda: shuffled(**WORKERS),
     "generator, persistent workers": lambda: shuffled(**PERSISTENT),
@@ -381,7 +368,7 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "class with a global generator"])
+@pytest.mark.parametrize("kind", MADE)
 def test_ranks_of_one_process_do_not_share_what_changes(kind: str) -> None:
     """As with the launcher "threads": each reads for itself, one ahead of the other."""
     expected = one_process(MADE[kind]())

@@ -165,16 +165,21 @@ def test_what_a_rank_writes_no_other_sees(sharing: Callable[..., Sharing]) -> No
     assert [float(batch.fields["array"][0].mean()) for batch in batches] == [0.0, 1.0, 2.0]
 
 
+def named_memory() -> list[str]:
+    """What stands in /dev/shm; semaphores of other processes come and go there."""
+    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem."))
+
+
 def test_memory_goes_with_the_batch(sharing: Callable[..., Sharing]) -> None:
     """A batch is gone when its tensors are; the state, which is kept, holds none. /dev/shm is not used."""
-    before = os.listdir("/dev/shm")
+    before = named_memory()
     one = sharing(lambda: iter([{"b": torch.zeros(2, 100_000)}] * 3), on_end="stop", prefetch=0)
     for feed in one.feeds:
         feed.next()
     assert mapped() == 0
     held = [feed.next() for feed in one.feeds]
     assert mapped() == 1
-    assert os.listdir("/dev/shm") == before
+    assert named_memory() == before
     del held
     assert mapped() == 0
 
@@ -396,7 +401,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_reader_that_is_killed_leaves_nothing() -> None:
     """What it sent can be taken; then its death is told. No memory stays: it has no name."""
-    before = os.listdir("/dev/shm")
+    before = named_memory()
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-c", KILLED, str(theirs.fileno())]
@@ -408,7 +413,7 @@ def test_a_reader_that_is_killed_leaves_nothing() -> None:
     assert killed.wait(WAIT_S) == -signal.SIGKILL
     feed.close()
     assert mapped() == 0
-    assert os.listdir("/dev/shm") == before
+    assert named_memory() == before
 
 
 @pytest.mark.parametrize(
