@@ -281,7 +281,7 @@ class Worker:
         job, tasks = self.job, frozenset(self._tasks())
         executor = self._executor(tasks)
         record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
-        if self.optimizer is not None and self.store.updated and not executor.updated:
+        if self.optimizer is not None and (self.store.updated or self.scheduler) and not executor.updated:
             with self.store.without_gradients(self.store.updated):
                 self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
