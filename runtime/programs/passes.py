@@ -5,6 +5,7 @@ Compute and transfers come from the one global order of slice runs; loads and fr
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from spindle.runtime.programs.program import (
     Bucket,
@@ -20,6 +21,7 @@ from spindle.runtime.programs.program import (
 )
 from spindle.runtime.programs.states import make_handovers
 
+MoveT = TypeVar("MoveT", Transfer, Handover)
 Lists = tuple[tuple[Instruction, ...], ...]
 
 
@@ -61,7 +63,7 @@ def add_compute(program: Program) -> Lists:
     for, at the same place of the order on all ranks.
     """
     lists: list[list[Instruction]] = [[] for _ in range(program.num_ranks)]
-    complete, hands = _completed_buckets(program), _handovers(program)
+    complete, hands = _completed_buckets(program), _grouped(program.handovers, "before")
     _add_writes(program, lists, after=False)
     for backward in (False, True):
         transfers = [t for t in program.transfers if t.backward is backward]
@@ -69,9 +71,7 @@ def add_compute(program: Program) -> Lists:
         for run in reversed(program.slices) if backward else program.slices:
             if backward and not run.backward:
                 continue
-            for hand in () if backward else hands.get(run.name, ()):
-                for rank in sorted(hand.members()):
-                    lists[rank].append(Instruction(Op.HAND, hand.name))
+            _add_handovers(() if backward else hands.get(run.name, ()), lists)
             for rank in run.ranks:
                 brings = [t for t in incoming.get(run.name, ()) if rank in t.receiving()]
                 lists[rank] += [Instruction(Op.AWAIT, t.name) for t in brings]
@@ -82,9 +82,7 @@ def add_compute(program: Program) -> Lists:
             for bucket in complete.get(run.name, ()) if backward else ():
                 for rank in bucket.ranks:
                     lists[rank].append(Instruction(Op.REDUCE, bucket.name))
-    for hand in hands.get("", ()):
-        for rank in sorted(hand.members()):
-            lists[rank].append(Instruction(Op.HAND, hand.name))
+    _add_handovers(hands.get("", ()), lists)
     _add_writes(program, lists, after=True)
     counted = {layer for run in program.slices for layer in run.statistics}
     for tally in program.tallies:
@@ -93,18 +91,16 @@ def add_compute(program: Program) -> Lists:
     return tuple(map(tuple, lists))
 
 
+def _add_handovers(hands: Iterable[Handover], lists: list[list[Instruction]]) -> None:
+    for hand in hands:
+        for rank in sorted(hand.members()):
+            lists[rank].append(Instruction(Op.HAND, hand.name))
+
+
 def _add_writes(program: Program, lists: list[list[Instruction]], *, after: bool) -> None:
     for write in program.writes:
         for rank in sorted(write.members()) if write.after is after else ():
             lists[rank].append(Instruction(Op.WRITE, write.name))
-
-
-def _handovers(program: Program) -> dict[str, list[Handover]]:
-    """Handovers by the run that they are for."""
-    found: dict[str, list[Handover]] = {}
-    for hand in program.handovers:
-        found.setdefault(hand.before, []).append(hand)
-    return found
 
 
 def _completed_buckets(program: Program) -> dict[str, list[Bucket]]:
@@ -230,8 +226,9 @@ def _stays(program: Program, tensor: str, source: SliceRun, target: SliceRun, ra
     return source.varies or target.varies or max(low, first) < min(high, last)
 
 
-def _grouped(transfers: Iterable[Transfer], end: str) -> dict[str, list[Transfer]]:
-    found: dict[str, list[Transfer]] = {}
-    for transfer in transfers:
-        found.setdefault(getattr(transfer, end), []).append(transfer)
+def _grouped(moves: Iterable[MoveT], end: str) -> dict[str, list[MoveT]]:
+    """Transfers or handovers by the run at one end of them."""
+    found: dict[str, list[MoveT]] = {}
+    for move in moves:
+        found.setdefault(getattr(move, end), []).append(move)
     return found
