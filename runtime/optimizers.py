@@ -110,6 +110,15 @@ def takes_metric(schedule: LRScheduler) -> bool:
     return any(_is_required(parameter) for parameter in _arguments(schedule.step).values())
 
 
+def step_schedule(schedule: LRScheduler, metric: Metric | None, losses: Callable[[], Mapping[str, float]]) -> None:
+    """Step a schedule once; `losses` gives those of the step, by task, to a metric that the schedule takes."""
+    if metric is None or not takes_metric(schedule):
+        schedule.step()
+    else:
+        number: Any = metric(losses())
+        schedule.step(number)
+
+
 def rank_optimizer(
     factory: OptimizerFactory,
     every: Sequence[Parameter],

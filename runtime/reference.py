@@ -9,7 +9,6 @@ sample.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from spindle.runtime.optimizers import (
     SchedulerFactory,
     make_optimizer,
     make_schedule,
-    takes_metric,
+    step_schedule,
 )
 from spindle.runtime.progress import optimizer_tensors
 from spindle.workload import Task, Workload
@@ -89,8 +88,7 @@ def run_reference(
                 parameters[name].grad = gradient.clone()
             made.optimizer.step()
             if schedule is not None:
-                given: Any = [metric(found.losses[-1])] if metric is not None and takes_metric(schedule) else []
-                schedule.step(*given)
+                step_schedule(schedule, metric, lambda: found.losses[-1])
         every = (*workload.named_parameters(), *workload.named_buffers())
         found.values.update({name: tensor.detach().clone() for name, tensor in every})
         found.states.update(optimizer_tensors(made.optimizer, parameters, strict=False))

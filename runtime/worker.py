@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.capture.codes import Captured, OperatorCode
 from spindle.capture.repeat import base_task, num_micro_batches
@@ -34,7 +32,7 @@ from spindle.runtime.optimizers import (
     described,
     make_schedule,
     rank_optimizer,
-    takes_metric,
+    step_schedule,
 )
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import Held, held_by_rank, held_names
@@ -285,23 +283,16 @@ class Worker:
             with self.store.without_gradients(self.store.updated):
                 self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
-            self._step_schedule(self.scheduler, record.losses)
+            step_schedule(self.scheduler, job.metric, lambda: self._losses_of_all(record.losses))
         self.steps_done += 1
         return record
-
-    def _step_schedule(self, schedule: LRScheduler, losses: Mapping[str, float]) -> None:
-        if self.job.metric is None or not takes_metric(schedule):
-            schedule.step()
-        else:
-            metric: Any = self.job.metric(self._losses_of_all(losses))
-            schedule.step(metric)
 
     def _losses_of_all(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Losses of this step's tasks, of whichever ranks computed them; of micro-batches in flight their mean."""
         tasks = self._tasks()
-        found = torch.zeros(2, len(tasks), dtype=torch.float64, device=self.transport.device)
-        for task, loss in losses.items():
-            found[:, tasks.index(base_task(task))] += torch.tensor([loss, 1.0], dtype=torch.float64)
+        own = [[loss for name, loss in losses.items() if base_task(name) == task] for task in tasks]
+        sums = [[sum(values) for values in own], [len(values) for values in own]]
+        found = torch.tensor(sums, dtype=torch.float64, device=self.transport.device)
         if self.transport.num_ranks > 1:
             self.transport.all_reduce(found, tuple(range(self.transport.num_ranks)))()
         return dict(zip(tasks, (found[0] / found[1]).tolist(), strict=True))
