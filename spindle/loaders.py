@@ -10,7 +10,6 @@
 
 import functools
 import logging
-import sysconfig
 import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from spindle.errors import WorkloadError
 from spindle.generators import Random, cloned, everyones, set_state, state_of
+from spindle.usercode import is_own_file, names_used
 
 _PARTS = ("dataset", "datasets", "sampler", "samplers", "batch_sampler", "collate_fn")
 _WRAPPED = ("loader", "loaders", "dataloader", "dataloaders", "base_dataloader")
@@ -345,20 +345,7 @@ def _slots(kind: type) -> Iterable[str]:
 def _globals(function: types.FunctionType) -> set[str]:
     """Globals that a function of the user's may read."""
     code = function.__code__
-    return set() if _installed(code.co_filename) else _names(code) & function.__globals__.keys()
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Globals that code may read, functions inside it included."""
-    inner = (_names(one) for one in code.co_consts if isinstance(one, types.CodeType))
-    return set(code.co_names).union(*inner)
-
-
-def _installed(file: str) -> bool:
-    """Whether a file is Python's or a package's, not the user's."""
-    return any(name in file for name in ("site-packages", "dist-packages")) or file.startswith(
-        sysconfig.get_path("stdlib")
-    )
+    return function.__globals__.keys() & names_used(code) if is_own_file(code.co_filename) else set()
 
 
 def _counters(sampler: Any) -> dict[str, int]:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import random
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from spindle.record.recording import Aux, Node, Ref, tree
 from spindle.record.run import Recorded
+from spindle.usercode import is_own_file, names_used
 
 FAR = 1_000_003  # calls: beyond what counters of steps are compared with
 MOST = 20_000  # values that are looked at
@@ -195,7 +195,7 @@ class _Search:
             self._attributes(type(owner).__name__, owner)
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
-        if code is None or not self._new(function) or not _is_own_file(code.co_filename):
+        if code is None or not self._new(function) or not is_own_file(code.co_filename):
             return
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -203,17 +203,9 @@ class _Search:
             except ValueError:  # not set yet
                 continue
             self._value(name, cell, "cell_contents", value)
-        for name in _names(code):
+        for name in names_used(code):
             if name in function.__globals__:
                 self._value(name, function.__globals__, name, function.__globals__[name])
-
-
-def _names(code: Any) -> Iterator[str]:
-    """Names that code, and functions inside of it, use."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _names(constant)
 
 
 def _is_users(value: Any) -> bool:
@@ -223,10 +215,4 @@ def _is_users(value: Any) -> bool:
         return False
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None)
-    return kind.__module__ == "__main__" or (file is not None and _is_own_file(file))
-
-
-def _is_own_file(file: str) -> bool:
-    """Whether a file is of the user's own code: no installed package, and not of Python itself."""
-    folders = sysconfig.get_paths()
-    return not file.startswith(tuple(folders[name] for name in ("stdlib", "purelib", "platlib")))
+    return kind.__module__ == "__main__" or (file is not None and is_own_file(file))
