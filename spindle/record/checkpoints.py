@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as torch_checkpoint
 
 from spindle.record.draws import Stream, current, drawing_from
+from spindle.record.patching import Change, Shared, in_place
 from spindle.record.randomness import Drawing
 
 Resume = Callable[[], contextlib.AbstractContextManager[object]]
@@ -106,38 +106,21 @@ class _Reentrant:
         return self.own.apply(function, preserve, *args) if way is None else way.reentrant(function, args)
 
 
-class _Patched:
-    """Puts our own versions of what `checkpoint` calls in place while any code goes a way of ours, in whatever thread.
-    That holds for each name under which users have imported `checkpoint`.
-    """
+def _changes() -> list[Change]:
+    """Our own versions of what `checkpoint` calls: they hold for each name under which users have imported it."""
+    own = torch_checkpoint._checkpoint_without_reentrant_generator
 
-    def __init__(self) -> None:
-        self.lock, self.open = threading.Lock(), 0
-        self.function = torch_checkpoint.CheckpointFunction
-        self.steps = torch_checkpoint._checkpoint_without_reentrant_generator
+    def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+        way = _WAY.get()
+        if way is None:
+            untouched: Iterator[None] = own(function, *args, **kwargs)
+            return untouched
+        return way.steps(own, function, args, kwargs)
 
-    def __enter__(self) -> None:
-        with self.lock:
-            self.open += 1
-            if self.open == 1:
-                own = self.steps
-
-                def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-                    way = _WAY.get()
-                    if way is None:
-                        untouched: Iterator[None] = own(function, *args, **kwargs)
-                        return untouched
-                    return way.steps(own, function, args, kwargs)
-
-                torch_checkpoint.CheckpointFunction = _Reentrant(self.function)  # type: ignore[assignment, misc]
-                torch_checkpoint._checkpoint_without_reentrant_generator = steps  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.open -= 1
-            if self.open == 0:
-                torch_checkpoint.CheckpointFunction = self.function  # type: ignore[misc]
-                torch_checkpoint._checkpoint_without_reentrant_generator = self.steps
+    return [
+        (torch_checkpoint, "CheckpointFunction", _Reentrant(torch_checkpoint.CheckpointFunction)),
+        (torch_checkpoint, "_checkpoint_without_reentrant_generator", steps),
+    ]
 
 
-_PATCHED = _Patched()
+_PATCHED = Shared(lambda: in_place(_changes()))

@@ -8,7 +8,6 @@
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -19,11 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.record.checkpoints import going
 from spindle.record.lazy import Forbidden, is_lazy
+from spindle.record.patching import Change, Shared, in_place
 from spindle.record.recorder import HALF_AUTOCAST, Recorder
 from spindle.record.recording import tensors_in, tree
-
-Change = tuple[object, str, Any]
-"""An object, the name of an attribute, and what stands there for a while."""
 
 Watch = Callable[[nn.Module, str, Any], None]
 """Is told of each attribute of a module that is about to be set."""
@@ -77,49 +74,12 @@ def watched_modules(watch: Watch) -> Iterator[None]:
         _WATCH.reset(token)
 
 
-class _Patches:
-    """Puts our own versions of a few functions in place while any recording is open, in whatever thread."""
-
-    def __init__(self, changes: Callable[[], list[Change]]) -> None:
-        self.lock, self.open, self.changes = threading.Lock(), 0, changes
-        self.before: list[Change] = []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.open += 1
-            if self.open == 1:
-                for owner, name, ours in self.changes():
-                    self.before.append((owner, name, vars(owner)[name]))
-                    setattr(owner, name, ours)
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.open -= 1
-            if self.open == 0:
-                while self.before:
-                    setattr(*self.before.pop())
-
-
-class _Uncompiled:
-    """While open in any thread, what `torch.compile` has wrapped runs as it is."""
-
-    def __init__(self) -> None:
-        self.lock, self.open = threading.Lock(), 0
-        self.stance: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.open += 1
-            if self.open == 1 and "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second
-                self.stance = torch.compiler.set_stance("force_eager")
-                self.stance.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.open -= 1
-            if self.open == 0:
-                self.stance.__exit__(None, None, None)
-                self.stance = contextlib.nullcontext()
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    """What `torch.compile` has wrapped runs as it is."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes a second
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _calls() -> list[Change]:
@@ -170,8 +130,10 @@ def _writes() -> list[Change]:
     return [(nn.Module, "__setattr__", written)]
 
 
-_CALLS, _WRAPPERS, _WRITES = _Patches(_calls), _Patches(_wrappers), _Patches(_writes)
-_UNCOMPILED = _Uncompiled()
+_CALLS = Shared(lambda: in_place(_calls()))
+_WRAPPERS = Shared(lambda: in_place(_wrappers()))
+_WRITES = Shared(lambda: in_place(_writes()))
+_UNCOMPILED = Shared(_uncompiled)
 
 
 # -- autograd functions -----------------------------------------------------------------------------------------------
