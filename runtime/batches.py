@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from spindle.batch import SampledBatch
-from spindle.capture.repeat import base_task, micro_batch, num_micro_batches
 from spindle.errors import WorkloadError
+from spindle.graph import base_task, micro_batch, num_micro_batches
 from spindle.record.draws import Stream
 from spindle.runtime.data import Feed
 from spindle.runtime.drift import Drift

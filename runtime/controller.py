@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from spindle.capture import Captured, capture
-from spindle.capture.repeat import base_task
 from spindle.contract import contract
 from spindle.errors import RunError, SpindleWarning, WorkloadError
+from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.runtime.launch.crew import Crew, ThreadCrew

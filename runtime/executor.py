@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
-from spindle.capture.repeat import num_micro_batches
 from spindle.errors import RunError, SpindleError
+from spindle.graph import num_micro_batches
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.recording import LeafWrite
 from spindle.record.writes import perform

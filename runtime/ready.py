@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from spindle.capture.codes import OperatorCode
-from spindle.capture.repeat import base_task, micro_batch
-from spindle.graph import TensorSpec
+from spindle.graph import TensorSpec, base_task, micro_batch
 from spindle.record.draws import Stream
 from spindle.runtime.programs.program import Program, SliceRun
 from spindle.units import Bounds, Units

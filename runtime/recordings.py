@@ -17,8 +17,8 @@ from torch import Tensor
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import Captured, TaskCode, computing_in
 from spindle.capture.parts import TaskPart, divide
-from spindle.capture.repeat import base_task
 from spindle.errors import RunError, SpindleError, WorkloadError
+from spindle.graph import base_task
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.lazy import BRANCHES, INSTEAD, LazyRead
 from spindle.record.replay import signature

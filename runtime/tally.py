@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spindle.graph import base_task
 from spindle.runtime.programs.program import Program, SliceRun, Tally
 
 
@@ -99,7 +100,7 @@ _PARTS = ("running_mean", "running_var", "num_batches_tracked")
 def _entries(runs: Sequence[SliceRun], rounds: int) -> list[tuple[int, _Entry]]:
     """Contributions to a layer in the order of one process, each with the rank that makes it."""
     found: list[tuple[int, _Entry]] = []
-    for _, of_task in groupby(runs, lambda run: run.task.partition("#")[0]):
+    for _, of_task in groupby(runs, lambda run: base_task(run.task)):
         batches = [list(batch) for _, batch in groupby(of_task, lambda run: run.task)]
         for number in range(rounds):
             for batch in batches:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spindle.capture.repeat import base_task
+from spindle.graph import base_task
 from spindle.metrics import Callback, StepMetrics
 from spindle.trace import Span, SpanKind
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.capture.repeat import base_task, num_micro_batches
-from spindle.graph import Parameter, parse_piece
+from spindle.graph import Parameter, base_task, num_micro_batches, parse_piece
 from spindle.plan import SizeRange
 from spindle.record.copies import copied
 from spindle.record.travel import let_travel

@@ -31,6 +31,21 @@ BYTES_BY_DTYPE = {
 }
 
 
+def base_task(task: str) -> str:
+    """The task that a micro-batch belongs to."""
+    return task.partition("#")[0]
+
+
+def micro_batch(task: str) -> int:
+    """Which micro-batch of its task it is."""
+    return int(task.partition("#")[2] or 0)
+
+
+def num_micro_batches(tasks: Iterable[str]) -> int:
+    """How many micro-batches of each task run side by side."""
+    return 1 + max(map(micro_batch, tasks), default=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """A tensor that one operator sends to others.

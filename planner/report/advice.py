@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from spindle.graph import base_task
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
 from spindle.planner.report.render import LEAST_GAIN
@@ -95,7 +96,7 @@ def _batch(plan: Plan, batches: Mapping[str, int]) -> Advice | None:
     share_by_task: dict[str, float] = {}
     for piece in plan.slices:
         metaop = plan.metagraph[piece.metaop]
-        task = metaop.task.partition("#")[0]
+        task = base_task(metaop.task)
         batch = batches.get(task)
         if batch is not None and len(piece.devices) == _held_back(metaop, batch, plan.num_devices):
             share_by_task[task] = share_by_task.get(task, 0.0) + piece.span_s / plan.makespan_s

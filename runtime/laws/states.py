@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from spindle.graph import base_task, micro_batch
 from spindle.runtime.laws.places import Places, exactly_once
 from spindle.runtime.programs.program import Handover, Instruction, Op, Program, SliceRun, State
 
@@ -37,7 +38,7 @@ def statistics_tallied(program: Program, places: Places) -> Iterator[str]:
 
 def parameters_written(program: Program, places: Places) -> Iterator[str]:
     """All that hold a parameter write to it once, before all runs or after all of them, with what they read for it."""
-    tasks = {task.partition("#")[0] for task, _ in program.losses}
+    tasks = {base_task(task) for task, _ in program.losses}
     for write in program.writes:
         instruction = Instruction(Op.WRITE, write.name)
         yield from exactly_once(instruction, write.members(), places)
@@ -63,7 +64,7 @@ def states_in_order(program: Program, places: Places) -> Iterator[str]:
     """Runs touch a state in the order of one process; whoever touches it next has it as the last one left it."""
     for handover in program.handovers:
         yield from exactly_once(Instruction(Op.HAND, handover.name), handover.members(), places)
-    tasks = list(dict.fromkeys(task.partition("#")[0] for task, _ in program.losses))
+    tasks = list(dict.fromkeys(base_task(task) for task, _ in program.losses))
     held: dict[str, set[int]] = {}
     for run in program.slices:
         for buffer in run.states:
@@ -71,7 +72,7 @@ def states_in_order(program: Program, places: Places) -> Iterator[str]:
     home = {buffer: state for state in program.states for buffer in state.buffers}
     for buffer, ranks in held.items():
         own = [run for run in program.slices if buffer in run.states]
-        turns = [(tasks.index(run.task.partition("#")[0]), int(run.task.partition("#")[2] or 0)) for run in own]
+        turns = [(tasks.index(base_task(run.task)), micro_batch(run.task)) for run in own]
         if turns != sorted(turns):
             yield f"buffer {buffer!r} is touched by runs {[run.name for run in own]}, not in the order of one process"
         if len(ranks) > 1 and buffer not in home:

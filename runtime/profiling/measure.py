@@ -24,8 +24,7 @@ from torch import Tensor
 
 from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
-from spindle.capture.repeat import base_task
-from spindle.graph import Parameter
+from spindle.graph import Parameter, base_task
 from spindle.profile import LinkLevel
 from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock

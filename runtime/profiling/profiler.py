@@ -15,12 +15,12 @@ import torch
 
 from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
-from spindle.capture.repeat import base_task
 from spindle.capture.sizes import sizes_of
 from spindle.cluster import Cluster
 from spindle.contract import contract, contract_like
 from spindle.cost.measured import COLLECTIVES, check_device
 from spindle.errors import ProfileError, SpindleWarning
+from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from spindle.graph import base_task
 from spindle.runtime.programs.program import (
     Bucket,
     Handover,
@@ -45,7 +46,7 @@ def restricted(program: Program, tasks: Collection[str]) -> Program:
             transfers=tuple(t for t in program.transfers if t.source in kept and t.target in kept),
             losses=tuple((task, tensor) for task, tensor in program.losses if task in tasks),
             handovers=tuple(make_handovers(program.states, slices)),
-            writes=tuple(write for write in program.writes if write.task in {task.partition("#")[0] for task in tasks}),
+            writes=tuple(write for write in program.writes if write.task in {base_task(task) for task in tasks}),
             instructions=((),) * program.num_ranks,
         )
     )

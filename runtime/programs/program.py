@@ -18,7 +18,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from spindle.errors import ProgramError
-from spindle.graph import TensorSpec, parse_piece
+from spindle.graph import TensorSpec, base_task, micro_batch, parse_piece
 from spindle.units import SAMPLES
 
 
@@ -300,13 +300,8 @@ class Program:
     @cached_property
     def one_process(self) -> tuple[SliceRun, ...]:
         """Slice runs in the order in which one process runs them: task after task, batch after batch."""
-        tasks = list(dict.fromkeys(task.partition("#")[0] for task, _ in self.losses))
-
-        def place(run: SliceRun) -> tuple[int, int]:
-            task, _, number = run.task.partition("#")
-            return tasks.index(task), int(number or 0)
-
-        return tuple(sorted(self.slices, key=place))
+        tasks = list(dict.fromkeys(base_task(task) for task, _ in self.losses))
+        return tuple(sorted(self.slices, key=lambda run: (tasks.index(base_task(run.task)), micro_batch(run.task))))
 
     @cached_property
     def runs_by_bucket(self) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph
+from spindle.graph import Operator, TaskGraph, base_task, micro_batch
 from spindle.runtime.programs.program import Fetch, Handover, SliceRun, State, Tally, Write
 
 
@@ -25,7 +25,7 @@ def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:
         for layer in operator.statistics:
             users.setdefault(f"{operator.task}: {layer}", []).append(operator)
     for state, found in users.items():
-        tasks = list(dict.fromkeys(_base(operator.task) for operator in found))
+        tasks = list(dict.fromkeys(base_task(operator.task) for operator in found))
         if rounds > 1 and len(tasks) > 1:
             raise PlanError(
                 f"tasks {tasks[0]!r} and {tasks[1]!r} both read or change buffer {state!r}; one process runs all "
@@ -40,12 +40,8 @@ def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:
 
 
 def _in_one_process(graph: TaskGraph) -> list[Operator]:
-    tasks = list(dict.fromkeys(_base(operator.task) for operator in graph))
-    return sorted(graph, key=lambda op: (tasks.index(_base(op.task)), int(op.task.partition("#")[2] or 0)))
-
-
-def _base(task: str) -> str:
-    return task.partition("#")[0]
+    tasks = list(dict.fromkeys(base_task(operator.task) for operator in graph))
+    return sorted(graph, key=lambda op: (tasks.index(base_task(op.task)), micro_batch(op.task)))
 
 
 def refuse_circle(left: Sequence[str], waits: Mapping[str, set[str]], graph: TaskGraph) -> PlanError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Frontier, Key
-from spindle.graph import TaskGraph
+from spindle.graph import TaskGraph, base_task
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.checkpoints import Planned, going, resumed
 from spindle.record.draws import Site
@@ -200,7 +200,7 @@ class Captured:
     @property
     def draws(self) -> dict[str, Mapping[str, tuple[Site, ...]]]:
         """What each task draws, by scope; its micro-batches draw alike."""
-        return {name.partition("#")[0]: code.sites for name, code in self.tasks.items()}
+        return {base_task(name): code.sites for name, code in self.tasks.items()}
 
 
 def computing_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:

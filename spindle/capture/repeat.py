@@ -4,26 +4,10 @@ Each micro-batch is a task of its own (`task#0`, `task#1`, ...) that runs the sa
 fill the gaps that another leaves.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.graph import Operator, TaskGraph
-
-
-def base_task(task: str) -> str:
-    """The task that a micro-batch belongs to."""
-    return task.partition("#")[0]
-
-
-def micro_batch(task: str) -> int:
-    """Which micro-batch of its task it is."""
-    return int(task.partition("#")[2] or 0)
-
-
-def num_micro_batches(tasks: Iterable[str]) -> int:
-    """How many micro-batches of each task run side by side."""
-    return 1 + max(map(micro_batch, tasks), default=0)
 
 
 def repeated(captured: Captured, count: int) -> Captured:

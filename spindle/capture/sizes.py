@@ -18,9 +18,8 @@ from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture import costs
 from spindle.capture.codes import Captured, OperatorPart, TaskCode, computing_in
 from spindle.capture.parts import TaskPart, divide
-from spindle.capture.repeat import base_task, micro_batch
 from spindle.errors import SpindleError
-from spindle.graph import Operator, TaskGraph, TensorSpec
+from spindle.graph import Operator, TaskGraph, TensorSpec, base_task, micro_batch
 from spindle.plan import SizeRange
 from spindle.record.draws import Stream
 from spindle.record.run import Failure, record

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spindle.errors import SpindleWarning
+from spindle.graph import base_task
 
 if TYPE_CHECKING:
     from spindle.api import TrainResult
@@ -92,7 +93,7 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     ]
     if wanted:
         lines.append(f"to fit     {' and '.join(wanted)}")
-    batches = {operator.task.partition("#")[0]: operator.batch_size for m in metagraph for operator in m.operators}
+    batches = {base_task(operator.task): operator.batch_size for m in metagraph for operator in m.operators}
     predicted = {str(s.source) for s in sources} == {"predicted"}
     if measured is not None and predicted:
         lines.append("profile    holds no times of these operators; measure them (spindle profile)")

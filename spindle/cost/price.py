@@ -30,7 +30,7 @@ from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
-from spindle.graph import Operator
+from spindle.graph import Operator, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
@@ -112,7 +112,7 @@ def _price(
         1 if pricing.shard_optimizer else max(degrees.values())
     )
     reads = any(operator.batch_fields for operator in operators)
-    base_task = metaop.task.partition("#")[0]  # micro-batches are tasks of their own, and each loads a batch
+    task = base_task(metaop.task)  # micro-batches are tasks of their own, and each loads a batch
     return replace(
         metaop,
         layer_time_s=points({n: waits[n] * time.total_s for n, time in times.items()}),
@@ -125,7 +125,7 @@ def _price(
         layer_param_bytes=trainable / len(operators),
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
         layer_update_s=update,
-        load_s=profile.load_s.get((base_task, batch), 0.0) if reads else 0.0,
+        load_s=profile.load_s.get((task, batch), 0.0) if reads else 0.0,
         recomputed_bytes=recomputed_bytes(operators, pricing),
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
