@@ -219,10 +219,12 @@ def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> Pa
             got = torch.tensor(ours.get(task, float("nan")), dtype=torch.float64)
             expected = torch.tensor(loss, dtype=reference.loss_dtypes.get(task, torch.float64))
             rows.append(_row("loss", task, step, got, expected, tolerance))
-    for step, (held_by_rank, (expected_here, *_)) in enumerate(
-        zip(planned.gradients, (list(g.values()) for g in reference.gradients), strict=True)
-    ):
-        rows += _gradient_rows(step, held_by_rank, expected_here, tolerance)
+    unreached: dict[str, None] = {}
+    for step, (held_by_rank, expected_by_rank) in enumerate(zip(planned.gradients, reference.gradients, strict=True)):
+        (alone,) = expected_by_rank.values()
+        rows += _gradient_rows(step, held_by_rank, alone, tolerance)
+        own = ((parse_piece(name).whole, g) for gradients in held_by_rank.values() for name, g in gradients.items())
+        unreached |= {whole: None for whole, gradient in own if whole not in alone and not gradient.any()}
     last = len(reference.losses) - 1
     for name, value in planned.values.items():
         quantity = "buffer" if name in reference.buffers else "parameter"
@@ -235,12 +237,6 @@ def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> Pa
     for label, rate in reference.learning_rates.items():
         got, expected = (torch.tensor(x, dtype=torch.float64) for x in (planned.learning_rates[label], rate))
         rows.append(_row("rate", label, last, got, expected, tolerance))
-    unreached = {
-        name: None
-        for ours, theirs in zip(joined_gradients(planned), reference.gradients, strict=True)
-        for name, gradient in ours.items()
-        if name not in theirs[0] and not gradient.any()
-    }
     return ParityReport(tuple(rows), tuple(planned.losses), tuple(reference.losses), tolerance, tuple(unreached))
 
 
