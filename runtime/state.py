@@ -92,7 +92,7 @@ class StepState:
         self.begin(1)
 
     def begin(self, rounds: int) -> None:
-        """A step of so many rounds begins."""
+        """Begin a step of `rounds` rounds."""
         self.rounds, self.round = rounds, 0
         self.added: Added = {}
         self.before: dict[str, dict[str, Tensor]] = {}

@@ -6,7 +6,7 @@
 - A bucket holds the parameters that live on one set of ranks; their gradients are summed over it together.
 - A tally holds norm layers of which several runs change the running statistics; what each adds is folded in at the end.
 - A state is some buffers that runs change one after another, in the order of one process; a handover brings them from
-  the rank that changed them last to those that touch them next.
+  the rank that changed them last to the ranks whose runs touch them next.
 - A write changes parameters outside of the optimizer, before or after all runs of a round, on every rank that holds
   them; it reads other parameters, which are fetched where a rank lacks them.
 - `instructions[rank]` is the rank's program. It is all that the rank does.

@@ -85,7 +85,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class LeafWrite:
-    """Calls that write to parameter `target`, and those that compute what is written, from `sources` and constants.
+    """Calls that write to parameter `target`, and the calls that compute what is written, from `sources` and constants.
 
     `after`: all that uses the target in the task comes before it, or, when False, after it; None: nothing uses it.
     `repeatable`: to write twice is to write once. `text` is equal for writes that do the same. `shapes`: of the

@@ -35,7 +35,7 @@ class Steady:
     """
 
     def __init__(self, paths: Mapping[int, str], inside: Set[int], settled: set[str]) -> None:
-        """`paths` of modules by their id; `inside`: ids of those that belong to blocks."""
+        """`paths` of modules by their id; `inside`: ids of the modules in blocks."""
         self.paths, self.inside, self.settled = paths, inside, settled
         self.unsettled = False
         self.called: set[int] = set()
