@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spindle.errors import SpindleWarning
-from spindle.graph import base_task
 
 if TYPE_CHECKING:
     from spindle.api import TrainResult
@@ -69,6 +68,7 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     from dataclasses import replace
 
     from spindle.cost.sources import cost_sources, makespan_error
+    from spindle.graph import base_task
     from spindle.planner.report.advice import advise
 
     metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
