@@ -79,6 +79,7 @@ def plan_source(
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
+    from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
@@ -101,6 +102,7 @@ def plan_source(
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
+    cluster = as_run(cluster, source.pricing.execution)
     plan, pricing = solve_fitting(
         source.metagraph,
         cluster,
