@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @SOURCE
 @CLUSTER
 @PROFILE
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="The cluster with another number of nodes.")
 @click.option("--output", "-o", type=FILE, help="Write the plan.")
 @click.option(
     "--method", type=METHOD, default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ..."
@@ -37,6 +38,7 @@ def plan(
     source: str,
     cluster: str | None,
     profile: str | None,
+    nodes: int | None,
     output: str | None,
     method: str,
     time_limit_s: float | None,
@@ -53,6 +55,8 @@ def plan(
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
     spindle plan model.py:workload --start plan.json --pin vision=0-3
     """
+    from dataclasses import replace
+
     from spindle.api import plan_source
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
@@ -67,6 +71,7 @@ def plan(
     if cluster is None and source.endswith((".json", ".yaml", ".yml")):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     where = parse_cluster(cluster or _this_machine())
+    where = replace(where, nodes=nodes or where.nodes)
     measured = read(profile, Profile) if profile else None
     with busy(f"reading {source}") as doing:
         loaded = load_source(source, doing)
