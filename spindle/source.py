@@ -87,7 +87,6 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
     kind: Optimizer = "adamw"
     fused = False
     if optimizer is not None:
-
         with _users_errors("optimizer"):
             made = optimizer([torch.nn.Parameter(torch.zeros(1))])
         sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"

@@ -7,9 +7,12 @@ import pytest
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.price import price
+from spindle.cost.style import style_of
 from spindle.errors import FormatError
-from spindle.execution import USUAL, Execution, as_run, norm_copies
+from spindle.execution import USUAL, Execution, LayerStyle, as_run, norm_copies
 from spindle.metagraph import MetaOp
+from spindle.pricing import Pricing
+from spindle.profile import Profile, ProfileEntry
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 
@@ -89,3 +92,32 @@ def test_reductions_that_do_not_overlap() -> None:
 def test_unknown_ways_are_refused(wrong: str) -> None:
     with pytest.raises(FormatError, match="execution"):
         parse_workload(SPEC.format(execution=f"execution: {wrong}", dtype="bfloat16"))
+
+
+TWO = """
+format: spindle.workload
+version: 1
+name: two
+components:
+  a: {layers: 4, hidden: 1024, heads: 16, tokens: 64, output_tokens: 1, output_features: 64}
+  b: {layers: 2, hidden: 512, heads: 8, tokens: 32, output_tokens: 1, output_features: 64}
+tasks:
+  t: {batch_size: 8, flow: [[a, b]], loss: contrastive}
+"""
+
+
+@pytest.mark.parametrize("style", ["fused", "eager", "compiled"])
+def test_a_profile_of_some_layers_tells_the_style_of_the_others(style: LayerStyle) -> None:
+    """Where one per cent of noise lies on what was measured; none is told where nothing or everything was."""
+    spec = parse_workload(TWO)
+    graph = contract(build_graph(spec))
+    execution = Execution(layers=style, tf32=False)
+    told = price(graph, as_run(CLUSTER, execution), pricing=Pricing(execution=execution))
+    entries = [
+        ProfileEntry(kind=m.operators[0].kind, num_devices=1, forward_s=0.34 * m.times[1], backward_s=0.67 * m.times[1])
+        for m in told
+    ]
+    given = Pricing(execution=Execution(tf32=False))
+    assert style_of(graph, CLUSTER, Profile("a100-80g", entries=tuple(entries[:1])), given) == execution
+    assert style_of(graph, CLUSTER, Profile("a100-80g"), given) == given.execution
+    assert style_of(graph, CLUSTER, Profile("a100-80g", entries=tuple(entries)), given) == given.execution
