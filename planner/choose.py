@@ -5,12 +5,14 @@ Where only some of the usual ways fit, memory may cost more time than the next c
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from spindle.cluster import Cluster
 from spindle.cost.sampled import Priced, price_steps
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
+from spindle.plan import Alternative, Plan
+from spindle.planner.usual.alternatives import Choice, alternatives
 from spindle.pricing import Pricing, memory_choices
 from spindle.profile import Profile
 
@@ -32,6 +34,7 @@ def solve_fitting(
     steps: Sequence[MetaGraph] = (),
     is_mean: bool = False,
     all_fit: AllFit | None = None,
+    with_alternatives: bool = False,
 ) -> tuple[Plan, Pricing]:
     """The shortest plan of the memory choices up to the first under which all usual ways fit.
 
@@ -39,11 +42,17 @@ def solve_fitting(
     Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
     `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change. `steps`
     are the same on other batches, for whose mean it is planned; `is_mean`: it stands for that already.
+    `with_alternatives`: the plan carries what people would use instead, each under its own memory choice.
     """
     choices = memory_choices(pricing or Pricing())
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
-    priced = [(choice, price_steps(metagraph, steps, cluster, profile, choice, is_mean=is_mean)) for choice in choices]
+
+    def priced_by(choice: Pricing) -> Priced:
+        return price_steps(metagraph, steps, cluster, profile, choice, is_mean=is_mean)
+
+    priced = [(choice, priced_by(choice)) for choice in choices]
+    others = _alternatives(priced, cluster, priced_by) if with_alternatives else ()
     if all_fit is not None:  # the last choice is tried in any case
         fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
         least = next(fitting, len(priced) - 1)
@@ -61,9 +70,29 @@ def solve_fitting(
         if all_fit is None and plan.memory.fits:
             break
     if best is not None:
-        return best
+        return replace(best[0], alternatives=others), best[1]
     assert last is not None, "each choice gives a plan or an InfeasibleError"
+    smaller = [other for other in others if other.fits]
+    if smaller:
+        way = min(smaller, key=lambda other: other.step_s)
+        how = f" ({way.choice})" if way.choice else ""
+        raise InfeasibleError(f"{last}. What fits is {way.name}{how}, {way.step_s:.3g} s a step") from last
     raise last
+
+
+def _alternatives(
+    priced: Sequence[tuple[Pricing, Priced]], cluster: Cluster, priced_by: Callable[[Pricing], Priced]
+) -> tuple[Alternative, ...]:
+    """Those of each memory choice. Where a workload wants its states sharded, some alternatives do not, so they are
+    priced without that too.
+    """
+    known = dict(priced)
+    for choice, graph in priced:
+        if choice.shard_optimizer and any(metaop.operators for metaop in graph.metagraph):
+            whole = replace(choice, shard_optimizer=False)
+            known[whole] = known.get(whole) or priced_by(whole)
+    found = [Choice(graph.metagraph, graph.steps, choice.recompute) for choice, graph in known.items()]
+    return alternatives(found, cluster)
 
 
 def _is_worth_it(plan: Plan, best: Plan) -> bool:

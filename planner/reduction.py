@@ -96,7 +96,7 @@ def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: b
     """
     if not num_bytes or len(devices) < 2:
         return 0.0
-    members = _members(cluster.devices_per_node, devices)
+    members = members_of(cluster.devices_per_node, devices)
     if sharded:
         return len(devices) * collective_s("reduce", num_bytes / len(devices), cluster, members)
     return collective_s("all_reduce", num_bytes, cluster, members)
@@ -104,12 +104,12 @@ def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: b
 
 def hand_out_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
     """Seconds in which each of `devices` sends its part of `num_bytes` of new parameters to the others."""
-    members = _members(cluster.devices_per_node, devices)
+    members = members_of(cluster.devices_per_node, devices)
     return len(devices) * collective_s("broadcast", num_bytes / len(devices), cluster, members)
 
 
 @lru_cache(maxsize=65536)
-def _members(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
+def members_of(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
     """How many of `devices` each node has."""
     return tuple(Counter(device // devices_per_node for device in devices).values())
 

@@ -33,7 +33,17 @@ def task_split_waves(problem: Problem, *, wide: bool = False) -> Waves:
 
     Where the tasks need more devices than there are, the lightest are bundled and take turns on one share.
     """
-    bundles = _bundles(problem)
+    return _split_waves(problem, [metaop.task for metaop in problem.metaops], wide)
+
+
+def component_group_waves(problem: Problem, *, wide: bool = False) -> Waves:
+    """Each component on its own consecutive devices, for all tasks that use it, one after another."""
+    return _split_waves(problem, [metaop.component for metaop in problem.metaops], wide)
+
+
+def _split_waves(problem: Problem, owners: Sequence[str], wide: bool) -> Waves:
+    """Devices divided among the owners of MetaOps."""
+    bundles = _bundles(problem, owners)
     shares = _divide([_sequence_curve(problem, ops) for ops in bundles], problem.num_devices)[1]
     pieces: dict[int, Piece] = {}
     previous: dict[int, int] = {}  # what runs before on the same devices
@@ -108,12 +118,12 @@ def _least(problem: Problem, ops: Sequence[int]) -> int:
     return max(problem.curves[op].counts[0] for op in ops)
 
 
-def _bundles(problem: Problem) -> list[list[int]]:
-    """MetaOps by task in topological order; the lightest tasks joined until their least counts fit the cluster."""
-    by_task: dict[str, list[int]] = {}
+def _bundles(problem: Problem, owners: Sequence[str]) -> list[list[int]]:
+    """MetaOps by owner in topological order; the lightest owners joined until their least counts fit the cluster."""
+    by_owner: dict[str, list[int]] = {}
     for op in problem.order:
-        by_task.setdefault(problem.metaops[op].task, []).append(op)
-    bundles = list(by_task.values())
+        by_owner.setdefault(owners[op], []).append(op)
+    bundles = list(by_owner.values())
     position = {op: i for i, op in enumerate(problem.order)}
     while sum(_least(problem, ops) for ops in bundles) > problem.num_devices:
         bundles.sort(key=lambda ops: sum(problem.least_area_s[op] for op in ops))

@@ -194,6 +194,7 @@ class _Placer:
         self.last: list[Devices] = [()] * len(problem)
         # layers of each parameter set that each device holds, as bits
         self.held: list[dict[str, int]] = [{} for _ in range(problem.num_devices)]
+        self.layer_bytes: dict[tuple[int, int], float] = {}
         self.busy_until_s = [0.0] * problem.num_devices
         self.ended_s = [0.0] * len(problem)
         self.free_all()
@@ -250,11 +251,15 @@ class _Placer:
         """Memory that the piece takes on `device`, less what the device shares with it already."""
         if not self.with_memory:
             return 0.0
-        problem, op = self.problem, piece.op
-        key = problem.metaops[op].parameters
-        shared = (self.held[device].get(key, 0) & _layer_bits(piece)).bit_count() if key else 0
-        own = problem.layer_memory_bytes(op, piece.count) * piece.num_layers
-        return own - (shared * problem.saved_bytes[key] if shared else 0.0)
+        op, count = piece.op, piece.count
+        if (op, count) not in self.layer_bytes:
+            self.layer_bytes[op, count] = self.problem.layer_memory_bytes(op, count)
+        own = self.layer_bytes[op, count] * piece.num_layers
+        key = self.problem.metaops[op].parameters
+        held = self.held[device].get(key, 0) if key else 0
+        if not held:
+            return own
+        return own - (held & _layer_bits(piece)).bit_count() * self.problem.saved_bytes[key]
 
     def start(self, piece: Piece, devices: Devices, now_s: float) -> _Placed:
         """Put the piece on `devices` from now on."""
