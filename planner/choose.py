@@ -72,12 +72,26 @@ def solve_fitting(
     if best is not None:
         return replace(best[0], alternatives=others), best[1]
     assert last is not None, "each choice gives a plan or an InfeasibleError"
-    smaller = [other for other in others if other.fits]
-    if smaller:
-        way = min(smaller, key=lambda other: other.step_s)
-        how = f" ({way.choice})" if way.choice else ""
-        raise InfeasibleError(f"{last}. What fits is {way.name}{how}, {way.step_s:.3g} s a step") from last
+    if others:
+        raise InfeasibleError(f"{last}. {_instead(others)}") from last
     raise last
+
+
+def _instead(others: Sequence[Alternative]) -> str:
+    """What fits where no plan does."""
+    fitting = [other for other in others if other.fits]
+    if fitting:
+        way = min(fitting, key=lambda other: other.step_s)
+        return f"What fits is {_named(way)}: {way.step_s:.3g} s a step"
+    known = [other for other in others if other.peak_bytes]
+    if not known:
+        return "Nothing else fits either"
+    way = min(known, key=lambda other: other.peak_bytes)
+    return f"Nothing else fits either: {_named(way)} takes {way.peak_bytes / 2**30:.1f} GiB a device"
+
+
+def _named(other: Alternative) -> str:
+    return f"{other.name} ({other.choice})" if other.choice else other.name
 
 
 def _alternatives(

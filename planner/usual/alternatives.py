@@ -33,10 +33,10 @@ from spindle.planner.usual.waves import Waves
 
 DDP = "DDP, one all-reduce a step"
 DDP_BY_TASK = "DDP, one all-reduce a task"
-ZERO = "ZeRO-1/2, states sharded"
-FSDP = "FSDP2 / ZeRO-3, all sharded"
-TASK_GROUPS = "task groups, devices divided"
-COMPONENT_GROUPS = "component groups, devices divided"
+ZERO = "ZeRO-1/2, optimizer states sharded"
+FSDP = "FSDP2 / ZeRO-3, parameters sharded"
+TASK_GROUPS = "devices divided among tasks"
+COMPONENT_GROUPS = "devices divided among components"
 NAMES = (DDP, DDP_BY_TASK, ZERO, FSDP, TASK_GROUPS, COMPONENT_GROUPS)
 
 
@@ -51,7 +51,7 @@ class Choice:
     @property
     def words(self) -> str:
         """What it does besides."""
-        return "activations recomputed" if self.recompute else ""
+        return "recompute" if self.recompute else ""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ def _ways(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
     replicas = Replicas(metagraph, cluster)
     if metagraph.shard_optimizer:
         yield from _accumulating(ZERO, "", replicas, replicas.state_bytes)
-        yield from _accumulating(
-            ZERO, "states and gradients", replicas, replicas.state_bytes - replicas.scattered_bytes
-        )
+        yield from _accumulating(ZERO, "gradients too", replicas, replicas.state_bytes - replicas.scattered_bytes)
     else:
         yield from _accumulating(DDP, "", replicas, replicas.state_bytes)
         yield _Way(DDP_BY_TASK, "", replicas.state_bytes + replicas.kept_bytes(by_group=True), replicas.by_task)
@@ -126,10 +124,11 @@ def peak_of(metagraph: MetaGraph, slices: Sequence[Slice], cluster: Cluster) -> 
 
 def _accumulating(name: str, how: str, replicas: "Replicas", state_bytes: float) -> Iterator[_Way]:
     """One reduction a step: of all losses at once, or after the last task."""
-    yield _Way(name, how, state_bytes + replicas.kept_bytes(by_group=False), replicas.at_once)
-    if len(replicas.groups) > 1:
-        last = ", ".join(filter(None, (how, "no_sync until the last task")))
-        yield _Way(name, last, state_bytes + replicas.kept_bytes(by_group=True), replicas.in_turn)
+    several = len(replicas.groups) > 1
+    at_once, in_turn = (", ".join(filter(None, (how, what))) for what in ("losses summed" * several, "no_sync"))
+    yield _Way(name, at_once, state_bytes + replicas.kept_bytes(by_group=False), replicas.at_once)
+    if several:
+        yield _Way(name, in_turn, state_bytes + replicas.kept_bytes(by_group=True), replicas.in_turn)
 
 
 def _groups(metagraph: MetaGraph, cluster: Cluster) -> Iterator[tuple[str, tuple[Slice, ...]]]:

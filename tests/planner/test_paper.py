@@ -100,7 +100,7 @@ def test_each_reading_runs_every_layer_once(reading: Reading) -> None:
 
 
 def test_a_tiny_tuple_does_not_cut_the_wave() -> None:
-    """As printed, the towers of eight layers of 1 s run one beside a layer of 0.1 s, and the others in a second wave."""
+    """As printed, the towers of eight layers of 1 s run one beside a layer of 0.1 s, then the others."""
     one = {1: 1.0}
     problem = make_problem(graph(metaop("a", 8, one), metaop("b", 8, one), metaop("c", 1, {2: 0.1})), cluster())
     lengths = [[piece.num_layers for piece in wave] for wave in paper_waves(problem, PRINTED)]
