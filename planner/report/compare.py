@@ -188,9 +188,10 @@ def render_sizes(rows: Sequence[Size]) -> str:
         if row.reason:
             lines.append(_clip(f"{row.devices:>7} {row.reason}", WIDTH))
         else:
+            usual = three_digits(row.usual_s)
             lines.append(
                 f"{row.devices:>7} {three_digits(row.step_s):>12} {three_digits(row.makespan_s):>12} "
-                f"{100 * row.gap:>7.2f} {100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {three_digits(row.usual_s):>13}"
+                f"{100 * row.gap:>7.2f} {100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {usual:>13}"
             )
     point = enough(rows)
     if point is not None:

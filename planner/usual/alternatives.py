@@ -185,7 +185,8 @@ class Replicas:
     def scattered_bytes(self) -> float:
         """Of those, gradients that others keep when they are scattered."""
         share = 1 - 1 / self.cluster.num_devices
-        return share * sum(m.layers * m.layer_param_bytes for m in _distinct(self.metagraph))
+        each = ((m.layers, min(m.layer_param_bytes, m.layer_state_bytes)) for m in _distinct(self.metagraph))
+        return share * sum(layers * num_bytes for layers, num_bytes in each)
 
     @property
     def sharded_bytes(self) -> float:
