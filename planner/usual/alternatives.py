@@ -67,7 +67,8 @@ class _Way:
 def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternative, ...]:
     """Each in its fastest way that fits; where none does, what the smallest takes.
 
-    Where batches differ, ways are compared on the mean batch.
+    Where batches differ, ways are compared on the mean batch. Those that no choice is priced for are left out: ZeRO-1/2
+    needs one with sharded states, DDP and FSDP2 one without.
     """
     best: dict[str, tuple[Alternative, _Way, Choice]] = {}
     for choice in choices:
@@ -82,7 +83,10 @@ def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternati
             )
             if way.name not in best or _rank(found) < _rank(best[way.name][0]):
                 best[way.name] = found, way, choice
-    return tuple(_on_average(*best[name]) if name in best else Alternative(name=name, fits=False) for name in NAMES)
+    found_by_name = {name: _on_average(*row) for name, row in best.items()}
+    for name in (TASK_GROUPS, COMPONENT_GROUPS):  # a schedule is made only where it fits
+        found_by_name.setdefault(name, Alternative(name=name, fits=False))
+    return tuple(found_by_name[name] for name in NAMES if name in found_by_name)
 
 
 def _on_average(found: Alternative, way: _Way, choice: Choice) -> Alternative:

@@ -141,7 +141,16 @@ def test_each_has_its_own_memory_choice() -> None:
 
 
 def test_all_are_named_whatever_fits() -> None:
-    assert tuple(found(towers("t", memory=1e12, state=1.0), quick())) == NAMES
+    metagraph = towers("t", memory=1e12, state=1.0)
+    choices = [Choice(metagraph), Choice(replace(metagraph, shard_optimizer=True))]
+    others = alternatives(choices, quick())
+    assert tuple(other.name for other in others) == NAMES
+    assert not any(other.fits for other in others)
+
+
+def test_what_is_not_priced_is_not_judged() -> None:
+    assert ZERO not in found(towers("t"), quick())
+    assert DDP not in found(replace(towers("t"), shard_optimizer=True), quick())
 
 
 def test_a_plan_that_does_not_fit_names_what_does() -> None:
