@@ -2,6 +2,8 @@
 
 What costs no time is tried first: as asked for, then optimiser states sharded, then activations recomputed, then both.
 Where only some of the usual ways fit, memory may cost more time than the next choice: the shortest step of those wins.
+So it may where the quickest alternative (`usual.alternatives`) makes a later choice: sharded states also divide the
+optimizer's step.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,10 +55,11 @@ def solve_fitting(
 
     priced = [(choice, priced_by(choice)) for choice in choices]
     others = _alternatives(priced, cluster, priced_by) if with_alternatives else ()
+    quicker = _quickest(choices, others)
     if all_fit is not None:  # the last choice is tried in any case
         fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
         least = next(fitting, len(priced) - 1)
-        priced = priced[: least + 1]
+        priced = priced[: least + 1] + [(choice, graph) for choice, graph in priced[least + 1 :] if choice in quicker]
     last: InfeasibleError | None = None
     best: tuple[Plan, Pricing] | None = None
     for choice, graph in priced:
@@ -75,6 +78,15 @@ def solve_fitting(
     if others:
         raise InfeasibleError(f"{last}. {_instead(others)}") from last
     raise last
+
+
+def _quickest(choices: Sequence[Pricing], others: Sequence[Alternative]) -> list[Pricing]:
+    """The choice of the quickest alternative that fits: a plan may gain by it too."""
+    quickest = min((other for other in others if other.fits), key=lambda other: other.step_s, default=None)
+    if quickest is None:
+        return []
+    flags = quickest.recompute, quickest.shard_optimizer
+    return [choice for choice in choices if (choice.recompute, choice.shard_optimizer) == flags]
 
 
 def _instead(others: Sequence[Alternative]) -> str:

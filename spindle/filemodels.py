@@ -224,6 +224,8 @@ class _AlternativeModel(_JsonModel):
     choice: str = ""
     peak_bytes: float = 0.0
     fits: bool = True
+    recompute: bool = False
+    shard_optimizer: bool = False
 
 
 class _StepWorkModel(_JsonModel):

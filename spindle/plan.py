@@ -85,7 +85,7 @@ class Alternative:
 
     name         in words that whoever trains models knows
     step_s       seconds of a step, the mean where batches differ; 0 where it does not fit
-    choice       how it is run so that it fits
+    choice       how it is run so that it fits; `recompute` and `shard_optimizer` are part of it
     peak_bytes   of the fullest device; where it does not fit, those of the choice that takes least (0: not known)
     fits         whether any choice does
     """
@@ -95,6 +95,8 @@ class Alternative:
     choice: str = ""
     peak_bytes: float = 0.0
     fits: bool = True
+    recompute: bool = False
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.step_s < float("inf") and 0 <= self.peak_bytes < float("inf")):

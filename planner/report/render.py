@@ -201,7 +201,7 @@ def _verdict(plan: Plan) -> list[str]:
         return []
     (best_s, name), own_s = min(usual), plan.compared_s
     if own_s > best_s * (1 + LEAST_GAIN):
-        remedy = ": train with that instead" if plan.alternatives else "; method auto never is"
+        remedy = ": consider that instead" if plan.alternatives else "; method auto never is"
         return [f"this plan is {100 * (own_s / best_s - 1):.1f} % slower than {name}{remedy}"]
     return [f"waves gain nothing here: {name} is as fast"] if own_s >= best_s * (1 - LEAST_GAIN) else []
 

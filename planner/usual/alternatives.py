@@ -80,6 +80,8 @@ def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternati
                 choice=", ".join(filter(None, (way.how, choice.words))),
                 peak_bytes=way.peak_bytes,
                 fits=fits,
+                recompute=choice.recompute,
+                shard_optimizer=choice.metagraph.shard_optimizer,
             )
             if way.name not in best or _rank(found) < _rank(best[way.name][0]):
                 best[way.name] = found, way, choice

@@ -118,7 +118,7 @@ def verdict(plan: Plan) -> str:
     usual = [(value, name) for name, value in plan.usual_ways if name != "paper"]
     own_s = plan.compared_s
     if usual and own_s > min(usual)[0] * (1 + LEAST_GAIN):
-        remedy = ": train with that instead." if plan.alternatives else "; method auto never is."
+        remedy = ": consider that instead." if plan.alternatives else "; method auto never is."
         text = f"This plan is slower than {min(usual)[1]}{remedy}"
         return f'<p class="verdict bad">{escape(text)}</p>'
     if usual and own_s >= min(usual)[0] * (1 - LEAST_GAIN):

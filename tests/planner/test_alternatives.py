@@ -168,6 +168,26 @@ def test_a_plan_that_does_not_fit_names_what_does() -> None:
         )
 
 
+def test_a_plan_tries_the_choice_of_the_quickest_alternative() -> None:
+    """Everything fits as it is, but with sharded states the optimizer's step is an eighth."""
+    source = load_source("benchmarks/workloads/pi0.yaml")
+
+    def made(*, with_alternatives: bool) -> tuple[float, bool]:
+        plan, pricing = solve_fitting(
+            source.metagraph,
+            parse_cluster("1x8:a100-80g"),
+            lambda priced, where, share: solve(priced.metagraph, where, method="sequential"),
+            pricing=source.pricing,
+            all_fit=lambda metagraph, where: True,
+            with_alternatives=with_alternatives,
+        )
+        return plan.step_s, pricing.shard_optimizer
+
+    (plain_s, plain), (tried_s, tried) = made(with_alternatives=False), made(with_alternatives=True)
+    assert (plain, tried) == (False, True)
+    assert tried_s < plain_s
+
+
 def test_one_reduction_is_no_slower_than_one_a_task() -> None:
     where = parse_cluster("2x8:a100-80g")
     metagraph = price(load_source(CLIP).metagraph, where, None, Pricing())

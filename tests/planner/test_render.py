@@ -86,7 +86,7 @@ def test_what_is_used_instead_is_told_with_its_memory_choice() -> None:
 def test_an_alternative_that_is_faster_is_said_to_be() -> None:
     faster = Alternative(name="FSDP2 / ZeRO-3, parameters sharded", step_s=2.5)
     assert summary(replace(STEP, alternatives=(faster,))).endswith(
-        "this plan is 10.0 % slower than FSDP2 / ZeRO-3, parameters sharded: train with that instead"
+        "this plan is 10.0 % slower than FSDP2 / ZeRO-3, parameters sharded: consider that instead"
     )
 
 

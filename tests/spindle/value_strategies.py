@@ -142,7 +142,16 @@ plans = st.builds(
     spread=st.one_of(st.none(), spreads),
     sizes=st.lists(size_ranges, max_size=3).map(tuple),
     alternatives=st.lists(
-        st.builds(Alternative, name=text, step_s=amounts, choice=text, peak_bytes=amounts, fits=st.booleans()),
+        st.builds(
+            Alternative,
+            name=text,
+            step_s=amounts,
+            choice=text,
+            peak_bytes=amounts,
+            fits=st.booleans(),
+            recompute=st.booleans(),
+            shard_optimizer=st.booleans(),
+        ),
         max_size=3,
     ).map(tuple),
     work=st.one_of(st.none(), st.builds(StepWork, samples=amounts, tokens=amounts, flops=amounts)),
