@@ -11,7 +11,7 @@ PyTorch's DistributedDataParallel does, out.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster, Collective
@@ -22,7 +22,6 @@ from spindle.planner.loading import waits_by_device
 from spindle.planner.reduction import (
     Reduction,
     members_of,
-    reduced_by_device,
     shares_of,
     update_by_device,
 )
@@ -75,7 +74,7 @@ def repeated_step_s(groups: Sequence[Sequence[Slice]], metagraph: MetaGraph, clu
     runs = [run_of(group, metagraph, cluster) for group in groups]
     seconds = 0.0
     for run in runs[:-1]:
-        reduced = reduced_by_device(cluster, _buckets(cluster, metagraph, _layers(run, metagraph)))
+        reduced = _reduced_by_device(cluster, _buckets(cluster, metagraph, _layers(run, metagraph)))
         seconds += max(reduced.values(), default=0.0)
     slices = [s for group in groups for s in group]
     return seconds + _whole_s(
@@ -92,7 +91,7 @@ def _whole_s(
 ) -> float:
     """Forward and backward of all runs, what reductions of the last one add, loading, and the optimizer's step."""
     both_s = sum(run.both_s for run in runs)
-    stepped_s = reduced_by_device(cluster, reductions)
+    stepped_s = _reduced_by_device(cluster, reductions)
     for device, seconds in update_by_device(shares_of(metagraph, slices)).items():
         stepped_s[device] = stepped_s.get(device, 0.0) + seconds
     end_s = max(stepped_s.values(), default=0.0)
@@ -164,13 +163,33 @@ def _buckets(cluster: Cluster, metagraph: MetaGraph, layers: dict[tuple[str, int
     return tuple(_one_after_another(cluster, sorted(full), operation))
 
 
-def _one_after_another(cluster: Cluster, buckets: Iterable[Ready], operation: Collective) -> list[Reduction]:
-    free_s: dict[int, float] = {}
+def _one_after_another(cluster: Cluster, buckets: Sequence[Ready], operation: Collective) -> list[Reduction]:
+    """Each waits for the last one on any of its devices. There are few sets of devices, so sets are compared once."""
+    sets = {devices: frozenset(devices) for _, devices, _ in buckets}
+    meets = {one: [two for two in sets if not sets[one].isdisjoint(sets[two])] for one in sets}
+    free_s: dict[Devices, float] = {}
     done: list[Reduction] = []
     for ready_s, devices, num_bytes in buckets:
-        start_s = max(ready_s, max(free_s.get(device, ready_s) for device in devices))
+        start_s = max(ready_s, max(free_s.get(other, ready_s) for other in meets[devices]))
         members = members_of(cluster.devices_per_node, devices)
         end_s = start_s + collective_s(operation, num_bytes, cluster, members)
-        free_s.update(dict.fromkeys(devices, end_s))
+        free_s[devices] = end_s
         done.append(Reduction(devices, num_bytes, start_s, end_s))
     return done
+
+
+def _reduced_by_device(cluster: Cluster, reductions: Sequence[Reduction]) -> dict[int, float]:
+    """As `reduction.reduced_by_device`: all that one set of devices reduces is added up before it goes to each."""
+    beside_s: dict[Devices, float] = defaultdict(float)
+    last_s: dict[Devices, float] = {}
+    for r in reductions:
+        beside_s[r.devices] += max(0.0, min(r.end_s, 0.0) - r.start_s)
+        last_s[r.devices] = max(r.end_s, last_s.get(r.devices, 0.0))
+    slowed_s: dict[int, float] = defaultdict(float)
+    ended_s: dict[int, float] = defaultdict(float)
+    for devices, seconds in last_s.items():
+        lost_s = cluster.device.overlap_cost * beside_s[devices]
+        for device in devices:
+            slowed_s[device] += lost_s
+            ended_s[device] = max(ended_s[device], seconds)
+    return {device: seconds + slowed_s[device] for device, seconds in ended_s.items()}

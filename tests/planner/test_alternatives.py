@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
@@ -11,8 +13,10 @@ from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative
 from spindle.planner.choose import solve_fitting
+from spindle.planner.reduction import Reduction, reduced_by_device
 from spindle.planner.report.rates import rates, work_of
 from spindle.planner.solve import solve
+from spindle.planner.traffic import Devices
 from spindle.planner.usual.alternatives import (
     COMPONENT_GROUPS,
     DDP,
@@ -25,7 +29,7 @@ from spindle.planner.usual.alternatives import (
     Replicas,
     alternatives,
 )
-from spindle.planner.usual.overlap import BUCKET_BYTES, bucketed_step_s
+from spindle.planner.usual.overlap import BUCKET_BYTES, _reduced_by_device, bucketed_step_s
 from spindle.pricing import Pricing
 from spindle.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
@@ -112,6 +116,26 @@ def test_layers_of_one_slice_follow_each_other() -> None:
     metagraph = graph(metaop("t.tower", 4, {2: 3.0}, layer_param_bytes=BUCKET_BYTES))
     slices = (piece("t.tower", range(2), (0, 1), 0.0, 6.0), piece("t.tower", range(2, 4), (2, 3), 6.0, 12.0))
     assert bucketed_step_s(slices, metagraph, quick()) == pytest.approx(12.0 + 1.0 / 1.5)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.integers(0, 5), min_size=2).map(lambda found: tuple(sorted(found))),
+            st.floats(-9.0, 9.0),
+            st.floats(0.0, 9.0),
+        ),
+        max_size=8,
+    ),
+    st.floats(0.0, 0.9),
+)
+def test_what_reductions_add_is_that_of_our_plans(
+    rows: list[tuple[Devices, float, float]], overlap_cost: float
+) -> None:
+    """Sets of devices added up first give what each reduction by itself gives."""
+    reductions = [Reduction(devices, 1.0, start_s, start_s + seconds) for devices, start_s, seconds in rows]
+    one = _reduced_by_device(quick(overlap_cost), reductions)
+    assert one == pytest.approx(reduced_by_device(quick(overlap_cost), reductions))
 
 
 def test_tasks_that_hand_each_other_data_are_one_group() -> None:
