@@ -18,7 +18,7 @@ from spindle.planner.usual.place import ORDERS, Order, place
 from spindle.planner.usual.waves import PRINTED, READINGS, Reading, Waves, paper_waves
 
 MOST_TRIED = 4096  # MetaOps times devices beyond which a few readings are tried
-PLACED_AGAIN = 3  # schedules whose devices are chosen in other orders too
+PLACED_AGAIN = 6  # schedules whose devices are chosen in other orders too
 
 Schedule = tuple[Slice, ...]
 

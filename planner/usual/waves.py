@@ -63,9 +63,9 @@ READINGS: tuple[Reading, ...] = (
         Reading(propose=propose, extend="turns", align=align, counts=counts)
         for propose, align, counts in product(PROPOSE, _LOOSE, _COUNTS)
     ),
+    Reading(propose="remaining", extend="turns", align="shortest", counts="closest", ahead=True),
+    Reading(propose="remaining", extend="turns", align="shortest", counts="dividing", ahead=True),
     Reading(propose="count", extend="turns", align="full", counts="closest", ahead=True),
-    Reading(propose="count", extend="turns", align="least", counts="closest", ahead=True),
-    Reading(propose="count", extend="turns", align="full", counts="dividing", ahead=True),
 )
 NEAREST, DOWN = 0.5, 1e-9
 AHEAD = 6  # waves whose end is looked for

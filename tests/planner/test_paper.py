@@ -23,7 +23,6 @@ from tests.planner.planner_graphs import cluster, graph, metaop
 
 CLIP = Path(__file__).parents[2] / "benchmarks" / "workloads" / "multitask_clip.yaml"
 WITHIN = 0.07  # what the paper states of its schedules, whose length counts no transfers (its eq. 1)
-MOVED = 0.06  # of the step are transfers between waves at most, in the paper's measurements
 
 
 def first_that_fits(num_tasks: int, nodes: int) -> tuple[Problem, tuple[Slice, ...]]:
@@ -56,7 +55,7 @@ def test_it_ends_within_seven_per_cent_of_its_own_optimum(num_tasks: int, nodes:
     optimum_s = level_optimum_s(problem)
     alone = make_problem(without_traffic(problem.metagraph), problem.cluster)
     assert end_s(paper_slices(alone)) <= (1 + WITHIN) * optimum_s
-    assert end_s(slices) <= (1 + WITHIN + MOVED) * optimum_s
+    assert end_s(slices) <= (1 + WITHIN) * optimum_s  # transfers are in it
 
 
 def test_a_tiny_metaop_takes_no_level() -> None:
