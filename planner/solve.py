@@ -27,7 +27,7 @@ from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import step_times
 from spindle.planner.spread import spread_of, steps_s
-from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline
+from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
 from spindle.planner.usual.paper import paper_slices
 from spindle.planner.usual.place import place
 
@@ -248,10 +248,12 @@ def _schedules(
     """Those of a usual way that fit in memory; why others do not goes to `reasons`. `is_quick`: any will do."""
     has_idle = any(curve.idle for curve in problem.curves)
     variants = WAVES_BY_BASELINE[name]
-    makers = [
+    makers: list[Callable[[], tuple[Slice, ...]]] = [
         partial(lambda make: place(problem, make(problem), aligned=aligned or name in ALIGNED_BASELINES), make)
         for make in (variants if has_idle else variants[:1])
     ]
+    if name == "component_split":  # nor do components on devices of their own wait for each other
+        makers.append(lambda: place(problem, component_group_waves(problem), aligned=aligned))
     if name == "paper":
         makers = makers * is_quick + [partial(paper_slices, problem, aligned=aligned)]
     for make in makers:

@@ -2,7 +2,8 @@
 
 - sequential: every MetaOp takes the whole cluster (its fastest count), one after another (Megatron-LM, DeepSpeed).
 - task_split: devices are divided among the tasks, which run side by side on their own devices (after Optimus).
-- component_split: tasks one after another; inside a task the devices are divided among its components (after DistMM).
+- component_split: tasks one after another; inside a task devices are divided among its components (after DistMM); or
+  each component on devices of its own for all tasks.
 - paper: `waves.paper_waves`.
 
 Devices are divided one valid step at a time, to whoever gains most by it, (T(n) - T(n')) / (n' - n), or to the slowest:
