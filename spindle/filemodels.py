@@ -7,7 +7,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, Wave, sorted_pairs
+from spindle.plan import (
+    Alternative,
+    Certificate,
+    Memory,
+    Plan,
+    SizeRange,
+    Slice,
+    StepSpread,
+    StepWork,
+    TimePrices,
+    Wave,
+    sorted_pairs,
+)
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -210,6 +222,22 @@ class _SizeRangeModel(_JsonModel):
     most: int
 
 
+class _AlternativeModel(_JsonModel):
+    name: str
+    step_s: float = 0.0
+    choice: str = ""
+    peak_bytes: float = 0.0
+    fits: bool = True
+    recompute: bool = False
+    shard_optimizer: bool = False
+
+
+class _StepWorkModel(_JsonModel):
+    samples: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+
+
 class PlanModel(_JsonModel):
     """A plan file."""
 
@@ -234,6 +262,8 @@ class PlanModel(_JsonModel):
     cluster: _ClusterModel | None = None
     spread: _StepSpreadModel | None = None
     sizes: tuple[_SizeRangeModel, ...] = ()
+    alternatives: tuple[_AlternativeModel, ...] = ()
+    work: _StepWorkModel | None = None
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -255,6 +285,8 @@ class PlanModel(_JsonModel):
             "cluster": self.cluster.value() if self.cluster else None,
             "spread": self.spread.value() if self.spread else None,
             "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
+            "alternatives": tuple(Alternative(**dict(other)) for other in self.alternatives),
+            "work": StepWork(**dict(self.work)) if self.work else None,
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)
