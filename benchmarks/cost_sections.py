@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from cost_layouts import CAPACITY, Constants, best_is_among_first, predict_bytes, predict_step_s, read_runs
 from cost_llm import Model, block_work, sharded_step_s
-from cost_tables import Errors, Figure, Row, errors, halves, read_table
+from cost_tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
 
 from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
@@ -20,11 +20,12 @@ PEAKS = {"h100_80gb": 989e12, "a100_80gb": 312e12, "a100_40gb": 312e12}
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, lines that explain, and judged figures."""
+    """A heading, lines that explain, judged figures, and rows that nothing was fitted on."""
 
     title: str
     lines: tuple[str, ...]
     figures: tuple[Figure, ...]
+    held: tuple[Held, ...] = ()
 
 
 def both(name: str, found: Errors, mean: float | None, largest: float | None, fitted_on: str) -> tuple[Figure, Figure]:
@@ -198,18 +199,26 @@ def mosaic_rows(gpu: str) -> list[Row]:
 def mosaicml() -> Section:
     """FSDP training of MPT models: three constants per GPU type, fitted on even rows."""
     figures: list[Figure] = []
-    lines = []
+    lines, rows_held = [], []
     for gpu, name in GPU_TYPES.items():
         fitted, held = (
             errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half)
             for half in halves(mosaic_rows(gpu))
         )
         lines.append(f"{name}: fitted rows {fitted}")
+        out = halves(mosaic_rows(gpu))[1]
+        pairs = [(predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in out]
+        rows_held += held_rates(f"MosaicML {name}", map(_mosaic_name, out), pairs)
         figures += both(f"MosaicML MFU, {name}, held-out rows", held, 0.10, 0.25, "3 constants, even rows")
     rows = [row for row in read_table("mosaicml_llmfoundry_mfu") if row["precision"] == "amp_fp8"]
     eight_bit = errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in rows)
     figures += both("MosaicML MFU, H100 FP8", eight_bit, 0.10, 0.25, "nothing (bf16's constants)")
-    return Section("MosaicML: FSDP of MPT 125M to 70B, 8 to 512 GPUs", tuple(lines), tuple(figures))
+    title = "MosaicML: FSDP of MPT 125M to 70B, 8 to 512 GPUs"
+    return Section(title, tuple(lines), tuple(figures), tuple(rows_held))
+
+
+def _mosaic_name(row: Row) -> str:
+    return f"{row['model']}, {row['seq_len']} tokens, {row['gpus']} GPUs, micro-batch {row['micro_batch']}"
 
 
 def layouts() -> Section:
@@ -217,7 +226,8 @@ def layouts() -> Section:
     runs, constants = read_runs(), Constants()
     right = [(predict_bytes(run) > CAPACITY) == (run.step_s is None) for run in runs]
     timed = [run for run in runs if run.step_s]
-    held = errors((predict_step_s(run, constants), run.step_s or 0.0) for run in timed[1::2])
+    pairs = [(predict_step_s(run, constants), run.step_s or 0.0) for run in timed[1::2]]
+    held = errors(pairs)
     hits, groups = best_is_among_first(runs, constants)
     figures = (
         Figure(
@@ -227,4 +237,6 @@ def layouts() -> Section:
         Figure("Aleph Alpha, step time, held-out rows: largest error", held.largest, None, "3 constants, even rows"),
         Figure("Aleph Alpha, best layout among the first five", hits / groups, -1.0, f"{hits} of {groups} sweeps"),
     )
-    return Section("Aleph Alpha: LLaMA layouts on A100", (), figures)
+    names = [f"{run.group} {run.layout.tensor} x {run.layout.pipeline}, {run.kernel}" for run in timed[1::2]]
+    rows = held_seconds("Aleph Alpha", names, pairs)
+    return Section("Aleph Alpha: LLaMA layouts on A100", (), figures, rows)

@@ -114,6 +114,14 @@ def solve(
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 
+def usual_slices(
+    metagraph: MetaGraph, cluster: Cluster, *, steps: Sequence[MetaGraph] = (), aligned: bool = False
+) -> dict[str, tuple[Slice, ...]]:
+    """The slices of each of the usual ways that fits, to cost them again."""
+    found, _ = _baselines(make_problem(metagraph, cluster), steps, aligned=aligned)
+    return {name: candidate.slices for name, candidate in found.items()}
+
+
 def usual_ways_fit(metagraph: MetaGraph, cluster: Cluster, *, aligned: bool = False) -> bool:
     """Whether each of the usual ways has a plan within the memory of the devices."""
     try:

@@ -14,6 +14,7 @@ from typing import Literal
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
+from spindle.outlook import Outlook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +198,8 @@ class Plan:
     cluster           what it was planned for; with it the checker also verifies transfers and memory
     spread            steps of batches of other sizes; None: all that was seen are alike
     sizes             of the batches that it was made for
+    fixed_s           what a calibration adds to each step, of this plan and of the usual ways alike (data, logging)
+    outlook           how sure the prediction is; None where nobody has asked
     """
 
     num_devices: int
@@ -219,12 +222,16 @@ class Plan:
     cluster: Cluster | None = None
     spread: StepSpread | None = None
     sizes: tuple[SizeRange, ...] = ()
+    fixed_s: float = 0.0
+    outlook: Outlook | None = None
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
             raise PlanError(
                 f"the plan names {self.num_devices} devices, {self.devices_per_node} a node; both are at least 1"
             )
+        if not 0 <= self.fixed_s < float("inf"):
+            raise PlanError(f"the plan adds {self.fixed_s!r} s to each step; give seconds, zero or more")
         if not self.waves:
             raise PlanError("the plan has no waves; plan a workload with at least one MetaOp")
 
@@ -264,10 +271,13 @@ class Plan:
     @property
     def usual_ways(self) -> tuple[tuple[str, float], ...]:
         """Seconds of what is compared, of the usual ways by name."""
+        if self.compared == "makespan":
+            return self.baselines_s
+        steps = self.baseline_steps_s
         if self.compared == "mean step":
             assert self.spread is not None
-            return self.spread.baselines_s
-        return self.baseline_steps_s if self.compared == "step" else self.baselines_s
+            steps = self.spread.baselines_s
+        return tuple((name, seconds + self.fixed_s) for name, seconds in steps)
 
     @property
     def compared_s(self) -> float:
@@ -276,8 +286,8 @@ class Plan:
 
     @property
     def expected_s(self) -> float:
-        """Seconds of a step: the mean where batches differ."""
-        return self.step_s if self.spread is None else self.spread.mean_s
+        """Seconds of a step, the fixed part included: the mean where batches differ."""
+        return self.fixed_s + (self.step_s if self.spread is None else self.spread.mean_s)
 
     def wave_of(self, slice_: Slice) -> int:
         """Index of the wave in which `slice_` starts."""

@@ -9,7 +9,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from spindle.plan import SizeRange
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
+    from spindle.spec.values import WorkloadSpec
     from spindle.workload import Workload
 
 
@@ -29,7 +31,7 @@ class Source:
 
     `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
     other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
-    their mean already, as that of a spec does.
+    their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec.
     """
 
     metagraph: MetaGraph
@@ -38,28 +40,63 @@ class Source:
     steps: tuple[MetaGraph, ...] = ()
     sizes: tuple[SizeRange, ...] = ()
     is_mean: bool = False
+    spec: "WorkloadSpec | None" = None
 
 
-def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
-    """Load any source; `on_task` is told which task of a model is being traced.
+def load_source(
+    source: str, on_task: Callable[[str], object] = str, *, per_device: tuple[int, int] | None = None
+) -> Source:
+    """Load any source; `on_task` is told which task of a model is being traced. `per_device`: a batch, and the number
+    of devices that each have so many samples a step, to scale a spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
     if source.endswith((".yaml", ".yml")):
-        from spindle.contract import contract, contract_like
+        from spindle.spec.batch import per_device as scaled
         from spindle.spec.file import read_workload
-        from spindle.spec.graph import build_graph
 
         spec = read_workload(source)
-        metagraph = contract(build_graph(spec))
-        steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
-        return Source(metagraph, spec.pricing, steps=steps, is_mean=True)
+        return spec_source(spec if per_device is None else scaled(spec, *per_device))
+    if per_device is not None:
+        raise FormatError(
+            f"{source}: its batches cannot be scaled to {per_device[0]} samples a device, only those of a spec (.yaml) "
+            "can; set the batch sizes where they are given"
+        )
     if source.endswith(".json"):
         from spindle.formats import read
 
         return Source(read(source, MetaGraph), Pricing())
     workload, module = load_workload(source)
     return source_of(workload, getattr(module, "optimizer", None), on_task)
+
+
+def spec_source(spec: "WorkloadSpec") -> Source:
+    """A spec's MetaGraph, and the same on batches whose lengths were drawn."""
+    from spindle.contract import contract, contract_like
+    from spindle.spec.graph import build_graph
+
+    metagraph = contract(build_graph(spec))
+    steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
+    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec)
+
+
+def scaled_source(source: Source, factor: Fraction) -> Source | None:
+    """The same with all batches times a factor; None where a batch would be no whole number, or only times are known.
+
+    What was captured is scaled operator by operator: what stands in no proportion to the batch is told by it too.
+    """
+    if source.spec is not None:
+        from spindle.spec.batch import scaled_by
+
+        spec = scaled_by(source.spec, factor)
+        return None if spec is None else spec_source(spec)
+    from spindle.cost.scaled import scaled
+
+    graphs = [scaled(graph, factor) for graph in (source.metagraph, *source.steps)]
+    if any(graph is None for graph in graphs):
+        return None
+    first, *steps = (graph for graph in graphs if graph is not None)
+    return replace(source, metagraph=first, steps=tuple(steps))
 
 
 def source_of(
