@@ -7,6 +7,7 @@ stepped and has its new parameters.
   second beside backward takes `Device.overlap_cost` seconds from it; where that is 1 or more nothing is gained, and
   reductions are charged after backward.
 - All devices meet the reductions in one order: as they become ready, longest first. Each waits for all its devices.
+  Where the devices of a node share its network ports, these carry the messages of different groups one after another.
 - With sharded optimiser states a part of the gradients is reduced to each of the devices, which alone steps it and then
   sends the new parameters to the others: two messages a part, the second after the step.
 
@@ -15,13 +16,13 @@ Times count from the end of backward; what happens beside it is negative.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
-from spindle.cluster import Cluster
-from spindle.cost.links import collective_s
+from spindle.cluster import Cluster, Collective
+from spindle.cost.links import collective_s, port_s
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 from spindle.planner.traffic import Devices
@@ -96,16 +97,37 @@ def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: b
     """
     if not num_bytes or len(devices) < 2:
         return 0.0
+    parts = len(devices) if sharded else 1
     members = _members(cluster.devices_per_node, devices)
-    if sharded:
-        return len(devices) * collective_s("reduce", num_bytes / len(devices), cluster, members)
-    return collective_s("all_reduce", num_bytes, cluster, members)
+    return parts * collective_s(_summing(sharded), num_bytes / parts, cluster, members)
 
 
 def hand_out_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
     """Seconds in which each of `devices` sends its part of `num_bytes` of new parameters to the others."""
     members = _members(cluster.devices_per_node, devices)
     return len(devices) * collective_s("broadcast", num_bytes / len(devices), cluster, members)
+
+
+def _summing(sharded: bool) -> Collective:
+    return "reduce" if sharded else "all_reduce"
+
+
+@dataclass(frozen=True)
+class _Ports:
+    """Until when the network ports that the devices of a node share are taken, by node."""
+
+    cluster: Cluster
+    free_s: dict[int, float] = field(default_factory=dict)
+
+    def end_s(self, operation: Collective, num_bytes: float, devices: Devices, start_s: float, alone_s: float) -> float:
+        """When a message that takes `alone_s` by itself has gone through, beside those that came before it."""
+        members = _members(self.cluster.devices_per_node, devices)
+        taken_s = port_s(operation, num_bytes, self.cluster, members)
+        end_s = start_s + alone_s
+        for node in {self.cluster.node_of(device) for device in devices} if taken_s else ():
+            self.free_s[node] = max(self.free_s.get(node, start_s), start_s) + taken_s
+            end_s = max(end_s, self.free_s[node])
+        return end_s
 
 
 @lru_cache(maxsize=65536)
@@ -127,11 +149,13 @@ def schedule(
             total[devices] += num_bytes
     seconds = {devices: reduce_s(cluster, size, devices, sharded=sharded) for devices, size in total.items()}
     free_s: dict[int, float] = {}
+    ports = _Ports(cluster)
     done: list[Reduction] = []
     for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
         num_bytes = parts[ready_s, devices]
         start_s = max(ready_s, max(free_s.get(d, ready_s) for d in devices))
-        end_s = start_s + seconds[devices] * (num_bytes / total[devices])
+        alone_s = seconds[devices] * (num_bytes / total[devices])
+        end_s = ports.end_s(_summing(sharded), num_bytes, devices, start_s, alone_s)
         free_s.update(dict.fromkeys(devices, end_s))
         done.append(Reduction(devices, num_bytes, start_s, end_s))
     return tuple(done)
@@ -170,10 +194,11 @@ def handed_out(cluster: Cluster, reduced: Iterable[Reduction], stepped_s: Mappin
     for r in reduced:
         total[r.devices] += r.num_bytes
     free_s = dict(stepped_s)
+    ports = _Ports(cluster)
     done: list[Reduction] = []
     for devices, num_bytes in total.items():
         start_s = max(free_s[device] for device in devices)
-        end_s = start_s + hand_out_s(cluster, num_bytes, devices)
+        end_s = ports.end_s("broadcast", num_bytes, devices, start_s, hand_out_s(cluster, num_bytes, devices))
         free_s.update(dict.fromkeys(devices, end_s))
         done.append(Reduction(devices, num_bytes, start_s, end_s))
     return tuple(done)

@@ -92,6 +92,7 @@ def plan_source(
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
+    from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
@@ -114,6 +115,7 @@ def plan_source(
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
+    cluster = as_run(cluster, source.pricing.execution)
     if calibration is not None:
         cluster = calibrated(cluster, calibration)
     plan, pricing = solve_fitting(
@@ -186,6 +188,7 @@ def make_calibration(
     from spindle.clusterfile import parse_cluster
     from spindle.cost.measured import measured_links
     from spindle.errors import ProfileError
+    from spindle.execution import as_run
     from spindle.planner.calibrate import Case, calibrate_cases
     from spindle.planner.recost import Costs
     from spindle.planner.report.compare import resized
@@ -202,7 +205,7 @@ def make_calibration(
             loaded = source(row, where)
         else:
             loaded = load_source(str(source), per_device=(row.per_gpu_batch, row.gpus))
-        linked = measured_links(where, measured) if measured else where
+        linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
 
         def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
             return plan_source(loaded, where, measured, calibration=calibration, method=method)

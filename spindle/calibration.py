@@ -116,5 +116,9 @@ def _link(link: Link, factor: float) -> Link:
         for p in link.protocols
     )
     return replace(
-        link, bytes_per_s=link.bytes_per_s / factor, latency_s=link.latency_s * factor, protocols=protocols
+        link,
+        bytes_per_s=link.bytes_per_s / factor,
+        latency_s=link.latency_s * factor,
+        protocols=protocols,
+        node_bytes_per_s=link.node_bytes_per_s / factor if link.node_bytes_per_s else None,
     )

@@ -22,13 +22,17 @@ def _require_positive(owner: str, **values: float) -> None:
 class Device:
     """One device type: memory, peak dense rate at the training precision, memory bandwidth, and what is reached of it.
 
+    memory_bytes           what tensors may take: without what CUDA, communication libraries and fragmentation take
     matmul_efficiency      share of peak_flops that a large matrix product reaches
     attention_efficiency   share of peak_flops that fused attention reaches on the scores it computes
     elementwise_traffic    how many times what stands between matrix products moves their inputs and outputs
+    eager_traffic          the same of eager PyTorch; 0: `spindle.execution.EAGER_TRAFFIC` times that of fused layers
+    kernels_per_matmul     kernels that are started in forward for each matrix product, itself among them
     overlap_cost           seconds lost for each second of communication that runs beside computation
-    launch_s               seconds that starting one kernel takes
+    launch_s               seconds that a kernel takes besides its work: its start, on the host and on the device
     parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
-    float32_rate           rate of four-byte matrix products over peak_flops (eight-byte ones: half of that)
+    float32_rate           rate of four-byte matrix products over peak_flops in TF32 (eight-byte ones: half of that)
+    full_float32_rate      the same without TF32
     """
 
     name: str
@@ -38,10 +42,13 @@ class Device:
     matmul_efficiency: float = 0.8
     attention_efficiency: float = 0.3
     elementwise_traffic: float = 5.0
+    eager_traffic: float = 0.0
+    kernels_per_matmul: float = 3.5
     overlap_cost: float = 1.0
-    launch_s: float = 5e-6
+    launch_s: float = 2.5e-6
     parallel_units: int = 108
     float32_rate: float = 0.5
+    full_float32_rate: float = 0.0625
 
     @property
     def is_cpu(self) -> bool:
@@ -50,9 +57,10 @@ class Device:
 
     def __post_init__(self) -> None:
         positive = ["memory_bytes", "peak_flops", "memory_bytes_per_s"]
-        positive += ["matmul_efficiency", "attention_efficiency", "float32_rate"]
+        positive += ["matmul_efficiency", "attention_efficiency", "float32_rate", "full_float32_rate"]
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
-        for name in ("elementwise_traffic", "overlap_cost", "launch_s", "parallel_units"):
+        zero = ("elementwise_traffic", "eager_traffic", "kernels_per_matmul", "overlap_cost", "launch_s")
+        for name in (*zero, "parallel_units"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ClusterError(
                     f"device {self.name!r}: {name} is {getattr(self, name)!r}; it must be zero or a positive number"
@@ -88,23 +96,31 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A link level: bytes per second in one direction, the fixed time of one message, and how collectives run on it.
+    """A link level: what one device sends in one direction, the fixed time of one message, and how collectives run.
 
-    Without protocols, collectives run as rings at the link's own rate and latency.
+    Without protocols, collectives run as rings at the link's own rate and latency. `node_bytes_per_s` is what all
+    devices of a node send together, where they share its network ports; None: each has a port of its own.
     """
 
     bytes_per_s: float
     latency_s: float
     protocols: tuple[Protocol, ...] = ()
+    node_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         _require_positive("link", bytes_per_s=self.bytes_per_s)
+        if self.node_bytes_per_s is not None:
+            _require_positive("link", node_bytes_per_s=self.node_bytes_per_s)
         if not 0 <= self.latency_s < float("inf"):
             raise ClusterError(f"link: latency_s is {self.latency_s!r}; it must be zero or a positive number")
 
-    def transfer_s(self, num_bytes: float) -> float:
-        """Seconds that one message of `num_bytes` takes (alpha-beta: Hockney 1994)."""
-        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+    def transfer_s(self, num_bytes: float, senders: int = 1) -> float:
+        """Seconds of a message of `num_bytes` while `senders` devices of a node send one each (Hockney 1994)."""
+        return self.latency_s + num_bytes / self.rate(self.bytes_per_s, senders) if num_bytes else 0.0
+
+    def rate(self, bytes_per_s: float, senders: int) -> float:
+        """Bytes per second of each of so many devices of a node, which would send `bytes_per_s` alone."""
+        return bytes_per_s if self.node_bytes_per_s is None else min(bytes_per_s, self.node_bytes_per_s / senders)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,25 +20,30 @@ def _as_tuple(value: Any) -> Any:
 class _DeviceModel(StrictModel):
     name: str
     memory_gib: float
+    reserved_gib: float = 0.0
     peak_tflops: float
     memory_bandwidth_gbps: float
     matmul_efficiency: float = 0.8
     attention_efficiency: float = 0.3
     elementwise_traffic: float = 5.0
+    eager_traffic: float = 0.0
+    kernels_per_matmul: float = 3.5
     overlap_cost: float = 1.0
-    launch_us: float = 5.0
+    launch_us: float = 2.5
     parallel_units: int = 108
     float32_rate: float = 0.5
+    full_float32_rate: float = 0.0625
 
     def value(self) -> Device:
-        same = ("matmul_efficiency", "attention_efficiency", "elementwise_traffic", "overlap_cost", "parallel_units")
+        same = ["matmul_efficiency", "attention_efficiency", "elementwise_traffic", "eager_traffic", "overlap_cost"]
+        same += ["kernels_per_matmul", "parallel_units", "float32_rate", "full_float32_rate"]
         return Device(
             name=self.name,
-            memory_bytes=self.memory_gib * 2**30,
+            memory_bytes=(self.memory_gib - self.reserved_gib) * 2**30,
             peak_flops=self.peak_tflops * 1e12,
             memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
             launch_s=self.launch_us * 1e-6,
-            **{name: getattr(self, name) for name in (*same, "float32_rate")},
+            **{name: getattr(self, name) for name in same},
         )
 
 
@@ -63,12 +68,14 @@ class _ProtocolModel(StrictModel):
 
 class _LinkModel(StrictModel):
     bandwidth_gbps: float
+    node_bandwidth_gbps: float | None = None
     latency_us: float = 0.0
     protocols: Annotated[tuple[_ProtocolModel, ...], BeforeValidator(_as_tuple)] = ()
 
     def value(self) -> Link:
         return Link(
             bytes_per_s=self.bandwidth_gbps * 1e9,
+            node_bytes_per_s=None if self.node_bandwidth_gbps is None else self.node_bandwidth_gbps * 1e9,
             latency_s=self.latency_us * 1e-6,
             protocols=tuple(protocol.value() for protocol in self.protocols),
         )

@@ -154,10 +154,13 @@ class _DeviceModel(_JsonModel):
     matmul_efficiency: float = 0.8
     attention_efficiency: float = 0.3
     elementwise_traffic: float = 5.0
+    eager_traffic: float = 0.0
+    kernels_per_matmul: float = 3.5
     overlap_cost: float = 1.0
-    launch_s: float = 5e-6
+    launch_s: float = 2.5e-6
     parallel_units: int = 108
     float32_rate: float = 0.5
+    full_float32_rate: float = 0.0625
 
 
 class _ProtocolModel(_JsonModel):
@@ -173,6 +176,7 @@ class _LinkModel(_JsonModel):
     bytes_per_s: float
     latency_s: float
     protocols: tuple[_ProtocolModel, ...] = ()
+    node_bytes_per_s: float | None = None
 
     def value(self) -> Link:
         return Link(**{**dict(self), "protocols": tuple(Protocol(**dict(p)) for p in self.protocols)})

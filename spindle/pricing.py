@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from spindle.errors import WorkloadError
+from spindle.execution import USUAL, Execution
 
 Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
 
@@ -24,6 +25,7 @@ class Pricing:
     recomputed         components of which this holds when it does not hold of all
     tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
+    execution          how its layers, attention, optimiser and reductions are run
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
 
@@ -33,6 +35,7 @@ class Pricing:
     recomputed: tuple[str, ...] = ()
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
+    execution: Execution = USUAL
     length_spread: tuple[tuple[str, str, float], ...] = ()
 
     def __post_init__(self) -> None:

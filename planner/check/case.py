@@ -85,8 +85,8 @@ def received_s(case: PricedCase) -> list[float]:
             if num_bytes and set(there) != set(s.devices):
                 inside = len({device // size for device in there + s.devices}) == 1
                 link = cluster.intra_node if inside else cluster.inter_node
-                share = num_bytes / min(len(there), len(s.devices))
-                total_s += 2 * (link.latency_s + share / link.bytes_per_s)
+                width = min(len(there), len(s.devices))
+                total_s += 2 * link.transfer_s(num_bytes / width, senders=min(width, size))
         seconds.append(total_s)
         at[s.metaop] = s.devices
     return seconds

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isclose
 
 from spindle.cluster import Cluster, Collective
-from spindle.cost.links import collective_s
+from spindle.cost.links import collective_s, times_sent
 from spindle.plan import Slice
 from spindle.planner.check.case import Finding, PricedCase, received_s
 
@@ -189,11 +189,13 @@ def _reduce(
             whole[held.devices] += held.num_bytes
     seconds = {devices: _message_s(cluster, operation, num_bytes, devices) for devices, num_bytes in whole.items()}
     order = sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1]))
-    free_s, beside_s = dict[int, float](), defaultdict[int, float](float)
+    free_s, beside_s, ports_s = dict[int, float](), defaultdict[int, float](float), dict[int, float]()
     for ready_s, devices in order:
         start_s = max(free_s.get(d, ready_s) for d in devices)
         start_s = max(start_s, ready_s)
-        end_s = start_s + seconds[devices] * (parts[ready_s, devices] / whole[devices])
+        share = parts[ready_s, devices] / whole[devices]
+        end_s = start_s + seconds[devices] * share
+        end_s = max(end_s, _through_ports(cluster, operation, parts[ready_s, devices], devices, start_s, ports_s))
         for device in devices:
             free_s[device] = end_s
             beside_s[device] += cost * max(0.0, min(end_s, 0.0) - start_s)
@@ -208,9 +210,31 @@ def _message_s(cluster: Cluster, operation: Collective, num_bytes: float, device
     return parts * collective_s(operation, num_bytes / parts, cluster, members)
 
 
+def _through_ports(
+    cluster: Cluster,
+    operation: Collective,
+    num_bytes: float,
+    devices: tuple[int, ...],
+    start_s: float,
+    ports_s: dict[int, float],
+) -> float:
+    """When the ports that the devices of each node share have carried a message, after those in `ports_s`, by node."""
+    nodes = {device // cluster.devices_per_node for device in devices}
+    rate = cluster.inter_node.node_bytes_per_s
+    if rate is None or len(nodes) == 1:
+        return start_s
+    for node in nodes:
+        begin_s = max(ports_s.get(node, start_s), start_s)
+        ports_s[node] = begin_s + times_sent(operation, len(devices)) * num_bytes / rate
+    return max(ports_s[node] for node in nodes)
+
+
 def _exchange(cluster: Cluster, held: list[_Held], order: list[tuple[int, ...]], busy_s: dict[int, float]) -> None:
     """Prolong `busy_s`, until when devices step, by what they then send each other: all parameters that they share."""
+    ports_s = dict[int, float]()
     for devices in order:
         num_bytes = sum(h.num_bytes for h in held if h.devices == devices)
-        end_s = max(busy_s[d] for d in devices) + _message_s(cluster, "broadcast", num_bytes, devices)
+        start_s = max(busy_s[d] for d in devices)
+        end_s = start_s + _message_s(cluster, "broadcast", num_bytes, devices)
+        end_s = max(end_s, _through_ports(cluster, "broadcast", num_bytes, devices, start_s, ports_s))
         busy_s.update(dict.fromkeys(devices, end_s))

@@ -113,10 +113,13 @@ class Floor:
         return [0] * (max(self.kin, default=-1) + 2)
 
     @cached_property
-    def _links(self) -> tuple[float, float, float, float]:
-        """Twice the latency and twice the seconds of a byte: inside a node, between nodes."""
+    def _links(self) -> tuple[float, float, float, float, float]:
+        """Twice the latency and twice the seconds of a byte: inside a node, between nodes; and of one through ports
+        that a node's devices share.
+        """
         inside, across = self.problem.cluster.intra_node, self.problem.cluster.inter_node
-        return 2 * inside.latency_s, 2 / inside.bytes_per_s, 2 * across.latency_s, 2 / across.bytes_per_s
+        port_byte_s = 2 / across.node_bytes_per_s if across.node_bytes_per_s else 0.0
+        return 2 * inside.latency_s, 2 / inside.bytes_per_s, 2 * across.latency_s, 2 / across.bytes_per_s, port_byte_s
 
     @cached_property
     def reversed(self) -> "Floor":
@@ -140,14 +143,15 @@ class Floor:
     def cost_s(self, devices: int, count: int, sources: Sources) -> float:
         """Seconds, both directions, to bring the input of a slice to `devices`."""
         total = 0.0
-        inside_s, inside_byte_s, across_s, across_byte_s = self._links
+        inside_s, inside_byte_s, across_s, across_byte_s, port_byte_s = self._links
         for source, num_bytes in sources:
             if num_bytes and source != devices:
                 width = min(count, source.bit_count())
                 both = source | devices
                 first = (both & -both).bit_length() - 1
                 if both & ~self.node_masks[first // self.size]:
-                    total += across_s + num_bytes * across_byte_s / width
+                    each_s = max(across_byte_s, port_byte_s * min(width, self.size))
+                    total += across_s + num_bytes * each_s / width
                 else:
                     total += inside_s + num_bytes * inside_byte_s / width
         return total

@@ -4,7 +4,7 @@
   of those for so many bytes, so that time is piecewise linear in bytes, with a switch where one overtakes the other or
   a size is passed (paper, section 2.2).
 - A group that spans nodes runs one ring through all its members. Each level of links carries its part at the same time;
-  the slower one sets the rate. All members of a node share its ports: k of them bring k of the link's rate.
+  the slower one sets the rate. k members of a node bring k of the link's rate, or what its ports carry together.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,23 @@ def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_
     seconds = []
     if max(members) > 1:
         link, hops = cluster.intra_node, max(members) - 1
-        seconds.append(_link_s(link, operation, num_bytes, ring, hops=hops, in_network=len(members) == 1))
+        seconds.append(_link_s(link, operation, num_bytes, ring, hops=hops, lanes=1, in_network=len(members) == 1))
     if len(members) > 1:
-        share = num_bytes / min(members)
-        seconds.append(_link_s(cluster.inter_node, operation, share, ring, hops=total - 1, in_network=False))
+        lanes = min(members)
+        link, share = cluster.inter_node, num_bytes / lanes
+        seconds.append(_link_s(link, operation, share, ring, hops=total - 1, lanes=lanes, in_network=False))
     return max(seconds)
+
+
+def port_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
+    """Seconds in which the collective takes all that the network ports of its nodes carry; 0: a port for each device.
+
+    Others that go through these ports meanwhile wait that long in all, whoever comes first.
+    """
+    members = [count for count in per_node if count]
+    if len(members) < 2 or cluster.inter_node.node_bytes_per_s is None:
+        return 0.0
+    return times_sent(operation, sum(members)) * num_bytes / cluster.inter_node.node_bytes_per_s
 
 
 def times_sent(operation: Collective, members: int) -> float:
@@ -49,8 +61,11 @@ def times_sent(operation: Collective, members: int) -> float:
     return {"all_reduce": 2 * around, "reduce": 1.0, "broadcast": 1.0}.get(operation, around)
 
 
-def _link_s(link: Link, operation: Collective, num_bytes: float, ring: float, *, hops: int, in_network: bool) -> float:
-    """Seconds over one level of links with the fastest protocol, of the operation's own where it has any.
+def _link_s(
+    link: Link, operation: Collective, num_bytes: float, ring: float, *, hops: int, lanes: int, in_network: bool
+) -> float:
+    """Seconds over one level of links with the fastest protocol, of the operation's own where it has any; `lanes`:
+    members of a node that send at the same time.
 
     `in_network`: whether the switch may do an all-reduce; then each member sends the buffer once.
     """
@@ -59,7 +74,7 @@ def _link_s(link: Link, operation: Collective, num_bytes: float, ring: float, *,
     usable = [p for p in found if in_network or not p.in_network] or [_plain(link, hops + 1)]
     begin = max((p.from_bytes for p in usable if p.from_bytes <= ring * num_bytes), default=usable[0].from_bytes)
     return min(
-        p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / p.bytes_per_s
+        p.latency_s + hops * p.hop_s + (1.0 if p.in_network else ring) * num_bytes / link.rate(p.bytes_per_s, lanes)
         for p in usable
         if p.from_bytes == begin
     )

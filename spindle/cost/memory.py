@@ -11,11 +11,14 @@ parameter with Adam); wider ones have states of their own width. Frozen paramete
 from collections.abc import Iterator, Sequence
 from math import prod
 
+from spindle.cost.roofline import chain_rows, num_scores, score_flops
 from spindle.graph import Operator, Parameter
 from spindle.pricing import Pricing
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 """Optimiser states for each trained parameter."""
+SCORE_BYTES = 5.0
+"""Kept by plain attention for each score: softmax, dropout mask and result (Korthikanti et al. 2022)."""
 
 
 def chain_bytes(
@@ -30,7 +33,7 @@ def chain_bytes(
     fixed, sharded = state_bytes(operators, pricing)
     if pricing.shard_optimizer:
         sharded /= data_parallel
-    kept = kept_bytes(operators, recompute=pricing.recompute)
+    kept = kept_bytes(operators, pricing)
     # recompute keeps the layers' inputs, so what a layer hands over is counted already, as the next one's
     boundary = (1 if pricing.recompute else 2) * max(operator.output_bytes for operator in operators)
     return (fixed + sharded) / tensor_parallel + longest * (kept / tensor_parallel + boundary) / data_parallel
@@ -55,10 +58,10 @@ def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float,
     return fixed, spread
 
 
-def kept_bytes(operators: Sequence[Operator], *, recompute: bool) -> float:
+def kept_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
     """Activations of the whole batch that wait for backward; with recompute the layers' inputs and one layer's all."""
-    kept = [operator.activation_bytes for operator in operators]
-    if not recompute:
+    kept = [_layer_bytes(operator, pricing) for operator in operators]
+    if not pricing.recompute:
         return float(sum(kept))
     inputs = sum(min(operator.input_bytes, operator.activation_bytes) for operator in operators)
     return float(inputs + max(kept))
@@ -66,7 +69,14 @@ def kept_bytes(operators: Sequence[Operator], *, recompute: bool) -> float:
 
 def recomputed_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
     """Of the bytes kept, those of the whole batch that exist only while backward computes one layer again."""
-    return float(max(operator.activation_bytes for operator in operators)) if pricing.recompute else 0.0
+    return max(_layer_bytes(operator, pricing) for operator in operators) if pricing.recompute else 0.0
+
+
+def _layer_bytes(operator: Operator, pricing: Pricing) -> float:
+    """What one layer keeps for backward; scores too where attention writes them."""
+    plain = pricing.execution.attention == "plain" and operator.activation_bytes
+    rows = chain_rows([operator])
+    return operator.activation_bytes + (SCORE_BYTES * num_scores(operator, score_flops(operator, rows)) if plain else 0)
 
 
 def _distinct(operators: Sequence[Operator]) -> Iterator[Parameter]:

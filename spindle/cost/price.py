@@ -28,9 +28,10 @@ from spindle.cost.family import curves_of
 from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
-from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
+from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
-from spindle.graph import Operator, base_task
+from spindle.execution import PLAIN_UPDATE
+from spindle.graph import Operator, Parameter, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
@@ -106,7 +107,7 @@ def _price(
     waits = {n: _waits(operators[0], spread, dp) for n, dp in replicas.items()}
     longest = {n: tail(spread, batch / dp) * (waits[n] if operators[0].units else 1) for n, dp in replicas.items()}
     shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
-    trainable = sum(p.num_bytes for op in operators for p in op.parameters if p.trainable)
+    trainable = sum(_reduced_bytes(p, pricing) for op in operators for p in op.parameters if p.trainable)
     # pieces and shards together are as many as the devices, by which the planner divides a sharded update
     update = _update_s(operators, cluster, measured, pricing) / (
         1 if pricing.shard_optimizer else max(degrees.values())
@@ -175,9 +176,20 @@ def _update_s(
     trained = [(prod(p.shape), p.num_bytes) for op in operators for p in op.parameters if p.trainable]
     seconds = [
         update_s(count, cluster.device, pricing.optimizer, width=num_bytes // max(count, 1))
+        * (PLAIN_UPDATE if pricing.execution.optimizer == "plain" else 1.0)
         for count, num_bytes in trained
     ]
     return sum(seconds) / len(operators)
+
+
+def _reduced_bytes(parameter: Parameter, pricing: Pricing) -> int:
+    """Bytes of a parameter's gradient as it is reduced."""
+    wide = pricing.execution.gradients == "float32"
+    return max(parameter.num_bytes, 4 * prod(parameter.shape)) if wide else parameter.num_bytes
+
+
+def _work(operator: Operator, rows: float, pricing: Pricing) -> Work:
+    return operator_work(operator, rows, recompute=pricing.recompute, execution=pricing.execution)
 
 
 def _predict(
@@ -192,9 +204,7 @@ def _predict(
     for operator in operators:  # layers that differ in nothing the model looks at are timed once
         key = (operator.forward_flops, operator.backward_flops, operator.output_bytes)
         alike.setdefault(key, []).append(operator)
-    works = [
-        (operator_work(group[0], rows, recompute=pricing.recompute), group[0], len(group)) for group in alike.values()
-    ]
+    works = [(_work(group[0], rows, pricing), group[0], len(group)) for group in alike.values()]
     times: dict[int, OperatorTime] = {}
     degrees: dict[int, int] = {}
     for n, options in layouts.items():

@@ -8,21 +8,29 @@
 - Attention scores run at `attention_efficiency`; a causal kernel skips half of them.
 - Backward repeats the products as often as its FLOPs say: twice, once where only the input gradient is due (frozen),
   not at all where nothing before it is trained; recomputing activations adds a forward.
-- Each operator starts a number of kernels; when they are short, starting them is what takes time.
+- Each operator starts a number of kernels, and each takes `launch_s` besides its work: its start on the device, and on
+  the host where the device waits for it. Narrow layers on small local batches take little else.
 
-The five constants are the device's (spindle.cluster.Device); docs/cost-model.md says what each was fitted on.
+The constants are the device's (spindle.cluster.Device), as the program runs on it (spindle.execution);
+docs/cost-model.md says what each was fitted on.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
 from spindle.cluster import Device
+from spindle.execution import USUAL, Execution
 from spindle.graph import BYTES_BY_DTYPE, Operator
 
 TILE = 128  # rows and columns of a result that one unit computes at a time (cuBLAS's and CUTLASS's usual choice)
 TAIL = 0.25  # of a round of tiles is lost on average in the last round, partly hidden by smaller tiles and split sums
-KERNELS_PER_MATMUL = 3.5  # the product itself, and what stands between it and the next
+SCORE_PASSES = 14.0
+"""Passes of forward over scores that plain attention writes to memory: fitted on half of the step times of
+benchmarks/data/alephalpha_llama_a100_layouts.csv."""
+USUAL_HEAD = 64  # width of a head where the kind does not say
+_HEADS = re.compile(r"a\d+/\d+x\d+")
 ATTENTION_BACKWARD = 2.5  # five products where forward has two (Dao et al. 2022)
 
 
@@ -35,6 +43,7 @@ class Work:
     passes         how often backward repeats the products of forward: 2 trained, 1 frozen, 0 none
     recompute      forward runs once more before backward
     moved_bytes    read and written by forward besides the products' operands (a lookup's rows)
+    score_bytes    the same of attention scores that are written to memory; tensor parallelism divides them
     update_bytes   written by backward however small the local batch (a lookup table's dense gradient)
     """
 
@@ -43,6 +52,7 @@ class Work:
     passes: float = 2.0
     recompute: bool = False
     moved_bytes: float = 0.0
+    score_bytes: float = 0.0
     update_bytes: float = 0.0
     itemsize: int = 2
 
@@ -60,7 +70,7 @@ class OperatorTime:
         return self.forward_s + self.backward_s
 
 
-def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -> Work:
+def operator_work(operator: Operator, rows: float, *, recompute: bool = False, execution: Execution = USUAL) -> Work:
     """Shapes and bytes of an operator; `rows` is how many rows of the whole batch its matrices multiply at most.
 
     An operator knows its parameters and its FLOPs, not which multiplies what: each matrix is taken to multiply `rows`
@@ -68,25 +78,49 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -
     spec say whether they are causal, and how many passes they make (`r3`).
     """
     words = operator.kind.split()
-    repeats = next((int(word[1:]) for word in words if word[0] == "r" and word[1:].isdigit()), 1)
+    repeats = _repeats(operator)
     matrices = [p.shape for p in operator.parameters if len(p.shape) >= 2]
-    elements = sum(prod(shape) for shape in matrices)
-    multiplied = operator.forward_flops / repeats / (2.0 * elements) if elements else 0.0
-    used = min(rows, multiplied) if rows else multiplied
-    linear = 2.0 * used * elements * repeats
-    scores = max(operator.forward_flops - linear, 0.0)
+    used = _rows_used(operator, rows)
+    linear = 2.0 * used * sum(map(prod, matrices)) * repeats
+    scores = score_flops(operator, rows)
     lookup = not operator.forward_flops
+    itemsize = BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4
+    plain = execution.attention == "plain"
     passes = _passes(operator, linear, scores)
     trainable = [p for p in operator.parameters if p.trainable and passes]
     return Work(
         matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) * repeats if used else (),
-        attention_flops=scores * (0.5 if "causal" in words else 1.0),
+        attention_flops=scores * (0.5 if "causal" in words and not plain else 1.0),
         passes=passes,
         recompute=recompute,
         moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
+        score_bytes=SCORE_PASSES * itemsize * num_scores(operator, scores) if plain else 0.0,
         update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
-        itemsize=BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4,
+        itemsize=itemsize,
     )
+
+
+def _repeats(operator: Operator) -> int:
+    return next((int(word[1:]) for word in operator.kind.split() if word[0] == "r" and word[1:].isdigit()), 1)
+
+
+def _rows_used(operator: Operator, rows: float) -> float:
+    """Rows that each matrix multiplies: `rows`, or fewer where the FLOPs do not allow that many."""
+    elements = sum(prod(p.shape) for p in operator.parameters if len(p.shape) >= 2)
+    multiplied = operator.forward_flops / _repeats(operator) / (2.0 * elements) if elements else 0.0
+    return min(rows, multiplied) if rows else multiplied
+
+
+def score_flops(operator: Operator, rows: float) -> float:
+    """FLOPs of forward that no matrix explains: attention scores and what is summed by them."""
+    elements = sum(prod(p.shape) for p in operator.parameters if len(p.shape) >= 2)
+    return max(operator.forward_flops - 2.0 * _rows_used(operator, rows) * elements * _repeats(operator), 0.0)
+
+
+def num_scores(operator: Operator, flops: float) -> float:
+    """Attention scores of the whole batch, from the FLOPs of forward on them: four for each score and head width."""
+    widths = (int(word.rpartition("x")[2]) for word in operator.kind.split() if _HEADS.fullmatch(word))
+    return flops / (4.0 * next(widths, USUAL_HEAD))
 
 
 def _passes(operator: Operator, linear: float, scores: float) -> float:
@@ -116,18 +150,19 @@ def time_operator(
     share = data_parallel * tensor_parallel
     attention_rate = device.peak_flops * device.attention_efficiency * _rate_of(work.itemsize, device)
     scores = work.attention_flops / share / attention_rate
-    elementwise = (moved + work.moved_bytes / data_parallel) / device.memory_bytes_per_s
-    launches = (1.0 + KERNELS_PER_MATMUL * len(work.matmuls)) * device.launch_s
-    forward = max(products + scores + elementwise, launches)
+    moved += work.moved_bytes / data_parallel + work.score_bytes / share
+    elementwise = moved / device.memory_bytes_per_s
+    launches = (1.0 + device.kernels_per_matmul * len(work.matmuls)) * device.launch_s
+    forward = products + scores + elementwise + launches
     if not work.passes:
         return OperatorTime(forward, 0.0)
     again = 1.0 if work.recompute else 0.0
     backward = (
-        (work.passes + again) * (products + elementwise)
+        (work.passes + again) * (products + elementwise + launches)
         + (ATTENTION_BACKWARD + again) * scores
         + work.update_bytes / tensor_parallel / device.memory_bytes_per_s
     )
-    return OperatorTime(forward, max(backward, (work.passes + again) * launches))
+    return OperatorTime(forward, backward)
 
 
 def _rate_of(itemsize: int, device: Device) -> float:

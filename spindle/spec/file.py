@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
+from spindle.execution import Execution, GradientType, Kernels, LayerStyle
 from spindle.filemodels import StrictModel
 from spindle.formats import explain_validation
 from spindle.pricing import Optimizer
@@ -207,6 +208,15 @@ class _TaskModel(StrictModel):
         )
 
 
+class _ExecutionModel(StrictModel):
+    layers: LayerStyle = "fused"
+    attention: Kernels = "fused"
+    optimizer: Kernels = "fused"
+    tf32: bool = True
+    gradients: GradientType = "parameters"
+    overlap: bool = True
+
+
 class _WorkloadModel(StrictModel):
     format: Literal["spindle.workload"]
     version: Literal[1]
@@ -217,6 +227,7 @@ class _WorkloadModel(StrictModel):
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     shard_optimizer: bool = False
+    execution: _ExecutionModel = _ExecutionModel()
     components: dict[str, _AnyComponent]
     tasks: dict[str, _TaskModel]
 
@@ -228,6 +239,7 @@ class _WorkloadModel(StrictModel):
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
+            execution=Execution(**dict(self.execution)),
             components=tuple(model.value(name) for name, model in self.components.items()),
             tasks=tuple(model.value(name) for name, model in self.tasks.items()),
         )

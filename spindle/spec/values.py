@@ -11,6 +11,7 @@ from math import prod
 from typing import Literal
 
 from spindle.errors import WorkloadError
+from spindle.execution import USUAL, Execution
 from spindle.graph import BYTES_BY_DTYPE
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
 from spindle.spec.blocks import Component
@@ -104,6 +105,7 @@ class WorkloadSpec:
 
     dtype        of parameters and activations where a component does not say otherwise
     recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
+    execution    how layers, attention, optimiser and reductions are run
     """
 
     name: str
@@ -114,6 +116,7 @@ class WorkloadSpec:
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     shard_optimizer: bool = False
+    execution: Execution = USUAL
 
     def __post_init__(self) -> None:
         _check_names("component", (component.name for component in self.components))
@@ -161,6 +164,7 @@ class WorkloadSpec:
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
+            execution=self.execution,
             length_spread=tuple(spreads),
         )
 
