@@ -1,21 +1,25 @@
 """Held out: the errors that the printed bands come from, as spindle/held_out.yaml.
 
     python -m benchmarks.held_out            compares the file with the cost model as it is; 1 when they differ
+    python -m benchmarks.held_out --quick    the same without the paper's calibrations, which take a minute
     python -m benchmarks.held_out --write    makes it again
 
 - predicted: every row of the cost report that no constant was fitted on, and StarVLA's.
-- calibrated: rows left out of a calibration in turn: StarVLA's tables, and the paper's sequential times by workload.
+- calibrated: rows that a calibration on two or more others of their table does not know: StarVLA's, and the paper's
+  sequential times: other task sets than the fitted one, and 16 GPUs by the rows of 8.
 - profiled: steps of benchmarks/results/prediction.md, measured on one machine.
 - pairs: of those plans, each beside the sequential one: what a gain is made of.
-- factors: what calibrations of whole tables find, as the ranges in which factors move.
+- factors: what calibrations of whole tables find, where their rows determine it: how far factors move.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the report's modules import each other by bare name
@@ -24,13 +28,14 @@ from cost_model import all_sections
 from cost_tables import read_table
 
 from spindle.api import make_calibration, plan_source
-from spindle.calibration import Calibration, MeasuredStep
+from spindle.calibration import FACTORS, Calibration, MeasuredStep
 from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.cost.bands import HELD_OUT, BandSource, band_of, held_out
+from spindle.clusterfile import parse_cluster, parse_yaml
+from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
+from spindle.errors import SpindleWarning
 from spindle.planner.report.compare import resized
 from spindle.source import Source, spec_source
-from spindle.spec.batch import per_device, scaled_by
+from spindle.spec.batch import per_device
 from spindle.spec.file import read_workload
 from spindle.spec.values import WorkloadSpec
 
@@ -51,7 +56,7 @@ class Row:
 
     def __str__(self) -> str:
         source = f"source: {self.source}, " if self.source else ""
-        return f"  - {{{source}table: {self.table}, row: '{self.row}', ratio: {self.ratio:.4f}}}"
+        return f"  - {{{source}table: '{self.table}', row: '{self.row}', ratio: {self.ratio:.4f}}}"
 
 
 def spec_of(name: str) -> WorkloadSpec:
@@ -111,16 +116,55 @@ STARVLA_HEADER = MeasuredStep(gpus=8, per_gpu_batch=8, seconds=1.131)
 """Of the table of batches, in the header of the file."""
 
 
-def calibrated_rows() -> Iterator[Row]:
-    """Each row of each table, predicted by a calibration on the others of its table."""
-    batches, nodes = starvla_tables()
-    for table in (batches, nodes):
+def paper_tables() -> list[Table]:
+    """Task sets of Multitask-CLIP and OFASys, one after another, on 8 and 16 GPUs; one table a workload."""
+    found = []
+    for name in ("multitask_clip", "ofasys"):
+        spec, steps, specs = spec_of(name), [], {}
+        for row in read_table("spindle_paper_sequential"):
+            if row["workload"] == name:
+                some = spec.only(task.name for task in spec.tasks[: int(row["tasks"])])
+                gpus, samples = int(row["gpus"]), sum(task.batch_size for task in some.tasks)
+                step = MeasuredStep(
+                    gpus=gpus, per_gpu_batch=samples // gpus, seconds=1e-3 * float(row["milliseconds"])
+                )
+                steps.append(step)
+                specs[step] = some
+        cluster = parse_cluster(str(HERE / "clusters" / "spindle-paper.yaml"))
+        found.append(Table(f"Spindle paper, {name}", cluster, tuple(steps), partial(_load, specs)))
+    return found
+
+
+def _load(specs: Mapping[MeasuredStep, WorkloadSpec], step: MeasuredStep, where: Cluster) -> Source:
+    return spec_source(specs[step])
+
+
+def calibrated_rows(*, is_quick: bool = False) -> Iterator[Row]:
+    """Steps that a calibration on two or more others of their table does not know."""
+    batches, _ = starvla_tables()
+    yield from left_out(batches, batches.steps, [STARVLA_HEADER])
+    for table in () if is_quick else paper_tables():
+        by_tasks: dict[int, list[MeasuredStep]] = {}
         for step in table.steps:
-            others = [other for other in table.steps if other is not step]
-            told_s = table.predicted_s(step, table.fitted(others))
-            yield Row("calibrated", table.name, str(step), step.seconds / told_s)
-    told_s = batches.predicted_s(STARVLA_HEADER, batches.fitted(batches.steps))
-    yield Row("calibrated", batches.name, str(STARVLA_HEADER), STARVLA_HEADER.seconds / told_s)
+            by_tasks.setdefault(step.gpus * step.per_gpu_batch, []).append(step)
+        for some in by_tasks.values():
+            yield from left_out(table, some, [step for step in table.steps if step not in some])
+        first = [step for step in table.steps if step.gpus == 8]
+        yield from left_out(table, first, [step for step in table.steps if step.gpus != 8])
+
+
+def left_out(table: Table, known: Sequence[MeasuredStep], others: Sequence[MeasuredStep]) -> Iterator[Row]:
+    """Steps of a table by a calibration on others of it; none where calibrating warns that the rows do not belong
+    together.
+    """
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", SpindleWarning)
+        found = table.fitted(known)
+    if warned:
+        return
+    for step in others:
+        name = f"{step} (known: {'; '.join(map(str, known))})"
+        yield Row("calibrated", table.name, name, step.seconds / table.predicted_s(step, found))
 
 
 def starvla_rows() -> Iterator[Row]:
@@ -159,18 +203,27 @@ def profiled_rows() -> tuple[list[Row], list[Row]]:
 # The file -----------------------------------------------------------------------------------------------------------
 
 
-def factor_lines() -> Iterator[str]:
+def factor_lines(*, is_quick: bool = False) -> Iterator[str]:
     """What a calibration on all rows of each table finds."""
-    for table in starvla_tables():
+    for table in (*starvla_tables(), *(() if is_quick else paper_tables())):
         found = table.fitted(table.steps)
-        yield (
-            f"  - {{table: '{table.name}', compute: {found.compute:.4f}, host: {found.host:.4f}, "
-            f"network: {found.network:.4f}}}"
-        )
+        open_ = {*found.undetermined, *(name for pair in found.inseparable for name in pair)}
+        told = [f"{name}: {getattr(found, name):.4f}" for name in FACTORS if name not in open_]
+        fields = ", ".join([f"table: '{table.name}'", *told])
+        yield f"  - {{{fields}}}"
 
 
-def text_of() -> str:
-    """The file as it should be."""
+def numbered(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows of a table that are called alike, from the second on with a number."""
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for row in rows:
+        key = row.source, row.table, row.row
+        seen[key] += 1
+        yield replace(row, row=f"{row.row}, {seen[key]}") if seen[key] > 1 else row
+
+
+def text_of(*, is_quick: bool = False) -> str:
+    """The file as it should be, or all of it that takes seconds."""
     rows, pairs = profiled_rows()
     lines = [
         "# Measured seconds over predicted ones, of steps that nothing was fitted on: what the printed bands come from.",
@@ -178,14 +231,58 @@ def text_of() -> str:
         "format: spindle.held_out",
         "version: 1",
         "rows:",
-        *map(str, (*report_rows(), *starvla_rows(), *calibrated_rows(), *rows)),
+        *map(str, numbered([*report_rows(), *starvla_rows(), *calibrated_rows(is_quick=is_quick), *rows])),
         "pairs:",
         *map(str, pairs),
         "factors:",
-        *factor_lines(),
+        *factor_lines(is_quick=is_quick),
     ]
     return "\n".join(lines) + "\n"
 
 
+def differences(new: HeldOut, old: HeldOut, *, is_quick: bool = False) -> list[str]:
+    """What a file as it should be has otherwise than the one that is there."""
+    there, found = _numbers(old), []
+    for name, value in _numbers(new).items():
+        before = there.pop(name, None)
+        if before is None or abs(value - before) > TOLERANCE * value:
+            found.append(f"{name}: {value:.4f}, in the file {'none' if before is None else f'{before:.4f}'}")
+    gone = [f"{name}: in the file, and no more measured" for name in there]
+    return found if is_quick else found + gone
+
+
+def _numbers(held: HeldOut) -> dict[str, float]:
+    found = {f"{row.source} {row.table}, {row.row}": row.ratio for row in held.rows}
+    found |= {f"{pair.table}, {pair.row}": pair.ratio for pair in held.pairs}
+    for fit in held.factors:
+        found |= {f"{fit.table}, {name}": value for name in FACTORS if (value := getattr(fit, name)) is not None}
+    return found
+
+
+def coverage(held: HeldOut) -> Iterator[tuple[str, Band, int, int]]:
+    """(source, its band, rows that it holds, rows)."""
+    for source in ("predicted", "calibrated", "profiled"):
+        rows = [(row.table, row.ratio) for row in held.rows if row.source == source]
+        found = band_of(rows)
+        yield source, found, sum(found.holds(ratio) for _, ratio in rows), len(rows)
+
+
+def main() -> int:
+    """Compare, or write; 1 when the file is stale."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {HELD_OUT.name}")
+    parser.add_argument("--quick", action="store_true", help="compare what takes seconds")
+    options = parser.parse_args()
+    text = text_of(is_quick=options.quick and not options.write)
+    if options.write:
+        HELD_OUT.write_text(text, encoding="utf-8")
+    new = held_out_of(parse_yaml(text), "what the cost model makes")
+    found = differences(new, held_out(), is_quick=options.quick)
+    print("\n".join(found) or f"{HELD_OUT.name} is what the cost model makes of it")
+    for source, band, held, rows in coverage(held_out()):
+        print(f"{source:<10} {band.low:.3f} to {band.high:.3f} holds {held} of {rows} rows")
+    return int(bool(found))
+
+
 if __name__ == "__main__":
-    print(text_of())
+    sys.exit(main())

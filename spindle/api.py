@@ -164,7 +164,14 @@ def with_outlook(
         other = scaled_source(source, factor)
         return costs(other) if other else None
 
-    found = outlook_of(plan, costs(source), on_batches, calibration=calibration, aligned=aligned)
+    found = outlook_of(
+        plan,
+        costs(source),
+        on_batches,
+        calibration=calibration,
+        can_profile=source.executable and any(metaop.operators for metaop in source.metagraph),
+        aligned=aligned,
+    )
     return replace(plan, outlook=found)
 
 

@@ -8,7 +8,7 @@ from spindle.calibration import Calibration, Constant, MeasuredStep
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.outlook import Gain, Moves, Outlook
+from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, Wave, sorted_pairs
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
@@ -225,6 +225,7 @@ class _GainModel(_JsonModel):
     low: float
     high: float
     weakest: str = ""
+    proof: Proof = ""
     moves: tuple[_MovesModel, ...] = ()
 
     def value(self) -> Gain:

@@ -6,10 +6,14 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from spindle.errors import PlanError
 
-NAMES = ("host", "network", "batch")
+Proof = Literal["", "profile", "batches", "devices", "runs"]
+"""What would prove a gain: a profile of the workload, measured steps of two batches or on two numbers of devices to
+calibrate on, or runs of both plans; empty where it is beyond the errors of costs.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,7 @@ class Gain:
     """The share of a step saved against `baseline`, and the band of it that costs allow.
 
     weakest    the factor (compute, host or network) under which the least is saved
+    proof      what would show that there is a gain at all, where the band leaves it open
     moves      how it changes with the host's time, with the network's, and with the batch
     """
 
@@ -35,6 +40,7 @@ class Gain:
     low: float
     high: float
     weakest: str = ""
+    proof: Proof = ""
     moves: tuple[Moves, ...] = ()
 
     def __post_init__(self) -> None:

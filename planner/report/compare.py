@@ -58,7 +58,7 @@ def _figures(plan: Plan) -> tuple[tuple[str, float], ...]:
         ("makespan s", plan.makespan_s),
         ("bound s", plan.lower_bound_s),
         ("gap %", 100 * plan.gap),
-        ("step s", plan.step_s),
+        ("step s", plan.step_s + plan.fixed_s),
         ("reduction s", plan.reduction_s),
         ("idle %", 100 * plan.idle_fraction),
         ("slices", float(len(plan.slices))),
@@ -152,17 +152,17 @@ def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
         if isinstance(plan, str):
             found.append(Size(devices=devices, reason=plan))
             continue
-        worth = devices * plan.step_s
+        worth = devices * (plan.step_s + plan.fixed_s)
         base = worth if base is None else base
         found.append(
             Size(
                 devices=devices,
                 makespan_s=plan.makespan_s,
-                step_s=plan.step_s,
+                step_s=plan.step_s + plan.fixed_s,
                 gap=plan.gap,
                 idle=plan.idle_fraction,
                 efficiency=base / worth,
-                usual_s=min((s for name, s in plan.baseline_steps_s if name != "paper"), default=0.0),
+                usual_s=min((s + plan.fixed_s for name, s in plan.baseline_steps_s if name != "paper"), default=0.0),
             )
         )
     return tuple(found)

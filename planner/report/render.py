@@ -10,6 +10,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
+from spindle.planner.report.likely import outlook_lines
 
 WIDTH = 100
 MAX_ROWS = 40
@@ -23,9 +24,9 @@ BASELINE_TITLES = {
 }
 
 
-def render(plan: Plan, *, width: int = WIDTH) -> str:
-    """Gantt, legend and summary."""
-    return f"{gantt(plan, width=width)}\n\n{summary(plan)}"
+def render(plan: Plan, *, width: int = WIDTH, names: tuple[str, str] = ("SOURCE", "C")) -> str:
+    """Gantt, legend and summary; `names`: of the source and the cluster as a command line gives them."""
+    return f"{gantt(plan, width=width)}\n\n{summary(plan, names=names)}"
 
 
 def gantt(plan: Plan, *, width: int = WIDTH) -> str:
@@ -63,8 +64,8 @@ def table(plan: Plan) -> str:
     return "\n".join(rows)
 
 
-def summary(plan: Plan) -> str:
-    """Makespan, bound, gap, idle share, memory, and the gain over each usual way."""
+def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
+    """Makespan, bound, gap, idle share, memory, the gain over each usual way, and how sure all that is."""
     nodes = -(-plan.num_devices // plan.devices_per_node)
     num_slices = len(plan.slices)
     num_metaops = len({s.metaop for s in plan.slices})
@@ -82,9 +83,12 @@ def summary(plan: Plan) -> str:
         )
         if plan.update_s:
             lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
+        if plan.fixed_s:
+            lines[-1] += f";\n{'':11}with {plan.fixed_s:.6f} s that the calibration adds, {plan.step_s + plan.fixed_s:.6f} s"
     lines += _spread(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
+    lines += outlook_lines(plan, *names)
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 - `held_out.yaml` holds measured over predicted seconds of steps that no constant was fitted on, by source; benchmarks
   make it (`python -m benchmarks.held_out --write`). A band is not symmetric: steps more often take longer.
-- Half of the tenth that a band leaves out lies below it, half above. Each table counts alike, and then each row: the
-  wider of both bands is taken, so that neither a long table nor a strange one decides alone.
+- Half of the tenth that a band leaves out lies below it, half above. Each row counts alike; and then, since rows of one
+  table err together, a table counts as the root of its number of rows. The band holds both bands.
 - Of few rows a band holds all: with n rows a further one lies beyond the least or the largest of them 2 times in n + 1.
 """
 
@@ -66,12 +66,12 @@ class _GainModel(StrictModel):
 
 class _FactorsModel(StrictModel):
     table: str
-    compute: float
-    host: float
-    network: float
+    compute: float | None = None
+    host: float | None = None
+    network: float | None = None
 
 
-class HeldOutModel(StrictModel):
+class HeldOut(StrictModel):
     """The file: rows of steps, of pairs of steps (what one takes of the other), and factors of calibrations."""
 
     format: Literal["spindle.held_out"]
@@ -82,12 +82,17 @@ class HeldOutModel(StrictModel):
 
 
 @cache
-def held_out(path: Path = HELD_OUT) -> HeldOutModel:
-    """What the file holds. Raises FormatError when it does not read."""
+def held_out() -> HeldOut:
+    """What the file that comes with Spindle holds."""
+    return held_out_of(read_yaml(HELD_OUT), str(HELD_OUT))
+
+
+def held_out_of(data: object, source: str) -> HeldOut:
+    """What such a file holds, checked; `source` names it in errors."""
     try:
-        return HeldOutModel.model_validate(read_yaml(path))
+        return HeldOut.model_validate(data)
     except ValidationError as error:
-        raise FormatError(f"{path}: {explain_validation(error)}; make it again (benchmarks.held_out)") from None
+        raise FormatError(f"{source}: {explain_validation(error)}; make it again (benchmarks.held_out)") from None
 
 
 def band_of(ratios: Sequence[tuple[str, float]]) -> Band:
@@ -98,7 +103,7 @@ def band_of(ratios: Sequence[tuple[str, float]]) -> Band:
     """
     per_table = Counter(table for table, _ in ratios)
     by_row = _quantiles([(ratio, 1.0) for _, ratio in ratios])
-    return by_row.around(_quantiles([(ratio, len(ratios) / per_table[table]) for table, ratio in ratios]))
+    return by_row.around(_quantiles([(ratio, 1 / sqrt(per_table[table])) for table, ratio in ratios]))
 
 
 def _quantiles(weighted: Sequence[tuple[float, float]]) -> Band:
@@ -127,15 +132,18 @@ def band(source: BandSource) -> Band:
 @cache
 def pair_band() -> Band:
     """Of what one plan takes of another on one profile: measured over predicted."""
-    return band_of([(row.table, row.ratio) for row in held_out().pairs])
+    return band_of([(row.table, row.ratio) for row in held_out().pairs]).around(EXACT)
 
 
 @cache
 def factor_bands() -> Mapping[str, Band]:
-    """The range of each factor that calibrations of published steps have found; 1 lies in each."""
-    rows = held_out().factors
-    found = {name: band_of([(row.table, getattr(row, name)) for row in rows]) for name in FACTORS}
-    return {name: each.around(EXACT) for name, each in found.items()}
+    """How far calibrations of published steps have moved each factor, taken either way."""
+    found = {}
+    for name in FACTORS:
+        values = [value for row in held_out().factors if (value := getattr(row, name)) is not None]
+        most = max(max(value, 1 / value) for value in values) if values else 1.0
+        found[name] = Band(1 / most, most)
+    return found
 
 
 def between(one: Band, other: Band) -> Band:

@@ -6,8 +6,8 @@
   determine four constants: what they say nothing about stays at 1.
 - What rows cannot say by their design is not fitted: rows of one number of devices say nothing about the network, and
   of a single row all goes to computation.
-- A constant is undetermined when it is not fitted or the rows leave most of its prior; two are inseparable when the
-  rows allow one to grow as far as the other shrinks.
+- A constant is undetermined when it is not fitted, or all of its prior moves the rows by less than their error; two are
+  inseparable when they move all rows alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from math import exp, log
 import numpy as np
 from numpy.typing import NDArray
 
-from spindle.calibration import CONSTANTS, Calibration, Constant, MeasuredStep
+from spindle.calibration import CONSTANTS, FACTORS, Calibration, Constant, MeasuredStep
 
-ROW = 0.01  # relative error of a measured step; small beside the priors, so that rows are met where constants allow it
-PRIOR = {"compute": 0.5, "host": 0.7, "network": 0.7, "step_s": 1.0}
+ROW = 0.02  # relative error of a measured step
+PRIOR = {"compute": 0.4, "host": 0.4, "network": 0.5, "step_s": 1.0}
 FIXED_SHARE = 0.25  # the fixed part of a step is expected to be about this share of the shortest one
 MOST = log(50.0)  # factors beyond this say that another program was measured
 STEPS = 40
+SETTLED = 1e-3  # of a logarithm, and of the fixed part over its scale, that ends the steps
 DIFFERENCE = 0.02  # of a logarithm, for derivatives
-UNDETERMINED = 0.9  # share of the prior's width that is left
-INSEPARABLE = -0.8  # correlation that is left
+ALIKE = 0.98  # cosine between what two constants do to the rows
 
 Predict = Callable[[Calibration], Sequence[float]]
 """A calibration in, predicted seconds of every row out, `step_s` included."""
@@ -65,13 +65,16 @@ class _Model:
         return found
 
 
-def fit_steps(rows: Sequence[MeasuredStep], predict: Predict, device: str) -> Calibration:
-    """The calibration of `device` under which `predict` is nearest to the rows, with its own word on each."""
+def fit_steps(rows: Sequence[MeasuredStep], predict: Predict, start: Calibration) -> Calibration:
+    """The calibration under which `predict` is nearest to the rows, with its own word on each; `start`: of the same
+    device, where to begin.
+    """
     seconds = np.array([row.seconds for row in rows])
     scale_s = FIXED_SHARE * float(seconds.min())
-    model = _Model(seconds, scale_s, Calibration(device=device), predict, _fitted(rows))
+    model = _Model(seconds, scale_s, Calibration(device=start.device), predict, _fitted(rows))
     widths = np.array([PRIOR[name] for name in CONSTANTS])
-    values = _solve(model, widths)
+    begin = np.array([*(log(getattr(start, name)) for name in FACTORS), start.step_s / scale_s])
+    values = _solve(model, widths, begin)
     found = model.calibration(values)
     undetermined, inseparable = _doubts(model, model.slopes(values, model.misses(values)), widths)
     predicted = predict(found)
@@ -90,8 +93,8 @@ def _fitted(rows: Sequence[MeasuredStep]) -> tuple[int, ...]:
     return (0, 1, 2, 3) if len({row.gpus for row in rows}) > 1 else (0, 1, 3)
 
 
-def _solve(model: _Model, widths: Array) -> Array:
-    values: Array = np.zeros(len(widths))
+def _solve(model: _Model, widths: Array, begin: Array) -> Array:
+    values = begin
     misses = model.misses(values)
     for _ in range(STEPS):
         squares = _squares(misses, values, widths)
@@ -107,7 +110,7 @@ def _solve(model: _Model, widths: Array) -> Array:
                 break
         else:
             return values
-        small = float(np.abs(tried - values).max()) < 1e-4
+        small = float(np.abs(tried - values).max()) < SETTLED
         values, misses = tried, there
         if small:
             break
@@ -133,13 +136,12 @@ def _squares(misses: Array, values: Array, widths: Array) -> float:
 def _doubts(
     model: _Model, slopes: Array, widths: Array
 ) -> tuple[tuple[Constant, ...], tuple[tuple[Constant, Constant], ...]]:
-    """What rows leave open, by what is left of the prior's covariance once they are known."""
-    left = np.linalg.inv(slopes.T @ slopes + np.diag(1 / widths**2))
-    deviations = np.sqrt(np.diag(left))
-    open_ = [i for i in range(len(CONSTANTS)) if i not in model.fitted or deviations[i] > UNDETERMINED * widths[i]]
+    """What rows leave open: constants that do not move them, and pairs that move all of them alike."""
+    moved = np.sqrt((slopes**2).sum(0))
+    open_ = [i for i in range(len(CONSTANTS)) if i not in model.fitted or moved[i] * widths[i] < 1]
     pairs = [
         (i, j)
         for i, j in combinations(range(len(CONSTANTS)), 2)
-        if i not in open_ and j not in open_ and left[i, j] / (deviations[i] * deviations[j]) < INSEPARABLE
+        if i not in open_ and j not in open_ and slopes[:, i] @ slopes[:, j] > ALIKE * moved[i] * moved[j]
     ]
     return tuple(CONSTANTS[i] for i in open_), tuple((CONSTANTS[i], CONSTANTS[j]) for i, j in pairs)
