@@ -199,7 +199,8 @@ def mosaic_rows(gpu: str) -> list[Row]:
 def mosaicml() -> Section:
     """FSDP training of MPT models: three constants per GPU type, fitted on even rows."""
     figures: list[Figure] = []
-    lines, rows_held = [], []
+    lines: list[str] = []
+    rows_held: list[Held] = []
     for gpu, name in GPU_TYPES.items():
         fitted, held = (
             errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half)

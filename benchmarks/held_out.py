@@ -7,7 +7,7 @@
 - predicted: every row of the cost report that no constant was fitted on, and StarVLA's.
 - calibrated: rows that a calibration on two or more others of their table does not know: StarVLA's, and the paper's
   sequential times: other task sets than the fitted one, and 16 GPUs by the rows of 8.
-- profiled: steps of benchmarks/results/prediction.md, measured on one machine.
+- profiled: steps of benchmarks/results/prediction.md, measured on one machine, and of `make demo` as it tells of it.
 - pairs: of those plans, each beside the sequential one: what a gain is made of.
 - factors: what calibrations of whole tables find, where their rows determine it: how far factors move.
 """
@@ -16,8 +16,8 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,9 +125,7 @@ def paper_tables() -> list[Table]:
             if row["workload"] == name:
                 some = spec.only(task.name for task in spec.tasks[: int(row["tasks"])])
                 gpus, samples = int(row["gpus"]), sum(task.batch_size for task in some.tasks)
-                step = MeasuredStep(
-                    gpus=gpus, per_gpu_batch=samples // gpus, seconds=1e-3 * float(row["milliseconds"])
-                )
+                step = MeasuredStep(gpus=gpus, per_gpu_batch=samples // gpus, seconds=1e-3 * float(row["milliseconds"]))
                 steps.append(step)
                 specs[step] = some
         cluster = parse_cluster(str(HERE / "clusters" / "spindle-paper.yaml"))
@@ -186,6 +184,18 @@ def report_rows() -> Iterator[Row]:
 PLAN_ROW = re.compile(r"^\| (?P<plan>[^|]+?) \| (?P<predicted>[\d.]+) \| (?P<measured>[\d.]+) \| [+-]", re.MULTILINE)
 
 
+DEMO = re.compile(r"(?P<measured>[\d.]+)(?: ms a step)?\s\((?:predicted )?(?P<predicted>[\d.]+): [+-]")
+
+
+def demo_ratios(text: str) -> tuple[list[float], list[float]]:
+    """Of each run of `make demo`: of waves, and of the sequential plan beside it."""
+    told = text.partition("`make demo`")[2].partition("sequential")
+    waves, sequential = (
+        [float(m["measured"]) / float(m["predicted"]) for m in DEMO.finditer(part)] for part in (told[0], told[2])
+    )
+    return waves, sequential
+
+
 def profiled_rows() -> tuple[list[Row], list[Row]]:
     """Steps of the last report of `benchmarks.prediction`, and each plan's step over the sequential one's."""
     text = (HERE / "results" / "prediction.md").read_text(encoding="utf-8")
@@ -197,6 +207,10 @@ def profiled_rows() -> tuple[list[Row], list[Row]]:
         for plan, ratio in ratios.items()
         if plan != "sequential" and not plan.startswith("sequential,")
     ]
+    for run, (waves, sequential) in enumerate(zip(*demo_ratios(text), strict=True), 1):
+        rows += [Row("profiled", "make demo", f"waves, run {run}", waves)]
+        rows += [Row("profiled", "make demo", f"sequential, run {run}", sequential)]
+        pairs.append(Row("", "make demo", f"run {run}", waves / sequential))
     return rows, pairs
 
 
@@ -226,7 +240,7 @@ def text_of(*, is_quick: bool = False) -> str:
     """The file as it should be, or all of it that takes seconds."""
     rows, pairs = profiled_rows()
     lines = [
-        "# Measured seconds over predicted ones, of steps that nothing was fitted on: what the printed bands come from.",
+        "# Measured over predicted seconds, of steps that nothing was fitted on: what the printed bands come from.",
         "# Made by `python -m benchmarks.held_out --write`, which says what each part is; do not edit.",
         "format: spindle.held_out",
         "version: 1",

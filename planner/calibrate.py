@@ -44,9 +44,7 @@ def calibrate_cases(cases: Sequence[Case], device: str) -> Calibration:
             break
     if len({_choices(pricing) for _, pricing in solved}) > 1:
         _warn_of_choices(cases, solved)
-    rows = (
-        replace(case.row, predicted_s=plan.expected_s) for case, (plan, _) in zip(cases, solved, strict=True)
-    )
+    rows = (replace(case.row, predicted_s=plan.expected_s) for case, (plan, _) in zip(cases, solved, strict=True))
     return replace(found, rows=tuple(rows))
 
 

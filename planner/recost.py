@@ -36,9 +36,7 @@ class Costs:
     def under(self, factors: Calibration | None = None) -> "Recosted":
         """The same with seconds of computation, host and network times these factors; `step_s` is left out."""
         cluster = self.cluster if factors is None else calibrated(self.cluster, factors)
-        priced = price_steps(
-            self.metagraph, self.steps, cluster, self.profile, self.pricing, is_mean=self.is_mean
-        )
+        priced = price_steps(self.metagraph, self.steps, cluster, self.profile, self.pricing, is_mean=self.is_mean)
         return Recosted(priced, cluster)
 
 

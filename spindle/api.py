@@ -185,10 +185,10 @@ def make_calibration(
 ) -> Calibration:
     """Fit factors on computation, host and network, and a fixed part of each step, to steps that were measured.
 
-    `source`: a spec (.yaml), whose batches are scaled to each row's, or a function from a row and its cluster to what
-    ran. `method`: how it ran; by default data parallel on all devices, tasks in turn. Each row's devices are full
-    nodes of `cluster`, or a part of one. The calibration's rows carry its own prediction of each; its `undetermined`
-    and `inseparable` say what the rows leave open.
+    `source`: a spec, or file.py:workload, whose batches are scaled to each row's, or a function from a row and its
+    cluster to what ran. `method`: how it ran; by default data parallel on all devices, tasks in turn. Each row's
+    devices are full nodes of `cluster`, or a part of one. The calibration's rows carry its own prediction of each; its
+    `undetermined` and `inseparable` say what the rows leave open.
 
     Raises ProfileError without rows, InfeasibleError when a row has no plan, and errors as `make_plan`.
     """
@@ -199,19 +199,17 @@ def make_calibration(
     from spindle.planner.calibrate import Case, calibrate_cases
     from spindle.planner.recost import Costs
     from spindle.planner.report.compare import resized
-    from spindle.source import load_source
+    from spindle.source import on_batches
 
     if not steps:
         raise ProfileError("no measured step is given to calibrate on; give at least two")
     whole = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     measured = _read(profile, Profile)
+    load = source if callable(source) else on_batches(str(source))
 
     def case(row: MeasuredStep) -> Case:
         where = resized(whole, row.gpus)
-        if callable(source):
-            loaded = source(row, where)
-        else:
-            loaded = load_source(str(source), per_device=(row.per_gpu_batch, row.gpus))
+        loaded = load(row, where)
         linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
 
         def solve(calibration: Calibration) -> tuple[Plan, Pricing]:

@@ -1,4 +1,4 @@
-"""Calibration: a few factors fitted on steps that a user has measured; a cluster and these in, the corrected cluster out.
+"""Calibration: a cluster and a few factors, fitted on steps that a user has measured, in; the corrected cluster out.
 
 - `compute`, `host` and `network` are factors on seconds: of what devices compute and move in their own memory, of what
   the host takes to start that, and of collectives and transfers. `step_s` is a fixed part of each step (data, logging,

@@ -21,6 +21,8 @@ from spindle.plan import SizeRange
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
+    from spindle.calibration import MeasuredStep
+    from spindle.cluster import Cluster
     from spindle.spec.values import WorkloadSpec
     from spindle.workload import Workload
 
@@ -97,6 +99,29 @@ def scaled_source(source: Source, factor: Fraction) -> Source | None:
         return None
     first, *steps = (graph for graph in graphs if graph is not None)
     return replace(source, metagraph=first, steps=tuple(steps))
+
+
+def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
+    """What ran in a measured step: a spec or a model, with its batches scaled to those of the row.
+
+    Raises FormatError where they cannot be scaled so, WorkloadError where a task of a spec would have no whole batch.
+    """
+    loaded = load_source(source)
+    if loaded.spec is not None:
+        return lambda row, _: load_source(source, per_device=(row.per_gpu_batch, row.gpus))
+    total = sum({op.task: op.batch_size for metaop in loaded.metagraph for op in metaop.operators}.values())
+
+    def scaled(row: "MeasuredStep", where: "Cluster") -> Source:
+        samples = row.gpus * row.per_gpu_batch
+        found = scaled_source(loaded, Fraction(samples, total)) if total else None
+        if found is None:
+            raise FormatError(
+                f"{source}: {row} are {samples} samples a step, and its batches of {total or 'unknown'} in all do not "
+                "scale to so many; measure steps of a whole multiple, or write a spec (.yaml) of the workload"
+            )
+        return found
+
+    return scaled
 
 
 def source_of(

@@ -32,9 +32,8 @@ def outlook_lines(plan: Plan, source: str = "SOURCE", cluster: str = "C") -> lis
 
 
 def _gain(gain: Gain, plan: Plan, source: str, cluster: str) -> str:
-    text = (
-        f"{_percent(gain.share)} % of the step of {gain.baseline}, likely {_percent(gain.low)} to {_percent(gain.high)} %"
-    )
+    ends = f"{_percent(gain.low)} to {_percent(gain.high)} %"
+    text = f"{_percent(gain.share)} % of the step of {gain.baseline}, likely {ends}"
     return f"{text}: unproven; {_proof(gain.proof, gain, plan, source, cluster)}" if gain.proof else text
 
 

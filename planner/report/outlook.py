@@ -1,9 +1,9 @@
 """Outlook: a plan and what its costs are made of in; how sure its step and its gain are out (`spindle.outlook`).
 
 - The band of the step is that of its sources of costs (`spindle.cost.sources`).
-- The band of the gain: the plan and the quickest usual way are costed again with the seconds of computation, of the host
-  and of the network at either end of what these factors have been found to be, one at a time. Both steps then change,
-  mostly together. What plans that were measured side by side have shown besides is added.
+- The band of the gain: the plan and the quickest usual way are costed again with the seconds of computation, of the
+  host and of the network at either end of what these factors have been found to be, one at a time. Both steps then
+  change, mostly together. What plans that were measured side by side have shown besides is added.
 - The moves of the gain: the same with the host's or the network's seconds halved and doubled, and on batches half and
   twice as large. Nothing is searched: the slices stay.
 """

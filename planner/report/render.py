@@ -84,7 +84,9 @@ def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
         if plan.update_s:
             lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
         if plan.fixed_s:
-            lines[-1] += f";\n{'':11}with {plan.fixed_s:.6f} s that the calibration adds, {plan.step_s + plan.fixed_s:.6f} s"
+            lines[-1] += (
+                f";\n{'':11}with {plan.fixed_s:.6f} s that the calibration adds, {plan.step_s + plan.fixed_s:.6f} s"
+            )
     lines += _spread(plan)
     lines += _memory(plan)
     lines += _baselines(plan)

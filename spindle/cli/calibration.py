@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @SOURCE
 @CLUSTER
 @PROFILE
-@click.option("--steps", "steps_file", type=CSV_FILE, required=True, help="Columns gpus,per_gpu_batch,seconds_per_step.")
+@click.option(
+    "--steps", "steps_file", type=CSV_FILE, required=True, help="Columns gpus,per_gpu_batch,seconds_per_step."
+)
 @click.option("--table", metavar="NAME", help="The rows of one table, where the file has a column of them.")
 @click.option("--output", "-o", type=FILE, help="Write the calibration, for plan --calibration.")
 @click.option(
@@ -36,7 +38,7 @@ def calibrate(
     method: str,
     as_json: bool,
 ) -> None:
-    """Fit a few constants to measured steps of SOURCE (a spec), and say what they cannot explain.
+    """Fit a few constants to measured steps of SOURCE, and say what they cannot explain.
 
     Each row is planned on so many GPUs of the cluster's kind, with its batch on each. The constants are factors on the
     seconds of computation, of the host and of the network, and a fixed part of each step.
@@ -45,15 +47,16 @@ def calibrate(
     spindle calibrate workload.yaml --cluster 4x8:a100-80g --steps measured.csv -o calibrated.json
     spindle plan workload.yaml --cluster 4x8:a100-80g --calibration calibrated.json
     """
-    from spindle.api import make_calibration
+    from spindle.api import devices_at_hand, make_calibration
     from spindle.calibrationfile import read_steps
     from spindle.formats import dumps, read, write
     from spindle.planner.solve import METHODS
     from spindle.profile import Profile
+    from spindle.source import is_python
 
     if method not in METHODS:
         raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
-    if cluster is None:
+    if cluster is None and not is_python(source):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     check_directory(output)
     found = read_steps(steps_file, table)
@@ -64,7 +67,7 @@ def calibrate(
         )
     measured = read(profile, Profile) if profile else None
     with busy(f"calibrating on {len(found.rows)} rows"):
-        fitted = make_calibration(source, cluster, found.rows, profile=measured, method=method)
+        fitted = make_calibration(source, cluster or devices_at_hand(), found.rows, profile=measured, method=method)
     if output:
         write(fitted, output)
     if as_json:

@@ -109,7 +109,9 @@ def advise_after(workload: "Workload", result: "TrainResult") -> None:
 
     if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
         return
-    advice = of_planner.advise_after((result.plan.step_s + result.plan.fixed_s) * workload.accumulate / workload.in_flight, result.step_s)
+    advice = of_planner.advise_after(
+        (result.plan.step_s + result.plan.fixed_s) * workload.accumulate / workload.in_flight, result.step_s
+    )
     if advice is not None:
         click.echo("\n".join(textwrap.wrap(advice.text, WIDTH, initial_indent="advice ", subsequent_indent=" " * 7)))
 

@@ -138,7 +138,7 @@ def pair_band() -> Band:
 @cache
 def factor_bands() -> Mapping[str, Band]:
     """How far calibrations of published steps have moved each factor, taken either way."""
-    found = {}
+    found: dict[str, Band] = {}
     for name in FACTORS:
         values = [value for row in held_out().factors if (value := getattr(row, name)) is not None]
         most = max(max(value, 1 / value) for value in values) if values else 1.0

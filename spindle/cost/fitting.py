@@ -1,7 +1,7 @@
 """Fitting: measured steps and what a calibration makes of them in, the calibration that explains them best out.
 
-- Least squares of logarithms of predicted over measured seconds, each row known to `ROW`; Gauss and Newton's steps, with
-  differences for derivatives, each halved until it helps.
+- Least squares of logarithms of predicted over measured seconds, each row known to `ROW`; Gauss and Newton's steps,
+  with differences for derivatives, each halved until it helps.
 - A mild prior holds logarithms of factors near 0 and the fixed part of a step small (`PRIOR`), so that two rows
   determine four constants: what they say nothing about stays at 1.
 - What rows cannot say by their design is not fitted: rows of one number of devices say nothing about the network, and

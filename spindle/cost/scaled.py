@@ -1,7 +1,7 @@
 """Scaled: a MetaGraph and a factor in, the same on batches that are so many times as large out.
 
-FLOPs, bytes and rows of tensors grow with the batch. A kind names its batch, so a scaled operator has a kind of its own,
-and a profile tells its time by its family.
+FLOPs, bytes and rows of tensors grow with the batch. A kind names its batch, so a scaled operator has a kind of its
+own, and a profile tells its time by its family.
 """
 
 from dataclasses import replace
@@ -13,6 +13,8 @@ from spindle.metagraph import Flow, MetaGraph, MetaOp
 
 def scaled(metagraph: MetaGraph, factor: Fraction) -> MetaGraph | None:
     """None where a batch would be no whole number, its samples have rows of their own, or only times are known."""
+    if factor == 1:
+        return metagraph
     operators = [operator for metaop in metagraph for operator in metaop.operators]
     if any((factor * operator.batch_size).denominator != 1 or operator.units is not None for operator in operators):
         return None

@@ -13,9 +13,7 @@ def scaled_by(spec: WorkloadSpec, factor: Fraction) -> WorkloadSpec | None:
     batches = [factor * task.batch_size for task in spec.tasks]
     if any(batch.denominator != 1 for batch in batches):
         return None
-    tasks = tuple(
-        replace(task, batch_size=int(batch)) for task, batch in zip(spec.tasks, batches, strict=True)
-    )
+    tasks = tuple(replace(task, batch_size=int(batch)) for task, batch in zip(spec.tasks, batches, strict=True))
     return replace(spec, tasks=tasks)
 
 
@@ -32,7 +30,7 @@ def per_device(spec: WorkloadSpec, batch: int, num_devices: int) -> WorkloadSpec
     needed = lcm(*(total // gcd(total, num_devices * task.batch_size) for task in spec.tasks))
     task = next(task for task in spec.tasks if samples * task.batch_size % total)
     raise WorkloadError(
-        f"{batch} samples on each of {num_devices} devices are {samples} a step, of which task {task.name!r} would have "
-        f"{samples * task.batch_size / total:.6g} (its batch of {task.batch_size} scaled by {samples}/{total}); give a "
-        f"multiple of {needed}, so that each task has whole samples"
+        f"{batch} samples on each of {num_devices} devices are {samples} a step, of which task {task.name!r} would "
+        f"have {samples * task.batch_size / total:.6g} (its batch of {task.batch_size} scaled by {samples}/{total}); "
+        f"give a multiple of {needed}, so that each task has whole samples"
     )

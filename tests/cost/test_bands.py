@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.calibration import FACTORS
-from spindle.cost.bands import COVERS, EXACT, Band, BandSource, band, band_of, between, factor_bands, held_out, pair_band
+from spindle.cost.bands import (
+    COVERS,
+    EXACT,
+    Band,
+    BandSource,
+    band,
+    band_of,
+    between,
+    factor_bands,
+    held_out,
+    pair_band,
+)
 
 ROOT = Path(__file__).parents[2]
 ratios = st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.1, 10)), min_size=1, max_size=80)

@@ -6,8 +6,8 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
 from spindle.cost.bands import EXACT, Band, band, between
+from spindle.cost.price import price
 from spindle.cost.sources import (
     INTERPOLATED_ERROR,
     NINE_OF_TEN,

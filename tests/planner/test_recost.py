@@ -10,7 +10,7 @@ import pytest
 from spindle.api import make_calibration, plan_source, with_outlook
 from spindle.calibration import Calibration, MeasuredStep
 from spindle.clusterfile import parse_cluster
-from spindle.cost.bands import band, factor_bands
+from spindle.cost.bands import BandSource, band, factor_bands
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.plan import Plan
 from spindle.planner.recost import Costs
@@ -73,7 +73,8 @@ def test_the_fixed_part_counts_for_all(source: Source) -> None:
     slow, _ = plan_source(source, CLUSTER, calibration=factors(step_s=1.0), method="task_split")
     assert slow.expected_s == pytest.approx(plan.expected_s + 1)
     for (name, seconds), (same, before) in zip(slow.usual_ways, plan.usual_ways, strict=True):
-        assert (name, seconds) == (same, pytest.approx(before + 1))
+        assert name == same
+        assert seconds == pytest.approx(before + 1)
 
 
 def test_a_batch_that_no_longer_divides(source: Source) -> None:
@@ -89,16 +90,17 @@ def test_a_batch_that_no_longer_divides(source: Source) -> None:
 # -- outlook ---------------------------------------------------------------------------------------------------------
 
 
-def outlook(source: Source, method: str = "auto", **given: Calibration) -> Plan:
-    plan, pricing = plan_source(source, CLUSTER, method=method, time_limit_s=0.3, **given)
-    return with_outlook(plan, source, pricing, **given)
+def outlook(source: Source, method: str = "auto", calibration: Calibration | None = None) -> Plan:
+    plan, pricing = plan_source(source, CLUSTER, calibration=calibration, method=method, time_limit_s=0.3)
+    return with_outlook(plan, source, pricing, calibration=calibration)
 
 
 def test_the_band_of_a_step_is_that_of_its_source(source: Source) -> None:
-    for given, name in (({}, "predicted"), ({"calibration": factors(step_s=0.2)}, "calibrated")):
-        found = outlook(source, "sequential", **given)
+    names: tuple[BandSource, ...] = ("predicted", "calibrated")
+    for given, name in zip((None, factors(step_s=0.2)), names, strict=True):
+        found = outlook(source, "sequential", given)
         assert found.outlook is not None
-        ends = band("predicted" if name == "predicted" else "calibrated")
+        ends = band(name)
         assert found.outlook.source == name
         assert found.outlook.low_s == pytest.approx(found.fixed_s + ends.low * found.step_s)
         assert found.outlook.high_s == pytest.approx(found.fixed_s + ends.high * found.step_s)

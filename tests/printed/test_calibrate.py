@@ -43,7 +43,7 @@ def test_calibrate_then_plan(folder: Path, spindle_command: Spindle) -> None:
     assert plan["outlook"]["low_s"] <= told_s <= plan["outlook"]["high_s"]
     text = spindle_command(*options, "--calibration", "calibrated.json").out
     assert f"with {plan['fixed_s']:.6f} s that the calibration adds, {told_s:.6f} s" in text
-    assert "2 calibrated" in text
+    assert "costs      3 calibrated" in text
 
 
 def test_as_json(folder: Path, spindle_command: Spindle) -> None:

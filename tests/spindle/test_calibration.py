@@ -7,6 +7,7 @@ import pytest
 
 from spindle.calibration import Calibration, MeasuredStep, calibrated
 from spindle.calibrationfile import read_steps
+from spindle.cluster import Cluster, Collective
 from spindle.clusterfile import parse_cluster
 from spindle.cost.links import collective_s
 from spindle.cost.roofline import Work, time_operator
@@ -28,10 +29,13 @@ def test_factors_of_one_change_nothing() -> None:
 @pytest.mark.parametrize("cluster", [A100, SHARED_PORT], ids=["a port each", "one port"])
 @pytest.mark.parametrize("per_node", [(4,), (1, 1), (8, 8)])
 @pytest.mark.parametrize("num_bytes", [1e3, 1e6, 1e9])
-def test_network_multiplies_seconds_of_collectives(cluster, per_node, num_bytes) -> None:  # type: ignore[no-untyped-def]
+def test_network_multiplies_seconds_of_collectives(
+    cluster: Cluster, per_node: tuple[int, ...], num_bytes: float
+) -> None:
     """Whatever protocol, size and group: latencies and rates alike."""
     slow = calibrated(cluster, factors(network=3.0))
-    for operation in ("all_reduce", "reduce_scatter", "broadcast"):
+    operations: tuple[Collective, ...] = ("all_reduce", "reduce_scatter", "broadcast")
+    for operation in operations:
         before, after = (collective_s(operation, num_bytes, each, per_node) for each in (cluster, slow))
         assert after == pytest.approx(3 * before)
 
@@ -80,7 +84,7 @@ def test_file_round_trip() -> None:
 
 
 def test_a_plan_is_no_calibration() -> None:
-    with pytest.raises(FormatError, match="format is 'x'; this Spindle reads .*spindle.calibration"):
+    with pytest.raises(FormatError, match=r"format is 'x'; this Spindle reads .*spindle\.calibration"):
         loads('{"format": "x", "version": 1}', Calibration)
 
 
@@ -111,7 +115,10 @@ HEAD = "gpus,per_gpu_batch,seconds_per_step"
     ("text", "sentence"),
     [
         ("", r"column 'gpus' is missing \(the first line has nothing\)"),
-        ("gpus,seconds_per_step\n8,1\n", "column 'per_gpu_batch' is missing .the first line has gpus, seconds_per_step"),
+        (
+            "gpus,seconds_per_step\n8,1\n",
+            "'per_gpu_batch' is missing .the first line has gpus, seconds_per_step",
+        ),
         (f"{HEAD}\n", "holds no measured step; add a line for each"),
         (f"{HEAD}\n8,2\n", "line 2: has another number of values than the first line has columns"),
         (f"{HEAD}\n8,2,1,4\n", "line 2: has another number of values"),
@@ -120,7 +127,10 @@ HEAD = "gpus,per_gpu_batch,seconds_per_step"
         (f"{HEAD}\n0,2,1\n", "line 2: measured step: 0 GPUs with a batch of 2 each; both are at least one"),
         (f"{HEAD}\n8,2,nan\n", "line 2: measured step on 8 GPUs: nan s, .*; give a positive number"),
         (f"{HEAD}\n8,2,1\n8,2,1.5\n", "8 GPUs, batch 2 each took 1 s and 1.5 s; what differs is in no column"),
-        (f"table,{HEAD}\na,8,2,1\nb,8,2,2\n", r"holds 2 tables \(a, b\), which are fitted apart; name one with --table"),
+        (
+            f"table,{HEAD}\na,8,2,1\nb,8,2,2\n",
+            r"2 tables \(a, b\), which are fitted apart; name one with --table",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
