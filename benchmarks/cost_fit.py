@@ -4,18 +4,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from cost_layouts import Constants, predict_step_s, read_runs
+from cost_layouts import predict, read_runs
 from cost_sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
 from cost_tables import errors, halves, read_table
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
+from spindle import execution
 from spindle.clusterfile import parse_cluster
-from spindle.cost import layout as cost_layout
+from spindle.cost import layout, roofline
 
 
 def _fit(residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float]) -> tuple[float, ...]:
-    """Least squares over the logarithms of positive constants; no outlier is treated differently."""
-    found = least_squares(lambda logs: np.asarray(residuals(tuple(np.exp(logs)))), np.log(start))
+    """Least squares over the logarithms of positive constants; errors far beyond a tenth count less than squared."""
+    found = least_squares(
+        lambda logs: np.asarray(residuals(tuple(np.exp(logs)))),
+        np.log(start),
+        loss="soft_l1",
+        f_scale=0.1,
+        diff_step=1e-2,
+    )
     return tuple(float(value) for value in np.exp(found.x))
 
 
@@ -34,21 +41,33 @@ def fit_device(gpu: str) -> tuple[float, ...]:
     return _fit(residuals, (0.3, 5.0, 0.8))
 
 
+LAYOUT_CONSTANTS = (
+    (execution, "EAGER_TRAFFIC", 3.5),
+    (execution, "FUSED_NORM_TRAFFIC", 0.5),
+    (execution, "FLASH2_ATTENTION", 0.45),
+    (roofline, "SCORE_PASSES", 14.0),
+    (layout, "TENSOR_PARALLEL_COST", 1.9),
+)
+"""Where each constant of the layouts table stands in the product, and where its fit begins."""
+
+
 def fit_layouts() -> tuple[float, ...]:
-    """traffic, score_passes and TENSOR_PARALLEL_COST on even rows of Aleph Alpha's step times."""
+    """The constants of LAYOUT_CONSTANTS on even rows of Aleph Alpha's step times."""
     runs = [run for run in read_runs() if run.step_s][::2]
-    shipped = cost_layout.TENSOR_PARALLEL_COST
+    shipped = [getattr(module, name) for module, name, _ in LAYOUT_CONSTANTS]
+
+    def assign(values: Sequence[float]) -> None:
+        for (module, name, _), value in zip(LAYOUT_CONSTANTS, values, strict=True):
+            setattr(module, name, value)
 
     def residuals(constants: Sequence[float]) -> list[float]:
-        traffic, passes, tensor = constants
-        cost_layout.TENSOR_PARALLEL_COST = tensor
-        found = [predict_step_s(run, Constants(traffic, passes)) / (run.step_s or 1.0) for run in runs]
-        return [float(np.log(ratio)) for ratio in found]
+        assign(constants)
+        return [float(np.log(predict(run).step_s / (run.step_s or 1.0))) for run in runs]
 
     try:
-        return _fit(residuals, (18.0, 14.0, 1.9))
+        return _fit(residuals, [start for _, _, start in LAYOUT_CONSTANTS])
     finally:
-        cost_layout.TENSOR_PARALLEL_COST = shipped
+        assign(shipped)
 
 
 STARTS = (
@@ -109,7 +128,9 @@ def fit_report() -> str:
         attention, traffic, overlap = fit_device(gpu)
         lines.append(f"{name}: attention_efficiency {attention:.3f} elementwise_traffic {traffic:.2f} ")
         lines[-1] += f"overlap_cost {overlap:.2f}"
-    lines.append("Aleph Alpha: traffic {:.1f} score_passes {:.1f} TENSOR_PARALLEL_COST {:.2f}".format(*fit_layouts()))
+    names = [name for _, name, _ in LAYOUT_CONSTANTS]
+    fitted = zip(names, fit_layouts(), strict=True)
+    lines.append("Aleph Alpha: " + ", ".join(f"{name} {value:.2f}" for name, value in fitted))
     nvlink = [
         (int(row["ranks"]), float(row["size_mib"]) * 2**20, float(row["time_ms"]) * 1e-3)
         for row in read_table("galvatron_nvlink_collectives")

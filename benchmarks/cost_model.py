@@ -32,7 +32,7 @@ def all_sections() -> list[Section]:
         unfitted.t5(),
         unfitted.llava(),
         unfitted.megatron(),
-        unfitted.paper_workloads(str(HERE / "workloads")),
+        unfitted.paper_workloads(HERE),
     ]
 
 

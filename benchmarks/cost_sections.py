@@ -4,15 +4,18 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cost_layouts import CAPACITY, Constants, best_is_among_first, predict_bytes, predict_step_s, read_runs
-from cost_llm import Model, block_work, sharded_step_s
+from cost_layouts import best_is_among_first, fits, predict, read_runs
+from cost_runs import cost, language_model, on_peak, one_task
 from cost_tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
 
 from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
 from spindle.cost.links import collective_s
+from spindle.cost.parallel import Parallel
 from spindle.cost.pieces import fit_pieces, held_out_error
-from spindle.cost.roofline import Work, time_operator
+from spindle.cost.price import price
+from spindle.spec.graph import build_graph
 
 GPU_TYPES = {"h100_80gb": "h100-80g", "a100_80gb": "a100-80g", "a100_40gb": "a100-40g"}
 PEAKS = {"h100_80gb": 989e12, "a100_80gb": 312e12, "a100_40gb": 312e12}
@@ -108,8 +111,6 @@ def _bus_bandwidth(row: Row) -> float:
 
 # Layers and steps of language models -------------------------------------------------------------------------------
 
-LLAMA_7B = Model(layers=32, hidden=4096, heads=32, ffn=11008, tokens=2048, vocab=32000, gated=True)
-
 
 def llama_layers() -> Section:
     """One LLaMA layer by micro-batch: pieces through three of the points, and the roofline without any."""
@@ -121,9 +122,7 @@ def llama_layers() -> Section:
         line = fit_pieces([(low, layer[low]), (high, layer[high])])
         predicted |= {b: line.time_s(b) for b in range(low, high + 1)}
     held = errors((predicted[b], layer[b]) for b in layer if b not in known)
-    device = parse_cluster("1x8:a100-80g").device
-    work = block_work(LLAMA_7B.block, 1, causal=True)
-    roofline = errors((time_operator(_times(work, b), device, data_parallel=1).forward_s, layer[b]) for b in layer)
+    roofline = errors((_layer_s(b), layer[b]) for b in layer)
     figures = (
         Figure(
             "LLaMA layer times, held-out micro-batches: largest error", held.largest, 0.05, "micro-batches 1, 4, 12"
@@ -137,50 +136,42 @@ def _layer_rows() -> list[Row]:
     return [row for row in read_table("galvatron_llama2_7b_layer_times") if row["quantity"] == "forward_total_ms"]
 
 
-def _times(work: Work, samples: int) -> Work:
-    return replace(
-        work,
-        matmuls=tuple((rows * samples, wide, narrow) for rows, wide, narrow in work.matmuls),
-        attention_flops=work.attention_flops * samples,
-    )
+def _layer_s(samples: int) -> float:
+    """Forward of one layer of LLaMA-2 7B."""
+    model = language_model(layers=1, hidden=4096, heads=32, ffn=11008, tokens=2048, gated=True)
+    metagraph = price(contract(build_graph(one_task([model], batch=samples))), parse_cluster("1x1:a100-80g"))
+    layer = metagraph.metaops[0]
+    return layer.times[1] * layer.forward_fraction
 
 
 def predict_mfu(row: Row, cluster: Cluster) -> float:
     """Model FLOP utilisation of a MosaicML row, by the table's own formula."""
     dims = {r["model"]: r for r in read_table("mosaicml_mpt_model_dims")}[row["model"]]
-    model = Model(
+    hidden, tokens = int(dims["d_model"]), int(row["seq_len"])
+    model = language_model(
         layers=int(dims["n_layers"]),
-        hidden=int(dims["d_model"]),
+        hidden=hidden,
         heads=int(dims["n_heads"]),
-        ffn=4 * int(dims["d_model"]),
-        tokens=int(row["seq_len"]),
+        ffn=4 * hidden,
+        tokens=tokens,
         vocab=int(dims["vocab_size"]),
+        tied=True,
     )
-    step = sharded_step_s(
-        model,
-        cluster,
-        int(row["micro_batch"]),
-        int(row["grad_accum"]),
-        recompute=row["act_ckpt"] == "True",
-        regather=row["sharding"] == "FULL_SHARD",
+    micro_batch, micro_batches = int(row["micro_batch"]), int(row["grad_accum"])
+    spec = one_task(
+        [model], batch=micro_batch * micro_batches * cluster.num_devices, recompute=row["act_ckpt"] == "True"
     )
-    per_sample = 6 * float(row["num_params"]) * model.tokens + 12 * model.layers * model.hidden * model.tokens**2
+    layout = Parallel(micro_batch=micro_batch, shard="parameters", keeps_gathered=row["sharding"] != "FULL_SHARD")
+    per_sample = 6 * float(row["num_params"]) * tokens + 12 * model.layers * hidden * tokens**2
     peak = PEAKS[row["gpu"]] * (2 if row["precision"] == "amp_fp8" else 1)
-    return per_sample * int(row["micro_batch"]) * int(row["grad_accum"]) / step / peak
+    return per_sample * micro_batch * micro_batches / cost(spec, cluster, layout).step_s / peak
 
 
 def mosaic_cluster(row: Row, device: Device | None = None) -> Cluster:
     """The cluster of a MosaicML row; FP8 doubles the peak of products, not of attention."""
     cluster = parse_cluster(f"{int(row['gpus']) // 8}x8:{GPU_TYPES[row['gpu']]}")
-    device = device or cluster.device
-    if row["precision"] == "amp_fp8":
-        device = replace(
-            device,
-            peak_flops=2 * device.peak_flops,
-            matmul_efficiency=_fp8_efficiency(),
-            attention_efficiency=device.attention_efficiency / 2,
-        )
-    return replace(cluster, device=device)
+    cluster = replace(cluster, device=device or cluster.device)
+    return on_peak(cluster, peak=2, efficiency=_fp8_efficiency()) if row["precision"] == "amp_fp8" else cluster
 
 
 def _fp8_efficiency() -> float:
@@ -202,15 +193,13 @@ def mosaicml() -> Section:
     lines: list[str] = []
     rows_held: list[Held] = []
     for gpu, name in GPU_TYPES.items():
+        halved = halves(mosaic_rows(gpu))
         fitted, held = (
-            errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half)
-            for half in halves(mosaic_rows(gpu))
+            [(predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half] for half in halved
         )
-        lines.append(f"{name}: fitted rows {fitted}")
-        out = halves(mosaic_rows(gpu))[1]
-        pairs = [(predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in out]
-        rows_held += held_rates(f"MosaicML {name}", map(_mosaic_name, out), pairs)
-        figures += both(f"MosaicML MFU, {name}, held-out rows", held, 0.10, 0.25, "3 constants, even rows")
+        lines.append(f"{name}: fitted rows {errors(fitted)}")
+        figures += both(f"MosaicML MFU, {name}, held-out rows", errors(held), 0.10, 0.25, "3 constants, even rows")
+        rows_held += held_rates(f"MosaicML {name}", map(_mosaic_name, halved[1]), held)
     rows = [row for row in read_table("mosaicml_llmfoundry_mfu") if row["precision"] == "amp_fp8"]
     eight_bit = errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in rows)
     figures += both("MosaicML MFU, H100 FP8", eight_bit, 0.10, 0.25, "nothing (bf16's constants)")
@@ -224,20 +213,20 @@ def _mosaic_name(row: Row) -> str:
 
 def layouts() -> Section:
     """LLaMA 13B to 65B in tensor, pipeline and data parallel layouts."""
-    runs, constants = read_runs(), Constants()
-    right = [(predict_bytes(run) > CAPACITY) == (run.step_s is None) for run in runs]
-    timed = [run for run in runs if run.step_s]
-    pairs = [(predict_step_s(run, constants), run.step_s or 0.0) for run in timed[1::2]]
-    held = errors(pairs)
-    hits, groups = best_is_among_first(runs, constants)
+    runs = read_runs()
+    predicted = [predict(run) for run in runs]
+    right = [fits(found) == (run.step_s is not None) for run, found in zip(runs, predicted, strict=True)]
+    timed = [(found.step_s, run.step_s) for run, found in zip(runs, predicted, strict=True) if run.step_s]
+    held = errors(timed[1::2])
+    hits, groups = best_is_among_first(runs, predicted)
     figures = (
         Figure(
-            "Aleph Alpha, out of memory against fits: right", sum(right) / len(right), -0.90, "2 constants, all rows"
+            "Aleph Alpha, out of memory against fits: right", sum(right) / len(right), -0.93, "2 constants, all rows"
         ),
-        Figure("Aleph Alpha, step time, held-out rows: mean error", held.mean, 0.15, "3 constants, even rows"),
-        Figure("Aleph Alpha, step time, held-out rows: largest error", held.largest, None, "3 constants, even rows"),
+        Figure("Aleph Alpha, step time, held-out rows: mean error", held.mean, 0.08, "5 constants, even rows"),
+        Figure("Aleph Alpha, step time, held-out rows: largest error", held.largest, None, "5 constants, even rows"),
         Figure("Aleph Alpha, best layout among the first five", hits / groups, -1.0, f"{hits} of {groups} sweeps"),
     )
-    names = [f"{run.group} {run.layout.tensor} x {run.layout.pipeline}, {run.kernel}" for run in timed[1::2]]
-    rows = held_seconds("Aleph Alpha", names, pairs)
+    names = [run.group for run in runs if run.step_s]
+    rows = held_seconds("Aleph Alpha", names[1::2], timed[1::2])
     return Section("Aleph Alpha: LLaMA layouts on A100", (), figures, rows)

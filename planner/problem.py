@@ -147,7 +147,7 @@ def _fitting_curve(metaop: MetaOp, cluster: Cluster, *, with_idle: bool) -> Curv
         least = min(layer_memory_bytes(metaop, n) for n in there)
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} needs {least / 2**30:.1f} GiB a device for one of its {metaop.layers} layers "
-            f"but {cluster.device.name!r} has {capacity / 2**30:.1f} GiB; "
+            f"but {cluster.device.name!r} has {capacity / 2**30:.1f} GiB for tensors; "
             "recompute activations, shard the optimiser, use more devices or a smaller batch"
         )
     return clean_curve(replace(metaop, layer_time_s=fitting), cluster.num_devices, with_idle=with_idle)

@@ -11,10 +11,11 @@ from spindle.cluster import Cluster
 
 LayerStyle = Literal["fused", "eager", "compiled"]
 Kernels = Literal["fused", "plain"]
+Attention = Literal["fused", "flash2", "fused_softmax", "plain"]
 GradientType = Literal["parameters", "float32"]
 
-EAGER_TRAFFIC = 3.5
-"""How many times the elementwise traffic of fused layers separate operators move: 17.5 passes over the products'
+EAGER_TRAFFIC = 3.1
+"""How many times the elementwise traffic of fused layers separate operators move: 15.7 passes over the products'
 operands beside 5, fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv."""
 EAGER_KERNELS = 9.0
 """Kernels a matrix product of eager PyTorch: a layer of a Hugging Face language model with seven products starts about
@@ -24,11 +25,18 @@ EAGER_LAUNCH = 2.7
 on the 54 ms of benchmarks/data/qwen35vl_4b_h200_step.csv that do not depend on the batch."""
 COMPILED_LAUNCH = 0.4
 """The same of compiled layers: one call starts them all, without Python in between. Not fitted."""
-PLAIN_UPDATE = 2.5
-"""How many times the bytes of a fused step an optimizer moves that runs an operation for each term: Adam's eleven
-operations read and write 28 times the parameter where the fused step does so 10 to 12 times. Counted, not fitted."""
+PLAIN_UPDATE = 2.9
+"""How many times the bytes of a fused step an optimizer moves that runs an operation for each term: AdamW's eight
+operations read or write 20 numbers a parameter where the fused one does seven. Counted, not fitted."""
 PLAIN_ATTENTION = 0.5
 """Share of `matmul_efficiency` that the two products of plain attention reach: they skip nothing under a mask."""
+FLASH2_ATTENTION = 0.7
+"""Share of the peak that FlashAttention 2 reaches on an A100 (its authors: up to 0.73); fitted with EAGER_TRAFFIC."""
+FUSED_NORM_TRAFFIC = 0.47
+"""What fused norms leave of the elementwise traffic of eager layers; fitted with EAGER_TRAFFIC."""
+PLAIN_NORM_COPIES, FUSED_NORM_COPIES = 10.0, 2.0
+"""Elements a hidden unit that the two RMS norms of a layer keep besides their inputs and outputs: separate operators
+keep float32 copies. Fitted on the out-of-memory rows of benchmarks/data/alephalpha_llama_a100_layouts.csv."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +45,9 @@ class Execution:
 
     layers       fused: norms, rotary embeddings and activations run as few kernels (Megatron, Apex, Liger);
                  eager: as PyTorch modules usually run; compiled: torch.compile or XLA
-    attention    fused: scores stay on the chip (FlashAttention, SDPA); plain: they are written to memory
+    norms        RMS norms as one kernel or as PyTorch operators; None: as the layers
+    attention    fused: scores stay on the chip (SDPA, FlashAttention 1); flash2: FlashAttention 2 or later, where it is
+                 quicker than what the device type says; fused_softmax, plain: scores are written to memory
     optimizer    fused: one pass over the states; plain: an operation for each term
     tf32         float32 matrix products run in TF32 (torch.backends.cuda.matmul.allow_tf32)
     gradients    type in which gradients are reduced: that of the parameters, or float32
@@ -45,7 +55,8 @@ class Execution:
     """
 
     layers: LayerStyle = "fused"
-    attention: Kernels = "fused"
+    norms: Kernels | None = None
+    attention: Attention = "fused"
     optimizer: Kernels = "fused"
     tf32: bool = True
     gradients: GradientType = "parameters"
@@ -62,16 +73,30 @@ def as_run(cluster: Cluster, execution: Execution) -> Cluster:
     if execution.layers == "eager":
         device = replace(
             device,
-            elementwise_traffic=device.eager_traffic or EAGER_TRAFFIC * device.elementwise_traffic,
+            elementwise_traffic=(device.eager_traffic or EAGER_TRAFFIC * device.elementwise_traffic)
+            * (FUSED_NORM_TRAFFIC if execution.norms == "fused" else 1.0),
             kernels_per_matmul=EAGER_KERNELS,
             launch_s=EAGER_LAUNCH * device.launch_s,
         )
     elif execution.layers == "compiled":
         device = replace(device, launch_s=COMPILED_LAUNCH * device.launch_s)
-    if execution.attention == "plain":
+    if execution.attention == "flash2":
+        device = replace(device, attention_efficiency=max(device.attention_efficiency, FLASH2_ATTENTION))
+    elif writes_scores(execution):
         device = replace(device, attention_efficiency=PLAIN_ATTENTION * device.matmul_efficiency)
     if not execution.tf32:
         device = replace(device, float32_rate=device.full_float32_rate)
     if not execution.overlap:
         device = replace(device, overlap_cost=max(device.overlap_cost, 1.0))
     return replace(cluster, device=device)
+
+
+def writes_scores(execution: Execution) -> bool:
+    """Whether attention writes its scores to memory."""
+    return execution.attention in ("plain", "fused_softmax")
+
+
+def norm_copies(execution: Execution) -> float:
+    """Elements a hidden unit that a gated layer's norms keep besides their inputs and outputs."""
+    plain = execution.norms == "plain" or (execution.norms is None and execution.layers == "eager")
+    return PLAIN_NORM_COPIES if plain else FUSED_NORM_COPIES

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from spindle.errors import FormatError, SpindleError, WorkloadError
+from spindle.execution import Execution
 from spindle.metagraph import MetaGraph
 from spindle.plan import SizeRange
 from spindle.pricing import Optimizer, Pricing
@@ -143,18 +144,25 @@ def source_of(
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
     """How a workload says that it is trained; `optimizer` makes its optimiser. An unknown one counts as AdamW."""
-    kind: Optimizer = "adamw"
-    if optimizer is not None:
-        import torch
+    import torch
 
+    kind: Optimizer = "adamw"
+    fused = False
+    if optimizer is not None:
         with _users_errors("optimizer"):
             made = optimizer([torch.nn.Parameter(torch.zeros(1))])
         sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"
         kind = {"Adam": "adam", "SGD": sgd}.get(type(made).__name__, kind)
+        fused = bool(made.defaults.get("fused"))
     return Pricing(
         optimizer=kind,
         shard_optimizer=workload.shard_optimizer,
         recomputed=tuple(sorted(workload.recompute)),
+        execution=Execution(
+            layers="eager",
+            optimizer="fused" if fused else "plain",
+            tf32=torch.get_float32_matmul_precision() != "highest",
+        ),
     )
 
 

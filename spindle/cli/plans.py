@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @SOURCE
 @CLUSTER
 @PROFILE
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="The cluster with another number of nodes.")
 @CALIBRATION
 @click.option(
     "--per-device-batch",
@@ -47,6 +48,7 @@ def plan(
     profile: str | None,
     calibration: str | None,
     per_device_batch: int | None,
+    nodes: int | None,
     output: str | None,
     method: str,
     time_limit_s: float | None,
@@ -63,6 +65,8 @@ def plan(
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
     spindle plan model.py:workload --start plan.json --pin vision=0-3
     """
+    from dataclasses import replace
+
     from spindle.api import plan_source, with_outlook
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
@@ -78,6 +82,7 @@ def plan(
     if cluster is None and source.endswith((".json", ".yaml", ".yml")):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     where = parse_cluster(named := cluster or _this_machine())
+    where = replace(where, nodes=nodes or where.nodes)
     measured = read(profile, Profile) if profile else None
     fitted = read(calibration, Calibration) if calibration else None
     with busy(f"reading {source}") as doing:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 from spindle.cost.roofline import chain_rows, num_scores, score_flops
+from spindle.execution import writes_scores
 from spindle.graph import Operator, Parameter
 from spindle.pricing import Pricing
 
@@ -19,6 +20,8 @@ STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 """Optimiser states for each trained parameter."""
 SCORE_BYTES = 5.0
 """Kept by plain attention for each score: softmax, dropout mask and result (Korthikanti et al. 2022)."""
+FUSED_SOFTMAX_KEEPS = 0.6
+"""Of that a fused softmax keeps its result only."""
 
 
 def chain_bytes(
@@ -60,7 +63,7 @@ def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float,
 
 def kept_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
     """Activations of the whole batch that wait for backward; with recompute the layers' inputs and one layer's all."""
-    kept = [_layer_bytes(operator, pricing) for operator in operators]
+    kept = [layer_bytes(operator, pricing) for operator in operators]
     if not pricing.recompute:
         return float(sum(kept))
     inputs = sum(min(operator.input_bytes, operator.activation_bytes) for operator in operators)
@@ -69,14 +72,16 @@ def kept_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
 
 def recomputed_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
     """Of the bytes kept, those of the whole batch that exist only while backward computes one layer again."""
-    return max(_layer_bytes(operator, pricing) for operator in operators) if pricing.recompute else 0.0
+    return max(layer_bytes(operator, pricing) for operator in operators) if pricing.recompute else 0.0
 
 
-def _layer_bytes(operator: Operator, pricing: Pricing) -> float:
+def layer_bytes(operator: Operator, pricing: Pricing) -> float:
     """What one layer keeps for backward; scores too where attention writes them."""
-    plain = pricing.execution.attention == "plain" and operator.activation_bytes
+    if not writes_scores(pricing.execution) or not operator.activation_bytes:
+        return float(operator.activation_bytes)
     rows = chain_rows([operator])
-    return operator.activation_bytes + (SCORE_BYTES * num_scores(operator, score_flops(operator, rows)) if plain else 0)
+    kept = SCORE_BYTES * (FUSED_SOFTMAX_KEEPS if pricing.execution.attention == "fused_softmax" else 1.0)
+    return operator.activation_bytes + kept * num_scores(operator, score_flops(operator, rows))
 
 
 def _distinct(operators: Sequence[Operator]) -> Iterator[Parameter]:

@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from spindle.cluster import Device
-from spindle.execution import USUAL, Execution
+from spindle.execution import USUAL, Execution, writes_scores
 from spindle.graph import BYTES_BY_DTYPE, Operator
 
 TILE = 128  # rows and columns of a result that one unit computes at a time (cuBLAS's and CUTLASS's usual choice)
 TAIL = 0.25  # of a round of tiles is lost on average in the last round, partly hidden by smaller tiles and split sums
-SCORE_PASSES = 14.0
+SCORE_PASSES = 12.0
 """Passes of forward over scores that plain attention writes to memory: fitted on half of the step times of
 benchmarks/data/alephalpha_llama_a100_layouts.csv."""
 USUAL_HEAD = 64  # width of a head where the kind does not say
-_HEADS = re.compile(r"a\d+/\d+x\d+")
+_HEADS, _CONTEXT, _TOKENS = (re.compile(text) for text in (r"a\d+/\d+x\d+", r"separate\d+", r"t\d+x\d+"))
 ATTENTION_BACKWARD = 2.5  # five products where forward has two (Dao et al. 2022)
 
 
@@ -79,22 +79,23 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False, e
     """
     words = operator.kind.split()
     repeats = _repeats(operator)
-    matrices = [p.shape for p in operator.parameters if len(p.shape) >= 2]
+    matrices = _matrices(operator)
     used = _rows_used(operator, rows)
-    linear = 2.0 * used * sum(map(prod, matrices)) * repeats
+    linear = 2.0 * used * sum(share * prod(shape) for shape, share in matrices) * repeats
     scores = score_flops(operator, rows)
     lookup = not operator.forward_flops
     itemsize = BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4
-    plain = execution.attention == "plain"
+    plain = writes_scores(execution)
+    passes_over = SCORE_PASSES * (0.5 if execution.attention == "fused_softmax" else 1.0)
     passes = _passes(operator, linear, scores)
     trainable = [p for p in operator.parameters if p.trainable and passes]
     return Work(
-        matmuls=tuple((used, shape[0], prod(shape[1:])) for shape in matrices) * repeats if used else (),
+        matmuls=tuple((used * share, shape[0], prod(shape[1:])) for shape, share in matrices) * repeats if used else (),
         attention_flops=scores * (0.5 if "causal" in words and not plain else 1.0),
         passes=passes,
         recompute=recompute,
         moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
-        score_bytes=SCORE_PASSES * itemsize * num_scores(operator, scores) if plain else 0.0,
+        score_bytes=passes_over * itemsize * num_scores(operator, scores) if plain else 0.0,
         update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
         itemsize=itemsize,
     )
@@ -104,16 +105,30 @@ def _repeats(operator: Operator) -> int:
     return next((int(word[1:]) for word in operator.kind.split() if word[0] == "r" and word[1:].isdigit()), 1)
 
 
+def _matrices(operator: Operator) -> list[tuple[tuple[int, ...], float]]:
+    """Shapes of its matrices, and how many rows each multiplies for one of the layer's: more or fewer where
+    cross-attention reads a context of another length.
+    """
+    words = operator.kind.split()
+    context = next((int(word[8:]) for word in words if _CONTEXT.fullmatch(word)), 0)
+    tokens = next((int(word[1:].partition("x")[0]) for word in words if _TOKENS.fullmatch(word)), 1)
+    return [
+        (p.shape, context / tokens if context and p.name.endswith("cross_kv") else 1.0)
+        for p in operator.parameters
+        if len(p.shape) >= 2
+    ]
+
+
 def _rows_used(operator: Operator, rows: float) -> float:
     """Rows that each matrix multiplies: `rows`, or fewer where the FLOPs do not allow that many."""
-    elements = sum(prod(p.shape) for p in operator.parameters if len(p.shape) >= 2)
+    elements = sum(share * prod(shape) for shape, share in _matrices(operator))
     multiplied = operator.forward_flops / _repeats(operator) / (2.0 * elements) if elements else 0.0
     return min(rows, multiplied) if rows else multiplied
 
 
 def score_flops(operator: Operator, rows: float) -> float:
     """FLOPs of forward that no matrix explains: attention scores and what is summed by them."""
-    elements = sum(prod(p.shape) for p in operator.parameters if len(p.shape) >= 2)
+    elements = sum(share * prod(shape) for shape, share in _matrices(operator))
     return max(operator.forward_flops - 2.0 * _rows_used(operator, rows) * elements * _repeats(operator), 0.0)
 
 
@@ -140,7 +155,7 @@ def chain_rows(operators: Sequence[Operator]) -> float:
 
 
 def time_operator(
-    work: Work, device: Device, *, data_parallel: int, tensor_parallel: int = 1, sequence_parallel: bool = True
+    work: Work, device: Device, *, data_parallel: float, tensor_parallel: int = 1, sequence_parallel: bool = True
 ) -> OperatorTime:
     """Seconds on each of data_parallel * tensor_parallel devices, communication left out.
 
@@ -171,7 +186,7 @@ def _rate_of(itemsize: int, device: Device) -> float:
 
 
 def _products(
-    work: Work, device: Device, data_parallel: int, tensor_parallel: int, sequence_parallel: bool
+    work: Work, device: Device, data_parallel: float, tensor_parallel: int, sequence_parallel: bool
 ) -> tuple[float, float]:
     """Seconds of forward's matrix products, and bytes that they and what stands between them move."""
     rate = device.peak_flops * device.matmul_efficiency * _rate_of(work.itemsize, device)

@@ -6,7 +6,7 @@
   cost model, which knows whether the kernel skips the masked half.
 - Activations kept for backward are those of a fused-attention layer: inputs of matrix products, of norms and of the
   activation function (after Korthikanti et al. 2022, without dropout masks and score matrices). Root-mean-square norms,
-  which gated layers use, are written in PyTorch operators and keep copies in float32 as well (`RMS_NORM_COPIES`).
+  which gated layers use, keep more where they are written in PyTorch operators (`spindle.execution.norm_copies`).
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,7 @@ from math import prod
 from typing import Literal
 
 from spindle.errors import WorkloadError
-
-RMS_NORM_COPIES = 10.0
-"""Elements of two bytes per hidden unit that the two norms of a gated layer keep beyond inputs and outputs: copies in
-float32. Fitted: with 20 bytes most published runs that ran out of memory are told from those that did not."""
+from spindle.execution import PLAIN_NORM_COPIES
 
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""
@@ -214,10 +211,12 @@ def _require_count(owner: str, label: str, count: int) -> None:
         raise WorkloadError(f"component {owner!r}: {label} is {count}; it must be at least one")
 
 
-def transformer_block(component: Transformer, *, context_tokens: int = 0, norm_copies: float | None = None) -> Block:
+def transformer_block(
+    component: Transformer, *, context_tokens: int = 0, norm_copies: float = PLAIN_NORM_COPIES
+) -> Block:
     """One layer of a Transformer whose (cross-)attention reads `context_tokens` tokens per instance besides its own.
 
-    `norm_copies`: elements per hidden unit that its norms keep besides inputs and outputs; None: by `gated`.
+    `norm_copies`: elements per hidden unit that the norms of a gated layer keep besides inputs and outputs.
     """
     c, rows = component, float(component.tokens * component.instances)
     inner, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -245,7 +244,7 @@ def transformer_block(component: Transformer, *, context_tokens: int = 0, norm_c
     # per token: two norm inputs and outputs, q k v, attention's output; up's output, activation (gate: product too)
     activation = (2 if c.gated else 1) * c.ffn + up
     frozen = rows * (2 * c.hidden + 2 * inner + 2 * kv + up)
-    copies = (RMS_NORM_COPIES if c.gated else 0.0) if norm_copies is None else norm_copies
+    copies = norm_copies if c.gated else 0.0
     boundary = rows * (4 + copies) * c.hidden
     cross = rows * (2 * c.hidden + 2 * inner) if c.cross_attention == "separate" else 0.0
     return Block(

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
-from spindle.execution import Execution, GradientType, Kernels, LayerStyle
+from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle
 from spindle.filemodels import StrictModel
 from spindle.formats import explain_validation
 from spindle.pricing import Optimizer
@@ -210,7 +210,8 @@ class _TaskModel(StrictModel):
 
 class _ExecutionModel(StrictModel):
     layers: LayerStyle = "fused"
-    attention: Kernels = "fused"
+    norms: Kernels | None = None
+    attention: Attention = "fused"
     optimizer: Kernels = "fused"
     tf32: bool = True
     gradients: GradientType = "parameters"

@@ -15,6 +15,7 @@ from itertools import combinations
 from math import prod
 
 from spindle.errors import WorkloadError
+from spindle.execution import norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
 from spindle.spec.blocks import (
     Component,
@@ -144,7 +145,7 @@ class _Builder:
         if c.vocab:
             self._add_table(c, self._tensor(f"{base}.embed", width, c))
             reads.append(f"{base}.embed")
-        block = transformer_block(c, context_tokens=context_tokens)
+        block = transformer_block(c, context_tokens=context_tokens, norm_copies=norm_copies(self.spec.execution))
         context = inputs if c.cross_attention != "none" else []
         for index in range(c.layers):
             last = index == c.layers - 1

@@ -89,6 +89,7 @@ def test_a_reduction_beside_backward_hides() -> None:
     st.booleans(),
     st.sampled_from(("cpu", "gpu")),
     st.lists(st.sampled_from((0.0, 0.1, 50.0)), min_size=7, max_size=7),
+    st.sampled_from((None, 0.02, 0.3)),
 )
 def test_both_models_of_a_step_agree(
     metagraph: MetaGraph,
@@ -99,10 +100,13 @@ def test_both_models_of_a_step_agree(
     sharded: bool,
     name: str,
     loads_s: list[float],
+    ports: float | None,
 ) -> None:
     """The planner's and the checker's, whatever the shares of forward, the cost of overlap, who keeps the optimiser's
-    states and what is loaded, in line or beside; a change is seen. The simulated trace ends with the step."""
+    states, what is loaded, in line or beside, and what the ports of a node carry; a change is seen. The simulated trace
+    ends with the step."""
     where = replace(where, device=replace(where.device, overlap_cost=overlap_cost, name=name))
+    where = replace(where, inter_node=replace(where.inter_node, node_bytes_per_s=ports))
     metaops = (
         replace(m, forward_fraction=fraction, layer_update_s=0.01 * layer, load_s=load_s)
         for layer, (m, fraction, load_s) in enumerate(zip(metagraph.metaops, fractions, loads_s, strict=False))

@@ -28,6 +28,21 @@ def test_a_reduction_is_a_ring_inside_and_between_nodes() -> None:
     assert reduce_s(NODES, 8.0, (0, 4)) == pytest.approx(2 * 0.5 * 8.0 / 0.1)
 
 
+def test_devices_of_a_node_share_its_ports() -> None:
+    """A node's four devices send 0.2 bytes a second together: half of 0.1 each. Eight bytes over two nodes pass each
+    port 2 * 7/8 times. Two groups of four share the ports: both messages are through after the time of their sum."""
+    shared = replace(NODES, inter_node=replace(NODES.inter_node, node_bytes_per_s=0.2))
+    assert reduce_s(shared, 8.0, tuple(range(8))) == pytest.approx(2 * 7 / 8 * 8.0 / 0.2)
+    assert reduce_s(shared, 8.0, (0, 4)) == pytest.approx(2 * 0.5 * 8.0 / 0.1)  # one device has its own rate
+    large, small = (0, 1, 4, 5), (2, 3, 6, 7)
+    done = schedule(shared, [(large, 8.0, 0.0), (small, 4.0, 0.0)])
+    assert [r.devices for r in done] == [large, small]
+    assert [r.end_s for r in done] == pytest.approx([1.5 * 8 / 0.2, 1.5 * 12 / 0.2])
+    inside = schedule(shared, [((0, 1), 8.0, 0.0), ((2, 3), 8.0, 0.0)])
+    assert [r.start_s for r in inside] == [0.0, 0.0]
+    assert [r.end_s for r in inside] == pytest.approx([8.0, 8.0])
+
+
 def test_shares_are_layers_held_by_the_same_slices() -> None:
     """a and b share two layers: layer 0 lives on devices 0-2, layer 1 on 0 and 1; c is updated but not reduced."""
     metagraph = graph(

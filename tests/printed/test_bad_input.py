@@ -86,7 +86,7 @@ METAGRAPHS: dict[str, tuple[Callable[[dict[str, Any]], object], int, str]] = {
     "a model that cannot fit": (
         of_tower(memory_bytes={"1": 1e15, "2": 1e15}),
         3,
-        "but 'a100-80g' has 80.0 GiB; recompute activations",
+        "but 'a100-80g' has 76.3 GiB for tensors; recompute activations",
     ),
     "more devices than there are": (
         of_tower(layer_time_s={"4": 0.1}, memory_bytes={}),

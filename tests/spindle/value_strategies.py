@@ -67,7 +67,13 @@ protocols = st.builds(
     in_network=st.booleans(),
     operation=st.sampled_from((None, "all_reduce", "broadcast")),
 )
-links = st.builds(Link, bytes_per_s=seconds, latency_s=amounts, protocols=st.lists(protocols, max_size=2).map(tuple))
+links = st.builds(
+    Link,
+    bytes_per_s=seconds,
+    latency_s=amounts,
+    protocols=st.lists(protocols, max_size=2).map(tuple),
+    node_bytes_per_s=st.one_of(st.none(), seconds),
+)
 devices = st.builds(
     Device,
     name=text,
@@ -75,6 +81,9 @@ devices = st.builds(
     peak_flops=seconds,
     memory_bytes_per_s=seconds,
     launch_s=amounts,
+    eager_traffic=amounts,
+    kernels_per_matmul=amounts,
+    full_float32_rate=seconds,
     parallel_units=counts,
 )
 clusters = st.builds(Cluster, nodes=counts, devices_per_node=counts, device=devices, intra_node=links, inter_node=links)
