@@ -33,7 +33,9 @@ from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster, parse_yaml
 from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
 from spindle.errors import SpindleWarning
+from spindle.plan import Plan
 from spindle.planner.report.compare import resized
+from spindle.pricing import Pricing
 from spindle.source import Source, spec_source
 from spindle.spec.batch import per_device
 from spindle.spec.file import read_workload
@@ -76,14 +78,26 @@ class Table:
     steps: tuple[MeasuredStep, ...]
     load: Loader
 
-    def fitted(self, steps: Sequence[MeasuredStep]) -> Calibration:
-        """The calibration on some of its steps."""
-        return make_calibration(self.load, self.cluster, steps)
+    def fitted(self, steps: Sequence[MeasuredStep]) -> Calibration | None:
+        """The calibration on some of its steps; None where calibrating warns that they are not of one program."""
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", SpindleWarning)
+            found = make_calibration(self.load, self.cluster, steps)
+        return None if warned else found
 
     def predicted_s(self, step: MeasuredStep, calibration: Calibration | None = None) -> float:
         """What `spindle plan --method sequential` says of a step."""
+        return self._solved(step, calibration)[0].expected_s
+
+    def of_one_program(self) -> list[MeasuredStep]:
+        """Its steps that fit memory in the way in which most of them do."""
+        ways = {step: self._solved(step)[1] for step in self.steps}
+        most = Counter(ways.values()).most_common(1)[0][0]
+        return [step for step, way in ways.items() if way == most]
+
+    def _solved(self, step: MeasuredStep, calibration: Calibration | None = None) -> tuple[Plan, Pricing]:
         where = resized(self.cluster, step.gpus)
-        return plan_source(self.load(step, where), where, calibration=calibration, method="sequential")[0].expected_s
+        return plan_source(self.load(step, where), where, calibration=calibration, method="sequential")
 
 
 def starvla_tables() -> list[Table]:
@@ -152,13 +166,9 @@ def calibrated_rows(*, is_quick: bool = False) -> Iterator[Row]:
 
 
 def left_out(table: Table, known: Sequence[MeasuredStep], others: Sequence[MeasuredStep]) -> Iterator[Row]:
-    """Steps of a table by a calibration on others of it; none where calibrating warns that the rows do not belong
-    together.
-    """
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always", SpindleWarning)
-        found = table.fitted(known)
-    if warned:
+    """Steps of a table by a calibration on others of it, where these are of one program."""
+    found = table.fitted(known)
+    if found is None:
         return
     for step in others:
         name = f"{step} (known: {'; '.join(map(str, known))})"
@@ -220,7 +230,8 @@ def profiled_rows() -> tuple[list[Row], list[Row]]:
 def factor_lines(*, is_quick: bool = False) -> Iterator[str]:
     """What a calibration on all rows of each table finds."""
     for table in (*starvla_tables(), *(() if is_quick else paper_tables())):
-        found = table.fitted(table.steps)
+        found = table.fitted(table.of_one_program())
+        assert found is not None, f"{table.name}: its rows of one program are not"
         open_ = {*found.undetermined, *(name for pair in found.inseparable for name in pair)}
         told = [f"{name}: {getattr(found, name):.4f}" for name in FACTORS if name not in open_]
         fields = ", ".join([f"table: '{table.name}'", *told])

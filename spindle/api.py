@@ -178,7 +178,7 @@ def with_outlook(
 def make_calibration(
     source: "Callable[[MeasuredStep, Cluster], Source] | Path | str",
     cluster: Cluster | str,
-    steps: Sequence[MeasuredStep],
+    steps: Sequence[MeasuredStep] | Path | str,
     *,
     profile: Profile | Path | str | None = None,
     method: str = "sequential",
@@ -186,12 +186,14 @@ def make_calibration(
     """Fit factors on computation, host and network, and a fixed part of each step, to steps that were measured.
 
     `source`: a spec, or file.py:workload, whose batches are scaled to each row's, or a function from a row and its
-    cluster to what ran. `method`: how it ran; by default data parallel on all devices, tasks in turn. Each row's
-    devices are full nodes of `cluster`, or a part of one. The calibration's rows carry its own prediction of each; its
-    `undetermined` and `inseparable` say what the rows leave open.
+    cluster to what ran. `steps`: rows, or a CSV file of them (gpus,per_gpu_batch,seconds_per_step). `method`: how it
+    ran; by default data parallel on all devices, tasks in turn. Each row's devices are full nodes of `cluster`, or a
+    part of one. The calibration's rows carry its own prediction of each; its `undetermined` and `inseparable` say what
+    the rows leave open.
 
     Raises ProfileError without rows, InfeasibleError when a row has no plan, and errors as `make_plan`.
     """
+    from spindle.calibrationfile import read_steps
     from spindle.clusterfile import parse_cluster
     from spindle.cost.measured import measured_links
     from spindle.errors import ProfileError
@@ -201,7 +203,8 @@ def make_calibration(
     from spindle.planner.report.compare import resized
     from spindle.source import on_batches
 
-    if not steps:
+    rows = read_steps(steps).rows if isinstance(steps, Path | str) else steps
+    if not rows:
         raise ProfileError("no measured step is given to calibrate on; give at least two")
     whole = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     measured = _read(profile, Profile)
@@ -220,7 +223,7 @@ def make_calibration(
 
         return Case(row, solve, costs)
 
-    found = calibrate_cases([case(row) for row in steps], whole.device.name)
+    found = calibrate_cases([case(row) for row in rows], whole.device.name)
     return replace(found, method=method, source="" if callable(source) else Path(source).name)
 
 

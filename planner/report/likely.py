@@ -7,7 +7,7 @@ from spindle.outlook import Gain, Moves, Proof
 from spindle.plan import Plan
 
 WIDTH = 100
-TITLES: Mapping[str, str] = {"host": "launch overhead", "network": "time of links", "batch": "batch"}
+TITLES: Mapping[str, str] = {"host": "launch overhead", "network": "link time", "batch": "batch"}
 
 
 def outlook_lines(plan: Plan, source: str = "SOURCE", cluster: str = "C") -> list[str]:
@@ -20,11 +20,9 @@ def outlook_lines(plan: Plan, source: str = "SOURCE", cluster: str = "C") -> lis
         return []
     lines = []
     if found.low_s < found.high_s:
-        lines += _folded(
-            "likely",
-            f"{_seconds(found.low_s)} to {_seconds(found.high_s)} a step: so near lay nine of ten held-out steps, with "
-            f"costs that were {found.source}",
-        )
+        ends = f"{_digits(found.low_s)} to {_digits(found.high_s)} s a step"
+        text = f"{ends} ({found.source} costs: nine of ten held-out steps lie in such a band)"
+        lines += _folded("likely", text)
     if found.gain is not None and found.gain.share > 0:
         lines += _folded("gain", _gain(found.gain, plan, source, cluster))
         lines += _folded("", _moves(found.gain.moves))
@@ -58,7 +56,7 @@ def _moves(moves: tuple[Moves, ...]) -> str:
         f"{TITLES[each.name]} {', '.join(_percent(value) for value in (each.half, each.as_is, each.double))} %"
         for each in moves
     ]
-    return f"when halved, as it is, doubled: {'; '.join(rows)}"
+    return f"with halved, same and doubled {'; '.join(rows)}"
 
 
 def _folded(title: str, text: str) -> list[str]:
@@ -78,11 +76,11 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def _seconds(value: float) -> str:
+def _digits(value: float) -> str:
     """Three digits.
 
-    >>> _seconds(0.8154), _seconds(1234.5)
-    ('0.815 s', '1230 s')
+    >>> _digits(0.8154), _digits(1234.5), _digits(2.0)
+    ('0.815', '1230', '2.00')
     """
-    text = f"{value:.3g}"
-    return f"{float(text):g} s" if "e" in text else f"{text} s"
+    text = f"{value:#.3g}"
+    return f"{float(text):g}" if "e" in text else text.removesuffix(".")

@@ -26,6 +26,8 @@ from spindle.formats import explain_validation
 BandSource = Literal["predicted", "calibrated", "profiled"]
 HELD_OUT = Path(__file__).parents[1] / "held_out.yaml"
 COVERS = 0.9
+FEW = 3  # calibrations that tell how far a factor moves
+UNKNOWN = 2.0  # times a factor, or part of it, that nobody has determined
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +139,13 @@ def pair_band() -> Band:
 
 @cache
 def factor_bands() -> Mapping[str, Band]:
-    """How far calibrations of published steps have moved each factor, taken either way."""
+    """How far calibrations of published steps have moved each factor, taken either way; where fewer than three have
+    determined it, it may be half or double.
+    """
     found: dict[str, Band] = {}
     for name in FACTORS:
         values = [value for row in held_out().factors if (value := getattr(row, name)) is not None]
-        most = max(max(value, 1 / value) for value in values) if values else 1.0
+        most = max(max(value, 1 / value) for value in values) if len(values) >= FEW else UNKNOWN
         found[name] = Band(1 / most, most)
     return found
 
