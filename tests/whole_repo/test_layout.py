@@ -80,9 +80,7 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_a_name_that_is_not_public() -> None:
-    with pytest.raises(
-        AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Calibration, Plan, Profile, "
-    ):
+    with pytest.raises(AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Calibration, Plan, "):
         spindle.plot  # noqa: B018
 
 
