@@ -17,6 +17,7 @@ from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.price import price
 from spindle.spec.graph import build_graph
 
+ALEPH_ALPHA = "Aleph Alpha"
 GPU_TYPES = {"h100_80gb": "h100-80g", "a100_80gb": "a100-80g", "a100_40gb": "a100-40g"}
 PEAKS = {"h100_80gb": 989e12, "a100_80gb": 312e12, "a100_40gb": 312e12}
 
@@ -228,5 +229,5 @@ def layouts() -> Section:
         Figure("Aleph Alpha, best layout among the first five", hits / groups, -1.0, f"{hits} of {groups} sweeps"),
     )
     names = [run.group for run in runs if run.step_s]
-    rows = held_seconds("Aleph Alpha", names[1::2], timed[1::2])
+    rows = held_seconds(ALEPH_ALPHA, names[1::2], timed[1::2])
     return Section("Aleph Alpha: LLaMA layouts on A100", (), figures, rows)
