@@ -110,15 +110,20 @@ def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
     loaded = load_source(source)
     if loaded.spec is not None:
         return lambda row, _: load_source(source, per_device=(row.per_gpu_batch, row.gpus))
+    if not all(metaop.operators for metaop in loaded.metagraph):
+        raise FormatError(
+            f"{source}: a MetaGraph tells times and no batch, so measured steps cannot be set beside it; calibrate on the "
+            "spec or the model that it came from"
+        )
     total = sum({op.task: op.batch_size for metaop in loaded.metagraph for op in metaop.operators}.values())
 
     def scaled(row: "MeasuredStep", where: "Cluster") -> Source:
         samples = row.gpus * row.per_gpu_batch
-        found = scaled_source(loaded, Fraction(samples, total)) if total else None
+        found = scaled_source(loaded, Fraction(samples, total))
         if found is None:
             raise FormatError(
-                f"{source}: {row} are {samples} samples a step, and its batches of {total or 'unknown'} in all do not "
-                "scale to so many; measure steps of a whole multiple, or write a spec (.yaml) of the workload"
+                f"{source}: {row} are {samples} samples a step, and its batches of {total} in all do not scale to so "
+                "many (whole batches, of samples that are alike); measure steps of other batches, or write a spec (.yaml)"
             )
         return found
 

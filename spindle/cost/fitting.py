@@ -4,8 +4,7 @@
   with differences for derivatives, each halved until it helps.
 - A mild prior holds logarithms of factors near 0 and the fixed part of a step small (`PRIOR`), so that two rows
   determine four constants: what they say nothing about stays at 1.
-- What rows cannot say by their design is not fitted: rows of one number of devices say nothing about the network, and
-  of a single row all goes to computation.
+- What rows cannot say by their design is not fitted: rows of one number of devices say nothing about the network.
 - A constant is undetermined when it is not fitted, or all of its prior moves the rows by less than their error; two are
   inseparable when they move all rows alike.
 """
@@ -87,9 +86,7 @@ def fit_steps(rows: Sequence[MeasuredStep], predict: Predict, start: Calibration
 
 
 def _fitted(rows: Sequence[MeasuredStep]) -> tuple[int, ...]:
-    """Numbers of the constants that rows with these devices and batches can say anything about."""
-    if len(rows) == 1:
-        return (0,)
+    """Numbers of the constants that rows on these numbers of devices can say anything about."""
     return (0, 1, 2, 3) if len({row.gpus for row in rows}) > 1 else (0, 1, 3)
 
 

@@ -1,6 +1,7 @@
 """Fitting constants to steps: what determines them is found, what does not stays at 1 and is named."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -63,10 +64,12 @@ def test_one_number_of_devices_says_nothing_about_the_network() -> None:
     assert "network" in found.undetermined
 
 
-def test_one_row_goes_to_computation() -> None:
-    found = fitted(Calibration(device="d", compute=1.5), [(8, 16)])
-    assert found.undetermined == ("host", "network", "step_s")
-    assert (found.host, found.network, found.step_s) == (1.0, 1.0, 0.0)
+@pytest.mark.parametrize("truth", [{"compute": 1.5}, {"host": 4.0}, {"step_s": 0.5}], ids=str)
+def test_one_row_is_met_and_tells_nothing_apart(truth: dict[str, float]) -> None:
+    """What is off goes to all that could be."""
+    found = fitted(replace(START, **truth), [(8, 8)])  # type: ignore[arg-type]
+    assert found.undetermined == ("network",)
+    assert found.inseparable == (("compute", "host"), ("compute", "step_s"), ("host", "step_s"))
     assert abs(found.rows[0].error) < 3 * ROW
 
 

@@ -8,7 +8,7 @@ import pytest
 from spindle.calibration import Calibration
 from spindle.formats import read
 from tests.printed.conftest import Spindle
-from tests.printed.samples import SPEC
+from tests.printed.samples import METAGRAPH, MODEL, SPEC
 
 HEAD = "gpus,per_gpu_batch,seconds_per_step"
 
@@ -95,6 +95,21 @@ def test_only_specs_are_scaled(folder: Path, spindle_command: Spindle, source: s
     done = spindle_command("plan", source, "--cluster", "1x2", "--per-device-batch", "4")
     assert done.code == 2
     assert f"{source}: its batches cannot be scaled to 4 samples a device, only those of a spec (.yaml) can" in done.err
+
+
+def test_a_model_is_scaled_too(folder: Path, spindle_command: Spindle) -> None:
+    """Operator by operator; rows of no whole batch are refused, and a MetaGraph, of whose batch nothing is known."""
+    (folder / "model.py").write_text(MODEL)
+    (folder / "graph.json").write_text(json.dumps(METAGRAPH))
+    (folder / "measured.csv").write_text(f"{HEAD}\n1,4,0.001\n2,4,0.0015\n")
+    found = json.loads(
+        spindle_command("calibrate", "model.py", "-c", "1x2:cpu", "--steps", "measured.csv", "--json").out
+    )
+    assert found["device"] == "cpu"
+    assert all(abs(row["predicted_s"] / row["seconds"] - 1) < 0.05 for row in found["rows"])
+    done = spindle_command("calibrate", "graph.json", "-c", "1x2:cpu", "--steps", "measured.csv")
+    assert done.code == 2
+    assert "graph.json: a MetaGraph tells times and no batch, so measured steps cannot be set beside it" in done.err
 
 
 TWO = SPEC.replace("contrastive}", "mse}\n  other: {batch_size: 4, flow: [ear]}")
