@@ -112,8 +112,8 @@ def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
         return lambda row, _: load_source(source, per_device=(row.per_gpu_batch, row.gpus))
     if not all(metaop.operators for metaop in loaded.metagraph):
         raise FormatError(
-            f"{source}: a MetaGraph tells times and no batch, so measured steps cannot be set beside it; calibrate on the "
-            "spec or the model that it came from"
+            f"{source}: a MetaGraph tells times and no batch, so measured steps cannot be set beside it; calibrate on "
+            "the spec or the model that it came from"
         )
     total = sum({op.task: op.batch_size for metaop in loaded.metagraph for op in metaop.operators}.values())
 
@@ -123,7 +123,7 @@ def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
         if found is None:
             raise FormatError(
                 f"{source}: {row} are {samples} samples a step, and its batches of {total} in all do not scale to so "
-                "many (whole batches, of samples that are alike); measure steps of other batches, or write a spec (.yaml)"
+                "many (whole batches, of samples that are alike); measure steps of other batches, or write a spec"
             )
         return found
 
