@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from cost_layouts import best_is_among_first, fits, predict, read_runs
 from cost_runs import cost, language_model, on_peak, one_task
-from cost_tables import Errors, Figure, Row, errors, halves, read_table
+from cost_tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
 
 from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
@@ -17,17 +17,19 @@ from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.price import price
 from spindle.spec.graph import build_graph
 
+ALEPH_ALPHA = "Aleph Alpha"
 GPU_TYPES = {"h100_80gb": "h100-80g", "a100_80gb": "a100-80g", "a100_40gb": "a100-40g"}
 PEAKS = {"h100_80gb": 989e12, "a100_80gb": 312e12, "a100_40gb": 312e12}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, lines that explain, and judged figures."""
+    """A heading, lines that explain, judged figures, and rows that nothing was fitted on."""
 
     title: str
     lines: tuple[str, ...]
     figures: tuple[Figure, ...]
+    held: tuple[Held, ...] = ()
 
 
 def both(name: str, found: Errors, mean: float | None, largest: float | None, fitted_on: str) -> tuple[Figure, Figure]:
@@ -189,18 +191,25 @@ def mosaic_rows(gpu: str) -> list[Row]:
 def mosaicml() -> Section:
     """FSDP training of MPT models: three constants per GPU type, fitted on even rows."""
     figures: list[Figure] = []
-    lines = []
+    lines: list[str] = []
+    rows_held: list[Held] = []
     for gpu, name in GPU_TYPES.items():
+        halved = halves(mosaic_rows(gpu))
         fitted, held = (
-            errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half)
-            for half in halves(mosaic_rows(gpu))
+            [(predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in half] for half in halved
         )
-        lines.append(f"{name}: fitted rows {fitted}")
-        figures += both(f"MosaicML MFU, {name}, held-out rows", held, 0.10, 0.25, "3 constants, even rows")
+        lines.append(f"{name}: fitted rows {errors(fitted)}")
+        figures += both(f"MosaicML MFU, {name}, held-out rows", errors(held), 0.10, 0.25, "3 constants, even rows")
+        rows_held += held_rates(f"MosaicML {name}", map(_mosaic_name, halved[1]), held)
     rows = [row for row in read_table("mosaicml_llmfoundry_mfu") if row["precision"] == "amp_fp8"]
     eight_bit = errors((predict_mfu(row, mosaic_cluster(row)), float(row["mfu_pct"]) / 100) for row in rows)
     figures += both("MosaicML MFU, H100 FP8", eight_bit, 0.10, 0.25, "nothing (bf16's constants)")
-    return Section("MosaicML: FSDP of MPT 125M to 70B, 8 to 512 GPUs", tuple(lines), tuple(figures))
+    title = "MosaicML: FSDP of MPT 125M to 70B, 8 to 512 GPUs"
+    return Section(title, tuple(lines), tuple(figures), tuple(rows_held))
+
+
+def _mosaic_name(row: Row) -> str:
+    return f"{row['model']}, {row['seq_len']} tokens, {row['gpus']} GPUs, micro-batch {row['micro_batch']}"
 
 
 def layouts() -> Section:
@@ -219,4 +228,6 @@ def layouts() -> Section:
         Figure("Aleph Alpha, step time, held-out rows: largest error", held.largest, None, "5 constants, even rows"),
         Figure("Aleph Alpha, best layout among the first five", hits / groups, -1.0, f"{hits} of {groups} sweeps"),
     )
-    return Section("Aleph Alpha: LLaMA layouts on A100", (), figures)
+    names = [run.group for run in runs if run.step_s]
+    rows = held_seconds(ALEPH_ALPHA, names[1::2], timed[1::2])
+    return Section("Aleph Alpha: LLaMA layouts on A100", (), figures, rows)

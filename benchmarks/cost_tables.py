@@ -56,6 +56,25 @@ class Figure:
         return f"{self.name:<62} {self.value:>7.1%}  {limit:>8} {verdict:<7} {self.fitted_on}"
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row that nothing was fitted on: measured over predicted seconds of its step."""
+
+    table: str
+    row: str
+    ratio: float
+
+
+def held_rates(table: str, names: Iterable[str], pairs: Iterable[tuple[float, float]]) -> tuple[Held, ...]:
+    """Of (predicted, measured) rates: what is done in a second."""
+    return tuple(Held(table, n, predicted / measured) for n, (predicted, measured) in zip(names, pairs, strict=True))
+
+
+def held_seconds(table: str, names: Iterable[str], pairs: Iterable[tuple[float, float]]) -> tuple[Held, ...]:
+    """Of (predicted, measured) seconds."""
+    return tuple(Held(table, n, measured / predicted) for n, (predicted, measured) in zip(names, pairs, strict=True))
+
+
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Rows with even and with odd number, counted from 0: fitted on, and held out."""
     return list(rows[::2]), list(rows[1::2])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cost_runs import cost, language_model, one_task
 from cost_sections import Section, both
-from cost_tables import Figure, Row, errors, read_table
+from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_table
 
 from spindle.clusterfile import parse_cluster
 from spindle.cost.parallel import Parallel
@@ -104,7 +104,11 @@ def _line(name: str, predicted: float, measured: float) -> str:
 
 def _unfitted(name: str, title: str, lines: list[str], pairs: list[tuple[float, float]]) -> Section:
     figures = both(name, errors(pairs), None, 0.35, "nothing here")
-    return Section(title, tuple(lines), figures)
+    return Section(title, tuple(lines), figures, held_rates(name, map(_name, lines), pairs))
+
+
+def _name(line: str) -> str:
+    return line.partition("predicted")[0].strip()
 
 
 # Frozen parts --------------------------------------------------------------------------------------------------------
@@ -184,7 +188,8 @@ def megatron() -> Section:
         *both("Megatron-LM on A100, TFLOP/s", errors(found["A100"]), None, None, "nothing here"),
         *both("Megatron-Core on H100, TFLOP/s", errors(found["H100"]), None, None, "nothing here"),
     )
-    return Section("Megatron weak scaling, TFLOP/s a GPU", tuple(lines), figures)
+    held = held_rates("Megatron", map(_name, lines), [*found["A100"], *found["H100"]])
+    return Section("Megatron weak scaling, TFLOP/s a GPU", tuple(lines), figures, held)
 
 
 def _megatron_row(row: Row, kind: str, tokens: int, vocab: int) -> tuple[float, float]:
@@ -226,7 +231,8 @@ def paper_workloads(folder: Path) -> Section:
     figures = both(
         "Paper's workloads, sequential", errors(pairs), 0.15, 0.25, "nothing; batches assumed to fit 45 % MFU on 8"
     )
-    return Section("The paper's workloads, run sequentially", tuple(lines), figures)
+    held = held_seconds("Spindle paper", map(_name, lines), pairs)
+    return Section("The paper's workloads, run sequentially", tuple(lines), figures, held)
 
 
 def sequential_s(spec: WorkloadSpec, folder: Path, gpus: int) -> float:

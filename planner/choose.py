@@ -112,6 +112,8 @@ def _alternatives(
     """Those of each memory choice. Where a workload wants its states sharded, some alternatives do not, so they are
     priced without that too.
     """
+    if any(m.layer_time_s[0][0] > cluster.num_devices for m in priced[0][1].metagraph):
+        return ()  # nothing runs on so few devices; the plan says so
     known = dict(priced)
     for choice, graph in priced:
         if choice.shard_optimizer and any(metaop.operators for metaop in graph.metagraph):

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from spindle.api import TrainResult as TrainResult
     from spindle.api import export as export
     from spindle.api import load_checkpoint as load_checkpoint
+    from spindle.api import make_calibration as make_calibration
     from spindle.api import make_metagraph as make_metagraph
     from spindle.api import make_plan as make_plan
     from spindle.api import make_profile as make_profile
     from spindle.api import train as train
     from spindle.api import verify as verify
     from spindle.batch import per_sample as per_sample
+    from spindle.calibration import Calibration as Calibration
     from spindle.errors import SpindleError as SpindleError
     from spindle.plan import Plan as Plan
     from spindle.profile import Profile as Profile
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_BY_NAME = {
+    "Calibration": "spindle.calibration",
     "Plan": "spindle.plan",
     "Profile": "spindle.profile",
     "SpindleError": "spindle.errors",
@@ -31,6 +34,7 @@ _HOME_BY_NAME = {
     "Workload": "spindle.workload",
     "export": "spindle.api",
     "load_checkpoint": "spindle.api",
+    "make_calibration": "spindle.api",
     "make_metagraph": "spindle.api",
     "make_plan": "spindle.api",
     "make_profile": "spindle.api",
@@ -40,6 +44,7 @@ _HOME_BY_NAME = {
 }
 
 __all__ = [
+    "Calibration",
     "Plan",
     "Profile",
     "SpindleError",
@@ -48,6 +53,7 @@ __all__ = [
     "__version__",
     "export",
     "load_checkpoint",
+    "make_calibration",
     "make_metagraph",
     "make_plan",
     "make_profile",

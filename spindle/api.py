@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from spindle.calibration import Calibration, MeasuredStep, calibrated
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, laid_out
+from spindle.plan import Plan, laid_out, with_fixed
 from spindle.pricing import Pricing
 from spindle.profile import Profile
 from spindle.trace import Trace
@@ -38,6 +39,7 @@ def make_plan(
     cluster: Cluster | str,
     *,
     profile: Profile | Path | str | None = None,
+    calibration: Calibration | Path | str | None = None,
     method: str = "auto",
     time_limit_s: float | None = None,
     start: Plan | Path | str | None = None,
@@ -48,7 +50,8 @@ def make_plan(
     Where batches of a workload differ in size, some dozens of them are read, and the plan is for their mean.
 
     `cluster`: a Cluster, `"4x8"`, `"4x8:a100-80g"` or a YAML file. `profile`: measured times, or the file that holds
-    them; without it times are predicted from the architecture. `start`: a former plan, of a workload with other tasks
+    them; without it times are predicted from the architecture. `calibration`: factors that were fitted on measured
+    steps (`make_calibration`), or the file that holds them. `start`: a former plan, of a workload with other tasks
     for instance, to begin from, which takes a fraction of the time. `pins`: devices by name of a MetaOp or component,
     which then runs on exactly these. Raises InfeasibleError when nothing fits.
     """
@@ -57,9 +60,18 @@ def make_plan(
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     source = Source(workload, Pricing(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
-    former = _plan(start)
-    measured = _profile(profile)
-    return plan_source(source, where, measured, method=method, time_limit_s=time_limit_s, start=former, pins=pins)[0]
+    measured, fitted = _read(profile, Profile), _read(calibration, Calibration)
+    plan, pricing = plan_source(
+        source,
+        where,
+        measured,
+        calibration=fitted,
+        method=method,
+        time_limit_s=time_limit_s,
+        start=_read(start, Plan),
+        pins=pins,
+    )
+    return with_outlook(plan, source, pricing, profile=measured, calibration=fitted)
 
 
 def plan_source(
@@ -67,6 +79,7 @@ def plan_source(
     cluster: Cluster,
     profile: Profile | None = None,
     *,
+    calibration: Calibration | None = None,
     method: str = "auto",
     time_limit_s: float | None = None,
     aligned: bool = False,
@@ -79,6 +92,7 @@ def plan_source(
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
+    from spindle.cost.style import style_of
     from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
     from spindle.planner.report.rates import work_of
@@ -103,13 +117,18 @@ def plan_source(
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
-    cluster = as_run(cluster, source.pricing.execution)
+    pricing = source.pricing
+    if profile is not None:
+        pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
+    cluster = as_run(cluster, pricing.execution)
+    if calibration is not None:
+        cluster = calibrated(cluster, calibration)
     plan, pricing = solve_fitting(
         source.metagraph,
         cluster,
         solved,
         profile=profile,
-        pricing=source.pricing,
+        pricing=pricing,
         steps=source.steps,
         is_mean=source.is_mean,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
@@ -122,7 +141,94 @@ def plan_source(
         sizes=source.sizes,
         work=work_of(source.metagraph),
     )
-    return plan, pricing
+    return with_fixed(plan, calibration.step_s) if calibration else plan, pricing
+
+
+def with_outlook(
+    plan: Plan,
+    source: "Source",
+    pricing: Pricing,
+    *,
+    profile: Profile | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """The plan with how sure its step and its gain are; it is costed again some twenty times, and not searched."""
+    from fractions import Fraction
+
+    from spindle.planner.recost import Costs
+    from spindle.planner.report.outlook import outlook_of
+    from spindle.source import scaled_source
+
+    assert plan.cluster is not None, "a plan that was made just now carries its cluster"
+
+    def costs(source: "Source") -> Costs:
+        assert plan.cluster is not None
+        return Costs(source.metagraph, plan.cluster, pricing, profile, source.steps, source.is_mean)
+
+    def on_batches(factor: Fraction) -> Costs | None:
+        other = scaled_source(source, factor)
+        return costs(other) if other else None
+
+    found = outlook_of(
+        plan,
+        costs(source),
+        on_batches,
+        calibration=calibration,
+        can_profile=source.executable and any(metaop.operators for metaop in source.metagraph),
+    )
+    return replace(plan, outlook=found)
+
+
+def make_calibration(
+    source: "Callable[[MeasuredStep, Cluster], Source] | Path | str",
+    cluster: Cluster | str,
+    steps: Sequence[MeasuredStep] | Path | str,
+    *,
+    profile: Profile | Path | str | None = None,
+    method: str = "sequential",
+) -> Calibration:
+    """Fit factors on computation, host and network, and a fixed part of each step, to steps that were measured.
+
+    `source`: a spec, or file.py:workload, whose batches are scaled to each row's, or a function from a row and its
+    cluster to what ran. `steps`: rows, or a CSV file of them (gpus,per_gpu_batch,seconds_per_step). `method`: how it
+    ran; by default data parallel on all devices, tasks in turn. Each row's devices are full nodes of `cluster`, or a
+    part of one. The calibration's rows carry its own prediction of each; its `undetermined` and `inseparable` say what
+    the rows leave open.
+
+    Raises ProfileError without rows, InfeasibleError when a row has no plan, and errors as `make_plan`.
+    """
+    from spindle.calibrationfile import read_steps
+    from spindle.clusterfile import parse_cluster
+    from spindle.cost.measured import measured_links
+    from spindle.errors import ProfileError
+    from spindle.execution import as_run
+    from spindle.planner.calibrate import Case, calibrate_cases
+    from spindle.planner.recost import Costs
+    from spindle.planner.report.compare import resized
+    from spindle.source import on_batches
+
+    rows = read_steps(steps).rows if isinstance(steps, Path | str) else steps
+    if not rows:
+        raise ProfileError("no measured step is given to calibrate on; give at least two")
+    whole = parse_cluster(cluster) if isinstance(cluster, str) else cluster
+    measured = _read(profile, Profile)
+    load = source if callable(source) else on_batches(str(source))
+
+    def case(row: MeasuredStep) -> Case:
+        where = resized(whole, row.gpus)
+        loaded = load(row, where)
+        linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
+
+        def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
+            return plan_source(loaded, where, measured, calibration=calibration, method=method)
+
+        def costs(pricing: Pricing) -> Costs:
+            return Costs(loaded.metagraph, linked, pricing, measured, loaded.steps, loaded.is_mean)
+
+        return Case(row, solve, costs)
+
+    found = calibrate_cases([case(row) for row in rows], whole.device.name)
+    return replace(found, method=method, source="" if callable(source) else Path(source).name)
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:
@@ -178,20 +284,17 @@ def make_profile(
     )
 
 
-def _plan(plan: Plan | Path | str | None) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
+ReadT = TypeVar("ReadT", Plan, Profile, Calibration)
+
+
+def _read(value: ReadT | Path | str | None, kind: type[ReadT]) -> ReadT | None:
+    """A value as it is, or the file that holds it."""
+    if value is None or isinstance(value, kind):
+        return value
     from spindle.formats import read
 
-    return read(plan, Plan)
-
-
-def _profile(profile: Profile | Path | str | None) -> Profile | None:
-    if profile is None or isinstance(profile, Profile):
-        return profile
-    from spindle.formats import read
-
-    return read(profile, Profile)
+    assert isinstance(value, Path | str)
+    return read(value, kind)
 
 
 def verify(

@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from spindle.calibration import Calibration, Constant, MeasuredStep
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import (
     Alternative,
     Certificate,
@@ -238,6 +240,36 @@ class _StepWorkModel(_JsonModel):
     flops: float = 0.0
 
 
+class _MovesModel(_JsonModel):
+    name: str
+    half: float | None = None
+    as_is: float
+    double: float | None = None
+
+
+class _GainModel(_JsonModel):
+    baseline: str
+    share: float
+    low: float
+    high: float
+    weakest: str = ""
+    proof: Proof = ""
+    moves: tuple[_MovesModel, ...] = ()
+
+    def value(self) -> Gain:
+        return Gain(**{**dict(self), "moves": tuple(Moves(**dict(each)) for each in self.moves)})
+
+
+class _OutlookModel(_JsonModel):
+    source: str
+    low_s: float
+    high_s: float
+    gain: _GainModel | None = None
+
+    def value(self) -> Outlook:
+        return Outlook(**{**dict(self), "gain": self.gain.value() if self.gain else None})
+
+
 class PlanModel(_JsonModel):
     """A plan file."""
 
@@ -264,6 +296,8 @@ class PlanModel(_JsonModel):
     sizes: tuple[_SizeRangeModel, ...] = ()
     alternatives: tuple[_AlternativeModel, ...] = ()
     work: _StepWorkModel | None = None
+    fixed_s: float = 0.0
+    outlook: _OutlookModel | None = None
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -287,6 +321,7 @@ class PlanModel(_JsonModel):
             "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
             "alternatives": tuple(Alternative(**dict(other)) for other in self.alternatives),
             "work": StepWork(**dict(self.work)) if self.work else None,
+            "outlook": self.outlook.value() if self.outlook else None,
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)
@@ -344,6 +379,40 @@ class ProfileModel(_JsonModel):
         links = tuple(LinkEntry(**dict(entry)) for entry in self.links)
         loads = tuple(LoadEntry(**dict(entry)) for entry in self.loads)
         return Profile(self.device, tuple(sorted(self.versions.items())), entries, links, loads)
+
+
+class _MeasuredStepModel(_JsonModel):
+    gpus: int
+    per_gpu_batch: int
+    seconds: float
+    predicted_s: float = 0.0
+
+
+class CalibrationModel(_JsonModel):
+    """A calibration file."""
+
+    format: Literal["spindle.calibration"] = "spindle.calibration"
+    version: Literal[1] = 1
+    device: str
+    compute: float = 1.0
+    host: float = 1.0
+    network: float = 1.0
+    step_s: float = 0.0
+    source: str = ""
+    method: str = ""
+    rows: tuple[_MeasuredStepModel, ...] = ()
+    undetermined: tuple[Constant, ...] = ()
+    inseparable: tuple[tuple[Constant, Constant], ...] = ()
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "CalibrationModel":
+        """The model of a value."""
+        return cls.model_validate(calibration)
+
+    def value(self) -> Calibration:
+        """The value, checked."""
+        fields = {name: value for name, value in self if name not in ("format", "version")}
+        return Calibration(**{**fields, "rows": tuple(MeasuredStep(**dict(row)) for row in self.rows)})
 
 
 class _SpanModel(_JsonModel):

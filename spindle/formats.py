@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from spindle.calibration import Calibration
 from spindle.errors import FormatError, InputError
-from spindle.filemodels import MetaGraphModel, PlanModel, ProfileModel, TraceModel
+from spindle.filemodels import CalibrationModel, MetaGraphModel, PlanModel, ProfileModel, TraceModel
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.profile import Profile
 from spindle.trace import Trace
 
-Value = MetaGraph | Plan | Profile | Trace
-ValueT = TypeVar("ValueT", MetaGraph, Plan, Profile, Trace)
+Value = MetaGraph | Plan | Profile | Trace | Calibration
+ValueT = TypeVar("ValueT", MetaGraph, Plan, Profile, Trace, Calibration)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,12 +35,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_Models = type[MetaGraphModel] | type[PlanModel] | type[ProfileModel] | type[TraceModel]
+_Models = type[MetaGraphModel] | type[PlanModel] | type[ProfileModel] | type[TraceModel] | type[CalibrationModel]
 _MODEL_BY_TYPE: Mapping[type, _Models] = {
     MetaGraph: MetaGraphModel,
     Plan: PlanModel,
     Profile: ProfileModel,
     Trace: TraceModel,
+    Calibration: CalibrationModel,
 }
 _MODEL_BY_FORMAT: Mapping[str, _Models] = {
     str(model.model_fields["format"].default): model for model in _MODEL_BY_TYPE.values()

@@ -14,6 +14,7 @@ from typing import Literal
 from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
+from spindle.outlook import Outlook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +241,8 @@ class Plan:
     sizes             of the batches that it was made for
     alternatives      what people would use instead, in the same cost model; () where they were not costed
     work              what a step does; None: not known
+    fixed_s           of each step, of this plan and of the usual ways alike: what a calibration adds (data, logging)
+    outlook           how sure the prediction is; None where nobody has asked
     """
 
     num_devices: int
@@ -264,12 +267,16 @@ class Plan:
     sizes: tuple[SizeRange, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     work: StepWork | None = None
+    fixed_s: float = 0.0
+    outlook: Outlook | None = None
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
             raise PlanError(
                 f"the plan names {self.num_devices} devices, {self.devices_per_node} a node; both are at least 1"
             )
+        if not 0 <= self.fixed_s < float("inf"):
+            raise PlanError(f"the plan adds {self.fixed_s!r} s to each step; give seconds, zero or more")
         if not self.waves:
             raise PlanError("the plan has no waves; plan a workload with at least one MetaOp")
 
@@ -311,14 +318,16 @@ class Plan:
         """Seconds of what is compared, by name: of the alternatives that fit and of the paper's planner; where none
         were costed, of the other methods.
         """
-        methods = self.baseline_steps_s if self.compared == "step" else self.baselines_s
+        if self.compared == "makespan":
+            return self.baselines_s
+        steps = self.baseline_steps_s
         if self.compared == "mean step":
             assert self.spread is not None
-            methods = self.spread.baselines_s
-        if not self.alternatives or self.compared == "makespan":
-            return methods
-        others = ((other.name, other.step_s) for other in self.alternatives if other.fits)
-        return (*others, *(pair for pair in methods if pair[0] == "paper"))
+            steps = self.spread.baselines_s
+        if self.alternatives:
+            others = ((other.name, other.step_s) for other in self.alternatives if other.fits)
+            steps = (*others, *(pair for pair in steps if pair[0] == "paper"))
+        return steps
 
     @property
     def compared_s(self) -> float:
@@ -380,3 +389,26 @@ def without_operators(metagraph: MetaGraph) -> MetaGraph:
 def sorted_pairs(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     """A mapping as the sorted pairs that frozen values hold."""
     return tuple(sorted(values.items()))
+
+
+def with_fixed(plan: Plan, fixed_s: float) -> Plan:
+    """The plan with so many seconds more in each step, and in those of all that it is compared with."""
+
+    def longer(pairs: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        return tuple((name, seconds + fixed_s) for name, seconds in pairs)
+
+    spread = plan.spread and replace(
+        plan.spread,
+        mean_s=plan.spread.mean_s + fixed_s,
+        p10_s=plan.spread.p10_s + fixed_s,
+        p90_s=plan.spread.p90_s + fixed_s,
+        baselines_s=longer(plan.spread.baselines_s),
+    )
+    return replace(
+        plan,
+        fixed_s=plan.fixed_s + fixed_s,
+        step_s=plan.step_s + fixed_s,
+        baseline_steps_s=longer(plan.baseline_steps_s),
+        alternatives=tuple(replace(o, step_s=o.step_s + fixed_s) if o.fits else o for o in plan.alternatives),
+        spread=spread,
+    )

@@ -9,7 +9,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from spindle.plan import SizeRange
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
+    from spindle.calibration import MeasuredStep
+    from spindle.cluster import Cluster
+    from spindle.spec.values import WorkloadSpec
     from spindle.workload import Workload
 
 
@@ -30,7 +34,7 @@ class Source:
 
     `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
     other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
-    their mean already, as that of a spec does.
+    their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec.
     """
 
     metagraph: MetaGraph
@@ -39,28 +43,91 @@ class Source:
     steps: tuple[MetaGraph, ...] = ()
     sizes: tuple[SizeRange, ...] = ()
     is_mean: bool = False
+    spec: "WorkloadSpec | None" = None
 
 
-def load_source(source: str, on_task: Callable[[str], object] = str) -> Source:
-    """Load any source; `on_task` is told which task of a model is being traced.
+def load_source(
+    source: str, on_task: Callable[[str], object] = str, *, per_device: tuple[int, int] | None = None
+) -> Source:
+    """Load any source; `on_task` is told which task of a model is being traced. `per_device`: a batch, and the number
+    of devices that each have so many samples a step, to scale a spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
     if source.endswith((".yaml", ".yml")):
-        from spindle.contract import contract, contract_like
+        from spindle.spec.batch import per_device as scaled
         from spindle.spec.file import read_workload
-        from spindle.spec.graph import build_graph
 
         spec = read_workload(source)
-        metagraph = contract(build_graph(spec))
-        steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
-        return Source(metagraph, spec.pricing, steps=steps, is_mean=True)
+        return spec_source(spec if per_device is None else scaled(spec, *per_device))
+    if per_device is not None:
+        raise FormatError(
+            f"{source}: its batches cannot be scaled to {per_device[0]} samples a device, only those of a spec (.yaml) "
+            "can; set the batch sizes where they are given"
+        )
     if source.endswith(".json"):
         from spindle.formats import read
 
         return Source(read(source, MetaGraph), Pricing())
     workload, module = load_workload(source)
     return source_of(workload, getattr(module, "optimizer", None), on_task)
+
+
+def spec_source(spec: "WorkloadSpec") -> Source:
+    """A spec's MetaGraph, and the same on batches whose lengths were drawn."""
+    from spindle.contract import contract, contract_like
+    from spindle.spec.graph import build_graph
+
+    metagraph = contract(build_graph(spec))
+    steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
+    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec)
+
+
+def scaled_source(source: Source, factor: Fraction) -> Source | None:
+    """The same with all batches times a factor; None where a batch would be no whole number, or only times are known.
+
+    What was captured is scaled operator by operator: what stands in no proportion to the batch is told by it too.
+    """
+    if source.spec is not None:
+        from spindle.spec.batch import scaled_by
+
+        spec = scaled_by(source.spec, factor)
+        return None if spec is None else spec_source(spec)
+    from spindle.cost.scaled import scaled
+
+    graphs = [scaled(graph, factor) for graph in (source.metagraph, *source.steps)]
+    if any(graph is None for graph in graphs):
+        return None
+    first, *steps = (graph for graph in graphs if graph is not None)
+    return replace(source, metagraph=first, steps=tuple(steps))
+
+
+def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
+    """What ran in a measured step: a spec or a model, with its batches scaled to those of the row.
+
+    Raises FormatError where they cannot be scaled so, WorkloadError where a task of a spec would have no whole batch.
+    """
+    loaded = load_source(source)
+    if loaded.spec is not None:
+        return lambda row, _: load_source(source, per_device=(row.per_gpu_batch, row.gpus))
+    if not all(metaop.operators for metaop in loaded.metagraph):
+        raise FormatError(
+            f"{source}: a MetaGraph tells times and no batch, so measured steps cannot be set beside it; calibrate on "
+            "the spec or the model that it came from"
+        )
+    total = sum({op.task: op.batch_size for metaop in loaded.metagraph for op in metaop.operators}.values())
+
+    def scaled(row: "MeasuredStep", where: "Cluster") -> Source:
+        samples = row.gpus * row.per_gpu_batch
+        found = scaled_source(loaded, Fraction(samples, total))
+        if found is None:
+            raise FormatError(
+                f"{source}: {row} are {samples} samples a step, and its batches of {total} in all do not scale to so "
+                "many (whole batches, of samples that are alike); measure steps of other batches, or write a spec"
+            )
+        return found
+
+    return scaled
 
 
 def source_of(

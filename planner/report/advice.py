@@ -4,7 +4,6 @@
 - Memory: what libraries take besides does not fit beside the predicted peak.
 - Batch: MetaOps run at the largest count that a task's batch allows, still scale there, and devices idle.
 - Devices: the slowest chain at its fastest counts bounds what more devices can save; device time, what fewer must do.
-- Profile: the gain over the best usual way is less than the error of predicted costs.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from math import ceil
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
-from spindle.planner.report.render import LEAST_GAIN
 from spindle.planner.usual.alternatives import DDP
 
 PLAIN = ("sequential", DDP)
@@ -30,28 +28,15 @@ MOST = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """One line for people, and what it is about: memory, as-good, batch, devices, profile."""
+    """One line for people, and what it is about: memory, as-good, batch, devices; after a run, profile."""
 
     about: str
     text: str
 
 
-def advise(
-    plan: Plan, *, batches: Mapping[str, int] | None = None, error: float = 0.0, predicted: bool = False
-) -> tuple[Advice, ...]:
-    """At most two, the weightiest first.
-
-    `batches`: batch sizes by task, where they are known. `error` is that of the makespan; `predicted` says that no cost
-    was measured.
-    """
-    as_good = _as_good(plan)
-    found = [
-        _memory(plan),
-        as_good,
-        _batch(plan, batches or {}),
-        _devices(plan),
-        _profile(plan, error) if predicted and as_good is None else None,
-    ]
+def advise(plan: Plan, *, batches: Mapping[str, int] | None = None) -> tuple[Advice, ...]:
+    """At most two, the weightiest first. `batches`: batch sizes by task, where they are known."""
+    found = [_memory(plan), _as_good(plan), _batch(plan, batches or {}), _devices(plan)]
     return tuple(advice for advice in found if advice is not None)[:MOST]
 
 
@@ -155,18 +140,6 @@ def slowest_chain(metagraph: MetaGraph, num_devices: int) -> tuple[float, tuple[
         before_s, before = max((best[p] for p in metagraph.predecessors.get(name, ())), default=(0.0, ()))
         best[name] = (before_s + own_s, (*before, name))
     return max(best.values())
-
-
-def _profile(plan: Plan, error: float) -> Advice | None:
-    ways, own_s = plan.usual_ways, plan.compared_s
-    usual = [seconds for name, seconds in ways if name != "paper"]
-    if not usual:
-        return None
-    gain = 1 - own_s / min(usual)
-    if not LEAST_GAIN <= gain < error:
-        return None  # a gain of nothing is told already
-    text = f"a gain of {gain:.1%} is less than the error of predicted costs, {error:.0%}: measure before building on it"
-    return Advice(about="profile", text=text)
 
 
 def _seconds(value: float) -> str:

@@ -12,6 +12,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan, Slice
+from spindle.planner.report.likely import outlook_lines
 from spindle.planner.report.rates import rates
 
 WIDTH = 100
@@ -28,9 +29,9 @@ PAPER_TITLE = "the paper's planner (Spindle)"
 NAME_WIDTH = 35
 
 
-def render(plan: Plan, *, width: int = WIDTH) -> str:
-    """Gantt, legend and summary."""
-    return f"{gantt(plan, width=width)}\n\n{summary(plan)}"
+def render(plan: Plan, *, width: int = WIDTH, names: tuple[str, str] = ("SOURCE", "C")) -> str:
+    """Gantt, legend and summary; `names`: of the source and the cluster as a command line gives them."""
+    return f"{gantt(plan, width=width)}\n\n{summary(plan, names=names)}"
 
 
 def gantt(plan: Plan, *, width: int = WIDTH) -> str:
@@ -68,8 +69,8 @@ def table(plan: Plan) -> str:
     return "\n".join(rows)
 
 
-def summary(plan: Plan) -> str:
-    """Makespan, bound, gap, idle share, memory, and the gain over each usual way."""
+def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
+    """Makespan, bound, gap, idle share, memory, the gain over each usual way, and how sure all that is."""
     nodes = -(-plan.num_devices // plan.devices_per_node)
     num_slices = len(plan.slices)
     num_metaops = len({s.metaop for s in plan.slices})
@@ -81,16 +82,18 @@ def summary(plan: Plan) -> str:
     if plan.lower_bound_s:
         lines.append(f"bound      {seconds(plan.lower_bound_s)} for any schedule: gap {100 * plan.gap:.2f} %")
     if plan.step_s:
-        both_s = plan.step_s - plan.reduction_s - plan.update_s
+        both_s = plan.step_s - plan.reduction_s - plan.update_s - plan.fixed_s
         update = f", optimizer {seconds(plan.update_s)}" if plan.update_s else ""
+        fixed = f",\n{'':11}fixed part by calibration {seconds(plan.fixed_s)}" if plan.fixed_s else ""
         lines.append(
             f"step       {seconds(plan.step_s)}: forward and backward {seconds(both_s)}, "
-            f"gradient reduction {seconds(plan.reduction_s)}{update}"
+            f"gradient reduction {seconds(plan.reduction_s)}{update}{fixed}"
         )
     lines += _rates(plan)
     lines += _spread(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
+    lines += outlook_lines(plan, *names)
     return "\n".join(lines)
 
 

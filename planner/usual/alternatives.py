@@ -91,6 +91,20 @@ def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternati
     return tuple(found_by_name[name] for name in NAMES if name in found_by_name)
 
 
+def step_again_s(found: Alternative, choice: Choice, cluster: Cluster, *, must_fit: bool = False) -> float | None:
+    """Seconds of a step of an alternative that was found before, at other costs or on other batches; None where it does
+    not run so (`must_fit`: or does not fit).
+    """
+    steps = choice.steps or (choice.metagraph,)
+    seconds = [
+        fmean(way.step_s(step) for step in steps)
+        for way in _ways(choice, cluster, found.name)
+        if ", ".join(filter(None, (way.how, choice.words))) == found.choice
+        and not (must_fit and way.peak_bytes > cluster.device.memory_bytes)
+    ]
+    return min(seconds, default=None)
+
+
 def _on_average(found: Alternative, way: _Way, choice: Choice) -> Alternative:
     """The mean over steps where batches differ."""
     if not (found.fits and choice.steps):
@@ -102,7 +116,15 @@ def _rank(found: Alternative) -> tuple[bool, float]:
     return not found.fits, found.step_s if found.fits else found.peak_bytes
 
 
-def _ways(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
+def _ways(choice: Choice, cluster: Cluster, name: str = "") -> Iterator[_Way]:
+    """All ways of a choice, or those of one name."""
+    if name not in (TASK_GROUPS, COMPONENT_GROUPS):
+        yield from (way for way in _on_all_devices(choice, cluster) if name in ("", way.name))
+    if name in ("", TASK_GROUPS, COMPONENT_GROUPS):
+        yield from (way for way in _on_groups(choice, cluster) if name in ("", way.name))
+
+
+def _on_all_devices(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
     metagraph = choice.metagraph
     replicas = Replicas(metagraph, cluster)
     if metagraph.shard_optimizer:
@@ -113,6 +135,10 @@ def _ways(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
         yield _Way(DDP_BY_TASK, "", replicas.state_bytes + replicas.kept_bytes(by_group=True), replicas.by_task)
         peak_bytes = replicas.sharded_bytes + replicas.kept_bytes(by_group=True)
         yield _Way(FSDP, "", peak_bytes, replicas.fully_sharded)
+
+
+def _on_groups(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
+    metagraph = choice.metagraph
     how = "states sharded" if metagraph.shard_optimizer else ""
     for name, slices in _groups(metagraph, cluster):
         peak = max(peak_of(metagraph, slices, cluster))

@@ -55,6 +55,9 @@ CLUSTER = click.option(
     "--cluster", "-c", type=CLUSTER_TEXT, help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+CALIBRATION = click.option(
+    "--calibration", type=JSON_FILE, help="Factors fitted on measured steps (spindle calibrate)."
+)
 PROFILE = click.option("--profile", "-p", type=JSON_FILE, help="Measured times (spindle profile).")
 LAUNCHER = click.option(
     "--launcher",

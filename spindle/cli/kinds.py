@@ -91,4 +91,5 @@ class Method(StringParamType):
 SOURCE_FILE = SourceFile(".py", ".yaml", ".yml", ".json")
 SPEC_FILE = File(".yaml", ".yml")
 JSON_FILE = File(".json")
+CSV_FILE = File(".csv")
 FILE, FOLDER, CLUSTER_TEXT, METHOD = File(), Folder(), ClusterText(), Method()

@@ -33,6 +33,13 @@ def pins(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[
     return found
 
 
+def at_least_one(context: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    """Counts of samples, devices, nodes."""
+    if value is not None and value < 1:
+        raise click.BadParameter(f"{value} is less than one.")
+    return value
+
+
 def device_counts(text: str) -> list[int]:
     """Device counts of "8,16,32"."""
     try:

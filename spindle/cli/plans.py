@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import click
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
-from spindle.cli.options import check_directory, device_counts, pins, positive
+from spindle.cli.options import at_least_one, check_directory, device_counts, pins, positive
 from spindle.cli.terminal import cost_notes, folded, json_text
 from spindle.errors import FormatError, PlanError
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 @CLUSTER
 @PROFILE
 @click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="The cluster with another number of nodes.")
+@CALIBRATION
+@click.option(
+    "--per-device-batch",
+    type=int,
+    metavar="B",
+    callback=at_least_one,
+    help="Scale a spec's batches to B samples a device in all.",
+)
 @click.option("--output", "-o", type=FILE, help="Write the plan.")
 @click.option(
     "--method", type=METHOD, default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ..."
@@ -38,6 +46,8 @@ def plan(
     source: str,
     cluster: str | None,
     profile: str | None,
+    calibration: str | None,
+    per_device_batch: int | None,
     nodes: int | None,
     output: str | None,
     method: str,
@@ -57,7 +67,8 @@ def plan(
     """
     from dataclasses import replace
 
-    from spindle.api import plan_source
+    from spindle.api import plan_source, with_outlook
+    from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
     from spindle.planner.report.render import render, table
@@ -70,29 +81,33 @@ def plan(
     check_directory(output)
     if cluster is None and source.endswith((".json", ".yaml", ".yml")):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
-    where = parse_cluster(cluster or _this_machine())
+    where = parse_cluster(named := cluster or _this_machine())
     where = replace(where, nodes=nodes or where.nodes)
     measured = read(profile, Profile) if profile else None
+    fitted = read(calibration, Calibration) if calibration else None
     with busy(f"reading {source}") as doing:
-        loaded = load_source(source, doing)
+        per_device = (per_device_batch, where.num_devices) if per_device_batch else None
+        loaded = load_source(source, doing, per_device=per_device)
         doing("planning", default_limit_s(where) if time_limit_s is None else time_limit_s)
         found, pricing = plan_source(
             loaded,
             where,
             measured,
+            calibration=fitted,
             method=method,
             time_limit_s=time_limit_s,
             aligned=aligned,
             start=read_plan(start_file) if start_file else None,
             pins=pins or None,
         )
+        found = with_outlook(found, loaded, pricing, profile=measured, calibration=fitted)
     if output:
         write(found, output)
     if as_json:
         click.echo(dumps(found))
         return
-    click.echo(render(found))
-    click.echo(cost_notes(loaded, found, measured, pricing))
+    click.echo(render(found, names=(source, named)))
+    click.echo(cost_notes(loaded, found, measured, pricing, is_calibrated=fitted is not None))
     if with_table:
         click.echo(f"\n{table(found)}")
     if output:
@@ -175,6 +190,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
 @click.option("--devices", "-n", required=True, metavar="N,N,...", help="Device counts to plan for.")
 @CLUSTER
 @PROFILE
+@CALIBRATION
 @click.option(
     "--time-limit",
     "time_limit_s",
@@ -189,6 +205,7 @@ def whatif(
     devices: str,
     cluster: str | None,
     profile: str | None,
+    calibration: str | None,
     time_limit_s: float | None,
     as_json: bool,
 ) -> None:
@@ -202,6 +219,7 @@ def whatif(
     from dataclasses import asdict
 
     from spindle.api import plan_source
+    from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
     from spindle.planner.report.compare import enough, plan_sizes, render_sizes
@@ -211,13 +229,14 @@ def whatif(
     counts = device_counts(devices)
     where = parse_cluster(cluster or "1x8")
     measured = read(profile, Profile) if profile else None
+    fitted = read(calibration, Calibration) if calibration else None
     loaded = load_source(source)
     wanted = sorted(set(counts))
     with progress("planning") as update:
 
         def solve(some: "Cluster") -> "Plan":
             update(wanted.index(some.num_devices), len(wanted), f"{some.num_devices} devices")
-            return plan_source(loaded, some, measured, time_limit_s=time_limit_s)[0]
+            return plan_source(loaded, some, measured, calibration=fitted, time_limit_s=time_limit_s)[0]
 
         rows = plan_sizes(solve, where, counts)
     if as_json:

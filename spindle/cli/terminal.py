@@ -62,23 +62,25 @@ def say(text: str) -> None:
     print(folded(text) if seen else click.unstyle(text), file=sys.stderr)  # click would write past a bar
 
 
-def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", pricing: "Pricing") -> str:
-    """Where the times come from and how far the makespan may be off; what the workload must do to fit; advice."""
+def cost_notes(
+    source: "Source",
+    plan: "Plan",
+    measured: "Profile | None",
+    pricing: "Pricing",
+    *,
+    is_calibrated: bool = False,
+) -> str:
+    """Where the times come from; what the workload must do to fit; advice."""
     from collections import Counter
-    from dataclasses import replace
 
-    from spindle.cost.sources import cost_sources, makespan_error
+    from spindle.cost.sources import cost_sources, priced_like
     from spindle.graph import base_task
     from spindle.planner.report.advice import advise
 
-    metagraph = source.metagraph  # has the operators; the plan's has the times that they were given
-    if plan.metagraph is not None:
-        times = {metaop.name: metaop.layer_time_s for metaop in plan.metagraph}
-        metagraph = replace(metagraph, metaops=tuple(replace(m, layer_time_s=times[m.name]) for m in metagraph))
-    sources = cost_sources(metagraph, measured)
+    metagraph = source.metagraph
+    sources = cost_sources(priced_like(metagraph, plan), measured, is_calibrated=is_calibrated)
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())
-    error = makespan_error(plan.slices, sources)
-    lines = [f"costs      {counts}: makespan +- {error:.0%}"]
+    lines = [f"costs      {counts}"]
     wanted = [
         text
         for text, chosen, given in (
@@ -94,10 +96,9 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
     if wanted:
         lines.append(f"to fit     {' and '.join(wanted)}")
     batches = {base_task(operator.task): operator.batch_size for m in metagraph for operator in m.operators}
-    predicted = {str(s.source) for s in sources} == {"predicted"}
-    if measured is not None and predicted:
+    if measured is not None and {str(s.source) for s in sources} <= {"predicted", "calibrated"}:
         lines.append("profile    holds no times of these operators; measure them (spindle profile)")
-    for advice in advise(plan, batches=batches, error=error, predicted=predicted):
+    for advice in advise(plan, batches=batches):
         lines += textwrap.wrap(advice.text, WIDTH, initial_indent="advice     ", subsequent_indent=" " * 11)
     return "\n".join(lines)
 

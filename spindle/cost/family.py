@@ -2,6 +2,8 @@
 
 On one count of devices T = a + b * size goes through two measured sizes, as a + b / n does through two counts (paper,
 section 3.2). Beyond the largest the line goes on; below the least it does too, but falls no faster than the work.
+Where samples are alike, a device knows no batch but its own share: n devices tell the time of an n-th of it, so that
+one batch on several counts is several sizes (`shared_curve`).
 """
 
 from collections.abc import Sequence
@@ -49,6 +51,15 @@ def curves_of(entries: Sequence[ProfileEntry]) -> dict[int, Curve]:
         count: Curve(tuple(_mean(by_size[size]) for size in sorted(by_size)))
         for count, by_size in sorted(found.items())
     }
+
+
+def shared_curve(entries: Sequence[ProfileEntry]) -> Curve:
+    """The curve of one device by the size of its own share of the batch; at least one entry tells its size."""
+    shares = [replace(each, num_devices=1, size=each.size / each.num_devices) for each in entries if each.size > 0]
+    by_size: dict[float, list[ProfileEntry]] = {}
+    for share in shares:
+        by_size.setdefault(share.size, []).append(share)
+    return Curve(tuple(_mean(by_size[size]) for size in sorted(by_size)))
 
 
 def _mean(entries: Sequence[ProfileEntry]) -> ProfileEntry:

@@ -24,7 +24,7 @@ from itertools import pairwise
 from math import prod
 
 from spindle.cluster import Cluster
-from spindle.cost.family import curves_of
+from spindle.cost.family import curves_of, shared_curve
 from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s, update_s
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
@@ -141,7 +141,11 @@ def _sized(operators: Sequence[Operator], measured: Sequence[ProfileEntry]) -> d
     """
     size = sum(operator.size for operator in operators) / len(operators)
     found = {}
-    for count, curve in curves_of(measured).items():
+    curves = curves_of(measured)
+    if curves and operators[0].units is None:
+        shares = shared_curve(measured)
+        return {(count, 1): replace(shares.at(size / count), num_devices=count) for count in curves}
+    for count, curve in curves.items():
         waits = _waits(operators[0], 0.0, count)
         entry = curve.at(size * waits)
         found[count, 1] = replace(

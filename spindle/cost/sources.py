@@ -4,65 +4,82 @@
   other sizes were timed. `scaled`:
   some lie outside them and follow the prediction's shape. `predicted`: its operator kind was never timed. `given`: the
   MetaGraph came from a file that states its times.
-- The error of interpolation is that of the profile's own points, each left out in turn; where there are too few, and
-  for the other sources, it is what docs/cost-model.md found.
+- Each source has a band, which holds nine of ten held-out steps (`spindle.cost.bands`): of a profile where times were
+  measured, of the calibrated or the bare cost model where they are predicted. Interpolated times add what the profile's
+  own points show, each left out in turn; scaled ones lie halfway to predicted ones.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from spindle.cost.bands import EXACT, Band, band, between
 from spindle.cost.family import curves_of
 from spindle.cost.heldout import HeldOut, left_out, left_out_sizes
 from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Slice
+from spindle.plan import Plan, Slice
 from spindle.profile import Profile, ProfileEntry
 
-SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "given"]
+SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "calibrated", "given"]
 
-MEASURED_ERROR = 0.05  # medians of repeated runs against the same operator inside a step
 INTERPOLATED_ERROR = 0.10  # published curves, every second point left out: means of 2 to 6 %, largest 16 %
-SCALED_ERROR = 0.15
-PREDICTED_ERROR = 0.20  # tables nothing was fitted on: means of 9 to 20 %
+NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within so many times their mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostSource:
-    """Where the layer times of a MetaOp come from; `error` is relative, `timed` the counts that were measured."""
+    """Where the layer times of a MetaOp come from, and the band of measured over told; `timed` the counts that were
+    measured.
+    """
 
     metaop: str
     source: SourceKind
-    error: float
+    band: Band
     timed: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         counts = f" at {', '.join(map(str, self.timed))}" if self.timed else ""
-        return f"{self.metaop}: {self.source}{counts}, +-{self.error:.0%}"
+        return f"{self.metaop}: {self.source}{counts}, measured / told {self.band.low:.2f} to {self.band.high:.2f}"
 
 
-def cost_sources(metagraph: MetaGraph, profile: Profile | None = None) -> tuple[CostSource, ...]:
+def cost_sources(
+    metagraph: MetaGraph, profile: Profile | None = None, *, is_calibrated: bool = False
+) -> tuple[CostSource, ...]:
     """The source of every MetaOp's times; `metagraph` still carries its operators."""
-    return tuple(_source(metaop, profile or Profile("")) for metaop in metagraph)
+    return tuple(_source(metaop, profile or Profile(""), is_calibrated) for metaop in metagraph)
 
 
-def _source(metaop: MetaOp, profile: Profile) -> CostSource:
+def priced_like(metagraph: MetaGraph, plan: Plan) -> MetaGraph:
+    """A MetaGraph, which has the operators, with the times that the plan's own was given for it."""
+    if plan.metagraph is None:
+        return metagraph
+    times = {metaop.name: metaop.layer_time_s for metaop in plan.metagraph}
+    return replace(metagraph, metaops=tuple(replace(m, layer_time_s=times[m.name]) for m in metagraph))
+
+
+def _source(metaop: MetaOp, profile: Profile, is_calibrated: bool) -> CostSource:
     if not metaop.operators:
-        return CostSource(metaop=metaop.name, source="given", error=0.0)
+        return CostSource(metaop=metaop.name, source="given", band=EXACT)
     entries = profile.by_kind.get(metaop.operators[0].kind, {})
     alike = profile.by_family.get(metaop.operators[0].family, ())
     if curves_of(alike) and (metaop.operators[0].units or not entries):
-        error = max(_mean_error(left_out_sizes("", alike)), MEASURED_ERROR)
-        return CostSource(metaop=metaop.name, source="interpolated", error=error)
+        error = _mean_error(left_out_sizes("", alike))
+        return CostSource(metaop=metaop.name, source="interpolated", band=_interpolated(error))
     timed = tuple(n for n in metaop.times if n in entries)
+    model: Literal["calibrated", "predicted"] = "calibrated" if is_calibrated else "predicted"
     if not timed:
-        return CostSource(metaop=metaop.name, source="predicted", error=PREDICTED_ERROR)
+        return CostSource(metaop=metaop.name, source=model, band=band(model))
     rest = [n for n in metaop.times if n not in entries]
     if not rest:
-        return CostSource(metaop=metaop.name, source="measured", error=MEASURED_ERROR, timed=timed)
+        return CostSource(metaop=metaop.name, source="measured", band=band("profiled"), timed=timed)
     if all(timed[0] < n < timed[-1] for n in rest):
-        error = max(leave_one_out_error(entries), MEASURED_ERROR)
-        return CostSource(metaop=metaop.name, source="interpolated", error=error, timed=timed)
-    return CostSource(metaop=metaop.name, source="scaled", error=SCALED_ERROR, timed=timed)
+        wide = _interpolated(leave_one_out_error(entries))
+        return CostSource(metaop=metaop.name, source="interpolated", band=wide, timed=timed)
+    return CostSource(metaop=metaop.name, source="scaled", band=between(band("profiled"), band(model)), timed=timed)
+
+
+def _interpolated(mean_error: float) -> Band:
+    return band("profiled").wider(NINE_OF_TEN * mean_error)
 
 
 def leave_one_out_error(entries: Mapping[int, ProfileEntry]) -> float:
@@ -75,12 +92,14 @@ def _mean_error(rows: Sequence[HeldOut]) -> float:
     return sum(errors) / len(errors) if errors else INTERPOLATED_ERROR
 
 
-def makespan_error(slices: Sequence[Slice], sources: Sequence[CostSource]) -> float:
-    """Relative error bar of a plan's makespan: its MetaOps' errors, weighted by the device time they take.
+def step_band(slices: Sequence[Slice], sources: Sequence[CostSource]) -> Band:
+    """The band of a plan's step: those of its MetaOps, weighted by the device time that they take.
 
-    Errors of one model lean to one side together, so they are added and not averaged out.
+    Errors of one model lean to one side together, so bands are added and not averaged out.
     """
-    error_by_metaop = {source.metaop: source.error for source in sources}
-    weights = [(s.span_s * len(s.devices), error_by_metaop.get(s.metaop, PREDICTED_ERROR)) for s in slices]
+    band_by_metaop = {source.metaop: source.band for source in sources}
+    weights = [(s.span_s * len(s.devices), band_by_metaop[s.metaop]) for s in slices if s.metaop in band_by_metaop]
     total = sum(weight for weight, _ in weights)
-    return sum(weight * error for weight, error in weights) / total if total else 0.0
+    if not total:
+        return EXACT
+    return Band(sum(w * each.low for w, each in weights) / total, sum(w * each.high for w, each in weights) / total)

@@ -53,7 +53,7 @@ Tile = tuple[str, str, str]
 
 def _step(plan: Plan, views: dict[str, View]) -> Tile | None:
     predicted = views.get("predicted")
-    predicted_s = predicted.shown.step_s if predicted else plan.step_s
+    predicted_s = plan.fixed_s + predicted.shown.step_s if predicted else plan.step_s
     measured = views.get("measured")
     if measured is None:
         if not predicted_s:

@@ -1,6 +1,7 @@
 """Costs of batches of other sizes: the mean of steps, the slowest part, and times between measured sizes."""
 
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from math import isclose
 
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract, contract_like
+from spindle.cost.bands import band
 from spindle.cost.family import Curve, curves_of
 from spindle.cost.heldout import held_out, left_out_sizes
 from spindle.cost.price import price
 from spindle.cost.sampled import price_steps
-from spindle.cost.sources import INTERPOLATED_ERROR, cost_sources
+from spindle.cost.scaled import scaled
+from spindle.cost.sources import INTERPOLATED_ERROR, NINE_OF_TEN, cost_sources
 from spindle.graph import Operator, TaskGraph, TensorSpec
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
@@ -151,6 +154,22 @@ def test_a_kind_that_was_not_measured_is_told_by_its_family(cluster: Cluster) ->
     assert times[2] == pytest.approx(1.7 + (3.0 - 1.7) / 3)
 
 
+@pytest.mark.parametrize("factor", [Fraction(1, 2), Fraction(2)])
+def test_a_profile_of_one_batch_prices_another(cluster: Cluster, factor: Fraction) -> None:
+    """A device knows its share alone: half the batch on two devices is the whole one on four."""
+    seconds = {1: 9.0, 2: 5.0, 4: 3.5}  # of shares 8, 4 and 2: no line goes through these
+    profile = Profile("cuda", entries=tuple(entry(8e12, t, n, kind="Layer-1") for n, t in seconds.items()))
+    other = scaled(contract(chain(8e12)), factor)
+    assert other is not None
+    times = price(other, cluster, profile).metaops[0].times
+    for count in times:
+        share = count / factor
+        if share in seconds:
+            assert times[count] == pytest.approx(seconds[int(share)])
+    (source,) = cost_sources(price(other, cluster, profile), profile)
+    assert source.source == "interpolated"
+
+
 def test_a_measured_kind_of_a_fixed_shape_is_taken_as_it_is(cluster: Cluster) -> None:
     """Whatever its family says."""
     profile = Profile("cuda", entries=(entry(1e12, 2.0), entry(3e12, 4.0), entry(2e12, 9.0, kind="Layer-1")))
@@ -166,9 +185,10 @@ def test_the_error_of_other_sizes_is_that_of_points_left_out() -> None:
     metagraph = price(contract(chain(2.5e12)), parse_cluster("1x1:a100-80g"))
     (source,) = cost_sources(metagraph, Profile("cuda", entries=entries))
     assert source.source == "interpolated"
-    assert source.error == pytest.approx(0.2)
+    wide = band("profiled").wider(NINE_OF_TEN * 0.2)
+    assert (source.band.low, source.band.high) == pytest.approx((wide.low, wide.high))
     (source,) = cost_sources(metagraph, Profile("cuda", entries=entries[:2]))
-    assert source.error == INTERPOLATED_ERROR
+    assert source.band == band("profiled").wider(NINE_OF_TEN * INTERPOLATED_ERROR)
 
 
 def test_an_operator_without_flops_goes_by_its_bytes() -> None:

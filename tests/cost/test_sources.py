@@ -6,15 +6,14 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
+from spindle.cost.bands import EXACT, Band, band, between
 from spindle.cost.price import price
 from spindle.cost.sources import (
     INTERPOLATED_ERROR,
-    MEASURED_ERROR,
-    PREDICTED_ERROR,
-    SCALED_ERROR,
+    NINE_OF_TEN,
     cost_sources,
     leave_one_out_error,
-    makespan_error,
+    step_band,
 )
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice, without_operators
@@ -49,20 +48,20 @@ def _entry(kind: str, count: int, total_s: float) -> ProfileEntry:
 
 
 @pytest.mark.parametrize(
-    ("counts", "source", "error"),
+    ("counts", "source", "expected"),
     [
-        ((), "predicted", PREDICTED_ERROR),
-        ((1, 2, 4, 8), "measured", MEASURED_ERROR),
-        ((1, 8), "interpolated", INTERPOLATED_ERROR),  # two points say nothing of their own error
-        ((1, 4, 8), "interpolated", MEASURED_ERROR),  # exact hyperbola: never better than measuring
-        ((2, 4), "scaled", SCALED_ERROR),
+        ((), "predicted", band("predicted")),
+        ((1, 2, 4, 8), "measured", band("profiled")),
+        ((1, 8), "interpolated", band("profiled").wider(NINE_OF_TEN * INTERPOLATED_ERROR)),  # two points say no error
+        ((1, 4, 8), "interpolated", band("profiled")),  # exact hyperbola: never better than measuring
+        ((2, 4), "scaled", between(band("profiled"), band("predicted"))),
     ],
 )
-def test_sources(graph: MetaGraph, counts: tuple[int, ...], source: str, error: float) -> None:
+def test_sources(graph: MetaGraph, counts: tuple[int, ...], source: str, expected: Band) -> None:
     measured = profile(graph, *counts)
     found = cost_sources(price(graph, CLUSTER, measured), measured)[0]
     assert found.source == source
-    assert found.error == pytest.approx(error)
+    assert (found.band.low, found.band.high) == pytest.approx((expected.low, expected.high))
     assert found.timed == counts
     assert f"t.text: {source}" in str(found)
 
@@ -71,16 +70,23 @@ def test_times_from_a_file_are_given(graph: MetaGraph) -> None:
     assert cost_sources(without_operators(price(graph, CLUSTER)))[0].source == "given"
 
 
+def test_what_is_predicted_may_be_calibrated(graph: MetaGraph) -> None:
+    """What was measured stays so."""
+    measured = profile(graph, 1, 2, 4, 8)
+    assert cost_sources(price(graph, CLUSTER), is_calibrated=True)[0].source == "calibrated"
+    assert cost_sources(price(graph, CLUSTER, measured), measured, is_calibrated=True)[0].source == "measured"
+
+
 def test_leave_one_out() -> None:
     """A point twice as high as its neighbours' hyperbola says is missed by half."""
     entries = {n: _entry("k", n, t) for n, t in ((1, 1.0), (2, 1.0), (4, 0.25))}
     assert leave_one_out_error(entries) == pytest.approx(0.5)
 
 
-def test_error_bar_is_weighted_by_device_time(graph: MetaGraph) -> None:
+def test_band_is_weighted_by_device_time(graph: MetaGraph) -> None:
     measured = cost_sources(price(graph, CLUSTER, profile(graph, 1, 2, 4, 8)), profile(graph, 1, 2, 4, 8))[0]
-    predicted = replace(measured, metaop="other", source="predicted", error=0.3)
-    one = Slice(metaop="t.text", first_layer=0, num_layers=1, devices=(0, 1, 2), start_s=0.0, end_s=1.0)
-    two = Slice(metaop="other", first_layer=0, num_layers=1, devices=(3,), start_s=0.0, end_s=1.0)
-    assert makespan_error([one, two], [measured, predicted]) == pytest.approx((3 * 0.05 + 0.3) / 4)
-    assert makespan_error([], []) == 0.0
+    one, other = replace(measured, band=Band(0.9, 1.2)), replace(measured, metaop="other", band=Band(0.5, 2.0))
+    three = Slice(metaop="t.text", first_layer=0, num_layers=1, devices=(0, 1, 2), start_s=0.0, end_s=1.0)
+    alone = Slice(metaop="other", first_layer=0, num_layers=1, devices=(3,), start_s=0.0, end_s=1.0)
+    assert step_band([three, alone], [one, other]) == Band((3 * 0.9 + 0.5) / 4, (3 * 1.2 + 2.0) / 4)
+    assert step_band([], []) == EXACT

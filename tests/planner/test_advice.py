@@ -30,8 +30,8 @@ def full(**changes: object) -> Plan:
 
 
 def test_nothing_to_say() -> None:
-    """A busy plan that beats the usual ways by more than the error of its costs."""
-    assert advise(full(baselines_s=(("sequential", 4.0),)), error=0.2, predicted=True) == ()
+    """A busy plan that beats the usual ways."""
+    assert advise(full(baselines_s=(("sequential", 4.0),))) == ()
 
 
 @pytest.mark.parametrize(("usual_s", "said"), [(2.0, True), (2.04, True), (2.05, False)])
@@ -40,21 +40,6 @@ def test_plain_data_parallelism(usual_s: float, said: bool) -> None:
     assert ("as-good" in about(full(baselines_s=(("sequential", usual_s),)))) == said
     steps = full(step_s=4.0, baselines_s=(("sequential", 2.0),), baseline_steps_s=(("sequential", 2 * usual_s),))
     assert ("as-good" in about(steps)) == said
-
-
-def test_a_gain_below_the_error() -> None:
-    """The best usual way counts, the paper's planner does not; measured costs need no profile."""
-    found = full(baselines_s=(("sequential", 4.0), ("task_split", 2.2), ("paper", 2.0)))
-    assert about(found, error=0.2, predicted=True) == ["profile"]
-    assert "a gain of 9.1% is less" in advise(found, error=0.2, predicted=True)[0].text
-    assert about(found, error=0.05, predicted=True) == []
-    assert about(found, error=0.2) == []
-
-
-def test_as_good_needs_no_profile() -> None:
-    """Where nothing is gained, it is not worth measuring how much."""
-    found = full(baselines_s=(("sequential", 2.0),))
-    assert about(found, error=0.2, predicted=True) == ["as-good"]
 
 
 @pytest.mark.parametrize(("peak", "said"), [(75e9, False), (77e9, True)])
@@ -113,7 +98,7 @@ def test_never_more_than_two() -> None:
     """People read two lines."""
     peaks = Memory(peak_bytes_per_device=(80e9,) * 4)
     found = replace(batch_of_six(), memory=peaks, cluster=cluster(), baselines_s=(("sequential", 2.0),))
-    assert about(found, batches={"t": 6}, error=0.2, predicted=True) == ["memory", "as-good"]
+    assert about(found, batches={"t": 6}) == ["memory", "as-good"]
     assert MOST == 2
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spindle.calibration import Calibration, MeasuredStep
 from spindle.errors import FormatError, InputError
 from spindle.formats import dumps, loads, read, write, write_text
 from spindle.metagraph import Flow, MetaGraph, MetaOp
@@ -66,11 +67,15 @@ TRACE = Trace(
     source="measured",
     spans=(Span(rank=1, kind=SpanKind.FORWARD, name="FORWARD s0", start_s=0.0, end_s=1.0, wave=0),),
 )
+CALIBRATION = Calibration(
+    device="d", rows=(MeasuredStep(gpus=8, per_gpu_batch=2, seconds=0.7),), inseparable=(("compute", "step_s"),)
+)
 SAMPLES: dict[str, tuple[str, type]] = {
     "metagraph": (dumps(GRAPH), MetaGraph),
     "plan": (dumps(PLAN), Plan),
     "profile": (dumps(PROFILE), Profile),
     "trace": (dumps(TRACE), Trace),
+    "calibration": (dumps(CALIBRATION), Calibration),
 }
 each_format = pytest.mark.parametrize(("sample", "kind"), SAMPLES.values(), ids=SAMPLES)
 
@@ -102,6 +107,11 @@ def test_plans_survive(plan: Plan) -> None:
 @given(values.profiles)
 def test_profiles_survive(profile: Profile) -> None:
     assert loads(dumps(profile), Profile) == profile
+
+
+@given(values.calibrations)
+def test_calibrations_survive(calibration: Calibration) -> None:
+    assert loads(dumps(calibration), Calibration) == calibration
 
 
 @given(values.traces)

@@ -2,8 +2,10 @@
 
 from hypothesis import strategies as st
 
+from spindle.calibration import CONSTANTS, Calibration, MeasuredStep
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.outlook import Gain, Moves, Outlook
 from spindle.plan import (
     Alternative,
     Certificate,
@@ -131,6 +133,45 @@ spreads = st.builds(
     st.tuples(amounts, amounts),
 )
 
+shares = st.floats(-2, 0.99)
+moves = st.builds(
+    Moves,
+    name=st.sampled_from(("host", "network", "batch")),
+    half=st.one_of(st.none(), shares),
+    as_is=shares,
+    double=st.one_of(st.none(), shares),
+)
+gains = st.builds(
+    lambda baseline, ends, proof, found: Gain(
+        baseline=baseline, low=min(ends), share=sorted(ends)[1], high=max(ends), proof=proof, moves=found
+    ),
+    text,
+    st.tuples(shares, shares, shares),
+    st.sampled_from(("", "profile", "batches", "devices", "runs")),
+    st.lists(moves, max_size=3).map(tuple),
+)
+outlooks = st.builds(
+    lambda source, ends, gain: Outlook(source=source, low_s=min(ends), high_s=max(ends), gain=gain),
+    text,
+    st.tuples(amounts, amounts),
+    st.one_of(st.none(), gains),
+)
+constants = st.sampled_from(CONSTANTS)
+measured_steps = st.builds(MeasuredStep, gpus=counts, per_gpu_batch=counts, seconds=seconds, predicted_s=amounts)
+calibrations = st.builds(
+    Calibration,
+    device=text,
+    compute=seconds,
+    host=seconds,
+    network=seconds,
+    step_s=amounts,
+    source=text,
+    method=text,
+    rows=st.lists(measured_steps, max_size=3).map(tuple),
+    undetermined=st.lists(constants, max_size=2).map(tuple),
+    inseparable=st.lists(st.tuples(constants, constants), max_size=2).map(tuple),
+)
+
 plans = st.builds(
     Plan,
     num_devices=counts,
@@ -164,6 +205,8 @@ plans = st.builds(
         max_size=3,
     ).map(tuple),
     work=st.one_of(st.none(), st.builds(StepWork, samples=amounts, tokens=amounts, flops=amounts)),
+    fixed_s=amounts,
+    outlook=st.one_of(st.none(), outlooks),
 )
 
 profiles = st.builds(

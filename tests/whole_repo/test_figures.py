@@ -1,8 +1,7 @@
 """Pages show the tables that the reports hold now."""
 
 import pytest
-
-from benchmarks.figures import ROOT, made_anew, pages, section
+from figures import ROOT, made_anew, pages, section
 
 
 def test_no_page_is_stale() -> None:

@@ -49,6 +49,7 @@ def test_importing_spindle_is_light() -> None:
 def test_public_names() -> None:
     """The public face, in full: a new name here is a promise to users."""
     assert spindle.__all__ == [
+        "Calibration",
         "Plan",
         "Profile",
         "SpindleError",
@@ -57,6 +58,7 @@ def test_public_names() -> None:
         "__version__",
         "export",
         "load_checkpoint",
+        "make_calibration",
         "make_metagraph",
         "make_plan",
         "make_profile",
@@ -78,7 +80,7 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_a_name_that_is_not_public() -> None:
-    with pytest.raises(AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Plan, Profile, "):
+    with pytest.raises(AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Calibration, Plan, "):
         spindle.plot  # noqa: B018
 
 

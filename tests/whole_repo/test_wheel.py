@@ -57,11 +57,12 @@ def test_it_holds_the_three_packages(wheel: Path) -> None:
 
 
 def test_it_holds_its_data(wheel: Path) -> None:
-    """Device types, the scripts and styles of the timeline, and the mark that it is typed."""
+    """Device types, held-out steps, the scripts and styles of the timeline, and the mark that it is typed."""
     names = set(zipfile.ZipFile(wheel).namelist())
     scripts = [p.name for p in (ROOT / "spindle" / "timeline").iterdir() if p.suffix in (".js", ".css")]
     assert len(scripts) > 3
-    assert {"spindle/devices.yaml", "spindle/py.typed", *(f"spindle/timeline/{name}" for name in scripts)} <= names
+    files = ("devices.yaml", "held_out.yaml", "py.typed", *(f"timeline/{name}" for name in scripts))
+    assert {f"spindle/{name}" for name in files} <= names
 
 
 def test_it_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Calibrate: measured steps and what they ran, in; the calibration that explains them best out.
+
+A row's prediction is the whole step of its plan. Plans are made under the calibration of the round before, and inside
+a round only costed again, so that a fit takes seconds; rounds end when the plans no longer change.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from spindle.calibration import Calibration, MeasuredStep
+from spindle.cost.fitting import fit_steps
+from spindle.errors import SpindleWarning
+from spindle.plan import Plan
+from spindle.planner.recost import Costs
+from spindle.pricing import Pricing
+
+ROUNDS = 4
+
+Solved = tuple[Plan, Pricing]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measured row: how it is planned under a calibration, and what its costs are made of.
+
+    solve     the plan, its fixed part included, and the memory choices under which it fits
+    costs     of the uncalibrated cluster, with given memory choices
+    """
+
+    row: MeasuredStep
+    solve: Callable[[Calibration], Solved]
+    costs: Callable[[Pricing], Costs]
+
+
+def calibrate_cases(cases: Sequence[Case], device: str) -> Calibration:
+    """The calibration of `device`; its rows carry what the calibrated planner itself says of them."""
+    found = Calibration(device=device)
+    solved = [case.solve(found) for case in cases]
+    for _ in range(ROUNDS):
+        found = _fit(cases, solved, found)
+        before, solved = solved, [case.solve(found) for case in cases]
+        if all(_alike(one, other) for one, other in zip(before, solved, strict=True)):
+            break
+    if len({_choices(pricing) for _, pricing in solved}) > 1:
+        _warn_of_choices(cases, solved)
+    rows = (replace(case.row, predicted_s=plan.expected_s) for case, (plan, _) in zip(cases, solved, strict=True))
+    return replace(found, rows=tuple(rows))
+
+
+def _alike(one: Solved, other: Solved) -> bool:
+    """Whether both run the same layers on the same devices, with the same memory choices."""
+    runs = [[(s.metaop, s.first_layer, s.num_layers, s.devices) for s in plan.slices] for plan, _ in (one, other)]
+    return runs[0] == runs[1] and one[1] == other[1]
+
+
+def _choices(pricing: Pricing) -> tuple[bool, bool]:
+    return pricing.shard_optimizer, pricing.recompute
+
+
+def _warn_of_choices(cases: Sequence[Case], solved: Sequence[Solved]) -> None:
+    words = {
+        (False, False): "as they are",
+        (True, False): "with sharded optimizer states",
+        (False, True): "with recomputed activations",
+        (True, True): "with sharded optimizer states and recomputed activations",
+    }
+    first: dict[tuple[bool, bool], MeasuredStep] = {}
+    for case, (_, pricing) in zip(cases, solved, strict=True):
+        first.setdefault(_choices(pricing), case.row)
+    told = "; ".join(f"{row} {words[choices]}" for choices, row in first.items())
+    warnings.warn(
+        f"the rows fit memory in different ways ({told}), and one program runs one way; set shard_optimizer and "
+        "recompute in the workload as they were in the measured steps",
+        SpindleWarning,
+        stacklevel=3,
+    )
+
+
+def _fit(cases: Sequence[Case], solved: Sequence[Solved], start: Calibration) -> Calibration:
+    costs = [case.costs(pricing) for case, (_, pricing) in zip(cases, solved, strict=True)]
+
+    def predict(calibration: Calibration) -> list[float]:
+        found = []
+        for (plan, _), cost in zip(solved, costs, strict=True):
+            step_s = cost.under(calibration).step_s(plan)
+            assert step_s is not None, "the slices of a plan have times on the batch that it was made for"
+            found.append(step_s + calibration.step_s)
+        return found
+
+    return fit_steps([case.row for case in cases], predict, start)
