@@ -15,7 +15,7 @@ from spindle.errors import WorkloadError
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
 from spindle.record.shapes import Drawn
-from spindle.record.writes import differing
+from spindle.record.writes import CLOCK, differing
 from spindle.units import Bounds, Units
 
 
@@ -69,7 +69,7 @@ def divide(
     if other:
         raise WorkloadError(
             f"{where}: it writes to parameter {other!r} in another way than when it was captured; a task must write "
-            "the same in every step (what changes from step to step belongs in a callback)"
+            f"the same in every step. {CLOCK}"
         )
     if lacks:
         lacking = Lacking(code, wired, lacks, where)

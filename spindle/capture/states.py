@@ -20,7 +20,7 @@ from spindle.record.recording import Node, Ref
 @dataclass(frozen=True, slots=True)
 class Touch:
     """An operator reads or changes a buffer, as call number `at` of its task. `layer`: it counts a batch into the
-    running statistics of that layer; `again`: it changes it once more in backward.
+    running statistics of that layer; `again`: it changes it once more in backward; `inside`: a layer does, by its code.
     """
 
     operator: str
@@ -29,6 +29,7 @@ class Touch:
     changes: bool
     layer: str = ""
     again: bool = False
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _of_block(operator: str, path: str, at: int, changes: Changes, buffers: Buff
     for full, name in buffers.below(path):
         layer = name.rpartition(".")[0] if full in counted else ""
         again = changes.again and full in changes.buffers
-        yield Touch(operator, name, at, full in counted or full in changes.buffers, layer, again)
+        yield Touch(operator, name, at, full in counted or full in changes.buffers, layer, again, True)
 
 
 def _of_glue(operator: str, node: Node, at: int, leaves: Mapping[int, str], buffers: Buffers) -> Iterator[Touch]:

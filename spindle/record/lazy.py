@@ -110,7 +110,23 @@ INSTEAD = "use torch.where, or put it into a module and register that"
 
 
 class LazyRead(Exception):
-    """Code asked for a number that depends on parameters."""
+    """Code asked for a number that depends on parameters; or, if `buffer` is given, on that one, which changes."""
+
+    def __init__(self, buffer: str = "") -> None:
+        super().__init__(buffer)
+        self.buffer = buffer
+
+    @property
+    def what(self) -> str:
+        """What the code does."""
+        if self.buffer:
+            return f"it branches on a value of buffer {self.buffer!r}, which changes from step to step"
+        return BRANCHES
+
+    @property
+    def instead(self) -> str:
+        """What to do."""
+        return f"compute with the buffer as a tensor: {INSTEAD}" if self.buffer else INSTEAD
 
 
 class Refused(Exception):

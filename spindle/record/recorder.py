@@ -8,7 +8,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -113,6 +113,7 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.stateful: Collection[str] = ()  # names of buffers that change
         self.constants: Mapping[int, str] = {}  # buffers that are taken as such, by id
         self.read: set[str] = set()  # those of them that the task reads outside of blocks
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
@@ -150,7 +151,7 @@ class Recorder(TorchFunctionMode):
         if func in AS_OTHER and not tainted and not is_meta(args[0]):
             return self._real(AS_OTHER[func], (args[0], *args[1].shape), {})
         if func in READS:
-            raise LazyRead(getattr(func, "__name__", "read"))
+            raise LazyRead(self._buffer_behind(args[0]))
         if func in SHOWS:
             return f"<value of the model, shape {tuple(args[0].shape)}>"
         if func in OPENS_GRADIENTS:
@@ -416,6 +417,11 @@ class Recorder(TorchFunctionMode):
         """The number of a lazy tensor. Raises Refused where it came from nowhere."""
         found = self.encoded(value)
         return found.index if isinstance(found, Ref) else -1
+
+    def _buffer_behind(self, value: object) -> str:
+        """The buffer that a lazy tensor follows from; "" where it follows from parameters or layers too."""
+        number = self._number.get(id(value))
+        return "" if number is None else self.recording.buffer_behind(number, self.stateful)
 
     def number(self, value: Tensor) -> int | None:
         """The number of a lazy tensor as it is now."""

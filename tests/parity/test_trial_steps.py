@@ -1,5 +1,6 @@
 """What checkpoints would lose of an optimizer or a schedule is refused before the run, by name; and nothing else is."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,7 @@ def _groups_of_functions(parameters: Any) -> Optimizer:
 
 UNSAVED: dict[str, tuple[Make, Make | None, str]] = {
     **{
-        f"an optimizer's {how}": (lambda p, how=how: Warmed(p, how), None, f"Warmed keeps '{how}' from step to step")
+        f"an optimizer's {how}": (functools.partial(Warmed, how=how), None, f"Warmed keeps '{how}' from step to step")
         for how in ("steps", "own", "sizes", "kept", "held", "names")
     },
     "an optimizer's global": (lambda p: Warmed(p, "global"), None, "Warmed (counts|keeps)"),

@@ -45,6 +45,10 @@ class OwnState(Exception):
     """A block keeps a state that no planned run can follow; the message names it."""
 
 
+class WritesParameter(OwnState):
+    """A block writes to one of its parameters; the message names it."""
+
+
 def statistics_of(layer: str, module: nn.Module) -> list[str]:
     """Names of a layer's running statistics."""
     return [f"{layer}.{name}" if layer else name for name, value in module._buffers.items() if value is not None]
@@ -119,7 +123,8 @@ def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) ->
     changed = watched.changed()
     written = watched.written_parameters()
     if written:
-        raise OwnState(f"writes to its parameter {written[0]!r} in its forward; do it after the step, in a callback")
+        line = _line_that_writes(watched, written[0].rpartition(".")[2])
+        raise WritesParameter(f"writes to its parameter {written[0]!r} in its forward{f' ({line})' if line else ''}")
     attributes = watched.attributes()
     if not changed and not attributes:
         return Changes()
@@ -180,6 +185,13 @@ def _own_state(watched: Watched, name: str) -> str:
     )
 
 
+def _line_that_writes(watched: Watched, attribute: str) -> str:
+    """Where code of the block, or of a module in it, that is not torch's writes to an attribute."""
+    kinds = dict.fromkeys(type(module) for _, module in watched.modules)
+    own = (kind for kind in kinds if kind.__module__.partition(".")[0] != "torch")
+    return next(filter(None, (line_of(kind, attribute) for kind in own)), "")
+
+
 def line_of(owner: type, attribute: str) -> str:
     """Where the class sets an attribute, outside of __init__ if it does."""
     try:
@@ -188,7 +200,7 @@ def line_of(owner: type, attribute: str) -> str:
     except (OSError, TypeError):
         return ""
     sets = re.compile(
-        rf"\.{re.escape(attribute)}\b(\[.*\])?\s*([-+*/|&]|//|\*\*)?=[^=]|\.{re.escape(attribute)}\.\w+_\("
+        rf"\.{re.escape(attribute)}\b(\.data|\.detach\(\))*((\[.*\])?\s*([-+*/|&]|//|\*\*)?=[^=]|\.\w+_\()"
     )
     lines = [first + index for index, text in enumerate(source) if sets.search(text)]
     return f"line {lines[-1]} of {os.path.basename(file)}" if lines else ""
