@@ -27,7 +27,7 @@ from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
-from spindle.capture.states import with_states
+from spindle.capture.states import lines_of, with_states
 from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
@@ -118,7 +118,7 @@ def _captured(
     operators = with_states([op for r in results for op in r.operators], touched, workload.in_flight)
     writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results}, touched)
     return Captured(
-        graph=TaskGraph(operators, writes),
+        graph=TaskGraph(operators, writes, lines_of(touched)),
         codes={code.name: code for result in results for code in result.codes},
         tasks={task: result.code for task, result in zip(workload.tasks, results, strict=True)},
         losses={task: result.code.loss for task, result in zip(workload.tasks, results, strict=True)},

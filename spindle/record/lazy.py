@@ -105,6 +105,10 @@ SETS_GRADIENTS: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requir
 """What freezes or thaws a tensor."""
 
 
+_GRADIENT: Any = Tensor.grad
+GRADIENTS: frozenset[Any] = frozenset({_GRADIENT.__get__, _GRADIENT.__set__, _GRADIENT.__delete__})
+"""What reads or changes the gradient that a tensor holds."""
+
 BRANCHES = "it branches on a value computed from parameters"
 INSTEAD = "use torch.where, or put it into a module and register that"
 

@@ -37,6 +37,7 @@ from spindle.record.functions import (
 from spindle.record.lazy import (
     AS_OTHER,
     ATTRIBUTES,
+    GRADIENTS,
     OPENS_GRADIENTS,
     READS,
     SET_DATA,
@@ -140,6 +141,8 @@ class Recorder(TorchFunctionMode):
             return False
         if func in ATTRIBUTES:
             return func(*args, **kwargs)
+        if func in GRADIENTS and isinstance(args[0], nn.Parameter):
+            self._refuse_gradient_of(args[0])
         if func in SETS_GRADIENTS:
             self._refuse_other_flag(args, kwargs)
         if not self.inside and self._holds_own((*args, *kwargs.values())):
@@ -551,6 +554,18 @@ class Recorder(TorchFunctionMode):
             )
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
             raise Forbidden(HALF_AUTOCAST)
+
+    @staticmethod
+    def _refuse_gradient_of(parameter: nn.Parameter) -> None:
+        """Raise Forbidden where code asks for the gradient that a trained parameter holds."""
+        with torch._C.DisableTorchFunction():
+            trained = parameter.requires_grad
+        if trained:
+            raise Forbidden(
+                "it reads or changes gradients of parameters (p.grad; by zero_grad, clip_grad_norm_ or an optimizer, "
+                "say), which a planned step has only when all its tasks are done; leave that out: each step begins "
+                "without gradients, and max_grad_norm= of the workload clips them"
+            )
 
     def _refuse_other_flag(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise Forbidden where code freezes or thaws a parameter."""

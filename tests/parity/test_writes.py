@@ -329,7 +329,7 @@ def test_a_count_of_steps_goes_on_after_a_resume() -> None:
 
 @quiet
 def test_a_count_that_others_change_is_refused() -> None:
-    with pytest.raises(spindle.SpindleError, match=r"reads of buffer 'clock.step', which 'clock.* of task 'other'"):
+    with pytest.raises(spindle.SpindleError, match=r"buffer 'clock.step', which 'other.clock.* of task 'other'"):
         spindle.make_metagraph(by_clock("before", others=True)())
 
 
