@@ -5,7 +5,6 @@
   the first ones, must be like them, and step like them.
 """
 
-import inspect
 import io
 import random
 import warnings
@@ -23,6 +22,7 @@ from spindle.capture.look.repeats import places
 from spindle.errors import CheckpointError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter
 from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.record.fingerprints import fingerprint
 from spindle.runtime.optimizers import (
     Metric,
     OptimizerFactory,
@@ -36,7 +36,6 @@ from spindle.runtime.progress import Progress, load_optimizer, optimizer_progres
 
 STEPS, MORE_STEPS = 3, 3
 WIDTH = 3  # of each dimension of a small parameter, at most
-DEPTH = 6  # of objects in objects that are looked into
 
 _SAVED = ("state", "param_groups")  # what checkpoints hold of an optimizer
 _TORCHS = ("step", "defaults", "optimizer", "_opt_called", "_warned_capturable_if_run_uncaptured")  # torch sets them
@@ -213,31 +212,6 @@ def _unsaved(kind: str, name: str) -> CheckpointError:
 
 def _but_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def fingerprint(value: object, depth: int = DEPTH) -> object:
-    """What is equal of two values that hold the same numbers; functions are all alike."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype), repr(value.detach().cpu().reshape(-1).tolist())
-    if isinstance(value, torch.Generator):
-        return repr(value.get_state().tolist())
-    if isinstance(value, np.ndarray | np.generic):
-        return repr(value.tolist())
-    if isinstance(value, bool | int | float | complex | str | bytes | None):
-        return repr(value)
-    if not depth or isinstance(value, torch.optim.Optimizer | type) or inspect.isroutine(value):
-        return type(value).__qualname__
-    if isinstance(value, Mapping):
-        return [(fingerprint(k, depth - 1), fingerprint(v, depth - 1)) for k, v in value.items()]
-    if isinstance(value, list | tuple | set | frozenset) or hasattr(value, "popleft"):
-        found = [fingerprint(each, depth - 1) for each in value]  # type: ignore[attr-defined]
-        return sorted(found, key=repr) if isinstance(value, set | frozenset) else found
-    if isinstance(value, random.Random):
-        return repr(value.getstate())
-    if hasattr(value, "__dict__"):
-        return type(value).__qualname__, fingerprint(vars(value), depth - 1)
-    shown = repr(value)
-    return type(value).__qualname__ if " at 0x" in shown else shown  # of itertools.count the number
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

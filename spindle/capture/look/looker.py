@@ -36,7 +36,9 @@ from spindle.capture.look.samples import (
     twice,
 )
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
+from spindle.capture.look.watching import Held
 from spindle.errors import SpindleWarning, WorkloadError
+from spindle.record.copies import attributes_kept
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recording import LeafWrite
@@ -106,7 +108,11 @@ class Looker:
 
     def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
         self.sites, self.writes = None, None
-        self._find_changing_buffers(batches[0])
+        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        with attributes_kept(modules, self.skeleton.steady.is_settled):
+            held = Held(modules)
+            self._find_changing_buffers(batches[0])
+            self._refuse_made_by_first(batches[0], held)
         self.skeleton.read.clear()
         self._refuse_unlike(batches[0], kept)
         return self._looked(batches)
@@ -351,6 +357,18 @@ class Looker:
                 if place.draws:
                     raise own_generator(self.task, place.name)
                 self._refuse_steering(batch, bounds, second, place)
+
+    def _refuse_made_by_first(self, batch: SampledBatch, held: Held) -> None:
+        """Raise WorkloadError where code outside of layers keeps in a module what it made of the first batch."""
+        made, parts = held.changed(), self.few[0][1]
+        if not made or len(parts) < 2 or len(batch.units.counts) > 1:  # of packed fields what is kept follows sizes
+            return
+        self._record(batch, parts[1])
+        kept = held.same(made)
+        held.put_back()
+        self._record(batch, parts[1])
+        for name in kept - held.same(made):
+            raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {held.made_by_first(name)}")
 
     def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
         with place.far():
