@@ -127,8 +127,8 @@ class Looker:
             refused = self._refused(batch, few)
             if refused is None:
                 continue
-            if self._refused(batch, ((0, size), ())) is not None:
-                raise error
+            if len(batch.units.counts) > 1 or self._refused(batch, ((0, size), ())) is not None:
+                raise error  # packed fields that do not fit each other are no matter of numbers of samples
             found = next((few for few in other_few(batch.units) if self._refused(batch, few) is None), None)
             if found is None:
                 raise WorkloadError(

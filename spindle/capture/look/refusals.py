@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from spindle.errors import WorkloadError
+from spindle.errors import SpindleError, WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
 from spindle.record.lazy import INSTEAD, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
@@ -97,9 +97,8 @@ def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
     if "cuda" in str(error).lower() or "NVIDIA" in str(error):
         remedy = "Leave devices out (.cuda(), .to(device)): modules and batches are moved to where they run"
     reason = f": {_reason(error)}" if _reason(error) else ""
-    return Raised(
-        f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}{reason}. {remedy}",
-    )
+    kind = WorkloadError if _is_ours(error) else Raised
+    return kind(f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}{reason}. {remedy}")
 
 
 def writes_parameter(task: str, block: str, module: nn.Module, how: str, *, cut: bool) -> Exception:
@@ -150,6 +149,12 @@ def _whole_warning(task: Task, component: str, error: Exception) -> str:
         f"{_innermost(error)}; take what depends on such values out of it, or name parts of it that stand alone, as in "
         "layers=['visual']"
     )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a check of ours raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, SpindleError) or (bool(frames) and f"{os.sep}spindle{os.sep}" in frames[-1].filename)
 
 
 def _innermost(error: Exception) -> str:
