@@ -291,6 +291,6 @@ def check_optimizer(
     if reach.of_others and steps_apart and not same_everywhere:
         raise WorkloadError(
             f"{kind} computes the update of a parameter from others too, and in this plan devices update different "
-            "ones; plan for one device, or use an optimizer that updates each parameter by itself (max_grad_norm= of the "
-            "workload clips gradients)"
+            "ones; plan for one device, or use an optimizer that updates each parameter by itself (to clip gradients "
+            "there is max_grad_norm= of the workload)"
         )
