@@ -36,6 +36,7 @@ from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
 from spindle.runtime.progress import merged
+from spindle.runtime.trial_steps import check_trial_steps
 from spindle.runtime.worker import Report, make_jobs, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
@@ -150,14 +151,16 @@ def launched(
     launcher: Launcher = "auto",
     seed: int = 0,
     timeout_s: float = 60.0,
+    saves: bool = False,
 ) -> Iterator[Run]:
-    """Start a crew for a prepared workload, and end it whatever happens.
+    """Start a crew for a prepared workload, and end it whatever happens. `saves`: it will write or read checkpoints.
 
-    Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process.
+    Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process, and
+    CheckpointError for one of which a checkpoint would not hold all.
     """
     program = prepared.program
     if optimizer is not None:
-        _check_steps(prepared, optimizer, scheduler, metric)
+        _check_steps(prepared, optimizer, scheduler, metric, saves=saves)
     jobs = make_jobs(
         program,
         prepared.captured,
@@ -177,12 +180,20 @@ def launched(
 
 
 def _check_steps(
-    prepared: Prepared, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None, metric: Metric | None
+    prepared: Prepared,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None,
+    metric: Metric | None,
+    *,
+    saves: bool,
 ) -> None:
     """Make optimizer and schedule once, of stand-ins, and see whether they can be stepped as in one process."""
     workload, program = prepared.workload, prepared.program
-    parameters = {p.name: stand_in(p, torch.device("cpu")) for p in described(workload.named_parameters())}
+    every = described(workload.named_parameters())
+    parameters = {p.name: stand_in(p, torch.device("cpu")) for p in every}
     made = make_optimizer(optimizer, parameters, workload.optimizer_settings).optimizer
+    make_schedule(scheduler, made, metric)
+    check_trial_steps(every, workload.optimizer_settings, optimizer, scheduler, metric, saves=saves)
     specs = (p for operator in prepared.captured.graph for p in operator.parameters)
     check_optimizer(
         made,
@@ -190,7 +201,6 @@ def _check_steps(
         same_everywhere=len({(bucket.ranks, bucket.owner) for bucket in program.buckets}) <= 1,
         steps_apart=program.num_ranks > 1,
     )
-    make_schedule(scheduler, made, metric)
 
 
 def place_among_drivers(launcher: Launcher) -> tuple[int, int]:

@@ -16,8 +16,7 @@ from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
 from spindle.errors import RunError, SpindleError
 from spindle.graph import num_micro_batches
 from spindle.record.draws import Stream, drawing_from
-from spindle.record.recording import LeafWrite
-from spindle.record.writes import perform
+from spindle.record.writes import OwnWrite, perform
 from spindle.runtime.batches import check_alike
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
@@ -68,7 +67,7 @@ class Executor:
         switch: Switch | None = None,
         partial: frozenset[str] = frozenset(),
         momenta: Mapping[str, float | None] | None = None,
-        writes: Mapping[tuple[str, str], LeafWrite] | None = None,
+        writes: Mapping[tuple[str, str], OwnWrite] | None = None,
     ) -> None:
         """`codes` hold what the rank runs; `optimizer` is over the parameters that the rank updates. `switch` is that
         of its cut layers; `partial` names parameters whose gradients in a part are shares. `momenta`: of norm layers
@@ -435,7 +434,8 @@ class Executor:
         departures: list[Wait] = []
         held: dict[str, Tensor] = dict(self.store.parameters)
         for target in write.parameters:
-            found = self.writes[write.task, target]
+            own = self.writes[write.task, target]
+            found = own.write
             values: dict[str, Tensor] = {}
             for fetch in (fetches[source] for source in found.sources if source in fetches):
                 if fetch.source == self.rank:
@@ -446,7 +446,7 @@ class Executor:
                     value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
                     self.transport.start([], [(fetch.source, value)])[1]()
             if self.rank in write.ranks:
-                perform(found, ChainMap(values, held).__getitem__, self.transport.device)
+                perform(found, ChainMap(values, own.clocks, held).__getitem__, self.transport.device)
         for departed in departures:
             departed()
 

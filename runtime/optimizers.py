@@ -253,7 +253,7 @@ def _after(
 ) -> list[Tensor]:
     """Values of fresh parameters after the steps; without a gradient one rests."""
     probe: Any = object.__new__(type(optimizer))
-    probe.__dict__.update(optimizer.__dict__)
+    probe.__dict__.update((key, value) for key, value in vars(optimizer).items() if key != "step")  # a schedule's
     parameters = [nn.Parameter(value.clone()) for value, *_ in tried if value is not None]
     probe.state = defaultdict(dict)
     told = {"fused": False, "capturable": False} | ({} if group.get("lr") is None else {"lr": 0.01})  # on any device
@@ -291,5 +291,6 @@ def check_optimizer(
     if reach.of_others and steps_apart and not same_everywhere:
         raise WorkloadError(
             f"{kind} computes the update of a parameter from others too, and in this plan devices update different "
-            "ones; plan for one device, or use an optimizer that updates each parameter by itself"
+            "ones; plan for one device, or use an optimizer that updates each parameter by itself (to clip gradients "
+            "there is max_grad_norm= of the workload)"
         )

@@ -155,6 +155,7 @@ def run_planned(
                 launcher=launcher,
                 seed=seed,
                 timeout_s=timeout_s,
+                saves=len(prepared) > 1,
             ) as run:
                 if before is not None:
                     run.resume(before)

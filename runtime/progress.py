@@ -111,6 +111,18 @@ def load_optimizer(
         raise CheckpointError(
             f"the checkpoint's optimizer does not fit this one ({error}); use the optimizer it was made with"
         ) from None
+    for name, state in states.items():
+        _keep_types(optimizer.state[parameters[name]], state)
+
+
+def _keep_types(held: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Undo that torch casts states to the type of their parameter when it loads them, which loses digits."""
+    for key, value in saved.items():
+        now = held.get(key)
+        if isinstance(value, Tensor) and isinstance(now, Tensor) and value.dtype != now.dtype:
+            cast = value.to(now)
+            if cast.shape == now.shape and torch.equal(cast, now):
+                held[key] = value.to(now.device)
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], progress: Progress) -> None:

@@ -20,7 +20,7 @@ from spindle.capture.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.graph import base_task
 from spindle.record.draws import Stream, drawing_from
-from spindle.record.lazy import BRANCHES, INSTEAD, LazyRead
+from spindle.record.lazy import LazyRead
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
@@ -210,7 +210,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _explained(where: str, error: Exception) -> Exception:
     if isinstance(error, LazyRead):
         return WorkloadError(
-            f"{where}: {BRANCHES} (if, while, int(), .item()), which it did not when it was captured; {INSTEAD}"
+            f"{where}: {error.what} (if, while, int(), .item()), which it did not when it was captured; {error.instead}"
         )
     if isinstance(error, SpindleError):
         return type(error)(f"{where}: {error}")

@@ -17,7 +17,9 @@ from spindle.capture.codes import Captured, OperatorCode
 from spindle.graph import Parameter, base_task, num_micro_batches, parse_piece
 from spindle.plan import SizeRange
 from spindle.record.copies import copied
+from spindle.record.recording import LeafWrite
 from spindle.record.travel import let_travel
+from spindle.record.writes import OwnWrite
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, is_listed, keeps_state
@@ -65,6 +67,7 @@ class Job:
     recipe: Recipe
     tasks: Mapping[str, Task]
     cuts: Mapping[str, Held] = field(default_factory=dict)  # by parameter
+    clocks: Mapping[str, Tensor] = field(default_factory=dict)  # buffers that writes to parameters read
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
@@ -118,6 +121,7 @@ def make_jobs(
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used}
     recipe, jobs, parameters = Recipe.of(workload, captured), [], described(workload.named_parameters())
+    clocks = {name for code in captured.tasks.values() for write in code.writes for name in write.clocks}
     let_travel(component.module for component in workload.components.values())
     for rank, own in enumerate(codes):
         loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
@@ -129,6 +133,7 @@ def make_jobs(
                 recipe=recipe,
                 tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
                 cuts=pieces[rank],
+                clocks={name: value.detach() for name, value in workload.named_buffers() if name in clocks},
                 partial=captured.graph.partial,
                 owned=tuple(owned[rank]),
                 unused={} if rank else unused,
@@ -216,11 +221,19 @@ class Worker:
         )
         layers = [layer for tally in job.program.tallies for layer in tally.layers]
         self.momenta = momenta(job.recipe.skeleton.components, layers)
+        self.writes = {
+            (base_task(task), w.target): self._own_clocks(w)
+            for task, code in job.recipe.codes.items()
+            for w in code.writes
+        }
         self.executors: dict[frozenset[str], Executor] = {}
         self.resting: dict[str, Tensor] = {}  # optimizer states of parameters that nobody steps in this run; on rank 0
         self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
         self.steps_done = 0
         transport.make_groups(job.program.groups)
+
+    def _own_clocks(self, write: LeafWrite) -> OwnWrite:
+        return OwnWrite(write, {name: self.job.clocks[name].to(self.transport.device).clone() for name in write.clocks})
 
     def digests(self) -> dict[str, str]:
         """Fingerprint of the next batch of each task that this rank loads: equal on all ranks that load it."""
@@ -317,7 +330,7 @@ class Worker:
                 self.switch,
                 job.partial,
                 self.momenta,
-                {(base_task(task), w.target): w for task, code in job.recipe.codes.items() for w in code.writes},
+                self.writes,
             )
         return self.executors[tasks]
 

@@ -437,6 +437,7 @@ def train(
         launcher=launcher,
         seed=seed,
         timeout_s=timeout_s,
+        saves=kept is not None or before is not None,
     ) as run:
         if before is not None:
             run.resume(before)

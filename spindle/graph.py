@@ -5,7 +5,7 @@
 - Operators of different tasks are different even when they hold the same parameters (equal parameter names).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, prod
@@ -249,10 +249,13 @@ class ParameterWrite:
 
 @dataclass(frozen=True)
 class TaskGraph:
-    """All operators of a workload; flows follow from the tensors they read and write. `writes`: to parameters."""
+    """All operators of a workload; flows follow from the tensors they read and write. `writes`: to parameters. `lines`:
+    where buffers are changed, as "line 12 of model.py", as far as that is known.
+    """
 
     operators: tuple[Operator, ...]
     writes: tuple[ParameterWrite, ...] = ()
+    lines: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.operators:
@@ -265,6 +268,11 @@ class TaskGraph:
 
     def __len__(self) -> int:
         return len(self.operators)
+
+    def told(self, buffer: str) -> str:
+        """How to call a buffer in a sentence: with the line that changes it."""
+        line = self.lines.get(buffer, "")
+        return f"buffer {buffer!r}{f' (changed in {line})' if line else ''}"
 
     @cached_property
     def by_name(self) -> dict[str, Operator]:

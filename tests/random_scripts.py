@@ -15,6 +15,11 @@ from tests.script_towers import CHANGING, READS_WORDS, TOWERS, UNSAVED
 
 STEPS, SAVED_AFTER = 5, 2
 BATCH_SIZE = 4
+MOMENTA = (
+    *("momentum", "momentum_first", "momentum_lerp", "momentum_data"),
+    *("momentum_count", "momentum_count_first"),
+)
+"""How a teacher follows its student; by a count of steps in the last two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +183,12 @@ def is_valid(case: Case) -> bool:
     for component in case.components:
         if component.kind == "prototypes" and any(task.uses.count(component.name) > 1 for task in case.tasks):
             return False  # autograd refuses that a weight changes between its use and backward
+        if component.kind == "clamped" and any(task.uses.count(component.name) > 1 for task in case.tasks):
+            return False  # likewise
+        if component.kind == "sized" and any(
+            component.name in task.uses and task.samples % BATCH_SIZE == 3 for task in case.tasks
+        ):
+            return False
     used = {name for task in case.tasks for name in task.uses}
     if case.middle and any(component.kind in UNSAVED and component.name in used for component in case.components):
         return False  # it would begin anew in one process, too
@@ -288,7 +299,15 @@ def _random_task(rng: random.Random, components: tuple[ComponentCase, ...]) -> T
     scale = "scale" if loss == "contrastive" and "scale" in by_kind and rng.random() < 0.8 else ""
     writes = [rng.choice(["clamp", "clamp_data", "clamp_assigned"])] if scale and rng.random() < 0.4 else []
     if loss == "distill":
-        writes += rng.choice([[], ["momentum"], ["momentum_first"], ["momentum_lerp"], ["momentum_data"]])
+        momenta = (
+            "momentum",
+            "momentum_first",
+            "momentum_lerp",
+            "momentum_data",
+            "momentum_count",
+            "momentum_count_first",
+        )
+        writes += rng.choice([[], *([momentum] for momentum in momenta)])
         writes += rng.choice([[], ["center"], ["center_assigned"]])
     return TaskCase(
         loss=loss,

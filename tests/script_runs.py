@@ -5,7 +5,6 @@ states of the optimizer and learning rates.
 """
 
 import contextlib
-import copy
 import signal
 import tempfile
 import threading
@@ -93,9 +92,6 @@ class Plain:
         for self.step in range(STEPS):
             if case.middle and self.step == SAVED_AFTER:
                 found.snapshots[self.step] = self.snapshot()
-                self.optimizer.load_state_dict(
-                    copy.deepcopy(self.optimizer.state_dict())
-                )  # rounds as a resumed script's
                 freeze(case, self.modules, self.step)
             found.losses.append(self._step())
         found.snapshots[STEPS], found.final = self.snapshot(), tensors_of(self.modules)

@@ -76,6 +76,8 @@ def _write_before(task: TaskCase, modules: Mapping[str, nn.Module]) -> None:
     if "clamp_assigned" in task.writes:
         scale = _scale(task, modules)
         scale.data = scale.data.clamp(max=0.999)
+    if "momentum_count_first" in task.writes:
+        _follow(modules[task.teacher], modules[task.towers[0]], "momentum_count")
     if "momentum_first" in task.writes:
         _follow(modules[task.teacher], modules[task.towers[0]], "momentum")
 
@@ -87,6 +89,8 @@ def _scale(task: TaskCase, modules: Mapping[str, nn.Module]) -> nn.Parameter:
 def _follow(teacher: nn.Module, student: nn.Module, form: str) -> None:
     """Move the teacher's weights towards the student's."""
     assert isinstance(teacher, Teacher)
+    if form == "momentum_count":
+        teacher.steps += 1
     for mine, others in zip(teacher.tower.parameters(), student.parameters(), strict=True):
         if form == "momentum_data":
             mine.data = mine.data * 0.9 + others.data * 0.1
@@ -94,6 +98,8 @@ def _follow(teacher: nn.Module, student: nn.Module, form: str) -> None:
         with torch.no_grad():
             if form == "momentum_lerp":
                 mine.lerp_(others, 0.1)
+            elif form == "momentum_count":
+                mine.lerp_(others, 0.05 * (1 + torch.cos(teacher.steps / 3)))
             else:
                 mine.mul_(0.9).add_(others, alpha=0.1)
 
@@ -109,7 +115,7 @@ def _distilled(task: TaskCase, modules: Mapping[str, nn.Module], batch: Batch, h
             teacher.center.mul_(0.9).add_(target.mean(0), alpha=0.1)
     if "center_assigned" in task.writes:
         teacher.center = teacher.center * 0.9 + target.mean(0) * 0.1
-    for form in {"momentum", "momentum_lerp", "momentum_data"} & set(task.writes):
+    for form in {"momentum", "momentum_lerp", "momentum_data", "momentum_count"} & set(task.writes):
         _follow(teacher, modules[task.towers[0]], form)
     return loss
 

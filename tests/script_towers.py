@@ -37,6 +37,35 @@ class BatchNormed(nn.Module):
         return y
 
 
+class Clamped(Block):
+    """A layer that keeps its own weights small, in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight.clamp_(-0.3, 0.3)
+        return super().forward(x)
+
+
+class Sized(Block):
+    """A layer that takes numbers of samples by which a batch divides, and no others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) in (1, 2) or len(x) % 4 == 0, "one, two, or a multiple of four"
+        return super().forward(x)
+
+
+class Listed(Block):
+    """A layer that counts its calls in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen["calls"] += 1
+        return super().forward(x) / (1 + 0.1 * self.seen["calls"])
+
+
 class Tower(nn.Module):
     """A stem and layers of one kind."""
 
@@ -122,7 +151,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.tower = copy.deepcopy(student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(WIDTH))
+        self.register_buffer("steps", torch.zeros(()))
         self.center: Tensor
+        self.steps: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.tower(x)
@@ -296,6 +327,9 @@ def _weight_normed(depth: int) -> nn.Module:
 
 TOWERS: dict[str, Callable[[int], nn.Module]] = {
     "mlp": lambda depth: Tower(Block, depth),
+    "clamped": lambda depth: Tower(Clamped, depth),
+    "sized": lambda depth: Tower(Sized, depth),
+    "count_in_dict": lambda depth: Tower(Listed, depth),
     "batch_norm": lambda depth: Tower(BatchNormed, depth),
     "spectral_norm": lambda depth: Spectral(depth, is_old=False),
     "old_spectral_norm": lambda depth: Spectral(depth, is_old=True),
@@ -324,5 +358,5 @@ CHANGING = (
     *("buffer_assigned", "queue", "queue_pointer", "prototypes", "prototypes_data", "renormed_embedding"),
 )
 """Towers that change in forward."""
-UNSAVED = ("python_counter", "plain_tensor", "plain_tensor_of_batch")
+UNSAVED = ("python_counter", "count_in_dict", "plain_tensor", "plain_tensor_of_batch")
 """Towers that keep what no checkpoint holds."""

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
-from spindle.capture.look.refusals import TakeWhole, Unsettled, refuse_gradient_hooks
+from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
 from spindle.capture.modules import refuse_modules
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
-from spindle.capture.states import with_states
+from spindle.capture.states import lines_of, with_states
 from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning
 from spindle.graph import TaskGraph
@@ -81,21 +81,29 @@ def _warn_of_large_operators(workload: Workload) -> None:
 def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
     _warn_of_large_operators(workload)
     whole: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
     settled: set[str] = set()
     while True:
         try:
-            return _captured(workload, on_task, whole, settled)
+            return _captured(workload, on_task, whole, apart, settled)
         except Unsettled:
             continue
+        except TakeApart as taken:
+            warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
+            apart |= {taken.component}
         except TakeWhole as taken:
             warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
             whole |= {taken.component}
 
 
 def _captured(
-    workload: Workload, on_task: Callable[[str], object], whole: frozenset[str], settled: set[str]
+    workload: Workload,
+    on_task: Callable[[str], object],
+    whole: frozenset[str],
+    apart: frozenset[str],
+    settled: set[str],
 ) -> Captured:
-    blocks = _blocks(workload, whole)
+    blocks = _blocks(workload, whole, apart)
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
     skeleton = Skeleton(
@@ -108,9 +116,9 @@ def _captured(
     skeleton.learning = False
     touched = [touch for result in results for touch in result.touches]
     operators = with_states([op for r in results for op in r.operators], touched, workload.in_flight)
-    writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results})
+    writes = checked_writes(workload, operators, {r.code.task: r.code.writes for r in results}, touched)
     return Captured(
-        graph=TaskGraph(operators, writes),
+        graph=TaskGraph(operators, writes, lines_of(touched)),
         codes={code.name: code for result in results for code in result.codes},
         tasks={task: result.code for task, result in zip(workload.tasks, results, strict=True)},
         losses={task: result.code.loss for task, result in zip(workload.tasks, results, strict=True)},
@@ -142,8 +150,8 @@ def _of_tasks(
     return results, read
 
 
-def _blocks(workload: Workload, whole: frozenset[str]) -> list[Block]:
-    """Blocks of all components, with whole components in place of the blocks inside them."""
+def _blocks(workload: Workload, whole: frozenset[str], apart: frozenset[str]) -> list[Block]:
+    """Blocks of all components, with whole components in place of the blocks inside them, and without those `apart`."""
     inside = {module for name in whole for module in workload.components[name].module.modules()}
-    found = [block for block in blocks_of(workload) if block.module not in inside]
+    found = [b for b in blocks_of(workload) if b.module not in inside and b.path.partition(".")[0] not in apart]
     return found + [Block(name, workload.components[name].module) for name in sorted(whole)]

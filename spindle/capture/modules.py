@@ -11,6 +11,10 @@ from spindle.workload import Component, Workload
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
+MAX_NORM = (
+    "by which a lookup writes to its parameter, in the rows that the batch names; leave max_norm out and divide what "
+    "is looked up by its norm, or clamp the rows in the step() of an optimizer of your own"
+)
 _WRAPPERS: Mapping[str, str] = {
     "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned "
     "runs reduce gradients themselves",
@@ -48,6 +52,8 @@ def _check(component: Component, path: str, module: nn.Module) -> None:
             f"{where} is compiled by torch.jit, so its code can be neither recorded nor cut; register the plain module "
             "that it was made of"
         )
+    if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise WorkloadError(f"{where} has max_norm={module.max_norm}, {MAX_NORM}")
     for name, value in vars(module).items():
         if isinstance(value, Tensor) and not value.is_leaf:
             raise WorkloadError(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.capture import costs
 from spindle.capture.assignment import Tied, assigned, no_gradient
@@ -19,11 +19,13 @@ from spindle.capture.parts import divide
 from spindle.capture.states import Buffers, Touch, touches
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import Operator, Parameter, TensorSpec
+from spindle.record.functions import counts_batches
 from spindle.record.randomness import undrawn
 from spindle.units import SAMPLES
 from spindle.workload import Task, Workload
 
 _CPU = torch.device("cpu")
+PACKED = " (attention over packed samples: give it a mask or lengths, see docs/packed.md)"
 
 
 @dataclass
@@ -229,6 +231,7 @@ class _Builder:
         """Why an operator runs on whole batches, with the line that is to blame; "" where another operator is."""
         findings, nodes = self.seen.findings, self.nodes
         if draft.part.block:
+            assert draft.module.block is not None
             kind = type(draft.module.block).__name__
             number = next(n for n in self.wired.blocks() if nodes[n].block == draft.part.block)
             read = [s for s in self.wired.sources[number] if s in self.wired.frontier]
@@ -236,7 +239,7 @@ class _Builder:
             alone = not draft.mixes and not any(mixing)
             if alone and "." not in draft.part.block:
                 return f"{kind} runs whole, as one operator, and mixes samples"
-            return f"{kind} mixes samples (batch norm: use GroupNorm)" if alone else ""
+            return f"{kind} mixes samples{self._by_what(draft.module.block)}" if alone else ""
         own = set(map(id, draft.part.nodes))
         for n in self.wired.glue():
             if id(nodes[n]) not in own or self.wired.key(n) not in findings.mixing:
@@ -256,11 +259,18 @@ class _Builder:
                 )
             if name in ("repeat", "tile"):
                 return f"{line} gives the samples in turn by {name!r}; use repeat_interleave, which keeps each together"
+            hint = " (batch norm: use GroupNorm)" if "norm" in name else PACKED if "attention" in name else ""
             return (
-                f"{line} mixes samples by {name!r} (batch norm: use GroupNorm), or holds the batch size as a number "
-                "(take it from x.shape[0])"
+                f"{line} mixes samples by {name!r}{hint}, or holds the batch size as a number (take it from x.shape[0])"
             )
         return ""
+
+    def _by_what(self, module: nn.Module) -> str:
+        """A guess at what in a layer mixes samples, and what to do."""
+        norm = next((type(part).__name__ for part in module.modules() if counts_batches(part)), "")
+        if norm:
+            return f" by its {norm} (use GroupNorm)"
+        return PACKED if self.task.rows else ": what it gives for one depends on the others of the batch"
 
     def _operator(self, draft: _Draft, cost: Cost, code: TaskCode) -> Operator:
         named = self._parameter_names(draft)

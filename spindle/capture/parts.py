@@ -15,7 +15,7 @@ from spindle.errors import WorkloadError
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
 from spindle.record.shapes import Drawn
-from spindle.record.writes import differing
+from spindle.record.writes import CLOCK, differing
 from spindle.units import Bounds, Units
 
 
@@ -69,7 +69,7 @@ def divide(
     if other:
         raise WorkloadError(
             f"{where}: it writes to parameter {other!r} in another way than when it was captured; a task must write "
-            "the same in every step (what changes from step to step belongs in a callback)"
+            f"the same in every step. {CLOCK}"
         )
     if lacks:
         lacking = Lacking(code, wired, lacks, where)
@@ -111,9 +111,11 @@ def _numbers(code: TaskCode, wired: Wired, home: Mapping[int, str], where: str) 
     for name, expected in code.crossing.items():
         sent = crossing.get(name, {})
         if [code.tensors.get(what) for what in sent.values()] != [code.tensors[what] for what in expected]:
+            same = len(sent) == len(expected)
+            told = "other values than" if same else f"{len(sent)} values to other operators, and {len(expected)}"
             raise WorkloadError(
-                f"{where}: operator {name!r} sends {len(sent)} values to others, but {len(expected)} when it was "
-                "captured, or others; a task must compute in the same way in every step"
+                f"{where}: operator {name!r} sends {told} when it was captured; a task must compute in the same way in "
+                "every step"
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}
     _check_reads(code, wired, home, {number: tensor for tensor, number in numbers.items()}, where)

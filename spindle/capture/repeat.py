@@ -20,6 +20,7 @@ def repeated(captured: Captured, count: int) -> Captured:
         graph=TaskGraph(
             tuple(_operator(operator, number) for number in numbers for operator in captured.graph),
             captured.graph.writes,
+            captured.graph.lines,
         ),
         codes={c.name: c for number in numbers for c in (_code(code, number) for code in captured.codes.values())},
         tasks={f"{t}#{number}": _task(code, number) for number in numbers for t, code in captured.tasks.items()},

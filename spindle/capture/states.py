@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorPart
-from spindle.capture.look.watching import Changes, statistics_of
+from spindle.capture.look.watching import Changes, line_of, statistics_of
 from spindle.errors import WorkloadError
 from spindle.graph import Operator
 from spindle.record.functions import counts_batches, updated_places
@@ -20,7 +20,8 @@ from spindle.record.recording import Node, Ref
 @dataclass(frozen=True, slots=True)
 class Touch:
     """An operator reads or changes a buffer, as call number `at` of its task. `layer`: it counts a batch into the
-    running statistics of that layer; `again`: it changes it once more in backward.
+    running statistics of that layer; `again`: it changes it once more in backward; `inside`: a layer does, by its code.
+    `line`: where, as far as that is known.
     """
 
     operator: str
@@ -29,6 +30,13 @@ class Touch:
     changes: bool
     layer: str = ""
     again: bool = False
+    inside: bool = False
+    line: str = ""
+
+    @property
+    def told(self) -> str:
+        """How to call the buffer in a sentence."""
+        return f"buffer {self.buffer!r}{f' ({self.line})' if self.line else ''}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,10 @@ def _of_block(operator: str, path: str, at: int, changes: Changes, buffers: Buff
     counted = {name: layer for layer in changes.statistics for name in statistics_of(layer, buffers.modules[layer])}
     for full, name in buffers.below(path):
         layer = name.rpartition(".")[0] if full in counted else ""
-        again = changes.again and full in changes.buffers
-        yield Touch(operator, name, at, full in counted or full in changes.buffers, layer, again)
+        again, changed = changes.again and full in changes.buffers, full in counted or full in changes.buffers
+        owner, _, attribute = full.rpartition(".")
+        line = line_of(type(buffers.modules[owner]), attribute) if full in changes.buffers else ""
+        yield Touch(operator, name, at, changed, layer, again, True, line)
 
 
 def _of_glue(operator: str, node: Node, at: int, leaves: Mapping[int, str], buffers: Buffers) -> Iterator[Touch]:
@@ -78,7 +88,8 @@ def _of_glue(operator: str, node: Node, at: int, leaves: Mapping[int, str], buff
     reads = dict.fromkeys(leaves[ref] for ref in node.refs() if ref in leaves)
     for name in dict.fromkeys((*reads, *node.writes)):
         if name in buffers.named and not isinstance(buffers.named[name], nn.Parameter):
-            yield Touch(operator, name, at, name in node.writes, buffers.layer_of(name) if name in counting else "")
+            layer = buffers.layer_of(name) if name in counting else ""
+            yield Touch(operator, name, at, name in node.writes, layer, line=node.line)
 
 
 def _counts(node: Node, leaves: Mapping[int, str]) -> bool:
@@ -93,6 +104,11 @@ def _counts(node: Node, leaves: Mapping[int, str]) -> bool:
 
 def _refs(value: object) -> list[Ref]:
     return [value] if isinstance(value, Ref) else []
+
+
+def lines_of(found: Iterable[Touch]) -> dict[str, str]:
+    """Where each buffer is changed, as far as that is known."""
+    return {touch.buffer: touch.line for touch in found if touch.changes and touch.line}
 
 
 def with_states(operators: Sequence[Operator], found: Iterable[Touch], in_flight: int = 1) -> tuple[Operator, ...]:
@@ -133,7 +149,7 @@ def _check_turns(touched: Sequence[Touch], in_flight: int) -> None:
         if touch.again and (others or in_flight > 1):
             other = f"{others[0]!r} reads or changes too" if others else "several micro-batches change at once"
             raise WorkloadError(
-                f"{touch.operator!r} changes buffer {touch.buffer!r} under a checkpoint of its own, which runs again "
+                f"{touch.operator!r} changes {touch.told} under a checkpoint of its own, which runs again "
                 f"in backward, and which {other}; switch the checkpoint off and name the component in the workload's "
                 "recompute="
             )
@@ -148,7 +164,7 @@ def _check_order(operators: Sequence[Operator], touched: Sequence[Touch]) -> Non
         other = before.get(key, touch)
         if place[touch.operator] < place[other.operator]:
             raise WorkloadError(
-                f"task {key[1]!r} reads or changes buffer {touch.buffer!r} in {touch.operator!r} before and after it "
+                f"task {key[1]!r} reads or changes {touch.told} in {touch.operator!r} before and after it "
                 f"does so in {other.operator!r}, which runs apart from it; do it in one of the two alone"
             )
         before[key] = touch

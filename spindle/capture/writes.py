@@ -7,20 +7,27 @@ a task, before the next task of the list.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from spindle.capture.states import Touch
 from spindle.errors import WorkloadError
 from spindle.graph import Operator, ParameterWrite
 from spindle.record.recording import LeafWrite
-from spindle.record.writes import specs
+from spindle.record.writes import INSTEAD, specs
 from spindle.workload import Workload
 
 
 def checked_writes(
-    workload: Workload, operators: Sequence[Operator], found: Mapping[str, Sequence[LeafWrite]]
+    workload: Workload,
+    operators: Sequence[Operator],
+    found: Mapping[str, Sequence[LeafWrite]],
+    touched: Sequence[Touch],
 ) -> tuple[ParameterWrite, ...]:
-    """The writes of all tasks. Raises WorkloadError naming the line where a plan could not keep their order."""
+    """The writes of all tasks; `touched`: buffers. Raises WorkloadError naming the line where a plan could not keep
+    their order.
+    """
     writes = [write for task, own in found.items() for write in specs(task, own)]
     if not writes:
         return ()
+    _check_clocks(operators, found, touched)
     users: dict[str, set[str]] = {}
     cut: set[str] = set()
     for operator in operators:
@@ -30,6 +37,23 @@ def checked_writes(
     order = {task: index for index, task in enumerate(workload.tasks)}
     texts = {(task, write.target): write.text for task, own in found.items() for write in own}
     return tuple(_Check(workload, writes, users, cut, order, texts).checked(write) for write in writes)
+
+
+def _check_clocks(
+    operators: Sequence[Operator], found: Mapping[str, Sequence[LeafWrite]], touched: Sequence[Touch]
+) -> None:
+    """A clock is changed by the code of the task that writes by it, and by nothing else."""
+    task_of = {operator.name: operator.task for operator in operators}
+    for touch in (touch for touch in touched if touch.changes):
+        for task, own in found.items():
+            write = next((write for write in own if touch.buffer in write.clocks), None)
+            if write is not None and (touch.inside or task_of[touch.operator] != task):
+                other = f"{touch.operator!r} of task {task_of[touch.operator]!r}"
+                raise WorkloadError(
+                    f"task {task!r}, {write.line} writes to parameter {write.target!r} outside of the optimizer what "
+                    f"it reads of buffer {touch.buffer!r}, which {other} changes too; give each task a buffer of its "
+                    "own, which its function changes"
+                )
 
 
 class _Check:
@@ -98,5 +122,5 @@ class _Check:
         line = f", {write.line}" if write.line else ""
         return WorkloadError(
             f"task {write.task!r}{line} writes to parameter {write.target!r} outside of the optimizer, and {why}; or "
-            "do it after the step, in a callback"
+            f"{INSTEAD}"
         )

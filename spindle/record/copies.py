@@ -6,11 +6,14 @@ later), which torch does not copy.
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from spindle.record.fingerprints import OF_MODULES
 
 CopiedT = TypeVar("CopiedT")
 
@@ -30,13 +33,33 @@ def attributes_kept(
     modules: Iterable[nn.Module], but: Callable[[nn.Module, str], bool] | None = None
 ) -> Iterator[None]:
     """While open, code may set attributes of modules and put in other buffers; they are as before afterwards, `but` for
-    attributes of which this is true.
+    attributes of which this is true. So is what lists and the like among them hold.
     """
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+    before = Attributes(modules)
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
+        before.put_back(but)
+
+
+class Attributes:
+    """Attributes and buffers of modules as they stand, and what lists and the like among them hold."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+        self.contents = [
+            (value, copy.copy(value))
+            for _, attributes, _ in self.before
+            for name, value in attributes.items()
+            if name not in OF_MODULES and type(value) in (list, dict, set, deque)
+        ]
+
+    def put_back(self, but: Callable[[nn.Module, str], bool] | None = None) -> None:
+        """Let all be as it was, `but` for attributes of which this is true."""
+        for value, contents in self.contents:
+            value.clear()
+            value.extend(contents) if isinstance(value, list | deque) else value.update(contents)
+        for module, attributes, buffers in self.before:
             held = vars(module)
             stays = {name: value for name, value in held.items() if but is not None and but(module, name)}
             held.clear()

@@ -107,6 +107,16 @@ def is_drawing() -> bool:
     return _DRAWING.get()
 
 
+@contextmanager
+def drawing_unseen() -> Iterator[None]:
+    """While open torch's random functions may be called: what they give does not count."""
+    token = _DRAWING.set(True)
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
+
+
 def current() -> Stream:
     """The stream that code draws from just now."""
     return _STREAM.get()

@@ -105,12 +105,32 @@ SETS_GRADIENTS: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requir
 """What freezes or thaws a tensor."""
 
 
+_GRADIENT: Any = Tensor.grad
+GRADIENTS: frozenset[Any] = frozenset({_GRADIENT.__get__, _GRADIENT.__set__, _GRADIENT.__delete__})
+"""What reads or changes the gradient that a tensor holds."""
+
 BRANCHES = "it branches on a value computed from parameters"
 INSTEAD = "use torch.where, or put it into a module and register that"
 
 
 class LazyRead(Exception):
-    """Code asked for a number that depends on parameters."""
+    """Code asked for a number that depends on parameters; or, if `buffer` is given, on that one, which changes."""
+
+    def __init__(self, buffer: str = "") -> None:
+        super().__init__(buffer)
+        self.buffer = buffer
+
+    @property
+    def what(self) -> str:
+        """What the code does."""
+        if self.buffer:
+            return f"it branches on a value of buffer {self.buffer!r}, which changes from step to step"
+        return BRANCHES
+
+    @property
+    def instead(self) -> str:
+        """What to do."""
+        return f"compute with the buffer as a tensor: {INSTEAD}" if self.buffer else INSTEAD
 
 
 class Refused(Exception):

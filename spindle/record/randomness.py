@@ -153,6 +153,23 @@ class RecordedDrawing(Drawing):
             return self.recorder.draw(call, values, function(values.detach(), *args))
 
 
+class RealDrawing(Drawing):
+    """Draws of a block that runs for its shapes on real numbers: no other mode sees its calls."""
+
+    def __init__(self) -> None:
+        super().__init__("", None)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See Drawing."""
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return super().__torch_function__(func, types, args, kwargs)
+
+
 class NotingShapes(Drawing):
     """Draws of a block that runs for its shapes alone: nothing is drawn."""
 

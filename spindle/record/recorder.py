@@ -8,7 +8,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -37,6 +37,7 @@ from spindle.record.functions import (
 from spindle.record.lazy import (
     AS_OTHER,
     ATTRIBUTES,
+    GRADIENTS,
     OPENS_GRADIENTS,
     READS,
     SET_DATA,
@@ -113,6 +114,7 @@ class Recorder(TorchFunctionMode):
         self._aux: dict[int, int] = {}
         self._meta: dict[int, Tensor] = {}
         self._updated: list[str] = []  # leaves that the call under way changes without saying so
+        self.stateful: Collection[str] = ()  # names of buffers that change
         self.constants: Mapping[int, str] = {}  # buffers that are taken as such, by id
         self.read: set[str] = set()  # those of them that the task reads outside of blocks
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
@@ -139,6 +141,8 @@ class Recorder(TorchFunctionMode):
             return False
         if func in ATTRIBUTES:
             return func(*args, **kwargs)
+        if func in GRADIENTS and isinstance(args[0], nn.Parameter):
+            self._refuse_gradient_of(args[0])
         if func in SETS_GRADIENTS:
             self._refuse_other_flag(args, kwargs)
         if not self.inside and self._holds_own((*args, *kwargs.values())):
@@ -150,7 +154,7 @@ class Recorder(TorchFunctionMode):
         if func in AS_OTHER and not tainted and not is_meta(args[0]):
             return self._real(AS_OTHER[func], (args[0], *args[1].shape), {})
         if func in READS:
-            raise LazyRead(getattr(func, "__name__", "read"))
+            raise LazyRead(self._buffer_behind(args[0]))
         if func in SHOWS:
             return f"<value of the model, shape {tuple(args[0].shape)}>"
         if func in OPENS_GRADIENTS:
@@ -417,6 +421,11 @@ class Recorder(TorchFunctionMode):
         found = self.encoded(value)
         return found.index if isinstance(found, Ref) else -1
 
+    def _buffer_behind(self, value: object) -> str:
+        """The buffer that a lazy tensor follows from; "" where it follows from parameters or layers too."""
+        number = self._number.get(id(value))
+        return "" if number is None else self.recording.buffer_behind(number, self.stateful)
+
     def number(self, value: Tensor) -> int | None:
         """The number of a lazy tensor as it is now."""
         return self._number.get(id(value))
@@ -545,6 +554,18 @@ class Recorder(TorchFunctionMode):
             )
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
             raise Forbidden(HALF_AUTOCAST)
+
+    @staticmethod
+    def _refuse_gradient_of(parameter: nn.Parameter) -> None:
+        """Raise Forbidden where code asks for the gradient that a trained parameter holds."""
+        with torch._C.DisableTorchFunction():
+            trained = parameter.requires_grad
+        if trained:
+            raise Forbidden(
+                "it reads or changes gradients of parameters (p.grad; by zero_grad, clip_grad_norm_ or an optimizer, "
+                "say), which a planned step has only when all its tasks are done; leave that out: each step begins "
+                "without gradients, and max_grad_norm= of the workload clips them"
+            )
 
     def _refuse_other_flag(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise Forbidden where code freezes or thaws a parameter."""

@@ -5,7 +5,7 @@ to a tensor gives a new value for it, so that every value has one maker.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -85,7 +85,8 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class LeafWrite:
-    """Calls that write to parameter `target`, and the calls that compute what is written, from `sources` and constants.
+    """Calls that write to parameter `target`, and the calls that compute what is written, from `sources`, constants,
+    and `clocks`, which some of them change: buffers that the task changes by constants alone.
 
     `after`: all that uses the target in the task comes before it, or, when False, after it; None: nothing uses it.
     `repeatable`: to write twice is to write once. `text` is equal for writes that do the same. `shapes`: of the
@@ -102,6 +103,7 @@ class LeafWrite:
     line: str
     text: str
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    clocks: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -124,6 +126,23 @@ class Recording:
     def makers(self) -> dict[int, int]:
         """Number of the node that makes each value."""
         return {out: number for number, node in enumerate(self.nodes) for out in node.outs if out >= 0}
+
+    def buffer_behind(self, value: int, buffers: Collection[str]) -> str:
+        """The one of `buffers` that a value follows from; "" where it follows from anything else of the model too."""
+        maker, stack = self.makers(), [value]
+        found: set[str] = set()
+        seen: set[int] = set()
+        while stack:
+            number = stack.pop()
+            if number in self.leaves:
+                found.add(self.leaves[number])
+            elif number in maker and number not in seen:
+                node = self.nodes[maker[number]]
+                if node.block:
+                    return ""
+                stack += node.refs()
+            seen.add(number)
+        return min(found) if found and found <= set(buffers) else ""
 
 
 def tree(function: Callable[[Any], Any], structure: Any) -> Any:

@@ -59,6 +59,7 @@ def record(
     fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in fields.items()}
     with skeleton.open(_call.__code__) as recorder, autocast or contextlib.nullcontext():
         recorder.kept, recorder.constants = skeleton.kept, skeleton.constants
+        recorder.stateful = skeleton.stateful
         drawing = RecordedDrawing(recorder, sites)
         try:
             with drawing_from(stream), recorder, ByRows(), drawing, _gradients_as_found():

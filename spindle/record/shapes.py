@@ -12,9 +12,11 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spindle.record.draws import Draw
+from spindle.record.draws import Draw, drawing_unseen
+from spindle.record.patching import Shared, in_place
 from spindle.record.recording import leaves_of, tree
 from spindle.record.slots import Mark
 
@@ -175,12 +177,16 @@ def _size(option: Size, given: Sequence[Shape]) -> int:
     return int(given[index][dim] * factor)
 
 
+_sizes_unchecked = Shared(lambda: in_place([(F, "_verify_batch_size", lambda size: None)]))
+"""Parts of a batch may have a single row, which torch's batch norm refuses."""
+
+
 def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Exception | None) -> Results:
     """What a block gives for real, numbers of the model in its arguments made up. Raises what it raises.
 
     `reason`: why the meta device could not run it.
     """
-    from spindle.record.randomness import Drawing
+    from spindle.record.randomness import RealDrawing
 
     def real(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_meta:
@@ -193,8 +199,14 @@ def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Except
     generator = torch.Generator().manual_seed(0)
     try:
         given, named = tree(real, args), tree(real, kwargs)
-        with torch.random.fork_rng(devices=[]), Drawing("", None) as drawing:
-            structure = own(*given, **named)
+        drawing = RealDrawing()
+        with torch.random.fork_rng(devices=[]), _sizes_unchecked:
+            before = torch.get_rng_state()
+            with drawing_unseen():
+                structure = own(*given, **named)
+            if not torch.equal(torch.get_rng_state(), before):
+                with torch._C._EnableTorchFunction(), drawing:  # no mode sees other blocks: compiled code bears none
+                    structure = own(*given, **named)
     except Exception as error:
         raise error from reason
     return results_of(structure, drawing.shapes, written_out=drawing.writes_out_attention)

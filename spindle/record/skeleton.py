@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
+from spindle.record.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches
 from spindle.record.lazy import Forbidden, memory_of
 from spindle.record.patches import recorded_calls, watched_modules
@@ -159,7 +160,9 @@ class Skeleton:
         with contextlib.suppress(TypeError, ValueError):
             seen = inspect.getclosurevars(inspect.unwrap(function))
             held |= {**seen.globals, **seen.nonlocals}
-        tensors = {name: value for name, value in held.items() if type(value) is Tensor and value.is_leaf}
+        own = {name: value for name, value in held.items() if name.rpartition(".")[2] not in OF_MODULES}
+        found, _ = Leaves(copies=False).of(own)
+        tensors = {name: value for name, value in found.items() if type(value) is Tensor and value.is_leaf}
         self.kept = {memory_of(value): name for name, value in tensors.items() if memory_of(value)}
 
     def module(self, path: str) -> nn.Module:

@@ -2,10 +2,13 @@
 
 A task may change parameters by others alone, under no_grad: clamp a scale, move a teacher after its student. Such calls
 do not read the batch, so each rank that holds the parameter can make them, before or after all that uses it.
+
+They may read clocks: buffers that the task itself changes by constants alone, such as a count of steps. Each rank that
+writes keeps a clock of its own for each such parameter, which goes on as the buffer does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +18,15 @@ from spindle.graph import ParameterWrite
 from spindle.record.functions import SetData
 from spindle.record.lazy import Refused
 from spindle.record.recording import Aux, LeafWrite, Node, Recording, Ref, execute, tree
+
+INSTEAD = "do it in the step() of an optimizer of your own, or make it a buffer"
+"""What to do with a write to a parameter that no plan can follow."""
+
+CLOCK = (
+    "Keep a count of steps in a buffer that the task itself advances (state.step += 1), and compute what follows from "
+    "it with tensors: p.lerp_(q, 1 - momentum) with momentum = 1 - 0.01 * torch.cos(state.step * rate)"
+)
+"""How what is written may change from step to step."""
 
 MOST_NUMBERS = 64  # of a constant tensor that a write reads
 _CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "clip_")
@@ -38,10 +50,10 @@ class _Taker:
         recording.nodes[:] = [one for node in recording.nodes for one in self._singly(node)]
         self.nodes, self.leaves, self.maker = recording.nodes, recording.leaves, recording.makers()
         self.writing: dict[str, list[int]] = {}
+        self.changing: dict[str, list[int]] = {}  # buffers
         for number, node in enumerate(self.nodes):
             for name in node.writes:
-                if name in parameters:
-                    self.writing.setdefault(name, []).append(number)
+                (self.writing if name in parameters else self.changing).setdefault(name, []).append(number)
 
     def run(self) -> None:
         taken = {number for numbers in self.writing.values() for number in numbers}
@@ -52,7 +64,7 @@ class _Taker:
             if moved:
                 raise Refused(
                     f"it writes to parameter {write.target!r} ({write.line}) what it reads of {moved[0]!r}, to which "
-                    "it writes too; do this after the step, in a callback"
+                    f"it writes too; {INSTEAD}"
                 )
         self.recording.writes = writes
         self.recording.nodes[:] = [node for number, node in enumerate(self.nodes) if number not in taken]
@@ -94,10 +106,8 @@ class _Taker:
     def _write(self, target: str, numbers: Sequence[int], live: set[int]) -> LeafWrite:
         cone = self._cone(target, numbers)
         nodes = [self.nodes[number] for number in cone]
-        read = dict.fromkeys(self.leaves[ref] for node in nodes for ref in node.refs() if ref in self.leaves)
-        buffers = [name for name in read if name not in self.parameters]
-        if buffers:
-            raise self._refused(target, numbers[0], f"what it reads of buffer {buffers[0]!r}, which changes")
+        read = self._read(cone)
+        clocks = tuple(name for name in read if name not in self.parameters)
         users = [n for n in live if n not in numbers and self._uses(self.nodes[n], target)]
         before, after = all(n > numbers[-1] for n in users), all(n < numbers[0] for n in users)
         if not before and not after:
@@ -107,12 +117,13 @@ class _Taker:
             )
         return LeafWrite(
             target=target,
-            sources=tuple(name for name in read if name != target),
+            sources=tuple(name for name in read if name != target and name not in clocks),
+            clocks=clocks,
             nodes=tuple(nodes),
             leaves={n: name for n, name in self.leaves.items() if name in read},
             aux={aux: self.recording.aux[aux] for node in nodes for aux in node.aux()},
             after=None if before and after else after,
-            repeatable=self._repeatable(target, numbers),
+            repeatable=not clocks and self._repeatable(target, numbers),
             line=self.nodes[numbers[0]].line,
             text=" ".join(map(self._text, nodes)),
             shapes={
@@ -122,8 +133,13 @@ class _Taker:
             },
         )
 
+    def _read(self, cone: Iterable[int]) -> list[str]:
+        """Parameters and buffers that some calls read."""
+        refs = (ref for number in cone for ref in self.nodes[number].refs())
+        return list(dict.fromkeys(self.leaves[ref] for ref in refs if ref in self.leaves))
+
     def _cone(self, target: str, numbers: Sequence[int]) -> list[int]:
-        """The calls that write, and all that they read."""
+        """The calls that write, and all that they read; with the calls that change the clocks among it."""
         found: set[int] = set()
         stack = list(numbers)
         while stack:
@@ -133,17 +149,39 @@ class _Taker:
             found.add(number)
             node = self.nodes[number]
             large = [aux for aux in node.aux() if self.recording.aux[aux].numel() > MOST_NUMBERS]
-            if node.block or node.draws or large or (node.writes and number not in numbers):
+            strange = self.parameters.intersection(node.writes) and number not in numbers
+            if node.block or node.draws or large or strange:
                 raise self._refused(target, numbers[0], "what depends on the batch")
             stack += [self.maker[ref] for ref in node.refs() if ref in self.maker]
+            for name in self._read([number]):
+                if name not in self.parameters:
+                    if name not in self.changing:
+                        raise self._refused(
+                            target, numbers[0], f"what it reads of buffer {name!r}, which others change"
+                        )
+                    stack += self.changing[name]
+        own = [n for n in found if n not in numbers and self.nodes[n].writes]
+        if own and not self.parameters.isdisjoint(self._read(self._makers(own))):
+            name = next(name for n in own for name in self.nodes[n].writes)
+            raise self._refused(target, numbers[0], f"what it reads of buffer {name!r}, which follows parameters")
         return sorted(found)
 
+    def _makers(self, numbers: Iterable[int]) -> set[int]:
+        """Calls, and all that they read."""
+        found: set[int] = set()
+        stack = list(numbers)
+        while stack:
+            number = stack.pop()
+            if number not in found:
+                found.add(number)
+                stack += [self.maker[ref] for ref in self.nodes[number].refs() if ref in self.maker]
+        return found
+
     def _refused(self, target: str, number: int, what: str) -> Refused:
-        line = self.nodes[number].line
-        return Refused(
-            f"it writes to parameter {target!r}{f' ({line})' if line else ''} outside of the optimizer {what}; do it "
-            "after the step, in a callback"
-        )
+        line = f" ({self.nodes[number].line})" if self.nodes[number].line else ""
+        if "embedding" in getattr(self.nodes[number].function, "__name__", ""):
+            what = f"by max_norm= of an embedding, {what}"
+        return Refused(f"it writes to parameter {target!r}{line} outside of the optimizer {what}; {INSTEAD}")
 
     def _uses(self, node: Node, target: str) -> bool:
         if node.block and target in self.of_block(node.block.partition("@")[0]):
@@ -185,6 +223,14 @@ def specs(task: str, writes: Iterable[LeafWrite]) -> tuple[ParameterWrite, ...]:
         )
         for w in writes
     )
+
+
+@dataclass(frozen=True)
+class OwnWrite:
+    """A write as a rank makes it, and its own values of the clocks that it reads."""
+
+    write: LeafWrite
+    clocks: dict[str, Tensor]
 
 
 def perform(write: LeafWrite, leaf: Callable[[str], Tensor], device: torch.device) -> None:

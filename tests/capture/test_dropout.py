@@ -257,3 +257,44 @@ def test_what_cannot_be_repeated_is_refused(name: str, as_block: bool) -> None:
 
     with pytest.raises(WorkloadError, match=message):
         capture(workload)
+
+
+class Branches(nn.Module):
+    """Draws, keeps a state, and asks for a number of the model, so that it runs for real to find its shapes."""
+
+    seen: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.drop, self.how = nn.Linear(8, 8), nn.Dropout(0.3), how
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True) if how == "attention" else None
+        self.register_buffer("seen", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(self.linear(x))
+        if self.attention is not None:
+            y = y + self.attention(y[:, None], y[:, None], y[:, None])[0][:, 0]
+        if self.how == "state":
+            with torch.no_grad():
+                self.seen.lerp_(y.mean(0), 0.1)
+            y = y * self.seen.clone()
+        return -y if float(y.sum()) > 1e9 else y
+
+
+@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+@pytest.mark.parametrize("how", ["plain", "state", "attention"])
+@pytest.mark.parametrize("layers", [["0", "1"], []])
+def test_layers_that_branch_and_draw(how: str, layers: list[str]) -> None:
+    """Their draws are known though the meta device cannot run them."""
+    for ranks in (2, 3):
+        torch.manual_seed(0)
+        workload = spindle.Workload("branches")
+        trunk = workload.component("trunk", nn.Sequential(Branches(how), Branches(how)).double(), layers=layers)
+
+        @workload.task("t", batch_size=6, data=[{"x": torch.randn(6, 8, dtype=torch.float64)} for _ in range(2)])
+        def task(batch: dict[str, Tensor], trunk: nn.Module = trunk) -> Tensor:
+            found: Tensor = (trunk(batch["x"]) - 1).square().mean()
+            return found
+
+        report = spindle.verify(workload, num_workers=ranks, steps=3, launcher="threads")
+        assert report.ok, str(report)

@@ -224,6 +224,26 @@ def scripted(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     return {"t": lambda b: told.loss(head(trunk(b["x"])))}
 
 
+def _halved(**held: nn.Module) -> None:
+    for parameter in held["head"].parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.5)
+
+
+def _stepped(**held: nn.Module) -> None:
+    torch.optim.SGD(held["trunk"].parameters(), lr=0.1).step()
+
+
+GRADIENTS = {
+    "zero_grad of a module": lambda **held: held["trunk"].zero_grad(),
+    "zero_grad of an optimizer": lambda **held: torch.optim.SGD(held["trunk"].parameters(), lr=0.1).zero_grad(),
+    "a step in a task": _stepped,
+    "clip_grad_norm_": lambda **held: nn.utils.clip_grad_norm_(held["trunk"].parameters(), 1.0),
+    "gradients in place": _halved,
+    "gradients set": lambda **held: setattr(next(held["trunk"].parameters()), "grad", None),
+}
+"""What reads or changes gradients of earlier tasks."""
+
 BATCH_ALONE = (
     r"line \d+ of test_refused_tasks.py: what it computes of one batch changes .*let it follow from the batch alone"
 )
@@ -236,6 +256,10 @@ REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "torch.func.vmap": (transformed(lambda f, x: torch.func.vmap(f)(x)), r"inside of a transform of torch\.func"),
     "torch.func.jacrev": (transformed(lambda f, x: torch.func.jacrev(f)(x)), r"inside of a transform of torch\.func"),
     "torch.func.jvp": (transformed(lambda f, x: torch.func.jvp(f, (x,), (x,))[1]), r"a transform of torch\.func"),
+    **{
+        name: (doing(code), r"line \d+ of test_refused_tasks.py: it reads or changes gradients of parameters .p.grad;")
+        for name, code in GRADIENTS.items()
+    },
     "gradients left off": (
         doing(lambda **_: None, lambda **_: torch.set_grad_enabled(False)),
         "leaves gradients switched off .*with statement",

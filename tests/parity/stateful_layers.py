@@ -1,6 +1,8 @@
 """Layers that change more than their results."""
 
 import functools
+import itertools
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -189,6 +191,23 @@ class Stash(Linear):
         return self.last.tanh()
 
 
+class Losses(Linear):
+    """Keeps numbers in a list that nobody reads, and a table that follows from sizes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.tables: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        if width not in self.tables:
+            self.tables[width] = torch.linspace(0, 1, width, dtype=torch.float64)
+        y: Tensor = self.linear(x) + self.tables[width]
+        self.losses.append(y.detach().mean())
+        return y.tanh()
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": Normed,
     "batch norm, cumulative": functools.partial(Normed, None),
@@ -201,6 +220,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "codebook": Codebook,
     "calls": Calls,
     "stash": Stash,
+    "losses": Losses,
     "checkpointed batch norm": functools.partial(Checkpointed, Normed),
 }
 
@@ -265,12 +285,83 @@ class WritesParameter(Linear):
         return y
 
 
+class Kept(Linear):
+    """Keeps what changes from call to call in something that it holds; `way`: in what."""
+
+    total = 0.0
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.numbers, self.tensors, self.recent = (
+            {"calls": 0},
+            [torch.zeros(WIDTH, dtype=torch.float64)],
+            deque[float](),
+        )
+        self.made: dict[str, Tensor] = {}
+        self.counter, self.object = itertools.count(1), Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        if self.way == "numbers":
+            self.numbers["calls"] += 1
+            return h / self.numbers["calls"]
+        if self.way == "counter":
+            return h / next(self.counter)
+        if self.way == "object":
+            self.object.calls += 1
+            return h / self.object.calls
+        if self.way == "total":
+            Kept.total += 1.0
+            return h / Kept.total
+        with torch.no_grad():
+            if self.way == "tensors":
+                self.tensors[0].lerp_(h.mean(0), 0.1)
+                return h - self.tensors[0].clone()
+            if self.way == "made":
+                self.made["mean"] = 0.5 * self.made.get("mean", torch.zeros_like(h[0])) + h.mean(0)
+                return h - self.made["mean"]
+        self.recent.append(float(h.mean()))
+        return h * (1 + sum(self.recent) / len(self.recent))
+
+
+class Holder:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class FirstBatch(Linear):
+    """Divides by the spread of the first batch that it meets."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            spread = x.detach().std() + 1
+            self.scale = float(spread) if self.way == "number" else spread
+        y: Tensor = self.linear(x) / self.scale
+        return y
+
+
 OWN = r"keeps( a state of its own in attribute)? '%s' |stateful_layers.py: what it computes .* changes from call"
+KEPT = ("numbers", "counter", "object", "total", "tensors", "made", "recent")
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a number": (Counter, OWN % "calls"),
     "a plain tensor": (functools.partial(Plain, "assigned"), OWN % "center"),
     "a plain tensor in place": (functools.partial(Plain, "in place"), OWN % "center"),
     "a plain tensor made by a call": (functools.partial(Plain, "made"), OWN % "center"),
     "a buffer made by a call": (MadeBuffer, f"{OWN % 'center'}|buffer 'trunk.0.center' is made by the first batch"),
+    **{f"kept in {way}": (functools.partial(Kept, way), f"{OWN % way}|branches on|draws") for way in KEPT},
+    **{
+        f"a {way} of the first batch": (
+            functools.partial(FirstBatch, way),
+            r"keeps in attribute 'scale' \(line \d+ of ",
+        )
+        for way in ("number", "tensor")
+    },
     "a parameter": (WritesParameter, "parameter '.*linear.weight'"),
 }

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +31,7 @@ class Layer(nn.Module):
         return y
 
 
+LINE = r"line \d+ of test_writes\.py"
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
@@ -161,6 +163,199 @@ def test_each_batch_of_a_step_writes(num_ranks: int, seed: int, after: bool) -> 
     follows(teacher("lerp", after=after, accumulate=3), num_ranks, seed)
 
 
+class Writing(Layer):
+    """A layer that writes to its own weights before it uses them; `way`: how. "branches" cannot be recorded."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "clamp":
+            with torch.no_grad():
+                self.linear.weight.clamp_(-0.2, 0.2)
+        elif self.way == "data":
+            self.linear.weight.data = nn.functional.normalize(self.linear.weight.data, dim=1)
+        else:
+            with torch.no_grad():
+                self.linear.weight.div_(self.linear.weight.norm(dim=1, keepdim=True))
+        y = super().forward(x)
+        return -y if self.way == "branches" and float(y.sum()) > 1e9 else y
+
+
+def of_layers(way: str) -> spindle.Workload:
+    workload = spindle.Workload("layers")
+    tower = workload.component("tower", Layers(way).double(), layers="layers")
+
+    @workload.task("t", batch_size=6, data=batches(1))
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = (tower(batch["x"]) - 1).square().mean()
+        return found
+
+    return workload
+
+
+class Layers(nn.Module):
+    """Two of them, in a list."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Writing(way) for _ in range(2))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@few
+@pytest.mark.parametrize("way", ["clamp", "data", "divided"])
+@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
+def test_layers_that_write_to_their_own_weights(way: str, num_ranks: int, seed: int) -> None:
+    """They become code between layers, with a warning that names the line."""
+    words = rf"writes to its parameter 'linear.weight' in its forward \({LINE}\), so component 'tower' is not cut into"
+    with pytest.warns(spindle.errors.SpindleWarning, match=words):
+        spindle.make_metagraph(of_layers(way))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        follows(lambda: of_layers(way), num_ranks, seed)
+
+
+@quiet
+def test_a_whole_component_that_writes_to_its_weights_is_refused() -> None:
+    with pytest.raises(spindle.SpindleError, match=rf"writes to its parameter '.*weight' in its forward \({LINE}\)"):
+        spindle.make_metagraph(of_layers("branches"))
+
+
+@quiet
+def test_an_embedding_with_max_norm_is_refused() -> None:
+    """By its path; and where a task calls the function, by the line."""
+    workload = spindle.Workload("words")
+    table = nn.Embedding(4, WIDTH, max_norm=1.0).double()
+    workload.component("words", nn.Sequential(table))
+
+    @workload.task("t", batch_size=6, data=batches(1))
+    def task(batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = nn.functional.embedding(batch["y"], table.weight, max_norm=0.1).square().mean()
+        return found
+
+    with pytest.raises(spindle.SpindleError, match=r"component 'words': module '0' has max_norm=1.0, by which"):
+        spindle.make_metagraph(workload)
+    table.max_norm = None
+    with pytest.raises(spindle.SpindleError, match=rf"writes by max_norm= to parameter 'words.0.weight' \({LINE}\)"):
+        spindle.make_metagraph(workload)
+
+
+class Clock(nn.Module):
+    """A count of steps."""
+
+    step: Tensor
+    rate: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("rate", torch.tensor(0.5, dtype=torch.float64))
+
+
+def _advanced(clock: Clock, when: str) -> None:
+    if when == "assigned":
+        clock.step = clock.step + 1
+    else:
+        clock.step += 1
+
+
+def by_clock(when: str, *, every: int = 1, others: bool = False, **options: object) -> Make:
+    """A teacher whose momentum follows a count of steps that its task advances, `when` before or after it is read; the
+    loss reads the count too. `others`: another task advances it too.
+    """
+
+    def make() -> spindle.Workload:
+        workload = spindle.Workload("clock", **options)  # type: ignore[arg-type]
+        student = workload.component("student", stack(Layer), layers=["0", "1"])
+        follower = workload.component("teacher", copy.deepcopy(student).requires_grad_(False), layers=["0", "1"])
+        clock = workload.component("clock", Clock())
+
+        @workload.task("follow", batch_size=6, data=batches(1), every=every)
+        def follow(batch: dict[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                if when != "after":
+                    _advanced(clock, when)
+                momentum = 1 - clock.rate * (torch.cos(clock.step / 4) + 1) / 2
+                for p, q in zip(follower.parameters(), student.parameters(), strict=True):
+                    p.lerp_(q, 1 - momentum)
+                if when == "after":
+                    _advanced(clock, when)
+            loss: Tensor = (1.1 * student(batch["x"]) - follower(batch["x"])).square().mean() / (1 + clock.step)
+            return loss
+
+        @workload.task("other", batch_size=6, data=batches(2))
+        def other(batch: dict[str, Tensor]) -> Tensor:
+            if others:
+                _advanced(clock, "before")
+            found: Tensor = student(batch["x"]).square().mean()
+            return found
+
+        return workload
+
+    return make
+
+
+@quiet
+@pytest.mark.parametrize("when", ["before", "after", "assigned"])
+@few
+@given(
+    num_ranks=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    every=st.sampled_from((1, 2)),
+    accumulate=st.sampled_from((1, 3)),
+)
+def test_a_momentum_that_follows_a_count_of_steps(
+    when: str, num_ranks: int, seed: int, every: int, accumulate: int
+) -> None:
+    """A count in a buffer, which the task advances: each rank that writes counts too, once for each batch."""
+    follows(by_clock(when, every=every, accumulate=accumulate), num_ranks, seed, steps=5)
+
+
+@quiet
+def test_a_count_of_steps_goes_on_after_a_resume() -> None:
+    """Under another plan."""
+    workload = by_clock("before")()
+    report = spindle.verify(workload, num_workers=2, steps=4, optimizer=sgd, resume_under=3, launcher="threads")
+    assert report.ok, str(report)
+
+
+@quiet
+def test_a_count_that_others_change_is_refused() -> None:
+    with pytest.raises(spindle.SpindleError, match=r"buffer 'clock.step', which 'other.clock.* of task 'other'"):
+        spindle.make_metagraph(by_clock("before", others=True)())
+
+
+@quiet
+def test_a_clamp_in_an_optimizer_of_the_users_own() -> None:
+    """What sentences recommend instead."""
+
+    class Clamped(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(-0.2, 0.2)
+
+    for ranks in (2, 3):
+        report = spindle.verify(
+            two(nothing, nothing),
+            num_workers=ranks,
+            steps=3,
+            optimizer=lambda p: Clamped([x for x in p if x.requires_grad], lr=0.5),
+            launcher="threads",
+        )
+        assert report.ok, str(report)
+
+
 class Scale(nn.Module):
     """A logit scale."""
 
@@ -270,15 +465,25 @@ def twice(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
 
 
+COUNT = [0]
+
+
+def by_list(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del x
+    if when == 0:
+        COUNT[0] += 1
+        first_of(frozen).weight.lerp_(first_of(tower).weight, 1 / (1 + COUNT[0]))
+
+
 before, after = functools.partial(moves, 0), functools.partial(moves, 1)
-LINE = r"line \d+ of test_writes\.py"
 REFUSED: dict[str, tuple[Callable[..., None], Callable[..., None], dict[str, object], str]] = {
     "used earlier": (
         nothing,
         before,
         {},
         rf"task 'second', {LINE} writes to parameter 'frozen.0.linear.weight' outside of the optimizer, and task "
-        r"'first' uses it earlier in the step: list that task later; or do it after the step, in a callback",
+        r"'first' uses it earlier in the step: list that task later; or do it in the step\(\) of an optimizer of your "
+        "own, or make it a buffer",
     ),
     "used later": (after, nothing, {}, rf"task 'first', {LINE} writes .* task 'second' uses it later in the step"),
     "by two tasks": (before, before, {}, "task 'second' writes to it too: let one of them do it"),
@@ -287,6 +492,12 @@ REFUSED: dict[str, tuple[Callable[..., None], Callable[..., None], dict[str, obj
     "from the batch": (from_batch, nothing, {}, rf"'frozen.0.linear.bias'.*{LINE}.*what depends on the batch"),
     "from layers": (from_layers, nothing, {}, rf"'frozen.0.linear.bias' \({LINE}\).*what depends on the batch"),
     "in a circle": (in_a_circle, nothing, {}, rf"'frozen.0.linear.weight' \({LINE}\) what it reads of 'tower.0.lin"),
+    "by a number of its own": (
+        by_list,
+        nothing,
+        {},
+        rf"'frozen.0.linear.weight' \({LINE}\).*changes from call to call",
+    ),
     "before and after": (twice, nothing, {}, rf"before and after it writes to it \({LINE}\)"),
 }
 

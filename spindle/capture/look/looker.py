@@ -14,6 +14,7 @@ from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import (
     Moved,
+    Raised,
     Unsettled,
     check_loss,
     explained,
@@ -30,17 +31,20 @@ from spindle.capture.look.samples import (
     few_of,
     first_batches,
     modalities,
+    other_few,
     singly,
     twice,
 )
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
+from spindle.capture.look.watching import Held
 from spindle.errors import SpindleWarning, WorkloadError
+from spindle.record.copies import attributes_kept
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recording import LeafWrite
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
-from spindle.record.writes import differing
+from spindle.record.writes import CLOCK, INSTEAD, differing
 from spindle.units import Bounds, Place, Units
 from spindle.workload import Task, Workload
 
@@ -63,7 +67,10 @@ class Looker:
         self.workload, self.skeleton, self.task = workload, skeleton, task
         self.whole = whole
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
-        self.writes: Sequence[LeafWrite] | None = None  # to parameters; None: not known yet
+        self.writes: tuple[object, Sequence[LeafWrite]] | None = None  # of which samples; None: not known
+        self.few: list[
+            tuple[Bounds, tuple[Bounds, ...]]
+        ] = []  # samples that are looked at, and parts of them, by batch
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
     def look(self) -> Seen:
@@ -75,7 +82,7 @@ class Looker:
         changed |= {name for name in seen.read if name.rpartition(".")[0] in layers}
         if changed <= self.skeleton.stateful:
             return seen
-        self.skeleton.set_stateful(changed)
+        self._set_stateful(changed)
         return self._look()
 
     def _look(self) -> Seen:
@@ -87,18 +94,62 @@ class Looker:
         kept = places(self.task.function, modules)
         start = [place.get() for place in kept]
         self.skeleton.keep_apart(self.task.function)
+        self.few = self.few or [few_of(batch.units) for batch in batches]
         try:
-            self._find_changing_buffers(batches[0])
-            self.skeleton.read.clear()
-            self._refuse_unlike(batches[0], kept)
-            return self._looked(batches)
+            try:
+                return self._found(batches, kept)
+            except Raised as error:
+                self._choose_others(batches, error)
+                return self._found(batches, kept)
         finally:  # what calls of the task count and keep is as it was
             for place, value in zip(kept, start, strict=True):
                 if place.is_changed(value) and not isinstance(place.holder, nn.Module):
                     place.put(value)
 
+    def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
+        self.sites, self.writes = None, None
+        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        with attributes_kept(modules, self.skeleton.steady.is_settled):
+            held = Held(modules)
+            self._find_changing_buffers(batches[0])
+            self._refuse_made_by_first(batches[0], held)
+        self.skeleton.read.clear()
+        self._refuse_unlike(batches[0], kept)
+        return self._looked(batches)
+
+    def _choose_others(self, batches: Sequence[SampledBatch], error: Raised) -> None:
+        """Look at other numbers of samples, where the task's code takes whole batches but not the few samples that are
+        usual. Raises `error` where it takes no part of a batch.
+        """
+        self.sites, self.writes = None, None
+        for number, batch in enumerate(batches):
+            few, size = self.few[number], batch.units.num_samples
+            refused = self._refused(batch, few)
+            if refused is None:
+                continue
+            if len(batch.units.counts) > 1 or self._refused(batch, ((0, size), ())) is not None:
+                raise error  # packed fields that do not fit each other are no matter of numbers of samples
+            found = next((few for few in other_few(batch.units) if self._refused(batch, few) is None), None)
+            if found is None:
+                raise WorkloadError(
+                    f"{error}. It was tried with {refused} of the batch's {size} samples, which all together it takes: "
+                    "plans give parts of a batch to devices, so let it take any number of samples that divides these"
+                ) from error
+            self.few[number] = found
+
+    def _refused(self, batch: SampledBatch, few: tuple[Bounds, tuple[Bounds, ...]]) -> int | None:
+        """Of how many samples, of all and of their parts, the task raises; None where it takes all of these."""
+        for bounds in (few[0], *few[1]):
+            try:
+                self._record(batch, bounds)
+            except Raised:
+                return bounds[1] - bounds[0]
+            finally:
+                self.writes = None
+        return None
+
     def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
-        few = [few_of(batch.units) for batch in batches]
+        few = self.few
         trials = self._trials(batches, few)
         self.sites = sites = sites_of(trials)
         if sites:
@@ -150,7 +201,8 @@ class Looker:
         assert self.sites is not None
         named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
         blocks = {block.path: block for block in self.skeleton.blocks}
-        return Prober(self.task.name, named, blocks, findings, self.sites)
+        cut = {c.name for c in self.workload.components.values() if c.tensor_parallel > 1}
+        return Prober(self.task.name, named, blocks, findings, self.sites, cut)
 
     # -- trials ---------------------------------------------------------------------------------------------------
 
@@ -253,19 +305,22 @@ class Looker:
         if self.skeleton.steady.unsettled:
             raise Unsettled
         check_loss(self.task, found)
-        self._check_writes(found)
+        self._check_writes(found, (id(batch), bounds, step))
         return found
 
-    def _check_writes(self, found: Recorded) -> None:
+    def _check_writes(self, found: Recorded, samples: object) -> None:
         """What the task writes to parameters is the same for all samples."""
         if self.writes is None:
-            self.writes = found.recording.writes
-        name = differing(self.writes, found.recording.writes)
+            self.writes = samples, found.recording.writes
+        known, writes = self.writes
+        name = differing(writes, found.recording.writes)
         if name:
-            line = next((w.line for w in (*self.writes, *found.recording.writes) if w.target == name), "")
+            line = next((w.line for w in (*writes, *found.recording.writes) if w.target == name), "")
+            how = " by max_norm=" if any(w.text.startswith("embedding") for w in writes if w.target == name) else ""
+            what = f"changes from call to call. {CLOCK}" if samples == known else f"depends on the batch; {INSTEAD}"
             raise WorkloadError(
-                f"task {self.task.name!r} writes to parameter {name!r}{f' ({line})' if line else ''} outside of the "
-                "optimizer what depends on the batch; do it after the step, in a callback"
+                f"task {self.task.name!r} writes{how} to parameter {name!r}{f' ({line})' if line else ''} outside of "
+                f"the optimizer what {what}"
             )
 
     def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
@@ -290,7 +345,7 @@ class Looker:
         """Raise WorkloadError where the task computes something else of the same batch when it is called again, or
         would after many calls.
         """
-        bounds = few_of(batch.units)[0]
+        bounds = self.few[0][0]
         first = self._record(batch, bounds)
         before = [place.get() for place in kept]
         second = self._record(batch, bounds)
@@ -303,6 +358,18 @@ class Looker:
                     raise own_generator(self.task, place.name)
                 self._refuse_steering(batch, bounds, second, place)
 
+    def _refuse_made_by_first(self, batch: SampledBatch, held: Held) -> None:
+        """Raise WorkloadError where code outside of layers keeps in a module what it made of the first batch."""
+        made, parts = held.changed(), self.few[0][1]
+        if not made or len(parts) < 2 or len(batch.units.counts) > 1:  # of packed fields what is kept follows sizes
+            return
+        self._record(batch, parts[1])
+        kept = held.same(made)
+        held.put_back()
+        self._record(batch, parts[1])
+        for name in kept - held.same(made):
+            raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {held.made_by_first(name)}")
+
     def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
         with place.far():
             try:
@@ -314,7 +381,7 @@ class Looker:
 
     def _find_changing_buffers(self, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""
-        bounds = few_of(batch.units)[0]
+        bounds = self.few[0][0]
         for attempt in range(10):
             buffers = self.skeleton.buffers()
             before = {name: (buffer._version, buffer.clone()) for name, buffer in buffers.items()}
@@ -334,7 +401,12 @@ class Looker:
                 raise drawn
             if changed <= self.skeleton.stateful and drawn is None:
                 return
-            self.skeleton.set_stateful(changed)
+            self._set_stateful(changed)
+
+    def _set_stateful(self, changed: set[str]) -> None:
+        """Record these buffers as such that change from now on; what was recorded of writes is out of date."""
+        self.skeleton.set_stateful(changed)
+        self.writes = None
 
     def _refuse_chance(self, batch: SampledBatch, bounds: Bounds, known: Recorded) -> None:
         """No layer may be left out by a number that is drawn: ranks wait for what a layer sends."""

@@ -19,8 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
+from spindle.capture.look.refusals import writes_parameter
 from spindle.capture.look.trials import Findings, Part, Trial, fits
-from spindle.capture.look.watching import Changes, OwnState, Watched, changes_in_backward, examined
+from spindle.capture.look.watching import (
+    Changes,
+    OwnState,
+    Watched,
+    WritesParameter,
+    changes_in_backward,
+    examined,
+)
 from spindle.errors import WorkloadError
 from spindle.record.checkpoints import Planned, going
 from spindle.record.copies import copied
@@ -61,10 +69,11 @@ class Prober:
         blocks: Mapping[str, BlockInfo],
         findings: Findings,
         sites: Mapping[str, tuple[Site, ...]],
+        cut: Collection[str] = (),
     ) -> None:
-        """`parameters` and changing buffers by name; `blocks` by path."""
+        """`parameters` and changing buffers by name; `blocks` by path; `cut`: components of tensor parallelism."""
         self.task, self.parameters, self.blocks = task, parameters, blocks
-        self.findings, self.sites = findings, sites
+        self.findings, self.sites, self.cut = findings, sites, cut
         self.known_blocks: dict[object, _Block] = {}  # by kind and way of calling
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
@@ -262,6 +271,9 @@ class Prober:
         run = partial(self._block_results, trial, trial.whole, node, values=values, module=module)
         try:
             changes = examined(watched, whole, run, partial(run, other=True))
+        except WritesParameter as state:
+            kept = node.block.partition("@")[0].partition(".")[0] in self.cut
+            raise writes_parameter(self.task, node.block, self._block(node).module, str(state), cut=kept) from None
         except OwnState as state:
             kind = type(self._block(node).module).__name__
             raise WorkloadError(f"task {self.task!r}: {node.block} (a {kind}) {state}") from None

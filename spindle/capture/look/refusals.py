@@ -12,15 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from spindle.errors import WorkloadError
+from spindle.errors import SpindleError, WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.record.lazy import BRANCHES, INSTEAD, Forbidden, LazyRead, Refused, Stranger
+from spindle.record.lazy import INSTEAD, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
+from spindle.record.writes import INSTEAD as DO_INSTEAD
 from spindle.workload import Task, Workload
+
+
+class Raised(WorkloadError):
+    """Code of a task raised, as it may in a plain run of so many samples."""
 
 
 class TakeWhole(Exception):
     """A component's own code cannot be recorded, so that it must run as one operator."""
+
+    def __init__(self, component: str, warning: str) -> None:
+        super().__init__(warning)
+        self.component, self.warning = component, warning
+
+
+class TakeApart(Exception):
+    """Layers of a component write to their parameters, which only code between layers can."""
 
     def __init__(self, component: str, warning: str) -> None:
         super().__init__(warning)
@@ -77,14 +90,29 @@ def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
             f"0], nonzero(), unique()); {INSTEAD}"
         )
     if isinstance(error, LazyRead):
-        return WorkloadError(f"task {task.name!r}{place}: {BRANCHES} (if, while, int(), .item()); {INSTEAD}")
+        return WorkloadError(f"task {task.name!r}{place}: {error.what} (if, while, int(), .item()); {error.instead}")
     if isinstance(error, Refused):
         return WorkloadError(f"task {task.name!r}{place}: {error}")
     remedy = "Mend that line"
     if "cuda" in str(error).lower() or "NVIDIA" in str(error):
         remedy = "Leave devices out (.cuda(), .to(device)): modules and batches are moved to where they run"
-    return WorkloadError(
-        f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}: {_reason(error)}. {remedy}"
+    reason = f": {_reason(error)}" if _reason(error) else ""
+    kind = WorkloadError if _is_ours(error) else Raised
+    return kind(f"task {task.name!r} raised {type(error).__name__} while it was recorded{place}{reason}. {remedy}")
+
+
+def writes_parameter(task: str, block: str, module: nn.Module, how: str, *, cut: bool) -> Exception:
+    """What to do with a layer that writes to a parameter: TakeApart, so that its calls are recorded as those of code
+    between layers; WorkloadError where they cannot be, of a whole component or one that tensor parallelism `cut`s.
+    """
+    path, kind = block.partition("@")[0], type(module).__name__
+    component = path.partition(".")[0]
+    if path == component or cut:
+        return WorkloadError(f"task {task!r}: {block} (a {kind}) {how}; {DO_INSTEAD}")
+    return TakeApart(
+        component,
+        f"task {task!r}: {block} (a {kind}) {how}, so component {component!r} is not cut into layers, which would "
+        f"write where they run; {DO_INSTEAD}, for a plan to move its layers",
     )
 
 
@@ -115,12 +143,18 @@ def _is_users(error: Exception) -> bool:
 
 
 def _whole_warning(task: Task, component: str, error: Exception) -> str:
-    reason = BRANCHES if isinstance(error, LazyRead) else _reason(error)
+    reason = error.what if isinstance(error, LazyRead) else _reason(error)
     return (
         f"task {task.name!r}: component {component!r} cannot be recorded and runs as one operator: {reason}"
         f"{_innermost(error)}; take what depends on such values out of it, or name parts of it that stand alone, as in "
         "layers=['visual']"
     )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a check of ours raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, SpindleError) or (bool(frames) and f"{os.sep}spindle{os.sep}" in frames[-1].filename)
 
 
 def _innermost(error: Exception) -> str:

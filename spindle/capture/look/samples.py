@@ -5,6 +5,7 @@ masks of ones).
 """
 
 import itertools
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ from spindle.units import SAMPLES, Bounds, Units, shares
 from spindle.workload import Task
 
 PROBE_SAMPLES = 5
+MOST_CUTS = 6  # in two that are tried of some samples
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
 
@@ -127,6 +129,18 @@ def few_of(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
         if best == len(pairs):
             break
     return found
+
+
+def other_few(units: Units) -> Iterator[tuple[Bounds, tuple[Bounds, ...]]]:
+    """Other samples of a batch, and parts of them, for code that cannot take those of `few_of`: numbers of samples that
+    divide the batch's, as the parts that plans make do.
+    """
+    size = units.num_samples
+    divisors = [count for count in range(2, size + 1) if size % count == 0]
+    for count in sorted(divisors, key=lambda count: (count < PROBE_SAMPLES - 1, count)):
+        for cut in sorted(range(1, count), key=lambda end: (count % end != 0, abs(end - (count - 1) // 2)))[:MOST_CUTS]:
+            if _is_shared(units, count, cut):
+                yield (0, count), ((0, cut), (cut, count))
 
 
 def disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:

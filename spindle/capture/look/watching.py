@@ -8,13 +8,15 @@
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spindle.record.copies import Attributes
+from spindle.record.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches
 
 Run = Callable[[], list[Tensor] | None]
@@ -45,6 +47,10 @@ class OwnState(Exception):
     """A block keeps a state that no planned run can follow; the message names it."""
 
 
+class WritesParameter(OwnState):
+    """A block writes to one of its parameters; the message names it."""
+
+
 def statistics_of(layer: str, module: nn.Module) -> list[str]:
     """Names of a layer's running statistics."""
     return [f"{layer}.{name}" if layer else name for name, value in module._buffers.items() if value is not None]
@@ -56,7 +62,10 @@ class Watched:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.modules = list(module.named_modules())
-        self._attributes = [{name: _kept(value) for name, value in vars(m).items()} for _, m in self.modules]
+        self._start = Attributes(m for _, m in self.modules)
+        self._leaves = Leaves()
+        self._owners: dict[str, tuple[type, str]] = {}  # class and attribute that a leaf belongs to
+        self._attributes = self._held_leaves()[0]
         self._places = [(_joined(path, name), m._buffers, name) for path, m in self.modules for name in m._buffers]
         self._held = {full: held[name] for full, held, name in self._places}
         self._before = {full: None if b is None else (b._version, b.clone()) for full, b in self._held.items()}
@@ -80,17 +89,47 @@ class Watched:
         return [name for name, known in self._sums.items() if now.get(name) != known]
 
     def attributes(self) -> dict[str, Any]:
-        """Numbers and tensors of the modules that are neither parameters nor buffers of the start, and not as then."""
-        found: dict[str, Any] = {}
-        for (path, module), before in zip(self.modules, self._attributes, strict=True):
-            for name, value in vars(module).items():
-                if _tells(value) and not _same_value(value, before.get(name)):
-                    found[_joined(path, name)] = value
+        """Numbers and tensors that the modules hold, that are neither parameters nor buffers of the start, and not as
+        then.
+        """
+        found, _ = self._held_leaves()
+        changed = {name: v for name, v in found.items() if not _same_value(v, self._attributes.get(name))}
+        for path, module in self.modules:
             for name, value in module._buffers.items():
                 full = _joined(path, name)
                 if value is not None and self._held.get(full) is None:
-                    found[full] = value
-        return {name: _kept(value) for name, value in found.items()}
+                    changed[full] = _kept(value)
+                    self._owners[full] = type(module), name
+        return changed
+
+    def grown(self) -> set[str]:
+        """Lists of the modules that are not as long as they were."""
+        return self._held_leaves()[1]
+
+    def owner(self, name: str) -> tuple[type, str]:
+        """The class, and its attribute, that something found here belongs to."""
+        of = max((known for known in self._owners if name.startswith(known)), key=len)
+        return self._owners[of]
+
+    def _held_leaves(self) -> tuple[dict[str, Any], set[str]]:
+        named: dict[str, object] = {}
+        for path, module in self.modules:
+            for kind in type(module).__mro__:
+                if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                    self._note(named, kind.__name__, kind, vars(kind))
+            self._note(named, path, type(module), vars(module))
+        return self._leaves.of(named)
+
+    def _note(self, named: dict[str, object], path: str, kind: type, held: Mapping[str, object]) -> None:
+        for name, value in held.items():
+            if name not in OF_MODULES and not name.startswith("__"):
+                named[_joined(path, name)] = value
+                self._owners[_joined(path, name)] = kind, name
+
+    def forget(self) -> None:
+        """Give the modules the attributes and buffers of the start."""
+        self._start.put_back()
+        self.rewind()
 
     def rewind(self) -> None:
         """Give the buffers of the start their values back."""
@@ -110,6 +149,46 @@ class Watched:
             }
 
 
+class Held:
+    """What modules hold beside parameters and buffers, while code between layers runs."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules, self.start, self.leaves = modules, Attributes(modules), Leaves()
+        self.before = self._now()
+
+    def _now(self) -> dict[str, Any]:
+        named = {
+            f"{index}.{name}": value
+            for index, module in enumerate(self.modules)
+            for name, value in vars(module).items()
+            if name not in OF_MODULES
+        }
+        found, _ = self.leaves.of(named)
+        return {name: v for name, v in found.items() if not (isinstance(v, Tensor) and v.is_meta)}
+
+    def changed(self) -> dict[str, Any]:
+        """What is not as at the start."""
+        return {name: v for name, v in self._now().items() if not _same_value(v, self.before.get(name))}
+
+    def same(self, values: Mapping[str, Any]) -> set[str]:
+        """Names of these values that are held now; a tensor of another size tells nothing: it follows from sizes."""
+        now = self._now()
+        return {name for name, value in values.items() if _same_value(value, now.get(name), of_any_size=True)}
+
+    def put_back(self) -> None:
+        """Let modules hold what they held at the start."""
+        self.start.put_back()
+
+    def path(self, name: str) -> str:
+        """The class that something belongs to."""
+        return f"a {type(self.modules[int(name.partition('.')[0])]).__name__}"
+
+    def made_by_first(self, name: str) -> str:
+        """See the function."""
+        index, _, attribute = name.partition(".")
+        return made_by_first(type(self.modules[int(index)]), re.split(r"[.\[]", attribute)[0])
+
+
 def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) -> Changes:
     """What a block has changed that has run once, and gave `first`; it runs again, after a run on other numbers, to see
     what it reads of that.
@@ -119,19 +198,49 @@ def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) ->
     changed = watched.changed()
     written = watched.written_parameters()
     if written:
-        raise OwnState(f"writes to its parameter {written[0]!r} in its forward; do it after the step, in a callback")
-    attributes = watched.attributes()
-    if not changed and not attributes:
+        line = _line_that_writes(watched, written[0].rpartition(".")[2])
+        raise WritesParameter(f"writes to its parameter {written[0]!r} in its forward{f' ({line})' if line else ''}")
+    attributes, grown = watched.attributes(), watched.grown()
+    if not changed and not attributes and not grown:
         return Changes()
     run_other()
+    _refuse_made_by_first(watched, attributes, run_other)
     watched.rewind()
     again = run()
     differing = list(_differing(attributes, watched.attributes()))
     if differing or not _all_equal(first, again):
-        names = differing or list(attributes) or ["?"]
-        if differing or attributes:
+        names = differing or [*attributes, *sorted(grown)]
+        if names:
             raise OwnState(_own_state(watched, names[0]))
     return _sorted_out(watched, first, run, changed)
+
+
+def _refuse_made_by_first(watched: Watched, first: dict[str, Any], run_other: Run) -> None:
+    """Raise OwnState where the first call has made an attribute that later ones keep, and made it of its numbers.
+
+    `first`: attributes that it changed; one on other numbers has run since.
+    """
+    after = watched.attributes()
+    kept = {name: value for name, value in first.items() if _same_value(value, after.get(name))}
+    if not kept:
+        return
+    watched.forget()
+    run_other()
+    fresh = watched.attributes()
+    differing = [name for name, value in kept.items() if not _same_value(value, fresh.get(name))]
+    if differing:
+        raise OwnState(made_by_first(*watched.owner(differing[0])))
+    watched.forget()
+    run_other()
+
+
+def made_by_first(owner: type, attribute: str) -> str:
+    """What to say of an attribute that is made of the first batch."""
+    line = line_of(owner, attribute)
+    return (
+        f"keeps in attribute {attribute!r}{f' ({line})' if line else ''} what it made of the first batch, which every "
+        "rank would make of its own; make it a buffer that __init__ registers, with its first value"
+    )
 
 
 def changes_in_backward(watched: Watched, results: list[Tensor] | None) -> bool:
@@ -171,13 +280,19 @@ def _sorted_out(watched: Watched, first: list[Tensor], run: Run, changed: dict[s
 
 
 def _own_state(watched: Watched, name: str) -> str:
-    path, _, attribute = name.rpartition(".")
-    owner = type(watched.module.get_submodule(path))
+    owner, attribute = watched.owner(name)
     line = line_of(owner, attribute)
     return (
         f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call "
         "to call and which no plan can follow; make it a buffer that __init__ registers, with its first value"
     )
+
+
+def _line_that_writes(watched: Watched, attribute: str) -> str:
+    """Where code of the block, or of a module in it, that is not torch's writes to an attribute."""
+    kinds = dict.fromkeys(type(module) for _, module in watched.modules)
+    own = (kind for kind in kinds if kind.__module__.partition(".")[0] != "torch")
+    return next(filter(None, (line_of(kind, attribute) for kind in own)), "")
 
 
 def line_of(owner: type, attribute: str) -> str:
@@ -187,9 +302,9 @@ def line_of(owner: type, attribute: str) -> str:
         file = inspect.getsourcefile(owner) or ""
     except (OSError, TypeError):
         return ""
-    sets = re.compile(
-        rf"\.{re.escape(attribute)}\b(\[.*\])?\s*([-+*/|&]|//|\*\*)?=[^=]|\.{re.escape(attribute)}\.\w+_\("
-    )
+    name, inside = rf"\.{re.escape(attribute)}\b", r"(\.\w+(\(\))?|\[[^\]]*\])*"
+    changes = r"(\s*([-+*/|&]|//|\*\*)?=[^=]|\.(\w+_|append\w*|extend\w*|add|update|pop\w*)\()"
+    sets = re.compile(rf"{name}{inside}{changes}|next\([^)]*{name}")
     lines = [first + index for index, text in enumerate(source) if sets.search(text)]
     return f"line {lines[-1]} of {os.path.basename(file)}" if lines else ""
 
@@ -198,18 +313,14 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     yield from (name for name in {**one, **other} if not _same_value(one.get(name), other.get(name)))
 
 
-def _same_value(a: Any, b: Any) -> bool:
+def _same_value(a: Any, b: Any, *, of_any_size: bool = False) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _equal(a, b)
+        return _equal(a, b) or (of_any_size and a.shape != b.shape)
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _tells(value: Any) -> bool:
-    return isinstance(value, Tensor) or type(value) in (int, float)
 
 
 def _joined(path: str, name: str) -> str:
