@@ -80,6 +80,7 @@ def plan_source(
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
     from spindle.planner.choose import solve_fitting
+    from spindle.planner.sets import fitted_to_sets
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
@@ -112,6 +113,8 @@ def plan_source(
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
     )
     plan = replace(plan, recompute=pricing.recompute, shard_optimizer=pricing.shard_optimizer, sizes=source.sizes)
+    may_change = method == "auto" and not pins and not aligned
+    plan = fitted_to_sets(plan, source.presences, may_change=may_change)
     return plan, pricing
 
 

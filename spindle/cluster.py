@@ -28,6 +28,7 @@ class Device:
     overlap_cost           seconds lost for each second of communication that runs beside computation
     launch_s               seconds that starting one kernel takes
     parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
+    host_bytes_per_s       rate between the device and its host's memory, for optimiser states that are offloaded
     float32_rate           rate of four-byte matrix products over peak_flops (eight-byte ones: half of that)
     """
 
@@ -42,6 +43,7 @@ class Device:
     launch_s: float = 5e-6
     parallel_units: int = 108
     float32_rate: float = 0.5
+    host_bytes_per_s: float = 25e9  # what sixteen lanes of PCIe 4 reach
 
     @property
     def is_cpu(self) -> bool:
@@ -50,7 +52,7 @@ class Device:
 
     def __post_init__(self) -> None:
         positive = ["memory_bytes", "peak_flops", "memory_bytes_per_s"]
-        positive += ["matmul_efficiency", "attention_efficiency", "float32_rate"]
+        positive += ["matmul_efficiency", "attention_efficiency", "float32_rate", "host_bytes_per_s"]
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
         for name in ("elementwise_traffic", "overlap_cost", "launch_s", "parallel_units"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -7,7 +7,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, Wave, sorted_pairs
+from spindle.plan import (
+    Certificate,
+    Memory,
+    Plan,
+    SetStep,
+    SizeRange,
+    Slice,
+    StepSpread,
+    TimePrices,
+    Wave,
+    sorted_pairs,
+)
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -156,6 +167,7 @@ class _DeviceModel(_JsonModel):
     launch_s: float = 5e-6
     parallel_units: int = 108
     float32_rate: float = 0.5
+    host_bytes_per_s: float = 25e9
 
 
 class _ProtocolModel(_JsonModel):
@@ -186,6 +198,13 @@ class _ClusterModel(_JsonModel):
     def value(self) -> Cluster:
         links = {"intra_node": self.intra_node.value(), "inter_node": self.inter_node.value()}
         return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
+
+
+class _SetStepModel(_JsonModel):
+    share: float
+    tasks: tuple[str, ...]
+    step_s: float
+    sequential_s: float = 0.0
 
 
 class _StepSpreadModel(_JsonModel):
@@ -230,6 +249,7 @@ class PlanModel(_JsonModel):
     cluster: _ClusterModel | None = None
     spread: _StepSpreadModel | None = None
     sizes: tuple[_SizeRangeModel, ...] = ()
+    task_sets: tuple[_SetStepModel, ...] = ()
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -251,6 +271,7 @@ class PlanModel(_JsonModel):
             "cluster": self.cluster.value() if self.cluster else None,
             "spread": self.spread.value() if self.spread else None,
             "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
+            "task_sets": tuple(SetStep(**dict(each)) for each in self.task_sets),
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)

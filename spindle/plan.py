@@ -180,6 +180,21 @@ class Certificate:
             raise PlanError("a certificate has a negative price; prices are 0 or more, plan again")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetStep:
+    """A step in which only some tasks take part.
+
+    share          of the steps that have exactly these tasks
+    step_s         of such a step under the plan, which leaves out the slices of the others
+    sequential_s   of such a step with all devices on one task after another; 0: does not fit
+    """
+
+    share: float
+    tasks: tuple[str, ...]
+    step_s: float
+    sequential_s: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A schedule of a whole MetaGraph.
@@ -197,6 +212,7 @@ class Plan:
     cluster           what it was planned for; with it the checker also verifies transfers and memory
     spread            steps of batches of other sizes; None: all that was seen are alike
     sizes             of the batches that it was made for
+    task_sets         steps in which some tasks are absent; (): all tasks take part in every step
     """
 
     num_devices: int
@@ -219,6 +235,7 @@ class Plan:
     cluster: Cluster | None = None
     spread: StepSpread | None = None
     sizes: tuple[SizeRange, ...] = ()
+    task_sets: tuple[SetStep, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:

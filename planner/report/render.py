@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from string import ascii_lowercase, ascii_uppercase, digits
+from textwrap import wrap
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, Slice
@@ -14,6 +15,7 @@ from spindle.plan import Plan, Slice
 WIDTH = 100
 MAX_ROWS = 40
 LEAST_GAIN = 1e-3  # below this share of the best usual way's makespan, waves are said to gain nothing
+MOST_SETS = 8  # sets of tasks that are printed
 SYMBOLS = ascii_uppercase + ascii_lowercase + digits
 BASELINE_TITLES = {
     "sequential": "all devices, one after another",
@@ -83,6 +85,7 @@ def summary(plan: Plan) -> str:
         if plan.update_s:
             lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
     lines += _spread(plan)
+    lines += _task_sets(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
     return "\n".join(lines)
@@ -97,6 +100,29 @@ def _spread(plan: Plan) -> list[str]:
         f"batches    differ in size: over {found.steps} steps a step takes {found.mean_s:.6f} s on average, "
         f"{found.p10_s:.6f} s\n{'':11}(P10) to {found.p90_s:.6f} s (P90); planned for the mean, memory for the largest"
     ]
+
+
+def _task_sets(plan: Plan) -> list[str]:
+    """Where tasks are absent from some steps: the expected step, and the most frequent sets."""
+    found = plan.task_sets
+    if not found:
+        return []
+    mean_s = sum(each.share * each.step_s for each in found)
+    what = f"{mean_s:.6f} s a step: tasks take part in some steps only. The plan is of a step with all; other steps "
+    what += "leave slices out."
+    if all(each.sequential_s for each in found if each.tasks):
+        usual_s = sum(each.share * each.sequential_s for each in found)
+        what += f" Sequential {usual_s:.6f} s"
+        what += f": {_gain(usual_s, mean_s).strip()}" if plan.method != "sequential" else ", which is this plan"
+    lines = wrap(what, WIDTH, initial_indent="expected   ", subsequent_indent=" " * 11)
+    for each in found[:MOST_SETS]:
+        tasks = ", ".join(each.tasks) or "no task"
+        lines.append(_clip(f"  {100 * each.share:>5.1f} % of steps {each.step_s:>12.6f} s  {tasks}", WIDTH))
+    rest = found[MOST_SETS:]
+    if rest:
+        share, rest_s = sum(each.share for each in rest), sum(each.share * each.step_s for each in rest)
+        lines.append(f"  {100 * share:>5.1f} % of steps {rest_s / share:>12.6f} s  on average, {len(rest)} more sets")
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -55,6 +55,7 @@ CLUSTER = click.option(
     "--cluster", "-c", type=CLUSTER_TEXT, help="4x8, 4x8:a100-80g, or a YAML file. Python sources: this machine."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+TASKS = click.option("--tasks", metavar="K|NAME,..", help="The first K tasks, or these, instead of all.")
 PROFILE = click.option("--profile", "-p", type=JSON_FILE, help="Measured times (spindle profile).")
 LAUNCHER = click.option(
     "--launcher",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.group import CLUSTER, JSON, PLAN, PROFILE, SOURCE, TASKS, cli, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
 from spindle.cli.options import check_directory, device_counts, pins, positive
 from spindle.cli.terminal import cost_notes, folded, json_text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @SOURCE
 @CLUSTER
 @PROFILE
+@TASKS
 @click.option("--output", "-o", type=FILE, help="Write the plan.")
 @click.option(
     "--method", type=METHOD, default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ..."
@@ -37,6 +38,7 @@ def plan(
     source: str,
     cluster: str | None,
     profile: str | None,
+    tasks: str | None,
     output: str | None,
     method: str,
     time_limit_s: float | None,
@@ -49,7 +51,7 @@ def plan(
     """Plan SOURCE: a spec (.yaml), a MetaGraph (.json) or file.py:workload. Needs no GPU.
 
     \b
-    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
+    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g --tasks 4
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
     spindle plan model.py:workload --start plan.json --pin vision=0-3
     """
@@ -69,7 +71,7 @@ def plan(
     where = parse_cluster(cluster or _this_machine())
     measured = read(profile, Profile) if profile else None
     with busy(f"reading {source}") as doing:
-        loaded = load_source(source, doing)
+        loaded = load_source(source, doing, tasks=tasks)
         doing("planning", default_limit_s(where) if time_limit_s is None else time_limit_s)
         found, pricing = plan_source(
             loaded,
@@ -170,6 +172,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
 @click.option("--devices", "-n", required=True, metavar="N,N,...", help="Device counts to plan for.")
 @CLUSTER
 @PROFILE
+@TASKS
 @click.option(
     "--time-limit",
     "time_limit_s",
@@ -184,6 +187,7 @@ def whatif(
     devices: str,
     cluster: str | None,
     profile: str | None,
+    tasks: str | None,
     time_limit_s: float | None,
     as_json: bool,
 ) -> None:
@@ -206,7 +210,7 @@ def whatif(
     counts = device_counts(devices)
     where = parse_cluster(cluster or "1x8")
     measured = read(profile, Profile) if profile else None
-    loaded = load_source(source)
+    loaded = load_source(source, tasks=tasks)
     wanted = sorted(set(counts))
     with progress("planning") as update:
 

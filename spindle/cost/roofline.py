@@ -85,7 +85,8 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False) -
         recompute=recompute,
         moved_bytes=float(operator.input_bytes + operator.output_bytes) if lookup else 0.0,
         update_bytes=2.0 * sum(p.num_bytes for p in trainable) if lookup else 0.0,
-        itemsize=BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4,
+        # weights of fewer bits are unpacked to sixteen before they are multiplied
+        itemsize=max(BYTES_BY_DTYPE.get(operator.parameters[0].dtype, 2), 2) if operator.parameters else 4,
     )
 
 

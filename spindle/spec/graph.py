@@ -33,8 +33,12 @@ from spindle.spec.values import LOSS, Edge, Task, WorkloadSpec
 
 
 def build_graph(spec: WorkloadSpec) -> TaskGraph:
-    """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec."""
-    return TaskGraph(tuple(operator for task in spec.tasks for operator in task_operators(spec, task)))
+    """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec.
+
+    A task that runs several times in a step has the operators of each run.
+    """
+    runs = [run for task in spec.tasks for run in task.runs]
+    return TaskGraph(tuple(operator for run in runs for operator in task_operators(spec, run)))
 
 
 def task_operators(spec: WorkloadSpec, task: Task) -> tuple[Operator, ...]:
@@ -298,9 +302,10 @@ def _input_bytes(c: Component, batch_size: int, itemsize: int, read: int) -> int
 
 
 def _mode(c: Component, cost: Cost, itemsize: int) -> str:
+    stored = f" {c.base_dtype}" if c.base_dtype else ""
     if not cost.backward_flops and not cost.needs_grad:
-        return f"{8 * itemsize}bit forward"
-    return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}"
+        return f"{8 * itemsize}bit forward{stored}"
+    return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}{stored}"
 
 
 def _output_width(c: Component) -> int:

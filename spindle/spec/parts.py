@@ -55,9 +55,11 @@ def part_of(block: Block, c: Component, *, trained: bool | None = None, prefix: 
 
 
 def stem_of(c: Transformer) -> Part:
-    """Linear patch embedding and learned positions."""
+    """Linear patch embedding, and learned positions where it has any."""
     rows = float(rows_of(c))
-    weights = [Weight("stem", (c.hidden, c.input_features), rows), Weight("positions", (c.tokens, c.hidden))]
+    weights = [Weight("stem", (c.hidden, c.input_features), rows)]
+    if c.positions:
+        weights.append(Weight("positions", (c.tokens, c.hidden)))
     return Part(weights, c.trained in ("all", "ends"), kept_trained=rows * c.input_features)
 
 
@@ -97,7 +99,8 @@ def sum_parts(
         cost.needs_grad = cost.needs_grad or learns
         for weight, trainable in [*((w, part.trained) for w in part.weights), *((w, True) for w in adapters)]:
             name = weight.name if own_names else f"{c.name}.{weight.name}"
-            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=dtype, trainable=trainable))
+            stored = dtype if trainable else c.base_dtype or dtype
+            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=stored, trainable=trainable))
     return cost
 
 

@@ -6,14 +6,13 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from math import prod
+from itertools import pairwise
 from typing import Literal
 
 from spindle.errors import WorkloadError
-from spindle.graph import BYTES_BY_DTYPE
+from spindle.presence import Presence, task_sets
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
-from spindle.spec.blocks import Component
+from spindle.spec.blocks import Component, check_dtype
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
@@ -34,6 +33,8 @@ class Task:
 
     weight         factor of its loss
     probability    share of the steps in which it takes part
+    every          it takes part in every such step, the first included
+    rate           how often it runs in a step, each time on a batch of its own; gradients add up
     forward_only   nothing of it is trained (a teacher, an evaluation)
     tokens, tokens_p99, instances, context_tokens   (component, value): what differs from the component's own
     """
@@ -45,6 +46,8 @@ class Task:
     loss: LossKind = "other"
     weight: float = 1.0
     probability: float = 1.0
+    every: int = 1
+    rate: int = 1
     forward_only: bool = False
     tokens: tuple[tuple[str, int], ...] = ()
     tokens_p99: tuple[tuple[str, int], ...] = ()
@@ -58,6 +61,13 @@ class Task:
             raise WorkloadError(f"task {self.name!r} runs no component; give it a flow")
         if not 0 < self.probability <= 1:
             raise WorkloadError(f"task {self.name!r}: probability is {self.probability!r}; give 0 < probability <= 1")
+        if self.every < 1 or (self.every > 1 and self.probability < 1):
+            raise WorkloadError(
+                f"task {self.name!r}: every is {self.every}, probability {self.probability!r}; give a step count from "
+                "1 up, or a probability above 0 and up to 1, not both"
+            )
+        if self.rate < 1:
+            raise WorkloadError(f"task {self.name!r}: rate is {self.rate}; it must be at least one run a step")
         if not 0 <= self.weight < float("inf"):
             raise WorkloadError(f"task {self.name!r}: weight is {self.weight!r}; it must be zero or more")
         self._check_members()
@@ -92,6 +102,11 @@ class Task:
             )
 
     @property
+    def runs(self) -> tuple["Task", ...]:
+        """The task as often as it runs in a step; runs beyond the first are named as micro-batches are (task#1)."""
+        return (self, *(replace(self, name=f"{self.name}#{index}") for index in range(1, self.rate)))
+
+    @property
     def sinks(self) -> tuple[str, ...]:
         """Components that hand nothing to another: the loss reads them."""
         sources = {edge.source for edge in self.edges}
@@ -104,6 +119,8 @@ class WorkloadSpec:
 
     dtype        of parameters and activations where a component does not say otherwise
     recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
+    may_offload  optimiser states may go to the host's memory where nothing else fits
+    tensor_parallel, min_tensor_parallel   of components that do not say otherwise
     """
 
     name: str
@@ -114,6 +131,9 @@ class WorkloadSpec:
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     shard_optimizer: bool = False
+    may_offload: bool = False
+    tensor_parallel: int = 1
+    min_tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         _check_names("component", (component.name for component in self.components))
@@ -128,9 +148,21 @@ class WorkloadSpec:
                         f"task {task.name!r} runs component {name!r}, which is not given; "
                         f"the components are {', '.join(sorted(known))}"
                     )
-        for owner, dtype in [("workload", self.dtype), *((c.name, c.dtype or self.dtype) for c in self.components)]:
-            if dtype not in BYTES_BY_DTYPE:
-                raise WorkloadError(f"{owner}: dtype {dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
+        check_dtype(f"workload {self.name!r}", self.dtype)
+        for component in self.components:
+            self._degrees(component)
+
+    def _degrees(self, component: Component) -> tuple[int, ...]:
+        """Degrees of tensor parallelism of a component, rising. Raises WorkloadError when there is none."""
+        most = component.tensor_parallel or self.tensor_parallel
+        least = component.min_tensor_parallel or min(self.min_tensor_parallel, most)
+        found = tuple(degree for degree in range(least, most + 1) if component.splits_over(degree))
+        if least < 1 or not found:
+            raise WorkloadError(
+                f"component {component.name!r}: no tensor_parallel degree from {least} to {most} divides its heads "
+                "(and its kv_heads, or is a multiple of them); give a range that holds one"
+            )
+        return found
 
     def component(self, name: str) -> Component:
         """The component of that name."""
@@ -156,11 +188,17 @@ class WorkloadSpec:
             for name in task.components:
                 component = self.component_in(task, name)
                 if component.tokens_p99 is not None:
-                    spreads.append((task.name, name, length_spread(component.tokens, component.tokens_p99)))
+                    spread = length_spread(component.tokens, component.tokens_p99)
+                    spreads += [(run.name, name, spread) for run in task.runs]
+        degrees = tuple((component.name, self._degrees(component)) for component in self.components)
+        is_spread = any(allowed != (1,) for _, allowed in degrees)
         return Pricing(
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
+            tensor_parallel=max(allowed[-1] for _, allowed in degrees),
+            degrees=degrees if is_spread else (),
+            may_offload=self.may_offload,
             length_spread=tuple(spreads),
         )
 
@@ -185,8 +223,8 @@ class WorkloadSpec:
     def task_sets(self, *, at_most: int = 64) -> tuple[tuple[float, "WorkloadSpec"], ...]:
         """(probability, workload) of every set of tasks that a step may have, likeliest first; empty steps left out.
 
-        Tasks with probability 1 are in all of them. One plan is made for each set; the expected step is the sum of
-        probability * makespan. Raises WorkloadError when there are more than `at_most` sets.
+        Tasks with probability 1 are in all of them. The expected step is the sum of probability * step over all sets.
+        Raises WorkloadError when there are more than `at_most` sets.
         """
         occasional = [task for task in self.tasks if task.probability < 1]
         if 2 ** len(occasional) > at_most:
@@ -194,17 +232,12 @@ class WorkloadSpec:
                 f"{len(occasional)} tasks take part in some steps only, which makes {2 ** len(occasional)} sets; "
                 f"give at most {at_most} sets: fix the probability of all but {at_most.bit_length() - 1} tasks at 1"
             )
-        sets = []
-        for present in product((True, False), repeat=len(occasional)):
-            absent = {task.name for task, here in zip(occasional, present, strict=True) if not here}
-            chance = prod(
-                task.probability if here else 1 - task.probability
-                for task, here in zip(occasional, present, strict=True)
-            )
-            names = [task.name for task in self.tasks if task.name not in absent]
-            if names:
-                sets.append((chance, self.only(names)))
-        return tuple(sorted(sets, key=lambda found: -found[0]))
+        return tuple((found.share, self.only(found.tasks)) for found in task_sets(self.presences) if found.tasks)
+
+    @property
+    def presences(self) -> tuple[Presence, ...]:
+        """How often each task takes part."""
+        return tuple(Presence(task=task.name, probability=task.probability, every=task.every) for task in self.tasks)
 
     def only(self, tasks: Iterable[str]) -> "WorkloadSpec":
         """The same workload with some of its tasks, in the order of the spec; WorkloadError on an unknown one."""
