@@ -86,6 +86,7 @@ def summary(plan: Plan) -> str:
             lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
     lines += _spread(plan)
     lines += _task_sets(plan)
+    lines += _tensor_parallel(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
     return "\n".join(lines)
@@ -123,6 +124,19 @@ def _task_sets(plan: Plan) -> list[str]:
         share, rest_s = sum(each.share for each in rest), sum(each.share * each.step_s for each in rest)
         lines.append(f"  {100 * share:>5.1f} % of steps {rest_s / share:>12.6f} s  on average, {len(rest)} more sets")
     return lines
+
+
+def _tensor_parallel(plan: Plan) -> list[str]:
+    """MetaOps whose layers are spread over several devices, and over how many."""
+    degrees: dict[str, set[int]] = {}
+    for s in plan.slices if plan.metagraph else ():
+        by_count = dict(plan.metagraph[s.metaop].tensor_parallel) if plan.metagraph else {}
+        degrees.setdefault(s.metaop, set()).add(by_count.get(len(s.devices), 1))
+    spread = [f"{name} {' or '.join(map(str, sorted(found)))}" for name, found in degrees.items() if max(found) > 1]
+    if not spread:
+        return []
+    what = f"devices that share each layer: {', '.join(spread)}"
+    return wrap(what, WIDTH, initial_indent="tensor     ", subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _memory(plan: Plan) -> list[str]:

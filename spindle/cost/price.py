@@ -85,6 +85,11 @@ def _price(
     if operators[0].units is not None or not by_layout:
         by_layout = {**by_layout, **_sized(operators, profile.by_family.get(operators[0].family, ()))}
     layouts = valid_layouts(operators, cluster, pricing)
+    if not layouts and not pricing.degrees_within(cluster.devices_per_node):
+        raise InfeasibleError(
+            f"MetaOp {metaop.name!r}: none of its tensor_parallel degrees, from {pricing.min_tensor_parallel} up, "
+            f"divides the {cluster.devices_per_node} devices of a node, within which it stays; allow lower ones"
+        )
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"

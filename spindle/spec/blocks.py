@@ -24,6 +24,9 @@ float32. Fitted: with 20 bytes most published runs that ran out of memory are to
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""
 
+Update = Literal["gradient", "zeroth_order"]
+"""How weights learn: by backward, or by the losses of two forwards with noise added and taken off (MeZO, ZO2)."""
+
 Payload = Literal["last_hidden", "per_layer_hidden", "per_layer_kv"]
 """What a component hands on: its last hidden state, that of every layer, or the keys and values of every layer."""
 
@@ -82,6 +85,7 @@ class Component:
     dtype, base_dtype   of parameters and activations, and of frozen weights where these are stored in fewer bits
     output_tokens   tokens handed on, per instance; None: `tokens`
     tokens_p99      99th percentile of the sequence length when samples differ; None: all are `tokens` long
+    update          zeroth_order: runs forward twice, has no backward, keeps nothing, and reduces no gradients
     tensor_parallel, min_tensor_parallel   most and fewest devices of a node that a layer may be spread over; None: as
                     the workload says
     """
@@ -96,6 +100,7 @@ class Component:
     base_dtype: str | None = None
     output_tokens: int | None = None
     tokens_p99: int | None = None
+    update: Update = "gradient"
     tensor_parallel: int | None = None
     min_tensor_parallel: int | None = None
 
@@ -141,6 +146,7 @@ class Transformer(Component):
 
     linear            attention is linear in the tokens
     positions         a stem has learned positions
+    skipped_layers    indices of layers that do not run; with LoRA an adapter around each stays in their place
     input_features    raw features per token that a linear stem projects to `hidden` (image patches); 0: no stem
     output_features   width that a linear projection hands on; 0: `hidden`
     layer_extra_parameters, extra_parameters   further parameters per layer / once, that no token is multiplied by
@@ -156,6 +162,7 @@ class Transformer(Component):
     causal: bool = False
     linear: bool = False
     positions: bool = True
+    skipped_layers: tuple[int, ...] = ()
     vocab: int = 0
     tied: bool = True
     logits: bool = False
@@ -176,6 +183,14 @@ class Transformer(Component):
                 f"component {self.name!r}: {self.heads} heads share {self.kv_heads} kv_heads; "
                 "kv_heads must divide heads"
             )
+        for index in self.skipped_layers:
+            if not 0 <= index < self.layers:
+                raise WorkloadError(
+                    f"component {self.name!r}: skipped_layers names layer {index}; its layers are 0 to "
+                    f"{self.layers - 1}"
+                )
+        if len(set(self.skipped_layers)) == self.layers:
+            raise WorkloadError(f"component {self.name!r}: skipped_layers names all layers; leave one to run")
         if self.linear and self.cross_attention != "none":
             raise WorkloadError(
                 f"component {self.name!r}: linear attention reads its own tokens only; leave cross_attention out"

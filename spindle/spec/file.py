@@ -28,6 +28,7 @@ from spindle.spec.blocks import (
     Payload,
     Trained,
     Transformer,
+    Update,
 )
 from spindle.spec.values import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
 
@@ -48,6 +49,7 @@ class _ComponentModel(StrictModel):
     base_dtype: str | None = None
     output_tokens: int | None = None
     tokens_p99: int | None = None
+    update: Update = "gradient"
     tensor_parallel: int | None = None
     min_tensor_parallel: int | None = None
 
@@ -65,6 +67,7 @@ class _LayersModel(_ComponentModel):
     gated: bool = False
     causal: bool = False
     positions: bool = True
+    skipped_layers: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
     vocab: int = 0
     tied: bool = True
     logits: bool = False
@@ -205,6 +208,7 @@ class _TaskModel(StrictModel):
     tokens_p99: dict[str, int] = Field(default_factory=dict)
     instances: dict[str, int] = Field(default_factory=dict)
     context_tokens: dict[str, int] = Field(default_factory=dict)
+    lora_rank: dict[str, int] = Field(default_factory=dict)
 
     def value(self, name: str) -> Task:
         if (self.flow is None) == (self.edges is None):
@@ -224,6 +228,7 @@ class _TaskModel(StrictModel):
             tokens_p99=tuple(self.tokens_p99.items()),
             instances=tuple(self.instances.items()),
             context_tokens=tuple(self.context_tokens.items()),
+            lora_rank=tuple(self.lora_rank.items()),
             **{key: getattr(self, key) for key in _PLAIN},
         )
 

@@ -12,7 +12,7 @@ from typing import Literal
 from spindle.errors import WorkloadError
 from spindle.presence import Presence, task_sets
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
-from spindle.spec.blocks import Component, check_dtype
+from spindle.spec.blocks import Component, Transformer, check_dtype
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
@@ -37,6 +37,7 @@ class Task:
     rate           how often it runs in a step, each time on a batch of its own; gradients add up
     forward_only   nothing of it is trained (a teacher, an evaluation)
     tokens, tokens_p99, instances, context_tokens   (component, value): what differs from the component's own
+    lora_rank      (component, rank): adapters of this task alone, beside what it shares
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     tokens_p99: tuple[tuple[str, int], ...] = ()
     instances: tuple[tuple[str, int], ...] = ()
     context_tokens: tuple[tuple[str, int], ...] = ()
+    lora_rank: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -85,7 +87,7 @@ class Task:
             if pairs.count(pair) > 1:
                 raise WorkloadError(f"task {self.name!r}: edge {pair[0]} -> {pair[1]} is given twice; give it once")
         named = [("flow", end) for edge in self.edges for end in (edge.source, edge.target)]
-        for label in ("tokens", "tokens_p99", "instances", "context_tokens"):
+        for label in ("tokens", "tokens_p99", "instances", "context_tokens", "lora_rank"):
             named += [(label, name) for name, _ in getattr(self, label)]
         for label, name in named:
             if name not in self.components:
@@ -151,6 +153,24 @@ class WorkloadSpec:
         check_dtype(f"workload {self.name!r}", self.dtype)
         for component in self.components:
             self._degrees(component)
+        for task in self.tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: Task) -> None:
+        """Adapters stand beside matrices of layers; what follows a part that learns without backward does so too."""
+        for name, rank in task.lora_rank:
+            if rank < 1 or not isinstance(self.component(name), Transformer):
+                raise WorkloadError(
+                    f"task {task.name!r}: lora_rank of {name!r} is {rank}; adapters of a task need a positive rank and "
+                    "a transformer"
+                )
+        for edge in task.edges:
+            ends = [self.component(name) for name in (edge.source, edge.target)]
+            if ends[0].update == "zeroth_order" and ends[1].update != "zeroth_order":
+                raise WorkloadError(
+                    f"task {task.name!r}: {edge.source!r} has update: zeroth_order, so each of its two forwards needs "
+                    f"a loss, but {edge.target!r} behind it runs once; give {edge.target!r} update: zeroth_order too"
+                )
 
     def _degrees(self, component: Component) -> tuple[int, ...]:
         """Degrees of tensor parallelism of a component, rising. Raises WorkloadError when there is none."""
@@ -197,6 +217,7 @@ class WorkloadSpec:
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
             tensor_parallel=max(allowed[-1] for _, allowed in degrees),
+            min_tensor_parallel=min(allowed[0] for _, allowed in degrees),
             degrees=degrees if is_spread else (),
             may_offload=self.may_offload,
             length_spread=tuple(spreads),
