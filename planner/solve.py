@@ -108,7 +108,7 @@ def solve(
             raise reason or InfeasibleError(
                 "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
             )
-        chosen = best(found, baselines.values() if method == "auto" else ())
+        chosen = best(fitting(problem, found), baselines.values() if method == "auto" else ())
         if not aligned:
             bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
@@ -195,6 +195,13 @@ def assemble(
         cluster=problem.cluster,
         spread=spread_of(chosen.steps_s, {name: c.expected_s for name, c in baselines.items()}),
     )
+
+
+def fitting(problem: Problem, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Those within the memory of the devices; all of them where none is. The search counts memory by estimates."""
+    room = problem.cluster.device.memory_bytes
+    found = [c for c in candidates if max(peak_bytes(problem.metagraph, c.slices, problem.num_devices)) <= room]
+    return found or candidates
 
 
 def best(candidates: Iterable[Candidate], baselines: Iterable[Candidate]) -> Candidate:

@@ -27,8 +27,8 @@ class Pricing:
     tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
     degrees            (component, degrees allowed, rising) where components differ; those not named have degree 1
-    may_offload        optimiser states may be kept in the memory of the host where nothing else fits
-    offload_optimizer  master copies and states are kept there, and the host runs the optimiser's step
+    may_offload        optimizer states may be kept in the memory of the host where nothing else fits
+    offload_optimizer  master copies and states are kept there, and the host runs the optimizer's step
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
 

@@ -94,7 +94,7 @@ def cost_notes(source: "Source", plan: "Plan", measured: "Profile | None", prici
                 source.pricing.min_tensor_parallel == pricing.min_tensor_parallel,
             ),
             (
-                "optimiser states in the memory of the host",
+                "optimizer states in the memory of the host",
                 pricing.offload_optimizer,
                 source.pricing.offload_optimizer,
             ),

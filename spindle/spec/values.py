@@ -121,7 +121,7 @@ class WorkloadSpec:
 
     dtype        of parameters and activations where a component does not say otherwise
     recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
-    may_offload  optimiser states may go to the host's memory where nothing else fits
+    may_offload  optimizer states may go to the host's memory where nothing else fits
     tensor_parallel, min_tensor_parallel   of components that do not say otherwise
     """
 
