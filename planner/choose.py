@@ -18,6 +18,7 @@ from spindle.planner.usual.alternatives import Choice, alternatives
 from spindle.pricing import Pricing, memory_choices
 from spindle.profile import Profile
 
+MOST_STATES = 0.875  # of a device's memory that parameters and states may take where layers may be spread over devices
 WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
 Solve = Callable[[Priced, Cluster, float], Plan]
@@ -56,6 +57,9 @@ def solve_fitting(
     priced = [(choice, priced_by(choice)) for choice in choices]
     others = _alternatives(priced, cluster, priced_by) if with_alternatives else ()
     quicker = _quickest(choices, others)
+    if priced[0][0].degrees:
+        roomy = [(choice, graph) for choice, graph in priced if _leaves_room(graph.metagraph, cluster)]
+        priced = roomy or priced[-1:]
     if all_fit is not None:  # the last choice is tried in any case
         fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
         least = next(fitting, len(priced) - 1)
@@ -121,6 +125,12 @@ def _alternatives(
             known[whole] = known.get(whole) or priced_by(whole)
     found = [Choice(graph.metagraph, graph.steps, choice.recompute) for choice, graph in known.items()]
     return alternatives(found, cluster)
+
+
+def _leaves_room(metagraph: MetaGraph, cluster: Cluster) -> bool:
+    """Whether a device that held every layer, at its largest degree, had room for activations; cheap to see."""
+    held = {m.parameters or m.name: m.layers * m.layer_state_bytes for m in metagraph}
+    return sum(held.values()) <= MOST_STATES * cluster.device.memory_bytes
 
 
 def _is_worth_it(plan: Plan, best: Plan) -> bool:

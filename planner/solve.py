@@ -3,7 +3,8 @@
 - Every plan carries the makespans of the usual ways in the same cost model, the lower bound with its certificate, and
   the memory of each device.
 - `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods: its whole step is never longer
-  than a usual way's, and its makespan neither unless reductions make that impossible.
+  than a usual way's, and its makespan neither unless reductions make that impossible, or components that stay in a
+  node each (`spindle.planner.islands`) make the whole step shorter by `WORTH_APART`.
 - Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the usual ways.
 """
 
@@ -21,6 +22,7 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
+from spindle.planner.islands import is_slow_between_nodes, island_pins
 from spindle.planner.memory import peak_bytes
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
@@ -36,6 +38,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 WARM_SHARE = 0.25
+WORTH_APART = 0.05  # of the step
 MOST_SIMULATED = 6  # schedules whose steps on other batches are simulated
 
 
@@ -101,16 +104,25 @@ def solve(
         chosen = _only(problem, baselines, method)
     else:
         found: list[Candidate] = []
+        apart: list[Candidate] = []  # components on nodes of their own
         limit_s = default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
         if not aligned:
-            found = _searched(problem, bound, limit_s, baselines, steps, start=start, seed=seed, clock=clock)
+            islands = not pins and is_slow_between_nodes(problem, bound.bound_s)
+            share_s = limit_s / 2 if islands else limit_s
+            found = _searched(problem, bound, share_s, baselines, steps, start=start, seed=seed, clock=clock)
+            if islands:
+                fixed = pinned(problem, island_pins(problem))
+                apart = _searched(fixed, bound, share_s, {}, steps, start=None, seed=seed, clock=clock)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
             raise reason or InfeasibleError(
                 "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
             )
-        chosen = best(found, baselines.values() if method == "auto" else ())
+        chosen = best(fitting(problem, found), baselines.values() if method == "auto" else ())
+        worth_s = (1 - WORTH_APART) * chosen.expected_s
+        shorter = [c for c in apart if c.expected_s < worth_s and _has_room(problem, c)]
+        chosen = min(shorter, key=lambda c: (c.expected_s, c.makespan_s), default=chosen)
         if not aligned:
             bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
@@ -197,6 +209,16 @@ def assemble(
         cluster=problem.cluster,
         spread=spread_of(chosen.steps_s, {name: c.expected_s for name, c in baselines.items()}),
     )
+
+
+def fitting(problem: Problem, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Those within the memory of the devices; all of them where none is. The search counts memory by estimates."""
+    return [c for c in candidates if _has_room(problem, c)] or candidates
+
+
+def _has_room(problem: Problem, candidate: Candidate) -> bool:
+    peaks = peak_bytes(problem.metagraph, candidate.slices, problem.num_devices)
+    return max(peaks) <= problem.cluster.device.memory_bytes
 
 
 def best(candidates: Iterable[Candidate], baselines: Iterable[Candidate]) -> Candidate:

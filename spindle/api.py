@@ -96,6 +96,7 @@ def plan_source(
     from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
     from spindle.planner.report.rates import work_of
+    from spindle.planner.sets import fitted_to_sets
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
@@ -141,6 +142,7 @@ def plan_source(
         sizes=source.sizes,
         work=work_of(source.metagraph),
     )
+    plan = fitted_to_sets(plan, source.presences, may_change=method == "auto" and not pins and not aligned)
     return with_fixed(plan, calibration.step_s) if calibration else plan, pricing
 
 

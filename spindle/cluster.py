@@ -33,6 +33,7 @@ class Device:
     parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
     float32_rate           rate of four-byte matrix products over peak_flops in TF32 (eight-byte ones: half of that)
     full_float32_rate      the same without TF32
+    host_bytes_per_s       rate between the device and its host's memory, for optimiser states that are offloaded
     """
 
     name: str
@@ -49,6 +50,7 @@ class Device:
     parallel_units: int = 108
     float32_rate: float = 0.5
     full_float32_rate: float = 0.0625
+    host_bytes_per_s: float = 25e9  # what sixteen lanes of PCIe 4 reach
 
     @property
     def is_cpu(self) -> bool:
@@ -58,6 +60,7 @@ class Device:
     def __post_init__(self) -> None:
         positive = ["memory_bytes", "peak_flops", "memory_bytes_per_s"]
         positive += ["matmul_efficiency", "attention_efficiency", "float32_rate", "full_float32_rate"]
+        positive += ["host_bytes_per_s"]
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
         zero = ("elementwise_traffic", "eager_traffic", "kernels_per_matmul", "overlap_cost", "launch_s")
         for name in (*zero, "parallel_units"):

@@ -33,6 +33,7 @@ class _DeviceModel(StrictModel):
     parallel_units: int = 108
     float32_rate: float = 0.5
     full_float32_rate: float = 0.0625
+    host_bandwidth_gbps: float = 25.0
 
     def value(self) -> Device:
         same = ["matmul_efficiency", "attention_efficiency", "elementwise_traffic", "eager_traffic", "overlap_cost"]
@@ -43,6 +44,7 @@ class _DeviceModel(StrictModel):
             peak_flops=self.peak_tflops * 1e12,
             memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
             launch_s=self.launch_us * 1e-6,
+            host_bytes_per_s=self.host_bandwidth_gbps * 1e9,
             **{name: getattr(self, name) for name in same},
         )
 

@@ -14,6 +14,7 @@ from spindle.plan import (
     Certificate,
     Memory,
     Plan,
+    SetStep,
     SizeRange,
     Slice,
     StepSpread,
@@ -173,6 +174,7 @@ class _DeviceModel(_JsonModel):
     parallel_units: int = 108
     float32_rate: float = 0.5
     full_float32_rate: float = 0.0625
+    host_bytes_per_s: float = 25e9
 
 
 class _ProtocolModel(_JsonModel):
@@ -204,6 +206,13 @@ class _ClusterModel(_JsonModel):
     def value(self) -> Cluster:
         links = {"intra_node": self.intra_node.value(), "inter_node": self.inter_node.value()}
         return Cluster(**{**dict(self), "device": Device(**dict(self.device)), **links})
+
+
+class _SetStepModel(_JsonModel):
+    share: float
+    tasks: tuple[str, ...]
+    step_s: float
+    sequential_s: float = 0.0
 
 
 class _StepSpreadModel(_JsonModel):
@@ -298,6 +307,7 @@ class PlanModel(_JsonModel):
     work: _StepWorkModel | None = None
     fixed_s: float = 0.0
     outlook: _OutlookModel | None = None
+    task_sets: tuple[_SetStepModel, ...] = ()
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -322,6 +332,7 @@ class PlanModel(_JsonModel):
             "alternatives": tuple(Alternative(**dict(other)) for other in self.alternatives),
             "work": StepWork(**dict(self.work)) if self.work else None,
             "outlook": self.outlook.value() if self.outlook else None,
+            "task_sets": tuple(SetStep(**dict(each)) for each in self.task_sets),
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)

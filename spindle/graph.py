@@ -8,7 +8,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf, prod
+from math import ceil, inf, prod
 from typing import TYPE_CHECKING
 
 from spindle.errors import GraphError
@@ -29,6 +29,10 @@ BYTES_BY_DTYPE = {
     "uint8": 1,
     "bool": 1,
 }
+
+
+LOW_BIT_BYTES = {"int4": 0.5, "nf4": 0.5, "fp8": 1.0}
+"""Bytes of a frozen weight in types that no tensor of an operator has; scales of blocks are not counted."""
 
 
 def base_task(task: str) -> str:
@@ -130,6 +134,8 @@ class Parameter:
     @property
     def num_bytes(self) -> int:
         """Bytes of the parameter in its own dtype."""
+        if self.dtype in LOW_BIT_BYTES:
+            return ceil(prod(self.shape) * LOW_BIT_BYTES[self.dtype])
         return prod(self.shape) * BYTES_BY_DTYPE[self.dtype]
 
 

@@ -222,6 +222,21 @@ class Certificate:
             raise PlanError("a certificate has a negative price; prices are 0 or more, plan again")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetStep:
+    """A step in which only some tasks take part.
+
+    share          of the steps that have exactly these tasks
+    step_s         of such a step under the plan, which leaves out the slices of the others
+    sequential_s   of such a step with all devices on one task after another; 0: does not fit
+    """
+
+    share: float
+    tasks: tuple[str, ...]
+    step_s: float
+    sequential_s: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A schedule of a whole MetaGraph.
@@ -243,6 +258,7 @@ class Plan:
     work              what a step does; None: not known
     fixed_s           of each step, of this plan and of the usual ways alike: what a calibration adds (data, logging)
     outlook           how sure the prediction is; None where nobody has asked
+    task_sets         steps in which some tasks are absent; (): all tasks take part in every step
     """
 
     num_devices: int
@@ -269,6 +285,7 @@ class Plan:
     work: StepWork | None = None
     fixed_s: float = 0.0
     outlook: Outlook | None = None
+    task_sets: tuple[SetStep, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
@@ -410,5 +427,9 @@ def with_fixed(plan: Plan, fixed_s: float) -> Plan:
         step_s=plan.step_s + fixed_s,
         baseline_steps_s=longer(plan.baseline_steps_s),
         alternatives=tuple(replace(o, step_s=o.step_s + fixed_s) if o.fits else o for o in plan.alternatives),
+        task_sets=tuple(
+            replace(each, step_s=each.step_s + fixed_s, sequential_s=each.sequential_s + fixed_s)
+            for each in plan.task_sets
+        ),
         spread=spread,
     )

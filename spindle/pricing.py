@@ -1,6 +1,6 @@
 """Pricing: how a workload is trained, as far as time and memory depend on it; a spec makes one, `price` takes it.
 
-Two choices trade time for memory; `memory_choices` lists their combinations in order of what they cost.
+Choices trade time for memory; `memory_choices` lists their combinations in order of what they cost.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,9 @@ from typing import Literal
 from spindle.errors import WorkloadError
 from spindle.execution import USUAL, Execution
 
-Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum"]
+Optimizer = Literal[
+    "adamw", "adam", "adamw_8bit", "adafactor", "lion", "muon", "sgd", "sgd_momentum", "shampoo"
+]  # `spindle.cost.optimizers` says what each keeps and computes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,9 @@ class Pricing:
     tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
     execution          how its layers, attention, optimiser and reductions are run
+    degrees            (component, degrees allowed, rising) where components differ; those not named have degree 1
+    may_offload        optimizer states may be kept in the memory of the host where nothing else fits
+    offload_optimizer  master copies and states are kept there, and the host runs the optimizer's step
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
 
@@ -36,6 +41,9 @@ class Pricing:
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
     execution: Execution = USUAL
+    degrees: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    may_offload: bool = False
+    offload_optimizer: bool = False
     length_spread: tuple[tuple[str, str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +58,28 @@ class Pricing:
 
     def of(self, component: str) -> "Pricing":
         """The same for one component alone."""
-        return replace(self, recompute=self.recompute or component in self.recomputed)
+        recompute = self.recompute or component in self.recomputed
+        if not self.degrees:
+            return replace(self, recompute=recompute)
+        own = dict(self.degrees).get(component, (1,))
+        least = min(self.min_tensor_parallel, own[-1])
+        return replace(
+            self,
+            recompute=recompute,
+            tensor_parallel=own[-1],
+            min_tensor_parallel=least,
+            degrees=((component, own),),
+        )
+
+    def degrees_within(self, devices_per_node: int) -> tuple[int, ...]:
+        """Degrees that a spec's component, whose pricing this is, may have in a node of so many devices.
+
+        Those from the least one up; where the component has none of these, its largest.
+        """
+        allowed = self.degrees[0][1] if self.degrees else range(self.min_tensor_parallel, self.tensor_parallel + 1)
+        usable = tuple(degree for degree in allowed if devices_per_node % degree == 0)
+        high = tuple(degree for degree in usable if degree >= self.min_tensor_parallel)
+        return high or (usable[-1:] if self.degrees else ())
 
     def spread_of(self, task: str, component: str) -> float:
         """Spread of the lengths of a component's samples in a task; 0 when all are equal."""
@@ -59,14 +88,27 @@ class Pricing:
 
 
 def memory_choices(pricing: Pricing) -> tuple[Pricing, ...]:
-    """The same pricing with less and less memory: as given, optimiser sharded, recomputed, both; cheapest first."""
-    options = ((False, False), (True, False), (False, True), (True, True))
+    """The same pricing with less and less memory, cheapest first.
+
+    As given, optimiser states sharded, layers recomputed, both. Where layers may be spread over several devices (tensor
+    parallelism), then the same with a least degree of 2, 4, ..; where states may be offloaded, at last that as well.
+    """
+    both = ((False, False), (True, False), (False, True), (True, True))
+    top = pricing.tensor_parallel if pricing.degrees else pricing.min_tensor_parallel
+    floors = [pricing.min_tensor_parallel]
+    while 2 * floors[-1] <= top:
+        floors.append(2 * floors[-1])
+    options = [(floor, *option, False) for floor in floors for option in (both if floor == floors[0] else both[1::2])]
+    if pricing.may_offload:
+        options += [(floors[0], True, recompute, True) for recompute in (False, True)]
     found: list[Pricing] = []
-    for shard, recompute in options:
+    for floor, shard, recompute, offload in options:
         choice = replace(
             pricing,
+            min_tensor_parallel=floor,
             shard_optimizer=pricing.shard_optimizer or shard,
             recompute=pricing.recompute or recompute,
+            offload_optimizer=pricing.offload_optimizer or offload,
         )
         if choice not in found:
             found.append(choice)

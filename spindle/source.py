@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.execution import Execution
+from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.plan import SizeRange
+from spindle.presence import Presence
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
@@ -28,13 +30,28 @@ if TYPE_CHECKING:
     from spindle.workload import Workload
 
 
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "Adam": "adam",
+    "Adam8bit": "adamw_8bit",
+    "AdamW8bit": "adamw_8bit",
+    "PagedAdamW8bit": "adamw_8bit",
+    "Adafactor": "adafactor",
+    "Lion": "lion",
+    "Muon": "muon",
+    "Shampoo": "shampoo",
+    "DistributedShampoo": "shampoo",
+}
+"""What classes of optimizers are, as far as their states go; SGD depends on its momentum, others count as AdamW."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A source's MetaGraph (with operators unless it came from a MetaGraph file), and how a spec says it is trained.
 
     `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
     other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
-    their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec.
+    their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec. `presences`: how
+    often each task takes part in a step.
     """
 
     metagraph: MetaGraph
@@ -44,13 +61,19 @@ class Source:
     sizes: tuple[SizeRange, ...] = ()
     is_mean: bool = False
     spec: "WorkloadSpec | None" = None
+    presences: tuple[Presence, ...] = ()
 
 
 def load_source(
-    source: str, on_task: Callable[[str], object] = str, *, per_device: tuple[int, int] | None = None
+    source: str,
+    on_task: Callable[[str], object] = str,
+    *,
+    tasks: str | None = None,
+    per_device: tuple[int, int] | None = None,
 ) -> Source:
-    """Load any source; `on_task` is told which task of a model is being traced. `per_device`: a batch, and the number
-    of devices that each have so many samples a step, to scale a spec's batches to.
+    """Load any source; `on_task` is told which task of a model is being traced. `tasks`: only these, as `chosen_tasks`
+    reads them. `per_device`: a batch, and the number of devices that each have so many samples a step, to scale a
+    spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
@@ -59,6 +82,7 @@ def load_source(
         from spindle.spec.file import read_workload
 
         spec = read_workload(source)
+        spec = spec.only(chosen_tasks(tasks, [task.name for task in spec.tasks]))
         return spec_source(spec if per_device is None else scaled(spec, *per_device))
     if per_device is not None:
         raise FormatError(
@@ -68,8 +92,10 @@ def load_source(
     if source.endswith(".json"):
         from spindle.formats import read
 
-        return Source(read(source, MetaGraph), Pricing())
+        return Source(_with_tasks(read(source, MetaGraph), tasks), Pricing())
     workload, module = load_workload(source)
+    if tasks is not None:
+        workload = workload.only(chosen_tasks(tasks, workload.tasks))
     return source_of(workload, getattr(module, "optimizer", None), on_task)
 
 
@@ -80,7 +106,7 @@ def spec_source(spec: "WorkloadSpec") -> Source:
 
     metagraph = contract(build_graph(spec))
     steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
-    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec)
+    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences)
 
 
 def scaled_source(source: Source, factor: Fraction) -> Source | None:
@@ -130,6 +156,37 @@ def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
     return scaled
 
 
+def chosen_tasks(text: str | None, names: Collection[str]) -> list[str]:
+    """The first k of `names` for a number k, those of a list with commas, or all of them; FormatError for others.
+
+    >>> chosen_tasks("2", ["a", "b", "c"]), chosen_tasks("c,a", ["a", "b", "c"])
+    (['a', 'b'], ['a', 'c'])
+    """
+    if text is None:
+        return list(names)
+    if text.isdecimal() and text not in names:
+        if not 1 <= int(text) <= len(names):
+            raise FormatError(f"--tasks is {text}, and there are {len(names)} tasks; give a number from 1 to that")
+        return list(names)[: int(text)]
+    wanted = [name.strip() for name in text.split(",")]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise FormatError(f"--tasks names {unknown[0]!r}, which is no task; the tasks are {', '.join(names)}")
+    return [name for name in names if name in wanted]
+
+
+def _with_tasks(metagraph: MetaGraph, text: str | None) -> MetaGraph:
+    """The MetaOps of some tasks, and the flows between them; a flow from another task is cut."""
+    tasks = dict.fromkeys(base_task(metaop.task) for metaop in metagraph)
+    wanted = set(chosen_tasks(text, tasks))
+    kept = {metaop.name for metaop in metagraph if base_task(metaop.task) in wanted}
+    return replace(
+        metagraph,
+        metaops=tuple(metaop for metaop in metagraph if metaop.name in kept),
+        flows=tuple(flow for flow in metagraph.flows if {flow.source, flow.target} <= kept),
+    )
+
+
 def source_of(
     workload: "Workload",
     optimizer: "Callable[[Any], Any] | None" = None,
@@ -144,7 +201,11 @@ def source_of(
     metagraph = contract(captured.graph)
     found = sizes_of(workload, captured, on_task)
     steps = tuple(contract_like(metagraph, graph) for graph in found.steps)
-    return Source(metagraph, pricing_of(workload, optimizer), executable=True, steps=steps, sizes=found.ranges)
+    presences = tuple(
+        Presence(task=task.name, probability=task.probability, every=task.every) for task in workload.tasks.values()
+    )
+    pricing = pricing_of(workload, optimizer)
+    return Source(metagraph, pricing, executable=True, steps=steps, sizes=found.ranges, presences=presences)
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
@@ -155,10 +216,10 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
     fused = False
     if optimizer is not None:
         with _users_errors("optimizer"):
-            made = optimizer([torch.nn.Parameter(torch.zeros(1))])
+            made = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])  # a matrix: some take nothing else
         sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"
-        kind = {"Adam": "adam", "SGD": sgd}.get(type(made).__name__, kind)
         fused = bool(made.defaults.get("fused"))
+        kind = {**OPTIMIZERS, "SGD": sgd}.get(type(made).__name__, kind)
     return Pricing(
         optimizer=kind,
         shard_optimizer=workload.shard_optimizer,

@@ -7,6 +7,7 @@ vision = workload.component("vision", vision_model)
 def image_text(batch): ...
 """
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -188,6 +189,20 @@ class Workload:
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
         self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`
+
+    def only(self, tasks: Iterable[str]) -> "Workload":
+        """The same workload with some of its tasks; modules and data are shared. Raises WorkloadError on another."""
+        wanted = set(tasks)
+        unknown = sorted(wanted - self.tasks.keys())
+        if unknown or not wanted:
+            raise WorkloadError(
+                f"workload {self.name!r} has no task {unknown[0] if unknown else ''!r}; "
+                f"its tasks are {', '.join(self.tasks)}"
+            )
+        found = copy.copy(self)
+        found.tasks = {name: task for name, task in self.tasks.items() if name in wanted}
+        found.captured = None
+        return found
 
     def component(
         self,

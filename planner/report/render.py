@@ -9,6 +9,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from math import floor, log10
 from string import ascii_lowercase, ascii_uppercase, digits
+from textwrap import wrap
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan, Slice
@@ -18,6 +19,7 @@ from spindle.planner.report.rates import rates
 WIDTH = 100
 MAX_ROWS = 40
 LEAST_GAIN = 1e-3  # below this share of the best alternative's step, waves are said to gain nothing
+MOST_SETS = 8  # sets of tasks that are printed
 SYMBOLS = ascii_uppercase + ascii_lowercase + digits
 BASELINE_TITLES = {
     "sequential": "all devices, one after another",
@@ -91,6 +93,8 @@ def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
         )
     lines += _rates(plan)
     lines += _spread(plan)
+    lines += _task_sets(plan)
+    lines += _tensor_parallel(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
     lines += outlook_lines(plan, *names)
@@ -140,6 +144,42 @@ def _spread(plan: Plan) -> list[str]:
         f"{seconds(found.p10_s)}\n{'':11}(P10) to {seconds(found.p90_s)} (P90); planned for the mean, memory for the "
         "largest"
     ]
+
+
+def _task_sets(plan: Plan) -> list[str]:
+    """Where tasks are absent from some steps: the expected step, and the most frequent sets."""
+    found = plan.task_sets
+    if not found:
+        return []
+    mean_s = sum(each.share * each.step_s for each in found)
+    what = f"{mean_s:.6f} s a step: tasks take part in some steps only. The plan is of a step with all; other steps "
+    what += "leave slices out."
+    if all(each.sequential_s for each in found if each.tasks):
+        usual_s = sum(each.share * each.sequential_s for each in found)
+        what += f" Sequential {usual_s:.6f} s"
+        what += f": {_gain(usual_s, mean_s).strip()}" if plan.method != "sequential" else ", which is this plan"
+    lines = wrap(what, WIDTH, initial_indent="expected   ", subsequent_indent=" " * 11)
+    for each in found[:MOST_SETS]:
+        tasks = ", ".join(each.tasks) or "no task"
+        lines.append(_clip(f"  {100 * each.share:>5.1f} % of steps {each.step_s:>12.6f} s  {tasks}", WIDTH))
+    rest = found[MOST_SETS:]
+    if rest:
+        share, rest_s = sum(each.share for each in rest), sum(each.share * each.step_s for each in rest)
+        lines.append(f"  {100 * share:>5.1f} % of steps {rest_s / share:>12.6f} s  on average, {len(rest)} more sets")
+    return lines
+
+
+def _tensor_parallel(plan: Plan) -> list[str]:
+    """MetaOps whose layers are spread over several devices, and over how many."""
+    degrees: dict[str, set[int]] = {}
+    for s in plan.slices if plan.metagraph else ():
+        by_count = dict(plan.metagraph[s.metaop].tensor_parallel) if plan.metagraph else {}
+        degrees.setdefault(s.metaop, set()).add(by_count.get(len(s.devices), 1))
+    spread = [f"{name} {' or '.join(map(str, sorted(found)))}" for name, found in degrees.items() if max(found) > 1]
+    if not spread:
+        return []
+    what = f"devices that share each layer: {', '.join(spread)}"
+    return wrap(what, WIDTH, initial_indent="tensor     ", subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -58,6 +58,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 CALIBRATION = click.option(
     "--calibration", type=JSON_FILE, help="Factors fitted on measured steps (spindle calibrate)."
 )
+TASKS = click.option("--tasks", metavar="K|NAME,..", help="The first K tasks, or these, instead of all.")
 PROFILE = click.option("--profile", "-p", type=JSON_FILE, help="Measured times (spindle profile).")
 LAUNCHER = click.option(
     "--launcher",

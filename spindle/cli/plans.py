@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, cli, read_plan
+from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, TASKS, cli, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
 from spindle.cli.options import at_least_one, check_directory, device_counts, pins, positive
 from spindle.cli.terminal import cost_notes, folded, json_text
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     callback=at_least_one,
     help="Scale a spec's batches to B samples a device in all.",
 )
+@TASKS
 @click.option("--output", "-o", type=FILE, help="Write the plan.")
 @click.option(
     "--method", type=METHOD, default="auto", show_default=True, help="auto, lp, paper, sequential, task_split, ..."
@@ -49,6 +50,7 @@ def plan(
     calibration: str | None,
     per_device_batch: int | None,
     nodes: int | None,
+    tasks: str | None,
     output: str | None,
     method: str,
     time_limit_s: float | None,
@@ -61,7 +63,7 @@ def plan(
     """Plan SOURCE: a spec (.yaml), a MetaGraph (.json) or file.py:workload. Needs no GPU.
 
     \b
-    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g
+    spindle plan multitask_clip.yaml --cluster 4x8:a100-80g --tasks 4
     spindle plan model.py:workload --cluster 1x2:cpu --profile profile.json -o plan.json
     spindle plan model.py:workload --start plan.json --pin vision=0-3
     """
@@ -87,7 +89,7 @@ def plan(
     fitted = read(calibration, Calibration) if calibration else None
     with busy(f"reading {source}") as doing:
         per_device = (per_device_batch, where.num_devices) if per_device_batch else None
-        loaded = load_source(source, doing, per_device=per_device)
+        loaded = load_source(source, doing, tasks=tasks, per_device=per_device)
         doing("planning", default_limit_s(where) if time_limit_s is None else time_limit_s)
         found, pricing = plan_source(
             loaded,
@@ -191,6 +193,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
 @CLUSTER
 @PROFILE
 @CALIBRATION
+@TASKS
 @click.option(
     "--time-limit",
     "time_limit_s",
@@ -206,6 +209,7 @@ def whatif(
     cluster: str | None,
     profile: str | None,
     calibration: str | None,
+    tasks: str | None,
     time_limit_s: float | None,
     as_json: bool,
 ) -> None:
@@ -230,7 +234,7 @@ def whatif(
     where = parse_cluster(cluster or "1x8")
     measured = read(profile, Profile) if profile else None
     fitted = read(calibration, Calibration) if calibration else None
-    loaded = load_source(source)
+    loaded = load_source(source, tasks=tasks)
     wanted = sorted(set(counts))
     with progress("planning") as update:
 

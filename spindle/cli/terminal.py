@@ -90,6 +90,16 @@ def cost_notes(
                 source.pricing.shard_optimizer,
             ),
             ("activations recomputed in backward", pricing.recompute, source.pricing.recompute),
+            (
+                f"tensor parallelism of {pricing.min_tensor_parallel} devices or more",
+                pricing.min_tensor_parallel > 1,
+                source.pricing.min_tensor_parallel == pricing.min_tensor_parallel,
+            ),
+            (
+                "optimizer states in the memory of the host",
+                pricing.offload_optimizer,
+                source.pricing.offload_optimizer,
+            ),
         )
         if chosen and not given
     ]

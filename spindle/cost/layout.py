@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from spindle.cluster import Cluster, Device
 from spindle.cost.links import collective_s, spread_over_nodes
-from spindle.cost.memory import STATES
+from spindle.cost.optimizers import moved_bytes
 from spindle.cost.roofline import OperatorTime
 from spindle.pricing import Optimizer
 
@@ -47,7 +47,4 @@ def sharded_s(
 
 def update_s(parameters: float, device: Device, optimizer: Optimizer = "adamw", *, width: int = 2) -> float:
     """Seconds of the optimiser step over so many trained parameters of `width` bytes on one device."""
-    state = max(width, 4)
-    master = 2 * state if width < 4 else 0  # read and written
-    moved = width + master + 2 * STATES[optimizer] * state + width  # the parameter itself is written at last
-    return parameters * (moved + (width if width >= 4 else 0)) / device.memory_bytes_per_s
+    return parameters * moved_bytes(optimizer, width) / device.memory_bytes_per_s

@@ -5,19 +5,18 @@ buffer for what one layer boundary hands over, twice (an activation and the grad
 alone where layers are recomputed).
 
 Sixteen-bit parameters have a master copy and states of four bytes beside them (mixed precision: 2 + 2 + 12 bytes a
-parameter with Adam); wider ones have states of their own width. Frozen parameters are parameters only.
+parameter with Adam); wider ones have states of their own width (`spindle.cost.optimizers`). Frozen parameters are
+parameters only.
 """
 
 from collections.abc import Iterator, Sequence
-from math import prod
 
+from spindle.cost.optimizers import kept_bytes_of
 from spindle.cost.roofline import chain_rows, num_scores, score_flops
 from spindle.execution import writes_scores
 from spindle.graph import Operator, Parameter
 from spindle.pricing import Pricing
 
-STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
-"""Optimiser states for each trained parameter."""
 SCORE_BYTES = 5.0
 """Kept by plain attention for each score: softmax, dropout mask and result (Korthikanti et al. 2022)."""
 FUSED_SOFTMAX_KEEPS = 0.6
@@ -54,10 +53,8 @@ def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float,
     for parameter in _distinct(operators):
         fixed += parameter.num_bytes
         if parameter.trainable:
-            count = prod(parameter.shape)
-            width = parameter.num_bytes / max(count, 1)
             fixed += parameter.num_bytes
-            spread += count * ((4.0 if width < 4 else 0.0) + STATES[pricing.optimizer] * max(width, 4.0))
+            spread += kept_bytes_of(parameter, pricing)
     return fixed, spread
 
 

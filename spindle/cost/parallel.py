@@ -15,12 +15,13 @@ from math import ceil, prod
 from typing import Literal
 
 from spindle.cluster import Cluster
-from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
+from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s
 from spindle.cost.memory import layer_bytes, state_bytes
+from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.errors import WorkloadError
-from spindle.execution import PLAIN_UPDATE, norm_copies
+from spindle.execution import norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
 from spindle.pricing import Pricing
 
@@ -88,9 +89,7 @@ def parallel_cost(graph: TaskGraph, cluster: Cluster, pricing: Pricing, layout: 
     backward_s = sum(run.time.backward_s for run in runs)
     ended_s = _with_reduction_s(backward_s, trained, cluster, pricing, layout)
     divided = layout.tensor * layout.pipeline * (1 if layout.shard == "nothing" else replicas)
-    stepped_s = sum(
-        update_s(prod(p.shape) / divided, cluster.device, pricing.optimizer, width=_width(p)) for p in trained
-    ) * (PLAIN_UPDATE if pricing.execution.optimizer == "plain" else 1.0)
+    stepped_s = sum(step_s(parameter, cluster.device, pricing) for parameter in trained) / divided
     return ParallelCost(
         step_s=sum(run.time.forward_s for run in runs) + ended_s + stepped_s,
         reduction_s=ended_s - backward_s,

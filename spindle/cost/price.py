@@ -26,11 +26,11 @@ from math import prod
 from spindle.cluster import Cluster
 from spindle.cost.family import curves_of, shared_curve
 from spindle.cost.heldout import between
-from spindle.cost.layout import tensor_parallel_s, update_s
+from spindle.cost.layout import tensor_parallel_s
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
+from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
 from spindle.errors import InfeasibleError
-from spindle.execution import PLAIN_UPDATE
 from spindle.graph import Operator, Parameter, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.pricing import Pricing, imbalance, tail
@@ -64,8 +64,9 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     splittable = all(operator.splittable for operator in operators)
     layouts: dict[int, list[int]] = {}
     spread = min(operator.tensor_parallel for operator in operators)
+    allowed = pricing.degrees_within(cluster.devices_per_node)
     for tp in range(1, max(pricing.tensor_parallel, spread) + 1) if splittable else (1,):
-        said = pricing.min_tensor_parallel <= tp <= pricing.tensor_parallel
+        said = tp in allowed
         if cluster.devices_per_node % tp or (splittable and not said and (tp == 1 or spread % tp)):
             continue
         for dp in range(1, min(batch, cluster.num_devices // tp) + 1 if splittable else 2):
@@ -85,6 +86,11 @@ def _price(
     if operators[0].units is not None or not by_layout:
         by_layout = {**by_layout, **_sized(operators, profile.by_family.get(operators[0].family, ()))}
     layouts = valid_layouts(operators, cluster, pricing)
+    if not layouts and not pricing.degrees_within(cluster.devices_per_node):
+        raise InfeasibleError(
+            f"MetaOp {metaop.name!r}: none of its tensor_parallel degrees, from {pricing.min_tensor_parallel} up, "
+            f"divides the {cluster.devices_per_node} devices of a node, within which it stays; allow lower ones"
+        )
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
@@ -177,13 +183,8 @@ def _update_s(
     timed = next((entry.update_s for entry in measured.values() if entry.update_s), 0.0)
     if timed:
         return timed
-    trained = [(prod(p.shape), p.num_bytes) for op in operators for p in op.parameters if p.trainable]
-    seconds = [
-        update_s(count, cluster.device, pricing.optimizer, width=num_bytes // max(count, 1))
-        * (PLAIN_UPDATE if pricing.execution.optimizer == "plain" else 1.0)
-        for count, num_bytes in trained
-    ]
-    return sum(seconds) / len(operators)
+    trained = [p for op in operators for p in op.parameters if p.trainable]
+    return sum(step_s(parameter, cluster.device, pricing) for parameter in trained) / len(operators)
 
 
 def _reduced_bytes(parameter: Parameter, pricing: Pricing) -> int:

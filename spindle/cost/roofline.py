@@ -84,7 +84,8 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False, e
     linear = 2.0 * used * sum(share * prod(shape) for shape, share in matrices) * repeats
     scores = score_flops(operator, rows)
     lookup = not operator.forward_flops
-    itemsize = BYTES_BY_DTYPE[operator.parameters[0].dtype] if operator.parameters else 4
+    # weights of fewer bits are unpacked to sixteen before they are multiplied
+    itemsize = max(BYTES_BY_DTYPE.get(operator.parameters[0].dtype, 2), 2) if operator.parameters else 4
     plain = writes_scores(execution)
     passes_over = SCORE_PASSES * (0.5 if execution.attention == "fused_softmax" else 1.0)
     passes = _passes(operator, linear, scores)

@@ -3,7 +3,8 @@
 - Counts are per sample and exact where the architecture says all (Transformer, Mlp, Embedding, LmHead); `Other` divides
   given totals evenly over its layers.
 - A multiply-add counts as two FLOPs; attention counts every pair of tokens, causal or not. `causal` is recorded for the
-  cost model, which knows whether the kernel skips the masked half.
+  cost model, which knows whether the kernel skips the masked half. Linear attention instead keeps a state of head_dim
+  by head_dim for each head: two products a token, whatever the number of tokens (Katharopoulos et al. 2020).
 - Activations kept for backward are those of a fused-attention layer: inputs of matrix products, of norms and of the
   activation function (after Korthikanti et al. 2022, without dropout masks and score matrices). Root-mean-square norms,
   which gated layers use, keep more where they are written in PyTorch operators (`spindle.execution.norm_copies`).
@@ -20,8 +21,15 @@ from spindle.execution import PLAIN_NORM_COPIES
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""
 
+Update = Literal["gradient", "zeroth_order"]
+"""How weights learn: by backward, or by the losses of two forwards with noise added and taken off (MeZO, ZO2)."""
+
 Payload = Literal["last_hidden", "per_layer_hidden", "per_layer_kv"]
 """What a component hands on: its last hidden state, that of every layer, or the keys and values of every layer."""
+
+FLOATING = ("float64", "float32", "bfloat16", "float16")
+BASE_DTYPES = ("int4", "nf4", "int8", "fp8", *FLOATING)
+"""Types that frozen weights are stored in; those of fewer bits are unpacked before they are multiplied."""
 
 CrossAttention = Literal["none", "separate", "joint"]
 """Reads a context: not at all, by an attention of its own, or by its self-attention (keys and values are handed in)."""
@@ -71,8 +79,12 @@ class Component:
     tokens          sequence length of one instance; a task may say otherwise
     instances       sequences per sample (cameras, frames, noise draws), processed as one batch
     repeats         passes through the layers one after another (denoising steps)
+    dtype, base_dtype   of parameters and activations, and of frozen weights where these are stored in fewer bits
     output_tokens   tokens handed on, per instance; None: `tokens`
     tokens_p99      99th percentile of the sequence length when samples differ; None: all are `tokens` long
+    update          zeroth_order: runs forward twice, has no backward, keeps nothing, and reduces no gradients
+    tensor_parallel, min_tensor_parallel   most and fewest devices of a node that a layer may be spread over; None: as
+                    the workload says
     """
 
     name: str
@@ -82,12 +94,17 @@ class Component:
     trained: Trained = "all"
     lora_rank: int = 0
     dtype: str | None = None
+    base_dtype: str | None = None
     output_tokens: int | None = None
     tokens_p99: int | None = None
+    update: Update = "gradient"
+    tensor_parallel: int | None = None
+    min_tensor_parallel: int | None = None
 
     def __post_init__(self) -> None:
         for label in ("tokens", "instances", "repeats"):
             _require_count(self.name, label, getattr(self, label))
+        self._check_types()
         if (self.trained == "lora") != (self.lora_rank > 0):
             raise WorkloadError(
                 f"component {self.name!r}: trained is {self.trained!r} with lora_rank {self.lora_rank}; "
@@ -99,11 +116,34 @@ class Component:
                 "give the length that 99 of 100 samples stay under"
             )
 
+    def _check_types(self) -> None:
+        """Weights that learn have a floating-point type; those of fewer bits are stored, not trained."""
+        if self.dtype is not None:
+            check_dtype(f"component {self.name!r}", self.dtype)
+        if self.base_dtype is None:
+            return
+        if self.base_dtype not in BASE_DTYPES:
+            raise WorkloadError(
+                f"component {self.name!r}: base_dtype {self.base_dtype!r} is not one of {', '.join(BASE_DTYPES)}"
+            )
+        if self.trained == "all":
+            raise WorkloadError(
+                f"component {self.name!r}: base_dtype {self.base_dtype} stores frozen weights, and all of these are "
+                "trained; write trained: lora with a lora_rank, trained: ends, or trained: none"
+            )
+
+    def splits_over(self, degree: int) -> bool:
+        """Whether tensor parallelism of that degree cuts a layer into equal parts."""
+        return degree >= 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transformer(Component):
     """A stack of equal Transformer layers, with what stands before and after it.
 
+    linear            attention is linear in the tokens
+    positions         a stem has learned positions
+    skipped_layers    indices of layers that do not run; with LoRA an adapter around each stays in their place
     input_features    raw features per token that a linear stem projects to `hidden` (image patches); 0: no stem
     output_features   width that a linear projection hands on; 0: `hidden`
     layer_extra_parameters, extra_parameters   further parameters per layer / once, that no token is multiplied by
@@ -117,6 +157,9 @@ class Transformer(Component):
     ffn: int
     gated: bool = False
     causal: bool = False
+    linear: bool = False
+    positions: bool = True
+    skipped_layers: tuple[int, ...] = ()
     vocab: int = 0
     tied: bool = True
     logits: bool = False
@@ -137,8 +180,25 @@ class Transformer(Component):
                 f"component {self.name!r}: {self.heads} heads share {self.kv_heads} kv_heads; "
                 "kv_heads must divide heads"
             )
+        for index in self.skipped_layers:
+            if not 0 <= index < self.layers:
+                raise WorkloadError(
+                    f"component {self.name!r}: skipped_layers names layer {index}; its layers are 0 to "
+                    f"{self.layers - 1}"
+                )
+        if len(set(self.skipped_layers)) == self.layers:
+            raise WorkloadError(f"component {self.name!r}: skipped_layers names all layers; leave one to run")
+        if self.linear and self.cross_attention != "none":
+            raise WorkloadError(
+                f"component {self.name!r}: linear attention reads its own tokens only; leave cross_attention out"
+            )
         if self.logits and not self.vocab:
             raise WorkloadError(f"component {self.name!r}: logits need a vocabulary; give vocab")
+
+    def splits_over(self, degree: int) -> bool:
+        """Heads are divided; key and value heads too, or each is held by as many devices."""
+        shared = self.kv_heads % degree == 0 or degree % self.kv_heads == 0
+        return degree >= 1 and self.heads % degree == 0 and shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +266,13 @@ class Other(Component):
             )
 
 
+def check_dtype(owner: str, dtype: str) -> None:
+    """Raise WorkloadError when parameters of that type could not be trained."""
+    if dtype not in FLOATING:
+        remedy = "; for frozen weights of fewer bits write base_dtype" if dtype in BASE_DTYPES else ""
+        raise WorkloadError(f"{owner}: dtype {dtype!r} is not one of {', '.join(FLOATING)}{remedy}")
+
+
 def _require_count(owner: str, label: str, count: int) -> None:
     if count < 1:
         raise WorkloadError(f"component {owner!r}: {label} is {count}; it must be at least one")
@@ -231,7 +298,7 @@ def transformer_block(
     ]
     if c.layer_extra_parameters:
         weights.append(Weight("extra", (c.layer_extra_parameters,), adaptable=False))
-    pairs = float(c.tokens * c.tokens)
+    pairs = float(c.tokens * (c.head_dim if c.linear else c.tokens))
     if c.cross_attention == "separate":
         context_rows = float(context_tokens * c.instances)
         weights += [
@@ -259,7 +326,7 @@ def transformer_block(
 
 def _transformer_kind(c: Transformer, context_tokens: int) -> str:
     context = f" {c.cross_attention}{context_tokens}" if c.cross_attention != "none" else ""
-    mask = " causal" if c.causal else ""
+    mask = " linear" if c.linear else " causal" if c.causal else ""  # a linear kernel has no half to skip
     gate = " gated" if c.gated else ""
     return (
         f"transformer h{c.hidden} a{c.heads}/{c.kv_heads}x{c.head_dim} f{c.ffn}{gate}{mask} "

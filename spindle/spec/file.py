@@ -29,6 +29,7 @@ from spindle.spec.blocks import (
     Payload,
     Trained,
     Transformer,
+    Update,
 )
 from spindle.spec.values import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
 
@@ -46,12 +47,18 @@ class _ComponentModel(StrictModel):
     trained: Trained = "all"
     lora_rank: int = 0
     dtype: str | None = None
+    base_dtype: str | None = None
     output_tokens: int | None = None
     tokens_p99: int | None = None
+    update: Update = "gradient"
+    tensor_parallel: int | None = None
+    min_tensor_parallel: int | None = None
 
 
-class _TransformerModel(_ComponentModel):
-    kind: Literal["transformer"] = "transformer"
+class _LayersModel(_ComponentModel):
+    """Of softmax and of linear attention."""
+
+    kind: str
     layers: int
     hidden: int
     heads: int
@@ -60,6 +67,8 @@ class _TransformerModel(_ComponentModel):
     ffn: int | None = None
     gated: bool = False
     causal: bool = False
+    positions: bool = True
+    skipped_layers: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
     vocab: int = 0
     tied: bool = True
     logits: bool = False
@@ -81,7 +90,15 @@ class _TransformerModel(_ComponentModel):
         fields["kv_heads"] = self.heads if self.kv_heads is None else self.kv_heads
         fields["head_dim"] = self.hidden // max(self.heads, 1) if self.head_dim is None else self.head_dim
         fields["ffn"] = 4 * self.hidden if self.ffn is None else self.ffn
-        return Transformer(name=name, **fields)
+        return Transformer(name=name, linear=self.kind == "linear_attention", **fields)
+
+
+class _TransformerModel(_LayersModel):
+    kind: Literal["transformer"] = "transformer"
+
+
+class _LinearAttentionModel(_LayersModel):
+    kind: Literal["linear_attention"]
 
 
 class _MlpModel(_ComponentModel):
@@ -135,6 +152,7 @@ def _kind(data: Any) -> str:
 
 _AnyComponent = Annotated[
     Annotated[_TransformerModel, Tag("transformer")]
+    | Annotated[_LinearAttentionModel, Tag("linear_attention")]
     | Annotated[_MlpModel, Tag("mlp")]
     | Annotated[_EmbeddingModel, Tag("embedding")]
     | Annotated[_LmHeadModel, Tag("lm_head")]
@@ -173,6 +191,10 @@ _Edges = Annotated[
 ]
 
 
+_PLAIN = ("batch_size", "loss", "weight", "probability", "every", "rate", "forward_only")
+"""Fields of a task that its value takes as they are."""
+
+
 class _TaskModel(StrictModel):
     batch_size: int
     flow: _Stages | None = None
@@ -180,11 +202,14 @@ class _TaskModel(StrictModel):
     loss: LossKind = "other"
     weight: float = 1.0
     probability: float = 1.0
+    every: int = 1
+    rate: int = 1
     forward_only: bool = False
     tokens: dict[str, int] = Field(default_factory=dict)
     tokens_p99: dict[str, int] = Field(default_factory=dict)
     instances: dict[str, int] = Field(default_factory=dict)
     context_tokens: dict[str, int] = Field(default_factory=dict)
+    lora_rank: dict[str, int] = Field(default_factory=dict)
 
     def value(self, name: str) -> Task:
         if (self.flow is None) == (self.edges is None):
@@ -204,7 +229,8 @@ class _TaskModel(StrictModel):
             tokens_p99=tuple(self.tokens_p99.items()),
             instances=tuple(self.instances.items()),
             context_tokens=tuple(self.context_tokens.items()),
-            **{key: getattr(self, key) for key in ("batch_size", "loss", "weight", "probability", "forward_only")},
+            lora_rank=tuple(self.lora_rank.items()),
+            **{key: getattr(self, key) for key in _PLAIN},
         )
 
 
@@ -229,6 +255,9 @@ class _WorkloadModel(StrictModel):
     recompute: bool = False
     shard_optimizer: bool = False
     execution: _ExecutionModel = _ExecutionModel()
+    may_offload: bool = False
+    tensor_parallel: int = 1
+    min_tensor_parallel: int = 1
     components: dict[str, _AnyComponent]
     tasks: dict[str, _TaskModel]
 
@@ -241,6 +270,9 @@ class _WorkloadModel(StrictModel):
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
             execution=Execution(**dict(self.execution)),
+            may_offload=self.may_offload,
+            tensor_parallel=self.tensor_parallel,
+            min_tensor_parallel=self.min_tensor_parallel,
             components=tuple(model.value(name) for name, model in self.components.items()),
             tasks=tuple(model.value(name) for name, model in self.tasks.items()),
         )

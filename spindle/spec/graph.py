@@ -18,6 +18,7 @@ from spindle.errors import WorkloadError
 from spindle.execution import norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
 from spindle.spec.blocks import (
+    Block,
     Component,
     Embedding,
     LmHead,
@@ -29,13 +30,17 @@ from spindle.spec.blocks import (
     other_block,
     transformer_block,
 )
-from spindle.spec.parts import Cost, Part, part_of, rows_of, stem_of, sum_parts, tail_of
+from spindle.spec.parts import Cost, Part, part_of, rows_of, skipped_part, stem_of, sum_parts, tail_of, task_adapters
 from spindle.spec.values import LOSS, Edge, Task, WorkloadSpec
 
 
 def build_graph(spec: WorkloadSpec) -> TaskGraph:
-    """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec."""
-    return TaskGraph(tuple(operator for task in spec.tasks for operator in task_operators(spec, task)))
+    """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec.
+
+    A task that runs several times in a step has the operators of each run.
+    """
+    runs = [run for task in spec.tasks for run in task.runs]
+    return TaskGraph(tuple(operator for run in runs for operator in task_operators(spec, run)))
 
 
 def task_operators(spec: WorkloadSpec, task: Task) -> tuple[Operator, ...]:
@@ -79,6 +84,8 @@ class _Builder:
         component = self.spec.component_in(task, name)
         sources = [edge for edge in task.edges if edge.target == name]
         inputs = [self.output_by_edge[edge.source, name].name for edge in sources]
+        if component.update == "zeroth_order":
+            component = self._without_backward(component, inputs)
         handed = sum(self.tokens_by_component[edge.source] for edge in sources)
         context = dict(task.context_tokens).get(name, handed)
         self.tokens_by_component[name] = (component.output_tokens or component.tokens) * component.instances
@@ -98,6 +105,17 @@ class _Builder:
                 weight = Weight("weight", (component.vocab, component.hidden), float(rows_of(component)))
                 owner = component.tied_to or component.name
                 self._add_head(component, "", weight, f"{owner}.embedding", inputs, used=name in task.sinks)
+
+    def _without_backward(self, component: Component, inputs: list[str]) -> Component:
+        """The component as it runs: forward twice, once with noise added to its weights and once with it taken off."""
+        due = [name for name in inputs if self.tensors[name].needs_grad]
+        if due:
+            raise WorkloadError(
+                f"task {self.task.name!r}: {component.name!r} has update: zeroth_order, so no gradient comes back from "
+                f"it, but what makes {due[0].partition('.')[2]!r} learns by gradients; freeze that (trained: none) or "
+                "give it update: zeroth_order too"
+            )
+        return replace(component, repeats=2 * component.repeats)
 
     def _check_last(self, component: Component) -> None:
         if component.name not in self.task.sinks:
@@ -147,22 +165,35 @@ class _Builder:
             reads.append(f"{base}.embed")
         block = transformer_block(c, context_tokens=context_tokens, norm_copies=norm_copies(self.spec.execution))
         context = inputs if c.cross_attention != "none" else []
+        rank = dict(self.task.lora_rank).get(c.name, 0)
+        end = (self._tensor(f"{base}.shared", outputs[0].shape[1:], c),) if rank else outputs
+        adapted: list[Part] = []
         for index in range(c.layers):
             last = index == c.layers - 1
-            written = outputs if last else (self._tensor(f"{base}.{index}", width, c),)
-            parts = [part_of(block, c, trained=c.trained == "all", prefix=f"{index}.")]
-            if index == 0 and c.input_features:
-                parts.insert(0, stem_of(c))
-            if last:
-                parts += tail_of(c)
+            written = end if last else (self._tensor(f"{base}.{index}", width, c),)
+            skipped = index in c.skipped_layers
+            part = skipped_part(c, index) if skipped else self._layer(c, block, index, adapted=rank > 0)
+            adapted += [] if skipped else [part]
+            parts = [*([stem_of(c)] if index == 0 and c.input_features else []), part, *(tail_of(c) if last else [])]
+            if skipped and not any(part.weights for part in parts) and not last:
+                continue
             suffix = f".{index}" if c.layers > 1 else ""
-            self._append(c, suffix, block.kind, parts, reads, written)
+            kind = f"skipped h{c.hidden} t{c.tokens}x{c.instances}" if skipped else block.kind
+            self._append(c, suffix, kind, parts, reads, written)
             reads = [written[0].name, *context]
+        if rank:
+            part = task_adapters(adapted, rank, self.task.name.partition("#")[0])
+            kind = f"adapters of {len(adapted)} {block.kind} rank{rank}"
+            self._append(c, ".adapters", kind, [part], [end[0].name], outputs)
         if c.logits:
             used = c.name in self.task.sinks and self.task.loss == "cross_entropy"
             name = f"{c.name}.embedding" if c.tied else f"{c.name}.head"
             weight = Weight("head", (c.vocab, c.hidden), float(rows_of(c)))
             self._add_head(c, ".head", weight, name, [outputs[0].name], used=used)
+
+    def _layer(self, c: Transformer, block: Block, index: int, *, adapted: bool) -> Part:
+        part = part_of(block, c, trained=c.trained == "all", prefix=f"{index}.")
+        return replace(part, adapted=adapted)
 
     def _add_other(self, component: Other, inputs: list[str], outputs: tuple[TensorSpec, ...]) -> None:
         c, base = component, f"{self.task.name}.{component.name}"
@@ -261,9 +292,11 @@ class _Builder:
         forward_only: bool = False,
     ) -> None:
         c, task = component, self.task
-        frozen = task.forward_only or forward_only
+        frozen = task.forward_only or forward_only or c.update == "zeroth_order"
         due = any(self.tensors[name].needs_grad for name in inputs)
         cost = sum_parts(parts, c, self.spec, due=due, frozen=frozen, own_names=own_names)
+        if c.update == "zeroth_order":  # no gradients, so none to reduce, and no states
+            cost.parameters = [replace(parameter, trainable=False) for parameter in cost.parameters]
         written = tuple(replace(tensor, needs_grad=cost.needs_grad and not frozen) for tensor in outputs)
         self.tensors.update({tensor.name: tensor for tensor in written})
         itemsize = BYTES_BY_DTYPE[c.dtype or self.spec.dtype]
@@ -299,9 +332,10 @@ def _input_bytes(c: Component, batch_size: int, itemsize: int, read: int) -> int
 
 
 def _mode(c: Component, cost: Cost, itemsize: int) -> str:
+    stored = f" {c.base_dtype}" if c.base_dtype else ""
     if not cost.backward_flops and not cost.needs_grad:
-        return f"{8 * itemsize}bit forward"
-    return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}"
+        return f"{8 * itemsize}bit forward{stored}"
+    return f"{8 * itemsize}bit {c.trained}{c.lora_rank or ''}{stored}"
 
 
 def _output_width(c: Component) -> int:

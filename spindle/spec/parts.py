@@ -23,6 +23,7 @@ class Part:
     kept_trained: float = 0.0
     kept_frozen: float = 0.0
     inner: bool = False  # has products between its own, so learning needs input gradients inside
+    adapted: bool = False  # adapters of another operator learn beside its weights
 
 
 @dataclass(slots=True)
@@ -54,10 +55,35 @@ def part_of(block: Block, c: Component, *, trained: bool | None = None, prefix: 
     )
 
 
-def stem_of(c: Transformer) -> Part:
-    """Linear patch embedding and learned positions."""
+def skipped_part(c: Transformer, index: int) -> Part:
+    """What stays of a layer that does not run: with LoRA one adapter around it, else nothing."""
+    if not c.lora_rank:
+        return Part([], trained=False)
     rows = float(rows_of(c))
-    weights = [Weight("stem", (c.hidden, c.input_features), rows), Weight("positions", (c.tokens, c.hidden))]
+    weights = [
+        Weight(f"{index}.skipped.lora_a", (c.lora_rank, c.hidden), rows),
+        Weight(f"{index}.skipped.lora_b", (c.hidden, c.lora_rank), rows),
+    ]
+    return Part(weights, trained=True, kept_trained=rows * (c.hidden + c.lora_rank), inner=True)
+
+
+def task_adapters(parts: Sequence[Part], rank: int, task: str) -> Part:
+    """Adapters of one task beside the matrices of layers that other tasks share."""
+    weights = [
+        replace(weight, name=f"{task}.{weight.name}", adaptable=False)
+        for part in parts
+        for weight in adapters_of(replace(part, lora_rank=rank))
+    ]
+    kept = sum(weight.rows * weight.shape[0] for weight in weights if weight.name.endswith("lora_a"))
+    return Part(weights, trained=True, kept_trained=kept)
+
+
+def stem_of(c: Transformer) -> Part:
+    """Linear patch embedding, and learned positions where it has any."""
+    rows = float(rows_of(c))
+    weights = [Weight("stem", (c.hidden, c.input_features), rows)]
+    if c.positions:
+        weights.append(Weight("positions", (c.tokens, c.hidden)))
     return Part(weights, c.trained in ("all", "ends"), kept_trained=rows * c.input_features)
 
 
@@ -82,7 +108,7 @@ def sum_parts(
     for part in parts:
         linear = sum(weight.flops for weight in part.weights)
         adapters = adapters_of(part)
-        learns = part.trained or bool(adapters)
+        learns = part.trained or part.adapted or bool(adapters)
         cost.forward_flops += linear + part.attention_flops + sum(weight.flops for weight in adapters)
         if not frozen:
             if part.trained:
@@ -97,7 +123,8 @@ def sum_parts(
         cost.needs_grad = cost.needs_grad or learns
         for weight, trainable in [*((w, part.trained) for w in part.weights), *((w, True) for w in adapters)]:
             name = weight.name if own_names else f"{c.name}.{weight.name}"
-            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=dtype, trainable=trainable))
+            stored = dtype if trainable else c.base_dtype or dtype
+            cost.parameters.append(Parameter(name=name, shape=weight.shape, dtype=stored, trainable=trainable))
     return cost
 
 

@@ -6,15 +6,14 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from math import prod
+from itertools import pairwise
 from typing import Literal
 
 from spindle.errors import WorkloadError
 from spindle.execution import USUAL, Execution
-from spindle.graph import BYTES_BY_DTYPE
+from spindle.presence import Presence, task_sets
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
-from spindle.spec.blocks import Component
+from spindle.spec.blocks import Component, Transformer, check_dtype
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
@@ -35,8 +34,11 @@ class Task:
 
     weight         factor of its loss
     probability    share of the steps in which it takes part
+    every          it takes part in every such step, the first included
+    rate           how often it runs in a step, each time on a batch of its own; gradients add up
     forward_only   nothing of it is trained (a teacher, an evaluation)
     tokens, tokens_p99, instances, context_tokens   (component, value): what differs from the component's own
+    lora_rank      (component, rank): adapters of this task alone, beside what it shares
     """
 
     name: str
@@ -46,11 +48,14 @@ class Task:
     loss: LossKind = "other"
     weight: float = 1.0
     probability: float = 1.0
+    every: int = 1
+    rate: int = 1
     forward_only: bool = False
     tokens: tuple[tuple[str, int], ...] = ()
     tokens_p99: tuple[tuple[str, int], ...] = ()
     instances: tuple[tuple[str, int], ...] = ()
     context_tokens: tuple[tuple[str, int], ...] = ()
+    lora_rank: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -59,6 +64,13 @@ class Task:
             raise WorkloadError(f"task {self.name!r} runs no component; give it a flow")
         if not 0 < self.probability <= 1:
             raise WorkloadError(f"task {self.name!r}: probability is {self.probability!r}; give 0 < probability <= 1")
+        if self.every < 1 or (self.every > 1 and self.probability < 1):
+            raise WorkloadError(
+                f"task {self.name!r}: every is {self.every}, probability {self.probability!r}; give a step count from "
+                "1 up, or a probability above 0 and up to 1, not both"
+            )
+        if self.rate < 1:
+            raise WorkloadError(f"task {self.name!r}: rate is {self.rate}; it must be at least one run a step")
         if not 0 <= self.weight < float("inf"):
             raise WorkloadError(f"task {self.name!r}: weight is {self.weight!r}; it must be zero or more")
         self._check_members()
@@ -76,7 +88,7 @@ class Task:
             if pairs.count(pair) > 1:
                 raise WorkloadError(f"task {self.name!r}: edge {pair[0]} -> {pair[1]} is given twice; give it once")
         named = [("flow", end) for edge in self.edges for end in (edge.source, edge.target)]
-        for label in ("tokens", "tokens_p99", "instances", "context_tokens"):
+        for label in ("tokens", "tokens_p99", "instances", "context_tokens", "lora_rank"):
             named += [(label, name) for name, _ in getattr(self, label)]
         for label, name in named:
             if name not in self.components:
@@ -93,6 +105,11 @@ class Task:
             )
 
     @property
+    def runs(self) -> tuple["Task", ...]:
+        """The task as often as it runs in a step; runs beyond the first are named as micro-batches are (task#1)."""
+        return (self, *(replace(self, name=f"{self.name}#{index}") for index in range(1, self.rate)))
+
+    @property
     def sinks(self) -> tuple[str, ...]:
         """Components that hand nothing to another: the loss reads them."""
         sources = {edge.source for edge in self.edges}
@@ -106,6 +123,8 @@ class WorkloadSpec:
     dtype        of parameters and activations where a component does not say otherwise
     recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
     execution    how layers, attention, optimiser and reductions are run
+    may_offload  optimizer states may go to the host's memory where nothing else fits
+    tensor_parallel, min_tensor_parallel   of components that do not say otherwise
     """
 
     name: str
@@ -117,6 +136,9 @@ class WorkloadSpec:
     recompute: bool = False
     shard_optimizer: bool = False
     execution: Execution = USUAL
+    may_offload: bool = False
+    tensor_parallel: int = 1
+    min_tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         _check_names("component", (component.name for component in self.components))
@@ -131,9 +153,39 @@ class WorkloadSpec:
                         f"task {task.name!r} runs component {name!r}, which is not given; "
                         f"the components are {', '.join(sorted(known))}"
                     )
-        for owner, dtype in [("workload", self.dtype), *((c.name, c.dtype or self.dtype) for c in self.components)]:
-            if dtype not in BYTES_BY_DTYPE:
-                raise WorkloadError(f"{owner}: dtype {dtype!r} is not one of {', '.join(BYTES_BY_DTYPE)}")
+        check_dtype(f"workload {self.name!r}", self.dtype)
+        for component in self.components:
+            self._degrees(component)
+        for task in self.tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: Task) -> None:
+        """Adapters stand beside matrices of layers; what follows a part that learns without backward does so too."""
+        for name, rank in task.lora_rank:
+            if rank < 1 or not isinstance(self.component(name), Transformer):
+                raise WorkloadError(
+                    f"task {task.name!r}: lora_rank of {name!r} is {rank}; adapters of a task need a positive rank and "
+                    "a transformer"
+                )
+        for edge in task.edges:
+            ends = [self.component(name) for name in (edge.source, edge.target)]
+            if ends[0].update == "zeroth_order" and ends[1].update != "zeroth_order":
+                raise WorkloadError(
+                    f"task {task.name!r}: {edge.source!r} has update: zeroth_order, so each of its two forwards needs "
+                    f"a loss, but {edge.target!r} behind it runs once; give {edge.target!r} update: zeroth_order too"
+                )
+
+    def _degrees(self, component: Component) -> tuple[int, ...]:
+        """Degrees of tensor parallelism of a component, rising. Raises WorkloadError when there is none."""
+        most = component.tensor_parallel or self.tensor_parallel
+        least = component.min_tensor_parallel or min(self.min_tensor_parallel, most)
+        found = tuple(degree for degree in range(least, most + 1) if component.splits_over(degree))
+        if least < 1 or not found:
+            raise WorkloadError(
+                f"component {component.name!r}: no tensor_parallel degree from {least} to {most} divides its heads "
+                "(and its kv_heads, or is a multiple of them); give a range that holds one"
+            )
+        return found
 
     def component(self, name: str) -> Component:
         """The component of that name."""
@@ -159,12 +211,19 @@ class WorkloadSpec:
             for name in task.components:
                 component = self.component_in(task, name)
                 if component.tokens_p99 is not None:
-                    spreads.append((task.name, name, length_spread(component.tokens, component.tokens_p99)))
+                    spread = length_spread(component.tokens, component.tokens_p99)
+                    spreads += [(run.name, name, spread) for run in task.runs]
+        degrees = tuple((component.name, self._degrees(component)) for component in self.components)
+        is_spread = any(allowed != (1,) for _, allowed in degrees)
         return Pricing(
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
             execution=self.execution,
+            tensor_parallel=max(allowed[-1] for _, allowed in degrees),
+            min_tensor_parallel=min(allowed[0] for _, allowed in degrees),
+            degrees=degrees if is_spread else (),
+            may_offload=self.may_offload,
             length_spread=tuple(spreads),
         )
 
@@ -189,8 +248,8 @@ class WorkloadSpec:
     def task_sets(self, *, at_most: int = 64) -> tuple[tuple[float, "WorkloadSpec"], ...]:
         """(probability, workload) of every set of tasks that a step may have, likeliest first; empty steps left out.
 
-        Tasks with probability 1 are in all of them. One plan is made for each set; the expected step is the sum of
-        probability * makespan. Raises WorkloadError when there are more than `at_most` sets.
+        Tasks with probability 1 are in all of them. The expected step is the sum of probability * step over all sets.
+        Raises WorkloadError when there are more than `at_most` sets.
         """
         occasional = [task for task in self.tasks if task.probability < 1]
         if 2 ** len(occasional) > at_most:
@@ -198,17 +257,12 @@ class WorkloadSpec:
                 f"{len(occasional)} tasks take part in some steps only, which makes {2 ** len(occasional)} sets; "
                 f"give at most {at_most} sets: fix the probability of all but {at_most.bit_length() - 1} tasks at 1"
             )
-        sets = []
-        for present in product((True, False), repeat=len(occasional)):
-            absent = {task.name for task, here in zip(occasional, present, strict=True) if not here}
-            chance = prod(
-                task.probability if here else 1 - task.probability
-                for task, here in zip(occasional, present, strict=True)
-            )
-            names = [task.name for task in self.tasks if task.name not in absent]
-            if names:
-                sets.append((chance, self.only(names)))
-        return tuple(sorted(sets, key=lambda found: -found[0]))
+        return tuple((found.share, self.only(found.tasks)) for found in task_sets(self.presences) if found.tasks)
+
+    @property
+    def presences(self) -> tuple[Presence, ...]:
+        """How often each task takes part."""
+        return tuple(Presence(task=task.name, probability=task.probability, every=task.every) for task in self.tasks)
 
     def only(self, tasks: Iterable[str]) -> "WorkloadSpec":
         """The same workload with some of its tasks, in the order of the spec; WorkloadError on an unknown one."""

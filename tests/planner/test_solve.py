@@ -6,8 +6,9 @@ from spindle.errors import InfeasibleError, PlanError
 from spindle.formats import dumps, loads
 from spindle.plan import Plan
 from spindle.planner.check import check_plan
-from spindle.planner.solve import METHODS, solve
-from tests.planner.planner_graphs import cluster, graph, metaop
+from spindle.planner.problem import make_problem
+from spindle.planner.solve import METHODS, evaluate, fitting, solve
+from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 # two encoders that stop scaling at two devices, twice
 PAIRS = graph(
@@ -95,3 +96,15 @@ def test_a_method_that_does_not_fit_says_which_do() -> None:
     assert solve(metagraph, cluster(memory_bytes=100)).memory.fits
     with pytest.raises(InfeasibleError, match="method 'sequential' needs more memory"):
         solve(metagraph, cluster(memory_bytes=100), method="sequential")
+
+
+def test_a_schedule_that_fits_is_preferred_regression() -> None:
+    """The search estimates memory; a shorter schedule that needs more than there is stands behind one that fits."""
+    metagraph = graph(
+        metaop("a", times={1: 1.0}, memory={1: 6.0}), metaop("b", times={1: 1.0, 2: 0.9}, memory={1: 6.0, 2: 3.0})
+    )
+    problem = make_problem(metagraph, cluster(1, 2, memory_bytes=9.0))
+    tight = evaluate(problem, "lp", (piece("a", range(1), (0,), 0, 1), piece("b", range(1), (0,), 1, 2)))
+    roomy = evaluate(problem, "lp", (piece("a", range(1), (0,), 0, 1), piece("b", range(1), (1,), 0, 1)))
+    assert fitting(problem, [tight, roomy]) == [roomy]
+    assert fitting(problem, [tight]) == [tight]

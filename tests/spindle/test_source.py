@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from spindle.clusterfile import parse_cluster
+from spindle.cost.price import price
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.formats import write
 from spindle.metagraph import MetaGraph, MetaOp
@@ -97,3 +99,61 @@ def test_files_that_are_broken(model: Path, text: str, words: str) -> None:
 def test_files_that_are_not_there(source: str) -> None:
     with pytest.raises(FormatError, match=r"is not a workload; give file.py|cannot be read \(no such file\)"):
         load_workload(source)
+
+
+TASKS = """
+format: spindle.workload
+version: 1
+name: three
+components:
+  m: {kind: mlp, widths: [2, 2]}
+tasks:
+  a: {batch_size: 1, flow: [m], rate: 2}
+  b: {batch_size: 1, flow: [m], every: 3}
+  c: {batch_size: 1, flow: [m]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "names"), [(None, "abc"), ("1", "a"), ("2", "ab"), ("c,a", "ac"), ("b", "b"), ("3", "abc")]
+)
+def test_some_tasks_of_any_source(tmp_path: Path, tasks: str | None, names: str) -> None:
+    """The first k or those named, in the source's order; a task that runs twice comes with both runs."""
+    (tmp_path / "spec.yaml").write_text(TASKS)
+    spec = load_source(str(tmp_path / "spec.yaml"), tasks=tasks)
+    assert {metaop.task for metaop in spec.metagraph} == {*names, *(["a#1"] if "a" in names else [])}
+    assert [presence.task for presence in spec.presences] == list(names)
+    whole = price(load_source(str(tmp_path / "spec.yaml")).metagraph, parse_cluster("1x1"))
+    write(whole, tmp_path / "graph.json")
+    assert len(load_source(str(tmp_path / "graph.json"), tasks=tasks).metagraph) == len(spec.metagraph)
+
+
+def test_some_tasks_of_a_model(model: Path) -> None:
+    """The model's file is the same; the tasks that are left out are not captured."""
+    model.write_text(WORKLOAD + "workload.task('u', batch_size=2, data=[{'x': torch.ones(2, 2)}], every=2)(t)\n")
+    found = load_source(f"{model}", tasks="u")
+    assert {metaop.task for metaop in found.metagraph} == {"u"}
+    assert [(presence.task, presence.every) for presence in found.presences] == [("u", 2)]
+    assert {metaop.task for metaop in load_source(f"{model}").metagraph} == {"t", "u"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("0", "--tasks is 0, and there are 3 tasks; give a number from 1 to that"),
+        ("4", "--tasks is 4, and there are 3 tasks"),
+        ("a,d", "--tasks names 'd', which is no task; the tasks are a, b, c"),
+        ("", "--tasks names '', which is no task"),
+    ],
+)
+def test_tasks_that_are_not_there(tmp_path: Path, tasks: str, message: str) -> None:
+    (tmp_path / "spec.yaml").write_text(TASKS)
+    with pytest.raises(FormatError, match=message):
+        load_source(str(tmp_path / "spec.yaml"), tasks=tasks)
+
+
+def test_optimizers_by_their_class(tmp_path: Path) -> None:
+    """Also one that takes nothing but matrices."""
+    path = tmp_path / "model.py"
+    path.write_text(WORKLOAD + "def optimizer(parameters):\n    return torch.optim.Muon(parameters)\n")
+    assert load_source(str(path)).pricing.optimizer == "muon"
