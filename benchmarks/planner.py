@@ -7,6 +7,7 @@
     python benchmarks/planner.py scale       1024 devices, 60 to 180 tasks: the whole process
     python benchmarks/planner.py change      a task leaves or joins: planned anew, and from the former plan
     python benchmarks/planner.py tiny        against the true optimum
+    python benchmarks/planner.py paper       the paper's planner against its own level optimum, on Multitask-CLIP
 
 Gaps are per cent of the bound on ANY schedule without traffic. Every plan is checked by `spindle.planner.check`.
 """
@@ -38,9 +39,12 @@ from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
 from spindle.planner.search.track import Run
 from spindle.planner.solve import solve
+from spindle.planner.usual.paper import paper_slices
+from spindle.planner.usual.waves import level_optimum_s
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.optimal.test_optimal import tiny
 from tests.planner.planner_graphs import cluster as toy_cluster
+from tests.planner.test_paper import end_s, first_that_fits, without_traffic
 
 USUAL = ("sequential", "task_split", "component_split", "paper")
 FRESH_SEED = 20
@@ -244,9 +248,22 @@ def against_optimum(count: int = 200) -> None:
     print(f" (by {', '.join(f'{100 * e:.2f} %' for e in missed)})." if missed else ".")
 
 
+def paper() -> None:
+    """Multitask-CLIP's first tasks on A100 nodes of eight: distance from the sum of level optima."""
+    print("| tasks | devices | optimum s | without transfers % | with transfers % |")
+    print("|--:|--:|--:|--:|--:|")
+    for num_tasks in (4, 7, 10):
+        for nodes in (1, 2, 4):
+            problem, slices = first_that_fits(num_tasks, nodes)
+            alone = paper_slices(make_problem(without_traffic(problem.metagraph), problem.cluster))
+            optimum_s = level_optimum_s(problem)
+            gaps = " | ".join(f"{100 * (end_s(found) / optimum_s - 1):.1f}" for found in (alone, slices))
+            print(f"| {num_tasks} | {8 * nodes} | {optimum_s:.3f} | {gaps} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("gaps", "fresh", "others", "islands", "scale", "change", "tiny"))
+    parser.add_argument("table", choices=("gaps", "fresh", "others", "islands", "scale", "change", "tiny", "paper"))
     parser.add_argument("--only", default="", help="instances whose name begins so")
     chosen = parser.parse_args()
     print(f"{os.cpu_count()} cores of a shared {platform.machine()} machine, Python {platform.python_version()}\n")
@@ -259,6 +276,7 @@ def main() -> None:
         "scale": scale,
         "change": change,
         "tiny": against_optimum,
+        "paper": paper,
     }
     tables[chosen.table]()
 

@@ -98,13 +98,13 @@ def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: b
     if not num_bytes or len(devices) < 2:
         return 0.0
     parts = len(devices) if sharded else 1
-    members = _members(cluster.devices_per_node, devices)
+    members = members_of(cluster.devices_per_node, devices)
     return parts * collective_s(_summing(sharded), num_bytes / parts, cluster, members)
 
 
 def hand_out_s(cluster: Cluster, num_bytes: float, devices: Devices) -> float:
     """Seconds in which each of `devices` sends its part of `num_bytes` of new parameters to the others."""
-    members = _members(cluster.devices_per_node, devices)
+    members = members_of(cluster.devices_per_node, devices)
     return len(devices) * collective_s("broadcast", num_bytes / len(devices), cluster, members)
 
 
@@ -113,7 +113,7 @@ def _summing(sharded: bool) -> Collective:
 
 
 @dataclass(frozen=True)
-class _Ports:
+class Ports:
     """Until when the network ports that the devices of a node share are taken, by node."""
 
     cluster: Cluster
@@ -121,7 +121,7 @@ class _Ports:
 
     def end_s(self, operation: Collective, num_bytes: float, devices: Devices, start_s: float, alone_s: float) -> float:
         """When a message that takes `alone_s` by itself has gone through, beside those that came before it."""
-        members = _members(self.cluster.devices_per_node, devices)
+        members = members_of(self.cluster.devices_per_node, devices)
         taken_s = port_s(operation, num_bytes, self.cluster, members)
         end_s = start_s + alone_s
         for node in {self.cluster.node_of(device) for device in devices} if taken_s else ():
@@ -131,7 +131,7 @@ class _Ports:
 
 
 @lru_cache(maxsize=65536)
-def _members(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
+def members_of(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
     """How many of `devices` each node has."""
     return tuple(Counter(device // devices_per_node for device in devices).values())
 
@@ -149,7 +149,7 @@ def schedule(
             total[devices] += num_bytes
     seconds = {devices: reduce_s(cluster, size, devices, sharded=sharded) for devices, size in total.items()}
     free_s: dict[int, float] = {}
-    ports = _Ports(cluster)
+    ports = Ports(cluster)
     done: list[Reduction] = []
     for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
         num_bytes = parts[ready_s, devices]
@@ -194,7 +194,7 @@ def handed_out(cluster: Cluster, reduced: Iterable[Reduction], stepped_s: Mappin
     for r in reduced:
         total[r.devices] += r.num_bytes
     free_s = dict(stepped_s)
-    ports = _Ports(cluster)
+    ports = Ports(cluster)
     done: list[Reduction] = []
     for devices, num_bytes in total.items():
         start_s = max(free_s[device] for device in devices)

@@ -11,7 +11,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster
@@ -33,7 +33,7 @@ from spindle.trace import Span, SpanKind, Trace
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
+class Timed:
     """When a slice holds its devices in one direction, and how much of that is transfer."""
 
     start_s: float
@@ -52,7 +52,7 @@ def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | 
         raise PlanError(
             "the plan carries no MetaGraph, so its slices have no costs; give the MetaGraph it was made for"
         )
-    run = _run(plan, metagraph, cluster)
+    run = run_of(plan.slices, metagraph, cluster)
     spans = _forward_spans(plan, metagraph, run) + _backward_spans(plan, metagraph, run)
     if cluster is not None:
         ending = _ending(cluster, metagraph, run)
@@ -81,7 +81,7 @@ class StepTimes:
 
 def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
     """Predicted seconds of one step."""
-    run = _run(plan, metagraph, cluster)
+    run = run_of(plan.slices, metagraph, cluster)
     ending = _ending(cluster, metagraph, run)
     reduction_s = max(ending.reduced_s.values(), default=0.0)
     waits_s = waits_by_device(cluster, run.loads, run.both_s + ending.end_s)
@@ -89,20 +89,21 @@ def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Slices in the plan's order, when each runs forward and backward, what its devices load and load in line; and the
     end of backward."""
 
     slices: list[Slice]
-    forward: list[_Timed]
-    backward: list[_Timed]
+    forward: list[Timed]
+    backward: list[Timed]
     loads: Loads
     loads_in_line: Loads
     both_s: float
 
 
-def _run(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> _Run:
-    slices = sorted(plan.slices, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer))
+def run_of(run: Iterable[Slice], metagraph: MetaGraph, cluster: Cluster | None) -> Run:
+    """When slices run forward and backward; without a cluster nothing is moved."""
+    slices = sorted(run, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer))
     before = waits(metagraph, slices)
     after: list[list[int]] = [[] for _ in slices]
     for follower, sources in enumerate(before):
@@ -119,7 +120,7 @@ def _run(plan: Plan, metagraph: MetaGraph, cluster: Cluster | None) -> _Run:
     backward_s = [_work_s(metagraph, s, forward=False) for s in slices]
     middle_s = max(t.end_s for t in forward)
     backward = _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
-    return _Run(slices, forward, backward, loads, loads_in_line, both_s=max(t.end_s for t in backward))
+    return Run(slices, forward, backward, loads, loads_in_line, both_s=max(t.end_s for t in backward))
 
 
 def waits(metagraph: MetaGraph, slices: Sequence[Slice]) -> list[list[int]]:
@@ -167,16 +168,16 @@ def _timed(
     moved_s: Sequence[float],
     work_s: Sequence[float],
     at_s: float,
-) -> list[_Timed]:
+) -> list[Timed]:
     """Start each slice, in `order`, when all it waits for have ended."""
-    timed: dict[int, _Timed] = {}
+    timed: dict[int, Timed] = {}
     for i in order:
         start_s = max((timed[b].end_s for b in before[i]), default=at_s)
-        timed[i] = _Timed(start_s, start_s + moved_s[i] + work_s[i], moved_s[i])
+        timed[i] = Timed(start_s, start_s + moved_s[i] + work_s[i], moved_s[i])
     return [timed[i] for i in range(len(timed))]
 
 
-def _forward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
+def _forward_spans(plan: Plan, metagraph: MetaGraph, run: Run) -> list[Span]:
     """Of each slice on each device: receive its input, load its batch, compute."""
     spans: list[Span] = []
     for s, t, load in zip(run.slices, run.forward, run.loads_in_line, strict=True):
@@ -200,7 +201,7 @@ def _forward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
     return spans
 
 
-def _backward_spans(plan: Plan, metagraph: MetaGraph, run: _Run) -> list[Span]:
+def _backward_spans(plan: Plan, metagraph: MetaGraph, run: Run) -> list[Span]:
     """Of each slice on each device: compute, send the gradient of its input."""
     spans: list[Span] = []
     for s, t in zip(run.slices, run.backward, strict=True):
@@ -248,7 +249,7 @@ class _Ending:
         return max([0.0, *self.stepped_s.values(), *(r.end_s for r in self.handed_out)])
 
 
-def _ending(cluster: Cluster, metagraph: MetaGraph, run: _Run) -> _Ending:
+def _ending(cluster: Cluster, metagraph: MetaGraph, run: Run) -> _Ending:
     """Gradients are ready when the last backward slice of their layers has run."""
     shares = shares_of(metagraph, run.slices)
     computed_s = [t.end_s - t.transfer_s - run.both_s for t in run.backward]

@@ -8,8 +8,9 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from time import perf_counter
 from typing import Literal, get_args
@@ -26,7 +27,8 @@ from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import step_times
 from spindle.planner.spread import spread_of, steps_s
-from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE
+from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
+from spindle.planner.usual.paper import paper_slices
 from spindle.planner.usual.place import place
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
@@ -125,10 +127,10 @@ def usual_slices(
 def usual_ways_fit(metagraph: MetaGraph, cluster: Cluster, *, aligned: bool = False) -> bool:
     """Whether each of the usual ways has a plan within the memory of the devices."""
     try:
-        found, _ = _baselines(make_problem(metagraph, cluster), (), aligned=aligned)
+        problem = make_problem(metagraph, cluster)
     except InfeasibleError:
         return False
-    return len(found) == len(WAVES_BY_BASELINE)
+    return all(next(_schedules(problem, name, aligned=aligned, is_quick=True), None) for name in WAVES_BY_BASELINE)
 
 
 def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
@@ -234,19 +236,40 @@ def _baselines(
 ) -> tuple[dict[str, Candidate], InfeasibleError | None]:
     """The usual ways that fit in memory, and why the last of the others does not."""
     found: dict[str, Candidate] = {}
-    reason: InfeasibleError | None = None
-    has_idle = any(curve.idle for curve in problem.curves)
-    for name, variants in WAVES_BY_BASELINE.items():
-        for make in variants if has_idle else variants[:1]:
-            try:
-                slices = place(problem, make(problem), aligned=aligned or name in ALIGNED_BASELINES)
-            except InfeasibleError as error:
-                reason = error
-                continue
+    reasons: list[InfeasibleError] = []
+    for name in WAVES_BY_BASELINE:
+        for slices in _schedules(problem, name, aligned=aligned, reasons=reasons):
             candidate = evaluate(problem, name, slices, steps)
             if name not in found or candidate.expected_s < found[name].expected_s:
                 found[name] = candidate
-    return found, reason
+    return found, reasons[-1] if reasons else None
+
+
+def _schedules(
+    problem: Problem,
+    name: Baseline,
+    *,
+    aligned: bool,
+    is_quick: bool = False,
+    reasons: list[InfeasibleError] | None = None,
+) -> Iterator[tuple[Slice, ...]]:
+    """Those of a usual way that fit in memory; why others do not goes to `reasons`. `is_quick`: any will do."""
+    has_idle = any(curve.idle for curve in problem.curves)
+    variants = WAVES_BY_BASELINE[name]
+    makers: list[Callable[[], tuple[Slice, ...]]] = [
+        partial(lambda make: place(problem, make(problem), aligned=aligned or name in ALIGNED_BASELINES), make)
+        for make in (variants if has_idle else variants[:1])
+    ]
+    if name == "component_split":  # nor do components on devices of their own wait for each other
+        makers.append(lambda: place(problem, component_group_waves(problem), aligned=aligned))
+    if name == "paper":
+        makers = makers * is_quick + [partial(paper_slices, problem, aligned=aligned)]
+    for make in makers:
+        try:
+            yield make()
+        except InfeasibleError as error:
+            if reasons is not None:
+                reasons.append(error)
 
 
 def _only(problem: Problem, baselines: Mapping[str, Candidate], method: str) -> Candidate:

@@ -94,6 +94,7 @@ def plan_source(
     from spindle.cost.sampled import Priced
     from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
+    from spindle.planner.report.rates import work_of
     from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
 
     limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
@@ -127,12 +128,14 @@ def plan_source(
         steps=source.steps,
         is_mean=source.is_mean,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
+        with_alternatives=True,
     )
     plan = replace(
         plan,
         recompute=pricing.recompute,
         shard_optimizer=pricing.shard_optimizer,
         sizes=source.sizes,
+        work=work_of(source.metagraph),
         fixed_s=calibration.step_s if calibration else 0.0,
     )
     return plan, pricing

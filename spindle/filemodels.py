@@ -9,7 +9,19 @@ from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.outlook import Gain, Moves, Outlook, Proof
-from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, Wave, sorted_pairs
+from spindle.plan import (
+    Alternative,
+    Certificate,
+    Memory,
+    Plan,
+    SizeRange,
+    Slice,
+    StepSpread,
+    StepWork,
+    TimePrices,
+    Wave,
+    sorted_pairs,
+)
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -242,6 +254,22 @@ class _OutlookModel(_JsonModel):
         return Outlook(**{**dict(self), "gain": self.gain.value() if self.gain else None})
 
 
+class _AlternativeModel(_JsonModel):
+    name: str
+    step_s: float = 0.0
+    choice: str = ""
+    peak_bytes: float = 0.0
+    fits: bool = True
+    recompute: bool = False
+    shard_optimizer: bool = False
+
+
+class _StepWorkModel(_JsonModel):
+    samples: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+
+
 class PlanModel(_JsonModel):
     """A plan file."""
 
@@ -268,6 +296,8 @@ class PlanModel(_JsonModel):
     sizes: tuple[_SizeRangeModel, ...] = ()
     fixed_s: float = 0.0
     outlook: _OutlookModel | None = None
+    alternatives: tuple[_AlternativeModel, ...] = ()
+    work: _StepWorkModel | None = None
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -290,6 +320,8 @@ class PlanModel(_JsonModel):
             "spread": self.spread.value() if self.spread else None,
             "sizes": tuple(SizeRange(**dict(size)) for size in self.sizes),
             "outlook": self.outlook.value() if self.outlook else None,
+            "alternatives": tuple(Alternative(**dict(other)) for other in self.alternatives),
+            "work": StepWork(**dict(self.work)) if self.work else None,
             "metagraph": self.metagraph.value() if self.metagraph else None,
         }
         return Plan(**fields)

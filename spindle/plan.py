@@ -81,6 +81,47 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """What people would train the workload with instead of a plan, under the memory choice that is fastest for it.
+
+    name         in words that whoever trains models knows
+    step_s       seconds of a step, the mean where batches differ; 0 where it does not fit
+    choice       how it is run so that it fits; `recompute` and `shard_optimizer` are part of it
+    peak_bytes   of the fullest device; where it does not fit, those of the choice that takes least (0: not known)
+    fits         whether any choice does
+    """
+
+    name: str
+    step_s: float = 0.0
+    choice: str = ""
+    peak_bytes: float = 0.0
+    fits: bool = True
+    recompute: bool = False
+    shard_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step_s < float("inf") and 0 <= self.peak_bytes < float("inf")):
+            raise PlanError(
+                f"{self.name!r} takes {self.step_s!r} s and {self.peak_bytes!r} bytes; give numbers of zero or more"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What a step does, whatever the plan: samples of all tasks, tokens (positions that each component computes, summed
+    over components), and floating-point operations of forward and backward without any that are done again.
+    """
+
+    samples: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value < float("inf") for value in (self.samples, self.tokens, self.flops)):
+            raise PlanError(f"a step does {self.samples!r} samples, {self.tokens!r} tokens and {self.flops!r} FLOPs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SizeRange:
     """Entries of a field of a task's batches, or their "samples": the least and the most in the batches read."""
 
@@ -200,6 +241,8 @@ class Plan:
     sizes             of the batches that it was made for
     fixed_s           what a calibration adds to each step, of this plan and of the usual ways alike (data, logging)
     outlook           how sure the prediction is; None where nobody has asked
+    alternatives      what people would use instead, in the same cost model; () where they were not costed
+    work              what a step does; None: not known
     """
 
     num_devices: int
@@ -224,6 +267,8 @@ class Plan:
     sizes: tuple[SizeRange, ...] = ()
     fixed_s: float = 0.0
     outlook: Outlook | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    work: StepWork | None = None
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
@@ -264,20 +309,25 @@ class Plan:
     @property
     def compared(self) -> Literal["mean step", "step", "makespan"]:
         """What is compared with the usual ways: steps if they are predicted, their mean where batches differ."""
-        if self.spread is not None and self.spread.baselines_s:
+        if self.spread is not None and (self.spread.baselines_s or self.alternatives):
             return "mean step"
-        return "step" if self.step_s and self.baseline_steps_s else "makespan"
+        return "step" if self.step_s and (self.baseline_steps_s or self.alternatives) else "makespan"
 
     @property
     def usual_ways(self) -> tuple[tuple[str, float], ...]:
-        """Seconds of what is compared, of the usual ways by name."""
+        """Seconds of what is compared, by name: of the alternatives that fit and of the paper's planner; where none
+        were costed, of the other methods. A calibration's fixed part is in steps.
+        """
+        methods = self.baseline_steps_s if self.compared == "step" else self.baselines_s
         if self.compared == "makespan":
-            return self.baselines_s
-        steps = self.baseline_steps_s
+            return methods
         if self.compared == "mean step":
             assert self.spread is not None
-            steps = self.spread.baselines_s
-        return tuple((name, seconds + self.fixed_s) for name, seconds in steps)
+            methods = self.spread.baselines_s
+        if self.alternatives:
+            others = ((other.name, other.step_s) for other in self.alternatives if other.fits)
+            methods = (*others, *(pair for pair in methods if pair[0] == "paper"))
+        return tuple((name, seconds + self.fixed_s) for name, seconds in methods)
 
     @property
     def compared_s(self) -> float:

@@ -13,7 +13,9 @@ from math import ceil
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
+from spindle.planner.usual.alternatives import DDP
 
+PLAIN = ("sequential", DDP)
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good
 SATURATED = 0.15  # more devices are said to be of no use when they save at most this share
 STILL_SCALES = 0.8  # least efficiency of a count against the next smaller one
@@ -51,7 +53,7 @@ def advise_after(predicted_s: float, measured_s: float) -> Advice | None:
 
 def _as_good(plan: Plan) -> Advice | None:
     ways, own_s = plan.usual_ways, plan.compared_s
-    usual_s = dict(ways).get("sequential")
+    usual_s = min((seconds for name, seconds in ways if name in PLAIN), default=None)
     if usual_s is None or own_s < usual_s * (1 - AS_GOOD):
         return None
     return Advice(

@@ -7,6 +7,7 @@ from itertools import pairwise
 from spindle.cluster import Cluster
 from spindle.errors import ClusterError, InfeasibleError, PlanError
 from spindle.plan import Plan
+from spindle.planner.report.render import three_digits
 
 HELPS = 0.05
 """More devices help while twice as many shorten the step by at least this share (others in proportion)."""
@@ -162,7 +163,7 @@ def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
                 gap=plan.gap,
                 idle=plan.idle_fraction,
                 efficiency=base / worth,
-                usual_s=min((s + plan.fixed_s for name, s in plan.baseline_steps_s if name != "paper"), default=0.0),
+                usual_s=min((s for name, s in plan.usual_ways if name != "paper"), default=0.0),
             )
         )
     return tuple(found)
@@ -181,15 +182,16 @@ def enough(rows: Sequence[Size]) -> int | None:
 def render_sizes(rows: Sequence[Size]) -> str:
     """A table within 100 columns, and where more devices stop helping."""
     head = f"{'devices':>7} {'step s':>12} {'makespan s':>12} {'gap %':>7} {'idle %':>7} {'efficiency %':>12} "
-    head += f"{'usual step s':>13}"
+    head += f"{'best other s':>13}"
     lines = [head]
     for row in rows:
         if row.reason:
             lines.append(_clip(f"{row.devices:>7} {row.reason}", WIDTH))
         else:
+            usual = three_digits(row.usual_s)
             lines.append(
-                f"{row.devices:>7} {row.step_s:>12.6f} {row.makespan_s:>12.6f} {100 * row.gap:>7.2f} "
-                f"{100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {row.usual_s:>13.6f}"
+                f"{row.devices:>7} {three_digits(row.step_s):>12} {three_digits(row.makespan_s):>12} "
+                f"{100 * row.gap:>7.2f} {100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {usual:>13}"
             )
     point = enough(rows)
     if point is not None:

@@ -17,9 +17,10 @@ from spindle.cost.bands import Band, band, factor_bands, pair_band
 from spindle.cost.sources import CostSource, cost_sources, priced_like, step_band
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Plan
-from spindle.planner.recost import Costs, Recosted, with_slices
+from spindle.planner.recost import Costs, with_slices
 from spindle.planner.report.render import LEAST_GAIN
 from spindle.planner.solve import usual_slices
+from spindle.planner.usual.alternatives import Choice, step_of
 
 HALF, DOUBLE = Fraction(1, 2), Fraction(2)
 SAME = 1e-6  # relative: how near a usual way that is costed again must come to what the plan says of it
@@ -28,19 +29,25 @@ OnBatches = Callable[[Fraction], Costs | None]
 """The same costs on batches times a factor; None where there are no such batches."""
 
 
+StepOf = Callable[[Costs, Calibration | None], float | None]
+"""Seconds of a step of the usual way under costs with factors; None where it does not run so."""
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """The plan and the usual way that it is compared with."""
+    """The plan, and the step of the usual way that it is compared with."""
 
     plan: Plan
-    usual: Plan
     name: str
+    usual_s: StepOf
 
-    def gain(self, costs: Recosted, *, must_fit: bool = False) -> float | None:
+    def gain(self, costs: Costs, factors: Calibration | None = None, *, must_fit: bool = False) -> float | None:
         """The share of the usual way's step that the plan saves."""
-        if must_fit and not (costs.fits(self.plan) and costs.fits(self.usual)):
+        own = costs.under(factors)
+        if must_fit and not own.fits(self.plan):
             return None
-        own_s, usual_s = costs.step_s(self.plan), costs.step_s(self.usual)
+        own_s = own.step_s(self.plan)
+        usual_s = None if own_s is None else self.usual_s(costs, factors)
         if own_s is None or usual_s is None:
             return None
         return 1 - (own_s + self.plan.fixed_s) / (usual_s + self.plan.fixed_s)
@@ -88,18 +95,17 @@ def _gain(
     can_profile: bool,
     aligned: bool,
 ) -> Gain | None:
-    as_is = costs.under()
-    pair = _pair(plan, as_is, aligned=aligned)
+    pair = _pair(plan, costs, aligned=aligned)
     if pair is None:
         return None
-    share = pair.gain(as_is)
+    share = pair.gain(costs)
     assert share is not None, "a plan and the usual ways beside it have times on their devices"
     shares = {"": share}
     kinds: set[str] = {each.source for each in sources}
     for name, ends in _ranges(costs, kinds, calibration).items():
         for end in (ends.low, ends.high):
-            changed = pair.gain(costs.under(_factor(plan, name, end)))
-            assert changed is not None, "other factors leave the numbers of devices as they are"
+            changed = pair.gain(costs, _factor(plan, name, end))
+            assert changed is not None, "other factors leave numbers of devices and memory as they are"
             if name not in shares or changed < shares[name]:
                 shares[name] = changed
             shares["high"] = max(shares.get("high", share), changed)
@@ -120,21 +126,40 @@ def _proof(kinds: set[str], weakest: str, can_profile: bool) -> Proof:
     return "devices" if weakest == "network" else "batches"
 
 
-def _pair(plan: Plan, as_is: Recosted, *, aligned: bool) -> _Pair | None:
-    """The plan beside the quickest usual way; None where that is costed in a way that its slices do not show."""
+def _pair(plan: Plan, costs: Costs, *, aligned: bool) -> _Pair | None:
+    """The plan beside the quickest usual way; None where that cannot be costed again as the plan has it."""
     ways = {name: seconds for name, seconds in plan.usual_ways if name != "paper"}
     if plan.compared == "makespan" or not ways:
         return None
-    slices = usual_slices(as_is.priced.metagraph, as_is.cluster, steps=as_is.priced.steps, aligned=aligned)
-    for name in sorted(ways, key=ways.__getitem__):
-        if name not in slices:
-            continue
-        usual = with_slices(plan, slices[name], name)
-        seconds = as_is.step_s(usual)
-        if seconds is not None and abs(seconds + plan.fixed_s - ways[name]) <= SAME * ways[name]:
-            return _Pair(plan, usual, name)
+    name = min(sorted(ways), key=ways.__getitem__)
+    usual_s = _alternative(plan, name) if plan.alternatives else _method(plan, costs, name, aligned=aligned)
+    seconds = usual_s(costs, None) if usual_s else None
+    if usual_s is None or seconds is None or abs(seconds + plan.fixed_s - ways[name]) > SAME * ways[name]:
         return None
-    return None
+    return _Pair(plan, name, usual_s)
+
+
+def _alternative(plan: Plan, name: str) -> StepOf:
+    """One of what people would use instead, with its own memory choice."""
+    chosen = next(other for other in plan.alternatives if other.name == name)
+
+    def usual_s(costs: Costs, factors: Calibration | None) -> float | None:
+        pricing = replace(costs.pricing, recompute=chosen.recompute, shard_optimizer=chosen.shard_optimizer)
+        found = replace(costs, pricing=pricing).under(factors)
+        choice = Choice(found.priced.metagraph, found.priced.steps, chosen.recompute)
+        return step_of(name, choice, found.cluster)
+
+    return usual_s
+
+
+def _method(plan: Plan, costs: Costs, name: str, *, aligned: bool) -> StepOf | None:
+    """One of the other methods, by its slices."""
+    as_is = costs.under()
+    slices = usual_slices(as_is.priced.metagraph, as_is.cluster, steps=as_is.priced.steps, aligned=aligned)
+    if name not in slices:
+        return None
+    usual = with_slices(plan, slices[name], name)
+    return lambda costs, factors: costs.under(factors).step_s(usual)
 
 
 def _ranges(costs: Costs, kinds: set[str], calibration: Calibration | None) -> dict[str, Band]:
@@ -162,11 +187,11 @@ def _moves(pair: _Pair, costs: Costs, on_batches: OnBatches, share: float, kinds
     for name in ("host", "network"):
         if name == "host" and not kinds & {"predicted", "calibrated", "scaled"}:
             continue  # measured and given times have the host's in them
-        half, double = (pair.gain(costs.under(_factor(pair.plan, name, value))) for value in (0.5, 2.0))
+        half, double = (pair.gain(costs, _factor(pair.plan, name, value)) for value in (0.5, 2.0))
         yield Moves(name=name, half=half, as_is=share, double=double)
     ends = []
     for factor in (HALF, DOUBLE):
         other = on_batches(factor)
-        ends.append(pair.gain(other.under(), must_fit=True) if other else None)
+        ends.append(pair.gain(other, must_fit=True) if other else None)
     if any(end is not None for end in ends):
         yield Moves(name="batch", half=ends[0], as_is=share, double=ends[1])

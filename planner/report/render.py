@@ -2,19 +2,22 @@
 
 - Gantt: one row for devices that do the same, time to the right, a letter for each MetaOp (or component, or task, when
   there are many), `.` where a device idles. A cell shows what runs in the middle of its span of time.
-- When waves gain nothing over the best usual way, the summary says so.
+- Seconds have three significant digits.
+- When waves gain nothing over the best alternative, the summary says so.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import floor, log10
 from string import ascii_lowercase, ascii_uppercase, digits
 
 from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, Slice
+from spindle.plan import Alternative, Plan, Slice
 from spindle.planner.report.likely import outlook_lines
+from spindle.planner.report.rates import rates
 
 WIDTH = 100
 MAX_ROWS = 40
-LEAST_GAIN = 1e-3  # below this share of the best usual way's makespan, waves are said to gain nothing
+LEAST_GAIN = 1e-3  # below this share of the best alternative's step, waves are said to gain nothing
 SYMBOLS = ascii_uppercase + ascii_lowercase + digits
 BASELINE_TITLES = {
     "sequential": "all devices, one after another",
@@ -22,6 +25,8 @@ BASELINE_TITLES = {
     "component_split": "tasks in turn, split by component",
     "paper": "the paper's planner",
 }
+PAPER_TITLE = "the paper's planner (Spindle)"
+NAME_WIDTH = 35
 
 
 def render(plan: Plan, *, width: int = WIDTH, names: tuple[str, str] = ("SOURCE", "C")) -> str:
@@ -72,26 +77,60 @@ def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
     lines = [
         f"plan       {plan.method} on {plan.num_devices} devices ({nodes} x {plan.devices_per_node}): "
         f"{num_metaops} MetaOps, {len(plan.waves)} waves, {num_slices} slices, planned in {plan.planner_s:.2f} s",
-        f"makespan   {plan.makespan_s:.6f} s, idle {100 * plan.idle_fraction:.1f} % of device time",
+        f"makespan   {seconds(plan.makespan_s)}, idle {100 * plan.idle_fraction:.1f} % of device time",
     ]
     if plan.lower_bound_s:
-        lines.append(f"bound      {plan.lower_bound_s:.6f} s for any schedule: gap {100 * plan.gap:.2f} %")
+        lines.append(f"bound      {seconds(plan.lower_bound_s)} for any schedule: gap {100 * plan.gap:.2f} %")
     if plan.step_s:
+        both_s = plan.step_s - plan.reduction_s - plan.update_s
+        update = f", optimizer {seconds(plan.update_s)}" if plan.update_s else ""
         lines.append(
-            f"step       {plan.step_s:.6f} s: forward and backward "
-            f"{plan.step_s - plan.reduction_s - plan.update_s:.6f} s, gradient reduction {plan.reduction_s:.6f} s"
+            f"step       {seconds(plan.step_s)}: forward and backward {seconds(both_s)}, "
+            f"gradient reduction {seconds(plan.reduction_s)}{update}"
         )
-        if plan.update_s:
-            lines[-1] += f",\n{'':11}optimiser's step {plan.update_s:.6f} s"
         if plan.fixed_s:
-            lines[-1] += (
-                f";\n{'':11}with {plan.fixed_s:.6f} s that the calibration adds, {plan.step_s + plan.fixed_s:.6f} s"
+            lines.append(
+                f"{'':11}and {seconds(plan.fixed_s)} that the calibration adds: {seconds(plan.step_s + plan.fixed_s)}"
             )
+    lines += _rates(plan)
     lines += _spread(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
     lines += outlook_lines(plan, *names)
     return "\n".join(lines)
+
+
+def seconds(value_s: float) -> str:
+    """Three significant digits.
+
+    >>> seconds(0.41234), seconds(12.0), seconds(1234.5), seconds(0.0)
+    ('0.412 s', '12.0 s', '1234 s', '0 s')
+    """
+    return f"{three_digits(value_s)} s"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    if not value:
+        return "0"
+    return f"{value:.{max(0, 2 - floor(log10(abs(value))))}f}"
+
+
+def _rates(plan: Plan) -> list[str]:
+    """What a step does a second."""
+    found = rates(plan)
+    if found is None:
+        return []
+    mfu = f"MFU {100 * found.mfu:.1f} %, " if found.mfu else ""
+    return [f"rate       {mfu}{_counted(found.samples_per_s)} samples/s, {_counted(found.tokens_per_s)} tokens/s"]
+
+
+def _counted(value: float) -> str:
+    """Three significant digits, with thousands and millions in letters."""
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if value >= size:
+            return f"{three_digits(value / (1e3 if size == 1e4 else size))}{letter}"
+    return three_digits(value)
 
 
 def _spread(plan: Plan) -> list[str]:
@@ -100,8 +139,9 @@ def _spread(plan: Plan) -> list[str]:
     if found is None:
         return []
     return [
-        f"batches    differ in size: over {found.steps} steps a step takes {found.mean_s:.6f} s on average, "
-        f"{found.p10_s:.6f} s\n{'':11}(P10) to {found.p90_s:.6f} s (P90); planned for the mean, memory for the largest"
+        f"batches    differ in size: over {found.steps} steps a step takes {seconds(found.mean_s)} on average, "
+        f"{seconds(found.p10_s)}\n{'':11}(P10) to {seconds(found.p90_s)} (P90); planned for the mean, memory for the "
+        "largest"
     ]
 
 
@@ -121,26 +161,55 @@ def _size(num_bytes: float) -> str:
 
 
 def _baselines(plan: Plan) -> list[str]:
+    """What people would use instead, with its memory choice; where that was not costed, the other methods."""
+    if plan.alternatives and plan.compared != "makespan":
+        return [*_alternatives(plan), *_verdict(plan)]
     if not plan.baselines_s:
         return []
     ways, own_s = plan.usual_ways, plan.compared_s
-    what = {
-        "mean step": "    mean steps of the usual ways",
-        "step": "    whole steps of the usual ways",
-        "makespan": "",
-    }
+    what = {"mean step": "    mean steps of other methods", "step": "    whole steps of other methods", "makespan": ""}
     lines = [f"against{what[plan.compared]}"]
-    for name, seconds in sorted(ways, key=lambda pair: -pair[1]):
-        lines.append(f"  {name:<16} {seconds:>12.6f} s  {_gain(seconds, own_s)}  {_title(name)}".rstrip())
-    usual = [(seconds, name) for name, seconds in ways if name != "paper"]
-    if usual and own_s > min(usual)[0] * (1 + LEAST_GAIN):
-        lines.append(f"this plan is slower than {min(usual)[1]}; method auto never is")
-    elif usual and own_s >= min(usual)[0] * (1 - LEAST_GAIN):
-        lines.append(f"waves gain nothing here: {min(usual)[1]} is as fast")
+    for name, value_s in sorted(ways, key=lambda pair: -pair[1]):
+        lines.append(f"  {name:<16} {seconds(value_s):>10}  {_gain(value_s, own_s)}  {_title(name)}".rstrip())
+    lines += _verdict(plan)
     missing = [name for name in BASELINE_TITLES if name not in dict(plan.baselines_s)]
     if missing:
         lines.append(f"  does not fit in memory: {', '.join(missing)}")
     return lines
+
+
+def _alternatives(plan: Plan) -> list[str]:
+    what = "mean" if plan.compared == "mean step" else "whole"
+    lines = [f"instead    {what} steps, each with the memory choice that is fastest for it"]
+    by_name = {other.name: other for other in plan.alternatives}
+    for name, value_s in sorted(plan.usual_ways, key=lambda pair: -pair[1]):
+        other = by_name.get(name)
+        title, choice = (PAPER_TITLE, "as this plan") if other is None else (name, other.choice)
+        gain = _gain(value_s, plan.compared_s)
+        lines.append(f"  {title:<{NAME_WIDTH}} {seconds(value_s):>9}  {gain}  {choice}".rstrip())
+    lines += [f"  {other.name:<{NAME_WIDTH}} {_no_fit(other, plan)}" for other in plan.alternatives if not other.fits]
+    if plan.baselines_s and "paper" not in dict(plan.baselines_s):
+        lines.append(f"  {PAPER_TITLE:<{NAME_WIDTH}} does not fit in memory")
+    return [_clip(line, WIDTH) for line in lines]
+
+
+def _no_fit(other: Alternative, plan: Plan) -> str:
+    if not other.peak_bytes or plan.cluster is None:
+        return "does not fit in memory"
+    how = f", {other.choice}" if other.choice else ""
+    return f"does not fit: {_size(other.peak_bytes)} of {_size(plan.cluster.device.memory_bytes)}{how}"
+
+
+def _verdict(plan: Plan) -> list[str]:
+    """When waves do not help."""
+    usual = [(value_s, name) for name, value_s in plan.usual_ways if name != "paper"]
+    if not usual:
+        return []
+    (best_s, name), own_s = min(usual), plan.compared_s
+    if own_s > best_s * (1 + LEAST_GAIN):
+        remedy = ": consider that instead" if plan.alternatives else "; method auto never is"
+        return [f"this plan is {100 * (own_s / best_s - 1):.1f} % slower than {name}{remedy}"]
+    return [f"waves gain nothing here: {name} is as fast"] if own_s >= best_s * (1 - LEAST_GAIN) else []
 
 
 def _gain(other_s: float, own_s: float) -> str:

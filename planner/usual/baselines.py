@@ -2,7 +2,8 @@
 
 - sequential: every MetaOp takes the whole cluster (its fastest count), one after another (Megatron-LM, DeepSpeed).
 - task_split: devices are divided among the tasks, which run side by side on their own devices (after Optimus).
-- component_split: tasks one after another; inside a task the devices are divided among its components (after DistMM).
+- component_split: tasks one after another; inside a task devices are divided among its components (after DistMM); or
+  each component on devices of its own for all tasks.
 - paper: `waves.paper_waves`.
 
 Devices are divided one valid step at a time, to whoever gains most by it, (T(n) - T(n')) / (n' - n), or to the slowest:
@@ -33,7 +34,17 @@ def task_split_waves(problem: Problem, *, wide: bool = False) -> Waves:
 
     Where the tasks need more devices than there are, the lightest are bundled and take turns on one share.
     """
-    bundles = _bundles(problem)
+    return _split_waves(problem, [metaop.task for metaop in problem.metaops], wide)
+
+
+def component_group_waves(problem: Problem, *, wide: bool = False) -> Waves:
+    """Each component on its own consecutive devices, for all tasks that use it, one after another."""
+    return _split_waves(problem, [metaop.component for metaop in problem.metaops], wide)
+
+
+def _split_waves(problem: Problem, owners: Sequence[str], wide: bool) -> Waves:
+    """Devices divided among the owners of MetaOps."""
+    bundles = _bundles(problem, owners)
     shares = _divide([_sequence_curve(problem, ops) for ops in bundles], problem.num_devices)[1]
     pieces: dict[int, Piece] = {}
     previous: dict[int, int] = {}  # what runs before on the same devices
@@ -108,12 +119,12 @@ def _least(problem: Problem, ops: Sequence[int]) -> int:
     return max(problem.curves[op].counts[0] for op in ops)
 
 
-def _bundles(problem: Problem) -> list[list[int]]:
-    """MetaOps by task in topological order; the lightest tasks joined until their least counts fit the cluster."""
-    by_task: dict[str, list[int]] = {}
+def _bundles(problem: Problem, owners: Sequence[str]) -> list[list[int]]:
+    """MetaOps by owner in topological order; the lightest owners joined until their least counts fit the cluster."""
+    by_owner: dict[str, list[int]] = {}
     for op in problem.order:
-        by_task.setdefault(problem.metaops[op].task, []).append(op)
-    bundles = list(by_task.values())
+        by_owner.setdefault(owners[op], []).append(op)
+    bundles = list(by_owner.values())
     position = {op: i for i, op in enumerate(problem.order)}
     while sum(_least(problem, ops) for ops in bundles) > problem.num_devices:
         bundles.sort(key=lambda ops: sum(problem.least_area_s[op] for op in ops))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import chain, islice
+from typing import Literal, get_args
 
 from spindle.errors import InfeasibleError
 from spindle.plan import Slice
@@ -20,6 +21,9 @@ from spindle.planner.problem import Problem
 from spindle.planner.traffic import Devices, transfer_s
 from spindle.planner.usual.waves import Piece, Waves
 
+Order = Literal["staying", "earliest", "widest"]
+"""Which pieces of a wave choose first: those that can stay where they are, that ended earliest, on most devices."""
+ORDERS: tuple[Order, ...] = get_args(Order)
 MAX_TRIES = 64
 MAX_SETS = 8  # device sets that one choice compares: nearest and tightest nodes come first, so more rarely differ
 
@@ -40,16 +44,21 @@ class _Placed:
     end_s: float
 
 
-def place(problem: Problem, waves: Waves, *, aligned: bool) -> tuple[Slice, ...]:
+def place(problem: Problem, waves: Waves, *, aligned: bool, in_order: Order | None = None) -> tuple[Slice, ...]:
     """Choose devices and times. `aligned` keeps a barrier after every wave; otherwise a piece starts as soon as its
-    data and its devices are there, earlier waves first. Raises InfeasibleError when memory cannot hold the pieces.
+    data and its devices are there, earlier waves first. `in_order`: without a barrier, but each device runs its pieces
+    in the order of their waves, and so the pieces of a wave choose. Raises InfeasibleError when memory cannot hold the
+    pieces.
     """
     balance_from = sum(map(len, waves)) + 1
     last: _NoRoom | None = None
     for attempt in range(MAX_TRIES):
         placer = _Placer(problem, balance_from)
         try:
-            placed = _place_aligned(placer, waves) if aligned else _place_freely(placer, waves)
+            if in_order is not None:
+                placed = _place_in_order(placer, waves, in_order)
+            else:
+                placed = _place_aligned(placer, waves) if aligned else _place_freely(placer, waves)
         except _NoRoom as full:
             if balance_from > 0:
                 balance_from = max(0, full.choice - 2**attempt)
@@ -100,6 +109,19 @@ def _place_aligned(placer: "_Placer", waves: Waves) -> list[_Placed]:
             started.append(placer.start(piece, devices, now_s))
         now_s = max(p.end_s for p in started)
         placed += started
+    return placed
+
+
+def _place_in_order(placer: "_Placer", waves: Waves, order: Order) -> list[_Placed]:
+    """Wave by wave as with barriers, but a piece starts when its data and its devices are there."""
+    placed: list[_Placed] = []
+    for wave in waves:
+        placer.free_all()
+        for piece in sorted(wave, key=lambda piece: placer.rank(piece, order)):
+            devices = placer.choose(piece, spill=True, early=True)
+            if devices is None:
+                raise placer.no_room(piece)
+            placed.append(placer.start(piece, devices, placer.ready_s(piece, devices)))
     return placed
 
 
@@ -172,6 +194,9 @@ class _Placer:
         self.last: list[Devices] = [()] * len(problem)
         # layers of each parameter set that each device holds, as bits
         self.held: list[dict[str, int]] = [{} for _ in range(problem.num_devices)]
+        self.layer_bytes: dict[tuple[int, int], float] = {}
+        self.busy_until_s = [0.0] * problem.num_devices
+        self.ended_s = [0.0] * len(problem)
         self.free_all()
 
     def free_all(self) -> None:
@@ -191,6 +216,19 @@ class _Placer:
     def incoming_bytes(self, piece: Piece) -> float:
         """Bytes that must reach the piece's devices, if they are other ones."""
         return sum(num_bytes for num_bytes, _ in self._sources(piece))
+
+    def rank(self, piece: Piece, order: Order) -> tuple[float, float]:
+        """Pieces of a wave choose by this, then by the bytes that one device takes or sends when their input moves."""
+        sources = self._sources(piece)
+        share = max((b / min(len(source), piece.count) for b, source in sources if source), default=0.0)
+        if order == "staying":
+            return float(not piece.first_layer or len(self.last[piece.op]) != piece.count), -share
+        return (self.ended_s[piece.op] if order == "earliest" else -float(piece.count)), -share
+
+    def ready_s(self, piece: Piece, devices: Devices) -> float:
+        """When the piece can start on `devices`: its data and they are there."""
+        before = (piece.op,) if piece.first_layer else self.problem.predecessors[piece.op]
+        return max(chain((self.ended_s[op] for op in before), (self.busy_until_s[d] for d in devices)))
 
     def no_room(self, piece: Piece) -> _NoRoom:
         """What to raise when `piece` fits nowhere though all devices are idle."""
@@ -213,11 +251,15 @@ class _Placer:
         """Memory that the piece takes on `device`, less what the device shares with it already."""
         if not self.with_memory:
             return 0.0
-        problem, op = self.problem, piece.op
-        key = problem.metaops[op].parameters
-        shared = (self.held[device].get(key, 0) & _layer_bits(piece)).bit_count() if key else 0
-        own = problem.layer_memory_bytes(op, piece.count) * piece.num_layers
-        return own - (shared * problem.saved_bytes[key] if shared else 0.0)
+        op, count = piece.op, piece.count
+        if (op, count) not in self.layer_bytes:
+            self.layer_bytes[op, count] = self.problem.layer_memory_bytes(op, count)
+        own = self.layer_bytes[op, count] * piece.num_layers
+        key = self.problem.metaops[op].parameters
+        held = self.held[device].get(key, 0) if key else 0
+        if not held:
+            return own
+        return own - (held & _layer_bits(piece)).bit_count() * self.problem.saved_bytes[key]
 
     def start(self, piece: Piece, devices: Devices, now_s: float) -> _Placed:
         """Put the piece on `devices` from now on."""
@@ -228,12 +270,17 @@ class _Placer:
             if key:
                 self.held[device][key] = self.held[device].get(key, 0) | bits
         self._mark(devices, free=False)
-        self.last[piece.op] = devices
+        for device in devices:
+            self.busy_until_s[device] = end_s
+        self.last[piece.op], self.ended_s[piece.op] = devices, end_s
         self.choices += 1
         return _Placed(piece, devices, now_s, end_s)
 
-    def choose(self, piece: Piece, *, spill: bool) -> Devices | None:
-        """The best devices for the piece among those that are free and have room; None when there are none."""
+    def choose(self, piece: Piece, *, spill: bool, early: bool = False) -> Devices | None:
+        """The best devices for the piece among those that are free and have room; None when there are none.
+
+        `early`: devices that become idle at different times; where the piece gets its input first is best.
+        """
         if piece.devices:
             return piece.devices if all(self.free[d] and self._fits(piece, d) for d in piece.devices) else None
         if sum(self.free_in_node) < piece.count:
@@ -241,20 +288,31 @@ class _Placer:
         balance = self.choices >= self.balance_from
         near = set(chain.from_iterable(source for _, source in self._sources(piece)))
         sets = list(islice(self._compact_sets(piece, near, balance), MAX_SETS))
+        if early:
+            sets += islice(self._compact_sets(piece, near, balance, early=True), MAX_SETS)
         repeat = self.last[piece.op]
         if len(repeat) == piece.count and all(self.free[d] and self._fits(piece, d) for d in repeat):
             sets.append(repeat)
         if not sets:
             return self._spilled(piece, near, balance) if spill else None
+        if early and not balance:
+            return min(sets, key=lambda devices: (self._got_s(piece, devices), self._cost(piece, devices, balance)))
         return min(sets, key=lambda devices: self._cost(piece, devices, balance))
+
+    def _got_s(self, piece: Piece, devices: Devices) -> float:
+        """When the piece has its input on `devices`."""
+        return self.ready_s(piece, devices) + self._received_s(piece, devices)
 
     def _fits(self, piece: Piece, device: int) -> bool:
         capacity = self.cluster.device.memory_bytes
         return not self.with_memory or self.used_bytes[device] + self._added_bytes(piece, device) <= capacity
 
-    def _usable(self, piece: Piece, node: int, near: set[int], balance: bool) -> list[int]:
+    def _usable(self, piece: Piece, node: int, near: set[int], balance: bool, early: bool = False) -> list[int]:
         """Devices of a node that are free and have room, preferred ones first."""
         size = self.cluster.devices_per_node
+        if early:
+            there = (d for d in range(node * size, (node + 1) * size) if self.free[d] and self._fits(piece, d))
+            return sorted(there, key=lambda d: (self.busy_until_s[d], d not in near))
         if not self.with_memory:
             return sorted(
                 (d for d in range(node * size, (node + 1) * size) if self.free[d]), key=lambda d: d not in near
@@ -273,14 +331,14 @@ class _Placer:
         near_nodes = {self.cluster.node_of(d) for d in near}
         return sorted(nodes, key=lambda node: (node not in near_nodes, free_in_node[node]))
 
-    def _compact_sets(self, piece: Piece, near: set[int], balance: bool) -> Iterator[Devices]:
+    def _compact_sets(self, piece: Piece, near: set[int], balance: bool, *, early: bool = False) -> Iterator[Devices]:
         """Device sets over as few nodes as the count allows: in one node, or whole nodes and a rest in one more."""
         size, count = self.cluster.devices_per_node, piece.count
         full, rest = divmod(count, size) if count > size else (0, count)
         chosen: list[int] = []
         whole: list[int] = []
         for node in self._nodes(size, near, balance) if full else ():
-            if len(whole) < full and len(devices := self._usable(piece, node, near, balance)) == size:
+            if len(whole) < full and len(devices := self._usable(piece, node, near, balance, early)) == size:
                 whole.append(node)
                 chosen += devices
         if len(whole) < full:
@@ -289,7 +347,7 @@ class _Placer:
             yield tuple(sorted(chosen))
             return
         for node in self._nodes(rest, near, balance):
-            if node not in whole and len(devices := self._usable(piece, node, near, balance)) >= rest:
+            if node not in whole and len(devices := self._usable(piece, node, near, balance, early)) >= rest:
                 yield tuple(sorted((*chosen, *devices[:rest])))
 
     def _spilled(self, piece: Piece, near: set[int], balance: bool) -> Devices | None:

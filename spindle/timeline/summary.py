@@ -118,7 +118,8 @@ def verdict(plan: Plan) -> str:
     usual = [(value, name) for name, value in plan.usual_ways if name != "paper"]
     own_s = plan.compared_s
     if usual and own_s > min(usual)[0] * (1 + LEAST_GAIN):
-        text = f"This plan is slower than {min(usual)[1]}; method auto never is."
+        remedy = ": consider that instead." if plan.alternatives else "; method auto never is."
+        text = f"This plan is slower than {min(usual)[1]}{remedy}"
         return f'<p class="verdict bad">{escape(text)}</p>'
     if usual and own_s >= min(usual)[0] * (1 - LEAST_GAIN):
         return f'<p class="verdict">{escape(f"Waves gain nothing here: {min(usual)[1]} is as fast.")}</p>'
@@ -150,15 +151,19 @@ def baselines(plan: Plan) -> str:
         return ""
     own_s = plan.compared_s
     longest_s = max(own_s, *(value for _, value in usual))
-    rows = sorted([(value, BASELINE_TITLES.get(name, name), "") for name, value in usual], reverse=True)
+    choices = {other.name: f" ({other.choice})" for other in plan.alternatives if other.choice}
+    titles = {name: BASELINE_TITLES.get(name, name) + choices.get(name, "") for name, _ in usual}
+    rows = sorted([(value, titles[name], "") for name, value in usual], reverse=True)
     rows.append((own_s, "this plan", "own"))
     body = "".join(_baseline_row(value, name, style, own_s, longest_s) for value, name, style in rows)
     what = plan.compared
     missing = [BASELINE_TITLES[name] for name in BASELINE_TITLES if name not in dict(usual)]
+    if plan.alternatives:
+        missing = [other.name for other in plan.alternatives if not other.fits]
     note = f'<p class="quiet">Does not fit in memory: {escape("; ".join(missing))}.</p>' if missing else ""
     head = f'<tr><th></th><th></th><th class="number">{what}</th><th class="number">this plan is</th></tr>'
     return (
-        '<section class="card"><h2>Against the usual ways, in the same cost model</h2>'
+        '<section class="card"><h2>What would be used instead, in the same cost model</h2>'
         f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{note}</section>"
     )
 

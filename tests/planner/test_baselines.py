@@ -1,5 +1,11 @@
 from spindle.planner.problem import Problem, make_problem
-from spindle.planner.usual.baselines import component_split_waves, sequential_waves, task_split_waves
+from spindle.planner.solve import solve
+from spindle.planner.usual.baselines import (
+    component_group_waves,
+    component_split_waves,
+    sequential_waves,
+    task_split_waves,
+)
 from spindle.planner.usual.waves import Waves
 from tests.planner.planner_graphs import cluster, graph, metaop
 
@@ -55,3 +61,22 @@ def test_a_task_that_waits_for_another_hands_over() -> None:
     """x.a feeds y.b which feeds x.c: the task steps follow the data."""
     problem = make_problem(graph(metaop("x.a"), metaop("x.c"), metaop("y.b"), flows="x.a>y.b y.b>x.c"), cluster())
     assert [name for wave in shape(problem, component_split_waves(problem)) for name in wave] == ["x.a", "y.b", "x.c"]
+
+
+def test_components_have_their_own_devices() -> None:
+    """Part a of both tasks on one half of the devices, part b on the other."""
+    metaops = [metaop(f"{task}.{part}", 1, HALVES) for task in "xy" for part in ("a", "b")]
+    problem = make_problem(graph(*metaops), cluster())
+    devices = {problem.metaops[p.op].name: p.devices for wave in component_group_waves(problem) for p in wave}
+    assert devices == {"x.a": (0, 1), "y.a": (0, 1), "x.b": (2, 3), "y.b": (2, 3)}
+
+
+def test_a_plan_is_no_worse_than_components_on_their_own_devices() -> None:
+    """Each part has parameters that are heavy to reduce and are on one device only when its component has its own."""
+    metaops = [
+        metaop(f"{task}.{part}", 1, {1: 2.0, 2: 1.0}, layer_param_bytes=100.0, parameters=part)
+        for task in "xy"
+        for part in ("a", "b")
+    ]
+    made = solve(graph(*metaops), cluster(per_node=2))
+    assert dict(made.baseline_steps_s)["component_split"] == made.step_s == 4.0

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from spindle.plan import Memory, make_waves
-from spindle.planner.report.render import WIDTH, gantt, render, summary, table
+from spindle.plan import Alternative, Memory, StepWork, make_waves
+from spindle.planner.report.render import WIDTH, gantt, render, seconds, summary, table
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
@@ -44,15 +44,57 @@ def test_summary_text() -> None:
     )
     assert summary(made) == (
         "plan       hand on 4 devices (1 x 4): 3 MetaOps, 2 waves, 3 slices, planned in 0.00 s\n"
-        "makespan   2.500000 s, idle 10.0 % of device time\n"
-        "bound      2.000000 s for any schedule: gap 25.00 %\n"
-        "step       2.750000 s: forward and backward 2.500000 s, gradient reduction 0.250000 s\n"
+        "makespan   2.50 s, idle 10.0 % of device time\n"
+        "bound      2.00 s for any schedule: gap 25.00 %\n"
+        "step       2.75 s: forward and backward 2.50 s, gradient reduction 0.250 s\n"
         "memory     fits: at most 2.00 GiB of 4.00 GiB (device 1), 1.50 GiB on average\n"
         "against\n"
-        "  sequential           5.000000 s   50.0 % shorter  all devices, one after another\n"
-        "  paper                2.500000 s    0.0 % shorter  the paper's planner\n"
+        "  sequential           5.00 s   50.0 % shorter  all devices, one after another\n"
+        "  paper                2.50 s    0.0 % shorter  the paper's planner\n"
         "  does not fit in memory: task_split, component_split"
     )
+
+
+STEP = replace(
+    MADE,
+    step_s=2.75,
+    baselines_s=(("paper", 2.5),),
+    baseline_steps_s=(("paper", 3.0), ("sequential", 9.0)),
+    cluster=cluster(memory_bytes=2.0**32),
+    work=StepWork(samples=1000.0, tokens=5e6, flops=2.2e12),
+    alternatives=(
+        Alternative(name="DDP, one all-reduce a step", step_s=5.5, choice="no_sync, recompute", peak_bytes=2.0**31),
+        Alternative(name="DDP, one all-reduce a task", peak_bytes=2.0**33, choice="recompute", fits=False),
+        Alternative(name="devices divided among tasks", fits=False),
+    ),
+)
+
+
+def test_what_is_used_instead_is_told_with_its_memory_choice() -> None:
+    """Model FLOPs 2.2e12 in 2.75 s of four devices of 1e12: 20 %."""
+    assert summary(STEP).splitlines()[2:] == [
+        "step       2.75 s: forward and backward 2.75 s, gradient reduction 0 s",
+        "rate       MFU 20.0 %, 364 samples/s, 1.82 M tokens/s",
+        "instead    whole steps, each with the memory choice that is fastest for it",
+        "  DDP, one all-reduce a step             5.50 s   50.0 % shorter  no_sync, recompute",
+        "  the paper's planner (Spindle)          3.00 s    8.3 % shorter  as this plan",
+        "  DDP, one all-reduce a task          does not fit: 8.00 GiB of 4.00 GiB, recompute",
+        "  devices divided among tasks         does not fit in memory",
+    ]
+
+
+def test_an_alternative_that_is_faster_is_said_to_be() -> None:
+    faster = Alternative(name="FSDP2 / ZeRO-3, parameters sharded", step_s=2.5)
+    assert summary(replace(STEP, alternatives=(faster,))).endswith(
+        "this plan is 10.0 % slower than FSDP2 / ZeRO-3, parameters sharded: consider that instead"
+    )
+
+
+def test_seconds_have_three_significant_digits() -> None:
+    values = (0.0, 5.88e-05, 0.04567, 0.41234, 1.2345, 12.345, 123.45, 1234.5)
+    assert [seconds(value) for value in values] == [
+        "0 s", "0.0000588 s", "0.0457 s", "0.412 s", "1.23 s", "12.3 s", "123 s", "1234 s"
+    ]  # fmt: skip
 
 
 def test_it_says_when_waves_gain_nothing() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from spindle.calibration import Calibration
 from spindle.formats import read
+from spindle.planner.report.render import seconds
 from tests.printed.conftest import Spindle
 from tests.printed.samples import METAGRAPH, MODEL, SPEC
 
@@ -42,7 +43,7 @@ def test_calibrate_then_plan(folder: Path, spindle_command: Spindle) -> None:
     assert plan["outlook"]["source"] == "calibrated"
     assert plan["outlook"]["low_s"] <= told_s <= plan["outlook"]["high_s"]
     text = spindle_command(*options, "--calibration", "calibrated.json").out
-    assert f"with {plan['fixed_s']:.6f} s that the calibration adds, {told_s:.6f} s" in text
+    assert f"and {seconds(plan['fixed_s'])} that the calibration adds: {seconds(told_s)}" in text
     assert "costs      3 calibrated" in text
 
 

@@ -6,7 +6,18 @@ from spindle.calibration import CONSTANTS, Calibration, MeasuredStep
 from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.outlook import Gain, Moves, Outlook
-from spindle.plan import Certificate, Memory, Plan, SizeRange, Slice, StepSpread, TimePrices, make_waves
+from spindle.plan import (
+    Alternative,
+    Certificate,
+    Memory,
+    Plan,
+    SizeRange,
+    Slice,
+    StepSpread,
+    StepWork,
+    TimePrices,
+    make_waves,
+)
 from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from spindle.trace import Span, SpanKind, Trace
 
@@ -182,6 +193,20 @@ plans = st.builds(
     sizes=st.lists(size_ranges, max_size=3).map(tuple),
     fixed_s=amounts,
     outlook=st.one_of(st.none(), outlooks),
+    alternatives=st.lists(
+        st.builds(
+            Alternative,
+            name=text,
+            step_s=amounts,
+            choice=text,
+            peak_bytes=amounts,
+            fits=st.booleans(),
+            recompute=st.booleans(),
+            shard_optimizer=st.booleans(),
+        ),
+        max_size=3,
+    ).map(tuple),
+    work=st.one_of(st.none(), st.builds(StepWork, samples=amounts, tokens=amounts, flops=amounts)),
 )
 
 profiles = st.builds(
