@@ -35,11 +35,14 @@ StepOf = Callable[[Costs, Calibration | None], float | None]
 
 @dataclass(frozen=True)
 class _Pair:
-    """The plan, and the step of the usual way that it is compared with."""
+    """The plan, and the step of the usual way that it is compared with; `shift`: of the gain over several batches from
+    that of the one that is costed.
+    """
 
     plan: Plan
     name: str
     usual_s: StepOf
+    shift: float = 0.0
 
     def gain(self, costs: Costs, factors: Calibration | None = None, *, must_fit: bool = False) -> float | None:
         """The share of the usual way's step that the plan saves."""
@@ -50,7 +53,7 @@ class _Pair:
         usual_s = None if own_s is None else self.usual_s(costs, factors)
         if own_s is None or usual_s is None:
             return None
-        return 1 - (own_s + self.plan.fixed_s) / (usual_s + self.plan.fixed_s)
+        return self.shift + 1 - (own_s + self.plan.fixed_s) / (usual_s + self.plan.fixed_s)
 
 
 def outlook_of(
@@ -100,6 +103,10 @@ def _gain(
         return None
     share = pair.gain(costs)
     assert share is not None, "a plan and the usual ways beside it have times on their devices"
+    if costs.steps:  # a dozen batches take a dozen times as long: what changes is told of one
+        costs = replace(costs, steps=())
+        alone = pair.gain(costs)
+        pair = pair if alone is None else replace(pair, shift=share - alone)
     shares = {"": share}
     kinds: set[str] = {each.source for each in sources}
     for name, ends in _ranges(costs, kinds, calibration).items():
@@ -192,6 +199,6 @@ def _moves(pair: _Pair, costs: Costs, on_batches: OnBatches, share: float, kinds
     ends = []
     for factor in (HALF, DOUBLE):
         other = on_batches(factor)
-        ends.append(pair.gain(other, must_fit=True) if other else None)
+        ends.append(pair.gain(replace(other, steps=()), must_fit=True) if other else None)
     if any(end is not None for end in ends):
         yield Moves(name="batch", half=ends[0], as_is=share, double=ends[1])
