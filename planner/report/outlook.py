@@ -27,12 +27,19 @@ OnBatches = Callable[[Fraction], Costs | None]
 """The same costs on batches times a factor; None where there are no such batches."""
 
 
+StepOf = Callable[[Costs, Calibration | None], float | None]
+"""Seconds of a step of the usual way under costs with factors; None where it does not run so."""
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """The plan and the alternative that it is compared with."""
+    """The plan and the alternative that it is compared with; `shift`: of the gain over several batches from that of the
+    mean one, which is what is costed again.
+    """
 
     plan: Plan
     other: Alternative
+    shift: float = 0.0
 
     def gain(self, costs: Costs, factors: Calibration | None = None, *, must_fit: bool = False) -> float | None:
         """The share of the alternative's step that the plan saves; None where one of them does not run so."""
@@ -42,7 +49,7 @@ class _Pair:
         own_s, other_s = own.step_s(self.plan), self._other_s(costs, own, factors, must_fit=must_fit)
         if own_s is None or other_s is None:
             return None
-        return 1 - (own_s + self.plan.fixed_s) / (other_s + self.plan.fixed_s)
+        return self.shift + 1 - (own_s + self.plan.fixed_s) / (other_s + self.plan.fixed_s)
 
     def _other_s(self, costs: Costs, own: Recosted, factors: Calibration | None, *, must_fit: bool) -> float | None:
         """Seconds of the alternative, priced under its own memory choice."""
@@ -97,6 +104,10 @@ def _gain(
     share = pair.gain(costs) if pair else None
     if pair is None or share is None:
         return None
+    if costs.steps:  # a dozen batches take a dozen times as long
+        costs = replace(costs, steps=())
+        alone = pair.gain(costs)
+        pair = pair if alone is None else replace(pair, shift=share - alone)
     shares = {"": share}
     kinds: set[str] = {each.source for each in sources}
     for name, ends in _ranges(costs, kinds, calibration).items():
@@ -161,6 +172,6 @@ def _moves(pair: _Pair, costs: Costs, on_batches: OnBatches, share: float, kinds
     ends = []
     for factor in (HALF, DOUBLE):
         other = on_batches(factor)
-        ends.append(pair.gain(other, must_fit=True) if other else None)
+        ends.append(pair.gain(replace(other, steps=()), must_fit=True) if other else None)
     if any(end is not None for end in ends):
         yield Moves(name="batch", half=ends[0], as_is=share, double=ends[1])
