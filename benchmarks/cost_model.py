@@ -65,6 +65,19 @@ def report(found: list[Section]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(found: list[Section]) -> str:
+    """All figures as a Markdown table, of a check's mean and largest error one row."""
+    rows: dict[str, list[Figure]] = {}
+    for section in found:
+        for figure in section.figures:
+            rows.setdefault(figure.name.partition(": mean error")[0].partition(": largest error")[0], []).append(figure)
+    lines = ["| check | value, or mean error | largest error | fitted on it |", "|---|--:|--:|---|"]
+    for name, figures in rows.items():
+        values = [f"{figure.value:.1%}" for figure in figures]
+        lines.append(f"| {name} | {values[0]} | {values[1] if len(values) > 1 else ''} | {figures[0].fitted_on} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Print the report; 1 when a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,7 +100,9 @@ def main() -> int:
         )
         target = HERE / "results" / "cost_model.md"
         target.write_text(
-            f"# Cost model against published measurements\n\n{head}\n\n```\n{text}```\n", encoding="utf-8"
+            f"# Cost model against published measurements\n\n{head}\n\n## Errors\n\n{table(found)}\n\n"
+            f"## Rows\n\n```\n{text}```\n",
+            encoding="utf-8",
         )
     return int(any(not figure.ok for section in found for figure in section.figures))
 
