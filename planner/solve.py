@@ -68,6 +68,7 @@ def solve(
     *,
     method: str = "auto",
     time_limit_s: float | None = None,
+    share: float = 1.0,
     seed: int = 0,
     aligned: bool = False,
     start: Plan | None = None,
@@ -86,8 +87,9 @@ def solve(
     exactly these; the usual ways know no pins, so only `lp` (and `auto`) keep them.
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
-    is for the search: 2 s by default, 10 s beyond 64 devices. Raises PlanError for a method that does not exist,
-    InfeasibleError when no plan exists. The same input gives the same plan, apart from `planner_s`.
+    is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is given
+    is kept by the clock; without one the same input gives the same plan, apart from `planner_s`. Raises PlanError for a
+    method that does not exist, InfeasibleError when no plan exists.
     """
     started_s = clock()
     if method not in METHODS:
@@ -105,14 +107,21 @@ def solve(
     else:
         found: list[Candidate] = []
         apart: list[Candidate] = []  # components on nodes of their own
-        limit_s = default_limit_s(cluster) * (WARM_SHARE if start else 1.0) if time_limit_s is None else time_limit_s
+        given = time_limit_s is not None
+        limit_s = share * (
+            default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
+        )
         if not aligned:
             islands = not pins and is_slow_between_nodes(problem, bound.bound_s)
-            share_s = limit_s / 2 if islands else limit_s
-            found = _searched(problem, bound, share_s, baselines, steps, start=start, seed=seed, clock=clock)
+
+            def work() -> Work:
+                half_s = limit_s / 2 if islands else limit_s
+                return Work(half_s, clock, num_layers=sum(problem.layers), is_given=given)
+
+            found = _searched(problem, bound, work(), baselines, steps, start=start, seed=seed)
             if islands:
                 fixed = pinned(problem, island_pins(problem))
-                apart = _searched(fixed, bound, share_s, {}, steps, start=None, seed=seed, clock=clock)
+                apart = _searched(fixed, bound, work(), {}, steps, start=None, seed=seed)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
@@ -146,16 +155,14 @@ def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
 def _searched(
     problem: Problem,
     bound: Bound,
-    limit_s: float,
+    work: Work,
     baselines: Mapping[str, Candidate],
     steps: Sequence[MetaGraph],
     *,
     start: Plan | None,
     seed: int,
-    clock: Callable[[], float],
 ) -> list[Candidate]:
     """What the search finds, the usual ways without their barriers among it."""
-    work = Work(limit_s, clock, num_layers=sum(problem.layers))
     starts = [c.slices for c in baselines.values()]
     carried = carry_over(problem, bound, start) if start else None
     if carried:

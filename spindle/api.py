@@ -97,9 +97,7 @@ def plan_source(
     from spindle.planner.choose import solve_fitting
     from spindle.planner.report.rates import work_of
     from spindle.planner.sets import fitted_to_sets
-    from spindle.planner.solve import default_limit_s, solve, usual_ways_fit
-
-    limit_s = default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s
+    from spindle.planner.solve import solve, usual_ways_fit
 
     def solved(priced: Priced, where: Cluster, share: float) -> Plan:
         plan = solve(
@@ -107,7 +105,8 @@ def plan_source(
             where,
             steps=priced.steps,
             method=method,
-            time_limit_s=share * limit_s,
+            time_limit_s=time_limit_s,
+            share=share,
             aligned=aligned,
             start=start,
             pins=pins,
