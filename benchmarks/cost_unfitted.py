@@ -7,11 +7,16 @@ from cost_runs import cost, language_model, one_task
 from cost_sections import Section, both
 from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_table
 
+from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
+from spindle.contract import contract
 from spindle.cost.parallel import Parallel
 from spindle.execution import Execution
+from spindle.planner.usual.alternatives import DDP, ZERO
+from spindle.source import Source
 from spindle.spec.blocks import Mlp, Transformer
 from spindle.spec.file import read_workload
+from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
 
 EAGER = Execution(layers="eager", attention="plain", gradients="float32")
@@ -236,6 +241,10 @@ def paper_workloads(folder: Path) -> Section:
 
 
 def sequential_s(spec: WorkloadSpec, folder: Path, gpus: int) -> float:
-    """A step of the tasks in turn on so many of the paper's devices."""
+    """A step of the tasks in turn on so many of the paper's devices, as `spindle plan` prints it: data parallelism with
+    one reduction a step, of states that are sharded where that is shorter, as DeepSpeed may.
+    """
     cluster = replace(parse_cluster(str(folder / "clusters" / "spindle-paper.yaml")), nodes=gpus // 8)
-    return cost(spec, cluster, Parallel()).step_s
+    source = Source(contract(build_graph(spec)), spec.pricing, is_mean=True)
+    plan, _ = plan_source(source, cluster, method="sequential")
+    return min(other.step_s for other in plan.alternatives if other.name in (DDP, ZERO) and other.fits)

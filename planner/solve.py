@@ -87,9 +87,9 @@ def solve(
     exactly these; the usual ways know no pins, so only `lp` (and `auto`) keep them.
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
-    is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is given
-    is kept by the clock; without one the same input gives the same plan, apart from `planner_s`. Raises PlanError for a
-    method that does not exist, InfeasibleError when no plan exists.
+    is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is
+    given is kept by the clock; without one the same input gives the same plan, apart from `planner_s`. Raises PlanError
+    for a method that does not exist, InfeasibleError when no plan exists.
     """
     started_s = clock()
     if method not in METHODS:
