@@ -10,8 +10,8 @@ from cost_runs import cost, language_model, one_task
 from cost_tables import Row, read_table
 
 from spindle.clusterfile import parse_cluster
-from spindle.cost.parallel import Parallel, ParallelCost
-from spindle.execution import Attention, Execution
+from spindle.cost.parallel import ParallelCost
+from spindle.execution import Attention, Execution, Parallel
 from spindle.spec.values import WorkloadSpec
 
 VOCAB = 128_000

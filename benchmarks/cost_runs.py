@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import cache
 
 from spindle.cluster import Cluster
-from spindle.cost.parallel import Parallel, ParallelCost, parallel_cost
-from spindle.execution import USUAL, Execution, as_run
+from spindle.cost.parallel import ParallelCost, parallel_cost
+from spindle.execution import USUAL, Execution, Parallel, as_run
 from spindle.graph import TaskGraph
 from spindle.spec.blocks import Component, Transformer
 from spindle.spec.graph import build_graph

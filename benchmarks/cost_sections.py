@@ -12,9 +12,9 @@ from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.links import collective_s
-from spindle.cost.parallel import Parallel
 from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.price import price
+from spindle.execution import Parallel
 from spindle.spec.graph import build_graph
 
 ALEPH_ALPHA = "Aleph Alpha"

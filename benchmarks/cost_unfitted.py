@@ -10,8 +10,7 @@ from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_tabl
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.parallel import Parallel
-from spindle.execution import Execution
+from spindle.execution import Execution, Parallel
 from spindle.planner.usual.alternatives import DDP, ZERO
 from spindle.source import Source
 from spindle.spec.blocks import Mlp, Transformer

@@ -14,7 +14,7 @@ from spindle.cost.sampled import Priced, price_steps
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan
-from spindle.planner.usual.alternatives import Choice, alternatives
+from spindle.planner.usual.alternatives import Choice, alternatives, own_layout
 from spindle.pricing import Pricing, memory_choices
 from spindle.profile import Profile
 
@@ -56,6 +56,7 @@ def solve_fitting(
 
     priced = [(choice, priced_by(choice)) for choice in choices]
     others = _alternatives(priced, cluster, priced_by) if with_alternatives else ()
+    others += own_layout(metagraph, cluster, choices[0]) if with_alternatives else ()
     quicker = _quickest(choices, others)
     if priced[0][0].degrees:
         roomy = [(choice, graph) for choice, graph in priced if _leaves_room(graph.metagraph, cluster)]

@@ -1,4 +1,5 @@
 """Execution: how a program runs its layers, as far as their time depends on it; a spec says it, plans are priced by it.
+Parallel: how a run that Spindle does not plan divides its devices.
 
 A layer costs the same FLOPs however it is run, but not the same time: eager PyTorch starts every norm, rotary embedding
 and activation as kernels of their own, each of which waits for Python and moves the layer's tensors once more.
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from spindle.cluster import Cluster
+from spindle.errors import WorkloadError
 
 LayerStyle = Literal["fused", "eager", "compiled"]
 Kernels = Literal["fused", "plain"]
@@ -61,6 +63,53 @@ class Execution:
     tf32: bool = True
     gradients: GradientType = "parameters"
     overlap: bool = True
+
+
+Shard = Literal["nothing", "optimizer", "gradients", "parameters"]
+"""What replicas divide among them: ZeRO's stages 0 to 3. The last one is FSDP's FULL_SHARD too."""
+STAGES: tuple[Shard, ...] = ("nothing", "optimizer", "gradients", "parameters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How a run divides its devices.
+
+    tensor, pipeline     devices that share each layer; stages of layers, one after another
+    micro_batch          samples of a replica that pass through at once; None: its whole share of the batch
+    sequence_parallel    a tensor-parallel group divides what stands between its products too
+    shard                what replicas divide among them
+    keeps_gathered       gathered parameters stay until backward (FSDP's SHARD_GRAD_OP)
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    micro_batch: int | None = None
+    sequence_parallel: bool = False
+    shard: Shard = "nothing"
+    keeps_gathered: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {"tensor": self.tensor, "pipeline": self.pipeline, "micro_batch": self.micro_batch or 1}
+        for name, count in counts.items():
+            if count < 1:
+                raise WorkloadError(f"layout: {name} is {count}; it must be at least one")
+
+    def __str__(self) -> str:
+        parts = [f"tensor {self.tensor}" * (self.tensor > 1), f"pipeline {self.pipeline}" * (self.pipeline > 1)]
+        parts += ["sequence parallel" * self.sequence_parallel, f"{self.shard} sharded" * (self.shard != "nothing")]
+        parts += [f"micro-batches of {self.micro_batch}" if self.micro_batch else ""]
+        return ", ".join(filter(None, parts)) or "data parallel"
+
+    def replicas(self, cluster: Cluster) -> int:
+        """Copies of the model. Raises WorkloadError when the cluster cannot be divided so."""
+        devices = self.tensor * self.pipeline
+        if cluster.num_devices % devices or cluster.devices_per_node % self.tensor:
+            raise WorkloadError(
+                f"{cluster.num_devices} devices, {cluster.devices_per_node} a node, are not divided by tensor "
+                f"{self.tensor} and pipeline {self.pipeline}; choose degrees whose product divides the devices, with "
+                "tensor-parallel groups inside a node"
+            )
+        return cluster.num_devices // devices
 
 
 USUAL = Execution()

@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from spindle.errors import WorkloadError
-from spindle.execution import USUAL, Execution
+from spindle.execution import USUAL, Execution, Parallel
 
 Optimizer = Literal[
     "adamw", "adam", "adamw_8bit", "adafactor", "lion", "muon", "sgd", "sgd_momentum", "shampoo"
@@ -28,6 +28,7 @@ class Pricing:
     tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
     execution          how its layers, attention, optimiser and reductions are run
+    layout             how it is run today, to be compared with
     degrees            (component, degrees allowed, rising) where components differ; those not named have degree 1
     may_offload        optimizer states may be kept in the memory of the host where nothing else fits
     offload_optimizer  master copies and states are kept there, and the host runs the optimizer's step
@@ -41,6 +42,7 @@ class Pricing:
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
     execution: Execution = USUAL
+    layout: Parallel | None = None
     degrees: tuple[tuple[str, tuple[int, ...]], ...] = ()
     may_offload: bool = False
     offload_optimizer: bool = False

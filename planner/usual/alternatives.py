@@ -21,7 +21,9 @@ from statistics import fmean
 from spindle.cluster import Cluster
 from spindle.cost.layout import overlapped_s
 from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.parallel import parallel_cost
 from spindle.errors import InfeasibleError
+from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.plan import Alternative, Slice
 from spindle.planner.memory import layer_memory_bytes, peak_bytes
@@ -30,6 +32,7 @@ from spindle.planner.usual.baselines import component_group_waves, component_spl
 from spindle.planner.usual.overlap import accumulated_step_s, bucketed_step_s, repeated_step_s
 from spindle.planner.usual.place import place
 from spindle.planner.usual.waves import Waves
+from spindle.pricing import Pricing
 
 DDP = "DDP, one all-reduce a step"
 DDP_BY_TASK = "DDP, one all-reduce a task"
@@ -37,6 +40,7 @@ ZERO = "ZeRO-1/2, optimizer states sharded"
 FSDP = "FSDP2 / ZeRO-3, parameters sharded"
 TASK_GROUPS = "devices divided among tasks"
 COMPONENT_GROUPS = "devices divided among components"
+OWN_LAYOUT = "the layout that the workload names"
 NAMES = (DDP, DDP_BY_TASK, ZERO, FSDP, TASK_GROUPS, COMPONENT_GROUPS)
 
 
@@ -89,6 +93,28 @@ def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternati
     for name in (TASK_GROUPS, COMPONENT_GROUPS):  # a schedule is made only where it fits
         found_by_name.setdefault(name, Alternative(name=name, fits=False))
     return tuple(found_by_name[name] for name in NAMES if name in found_by_name)
+
+
+def own_layout(metagraph: MetaGraph, cluster: Cluster, pricing: Pricing) -> tuple[Alternative, ...]:
+    """The layout that a workload names (`spindle.cost.parallel`); () where it names none. `metagraph` still carries its
+    operators. Raises WorkloadError when the layout does not divide the cluster.
+    """
+    operators = tuple(operator for metaop in metagraph for operator in metaop.operators)
+    if pricing.layout is None or not operators:
+        return ()
+    found = parallel_cost(TaskGraph(operators), cluster, pricing, pricing.layout)
+    fits = found.memory_bytes <= cluster.device.memory_bytes
+    return (
+        Alternative(
+            name=OWN_LAYOUT,
+            step_s=found.step_s if fits else 0.0,
+            choice=str(pricing.layout),
+            peak_bytes=found.memory_bytes,
+            fits=fits,
+            recompute=pricing.recompute,
+            shard_optimizer=pricing.layout.shard != "nothing",
+        ),
+    )
 
 
 def step_again_s(found: Alternative, choice: Choice, cluster: Cluster, *, must_fit: bool = False) -> float | None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
-from typing import Literal
 
 from spindle.cluster import Cluster
 from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
@@ -20,50 +19,15 @@ from spindle.cost.links import collective_s
 from spindle.cost.memory import layer_bytes, state_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
-from spindle.errors import WorkloadError
-from spindle.execution import norm_copies
+from spindle.execution import STAGES, Parallel, norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
 from spindle.pricing import Pricing
-
-Shard = Literal["nothing", "optimizer", "gradients", "parameters"]
-"""What replicas divide among them: ZeRO's stages 0 to 3. The last one is FSDP's FULL_SHARD too."""
-STAGES: tuple[Shard, ...] = ("nothing", "optimizer", "gradients", "parameters")
 
 LOGIT_BYTES = 12.0
 """For each logit of a vocabulary projection: two bytes, a copy of four with its gradient, and a gradient of two. They
 are gathered on every device of a tensor-parallel group."""
 NORM_BOUNDARY = 4.0
 """Copies of a layer's boundary that it keeps: inputs and outputs of two norms."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How a run divides its devices.
-
-    tensor, pipeline     devices that share each layer; stages of layers, one after another
-    micro_batch          samples of a replica that pass through at once; None: its whole share of the batch
-    sequence_parallel    a tensor-parallel group divides what stands between its products too
-    shard                what replicas divide among them
-    keeps_gathered       gathered parameters stay until backward (FSDP's SHARD_GRAD_OP)
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    micro_batch: int | None = None
-    sequence_parallel: bool = False
-    shard: Shard = "nothing"
-    keeps_gathered: bool = False
-
-    def replicas(self, cluster: Cluster) -> int:
-        """Copies of the model. Raises WorkloadError when the cluster cannot be divided so."""
-        devices = self.tensor * self.pipeline
-        if cluster.num_devices % devices or cluster.devices_per_node % self.tensor:
-            raise WorkloadError(
-                f"{cluster.num_devices} devices, {cluster.devices_per_node} a node, are not divided by tensor "
-                f"{self.tensor} and pipeline {self.pipeline}; choose degrees whose product divides the devices, with "
-                "tensor-parallel groups inside a node"
-            )
-        return cluster.num_devices // devices
 
 
 @dataclass(frozen=True, slots=True)

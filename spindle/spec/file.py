@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
-from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle
+from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle, Parallel, Shard
 from spindle.filemodels import StrictModel
 from spindle.formats import explain_validation
 from spindle.pricing import Optimizer
@@ -244,6 +244,15 @@ class _ExecutionModel(StrictModel):
     overlap: bool = True
 
 
+class _LayoutModel(StrictModel):
+    tensor: int = 1
+    pipeline: int = 1
+    micro_batch: int | None = None
+    sequence_parallel: bool = False
+    shard: Shard = "nothing"
+    keeps_gathered: bool = False
+
+
 class _WorkloadModel(StrictModel):
     format: Literal["spindle.workload"]
     version: Literal[1]
@@ -255,6 +264,7 @@ class _WorkloadModel(StrictModel):
     recompute: bool = False
     shard_optimizer: bool = False
     execution: _ExecutionModel = _ExecutionModel()
+    layout: _LayoutModel | None = None
     may_offload: bool = False
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
@@ -270,6 +280,7 @@ class _WorkloadModel(StrictModel):
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
             execution=Execution(**dict(self.execution)),
+            layout=Parallel(**dict(self.layout)) if self.layout else None,
             may_offload=self.may_offload,
             tensor_parallel=self.tensor_parallel,
             min_tensor_parallel=self.min_tensor_parallel,

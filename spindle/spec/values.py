@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from spindle.errors import WorkloadError
-from spindle.execution import USUAL, Execution
+from spindle.execution import USUAL, Execution, Parallel
 from spindle.presence import Presence, task_sets
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
 from spindle.spec.blocks import Component, Transformer, check_dtype
@@ -123,6 +123,7 @@ class WorkloadSpec:
     dtype        of parameters and activations where a component does not say otherwise
     recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
     execution    how layers, attention, optimiser and reductions are run
+    layout       how the workload is run today: a plan is compared with it
     may_offload  optimizer states may go to the host's memory where nothing else fits
     tensor_parallel, min_tensor_parallel   of components that do not say otherwise
     """
@@ -136,6 +137,7 @@ class WorkloadSpec:
     recompute: bool = False
     shard_optimizer: bool = False
     execution: Execution = USUAL
+    layout: Parallel | None = None
     may_offload: bool = False
     tensor_parallel: int = 1
     min_tensor_parallel: int = 1
@@ -220,6 +222,7 @@ class WorkloadSpec:
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
             execution=self.execution,
+            layout=self.layout,
             tensor_parallel=max(allowed[-1] for _, allowed in degrees),
             min_tensor_parallel=min(allowed[0] for _, allowed in degrees),
             degrees=degrees if is_spread else (),

@@ -8,9 +8,10 @@ from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.links import collective_s
-from spindle.cost.parallel import STAGES, Parallel, ParallelCost, parallel_cost
+from spindle.cost.parallel import ParallelCost, parallel_cost
 from spindle.cost.price import price
 from spindle.errors import WorkloadError
+from spindle.execution import STAGES, Parallel
 from spindle.graph import TaskGraph
 from spindle.pricing import Pricing
 from spindle.spec.file import parse_workload

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
+from spindle.cost.parallel import parallel_cost
 from spindle.cost.price import price
-from spindle.errors import InfeasibleError
+from spindle.errors import InfeasibleError, WorkloadError
+from spindle.execution import Parallel
+from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative
 from spindle.planner.choose import solve_fitting
@@ -23,11 +26,13 @@ from spindle.planner.usual.alternatives import (
     DDP_BY_TASK,
     FSDP,
     NAMES,
+    OWN_LAYOUT,
     TASK_GROUPS,
     ZERO,
     Choice,
     Replicas,
     alternatives,
+    own_layout,
 )
 from spindle.planner.usual.overlap import BUCKET_BYTES, _reduced_by_device, bucketed_step_s
 from spindle.pricing import Pricing
@@ -236,3 +241,21 @@ def test_rates_count_what_the_model_does() -> None:
 def test_no_operators_no_rates() -> None:
     assert work_of(towers("t")) is None
     assert rates(solve(towers("t"), quick())) is None
+
+
+def test_the_layout_that_a_workload_names() -> None:
+    """As `spindle.cost.parallel` prices it; one that does not fit has no step, and one that is not named no row."""
+    loaded, where = load_source(CLIP), parse_cluster("2x8:a100-80g")
+    assert own_layout(loaded.metagraph, where, loaded.pricing) == ()
+    layout = Parallel(tensor=2, micro_batch=8, shard="optimizer")
+    pricing = replace(loaded.pricing, layout=layout)
+    (found,) = own_layout(loaded.metagraph, where, pricing)
+    operators = tuple(operator for m in loaded.metagraph for operator in m.operators)
+    told = parallel_cost(TaskGraph(operators), where, pricing, layout)
+    assert (found.name, found.fits, found.step_s) == (OWN_LAYOUT, True, told.step_s)
+    assert found.choice == "tensor 2, optimizer sharded, micro-batches of 8"
+    tight = replace(where, device=replace(where.device, memory_bytes=told.memory_bytes / 2))
+    (found,) = own_layout(loaded.metagraph, tight, pricing)
+    assert (found.fits, found.step_s, found.peak_bytes) == (False, 0.0, told.memory_bytes)
+    with pytest.raises(WorkloadError, match="are not divided by tensor 3 and pipeline 1"):
+        own_layout(loaded.metagraph, where, replace(pricing, layout=Parallel(tensor=3)))
