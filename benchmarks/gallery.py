@@ -1,13 +1,16 @@
 """The examples of docs/gallery: what waves gain, planned at true size and measured at small size.
 
-    python -m benchmarks.gallery --planned [--only multitask_clip] [--device h100-80g]
-    python -m benchmarks.gallery --measured [--only multitask_clip]
+    python -m benchmarks.gallery --planned [--write] [--only multitask_clip] [--device h100-80g]
+    python -m benchmarks.gallery --measured [--write] [--only multitask_clip]
 
-Planned: the spec that the example's first lines name, on 8, 16 and 32 devices: a whole step, and how much shorter it is
-than all tasks in sequence and than the best usual way (sequential, devices split by task, tasks split by component),
-each with the memory choices it needs; beside it the same with an eighth of each batch. Measured: one profile, then the
-crews of the plan and of the sequential one take turns of a few steps in processes of this machine; a figure is the
-median over turns.
+Planned: the spec that the example's first lines name, on 8, 16 and 32 devices, one plan a cell: a step, how much
+shorter it is than DDP with one all-reduce a step and than the best of what people would use instead
+(`plan.alternatives`, each with the memory choice that is fastest for it), and the gap to the bound; beside it the same
+with an eighth of each batch. A negative share: the step is longer. Measured: one profile, then the worker groups of the
+plan and of the sequential one take turns of a few steps in processes of this machine; figures are medians over turns.
+
+`--write` puts each part into its section of benchmarks/results/gallery.md (`## NAME, planned`; `## Measured`) and
+leaves the other sections as they are; `python -m benchmarks.figures` then makes the tables of the pages.
 """
 
 import argparse
@@ -17,9 +20,11 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,19 +32,39 @@ import torch
 import spindle
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.errors import InfeasibleError
+from spindle.planner.usual.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.runtime.controller import Run, launched, prepare
-from spindle.source import Source, load_workload
+from spindle.source import load_workload, spec_source
 from spindle.spec.file import read_workload
-from spindle.spec.graph import build_graph
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
+REPORT = ROOT / "benchmarks" / "results" / "gallery.md"
 SPEC = re.compile(r"(?:benchmarks/workloads|docs/examples/\w+)/[\w-]+\.yaml")
 NODES, DEVICES_PER_NODE, SMALLER = (1, 2, 4), 8, 8
-USUAL = ("sequential", "task_split", "component_split")
+DEVICES = ("a100-80g", "h100-80g")
+SHORT = {
+    DDP: "DDP",
+    DDP_BY_TASK: "DDP, a task",
+    ZERO: "ZeRO-1/2",
+    FSDP: "FSDP2",
+    TASK_GROUPS: "task groups",
+    COMPONENT_GROUPS: "component groups",
+}
+HEADS = ("ms a step", "shorter than DDP", "than the best", "gap to bound")
+DOES_NOT_FIT = "does not fit"
+PLANNED, SUMMARY, MEASURED = ", planned", "Summary, planned", "Measured"
 STEPS, TURNS = 5, 9
+INTRODUCTION = """\
+# The gallery's examples
+
+Sections "planned" hold predictions, none is measured: one plan a cell, as `spindle plan` makes it of the spec that the
+example names. "Shorter than DDP": than data parallelism with one all-reduce a step; "than the best": than the quickest
+of DDP, ZeRO-1/2, FSDP2, task groups and component groups, named in brackets, each with the memory choice that is
+fastest for it. A negative share: the plan's step is longer. Without `--time-limit`, a search has as much work as 2 s
+(`planner/search/work.py`), whatever the load of the machine. What made each section:
+"""
 
 
 def examples() -> Iterator[tuple[str, Path]]:
@@ -51,45 +76,66 @@ def examples() -> Iterator[tuple[str, Path]]:
 
 
 def planned(
-    spec: Path, num_nodes: int, device: str, batch_divisor: int, time_limit_s: float
-) -> dict[str, spindle.Plan]:
-    """Plans of a spec with each batch divided: the best, and each usual way that fits, with the memory it wants."""
+    spec: Path, num_nodes: int, device: str, batch_divisor: int, time_limit_s: float | None
+) -> spindle.Plan | None:
+    """The plan of a spec with each batch divided; None where none fits."""
     workload = read_workload(str(spec))
     tasks = tuple(replace(task, batch_size=max(1, task.batch_size // batch_divisor)) for task in workload.tasks)
-    smaller = replace(workload, tasks=tasks)
-    cluster = parse_cluster(f"{num_nodes}x{DEVICES_PER_NODE}:{device}")
-    source = Source(contract(build_graph(smaller)), smaller.pricing)
-    found = {}
-    for method in ("auto", *USUAL):
-        with suppress(InfeasibleError):
-            found[method] = plan_source(source, cluster, method=method, time_limit_s=time_limit_s)[0]
-    return found
+    source = spec_source(replace(workload, tasks=tasks))
+    try:
+        return plan_source(
+            source, parse_cluster(f"{num_nodes}x{DEVICES_PER_NODE}:{device}"), time_limit_s=time_limit_s
+        )[0]
+    except InfeasibleError:
+        return None
 
 
-def planned_cells(plans: dict[str, spindle.Plan]) -> Iterator[str]:
-    """A step, how much shorter it is than in sequence and than the best usual way, and what is left to the bound."""
-    if "auto" not in plans:
-        yield from ("does not fit", "", "", "")
+def planned_cells(plan: spindle.Plan | None) -> Iterator[str]:
+    """A step, how much shorter it is than DDP and than the best alternative, and what is left to the bound."""
+    if plan is None or not plan.memory.fits:
+        yield from (DOES_NOT_FIT, "", "", "")
         return
-    steps = {method: plan.step_s for method, plan in plans.items()}
-    usual_s = min((steps[method] for method in USUAL if method in steps), default=None)
-    yield f"{1e3 * steps['auto']:.1f}" if steps["auto"] < 0.1 else f"{1e3 * steps['auto']:.0f}"
-    for other_s in (steps.get("sequential"), usual_s):
-        yield "does not fit" if other_s is None else f"{1 - steps['auto'] / other_s:.1%}"
-    yield f"{plans['auto'].gap:.1%}"
+    step_s = plan.compared_s
+    yield f"{1e3 * step_s:.1f}" if step_s < 0.1 else f"{1e3 * step_s:.0f}"
+    steps = {other.name: other.step_s for other in plan.alternatives if other.fits}
+    yield f"{1 - step_s / steps[DDP]:.1%}" if DDP in steps else DOES_NOT_FIT
+    best = min(steps, key=steps.__getitem__, default=None)
+    yield "none fits" if best is None else f"{1 - step_s / steps[best]:.1%} ({SHORT[best]})"
+    yield f"{plan.gap:.1%}"
 
 
-def planned_table(only: str | None, device: str, time_limit_s: float) -> Iterator[str]:
-    """The planned part as Markdown."""
-    heads = ("ms a step", "shorter than sequence", "than best usual", "gap to bound")
-    yield "| " + " | ".join(["example", "devices", *heads, *(f"batch/{SMALLER}: {head}" for head in heads)]) + " |"
-    yield "|---" + "|--:" * 9 + "|"
-    for name, spec in examples():
-        for num_nodes in NODES if only in (None, name) else ():
-            cells = [name, str(num_nodes * DEVICES_PER_NODE)]
-            for divisor in (1, SMALLER):
-                cells += planned_cells(planned(spec, num_nodes, device, divisor, time_limit_s))
-            yield "| " + " | ".join(cells) + " |"
+def planned_table(spec: Path, devices: Sequence[str], time_limit_s: float | None) -> str:
+    """The planned part of an example as Markdown."""
+
+    def rows() -> Iterator[list[str]]:
+        for device in devices:
+            for num_nodes in NODES:
+                cells = [f"{num_nodes * DEVICES_PER_NODE} {device.partition('-')[0].upper()}"]
+                for divisor in (1, SMALLER):
+                    cells += planned_cells(planned(spec, num_nodes, device, divisor, time_limit_s))
+                yield cells
+
+    return table(("devices", *HEADS, *(f"batch/{SMALLER}: {head}" for head in HEADS)), rows())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def summary(sections: Mapping[str, str]) -> str:
+    """The gain over the best alternative in each example's first three rows, and in the third with small batches."""
+
+    def rows() -> Iterator[list[str]]:
+        for name, _ in examples():
+            if text := sections.get(name + PLANNED):
+                found = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:5]]
+                yield [name, *(row[3] or row[1] for row in found), found[-1][7] or found[-1][5]]
+
+    first = DEVICES[0].partition("-")[0].upper()
+    sizes = [num_nodes * DEVICES_PER_NODE for num_nodes in NODES]
+    return table(("example", *(f"{n} {first}" for n in sizes), f"{sizes[-1]} {first}, batch/{SMALLER}"), rows())
 
 
 def timed(run: Run) -> float:
@@ -121,28 +167,49 @@ def measured_row(name: str, num_ranks: int) -> str:
     return "| " + " | ".join([name, plans[0].method, *cells, f"{1e3 * plans[0].step_s:.1f}"]) + " |"
 
 
-def measured_table(only: str | None, num_ranks: int) -> Iterator[str]:
-    """The measured part as Markdown, row by row."""
-    yield "| example | plan | ms a step | sequential ms | times faster | predicted | predicted ms |"
-    yield "|---|---|--:|--:|--:|--:|--:|"
-    for name, _ in examples():
-        if only in (None, name):
-            yield measured_row(name, num_ranks)
+def measured_table(only: str | None, num_ranks: int) -> str:
+    """The measured part as Markdown."""
+    lines = ["| example | plan | ms a step | sequential ms | times faster | predicted | predicted ms |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
+    lines += [measured_row(name, num_ranks) for name, _ in examples() if only in (None, name)]
+    return "\n".join(lines)
 
 
-def report(options: argparse.Namespace) -> Iterator[str]:
-    """All lines."""
+def read_report() -> tuple[dict[str, str], dict[str, str]]:
+    """What made each section of the report as it is now, and the sections."""
+    text = REPORT.read_text(encoding="utf-8") if REPORT.is_file() else ""
+    head, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    made = dict(line[2:].split(": ", 1) for line in head.splitlines() if line.startswith("- "))
+    sections = {title: body.strip() for title, body in (part.split("\n", 1) for part in parts)}
+    return made, sections
+
+
+def write_section(title: str, text: str, how: str) -> None:
+    """Put a section into the report in place of the one of its name; the others stay."""
+    made, sections = read_report()
+    sections[title], made[title] = text, how
+    sections[SUMMARY], made[SUMMARY] = summary(sections), "of the sections above"
+    for ends in (SUMMARY, MEASURED):  # stand last
+        if ends in sections:
+            sections[ends] = sections.pop(ends)
+    head = INTRODUCTION + "\n" + "\n".join(f"- {name}: {made[name]}" for name in sections)
+    body = "\n\n".join(f"## {name}\n\n{part}" for name, part in sections.items())
+    REPORT.write_text(f"{head}\n\n{body}\n", encoding="utf-8")
+
+
+def report(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Sections: title, text, and what made it."""
     command = " ".join(["python -m benchmarks.gallery", *sys.argv[1:]])
-    yield from (f"`{command}`", "")
-    if options.planned:
-        yield from (f"Planned for {options.device}, {options.time_limit:g} s of search a plan.", "")
-        yield from planned_table(options.only, options.device, options.time_limit)
-        yield ""
+    how = f"{datetime.now(UTC):%Y-%m-%d}, `{command}`, Python {platform.python_version()}"
+    for name, spec in examples() if options.planned else ():
+        if options.only in (None, name):
+            versions = f"highspy {version('highspy')}, numpy {version('numpy')}"
+            yield name + PLANNED, planned_table(spec, options.device, options.time_limit), f"{how}, {versions}"
     if options.measured:
-        versions = f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
-        yield f"Measured: {options.ranks} processes, {STEPS} steps a turn, {TURNS} turns a side; {versions}, "
-        yield from (f"load before {os.getloadavg()[0]:.1f}.", "")
-        yield from measured_table(options.only, options.ranks)
+        load = os.getloadavg()[0]
+        turns = f"{options.ranks} processes, {STEPS} steps a turn, {TURNS} turns a side"
+        how += f", torch {torch.__version__}, {os.cpu_count()} cores, load before {load:.1f}; {turns}"
+        yield MEASURED, measured_table(options.only, options.ranks), how
 
 
 def main() -> None:
@@ -151,19 +218,17 @@ def main() -> None:
     parser.add_argument("--planned", action="store_true")
     parser.add_argument("--measured", action="store_true")
     parser.add_argument("--only", metavar="NAME", choices=[name for name, _ in examples()])
-    parser.add_argument("--device", default="a100-80g")
-    parser.add_argument("--time-limit", type=float, default=2.0, help="seconds of search for each plan")
+    parser.add_argument("--device", nargs="+", default=DEVICES, help="kinds of devices; the first makes the summary")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of search for each plan, by the clock")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/gallery.md")
     options = parser.parse_args()
     if not options.planned and not options.measured:
         options.planned = options.measured = True
-    lines = []
-    for line in report(options):
-        print(line, flush=True)
-        lines.append(line)
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for title, text, how in report(options):
+        print(f"## {title}\n\n{text}\n\n{how}\n", flush=True)
+        if options.write:
+            write_section(title, text, how)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def _memory(plan: Plan) -> Advice | None:
     room = plan.cluster.device.memory_bytes
     if max(peaks) + LIBRARIES_BYTES <= room:
         return None
-    text = (
-        f"device {peaks.index(max(peaks))} is filled to {max(peaks) / room:.0%}, and libraries take about 4 GB more: "
-        "shard the optimizer, or recompute"
-    )
+    ways = "shard the optimizer" * (not plan.shard_optimizer), "recompute" * (not plan.recompute)
+    remedy = ", or ".join(filter(None, ways)) or "smaller batches, or more devices"
+    full = f"device {peaks.index(max(peaks))} is filled to {max(peaks) / room:.0%}"
+    text = f"{full}, and libraries take about 4 GB more: {remedy}"
     return Advice(about="memory", text=text)
 
 

@@ -152,20 +152,22 @@ def _task_sets(plan: Plan) -> list[str]:
     if not found:
         return []
     mean_s = sum(each.share * each.step_s for each in found)
-    what = f"{mean_s:.6f} s a step: tasks take part in some steps only. The plan is of a step with all; other steps "
+    what = f"{seconds(mean_s)} a step: tasks take part in some steps only. The plan is of a step with all; other steps "
     what += "leave slices out."
     if all(each.sequential_s for each in found if each.tasks):
         usual_s = sum(each.share * each.sequential_s for each in found)
-        what += f" Sequential {usual_s:.6f} s"
+        what += f" Sequential {seconds(usual_s)}"
         what += f": {_gain(usual_s, mean_s).strip()}" if plan.method != "sequential" else ", which is this plan"
     lines = wrap(what, WIDTH, initial_indent="expected   ", subsequent_indent=" " * 11)
     for each in found[:MOST_SETS]:
         tasks = ", ".join(each.tasks) or "no task"
-        lines.append(_clip(f"  {100 * each.share:>5.1f} % of steps {each.step_s:>12.6f} s  {tasks}", WIDTH))
+        lines.append(_clip(f"  {100 * each.share:>5.1f} % of steps {seconds(each.step_s):>9}  {tasks}", WIDTH))
     rest = found[MOST_SETS:]
     if rest:
         share, rest_s = sum(each.share for each in rest), sum(each.share * each.step_s for each in rest)
-        lines.append(f"  {100 * share:>5.1f} % of steps {rest_s / share:>12.6f} s  on average, {len(rest)} more sets")
+        lines.append(
+            f"  {100 * share:>5.1f} % of steps {seconds(rest_s / share):>9}  on average, {len(rest)} more sets"
+        )
     return lines
 
 

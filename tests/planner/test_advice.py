@@ -51,6 +51,21 @@ def test_memory_that_libraries_take(peak: float, said: bool) -> None:
         assert advise(found)[0].text.startswith("device 1 is filled to 96%")
 
 
+@pytest.mark.parametrize(
+    ("recompute", "shard_optimizer", "remedy"),
+    [
+        (False, False, "shard the optimizer, or recompute"),
+        (False, True, "recompute"),
+        (True, False, "shard the optimizer"),
+        (True, True, "smaller batches, or more devices"),
+    ],
+)
+def test_what_is_chosen_already_is_not_advised(recompute: bool, shard_optimizer: bool, remedy: str) -> None:
+    memory = Memory(peak_bytes_per_device=(77e9, 1e9, 1e9, 1e9))
+    found = full(memory=memory, cluster=cluster(), recompute=recompute, shard_optimizer=shard_optimizer)
+    assert advise(found)[0].text.endswith(f"more: {remedy}")
+
+
 def batch_of_six(*, scales: bool = True) -> Plan:
     """Three of four devices at the largest count that six samples allow."""
     times = {1: 6.0, 2: 3.0, 3: 2.0 if scales else 2.9}

@@ -87,9 +87,9 @@ def test_micro_batches_go_with_their_task() -> None:
 def test_sets_are_printed_and_kept_in_the_file() -> None:
     found = fitted_to_sets(both(TWO), [Presence(task="a"), Presence(task="b", every=4)], may_change=False)
     text = summary(found)
-    assert "expected   4.000000 s a step: tasks take part in some steps only" in text
-    assert " 75.0 % of steps     4.000000 s  a\n" in text
-    assert "Sequential 2.500000 s: 60.0 % longer" in text
+    assert "expected   4.00 s a step: tasks take part in some steps only" in text
+    assert " 75.0 % of steps    4.00 s  a\n" in text
+    assert "Sequential 2.50 s: 60.0 % longer" in text
     assert loads(dumps(found), Plan).task_sets == found.task_sets
 
 
@@ -98,5 +98,5 @@ def test_many_sets_are_summed_up() -> None:
     metagraph = graph(metaop("a", times={1: 1.0}), *(metaop(f"b{i}", times={1: 1.0}) for i in range(4)))
     made = solve(metagraph, cluster(1, 1), time_limit_s=0.1)
     text = summary(fitted_to_sets(made, presences, may_change=True))
-    assert "expected   3.000000 s a step" in text
+    assert "expected   3.00 s a step" in text
     assert "on average, 8 more sets" in text
