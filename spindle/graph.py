@@ -261,7 +261,7 @@ class TaskGraph:
 
     operators: tuple[Operator, ...]
     writes: tuple[ParameterWrite, ...] = ()
-    lines: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, str] = field(default_factory=dict, compare=False)  # words for people
 
     def __post_init__(self) -> None:
         if not self.operators:

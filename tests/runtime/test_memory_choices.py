@@ -10,6 +10,7 @@ import spindle
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.errors import InfeasibleError
+from spindle.execution import Execution
 from spindle.plan import Plan
 from spindle.pricing import Pricing
 from spindle.profile import ProfileEntry
@@ -82,9 +83,13 @@ def test_what_does_not_fit_is_chosen_run_and_exact(workload: Workload) -> None:
 
 
 def test_a_workload_says_how_it_is_priced() -> None:
-    """Its own choices, and the optimiser of its file."""
+    """Its own choices, the optimizer of its file, and that PyTorch runs its modules eagerly."""
     module = spindle.Workload("w", recompute=["a"], shard_optimizer=True)
-    assert pricing_of(module, torch.optim.SGD) == Pricing(optimizer="sgd", shard_optimizer=True, recomputed=("a",))
+    eager = Execution(layers="eager", optimizer="plain", tf32=False)
+    told = Pricing(optimizer="sgd", shard_optimizer=True, recomputed=("a",), execution=eager)
+    assert pricing_of(module, torch.optim.SGD) == told
+    fused = pricing_of(module, lambda ps: torch.optim.AdamW(ps, fused=True))
+    assert fused.execution.optimizer == "fused"
     momentum = pricing_of(module, lambda ps: torch.optim.SGD(ps, momentum=0.9))
     assert momentum.optimizer == "sgd_momentum"
     assert pricing_of(module).optimizer == "adamw"
