@@ -2,7 +2,8 @@
 
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from spindle.calibration import Calibration, MeasuredStep, calibrated
 from spindle.cluster import Cluster
-from spindle.errors import PlanError
+from spindle.errors import InfeasibleError, InputError, PlanError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, laid_out, with_fixed
 from spindle.pricing import Pricing
@@ -216,12 +217,14 @@ def make_calibration(
     load = source if callable(source) else on_batches(str(source))
 
     def case(row: MeasuredStep) -> Case:
-        where = resized(whole, row.gpus)
-        loaded = load(row, where)
+        with _about_row(row):
+            where = resized(whole, row.gpus)
+            loaded = load(row, where)
         linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
 
         def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
-            return plan_source(loaded, where, measured, calibration=calibration, method=method)
+            with _about_row(row):
+                return plan_source(loaded, where, measured, calibration=calibration, method=method)
 
         def costs(pricing: Pricing) -> Costs:
             return Costs(loaded.metagraph, linked, pricing, measured, loaded.steps, loaded.is_mean)
@@ -230,6 +233,15 @@ def make_calibration(
 
     found = calibrate_cases([case(row) for row in rows], whole.device.name)
     return replace(found, method=method, source="" if callable(source) else Path(source).name)
+
+
+@contextmanager
+def _about_row(row: MeasuredStep) -> Iterator[None]:
+    """Errors inside say which measured row they are about."""
+    try:
+        yield
+    except (InputError, InfeasibleError) as error:
+        raise type(error)(f"the row of {row}: {error}") from None
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:

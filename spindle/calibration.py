@@ -34,10 +34,13 @@ class MeasuredStep:
             raise ProfileError(
                 f"measured step: {self.gpus} GPUs with a batch of {self.per_gpu_batch} each; both are at least one"
             )
-        if not 0 < self.seconds < float("inf") or not 0 <= self.predicted_s < float("inf"):
+        if not 0 < self.seconds < float("inf"):
             raise ProfileError(
-                f"measured step on {self.gpus} GPUs: {self.seconds!r} s, predicted {self.predicted_s!r} s; give a "
-                "positive number of seconds"
+                f"measured step on {self.gpus} GPUs: {self.seconds!r} s; give a positive number of seconds"
+            )
+        if not 0 <= self.predicted_s < float("inf"):
+            raise ProfileError(
+                f"measured step on {self.gpus} GPUs: predicted_s is {self.predicted_s!r}; give seconds, zero or more"
             )
 
     @property

@@ -14,6 +14,7 @@ from spindle.errors import FormatError, ProfileError
 from spindle.formats import read_text
 
 COLUMNS = ("gpus", "per_gpu_batch", "seconds_per_step")
+LEAST_S, MOST_S = 1e-6, 1e6  # no step of training is shorter than a kernel or longer than some days
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def _row(row: Mapping[str, str], where: str) -> MeasuredStep:
         raise FormatError(
             f"{where}: {found}; give whole numbers of GPUs and samples, and seconds as a number"
         ) from None
+    if not LEAST_S <= seconds <= MOST_S:  # NaN too
+        raise FormatError(f"{where}: a step of {seconds!r} s; give the seconds of one step, {LEAST_S:g} to {MOST_S:g}")
     try:
         return MeasuredStep(gpus=counts[0], per_gpu_batch=counts[1], seconds=seconds)
     except ProfileError as error:
