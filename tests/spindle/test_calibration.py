@@ -140,6 +140,19 @@ def test_what_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
         read_steps(steps_file(tmp_path, text))
 
 
+def test_a_log_of_every_step_is_refused(tmp_path: Path) -> None:
+    path = steps_file(tmp_path, f"{HEAD}\n" + "8,2,1\n" * 1000)
+    with pytest.raises(FormatError, match="holds 1000 steps, and each row is planned; give at most 200"):
+        read_steps(path)
+
+
+@pytest.mark.parametrize("fields", [{"compute": 1e30}, {"host": 1e-30}, {"network": 1e30}, {"step_s": 1e30}])
+def test_factors_that_no_step_has(fields: dict[str, float]) -> None:
+    """Times that differ by more than sixteen digits cannot be added: a plan of them would be nonsense."""
+    with pytest.raises(ProfileError, match=f"calibration: {next(iter(fields))} is 1e.30.*fit (them|it) again"):
+        calibrated(parse_cluster("1x8:a100-80g"), Calibration(device="a100-80g", **fields))
+
+
 def test_the_mark_that_spreadsheets_put_first_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "measured.csv"
     path.write_bytes(f"\ufeff{HEAD}\r\n8,2,1\r\n".encode())
