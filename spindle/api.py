@@ -2,7 +2,9 @@
 
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from spindle.calibration import Calibration, MeasuredStep, calibrated
 from spindle.cluster import Cluster
-from spindle.errors import PlanError
+from spindle.errors import InfeasibleError, InputError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, laid_out, with_fixed
 from spindle.pricing import Pricing
@@ -214,22 +216,49 @@ def make_calibration(
     whole = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     measured = _read(profile, Profile)
     load = source if callable(source) else on_batches(str(source))
+    rare: set[str] = set()
 
     def case(row: MeasuredStep) -> Case:
-        where = resized(whole, row.gpus)
-        loaded = load(row, where)
+        with _about_row(row):
+            where = resized(whole, row.gpus)
+            loaded = load(row, where)
+        rare.update(presence.task for presence in loaded.presences if not presence.is_constant)
         linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
 
         def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
-            return plan_source(loaded, where, measured, calibration=calibration, method=method)
+            with _about_row(row):
+                return plan_source(loaded, where, measured, calibration=calibration, method=method)
 
         def costs(pricing: Pricing) -> Costs:
             return Costs(loaded.metagraph, linked, pricing, measured, loaded.steps, loaded.is_mean)
 
         return Case(row, solve, costs)
 
-    found = calibrate_cases([case(row) for row in rows], whole.device.name)
+    cases = [case(row) for row in rows]
+    if rare:
+        _warn_of_rare(sorted(rare))
+    found = calibrate_cases(cases, whole.device.name)
     return replace(found, method=method, source="" if callable(source) else Path(source).name)
+
+
+def _warn_of_rare(tasks: Sequence[str]) -> None:
+    """Say that measured steps are taken for steps of all tasks."""
+
+    warnings.warn(
+        f"rows are taken for steps with all tasks, and {', '.join(tasks)} takes part in some steps only: give the "
+        "seconds of steps that had all, not a mean over all steps",
+        SpindleWarning,
+        stacklevel=3,
+    )
+
+
+@contextmanager
+def _about_row(row: MeasuredStep) -> Iterator[None]:
+    """Errors inside say which measured row they are about."""
+    try:
+        yield
+    except (InputError, InfeasibleError) as error:
+        raise type(error)(f"the row of {row}: {error}") from None
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:

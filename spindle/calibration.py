@@ -15,6 +15,8 @@ from spindle.errors import ProfileError
 Constant = Literal["compute", "host", "network", "step_s"]
 CONSTANTS: tuple[Constant, ...] = ("compute", "host", "network", "step_s")
 FACTORS: tuple[Constant, ...] = ("compute", "host", "network")
+MOST_FACTOR = 1000.0  # what is fitted stays within 50; a file may say anything
+MOST_STEP_S = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +36,13 @@ class MeasuredStep:
             raise ProfileError(
                 f"measured step: {self.gpus} GPUs with a batch of {self.per_gpu_batch} each; both are at least one"
             )
-        if not 0 < self.seconds < float("inf") or not 0 <= self.predicted_s < float("inf"):
+        if not 0 < self.seconds < float("inf"):
             raise ProfileError(
-                f"measured step on {self.gpus} GPUs: {self.seconds!r} s, predicted {self.predicted_s!r} s; give a "
-                "positive number of seconds"
+                f"measured step on {self.gpus} GPUs: {self.seconds!r} s; give a positive number of seconds"
+            )
+        if not 0 <= self.predicted_s < float("inf"):
+            raise ProfileError(
+                f"measured step on {self.gpus} GPUs: predicted_s is {self.predicted_s!r}; give seconds, zero or more"
             )
 
     @property
@@ -91,6 +96,17 @@ def calibrated(cluster: Cluster, calibration: Calibration) -> Cluster:
         raise ProfileError(
             f"the calibration is of {calibration.device!r} and the cluster has {cluster.device.name!r}; calibrate on "
             "steps that were measured on this device type (spindle calibrate), or plan without it"
+        )
+    for name in FACTORS:
+        if not 1 / MOST_FACTOR <= getattr(calibration, name) <= MOST_FACTOR:
+            raise ProfileError(
+                f"calibration: {name} is {getattr(calibration, name):g}; no step is that far off: factors "
+                f"lie within {1 / MOST_FACTOR:g} and {MOST_FACTOR:g}, fit them again (spindle calibrate)"
+            )
+    if calibration.step_s > MOST_STEP_S:
+        raise ProfileError(
+            f"calibration: step_s is {calibration.step_s:g} s; a fixed part of a step is less than {MOST_STEP_S:g} s, "
+            "fit it again (spindle calibrate)"
         )
     return replace(
         cluster,

@@ -14,6 +14,8 @@ from spindle.errors import FormatError, ProfileError
 from spindle.formats import read_text
 
 COLUMNS = ("gpus", "per_gpu_batch", "seconds_per_step")
+MOST_ROWS = 200
+LEAST_S, MOST_S = 1e-6, 1e6  # no step of training is shorter than a kernel or longer than some days
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def read_steps(path: str | Path, table: str | None = None) -> MeasuredTable:
     if not rows:
         raise FormatError(f"{path}: holds no measured step; add a line for each, below {','.join(COLUMNS)}")
     _check_twice(rows, str(path))
+    if len(rows) > MOST_ROWS:
+        raise FormatError(
+            f"{path}: holds {len(rows)} steps, and each row is planned; give at most {MOST_ROWS}, one for each number "
+            "of GPUs and batch, with the mean of its steps"
+        )
     return MeasuredTable(rows, tuple(name for name in names if name not in (*COLUMNS, "table")))
 
 
@@ -78,6 +85,8 @@ def _row(row: Mapping[str, str], where: str) -> MeasuredStep:
         raise FormatError(
             f"{where}: {found}; give whole numbers of GPUs and samples, and seconds as a number"
         ) from None
+    if not LEAST_S <= seconds <= MOST_S:  # NaN too
+        raise FormatError(f"{where}: a step of {seconds!r} s; give the seconds of one step, {LEAST_S:g} to {MOST_S:g}")
     try:
         return MeasuredStep(gpus=counts[0], per_gpu_batch=counts[1], seconds=seconds)
     except ProfileError as error:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from spindle.errors import ClusterError
 
+MOST_DEVICES = 2**20  # each is simulated by itself; more than that would take minutes to say anything
+
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "reduce", "broadcast"]
 
 
@@ -140,6 +142,11 @@ class Cluster:
         for name, count in (("nodes", self.nodes), ("devices_per_node", self.devices_per_node)):
             if count < 1:
                 raise ClusterError(f"cluster: {name} is {count}; a cluster needs at least one")
+        if self.num_devices > MOST_DEVICES:
+            raise ClusterError(
+                f"cluster: {self.nodes} nodes of {self.devices_per_node} are {self.num_devices} devices; give at most "
+                f"{MOST_DEVICES}"
+            )
 
     @property
     def num_devices(self) -> int:

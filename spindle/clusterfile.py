@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import ClusterError, FormatError
@@ -17,25 +17,37 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # YAML has lists only
 
 
+# Numbers further apart than that are mistakes of unit, and times that differ by more than 16 digits cannot be added.
+_Rate = Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=1e-6, le=1, allow_inf_nan=False)]
+_Micros = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+_Times = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+
+
 class _DeviceModel(StrictModel):
     name: str
-    memory_gib: float
-    reserved_gib: float = 0.0
-    peak_tflops: float
-    memory_bandwidth_gbps: float
-    matmul_efficiency: float = 0.8
-    attention_efficiency: float = 0.3
-    elementwise_traffic: float = 5.0
-    eager_traffic: float = 0.0
-    kernels_per_matmul: float = 3.5
-    overlap_cost: float = 1.0
-    launch_us: float = 2.5
-    parallel_units: int = 108
-    float32_rate: float = 0.5
-    full_float32_rate: float = 0.0625
-    host_bandwidth_gbps: float = 25.0
+    memory_gib: _Rate
+    reserved_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    peak_tflops: _Rate
+    memory_bandwidth_gbps: _Rate
+    matmul_efficiency: _Share = 0.8
+    attention_efficiency: _Share = 0.3
+    elementwise_traffic: _Times = 5.0
+    eager_traffic: _Times = 0.0
+    kernels_per_matmul: _Times = 3.5
+    overlap_cost: _Times = 1.0
+    launch_us: _Micros = 2.5
+    parallel_units: Annotated[int, Field(ge=0)] = 108
+    float32_rate: Annotated[float, Field(ge=1e-3, le=1, allow_inf_nan=False)] = 0.5
+    full_float32_rate: Annotated[float, Field(ge=1e-3, le=1, allow_inf_nan=False)] = 0.0625
+    host_bandwidth_gbps: _Rate = 25.0
 
     def value(self) -> Device:
+        if self.reserved_gib >= self.memory_gib:
+            raise ClusterError(
+                f"device {self.name!r}: reserved_gib is {self.reserved_gib:g} of {self.memory_gib:g} in memory_gib, "
+                "which leaves nothing for tensors; give less"
+            )
         same = ["matmul_efficiency", "attention_efficiency", "elementwise_traffic", "eager_traffic", "overlap_cost"]
         same += ["kernels_per_matmul", "parallel_units", "float32_rate", "full_float32_rate"]
         return Device(
@@ -50,9 +62,9 @@ class _DeviceModel(StrictModel):
 
 
 class _ProtocolModel(StrictModel):
-    latency_us: float
-    hop_us: float = 0.0
-    bandwidth_gbps: float
+    latency_us: _Micros
+    hop_us: _Micros = 0.0
+    bandwidth_gbps: _Rate
     in_network: bool = False
     operation: Collective | None = None
     from_kib: float = 0.0
@@ -69,9 +81,9 @@ class _ProtocolModel(StrictModel):
 
 
 class _LinkModel(StrictModel):
-    bandwidth_gbps: float
-    node_bandwidth_gbps: float | None = None
-    latency_us: float = 0.0
+    bandwidth_gbps: _Rate
+    node_bandwidth_gbps: _Rate | None = None
+    latency_us: _Micros = 0.0
     protocols: Annotated[tuple[_ProtocolModel, ...], BeforeValidator(_as_tuple)] = ()
 
     def value(self) -> Link:
@@ -94,7 +106,10 @@ class _DeviceTypeModel(StrictModel):
 class _ClusterModel(StrictModel):
     nodes: int = 1
     devices_per_node: int
-    device: _DeviceModel | str
+    device: Annotated[
+        Annotated[_DeviceModel, Tag("(type)")] | Annotated[str, Tag("(name)")],
+        Discriminator(lambda value: "(type)" if isinstance(value, dict) else "(name)"),
+    ]
     intra_node: _LinkModel | None = None
     inter_node: _LinkModel | None = None
 
@@ -183,10 +198,13 @@ def _read_cluster(path: str) -> Cluster:
         raise FormatError(f"{path}: intra_node is missing; add intra_node: {{bandwidth_gbps: ..., latency_us: ...}}")
     else:
         device, intra, inter = model.device, model.intra_node, model.inter_node or model.intra_node
-    return Cluster(
-        nodes=model.nodes,
-        devices_per_node=model.devices_per_node,
-        device=device.value(),
-        intra_node=intra.value(),
-        inter_node=inter.value(),
-    )
+    try:
+        return Cluster(
+            nodes=model.nodes,
+            devices_per_node=model.devices_per_node,
+            device=device.value(),
+            intra_node=intra.value(),
+            inter_node=inter.value(),
+        )
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error}") from None

@@ -101,7 +101,8 @@ def explain_validation(error: ValidationError, limit: int = 2) -> str:
     """Pydantic's findings in one line: where, what was found, and the rule."""
     found = []
     for item in error.errors()[:limit]:
-        where = ".".join(str(part) for part in item["loc"]) or "the file"
+        parts = [str(part) for part in item["loc"]]
+        where = ".".join(part for part in parts if not part.startswith("(")) or "the file"  # (kind): one of a choice
         if item["type"] == "extra_forbidden":
             found.append(f"{where} is not a known field; remove it")
         elif item["type"] == "missing":
@@ -118,9 +119,12 @@ def read(path: str | Path, expect: type[ValueT]) -> ValueT:
 
 
 def read_text(path: str | Path) -> str:
-    """Text of a file; raises FormatError naming the path when it is missing, a folder or not text."""
+    """Text of a file, without the mark that some editors and spreadsheets put first (BOM).
+
+    Raises FormatError naming the path when it is missing, a folder or not text.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise FormatError(f"{path}: cannot be read ({reason}); check the path") from None

@@ -104,6 +104,8 @@ class Alternative:
             raise PlanError(
                 f"{self.name!r} takes {self.step_s!r} s and {self.peak_bytes!r} bytes; give numbers of zero or more"
             )
+        if self.fits and not self.step_s:
+            raise PlanError(f"{self.name!r} fits and its step takes {self.step_s!r} s; give the seconds of its step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

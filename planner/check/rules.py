@@ -8,6 +8,8 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, by_metaop, layer_bytes, named, received_s
 
+SHARES = 1e-6  # by which shares of steps may miss 1 together
+
 # ------------------------------------------------------------------------------------ rules of the plan by itself
 
 
@@ -188,11 +190,31 @@ def _peaks(case: PricedCase) -> list[float]:
     return [kept + once for kept, once in zip(peaks, again, strict=True)]
 
 
+def _task_sets(case: Case) -> Iterator[Finding]:
+    """Sets of tasks that steps have: shares of all steps, and tasks that the plan runs."""
+    sets = case.plan.task_sets
+    together = sum(each.share for each in sets)
+    if sets and abs(together - 1) > SHARES:
+        yield Finding(f"task_sets have {100 * together:g} % of the steps together; give shares that add up to 100 %")
+    graph = case.plan.metagraph
+    known = {metaop.task.partition("#")[0] for metaop in graph} if graph else {n for each in sets for n in each.tasks}
+    for each in sets:
+        if not 0 <= each.share <= 1 or each.step_s < 0 or each.sequential_s < 0:
+            yield Finding(
+                f"task_sets: {', '.join(each.tasks)} has a share of {each.share} and takes {each.step_s} s, "
+                f"{each.sequential_s} s in sequence; give shares from 0 to 1 and seconds of zero or more"
+            )
+        for name in each.tasks:
+            if name not in known:
+                yield Finding(f"task_sets name {name!r}, of which the plan runs nothing")
+
+
 PLAN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _waves_in_order,
     _devices_exist,
     _one_slice_at_a_time,
     _makespan,
+    _task_sets,
 )
 METAGRAPH_RULES: tuple[Callable[[PricedCase], Iterator[Finding]], ...] = (
     _cluster_shape,

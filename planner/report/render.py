@@ -315,7 +315,7 @@ def _by_task(s: Slice, metagraph: MetaGraph | None) -> str:
 def _bar(plan: Plan, slices: Sequence[Slice], columns: int, symbol_of: Callable[[Slice], str]) -> str:
     """A cell for each of `columns` equal spans of time: the slice that runs in its middle, `|` where one begins."""
     cells = ["."] * columns
-    per_cell_s = plan.makespan_s / columns
+    per_cell_s = (plan.makespan_s or 1.0) / columns  # a plan that was edited may say anything
     for s in slices:
         first = min(columns - 1, max(0, round(s.start_s / per_cell_s)))
         last = min(columns, max(first + 1, round(s.end_s / per_cell_s)))

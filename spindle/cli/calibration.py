@@ -85,17 +85,23 @@ def calibration_text(found: "Calibration") -> str:
         ("compute", f"x {found.compute:.3f}", "seconds of computation"),
         ("host", f"x {found.host:.3f}", "seconds in which the host starts kernels"),
         ("network", f"x {found.network:.3f}", "seconds of collectives and transfers"),
-        ("step_s", f"{found.step_s:.4f} s", "fixed part of each step: data, logging, hooks"),
+        ("step_s", f"{_seconds(found.step_s)} s", "fixed part of each step: data, logging, hooks"),
     ):
         doubt = ": these rows say nothing about it" if name in found.undetermined else ""
         lines.append(f"{name:10} {text:>9}  {what}{doubt}")
-    lines += ["", f"{'GPUs':>5} {'batch each':>10} {'measured s':>11} {'told s':>9} {'error %':>8}"]
+    lines += ["", f"{'GPUs':>5} {'batch each':>10} {'measured s':>11} {'fitted s':>9} {'error %':>8}"]
     lines += [
-        f"{row.gpus:>5} {row.per_gpu_batch:>10} {row.seconds:>11.4f} {row.predicted_s:>9.4f} {100 * row.error:>+8.1f}"
+        f"{row.gpus:>5} {row.per_gpu_batch:>10} {_seconds(row.seconds):>11} {_seconds(row.predicted_s):>9} "
+        f"{100 * row.error:>+8.1f}"
         for row in found.rows
     ]
     doubts = _doubts(found)
     return "\n".join([*lines, *([""] if doubts else []), *(folded(doubt) for doubt in doubts)])
+
+
+def _seconds(value_s: float) -> str:
+    """Four places, or five digits where these would leave nothing of a short step or overflow their column."""
+    return f"{value_s:.4f}" if not value_s or 0.01 <= value_s < 1e4 else f"{value_s:.5g}"
 
 
 def _doubts(found: "Calibration") -> list[str]:
@@ -126,8 +132,15 @@ def _doubts(found: "Calibration") -> list[str]:
         lines.append(
             f"{' and '.join(far)}: more than {FAR:g} times off; check that SOURCE and --cluster are what was measured"
         )
+    shortest = min(found.rows, key=lambda row: row.predicted_s)
+    if found.step_s > MOST_FIXED * shortest.predicted_s:
+        lines.append(
+            f"step_s is {100 * found.step_s / shortest.predicted_s:.0f} % of the step on {shortest}, so most of it is "
+            "neither computation nor network; check that seconds_per_step is in seconds, of one step"
+        )
     return lines
 
 
 LARGE = 0.05  # relative error of a row that is worth a sentence
 FAR = 3.0
+MOST_FIXED = 0.7  # share of a step that loaders, logs and hooks may take before their unit is in doubt

@@ -136,7 +136,7 @@ def check(plan_file: str, metagraph: str | None, as_json: bool) -> None:
     from spindle.metagraph import MetaGraph
     from spindle.planner.check import check_plan, picture
 
-    loaded = read_plan(plan_file)
+    loaded = read_plan(plan_file, as_it_is=True)
     findings = check_plan(loaded, read(metagraph, MetaGraph) if metagraph else None)
     if as_json:
         click.echo(json_text({"ok": not findings, "findings": [str(finding) for finding in findings]}, indent=1))

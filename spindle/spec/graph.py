@@ -33,12 +33,20 @@ from spindle.spec.blocks import (
 from spindle.spec.parts import Cost, Part, part_of, rows_of, skipped_part, stem_of, sum_parts, tail_of, task_adapters
 from spindle.spec.values import LOSS, Edge, Task, WorkloadSpec
 
+MOST_LAYERS = 100_000  # of a task in a step; each is an operator of its own
+
 
 def build_graph(spec: WorkloadSpec) -> TaskGraph:
     """The TaskGraph of a spec: every layer of every task as an operator, tasks in the order of the spec.
 
     A task that runs several times in a step has the operators of each run.
     """
+    layers = {c.name: getattr(c, "layers", 1) for c in spec.components}
+    for task in spec.tasks:
+        if (count := task.rate * sum(layers[name] for name in task.components)) > MOST_LAYERS:
+            raise WorkloadError(
+                f"task {task.name!r} runs {count} layers a step; each is costed by itself, give at most {MOST_LAYERS}"
+            )
     runs = [run for task in spec.tasks for run in task.runs]
     return TaskGraph(tuple(operator for run in runs for operator in task_operators(spec, run)))
 

@@ -179,10 +179,16 @@ class WorkloadSpec:
 
     def _degrees(self, component: Component) -> tuple[int, ...]:
         """Degrees of tensor parallelism of a component, rising. Raises WorkloadError when there is none."""
-        most = component.tensor_parallel or self.tensor_parallel
-        least = component.min_tensor_parallel or min(self.min_tensor_parallel, most)
+        most = self.tensor_parallel if component.tensor_parallel is None else component.tensor_parallel
+        own = component.min_tensor_parallel
+        least = min(self.min_tensor_parallel, most) if own is None else own
+        if least < 1 or most < least:
+            raise WorkloadError(
+                f"component {component.name!r}: tensor_parallel is {most} and min_tensor_parallel {least}; give "
+                "numbers of devices, the second from 1 up to the first"
+            )
         found = tuple(degree for degree in range(least, most + 1) if component.splits_over(degree))
-        if least < 1 or not found:
+        if not found:
             raise WorkloadError(
                 f"component {component.name!r}: no tensor_parallel degree from {least} to {most} divides its heads "
                 "(and its kv_heads, or is a multiple of them); give a range that holds one"

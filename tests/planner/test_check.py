@@ -4,7 +4,7 @@ import pytest
 
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
-from spindle.plan import Certificate, Memory, Plan, Slice
+from spindle.plan import Certificate, Memory, Plan, SetStep, Slice
 from spindle.planner.check import check_plan, picture, require_plan
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
@@ -50,6 +50,13 @@ BROKEN = [
     (replace(good(), cluster=cluster(memory_bytes=35)), "device 0 needs 0.00 GiB but 'toy' has 0.00 GiB (2 devices"),
     (replace(good(), memory=Memory(fits=False), cluster=cluster()), "memory.fits is false but 0 devices overflow"),
     (replace(good(), cluster=cluster(2, 2)), "the plan is for 4 devices, 4 a node, but the cluster has 4, 2 a node"),
+]
+
+SETS = (SetStep(share=0.4, tasks=("a",), step_s=1.0), SetStep(share=0.6, tasks=("a", "b"), step_s=2.0))
+BROKEN += [
+    (replace(good(), task_sets=SETS[:1]), "task_sets have 40 % of the steps together"),
+    (replace(good(), task_sets=(SETS[0], replace(SETS[1], tasks=("gone",)))), "task_sets name 'gone'"),
+    (replace(good(), task_sets=(SETS[0], replace(SETS[1], step_s=-1.0))), "takes -1.0 s, 0.0 s in sequence; give"),
 ]
 
 

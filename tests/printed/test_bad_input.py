@@ -367,6 +367,32 @@ def test_a_plan_that_cannot_be_read(
         check(spindle_command, 2, words, *command)
 
 
+@pytest.mark.parametrize("command", [("explain",), ("show",), ("show", "--html", "page.html"), ("diff", "plan.json")])
+def test_a_plan_on_devices_that_are_not_there(
+    folder: Path, spindle_command: Spindle, plan: dict[str, Any], command: tuple[str, ...]
+) -> None:
+    in_first_slice(devices=[0, 5])(plan)
+    (folder / "changed.json").write_text(json.dumps(plan))
+    words = "changed.json: t.tower runs on device 5 but the plan has 2 devices, from 0; `spindle check changed.json`"
+    verb, *options = command
+    check(spindle_command, 1, words, verb, "changed.json", *options)
+
+
+def test_an_alternative_that_takes_no_time(folder: Path, spindle_command: Spindle, plan: dict[str, Any]) -> None:
+    """Its gain would be a division by zero."""
+    other = next(each for each in plan["alternatives"] if each["fits"])
+    other["step_s"] = 0.0
+    (folder / "plan.json").write_text(json.dumps(plan))
+    for verb in ("show", "check"):
+        check(spindle_command, 1, "fits and its step takes 0.0 s; give the seconds of its step", verb, "plan.json")
+
+
+def test_a_plan_without_a_makespan_is_shown(folder: Path, spindle_command: Spindle, plan: dict[str, Any]) -> None:
+    plan["makespan_s"] = 0.0
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert spindle_command("show", "plan.json").code == 0
+
+
 def test_a_plan_of_another_workload(folder: Path, spindle_command: Spindle, plan: dict[str, Any]) -> None:
     """It is refused before anything starts."""
     words = "the plan runs MetaOp 't.tower', which this workload does not have; plan it again"

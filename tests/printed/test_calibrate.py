@@ -89,7 +89,25 @@ def test_rows_on_devices_that_are_no_nodes(folder: Path, spindle_command: Spindl
     (folder / "measured.csv").write_text(f"{HEAD}\n12,4,0.01\n")
     done = spindle_command(*CALIBRATE)
     assert done.code == 2
-    assert "12 devices are no whole number of nodes of 8; give multiples of 8" in done.err
+    assert "the row of 12 GPUs, batch 4 each: 12 devices are no whole number of nodes of 8; give multiples" in done.err
+
+
+@pytest.mark.filterwarnings("always::spindle.errors.SpindleWarning")
+def test_tasks_of_some_steps_are_named(folder: Path, spindle_command: Spindle) -> None:
+    """A mean over steps with and without a task is the time of neither."""
+    spec = (folder / "small.yaml").read_text()
+    assert spec.count("batch_size:") >= 1
+    (folder / "small.yaml").write_text(spec.replace("batch_size:", "probability: 0.5, batch_size:", 1))
+    done = spindle_command(*CALIBRATE)
+    assert done.code == 0
+    assert "rows are taken for steps with all tasks" in done.err
+
+
+def test_milliseconds_for_seconds_are_doubted(folder: Path, spindle_command: Spindle) -> None:
+    (folder / "measured.csv").write_text(f"{HEAD}\n8,4,410\n8,8,660\n")
+    done = spindle_command(*CALIBRATE)
+    assert done.code == 0
+    assert "check that seconds_per_step is in seconds, of one step" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize("source", ["graph.json", "model.py"])

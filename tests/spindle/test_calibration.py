@@ -125,7 +125,9 @@ HEAD = "gpus,per_gpu_batch,seconds_per_step"
         (f"# c\n\n{HEAD}\n8,2,1\n8,x,1\n", "line 5: gpus '8', per_gpu_batch 'x', seconds_per_step '1'; give whole"),
         (f"{HEAD}\n8,2.5,1\n", "line 2: .*; give whole numbers of GPUs and samples"),
         (f"{HEAD}\n0,2,1\n", "line 2: measured step: 0 GPUs with a batch of 2 each; both are at least one"),
-        (f"{HEAD}\n8,2,nan\n", "line 2: measured step on 8 GPUs: nan s, .*; give a positive number"),
+        (f"{HEAD}\n8,2,nan\n", "line 2: a step of nan s; give the seconds of one step, 1e-06 to 1e\\+06"),
+        (f"{HEAD}\n8,2,-1\n", "line 2: a step of -1.0 s; give the seconds of one step"),
+        (f"{HEAD}\n8,2,1e300\n", r"line 2: a step of 1e\+300 s; give"),
         (f"{HEAD}\n8,2,1\n8,2,1.5\n", "8 GPUs, batch 2 each took 1 s and 1.5 s; what differs is in no column"),
         (
             f"table,{HEAD}\na,8,2,1\nb,8,2,2\n",
@@ -136,6 +138,25 @@ HEAD = "gpus,per_gpu_batch,seconds_per_step"
 def test_what_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(FormatError, match=sentence):
         read_steps(steps_file(tmp_path, text))
+
+
+def test_a_log_of_every_step_is_refused(tmp_path: Path) -> None:
+    path = steps_file(tmp_path, f"{HEAD}\n" + "8,2,1\n" * 1000)
+    with pytest.raises(FormatError, match="holds 1000 steps, and each row is planned; give at most 200"):
+        read_steps(path)
+
+
+@pytest.mark.parametrize("fields", [{"compute": 1e30}, {"host": 1e-30}, {"network": 1e30}, {"step_s": 1e30}])
+def test_factors_that_no_step_has(fields: dict[str, float]) -> None:
+    """Times that differ by more than sixteen digits cannot be added: a plan of them would be nonsense."""
+    with pytest.raises(ProfileError, match=f"calibration: {next(iter(fields))} is 1e.30.*fit (them|it) again"):
+        calibrated(parse_cluster("1x8:a100-80g"), Calibration(device="a100-80g", **fields))
+
+
+def test_the_mark_that_spreadsheets_put_first_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "measured.csv"
+    path.write_bytes(f"\ufeff{HEAD}\r\n8,2,1\r\n".encode())
+    assert read_steps(path).rows == (MeasuredStep(gpus=8, per_gpu_batch=2, seconds=1.0),)
 
 
 def test_one_table_of_several(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ plans = st.builds(
         st.builds(
             Alternative,
             name=text,
-            step_s=amounts,
+            step_s=seconds,
             choice=text,
             peak_bytes=amounts,
             fits=st.booleans(),
