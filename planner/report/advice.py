@@ -69,9 +69,11 @@ def _memory(plan: Plan) -> Advice | None:
     room = plan.cluster.device.memory_bytes
     if max(peaks) + LIBRARIES_BYTES <= room:
         return None
+    shards = plan.shard_optimizer or (plan.metagraph is not None and plan.metagraph.shard_optimizer)
+    left = [what for what, chosen in (("shard the optimizer", shards), ("recompute", plan.recompute)) if not chosen]
     text = (
         f"device {peaks.index(max(peaks))} is filled to {max(peaks) / room:.0%}, and libraries take about 4 GB more: "
-        "shard the optimizer, or recompute"
+        f"{', or '.join(left) or 'take a smaller batch, or more devices'}"
     )
     return Advice(about="memory", text=text)
 

@@ -51,6 +51,21 @@ def test_memory_that_libraries_take(peak: float, said: bool) -> None:
         assert advise(found)[0].text.startswith("device 1 is filled to 96%")
 
 
+@pytest.mark.parametrize(
+    ("shards", "recomputes", "remedy"),
+    [
+        (False, False, "shard the optimizer, or recompute"),
+        (True, False, "recompute"),
+        (False, True, "shard the optimizer"),
+        (True, True, "take a smaller batch, or more devices"),
+    ],
+)
+def test_what_a_plan_does_already_is_not_advised(shards: bool, recomputes: bool, remedy: str) -> None:
+    memory = Memory(peak_bytes_per_device=(77e9,) * 4)
+    found = full(memory=memory, cluster=cluster(), shard_optimizer=shards, recompute=recomputes)
+    assert advise(found)[0].text.endswith(f"libraries take about 4 GB more: {remedy}")
+
+
 def batch_of_six(*, scales: bool = True) -> Plan:
     """Three of four devices at the largest count that six samples allow."""
     times = {1: 6.0, 2: 3.0, 3: 2.0 if scales else 2.9}
