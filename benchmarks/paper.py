@@ -236,7 +236,7 @@ BEYOND = (
     ("anchorvla4d_like", "2x8:a100-80g", None),
     ("at_vla_like", "2x8:a100-80g", None),
     ("multitask_clip", str(HERE / "clusters" / "two-islands.yaml"), None),
-    ("multitask_clip", "128x8:a100-80g", 64),
+    ("multitask_clip", "128x8:a100-80g", 61),
 )
 
 

@@ -24,7 +24,8 @@ def _require_positive(owner: str, **values: float) -> None:
 class Device:
     """One device type: memory, peak dense rate at the training precision, memory bandwidth, and what is reached of it.
 
-    memory_bytes           what tensors may take: without what CUDA, communication libraries and fragmentation take
+    memory_bytes           what tensors may take
+    reserved_bytes         what CUDA, communication libraries and fragmentation take besides; 0: not known
     matmul_efficiency      share of peak_flops that a large matrix product reaches
     attention_efficiency   share of peak_flops that fused attention reaches on the scores it computes
     elementwise_traffic    how many times what stands between matrix products moves their inputs and outputs
@@ -53,6 +54,7 @@ class Device:
     float32_rate: float = 0.5
     full_float32_rate: float = 0.0625
     host_bytes_per_s: float = 25e9  # what sixteen lanes of PCIe 4 reach
+    reserved_bytes: float = 0.0
 
     @property
     def is_cpu(self) -> bool:
@@ -65,7 +67,7 @@ class Device:
         positive += ["host_bytes_per_s"]
         _require_positive(f"device {self.name!r}", **{name: getattr(self, name) for name in positive})
         zero = ("elementwise_traffic", "eager_traffic", "kernels_per_matmul", "overlap_cost", "launch_s")
-        for name in (*zero, "parallel_units"):
+        for name in (*zero, "parallel_units", "reserved_bytes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ClusterError(
                     f"device {self.name!r}: {name} is {getattr(self, name)!r}; it must be zero or a positive number"

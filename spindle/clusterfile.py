@@ -53,6 +53,7 @@ class _DeviceModel(StrictModel):
         return Device(
             name=self.name,
             memory_bytes=(self.memory_gib - self.reserved_gib) * 2**30,
+            reserved_bytes=self.reserved_gib * 2**30,
             peak_flops=self.peak_tflops * 1e12,
             memory_bytes_per_s=self.memory_bandwidth_gbps * 1e9,
             launch_s=self.launch_us * 1e-6,

@@ -175,6 +175,7 @@ class _DeviceModel(_JsonModel):
     float32_rate: float = 0.5
     full_float32_rate: float = 0.0625
     host_bytes_per_s: float = 25e9
+    reserved_bytes: float = 0.0
 
 
 class _ProtocolModel(_JsonModel):

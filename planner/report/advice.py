@@ -1,7 +1,7 @@
 """Advice: a plan in, one or two lines out that say what would help most; each is computed from the plan.
 
 - Plain data parallelism is as good: all tasks in sequence on all devices come close to the plan.
-- Memory: what libraries take besides does not fit beside the predicted peak.
+- Memory: what libraries take besides does not fit beside the predicted peak, where the device type reserves nothing.
 - Batch: MetaOps run at the largest count that a task's batch allows, still scale there, and devices idle.
 - Devices: the slowest chain at its fastest counts bounds what more devices can save; device time, what fewer must do.
 """
@@ -64,7 +64,7 @@ def _as_good(plan: Plan) -> Advice | None:
 
 def _memory(plan: Plan) -> Advice | None:
     peaks = plan.memory.peak_bytes_per_device
-    if plan.cluster is None or plan.cluster.device.name == "cpu" or not peaks:
+    if plan.cluster is None or plan.cluster.device.name == "cpu" or plan.cluster.device.reserved_bytes or not peaks:
         return None
     room = plan.cluster.device.memory_bytes
     if max(peaks) + LIBRARIES_BYTES <= room:

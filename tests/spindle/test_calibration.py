@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spindle.calibration import Calibration, MeasuredStep, calibrated
+from spindle.calibration import Calibration, Constant, MeasuredStep, calibrated
 from spindle.calibrationfile import read_steps
 from spindle.cluster import Cluster, Collective
 from spindle.clusterfile import parse_cluster
@@ -146,11 +146,11 @@ def test_a_log_of_every_step_is_refused(tmp_path: Path) -> None:
         read_steps(path)
 
 
-@pytest.mark.parametrize("fields", [{"compute": 1e30}, {"host": 1e-30}, {"network": 1e30}, {"step_s": 1e30}])
-def test_factors_that_no_step_has(fields: dict[str, float]) -> None:
+@pytest.mark.parametrize(("name", "value"), [("compute", 1e30), ("host", 1e-30), ("network", 1e30), ("step_s", 1e30)])
+def test_factors_that_no_step_has(name: Constant, value: float) -> None:
     """Times that differ by more than sixteen digits cannot be added: a plan of them would be nonsense."""
-    with pytest.raises(ProfileError, match=f"calibration: {next(iter(fields))} is 1e.30.*fit (them|it) again"):
-        calibrated(parse_cluster("1x8:a100-80g"), Calibration(device="a100-80g", **fields))
+    with pytest.raises(ProfileError, match=f"calibration: {name} is 1e.30.*fit (them|it) again"):
+        calibrated(parse_cluster("1x8:a100-80g"), factors(**{name: value}))
 
 
 def test_the_mark_that_spreadsheets_put_first_is_left_out(tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ devices = st.builds(
     full_float32_rate=seconds,
     parallel_units=counts,
 )
-clusters = st.builds(Cluster, nodes=counts, devices_per_node=counts, device=devices, intra_node=links, inter_node=links)
+clusters = st.builds(
+    Cluster, nodes=st.integers(1, 256), devices_per_node=counts, device=devices, intra_node=links, inter_node=links
+)
 
 slices = st.builds(
     lambda metaop, first, layers, devices, start, span: Slice(
