@@ -43,7 +43,9 @@ def _cells(line: str) -> list[str]:
 
 
 def result_of(plan: Plan, *, is_pinned: bool = False) -> str:
-    """Step, gain over the best usual way, expected step, peak memory and degrees, in a few words."""
+    """Step, gain over the best alternative (or how much quicker that is), expected step, peak memory and degrees, in a
+    few words.
+    """
     words = [f"{plan.step_s:.3g} s"]
     usual = min((seconds for name, seconds in plan.usual_ways if name != "paper"), default=0.0)
     if plan.task_sets:
@@ -52,6 +54,8 @@ def result_of(plan: Plan, *, is_pinned: bool = False) -> str:
         words.append("usual ways keep no pins" if is_pinned else "no usual way fits")
     elif plan.compared_s < 0.999 * usual:
         words.append(f"{100 * (1 - plan.compared_s / usual):.1f} % shorter")
+    elif plan.compared_s > 1.01 * usual:
+        words.append(f"the best alternative is {100 * (1 - usual / plan.compared_s):.0f} % shorter")
     else:
         words.append("as fast")
     peak = max(plan.memory.peak_bytes_per_device, default=0.0) / 2**30
