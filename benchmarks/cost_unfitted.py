@@ -9,13 +9,12 @@ from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_tabl
 
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.execution import Execution, Parallel
+from spindle.plan import Plan
 from spindle.planner.usual.alternatives import DDP, ZERO
-from spindle.source import Source
+from spindle.source import spec_source
 from spindle.spec.blocks import Mlp, Transformer
 from spindle.spec.file import read_workload
-from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
 
 EAGER = Execution(layers="eager", attention="plain", gradients="float32")
@@ -244,6 +243,9 @@ def sequential_s(spec: WorkloadSpec, folder: Path, gpus: int) -> float:
     one reduction a step, of states that are sharded where that is shorter, as DeepSpeed may.
     """
     cluster = replace(parse_cluster(str(folder / "clusters" / "spindle-paper.yaml")), nodes=gpus // 8)
-    source = Source(contract(build_graph(spec)), spec.pricing, is_mean=True)
-    plan, _ = plan_source(source, cluster, method="sequential")
+    return in_sequence_s(plan_source(spec_source(spec), cluster, method="sequential")[0])
+
+
+def in_sequence_s(plan: Plan) -> float:
+    """What a plan says of its tasks in turn on all devices."""
     return min(other.step_s for other in plan.alternatives if other.name in (DDP, ZERO) and other.fits)

@@ -17,18 +17,17 @@ from spindle.api import make_calibration, plan_source
 from spindle.calibrationfile import read_steps
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.plan import Plan, make_waves
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import default_limit_s
 from spindle.planner.usual.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
-from spindle.source import Source, load_source
+from spindle.source import Source, load_source, spec_source
 from spindle.spec.file import read_workload
-from spindle.spec.graph import build_graph
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tables' module stands beside this one
 
 from cost_tables import read_table
+from cost_unfitted import in_sequence_s
 
 HERE = Path(__file__).parent
 CLUSTER = HERE / "clusters" / "spindle-paper.yaml"
@@ -54,7 +53,7 @@ Row = Sequence[str]
 
 
 def cluster_of(devices: int) -> Cluster:
-    """The paper's cluster with so many devices."""
+    """The paper's cluster with this number of devices."""
     found = parse_cluster(str(CLUSTER))
     return replace(found, nodes=devices // found.devices_per_node)
 
@@ -63,7 +62,7 @@ def source_of(name: str, tasks: int) -> Source:
     """The first tasks of a workload."""
     spec = read_workload(HERE / "workloads" / f"{name}.yaml")
     chosen = spec.only(task.name for task in spec.tasks[:tasks])
-    return Source(contract(build_graph(chosen)), chosen.pricing, is_mean=True)
+    return spec_source(chosen)
 
 
 def planned(
@@ -95,7 +94,7 @@ def sequential(plans: dict[tuple[str, int, int], Plan]) -> str:
 
     def rows() -> Iterator[Row]:
         for key, plan in plans.items():
-            told = 1e3 * min(other.step_s for other in plan.alternatives if other.name in (DDP, ZERO) and other.fits)
+            told = 1e3 * in_sequence_s(plan)
             measured = published.get(key)
             error = f"{told / measured - 1:+.1%}" if measured else ""
             yield cell(*key), f"{told:.0f}", f"{measured:.0f}" if measured else "", error

@@ -19,9 +19,9 @@ from functools import partial
 from statistics import fmean
 
 from spindle.cluster import Cluster
-from spindle.cost.layout import overlapped_s
-from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.layout import sharded_s
 from spindle.cost.parallel import parallel_cost
+from spindle.cost.roofline import OperatorTime
 from spindle.errors import InfeasibleError
 from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph, MetaOp, points
@@ -300,23 +300,23 @@ def sharded(metagraph: MetaGraph, cluster: Cluster) -> MetaGraph:
         >>> sharded(graph, parse_cluster("1x8:a100-80g"))["a"].times[8] > 1e-3
         True
     """
-    nodes = spread_over_nodes(cluster.num_devices, cluster)
-    metaops = tuple(_sharded(metaop, cluster, nodes) for metaop in metagraph)
-    return replace(metagraph, metaops=metaops, shard_optimizer=True)
+    return replace(metagraph, metaops=tuple(_sharded(metaop, cluster) for metaop in metagraph), shard_optimizer=True)
 
 
-def _sharded(metaop: MetaOp, cluster: Cluster, nodes: Sequence[int]) -> MetaOp:
-    gather_s = collective_s("all_gather", parameter_bytes(metaop), cluster, nodes)
-    scatter_s = collective_s("reduce_scatter", metaop.layer_param_bytes, cluster, nodes)
+def _sharded(metaop: MetaOp, cluster: Cluster) -> MetaOp:
     times: dict[int, float] = {}
     share = metaop.forward_fraction
     for n, time_s in metaop.layer_time_s:
-        forward_s = overlapped_s(time_s * metaop.forward_fraction, gather_s, cluster)
-        backward_s = time_s * (1 - metaop.forward_fraction)
-        if backward_s:
-            backward_s = overlapped_s(backward_s, gather_s + scatter_s, cluster)
-        times[n] = forward_s + backward_s
-        share = forward_s / times[n]  # that of the largest count, on which it runs
+        whole = OperatorTime(time_s * metaop.forward_fraction, time_s * (1 - metaop.forward_fraction))
+        cut = sharded_s(
+            whole,
+            parameter_bytes(metaop),
+            cluster,
+            cluster.num_devices,
+            gradient_bytes=metaop.layer_param_bytes,
+        )
+        times[n] = cut.total_s if whole.backward_s else cut.forward_s
+        share = cut.forward_s / times[n]  # that of the largest count, on which it runs
     return replace(metaop, layer_time_s=points(times), forward_fraction=share, layer_param_bytes=0.0)
 
 

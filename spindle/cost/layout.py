@@ -5,16 +5,13 @@
 - Sharded parameters (ZeRO stage 3, FSDP): all-gather before forward, all-gather and reduce-scatter in backward, beside
   the computation of the layer before. Both slow each other down: each second of communication that runs beside
   computation costs `overlap_cost` seconds (1: nothing is gained by overlap).
-- The optimiser step is bound by memory: it reads gradient, master copy and states and writes all but the gradient.
 """
 
 from collections.abc import Sequence
 
-from spindle.cluster import Cluster, Device
+from spindle.cluster import Cluster
 from spindle.cost.links import collective_s, spread_over_nodes
-from spindle.cost.optimizers import moved_bytes
 from spindle.cost.roofline import OperatorTime
-from spindle.pricing import Optimizer
 
 TENSOR_PARALLEL_COST = 2.0
 """Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at one
@@ -33,18 +30,22 @@ def overlapped_s(compute_s: float, communication_s: float, cluster: Cluster) -> 
 
 
 def sharded_s(
-    time: OperatorTime, parameter_bytes: float, cluster: Cluster, devices: int, *, regather: bool = True
+    time: OperatorTime,
+    parameter_bytes: float,
+    cluster: Cluster,
+    devices: int,
+    *,
+    gradient_bytes: float | None = None,
+    regather: bool = True,
 ) -> OperatorTime:
-    """A layer's time when its `parameter_bytes` are sharded over `devices`; no `regather`: backward still has them."""
+    """A layer's time when its `parameter_bytes` are sharded over `devices`; no `regather`: backward still has them.
+    `gradient_bytes` where not all of them are trained.
+    """
     nodes: Sequence[int] = spread_over_nodes(devices, cluster)
     gather = collective_s("all_gather", parameter_bytes, cluster, nodes)
-    scatter = collective_s("reduce_scatter", parameter_bytes, cluster, nodes)
+    scattered = parameter_bytes if gradient_bytes is None else gradient_bytes
+    scatter = collective_s("reduce_scatter", scattered, cluster, nodes)
     return OperatorTime(
         overlapped_s(time.forward_s, gather, cluster),
         overlapped_s(time.backward_s, scatter + (gather if regather else 0.0), cluster),
     )
-
-
-def update_s(parameters: float, device: Device, optimizer: Optimizer = "adamw", *, width: int = 2) -> float:
-    """Seconds of the optimiser step over so many trained parameters of `width` bytes on one device."""
-    return parameters * moved_bytes(optimizer, width) / device.memory_bytes_per_s

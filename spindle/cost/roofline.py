@@ -80,9 +80,8 @@ def operator_work(operator: Operator, rows: float, *, recompute: bool = False, e
     words = operator.kind.split()
     repeats = _repeats(operator)
     matrices = _matrices(operator)
-    used = _rows_used(operator, rows)
-    linear = 2.0 * used * sum(share * prod(shape) for shape, share in matrices) * repeats
-    scores = score_flops(operator, rows)
+    used, linear = _multiplied(operator, matrices, rows, repeats)
+    scores = max(operator.forward_flops - linear, 0.0)
     lookup = not operator.forward_flops
     # weights of fewer bits are unpacked to sixteen before they are multiplied
     itemsize = max(BYTES_BY_DTYPE.get(operator.parameters[0].dtype, 2), 2) if operator.parameters else 4
@@ -120,17 +119,20 @@ def _matrices(operator: Operator) -> list[tuple[tuple[int, ...], float]]:
     ]
 
 
-def _rows_used(operator: Operator, rows: float) -> float:
-    """Rows that each matrix multiplies: `rows`, or fewer where the FLOPs do not allow that many."""
-    elements = sum(share * prod(shape) for shape, share in _matrices(operator))
-    multiplied = operator.forward_flops / _repeats(operator) / (2.0 * elements) if elements else 0.0
-    return min(rows, multiplied) if rows else multiplied
+def _multiplied(
+    operator: Operator, matrices: Sequence[tuple[tuple[int, ...], float]], rows: float, repeats: int
+) -> tuple[float, float]:
+    """Rows that each matrix multiplies, `rows` or fewer where the FLOPs do not allow that many; FLOPs of all."""
+    elements = sum(share * prod(shape) for shape, share in matrices)
+    multiplied = operator.forward_flops / repeats / (2.0 * elements) if elements else 0.0
+    used = min(rows, multiplied) if rows else multiplied
+    return used, 2.0 * used * elements * repeats
 
 
 def score_flops(operator: Operator, rows: float) -> float:
     """FLOPs of forward that no matrix explains: attention scores and what is summed by them."""
-    elements = sum(share * prod(shape) for shape, share in _matrices(operator))
-    return max(operator.forward_flops - 2.0 * _rows_used(operator, rows) * elements * _repeats(operator), 0.0)
+    _, linear = _multiplied(operator, _matrices(operator), rows, _repeats(operator))
+    return max(operator.forward_flops - linear, 0.0)
 
 
 def num_scores(operator: Operator, flops: float) -> float:

@@ -6,8 +6,9 @@ import pytest
 
 from spindle.cluster import Link, Protocol
 from spindle.clusterfile import parse_cluster
-from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s, update_s
+from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.optimizers import moved_bytes
 from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.roofline import OperatorTime
 
@@ -135,7 +136,6 @@ def test_tensor_parallelism_of_one_is_free() -> None:
 
 def test_optimiser_step_by_hand() -> None:
     """Bytes a parameter: AdamW in mixed precision 2 + 3 * 8 + 2, in float32 4 + 4 + 4 + 2 * 8, plain SGD 12."""
-    device = replace(PLAIN.device, memory_bytes_per_s=1e9)
-    assert update_s(1e9, device) == pytest.approx(28)
-    assert update_s(1e9, device, width=4) == pytest.approx(28)
-    assert update_s(1e9, device, "sgd", width=4) == pytest.approx(12)
+    assert moved_bytes("adamw", 2) == pytest.approx(28)
+    assert moved_bytes("adamw", 4) == pytest.approx(28)
+    assert moved_bytes("sgd", 4) == pytest.approx(12)
