@@ -70,10 +70,5 @@ def _step_s(plan: Plan, metagraph: MetaGraph, cluster: Cluster, tasks: Sequence[
     here = {metaop.name for metaop in metagraph if base_task(metaop.task) in tasks}
     if not here:
         return 0.0
-    present = replace(
-        metagraph,
-        metaops=tuple(metaop for metaop in metagraph if metaop.name in here),
-        flows=tuple(flow for flow in metagraph.flows if {flow.source, flow.target} <= here),
-    )
     slices = [s for s in plan.slices if s.metaop in here]
-    return step_times(replace(plan, waves=make_waves(slices)), present, cluster).step_s
+    return step_times(replace(plan, waves=make_waves(slices)), metagraph.only(here), cluster).step_s

@@ -6,8 +6,8 @@ fresh from contraction has none until it is priced (`spindle.cost.price`).
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -202,6 +202,14 @@ class MetaGraph:
         graph.add_nodes_from(metaop.name for metaop in self.metaops)
         graph.add_edges_from((flow.source, flow.target) for flow in self.flows)
         return graph
+
+    def only(self, names: Collection[str]) -> "MetaGraph":
+        """The MetaOps of these names, and the flows between them; a flow from another one is cut."""
+        return replace(
+            self,
+            metaops=tuple(metaop for metaop in self.metaops if metaop.name in names),
+            flows=tuple(flow for flow in self.flows if flow.source in names and flow.target in names),
+        )
 
     def flow_bytes(self, flow: Flow) -> float:
         """Bytes that `flow` carries, whole batch."""

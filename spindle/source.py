@@ -179,12 +179,7 @@ def _with_tasks(metagraph: MetaGraph, text: str | None) -> MetaGraph:
     """The MetaOps of some tasks, and the flows between them; a flow from another task is cut."""
     tasks = dict.fromkeys(base_task(metaop.task) for metaop in metagraph)
     wanted = set(chosen_tasks(text, tasks))
-    kept = {metaop.name for metaop in metagraph if base_task(metaop.task) in wanted}
-    return replace(
-        metagraph,
-        metaops=tuple(metaop for metaop in metagraph if metaop.name in kept),
-        flows=tuple(flow for flow in metagraph.flows if {flow.source, flow.target} <= kept),
-    )
+    return metagraph.only({metaop.name for metaop in metagraph if base_task(metaop.task) in wanted})
 
 
 def source_of(
