@@ -146,7 +146,7 @@ def _layer_s(samples: int) -> float:
 
 
 def predict_mfu(row: Row, cluster: Cluster) -> float:
-    """Model FLOP utilisation of a MosaicML row, by the table's own formula."""
+    """Model FLOP utilization of a MosaicML row, by the table's own formula."""
     dims = {r["model"]: r for r in read_table("mosaicml_mpt_model_dims")}[row["model"]]
     hidden, tokens = int(dims["d_model"]), int(row["seq_len"])
     model = language_model(

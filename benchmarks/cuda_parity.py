@@ -27,9 +27,10 @@ from spindle.runtime import parity
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.parity import Tolerance
+from spindle.runtime.rank_job import make_jobs
 from spindle.runtime.reference import Outcome
 from spindle.runtime.transport import ProcessTransport, join_store, serve_store
-from spindle.runtime.worker import Worker, make_jobs, merge_losses
+from spindle.runtime.worker import Worker, merge_losses
 from spindle.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -74,11 +75,13 @@ class Tower(nn.Module):
         return y
 
 
-def build(dtype: torch.dtype, *, dropout: float = 0.0, frozen: bool = False, **options: Any) -> Workload:
+def build(
+    dtype: torch.dtype, *, dropout: float = 0.0, frozen: bool = False, sharded: bool = False, **options: Any
+) -> Workload:
     """Two towers on three tasks: contrastive, regression, and one tower alone."""
     torch.manual_seed(0)
     workload = Workload("parity", **options)
-    left = workload.component("left", Tower(6, 3, dropout).to(dtype))
+    left = workload.component("left", Tower(6, 3, dropout).to(dtype), shard="parameters" if sharded else None)
     right = workload.component("right", Tower(5, 2, dropout).to(dtype), optimizer={"lr": 0.02})
     if frozen:
         left.layers.requires_grad_(False)
@@ -135,6 +138,7 @@ CASES = (
     Case("accumulation", lambda: build(F64, accumulate=4, in_flight=2), EXACT),
     Case("frozen layers", lambda: build(F64, frozen=True), EXACT),
     Case("sharded optimizer", lambda: build(F64, shard_optimizer=True), EXACT),
+    Case("sharded parameters", lambda: build(F64, sharded=True, max_grad_norm=0.3), EXACT),
     Case("schedule", lambda: build(F64), EXACT, scheduled=True),
 )
 
@@ -156,7 +160,8 @@ def prepared_for(case: Case, num_ranks: int) -> Prepared:
     from tests.random_plans import random_plan
 
     workload = case.build()
-    return prepare(workload, random_plan(contract(capture(workload).graph), num_ranks, seed=7))
+    plan = random_plan(contract(capture(workload).graph), num_ranks, seed=7, on_all=workload.shard_parameters)
+    return prepare(workload, plan)
 
 
 def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, folder: str) -> None:

@@ -29,7 +29,8 @@ import cost_unfitted as unfitted
 from cost_layouts import predict, read_runs
 from cost_tables import read_table
 
-from spindle.api import make_calibration, plan_source
+from spindle.api import plan_source
+from spindle.calibrating import make_calibration
 from spindle.calibration import FACTORS, Calibration, MeasuredStep
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster, parse_yaml

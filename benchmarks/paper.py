@@ -1,4 +1,4 @@
-"""The paper's evaluation on modelled devices: `python -m benchmarks.paper [--write] [--time-limit S]`, ten minutes.
+"""The paper's evaluation on modeled devices: `python -m benchmarks.paper [--write] [--time-limit S]`, ten minutes.
 
 Everything is what `spindle plan` says of the specs in benchmarks/workloads on benchmarks/clusters/spindle-paper.yaml.
 Nothing is fitted on the paper's times but the batches, which it does not state: they fit the times on 8 GPUs.
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spindle.api import make_calibration, plan_source
+from spindle.api import plan_source
+from spindle.calibrating import make_calibration
 from spindle.calibrationfile import read_steps
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
@@ -164,7 +165,7 @@ def charged(made: Plan, plan: Plan) -> float:
 
 
 def strewn(plan: Plan, where: Cluster) -> Plan:
-    """The same plan with neighbouring devices on different nodes."""
+    """The same plan with neighboring devices on different nodes."""
     size = where.devices_per_node
     moved = {d: (d % where.nodes) * size + d // where.nodes for d in range(where.num_devices)}
     slices = [replace(s, devices=tuple(sorted(moved[d] for d in s.devices))) for s in plan.slices]
@@ -290,7 +291,7 @@ def main() -> None:
     print(text, end="")
     if arguments.write:
         head = (
-            "# The paper's evaluation on modelled devices\n\n"
+            "# The paper's evaluation on modeled devices\n\n"
             f"Command: `python -m benchmarks.paper {' '.join(sys.argv[1:])}`. "
             f"Python {platform.python_version()}; two x86_64 cores. "
             "No time of this machine enters but those of planning.\n\n"

@@ -1,6 +1,6 @@
 """How good and how fast plans are. Each table is printed as Markdown; the results stand in results/planner.md.
 
-    python benchmarks/planner.py gaps        gap to the bound on 45 instances: usual ways, paper, lp at 2 and 10 s
+    python benchmarks/planner.py gaps        gap to the bound on 45 instances: baselines, paper, lp at 2 and 10 s
     python benchmarks/planner.py fresh       the same on seeds that nothing was tuned on
     python benchmarks/planner.py others      the same on other numbers of tasks and devices, none of the easy ones
     python benchmarks/planner.py islands     islands and switch costs: charged afterwards, and inside the search

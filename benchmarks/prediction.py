@@ -1,4 +1,4 @@
-"""Predicted beside measured: steps and peak memory of `make demo`'s workload under its plan and under the usual ways.
+"""Predicted beside measured: steps and peak memory of `make demo`'s workload under its plan and under the baselines.
 
     python -m benchmarks.prediction [-o benchmarks/results/prediction.md]
 
@@ -31,7 +31,8 @@ from spindle.planner.simulate import simulate
 from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, merge_traces, prepare
 from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.worker import Worker, make_jobs
+from spindle.runtime.rank_job import make_jobs
+from spindle.runtime.worker import Worker
 from spindle.source import Source
 from spindle.trace import SpanKind, Trace
 

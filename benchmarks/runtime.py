@@ -1,7 +1,7 @@
 """Spindle's runtime beside plain PyTorch, DistributedDataParallel and FSDP2: python benchmarks/runtime.py [-o FILE]
 
 Both sides of a row are started, then take turns of a few steps; a figure is the median over turns, a ratio the median
-of the ratios of neighbouring turns. Same modules, batches, optimizer and threads; losses are compared. The side that is
+of the ratios of neighboring turns. Same modules, batches, optimizer and threads; losses are compared. The side that is
 not running waits on a pipe and takes no time. Ranks of both sides keep to their cores and, but for the plain loop, keep
 the memory that they free, which Spindle's ranks do of themselves.
 """
@@ -141,9 +141,12 @@ CASES = (
     ("one-task", "eager, memory kept", 1),
     ("multitask-clip", "eager", 1),
     ("multitask-clip", "ddp", 2),
+    ("multitask-clip", "ddp, tuned", 2),
     ("multitask-clip", "fsdp", 2),
     ("adaptor-encoder-decoder", "ddp", 2),
+    ("adaptor-encoder-decoder", "ddp, tuned", 2),
     ("vla", "ddp", 2),
+    ("vla", "ddp, tuned", 2),
 )
 
 

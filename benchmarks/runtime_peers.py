@@ -3,6 +3,8 @@
 - `eager`: one process, the plain loop: every task forward and backward, then one step. It is as people write it; as
   `eager, memory kept` it keeps the memory that it frees, in large pages, as Spindle's ranks and the others here do.
 - `ddp`: DistributedDataParallel over all tasks in turn, their losses summed, one backward and one reduction a step.
+- `ddp, tuned`: as one who knows writes it (`runtime_fused`): each tower once on the samples of all tasks, one gather, a
+  static graph, buffers that are not broadcast, gradients that lie in their buckets.
 - `fsdp`: fully_shard of every block and of the whole, the same loop.
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ragged_models import LARGE, two_towers
+from runtime_fused import FUSED, Losses
 from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
@@ -35,17 +38,20 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 class AllTasks(nn.Module):
     """All tasks of a step in turn; the weighted sum of their losses."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, fused: Callable[..., Losses] | None = None) -> None:
         super().__init__()
+        self.fused = fused
         self.parts = nn.ModuleDict({name: component.module for name, component in workload.components.items()})
         self.tasks = list(workload.tasks.values())
 
     def forward(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.fused is not None:
+            return self.fused(self.parts, batches)
         return {task.name: task.function(batches[task.name]) * task.weight for task in self.tasks}
 
 
 class Peer:
-    """Processes that train a workload in one of the usual ways."""
+    """Processes that train a workload in one of the baselines."""
 
     def __init__(self, kind: str, workload: str, num_ranks: int, num_threads: int) -> None:
         self.store = serve_store("127.0.0.1")
@@ -122,13 +128,16 @@ def _gathered(part: Tensor) -> Tensor:
 
 
 def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callable[[], dict[str, Tensor]]:
-    whole = AllTasks(workload)
+    tuned = kind == "ddp, tuned"
+    whole = AllTasks(workload, FUSED.get(workload.name) if tuned else None)
     used = _used(whole, workload)
     model: nn.Module = whole
-    if kind == "ddp":
+    if kind.startswith("ddp"):
         for parameter in whole.parameters():
             parameter.requires_grad_(id(parameter) in used)
-        model = nn.parallel.DistributedDataParallel(whole, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(
+            whole, gradient_as_bucket_view=True, static_graph=tuned, broadcast_buffers=not tuned
+        )
     if kind == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

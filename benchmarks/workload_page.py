@@ -51,7 +51,7 @@ def result_of(plan: Plan, *, is_pinned: bool = False) -> str:
     if plan.task_sets:
         words.append(f"expected {sum(each.share * each.step_s for each in plan.task_sets):.3g} s")
     if not usual:
-        words.append("usual ways keep no pins" if is_pinned else "no usual way fits")
+        words.append("baselines keep no pins" if is_pinned else "no baseline fits")
     elif plan.compared_s < 0.999 * usual:
         words.append(f"{100 * (1 - plan.compared_s / usual):.1f} % shorter")
     elif plan.compared_s > 1.01 * usual:

@@ -11,7 +11,17 @@ from typing import Any
 
 SECTIONS = {
     "Start": ("index", "quickstart", "concepts", "wrapping", "packed", "models"),
-    "Use": ("reading-a-plan", "timeline", "tuning", "training", "metrics", "cluster", "interop"),
+    "Use": (
+        "reading-a-plan",
+        "timeline",
+        "tuning",
+        "training",
+        "large_models",
+        "metrics",
+        "cluster",
+        "reliability",
+        "interop",
+    ),
     "Examples": ("gallery/index",),
     "Reference": ("cli", "api", "faq"),
     "How it works": ("capture", "planner", "cost-model", "design", "benchmarks"),

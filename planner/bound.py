@@ -122,7 +122,7 @@ def _quick_headtail_s(problem: Problem, middle: int) -> float:
 def allot_certificate(problem: Problem, ops: Collection[int]) -> Certificate:
     """Solve the allot LP over the MetaOps `ops` and read its duals as prices.
 
-    minimise C over layers x[m, n] >= 0 run on n devices, and ends E_m.
+    minimize C over layers x[m, n] >= 0 run on n devices, and ends E_m.
     """
     import pulp
 

@@ -54,24 +54,24 @@ def _alike(one: Solved, other: Solved) -> bool:
     return runs[0] == runs[1] and one[1] == other[1]
 
 
-def _choices(pricing: Pricing) -> tuple[bool, bool]:
-    return pricing.shard_optimizer, pricing.recompute
+def _choices(pricing: Pricing) -> tuple[bool, bool, bool]:
+    return pricing.shard_optimizer, pricing.recompute, bool(pricing.shard_parameters)
 
 
 def _warn_of_choices(cases: Sequence[Case], solved: Sequence[Solved]) -> None:
-    words = {
-        (False, False): "as they are",
-        (True, False): "with sharded optimizer states",
-        (False, True): "with recomputed activations",
-        (True, True): "with sharded optimizer states and recomputed activations",
-    }
-    first: dict[tuple[bool, bool], MeasuredStep] = {}
+    words = "sharded optimizer states", "recomputed activations", "sharded parameters"
+    first: dict[tuple[bool, bool, bool], MeasuredStep] = {}
     for case, (_, pricing) in zip(cases, solved, strict=True):
         first.setdefault(_choices(pricing), case.row)
-    told = "; ".join(f"{row} {words[choices]}" for choices, row in first.items())
+
+    def in_words(choices: tuple[bool, bool, bool]) -> str:
+        chosen = [word for word, is_chosen in zip(words, choices, strict=True) if is_chosen]
+        return f"with {' and '.join(chosen)}" if chosen else "as they are"
+
+    told = "; ".join(f"{row} {in_words(choices)}" for choices, row in first.items())
     warnings.warn(
-        f"the rows fit memory in different ways ({told}), and one program runs one way; set shard_optimizer and "
-        "recompute in the workload as they were in the measured steps",
+        f"the rows fit memory in different ways ({told}), and one program runs one way; set shard_optimizer, recompute "
+        "and shard_parameters in the workload as they were in the measured steps",
         SpindleWarning,
         stacklevel=3,
     )

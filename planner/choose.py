@@ -1,30 +1,39 @@
 """Choice: a MetaGraph, a cluster and how it is trained, in; a plan that fits memory, and what it chose, out.
 
-What costs no time is tried first: as asked for, then optimiser states sharded, then activations recomputed, then both.
-Where only some of the usual ways fit, memory may cost more time than the next choice: the shortest step of those wins.
+What costs no time is tried first: as asked for, then optimizer states sharded, then activations recomputed, then both.
+Where only some of the baselines fit, memory may cost more time than the next choice: the shortest step of those wins.
 So it may where the quickest alternative (`usual.alternatives`) makes a later choice: sharded states also divide the
-optimizer's step.
+optimizer's step. Where not all baselines fit at once, tasks are planned in turns too (`turns`), which costs no
+computation as recomputing does.
+
+Where nothing of all this fits, parameters are sharded, those of the largest component first; and those of all where
+sharding them (FSDP2) is the quickest alternative.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster
 from spindle.cost.sampled import Priced, price_steps
+from spindle.cost.shards import shardable
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan
-from spindle.planner.usual.alternatives import Choice, alternatives, own_layout
-from spindle.pricing import Pricing, memory_choices
+from spindle.planner.turns import turns_to_try
+from spindle.planner.usual.alternatives import FSDP, Choice, alternatives, own_layout
+from spindle.pricing import Pricing, memory_choices, sharded_choices
 from spindle.profile import Profile
+from spindle.turns import Turns
 
 MOST_STATES = 0.875  # of a device's memory that parameters and states may take where layers may be spread over devices
 WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
 Solve = Callable[[Priced, Cluster, float], Plan]
 """A priced MetaGraph, a cluster and a share of the time limit in; raises InfeasibleError."""
+SolveInTurns = Callable[[Priced, Cluster, float, Turns], Plan]
+"""The same for tasks that run in turns."""
 AllFit = Callable[[MetaGraph, Cluster], bool]
-"""Whether all usual ways of a priced MetaGraph fit."""
+"""Whether all baselines of a priced MetaGraph fit."""
 
 
 def solve_fitting(
@@ -37,11 +46,13 @@ def solve_fitting(
     steps: Sequence[MetaGraph] = (),
     is_mean: bool = False,
     all_fit: AllFit | None = None,
+    in_turns: SolveInTurns | None = None,
     with_alternatives: bool = False,
 ) -> tuple[Plan, Pricing]:
-    """The shortest plan of the memory choices up to the first under which all usual ways fit.
+    """The shortest plan of the memory choices up to the first under which all baselines fit.
 
-    Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit.
+    Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit. `in_turns`
+    plans tasks in turns, under choices whose memory is too short for some baseline at once.
     Raises the last InfeasibleError when there is no plan; one that does not fit is returned where only such are found.
     `metagraph` still carries its operators; one from a file is planned as it is, since its costs cannot change. `steps`
     are the same on other batches, for whose mean it is planned; `is_mean`: it stands for that already.
@@ -61,28 +72,98 @@ def solve_fitting(
     if priced[0][0].degrees:
         roomy = [(choice, graph) for choice, graph in priced if _leaves_room(graph.metagraph, cluster)]
         priced = roomy or priced[-1:]
+    short = len(priced) if all_fit is None else 0  # choices whose memory may be too short
     if all_fit is not None:  # the last choice is tried in any case
         fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
-        least = next(fitting, len(priced) - 1)
-        priced = priced[: least + 1] + [(choice, graph) for choice, graph in priced[least + 1 :] if choice in quicker]
-    last: InfeasibleError | None = None
-    best: tuple[Plan, Pricing] | None = None
-    for choice, graph in priced:
-        try:
-            plan = solve(graph, cluster, 1 / len(priced) if all_fit else 1.0)
-        except InfeasibleError as error:
-            last = error
-            continue
-        if best is None or plan.memory.fits > best[0].memory.fits or _is_worth_it(plan, best[0]):
-            best = plan, choice
-        if all_fit is None and plan.memory.fits:
-            break
+        short = next(fitting, len(priced) - 1)
+        if short == len(priced) - 1 and in_turns and _may_be_short(priced[-1][1].metagraph, cluster):
+            short += not all_fit(priced[-1][1].metagraph, cluster)
+        priced = priced[: short + 1] + [(choice, graph) for choice, graph in priced[short + 1 :] if choice in quicker]
+    tries = [*_tries(priced, short if in_turns else 0, cluster)]
+    best, last = _shortest(tries, cluster, solve, in_turns, tries_all=all_fit is not None)
+    more = _sharding(choices, shardable(metagraph, cluster, choices[0]), best, others)
+    if more:
+        in_shards = [*_tries([(choice, priced_by(choice)) for choice in more], len(more) if in_turns else 0, cluster)]
+        best, last = _shortest(in_shards, cluster, solve, in_turns, tries_all=False, best=best, last=last)
     if best is not None:
         return replace(best[0], alternatives=others), best[1]
     assert last is not None, "each choice gives a plan or an InfeasibleError"
     if others:
         raise InfeasibleError(f"{last}. {_instead(others)}") from last
     raise last
+
+
+def _sharding(
+    choices: Sequence[Pricing],
+    components: Sequence[str],
+    best: tuple[Plan, Pricing] | None,
+    others: Sequence[Alternative],
+) -> tuple[Pricing, ...]:
+    """Choices that shard parameters, to be tried after the `best` of others; none where that is good enough."""
+    if not components:
+        return ()
+    if best is None or not best[0].memory.fits:
+        return sharded_choices(choices[0], components)
+    quickest = min((other for other in others if other.fits), key=lambda other: other.step_s, default=None)
+    if quickest is None or quickest.name != FSDP or quickest.step_s >= (1 - WORTH) * best[0].expected_s:
+        return ()
+    return sharded_choices(replace(choices[0], recompute=quickest.recompute), components)[-1:]
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A memory choice to be planned, all tasks at once or in turns; no schedule takes less than `least_s`."""
+
+    choice: Pricing
+    graph: Priced
+    turns: Turns
+    least_s: float
+
+
+def _tries(priced: Sequence[tuple[Pricing, Priced]], short: int, cluster: Cluster) -> Iterator[_Try]:
+    """Each choice at once, and the first `short` ones in turns."""
+    for number, (choice, graph) in enumerate(priced):
+        work_s = (m.layers * min(n * t for n, t in m.layer_time_s) for m in graph.metagraph)
+        least_s = sum(work_s) / cluster.num_devices
+        for turns in ((), *(turns_to_try(graph.metagraph, cluster) if number < short else ())):
+            yield _Try(choice, graph, turns, least_s)
+
+
+def _shortest(
+    tries: Sequence[_Try],
+    cluster: Cluster,
+    solve: Solve,
+    in_turns: SolveInTurns | None,
+    *,
+    tries_all: bool,
+    best: tuple[Plan, Pricing] | None = None,
+    last: InfeasibleError | None = None,
+) -> tuple[tuple[Plan, Pricing] | None, InfeasibleError | None]:
+    """The shortest plan that fits, or the first one unless all are tried, and why the last try at once had none; `best`
+    and `last` are those of tries before, beside which these have the time limit once more.
+    """
+    share = 1 / len(tries) if tries_all or last or best else 1.0
+    for each in tries:
+        if best is not None and best[0].memory.fits and each.least_s >= (1 - WORTH) * best[0].expected_s:
+            continue
+        try:
+            graph, turns = each.graph, each.turns
+            plan = in_turns(graph, cluster, share, turns) if in_turns and turns else solve(graph, cluster, share)
+        except InfeasibleError as error:
+            last = last if last and each.turns else error
+            continue
+        saves = WORTH if best and each.choice != best[1] else 0.0  # turns by themselves make training no different
+        if best is None or plan.memory.fits > best[0].memory.fits or _is_worth_it(plan, best[0], saves):
+            best = plan, each.choice
+        if not tries_all and plan.memory.fits:
+            break
+    return best, last
+
+
+def _may_be_short(metagraph: MetaGraph, cluster: Cluster) -> bool:
+    """Whether all tasks at once may not fit; cheap to see."""
+    most = sum(max((num_bytes for _, num_bytes in metaop.memory_bytes), default=0.0) for metaop in metagraph)
+    return most > cluster.device.memory_bytes
 
 
 def _quickest(choices: Sequence[Pricing], others: Sequence[Alternative]) -> list[Pricing]:
@@ -119,8 +200,11 @@ def _alternatives(
     """
     if any(m.layer_time_s[0][0] > cluster.num_devices for m in priced[0][1].metagraph):
         return ()  # nothing runs on so few devices; the plan says so
-    known = dict(priced)
+    known: dict[Pricing, Priced] = {}
     for choice, graph in priced:
+        plain = replace(choice, shard_parameters=())
+        known[plain] = graph if plain == choice else priced_by(plain)
+    for choice, graph in tuple(known.items()):
         if choice.shard_optimizer and any(metaop.operators for metaop in graph.metagraph):
             whole = replace(choice, shard_optimizer=False)
             known[whole] = known.get(whole) or priced_by(whole)
@@ -134,5 +218,5 @@ def _leaves_room(metagraph: MetaGraph, cluster: Cluster) -> bool:
     return sum(held.values()) <= MOST_STATES * cluster.device.memory_bytes
 
 
-def _is_worth_it(plan: Plan, best: Plan) -> bool:
-    return plan.memory.fits >= best.memory.fits and plan.expected_s < (1 - WORTH) * best.expected_s
+def _is_worth_it(plan: Plan, best: Plan, saves: float) -> bool:
+    return plan.memory.fits >= best.memory.fits and plan.expected_s < (1 - saves) * best.expected_s

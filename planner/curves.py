@@ -5,7 +5,7 @@
 - `idle` keeps the others where traffic costs time: running on all devices of its input may be cheaper than moving it.
 - Between points T(n) = a + b/n (paper, section 3.2); Fig. 5a of the paper uses this form, its appendix a straight line.
 - Theorem 1 of the paper needs a concave rate 1/T(n), which measured points do not promise. `hull` keeps the counts on
-  the concave envelope of {(0, 0)} and (n, 1/T(n)); mixing two neighbouring hull counts is all that fractional
+  the concave envelope of {(0, 0)} and (n, 1/T(n)); mixing two neighboring hull counts is all that fractional
   schedules can reach, so bounds and allocations use the hull.
 """
 
@@ -75,12 +75,12 @@ class Curve:
             return self.times_s[0] * self.counts[0] / time_s
         if time_s <= self.times_s[-1]:
             return float(self.counts[-1])
-        low, high = self.neighbours(time_s)
+        low, high = self.neighbors(time_s)
         a, b = _alpha_beta((low, high), (self.time_by_count[low], self.time_by_count[high]))
         return b / (time_s - a)
 
     def rate_inverse(self, time_s: float) -> float:
-        """Average devices of the mix of two neighbouring counts that takes time_s a layer; `inverse` in rate space.
+        """Average devices of the mix of two neighboring counts that takes time_s a layer; `inverse` in rate space.
 
         On a hull this is the fewest device-seconds a layer that finishes in time: 1/time_s is linear in n.
         """
@@ -88,11 +88,11 @@ class Curve:
             return self.times_s[0] * self.counts[0] / time_s
         if time_s <= self.times_s[-1]:
             return float(self.counts[-1])
-        low, high = self.neighbours(time_s)
+        low, high = self.neighbors(time_s)
         rate_low, rate_high = 1 / self.time_by_count[low], 1 / self.time_by_count[high]
         return low + (high - low) * (1 / time_s - rate_low) / (rate_high - rate_low)
 
-    def neighbours(self, time_s: float) -> tuple[int, int]:
+    def neighbors(self, time_s: float) -> tuple[int, int]:
         """The closest counts (low, high) with T(low) > time_s >= T(high); low is 0 when the first count is enough."""
         # bisect on falling times: the first index whose time is <= time_s
         high = bisect_left(self.times_s, -time_s, key=lambda t: -t)

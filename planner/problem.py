@@ -15,6 +15,7 @@ from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.planner.curves import Curve, clean_curve
 from spindle.planner.memory import layer_memory_bytes, saved_bytes
+from spindle.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Problem:
     predecessors    MetaOps that each waits for; `successors` the other way round
     flow_bytes      bytes of each flow (source, target)
     pins            devices that a MetaOp must run on, if any
+    turns           tasks by turn; (): all at once
     """
 
     metagraph: MetaGraph
@@ -34,6 +36,7 @@ class Problem:
     successors: tuple[tuple[int, ...], ...]
     flow_bytes: dict[tuple[int, int], float]
     pins: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    turns: Turns = ()
 
     def __len__(self) -> int:
         return len(self.metagraph)
@@ -107,8 +110,19 @@ class Problem:
         return _has_traffic(self.metagraph)
 
     def layer_memory_bytes(self, op: int, count: int) -> float:
-        """Bytes that one layer takes on each of `count` devices."""
-        return layer_memory_bytes(self.metaops[op], count)
+        """Bytes that one layer takes on each of `count` devices until the step ends; where parameters are sharded
+        without those of `room_bytes`.
+        """
+        metaop = self.metaops[op]
+        passing = _passing_bytes(metaop) - metaop.gathered_bytes
+        return layer_memory_bytes(metaop, count) - passing / metaop.layers
+
+    @cached_property
+    def room_bytes(self) -> float:
+        """Memory of a device without what is there only while a layer whose parameters are sharded computes: its own on
+        all devices, so at most that of the largest.
+        """
+        return self.cluster.device.memory_bytes - max(map(_passing_bytes, self.metaops))
 
     @cached_property
     def saved_bytes(self) -> dict[str, float]:
@@ -116,11 +130,13 @@ class Problem:
         return saved_bytes(self.metagraph)
 
 
-def make_problem(metagraph: MetaGraph, cluster: Cluster) -> Problem:
-    """Number and clean a MetaGraph; raises InfeasibleError when a MetaOp has no count that the cluster can hold."""
+def make_problem(metagraph: MetaGraph, cluster: Cluster, turns: Turns = ()) -> Problem:
+    """Number and clean a MetaGraph; raises InfeasibleError when a MetaOp has no count that the cluster can hold, or,
+    unless its tasks run in `turns`, when the cluster cannot hold all of them.
+    """
     index = {metaop.name: i for i, metaop in enumerate(metagraph)}
-    neighbours = (metagraph.predecessors, metagraph.successors)
-    before, after = (tuple(tuple(sorted(index[n] for n in by[m.name])) for m in metagraph) for by in neighbours)
+    neighbors = (metagraph.predecessors, metagraph.successors)
+    before, after = (tuple(tuple(sorted(index[n] for n in by[m.name])) for m in metagraph) for by in neighbors)
     problem = Problem(
         metagraph=metagraph,
         cluster=cluster,
@@ -128,9 +144,16 @@ def make_problem(metagraph: MetaGraph, cluster: Cluster) -> Problem:
         predecessors=before,
         successors=after,
         flow_bytes={(index[f.source], index[f.target]): metagraph.flow_bytes(f) for f in metagraph.flows},
+        turns=turns,
     )
-    _require_memory(problem)
+    if not turns:
+        _require_memory(problem)
     return problem
+
+
+def _passing_bytes(metaop: MetaOp) -> float:
+    """What is gathered and computed again, on each device, of a MetaOp whose parameters are sharded."""
+    return metaop.gathered_bytes + metaop.recomputed_bytes / max(metaop.times) if metaop.is_sharded else 0.0
 
 
 def _has_traffic(metagraph: MetaGraph) -> bool:
@@ -148,7 +171,7 @@ def _fitting_curve(metaop: MetaOp, cluster: Cluster, *, with_idle: bool) -> Curv
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} needs {least / 2**30:.1f} GiB a device for one of its {metaop.layers} layers "
             f"but {cluster.device.name!r} has {capacity / 2**30:.1f} GiB for tensors; "
-            "recompute activations, shard the optimiser, use more devices or a smaller batch"
+            "recompute activations, shard the optimizer, use more devices or a smaller batch"
         )
     return clean_curve(replace(metaop, layer_time_s=fitting), cluster.num_devices, with_idle=with_idle)
 
@@ -158,14 +181,21 @@ def _require_memory(problem: Problem) -> None:
     if not problem.has_memory:
         return
     least = [_least_bytes(problem, op) for op in range(len(problem))]
-    capacity = problem.num_devices * problem.cluster.device.memory_bytes
+    capacity = problem.num_devices * problem.room_bytes
+    if capacity <= 0:
+        device = problem.cluster.device
+        taken = (device.memory_bytes - problem.room_bytes) / 2**30
+        raise InfeasibleError(
+            f"two gathered layers and what one computes again take {taken:.1f} GiB of each device, which is all that "
+            f"{device.name!r} has; shard no parameters"
+        )
     if sum(least) > capacity:
         heaviest = max(range(len(problem)), key=least.__getitem__)
         raise InfeasibleError(
             f"the MetaOps need {sum(least) / 2**30:.0f} GiB and all {problem.num_devices} devices have "
             f"{capacity / 2**30:.0f} GiB; {problem.metaops[heaviest].name!r} alone needs "
             f"{least[heaviest] / 2**30:.1f} GiB. Use {ceil(problem.num_devices * sum(least) / capacity)} devices or "
-            "more, recompute activations, shard the optimiser, or a smaller batch"
+            "more, recompute activations, shard the optimizer, or a smaller batch"
         )
 
 

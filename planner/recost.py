@@ -58,5 +58,5 @@ class Recosted:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the plan's slices fit the memory of the devices."""
-        peaks = peak_bytes(self.priced.metagraph, plan.slices, plan.num_devices)
+        peaks = peak_bytes(self.priced.metagraph, plan.slices, plan.num_devices, plan.turn_by_task)
         return max(peaks) <= self.cluster.device.memory_bytes

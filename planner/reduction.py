@@ -1,14 +1,14 @@
-"""Reduction: slices and a cluster in; which gradients each set of devices reduces, when, and when each device has
-stepped and has its new parameters.
+"""Reduction: slices and a cluster in; which gradients each set of devices reduces, and when each device has stepped and
+has its new parameters.
 
-- Layers of one parameter set that the same slices run are a Share. Shares on the same devices are reduced as one
-  all-reduce (the paper's parameter device group pool, section 3.6; costs: `spindle.cost.links`).
-- The runtime starts a reduction when the last backward slice of its layers has ended, beside the rest of backward. Each
-  second beside backward takes `Device.overlap_cost` seconds from it; where that is 1 or more nothing is gained, and
-  reductions are charged after backward.
-- All devices meet the reductions in one order: as they become ready, longest first. Each waits for all its devices.
-  Where the devices of a node share its network ports, these carry the messages of different groups one after another.
-- With sharded optimiser states a part of the gradients is reduced to each of the devices, which alone steps it and then
+- Layers of one parameter set that the same slices run are a Share (the paper's parameter device group pool, section
+  3.6; costs: `spindle.cost.links`).
+- The runtime reduces gradients in buckets, while backward goes on; `spindle.planner.buckets` tells when, bucket by
+  bucket, and `schedule` about when. Each second beside backward takes `Device.overlap_cost` seconds from it; where that
+  is 1 or more nothing is gained, and reductions are charged after backward.
+- Each reduction waits for all its devices. Where the devices of a node share its network ports, these carry the
+  messages of different groups one after another.
+- With sharded optimizer states a part of the gradients is reduced to each of the devices, which alone steps it and then
   sends the new parameters to the others: two messages a part, the second after the step.
 
 Times count from the end of backward; what happens beside it is negative.
@@ -16,7 +16,7 @@ Times count from the end of backward; what happens beside it is negative.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
@@ -24,7 +24,7 @@ from typing import TypeVar
 from spindle.cluster import Cluster, Collective
 from spindle.cost.links import collective_s, port_s
 from spindle.metagraph import MetaGraph
-from spindle.plan import Slice
+from spindle.plan import BUCKET_BYTES, Slice
 from spindle.planner.traffic import Devices
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Share:
 
     devices     all that hold them, rising
     num_bytes   of their gradients, and as many of their parameters
-    update_s    of the optimiser's step on each device, divided by their number where states are sharded
+    update_s    of the optimizer's step on each device, divided by their number where states are sharded
     slices      numbers of the slices that run them
     """
 
@@ -46,6 +46,16 @@ class Share:
     num_bytes: float
     update_s: float
     slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Gradients that a set of devices reduces: when the first of them and when the last are ready."""
+
+    devices: Devices
+    num_bytes: float
+    first_s: float
+    last_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +78,27 @@ def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...
             by_key[key].append((s.first_layer, s.first_layer + s.num_layers, i))
     found = []
     for pieces in by_key.values():
-        for num_layers, held in stretches(pieces):
+        for low, high, held in stretches(pieces):
             metaops = [metagraph[slices[i].metaop] for i in held]
             devices = tuple(sorted({d for i in held for d in slices[i].devices}))
-            owners = len(devices) if metagraph.shard_optimizer else 1
+            owners = len(devices) if metagraph.shard_optimizer or metaops[0].is_sharded else 1
             found.append(
                 Share(
                     devices=devices,
-                    num_bytes=num_layers * max(m.layer_param_bytes for m in metaops),
-                    update_s=num_layers * max(m.layer_update_s for m in metaops) / owners,
+                    num_bytes=(high - low) * max(m.layer_param_bytes for m in metaops),
+                    update_s=(high - low) * max(m.layer_update_s for m in metaops) / owners,
                     slices=tuple(held),
                 )
             )
     return tuple(found)
 
 
-def stretches(pieces: Sequence[Piece[T]]) -> Iterator[tuple[int, list[T]]]:
-    """Layers that the same pieces cover, first to last: how many, and the pieces."""
+def stretches(pieces: Sequence[Piece[T]]) -> Iterator[tuple[int, int, list[T]]]:
+    """Layers that the same pieces cover: the first, the one behind the last, and the pieces."""
     for low, high in pairwise(sorted({edge for begin, end, _ in pieces for edge in (begin, end)})):
         covering = [value for begin, end, value in pieces if begin <= low and high <= end]
         if covering:
-            yield high - low, covering
+            yield low, high, covering
 
 
 def reduce_s(cluster: Cluster, num_bytes: float, devices: Devices, *, sharded: bool = False) -> float:
@@ -136,51 +146,58 @@ def members_of(devices_per_node: int, devices: Devices) -> tuple[int, ...]:
     return tuple(Counter(device // devices_per_node for device in devices).values())
 
 
-def schedule(
-    cluster: Cluster, wanted: Iterable[tuple[Devices, float, float]], *, sharded: bool = False
-) -> tuple[Reduction, ...]:
-    """When each of `wanted`, (devices, bytes, when they are ready), is reduced; the same devices' cost one message."""
+def schedule(cluster: Cluster, wanted: Iterable[Wanted], *, sharded: bool = False) -> tuple[Reduction, ...]:
+    """About when each of `wanted` is reduced, without a look at each bucket: a search asks this of every schedule.
+
+    What is wanted goes as one message that begins when the first bucket could, and ends no sooner than the last can.
+    """
     beside = cluster.device.overlap_cost < 1
-    parts: dict[tuple[float, Devices], float] = defaultdict(float)
+    rows = [w if beside else replace(w, first_s=0.0, last_s=0.0) for w in wanted if w.num_bytes and len(w.devices) > 1]
     total: dict[Devices, float] = defaultdict(float)
-    for devices, num_bytes, ready_s in wanted:
-        if num_bytes and len(devices) > 1:
-            parts[ready_s if beside else 0.0, devices] += num_bytes
-            total[devices] += num_bytes
+    for row in rows:
+        total[row.devices] += row.num_bytes
     seconds = {devices: reduce_s(cluster, size, devices, sharded=sharded) for devices, size in total.items()}
     free_s: dict[int, float] = {}
     ports = Ports(cluster)
     done: list[Reduction] = []
-    for ready_s, devices in sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1])):
-        num_bytes = parts[ready_s, devices]
-        start_s = max(ready_s, max(free_s.get(d, ready_s) for d in devices))
-        alone_s = seconds[devices] * (num_bytes / total[devices])
-        end_s = ports.end_s(_summing(sharded), num_bytes, devices, start_s, alone_s)
+    for row in sorted(rows, key=lambda row: (row.first_s, -seconds[row.devices], row.devices)):
+        devices = row.devices
+        start_s = max(row.first_s, max(free_s.get(d, row.first_s) for d in devices))
+        alone_s = seconds[devices] * (row.num_bytes / total[devices])
+        end_s = ports.end_s(_summing(sharded), row.num_bytes, devices, start_s, alone_s)
+        end_s = max(end_s, row.last_s + alone_s * min(1.0, BUCKET_BYTES / row.num_bytes))
         free_s.update(dict.fromkeys(devices, end_s))
-        done.append(Reduction(devices, num_bytes, start_s, end_s))
+        done.append(Reduction(devices, row.num_bytes, max(start_s, end_s - alone_s), end_s))
     return tuple(done)
 
 
 def slowed_by_device(cluster: Cluster, reductions: Iterable[Reduction]) -> dict[int, float]:
     """Seconds that reductions beside backward take from it, on the devices that have any."""
-    slowed_s: dict[int, float] = defaultdict(float)
+    beside_s: dict[Devices, float] = defaultdict(float)
     for r in reductions:
-        for device in r.devices if r.start_s < 0 else ():
-            slowed_s[device] += cluster.device.overlap_cost * (min(r.end_s, 0.0) - r.start_s)
+        beside_s[r.devices] += max(0.0, min(r.end_s, 0.0) - r.start_s)
+    slowed_s: dict[int, float] = defaultdict(float)
+    for devices, seconds in beside_s.items():  # there are many buckets, and few sets of devices
+        for device in devices if seconds else ():
+            slowed_s[device] += cluster.device.overlap_cost * seconds
     return dict(slowed_s)
 
 
 def reduced_by_device(cluster: Cluster, reductions: Sequence[Reduction]) -> dict[int, float]:
     """Seconds from the end of backward until each device's reductions are done, and what they took is made up for."""
-    done_s = slowed_by_device(cluster, reductions)
-    last_s: dict[int, float] = {}
+    slowed_s = slowed_by_device(cluster, reductions)
+    last_s: dict[Devices, float] = {}
     for r in reductions:
-        last_s.update((device, max(r.end_s, last_s.get(device, 0.0))) for device in r.devices)
-    return {device: end_s + done_s.get(device, 0.0) for device, end_s in last_s.items()}
+        last_s[r.devices] = max(r.end_s, last_s.get(r.devices, 0.0))
+    done_s: dict[int, float] = {}
+    for devices, seconds in last_s.items():
+        for device in devices:
+            done_s[device] = max(seconds, done_s.get(device, 0.0))
+    return {device: seconds + slowed_s.get(device, 0.0) for device, seconds in done_s.items()}
 
 
 def update_by_device(shares: Iterable[Share]) -> dict[int, float]:
-    """Seconds of the optimiser's step on each device: over every layer that it holds, shared ones once."""
+    """Seconds of the optimizer's step on each device: over every layer that it holds, shared ones once."""
     seconds: dict[int, float] = defaultdict(float)
     for share in shares:
         for device in share.devices if share.update_s else ():

@@ -14,21 +14,22 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, SetStep, make_waves
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import Method, solve
+from spindle.planner.turns import solve_in_turns
 from spindle.presence import Presence, TaskSet, task_sets
 
 STEADY: tuple[Method, ...] = ("sequential", "component_split")
-"""Usual ways that lose nothing where a task is absent, since no task runs beside another."""
+"""Baselines that lose nothing where a task is absent, since no task runs beside another."""
 
 
 def fitted_to_sets(plan: Plan, presences: Sequence[Presence], *, may_change: bool) -> Plan:
-    """The plan with the steps of each set of tasks; where it `may_change`, a usual way with a shorter expected step.
+    """The plan with the steps of each set of tasks; where it `may_change`, a baseline with a shorter expected step.
 
     Waves in which tasks share the devices leave gaps when one of them is absent. As it is when each step has all tasks.
     """
     if plan.metagraph is None or plan.cluster is None or all(presence.is_constant for presence in presences):
         return plan
     found = task_sets(presences)
-    usual = {method: other for method in STEADY if (other := _usual(plan.metagraph, plan.cluster, method)) is not None}
+    usual = {method: other for method in STEADY if (other := _usual(plan, plan.metagraph, plan.cluster, method))}
     sequential = usual.get("sequential")
     ways = [plan, *(usual.values() if may_change else ())]
     best = min((_with_sets(way, plan.metagraph, plan.cluster, found, sequential) for way in ways), key=_expected_s)
@@ -58,8 +59,11 @@ def _with_sets(
     return replace(plan, task_sets=steps)
 
 
-def _usual(metagraph: MetaGraph, cluster: Cluster, method: Method) -> Plan | None:
+def _usual(plan: Plan, metagraph: MetaGraph, cluster: Cluster, method: Method) -> Plan | None:
+    """A baseline at once, or in the plan's turns."""
     try:
+        if plan.turns:
+            return solve_in_turns(metagraph, cluster, plan.turns, method=method, time_limit_s=0)
         return solve(metagraph, cluster, method=method, time_limit_s=0)
     except InfeasibleError:
         return None

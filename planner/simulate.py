@@ -3,7 +3,8 @@
 - Forward: each device runs its slices in the plan's order; a slice starts when its data and its devices are there, then
   receives its input, loads its batch (`loading`) and runs. Backward is the same in reverse: each slice runs, then sends
   its input's gradient back. Reductions run beside the rest of backward or after it (`reduction`); each device's
-  optimiser step follows its own, and then what devices with sharded states hand to each other.
+  optimizer step follows its own, and then what devices with sharded states hand to each other.
+- Where tasks run in turns, a turn begins when backward of the one before has ended everywhere.
 - A slice's forward share is its MetaOp's `forward_fraction`; a transfer takes as long in either direction.
 - Forward plus backward takes at least `makespan_s` (a longest path of sums is no longer than the sum of longest paths)
   and exactly that when nothing is loaded, all MetaOps have one forward_fraction and no slice of the plan starts later
@@ -14,16 +15,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spindle.cluster import Cluster
+from spindle.cluster import Cluster, Collective
 from spindle.errors import PlanError
 from spindle.metagraph import Flow, MetaGraph
 from spindle.plan import Plan, Slice
+from spindle.planner.buckets import Computed, Layer, bucketed, layers_of, sizes_to_try, without_gaps
 from spindle.planner.loading import Loads, in_line, loads_of, waits_by_device
 from spindle.planner.reduction import (
     Reduction,
     handed_out,
     reduced_by_device,
-    schedule,
     shares_of,
     slowed_by_device,
     update_by_device,
@@ -52,10 +53,10 @@ def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | 
         raise PlanError(
             "the plan carries no MetaGraph, so its slices have no costs; give the MetaGraph it was made for"
         )
-    run = run_of(plan.slices, metagraph, cluster)
+    run = run_of(plan.slices, metagraph, cluster, plan.turn_by_task)
     spans = _forward_spans(plan, metagraph, run) + _backward_spans(plan, metagraph, run)
     if cluster is not None:
-        ending = _ending(cluster, metagraph, run)
+        ending = _ending(cluster, _trained(metagraph, run), plan.bucket_bytes)
         spans += _after_backward(run.both_s, ending)
         waits_s = waits_by_device(cluster, run.loads, ending.end_s + run.both_s)
         spans = _late(spans, waits_s)
@@ -65,7 +66,7 @@ def simulate(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster | 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step: loading, forward and backward; what reductions add; what the optimiser's step adds to that,
+    """Seconds of a step: loading, forward and backward; what reductions add; what the optimizer's step adds to that,
     with the new parameters that devices send each other.
     """
 
@@ -81,8 +82,21 @@ class StepTimes:
 
 def step_times(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> StepTimes:
     """Predicted seconds of one step."""
-    run = run_of(plan.slices, metagraph, cluster)
-    ending = _ending(cluster, metagraph, run)
+    run = run_of(plan.slices, metagraph, cluster, plan.turn_by_task)
+    return _step_times(cluster, run, _ending(cluster, _trained(metagraph, run), plan.bucket_bytes))
+
+
+def best_buckets(plan: Plan, metagraph: MetaGraph, cluster: Cluster) -> tuple[int, StepTimes]:
+    """The size of buckets with which the step of a plan is shortest, and its times."""
+    run = run_of(plan.slices, metagraph, cluster, plan.turn_by_task)
+    trained = _trained(metagraph, run)
+    tried = (
+        (size, _step_times(cluster, run, _ending(cluster, trained, size))) for size in sizes_to_try(trained.layers)
+    )
+    return min(tried, key=lambda found: found[1].step_s)
+
+
+def _step_times(cluster: Cluster, run: "Run", ending: "_Ending") -> StepTimes:
     reduction_s = max(ending.reduced_s.values(), default=0.0)
     waits_s = waits_by_device(cluster, run.loads, run.both_s + ending.end_s)
     return StepTimes(run.both_s + max(waits_s.values(), default=0.0), reduction_s, ending.end_s - reduction_s)
@@ -100,27 +114,58 @@ class Run:
     loads_in_line: Loads
     both_s: float
 
+    @property
+    def computed(self) -> list[Computed]:
+        """When the backward of each slice starts and ends to compute, from the end of all backward."""
+        return [(t.start_s - self.both_s, t.end_s - t.transfer_s - self.both_s) for t in self.backward]
 
-def run_of(run: Iterable[Slice], metagraph: MetaGraph, cluster: Cluster | None) -> Run:
-    """When slices run forward and backward; without a cluster nothing is moved."""
-    slices = sorted(run, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer))
+
+def run_of(
+    run: Iterable[Slice],
+    metagraph: MetaGraph,
+    cluster: Cluster | None,
+    turn_by_task: Mapping[str, int] | None = None,
+) -> Run:
+    """When slices run forward and backward, turn after turn; without a cluster nothing is moved."""
+    turns = turn_by_task or {}
+    by_turn: dict[int, list[Slice]] = defaultdict(list)
+    for s in run:
+        by_turn[turns.get(metagraph[s.metaop].task, 0)].append(s)
+    ordered = [
+        sorted(own, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer)) for _, own in sorted(by_turn.items())
+    ]
+    slices = [s for own in ordered for s in own]
+    loads = loads_of(metagraph, slices)
+    loads_in_line = in_line(cluster, loads)
+    forward: list[Timed] = []
+    backward: list[Timed] = []
+    at_s = 0.0
+    for own in ordered:
+        there = len(forward)
+        ahead, back = _turn(own, loads_in_line[there : there + len(own)], metagraph, cluster, at_s)
+        forward, backward = forward + ahead, backward + back
+        at_s = max(t.end_s for t in back)
+    return Run(slices, forward, backward, loads, loads_in_line, both_s=at_s)
+
+
+def _turn(
+    slices: Sequence[Slice], loads: Loads, metagraph: MetaGraph, cluster: Cluster | None, at_s: float
+) -> tuple[list[Timed], list[Timed]]:
+    """Forward and backward of slices that begin at `at_s`."""
     before = waits(metagraph, slices)
     after: list[list[int]] = [[] for _ in slices]
     for follower, sources in enumerate(before):
         for source in sources:
             after[source].append(follower)
     moved_s = received_s(metagraph, cluster, slices) if cluster is not None else [0.0] * len(slices)
-    loads = loads_of(metagraph, slices)
-    loads_in_line = in_line(cluster, loads)
     forward_s = [
         max(load.values(), default=0.0) + _work_s(metagraph, s, forward=True)
-        for s, load in zip(slices, loads_in_line, strict=True)
+        for s, load in zip(slices, loads, strict=True)
     ]
-    forward = _timed(range(len(slices)), before, moved_s, forward_s, 0.0)
+    forward = _timed(range(len(slices)), before, moved_s, forward_s, at_s)
     backward_s = [_work_s(metagraph, s, forward=False) for s in slices]
     middle_s = max(t.end_s for t in forward)
-    backward = _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
-    return Run(slices, forward, backward, loads, loads_in_line, both_s=max(t.end_s for t in backward))
+    return forward, _timed(range(len(slices) - 1, -1, -1), after, moved_s, backward_s, middle_s)
 
 
 def waits(metagraph: MetaGraph, slices: Sequence[Slice]) -> list[list[int]]:
@@ -249,22 +294,35 @@ class _Ending:
         return max([0.0, *self.stepped_s.values(), *(r.end_s for r in self.handed_out)])
 
 
-def _ending(cluster: Cluster, metagraph: MetaGraph, run: Run) -> _Ending:
-    """Gradients are ready when the last backward slice of their layers has run."""
-    shares = shares_of(metagraph, run.slices)
-    computed_s = [t.end_s - t.transfer_s - run.both_s for t in run.backward]
-    wanted = [(share.devices, share.num_bytes, max(computed_s[i] for i in share.slices)) for share in shares]
-    reductions = schedule(cluster, wanted, sharded=metagraph.shard_optimizer)
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a run trains: its layers, seconds of each device's optimizer step, and whether states are sharded."""
+
+    layers: tuple[Layer, ...]
+    update_s: dict[int, float]
+    sharded: bool
+
+
+def _trained(metagraph: MetaGraph, run: Run) -> _Trained:
+    layers = layers_of(metagraph, run.slices, run.computed)
+    updates_s = update_by_device(shares_of(metagraph, run.slices))
+    return _Trained(tuple(layers.values()), updates_s, metagraph.shard_optimizer)
+
+
+def _ending(cluster: Cluster, trained: _Trained, bucket_bytes: int) -> _Ending:
+    """Gradients are reduced in buckets, as they become ready."""
+    operation: Collective = "reduce" if trained.sharded else "all_reduce"
+    reductions = bucketed(cluster, trained.layers, operation, divided=trained.sharded, bucket_bytes=bucket_bytes)
     reduced_s = reduced_by_device(cluster, reductions)
     stepped_s = dict(reduced_s)
-    for device, seconds in update_by_device(shares).items():
+    for device, seconds in trained.update_s.items():
         stepped_s[device] = reduced_s.get(device, 0.0) + seconds
-    out = handed_out(cluster, reductions, stepped_s) if metagraph.shard_optimizer else ()
+    out = handed_out(cluster, reductions, stepped_s) if trained.sharded else ()
     return _Ending(reductions, slowed_by_device(cluster, reductions), reduced_s, stepped_s, out)
 
 
 def _after_backward(at_s: float, ending: _Ending) -> list[Span]:
-    """Reductions, what they take from backward, the optimiser's steps, and what is handed out."""
+    """Reductions, what they take from backward, the optimizer's steps, and what is handed out."""
     spans = [
         Span(
             rank=device,
@@ -274,7 +332,7 @@ def _after_backward(at_s: float, ending: _Ending) -> list[Span]:
             end_s=at_s + r.end_s,
             num_bytes=int(r.num_bytes),
         )
-        for what, messages in (("reduce", ending.reductions), ("new parameters", ending.handed_out))
+        for what, messages in (("reduce", without_gaps(ending.reductions)), ("new parameters", ending.handed_out))
         for r in messages
         for device in r.devices
     ]

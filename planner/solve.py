@@ -1,11 +1,11 @@
 """Solve: a priced MetaGraph and a cluster in, a Plan out.
 
-- Every plan carries the makespans of the usual ways in the same cost model, the lower bound with its certificate, and
+- Every plan carries the makespans of the baselines in the same cost model, the lower bound with its certificate, and
   the memory of each device.
 - `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods: its whole step is never longer
-  than a usual way's, and its makespan neither unless reductions make that impossible, or components that stay in a
+  than a baseline's, and its makespan neither unless reductions make that impossible, or components that stay in a
   node each (`spindle.planner.islands`) make the whole step shorter by `WORTH_APART`.
-- Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the usual ways.
+- Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the baselines.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
-from spindle.plan import Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
+from spindle.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.islands import is_slow_between_nodes, island_pins
@@ -27,11 +27,12 @@ from spindle.planner.memory import peak_bytes
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
-from spindle.planner.simulate import step_times
+from spindle.planner.simulate import best_buckets
 from spindle.planner.spread import spread_of, steps_s
 from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
 from spindle.planner.usual.paper import paper_slices
 from spindle.planner.usual.place import place
+from spindle.turns import numbered
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -55,6 +56,7 @@ class Candidate:
     update_s: float
     step_s: float
     steps_s: tuple[float, ...] = ()
+    bucket_bytes: int = BUCKET_BYTES
 
     @property
     def expected_s(self) -> float:
@@ -84,7 +86,7 @@ def solve(
 
     `start` is a former plan, of a task set that was a little different: what stays the same is taken over, and the
     search takes a quarter of the default time. `pins` are devices by name of a MetaOp or component, which then runs on
-    exactly these; the usual ways know no pins, so only `lp` (and `auto`) keep them.
+    exactly these; the baselines know no pins, so only `lp` (and `auto`) keep them.
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
     is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is
@@ -101,9 +103,9 @@ def solve(
     unpinned = make_problem(metagraph, cluster)  # what bounds it holds with pins too
     bound = lower_bound(unpinned)
     problem = pinned(unpinned, pins) if pins else unpinned
-    baselines, reason = ({}, None) if pins else _baselines(problem, steps, aligned=aligned)
+    baselines, reason = ({}, None) if pins else usual_candidates(problem, steps, aligned=aligned)
     if method in WAVES_BY_BASELINE:
-        chosen = _only(problem, baselines, method)
+        chosen = only(problem, baselines, method)
     else:
         found: list[Candidate] = []
         apart: list[Candidate] = []  # components on nodes of their own
@@ -118,10 +120,10 @@ def solve(
                 half_s = limit_s / 2 if islands else limit_s
                 return Work(half_s, clock, num_layers=sum(problem.layers), is_given=given)
 
-            found = _searched(problem, bound, work(), baselines, steps, start=start, seed=seed)
+            found = searched(problem, bound, work(), baselines, steps, start=start, seed=seed)
             if islands:
                 fixed = pinned(problem, island_pins(problem))
-                apart = _searched(fixed, bound, work(), {}, steps, start=None, seed=seed)
+                apart = searched(fixed, bound, work(), {}, steps, start=None, seed=seed)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
@@ -130,7 +132,7 @@ def solve(
             )
         chosen = best(fitting(problem, found), baselines.values() if method == "auto" else ())
         worth_s = (1 - WORTH_APART) * chosen.expected_s
-        shorter = [c for c in apart if c.expected_s < worth_s and _has_room(problem, c)]
+        shorter = [c for c in apart if c.expected_s < worth_s and has_room(problem, c)]
         chosen = min(shorter, key=lambda c: (c.expected_s, c.makespan_s), default=chosen)
         if not aligned:
             bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
@@ -138,12 +140,14 @@ def solve(
 
 
 def usual_ways_fit(metagraph: MetaGraph, cluster: Cluster, *, aligned: bool = False) -> bool:
-    """Whether each of the usual ways has a plan within the memory of the devices."""
+    """Whether each of the baselines has a plan within the memory of the devices."""
     try:
         problem = make_problem(metagraph, cluster)
     except InfeasibleError:
         return False
-    return all(next(_schedules(problem, name, aligned=aligned, is_quick=True), None) for name in WAVES_BY_BASELINE)
+    # where parameters are sharded their components take all devices, so devices are not divided
+    names = ("sequential",) if any(metaop.is_sharded for metaop in metagraph) else tuple(WAVES_BY_BASELINE)
+    return all(next(_schedules(problem, name, aligned=aligned, is_quick=True), None) for name in names)
 
 
 def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
@@ -152,7 +156,7 @@ def default_limit_s(cluster: Cluster, *, is_warm: bool = False) -> float:
     return limit_s * (WARM_SHARE if is_warm else 1.0)
 
 
-def _searched(
+def searched(
     problem: Problem,
     bound: Bound,
     work: Work,
@@ -162,7 +166,7 @@ def _searched(
     start: Plan | None,
     seed: int,
 ) -> list[Candidate]:
-    """What the search finds, the usual ways without their barriers among it."""
+    """What the search finds, the baselines without their barriers among it."""
     starts = [c.slices for c in baselines.values()]
     carried = carry_over(problem, bound, start) if start else None
     if carried:
@@ -186,9 +190,9 @@ def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...], steps: Se
     """Cost placed slices in the model that all methods share."""
     makespan_s = max(s.end_s for s in slices)
     draft = _draft(problem, method, slices, makespan_s)
-    times = step_times(draft, problem.metagraph, problem.cluster)
-    each_s = steps_s(draft, steps, problem.cluster)
-    return Candidate(method, slices, makespan_s, times.reduction_s, times.update_s, times.step_s, each_s)
+    size, times = best_buckets(draft, problem.metagraph, problem.cluster)
+    each_s = steps_s(replace(draft, bucket_bytes=size), steps, problem.cluster)
+    return Candidate(method, slices, makespan_s, times.reduction_s, times.update_s, times.step_s, each_s, size)
 
 
 def assemble(
@@ -199,9 +203,11 @@ def assemble(
         raise AssertionError(
             f"a {chosen.method} plan of {chosen.makespan_s} s beats its {bound.kind} bound {bound.bound_s}"
         )
-    peaks = peak_bytes(problem.metagraph, chosen.slices, problem.num_devices)
+    draft = _draft(problem, chosen.method, chosen.slices, chosen.makespan_s)
+    peaks = peak_bytes(problem.metagraph, chosen.slices, problem.num_devices, draft.turn_by_task)
     return replace(
-        _draft(problem, chosen.method, chosen.slices, chosen.makespan_s),
+        draft,
+        bucket_bytes=chosen.bucket_bytes,
         # the bound is a sum in another order than the makespan: where both are equal it may come out an ulp larger
         lower_bound_s=min(bound.bound_s, chosen.makespan_s),
         planner_s=planner_s,
@@ -220,11 +226,12 @@ def assemble(
 
 def fitting(problem: Problem, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """Those within the memory of the devices; all of them where none is. The search counts memory by estimates."""
-    return [c for c in candidates if _has_room(problem, c)] or candidates
+    return [c for c in candidates if has_room(problem, c)] or candidates
 
 
-def _has_room(problem: Problem, candidate: Candidate) -> bool:
-    peaks = peak_bytes(problem.metagraph, candidate.slices, problem.num_devices)
+def has_room(problem: Problem, candidate: Candidate) -> bool:
+    """Whether a candidate is within the memory of the devices."""
+    peaks = peak_bytes(problem.metagraph, candidate.slices, problem.num_devices, numbered(problem.turns))
     return max(peaks) <= problem.cluster.device.memory_bytes
 
 
@@ -249,13 +256,14 @@ def _draft(problem: Problem, method: str, slices: tuple[Slice, ...], makespan_s:
         method=method,
         waves=make_waves(slices),
         makespan_s=makespan_s,
+        turns=problem.turns,
     )
 
 
-def _baselines(
+def usual_candidates(
     problem: Problem, steps: Sequence[MetaGraph], *, aligned: bool
 ) -> tuple[dict[str, Candidate], InfeasibleError | None]:
-    """The usual ways that fit in memory, and why the last of the others does not."""
+    """The baselines that fit in memory, and why the last of the others does not."""
     found: dict[str, Candidate] = {}
     reasons: list[InfeasibleError] = []
     for name in WAVES_BY_BASELINE:
@@ -274,7 +282,7 @@ def _schedules(
     is_quick: bool = False,
     reasons: list[InfeasibleError] | None = None,
 ) -> Iterator[tuple[Slice, ...]]:
-    """Those of a usual way that fit in memory; why others do not goes to `reasons`. `is_quick`: any will do."""
+    """Those of a baseline that fit in memory; why others do not goes to `reasons`. `is_quick`: any will do."""
     has_idle = any(curve.idle for curve in problem.curves)
     variants = WAVES_BY_BASELINE[name]
     makers: list[Callable[[], tuple[Slice, ...]]] = [
@@ -293,7 +301,8 @@ def _schedules(
                 reasons.append(error)
 
 
-def _only(problem: Problem, baselines: Mapping[str, Candidate], method: str) -> Candidate:
+def only(problem: Problem, baselines: Mapping[str, Candidate], method: str) -> Candidate:
+    """The baseline of this name. Raises InfeasibleError when it does not fit."""
     if method not in baselines:
         found = f"found {', '.join(baselines)} to fit" if baselines else "also searches"
         raise InfeasibleError(

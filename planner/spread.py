@@ -15,7 +15,7 @@ def steps_s(plan: Plan, steps: Sequence[MetaGraph], cluster: Cluster) -> tuple[f
 
 
 def spread_of(seconds: Sequence[float], baselines_s: Mapping[str, float]) -> StepSpread | None:
-    """Mean and percentiles of steps, beside the means of the usual ways; None where there are none."""
+    """Mean and percentiles of steps, beside the means of the baselines; None where there are none."""
     if not seconds:
         return None
     tenths = quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else list(seconds) * 9

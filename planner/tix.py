@@ -185,7 +185,7 @@ def _after(edges: Array, price: Array, at_s: Array) -> Array:
 
 
 class _TimedLp:
-    """The time-indexed LP at a horizon: minimise nu, the devices needed over the devices there are.
+    """The time-indexed LP at a horizon: minimize nu, the devices needed over the devices there are.
 
     y[m, n, k]: share of interval k in which m runs on n devices; w[m, k], z[m, k]: share of k after m has started, has
     ended; f[m, k]: share of m done at the end of k. Any schedule that ends by the horizon is a point with nu <= 1.
@@ -289,7 +289,7 @@ class _TimedLp:
             len(self.rows),
             len(terms),
             2,  # by rows
-            1,  # minimise
+            1,  # minimize
             0.0,
             cost,
             low.copy(),

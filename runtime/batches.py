@@ -22,8 +22,9 @@ from spindle.runtime.drift import Drift
 from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Program
 from spindle.runtime.recordings import OTHER_LAYERS, LoadedBatch, Recordings
-from spindle.runtime.transport import Transport
+from spindle.runtime.transport import Transport, sum_over_all
 from spindle.runtime.watch import tokens_of
+from spindle.weighing import shares
 
 OTHER_SHAPES = (
     "read batches of different shapes or rows; every pass over its data must give the same batches in every process "
@@ -35,7 +36,7 @@ TakesPart = Callable[[int], Iterable[str]]
 
 
 class Batches:
-    """Batches of one rank's tasks, round by round. `tokens`: read since the counter was cleared, by task."""
+    """Batches of one rank's tasks, round by round. `tokens`, `samples`: read since these were cleared, by task."""
 
     def __init__(
         self,
@@ -59,10 +60,12 @@ class Batches:
         self.in_flight = num_micro_batches(task for task, _ in program.losses)
         self.loads = [task for task, runs in program.runs_by_task.items() if any(rank in run.ranks for run in runs)]
         self.tokens: Counter[str] = Counter()
+        self.samples: Counter[str] = Counter()
         self.drift = drift or Drift(())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording") if ahead else None
         self._running: concurrent.futures.Future[None] | None = None
         self._stopped = threading.Event()
+        self._shares: dict[str, list[float]] = {}  # what the losses of a step's batches count, by task
         self._prepared: dict[tuple[str, int, int, int], LoadedBatch] = {}  # by task, step, batch and id of its fields
 
     def round(self, step: int, number: int) -> Callable[[str], LoadedBatch]:
@@ -75,23 +78,38 @@ class Batches:
         read: dict[str, list[SampledBatch]] = {}
         tasks = set(self.takes_part(step))
         left = {task for task in self.loads if base_task(task) in tasks}
+        for base in self.feeds.keys() & {base_task(task) for task in left}:
+            self.feeds[base].ask(self.in_flight)  # two ranks that read for each other would wait for each other
 
         def fetch(task: str) -> LoadedBatch:
             base, micro = base_task(task), micro_batch(task)
             if base not in read:
                 read[base] = [self.feeds[base].next() for _ in range(self.in_flight)]
                 self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
+                self.samples[base] += sum(batch.units.num_samples for batch in read[base])
                 for batch in read[base]:
                     self.drift.look(base, step, batch)
+                if not number:
+                    self._shares[base] = self._counted(base, read[base])
             batch = read[base][micro]
             found = self._prepared.pop((task, step, first + micro, id(batch)), None)
             left.discard(task)
             if not left:
                 self._prepared.clear()
                 self._begin(*((step, number + 1) if number + 1 < self.rounds else (step + 1, 0)))
-            return found or self._loaded_batch(task, step, first + micro, batch)
+            loaded = found or self._loaded_batch(task, step, first + micro, batch)
+            loaded.share = self._shares[base][first + micro]
+            return loaded
 
         return fetch
+
+    def _counted(self, task: str, first: Sequence[SampledBatch]) -> list[float]:
+        """What the loss of each batch of a step is multiplied by; the batches of later rounds are looked at now."""
+        feed, later = self.feeds[task], (self.rounds - 1) * self.in_flight
+        if feed.task.weigh == "micro-batches":
+            return [1.0] * (self.in_flight + later)
+        coming = [feed.peek(index) for index in range(later)]  # None where the data end, which is told when it is taken
+        return shares([0.0 if batch is None else feed.task.counted(batch) for batch in (*first, *coming)])
 
     def _loaded_batch(self, task: str, step: int, number: int, batch: SampledBatch) -> LoadedBatch:
         stream = Stream(seed=self.seed, step=step, batch=number, task=base_task(task))
@@ -151,7 +169,7 @@ def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transpo
     """
     own = [digest for task in tasks for digest in (loaded[task].digests() if task in loaded else (0, 0))]
     sums = torch.tensor([[d > 0, d, d**2] for d in own], dtype=torch.float64, device=transport.device)
-    transport.all_reduce(sums, tuple(range(transport.num_ranks)))()
+    sum_over_all(sums, transport)
     for index, (count, total, squares) in enumerate(sums.tolist()):
         if count * squares != total * total:  # the variance is zero where all are equal
             first, other = _differing(own[index], transport)
@@ -163,7 +181,7 @@ def _differing(digest: int, transport: Transport) -> tuple[int, int]:
     """Two ranks whose digests differ."""
     seen = torch.zeros(transport.num_ranks, dtype=torch.float64, device=transport.device)
     seen[transport.rank] = digest
-    transport.all_reduce(seen, tuple(range(transport.num_ranks)))()
+    sum_over_all(seen, transport)
     digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}
     first = next(iter(digests))
     return first, next(rank for rank, value in digests.items() if value != digests[first])

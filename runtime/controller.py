@@ -4,9 +4,11 @@ Before anything starts the program is checked against the laws, and the ranks' f
 """
 
 import contextlib
+import logging
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,34 +17,41 @@ import torch
 
 from spindle.capture import Captured, capture
 from spindle.contract import contract
-from spindle.errors import RunError, SpindleWarning, WorkloadError
+from spindle.errors import CheckpointError, RunError, SpindleWarning, WorkloadError
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
+from spindle.runtime.counts import Limits
+from spindle.runtime.evaluating import merged_scores
+from spindle.runtime.finite import NotFinite
 from spindle.runtime.launch.crew import Crew, ThreadCrew
 from spindle.runtime.launch.torchrun import TorchrunCrew, place_among_all, under_torchrun
 from spindle.runtime.laws import check_program
-from spindle.runtime.optimizers import (
-    Metric,
-    OptimizerFactory,
-    SchedulerFactory,
-    check_optimizer,
-    described,
-    make_optimizer,
-    make_schedule,
-    stand_in,
-)
-from spindle.runtime.parallel.names import joined_pieces
+from spindle.runtime.masters import Numbers
+from spindle.runtime.optimizers import OptimizerFactory, check_optimizer, described, make_optimizer, stand_in
+from spindle.runtime.parallel.names import joined_pieces, whole_name
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
-from spindle.runtime.progress import merged
-from spindle.runtime.trial_steps import check_trial_steps
-from spindle.runtime.worker import Report, make_jobs, merge_losses
+from spindle.runtime.programs.sequences import in_words, sequences, turns_of, whole_step
+from spindle.runtime.progress import Progress, merged
+from spindle.runtime.rank_job import Job, make_jobs
+from spindle.runtime.schedules import Metric, SchedulerFactory, make_schedule
+from spindle.runtime.startup import Links, Phases
+from spindle.runtime.stragglers import Stragglers
+from spindle.runtime.tensor_files import Source
+from spindle.runtime.trial_steps import check_steps_apart, check_trial_steps
+from spindle.runtime.worker import Report, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
 
 if TYPE_CHECKING:
+    from spindle.metrics import Scores
     from spindle.runtime.checkpoint import Checkpoint, Checkpoints
+    from spindle.runtime.evaluation import PreparedEvaluation
+    from spindle.runtime.preemption import Notice
+
+logger = logging.getLogger(__name__)
+STREAMED_BYTES = 8 * 2**20  # of weights that ranks hand over at a time
 
 Launcher = Literal["auto", "ray", "processes", "threads", "torchrun"]
 
@@ -56,39 +65,61 @@ class Prepared:
     metagraph: MetaGraph
     plan: Plan
     program: Program
+    phases: Phases = field(default_factory=Phases, compare=False)
+
+    @property
+    def told(self) -> str:
+        """How long the start-up took by phase so far, and how many groups and peers ranks have."""
+        return f"{self.phases}; {Links.of(self.program)}"
 
 
-def prepare(workload: Workload, plan: Plan) -> Prepared:
-    """Capture, lower and check. Raises PlanError for a plan of another workload, ProgramError on a broken law."""
-    captured = capture(workload)
-    metagraph = contract(captured.graph)
-    program = lower(
-        plan,
-        metagraph,
-        captured.graph,
-        losses=captured.losses,
-        weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
-        max_grad_norm=workload.max_grad_norm,
-        recompute={metaop.component for metaop in metagraph} if plan.recompute else workload.recompute,
-        shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
-        rounds=workload.accumulate // workload.in_flight,
-        varying={name for name in captured.tasks if workload.tasks[base_task(name)].rows is not None},
-    )
-    check_program(program)
-    return Prepared(workload, captured, metagraph, plan, program)
+def prepare(workload: Workload, plan: Plan, phases: Phases | None = None) -> Prepared:
+    """Capture, lower and check; `phases`: of the start-up so far. Raises PlanError for a plan of another workload,
+    ProgramError on a broken law.
+    """
+    phases = phases or Phases()
+    with phases("capture"):
+        captured = capture(workload)
+    rounds = workload.accumulate // workload.in_flight
+    with phases("lower"):
+        laid_out, turns = plan, None
+        if follow := sequences(captured.graph, rounds):
+            captured, laid_out = whole_step(captured, plan, workload.accumulate)
+            rounds, sizes = 1, (workload.accumulate, workload.in_flight)
+            turns = turns_of(follow, plan, captured.tasks, *sizes)
+            warnings.warn(in_words(follow, workload.accumulate), SpindleWarning, stacklevel=3)
+        metagraph = contract(captured.graph)
+        program = lower(
+            laid_out,
+            metagraph,
+            captured.graph,
+            losses=captured.losses,
+            weights={task: weight / workload.accumulate for task, weight in captured.weights.items()},
+            max_grad_norm=workload.max_grad_norm,
+            recompute={metaop.component for metaop in metagraph} if plan.recompute else workload.recompute,
+            shard_optimizer=plan.shard_optimizer or workload.shard_optimizer,
+            shard_parameters={*plan.shard_parameters, *workload.shard_parameters},
+            rounds=rounds,
+            turns=turns,
+            varying={name for name in captured.tasks if workload.tasks[base_task(name)].rows is not None},
+        )
+    with phases("laws"):
+        check_program(program)
+    return Prepared(workload, captured, metagraph, plan, program, phases)
 
 
 class Run:
     """A crew at work on a prepared workload."""
 
-    def __init__(self, prepared: Prepared, crew: Crew, timeout_s: float = 60.0) -> None:
-        """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree.
-
-        A step may take as long as one rank may wait for another, `timeout_s`, and the first ones somewhat longer.
-        """
-        self.prepared, self.crew, self.timeout_s = prepared, crew, timeout_s
+    def __init__(self, prepared: Prepared, crew: Crew) -> None:
+        """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree."""
+        self.prepared, self.crew = prepared, crew
         self.drifted: set[str] = set()
-        self._check_batches(crew.call("digests"))
+        self.stragglers = Stragglers(prepared.program, prepared.plan)
+        self._feeds: Mapping[str, Any] = {}  # where the data stand of tasks of earlier runs that this one may not have
+        self._stepped = False
+        with prepared.phases("first batches"):
+            self._check_batches(crew.call("digests"))
 
     @staticmethod
     def _check_batches(digests: Sequence[Mapping[str, str]]) -> None:
@@ -103,10 +134,24 @@ class Run:
                     )
 
     def steps(self, count: int, **options: Any) -> tuple[list[dict[str, float]], list[Report]]:
-        """Run `count` steps on all ranks; losses by step, and the reports."""
-        reports = self.crew.call("run", count, patience_s=(count + 2) * self.timeout_s, **options)
+        """Run `count` steps on all ranks; losses by step, and the reports. The first ones end the start-up."""
+        with contextlib.nullcontext() if self._stepped else self.prepared.phases("first step"):
+            reports = self.crew.call("run", count, **options)
+        if not self._stepped and self.crew.leads:
+            logger.info(self.prepared.told)
+        self._stepped = True
         self._warn_of_drift(reports)
         return merge_losses(reports), reports
+
+    def warn_of_stragglers(self, first_step: int, reports: Sequence[Report]) -> None:
+        """Of ranks that are slow for long, once some steps are done, of which the first is `first_step`."""
+        for sentence in self.stragglers.take(first_step, reports):
+            if self.crew.leads:
+                warnings.warn(sentence, SpindleWarning, stacklevel=4)
+
+    def evaluate(self) -> "Scores":
+        """Scores of the tasks that are evaluated, with the weights as they are."""
+        return merged_scores(self.crew.call("evaluate"))
 
     def _warn_of_drift(self, reports: Sequence[Report]) -> None:
         """Once a task."""
@@ -119,26 +164,100 @@ class Run:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
         return joined_pieces({name: tensor for held in self.crew.call("state") for name, tensor in held.items()})
 
+    def streamed_state(self, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of some names, or the pieces that ranks hold of them, one after the other. Ranks hand
+        over STREAMED_BYTES at a time, and no process holds more than these and one tensor.
+        """
+        sizes = {name: told for held in self.crew.call("sizes") for name, told in held.items()}
+        found: dict[str, list[torch.Tensor]] = {}
+        for ranges in _in_groups({name: told for name, told in sizes.items() if whole_name(name) in wanted}):
+            for name, values in (pair for held in self.crew.call("ranges", ranges) for pair in held):
+                found.setdefault(name, []).append(values)
+                if sum(map(len, found[name])) == sizes[name][0].numel():
+                    yield name, torch.cat(found.pop(name)).reshape(sizes[name][0])
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """States of the whole run's optimizer as `optimizer:NAME:KEY`."""
         held = self.crew.call("optimizer_state")
         return joined_pieces({name: tensor for states in held for name, tensor in states.items()})
 
-    def save(self, checkpoints: "Checkpoints", step: int, seed: int) -> Path:
-        """Write a checkpoint after `step` steps; its path."""
-        from spindle.runtime.checkpoint import begin, finish, path_of, unfinished_of
+    def ema_state(self) -> dict[str, torch.Tensor]:
+        """Running averages of the whole run as `ema:NAME`; none before the first step that counts."""
+        held = self.crew.call("ema_state")
+        return joined_pieces({name: tensor for averages in held for name, tensor in averages.items()})
+
+    def stops(self, reports: Sequence[Report], notice: "Notice | None" = None) -> bool:
+        """Whether the run was told to end, after some steps; where several processes drive it, all say the same."""
+        told = self.crew.alone and notice is not None and notice.came.is_set()
+        return told or any(report.stops for report in reports)
+
+    def check_directory(self, checkpoints: "Checkpoints") -> None:
+        """Raises CheckpointError, before the first step, where a rank cannot write checkpoints into the directory that
+        the driver holds (`run_folder.opened`).
+        """
+        from spindle.runtime.run_folder import OWNER
+
+        seen = self.crew.call("sees", str(checkpoints.directory / OWNER))
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"{checkpoints.directory} is not there, or not to be written, for ranks {blind}; checkpoints= needs a "
+                "directory that all machines share"
+            )
+
+    def progress(self, told: Sequence[Progress], more: Mapping[str, Any] | None = None) -> Progress:
+        """What a checkpoint holds beside tensors: what each rank told, and `more` that the driver keeps."""
+        progress = merged(told) | dict(more or {})
+        progress["feeds"] = {**self._feeds, **progress["feeds"]}
+        return progress
+
+    def save(self, checkpoints: "Checkpoints", step: int, seed: int, more: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint after `step` steps; its path. Where that fails nothing of it is left. `more`: what the
+        driver adds to the progress of the ranks.
+        """
+        from spindle.runtime.checkpoint import begin, finish, path_of, put_progress, unfinished_of
 
         path = path_of(checkpoints.directory, step)
         unfinished = begin(path) if self.crew.leads else unfinished_of(path)
-        self.crew.call("sync")
-        progress = merged(self.crew.call("save", str(unfinished)))
-        if self.crew.leads:
-            finish(unfinished, path, step=step, seed=seed, progress=progress, keep=checkpoints.keep)
+        try:
+            self.crew.call("sync")
+            progress = self.progress(self.crew.call("save", str(unfinished)), more)
+            if self.crew.leads:
+                put_progress(unfinished, progress)
+                finish(unfinished, checkpoints, step=step, seed=seed)
+        except BaseException as error:
+            if self.crew.leads:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError | RuntimeError):  # torch tells of a full disk by the latter
+                raise CheckpointError(f"{path} cannot be written ({error}); make room there") from error
+            raise
         return path
 
     def resume(self, checkpoint: "Checkpoint") -> None:
-        """Go on where a checkpoint ended; its weights are in the user's modules already."""
-        self.crew.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
+        """Go on where a checkpoint ended; its weights are in the user's modules already. Warns of settings that have
+        changed since.
+        """
+        told, *_ = self.crew.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
+        self._feeds = checkpoint.progress["feeds"]
+        for sentence in told:
+            warnings.warn(SpindleWarning(sentence), stacklevel=2)
+
+
+def _in_groups(sizes: Mapping[str, tuple[torch.Size, int]]) -> Iterator[list[tuple[str, int, int]]]:
+    """Names with ranges of their numbers, in groups of up to STREAMED_BYTES. `sizes`: shape, and bytes of a number."""
+    group: list[tuple[str, int, int]] = []
+    room = STREAMED_BYTES
+    for name, (shape, width) in sizes.items():
+        start, end, done = 0, shape.numel(), False
+        while not done:
+            stop = min(end, start + max(1, room // width))
+            group.append((name, start, stop))
+            start, room, done = stop, room - (stop - start) * width, stop == end
+            if room < width:
+                yield group
+                group, room = [], STREAMED_BYTES
+    if group:
+        yield group
 
 
 @contextlib.contextmanager
@@ -152,34 +271,63 @@ def launched(
     seed: int = 0,
     timeout_s: float = 60.0,
     saves: bool = False,
+    weights: Mapping[str, Source] | None = None,
+    checked: bool = False,
+    on_broken: NotFinite = "ignore",
+    flight: Path | None = None,
+    check_replicas_every: int = 0,
+    evaluated: "PreparedEvaluation | None" = None,
+    limits: Limits | None = None,
 ) -> Iterator[Run]:
     """Start a crew for a prepared workload, and end it whatever happens. `saves`: it will write or read checkpoints.
+    `weights`: where the parameters lie that are on the meta device. `checked`: `check_steps` was called already.
+    `on_broken`: what a step does with losses and gradients that are not finite. `flight`: of the ranks' records.
+    `check_replicas_every`: steps between two comparisons of what ranks hold alike; 0 makes none. `evaluated`: what it
+    evaluates; `limits`: on what it trains with.
 
     Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process, and
     CheckpointError for one of which a checkpoint would not hold all.
     """
     program = prepared.program
-    if optimizer is not None:
-        _check_steps(prepared, optimizer, scheduler, metric, saves=saves)
-    jobs = make_jobs(
-        program,
-        prepared.captured,
-        prepared.workload,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        metric=metric,
-        seed=seed,
-        timeout_s=timeout_s,
-        sizes=prepared.plan.sizes,
-    )
-    crew = _make_crew(_chosen(launcher), jobs, prepared.plan.devices_per_node, timeout_s)
+    if optimizer is not None and not checked:
+        check_steps(prepared, optimizer, scheduler, metric, saves=saves)
+    with prepared.phases("jobs"):
+        jobs = make_jobs(
+            program,
+            prepared.captured,
+            prepared.workload,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            metric=metric,
+            seed=seed,
+            timeout_s=timeout_s,
+            sizes=prepared.plan.sizes,
+            weights=weights,
+            on_broken=on_broken,
+            flight=flight,
+            check_replicas_every=check_replicas_every,
+        )
+        if limits is not None:
+            jobs = [replace(job, limits=limits) for job in jobs]
+        if evaluated is not None:
+            jobs = evaluated.added(jobs, weights)
+    if narrow := Numbers.of(prepared.workload).narrow(prepared.workload):
+        logger.info(
+            "%d bfloat16 parameters (%s ...) have float32 masters, which the optimizer steps; master_weights='none' "
+            "steps them as they are",
+            len(narrow),
+            narrow[0],
+        )
+    with prepared.phases("ranks"):
+        crew = _make_crew(chosen(launcher), prepared, jobs, timeout_s)
     try:
-        yield Run(prepared, crew, timeout_s)
+        prepared.phases.slowest(crew.call("started"))
+        yield Run(prepared, crew)
     finally:
         crew.close()
 
 
-def _check_steps(
+def check_steps(
     prepared: Prepared,
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None,
@@ -187,28 +335,55 @@ def _check_steps(
     *,
     saves: bool,
 ) -> None:
-    """Make optimizer and schedule once, of stand-ins, and see whether they can be stepped as in one process."""
+    """Make optimizer and schedule once, of stand-ins, and see whether they can be stepped as in one process.
+
+    Raises WorkloadError where they cannot, and CheckpointError where `saves` and a checkpoint would not hold all.
+    """
     workload, program = prepared.workload, prepared.program
-    every = described(workload.named_parameters())
+    every = Numbers.of(workload).stepped(described(workload.named_parameters()))
     parameters = {p.name: stand_in(p, torch.device("cpu")) for p in every}
-    made = make_optimizer(optimizer, parameters, workload.optimizer_settings).optimizer
-    make_schedule(scheduler, made, metric)
+    optimization = make_optimizer(optimizer, parameters, workload.optimizer_settings)
+    made = optimization.optimizer
+    try:
+        make_schedule(scheduler, optimization, metric)
+    except RunError as error:
+        if not workload.optimizer_settings:
+            raise
+        raise WorkloadError(
+            "settings of components split the groups that optimizer= made into "
+            f"{', '.join(label or 'the rest' for label in optimization.labels)}, and the schedule cannot take these: "
+            "give its lists a value for each, in this order, or make the groups in optimizer= and leave the settings "
+            f"out. {error}"
+        ) from error
     check_trial_steps(every, workload.optimizer_settings, optimizer, scheduler, metric, saves=saves)
     specs = (p for operator in prepared.captured.graph for p in operator.parameters)
+    sharded = [flat for flat in program.flats if flat.trained]
+    same_everywhere = len({(bucket.ranks, bucket.owner) for bucket in program.buckets}) <= 1 and not sharded
     check_optimizer(
         made,
         cut={p.name.partition(".")[0] for p in specs if p.pieces > 1 and p.trainable},
-        same_everywhere=len({(bucket.ranks, bucket.owner) for bucket in program.buckets}) <= 1,
+        sharded={flat.parameters[0].partition(".")[0] for flat in sharded},
+        same_everywhere=same_everywhere,
         steps_apart=program.num_ranks > 1,
+    )
+    check_steps_apart(
+        every,
+        workload.optimizer_settings,
+        optimizer,
+        scheduler,
+        metric,
+        several=program.num_ranks > 1,
+        apart=program.num_ranks > 1 and not same_everywhere,
     )
 
 
 def place_among_drivers(launcher: Launcher) -> tuple[int, int]:
     """Which of how many processes that drive one run this is: under torchrun every rank is one."""
-    return place_among_all() if _chosen(launcher) == "torchrun" else (0, 1)
+    return place_among_all() if chosen(launcher) == "torchrun" else (0, 1)
 
 
-def _chosen(launcher: str) -> str:
+def chosen(launcher: str) -> str:
+    """The launcher that this name stands for here. Raises RunError for one that is not known."""
     if launcher not in get_args(Launcher):
         raise RunError(f"launcher {launcher!r} is not known; choose one of {', '.join(get_args(Launcher))}")
     if launcher != "auto":
@@ -218,17 +393,17 @@ def _chosen(launcher: str) -> str:
     return "ray" if find_spec("ray") else "processes"
 
 
-def _make_crew(launcher: str, jobs: Sequence[Any], devices_per_node: int, timeout_s: float) -> Crew:
+def _make_crew(launcher: str, prepared: Prepared, jobs: Sequence[Job], timeout_s: float) -> Crew:
     if launcher == "ray":
         from spindle.runtime.launch.ray_crew import RayCrew
 
-        return RayCrew(jobs, devices_per_node=devices_per_node, timeout_s=timeout_s)
+        return RayCrew(jobs, devices_per_node=prepared.plan.devices_per_node, timeout_s=timeout_s)
     if launcher == "processes":
         from spindle.runtime.launch.processes import ProcessCrew
 
         return ProcessCrew(jobs, timeout_s=timeout_s)
     if launcher == "torchrun":
-        return TorchrunCrew(jobs, timeout_s=timeout_s)
+        return TorchrunCrew(prepared.program, jobs, timeout_s=timeout_s)
     return ThreadCrew(jobs, timeout_s=timeout_s)
 
 

@@ -117,6 +117,11 @@ class Feed:
             self._ahead.append(self._ordered())
         return read.batch
 
+    def ask(self, count: int) -> None:
+        """Have the next `count` batches read, without waiting for them."""
+        while len(self._ahead) < count and not self._listed:
+            self._ahead.append(self._ordered())
+
     def peek(self, index: int) -> SampledBatch | None:
         """The batch after the next `index`, which is not taken; None where the data has ended for good."""
         return self._wait_for(index).batch
@@ -320,7 +325,7 @@ class _Thread:
         weakref.finalize(self, self._waiting.put, None)
 
     def submit(self, work: Callable[[], Any]) -> "Future[Any]":
-        """What the work will give; cancelled when the thread is to end."""
+        """What the work will give; canceled when the thread is to end."""
         found: Future[Any] = Future()
         with self._lock:
             if self._ended:

@@ -6,18 +6,23 @@ Every promise of the program is checked while it is kept: what an instruction re
 import functools
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
-from spindle.errors import RunError, SpindleError
-from spindle.graph import num_micro_batches
+from spindle.errors import NotFiniteError, RunError, SpindleError
+from spindle.graph import TensorSpec, base_task, num_micro_batches
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.writes import OwnWrite, perform
+from spindle.runtime.after_steps import AfterSteps, run_after_step
 from spindle.runtime.batches import check_alike
+from spindle.runtime.busy import Busy
+from spindle.runtime.finite import NotFinite, agreed, broken_losses, not_finite, stopped
+from spindle.runtime.flats import Flats
+from spindle.runtime.gradient_flags import flags_from, flags_to, with_gradients
 from spindle.runtime.parallel.layers import Layout, Switch, compute_part
 from spindle.runtime.pieces import Piece, cut, joined, piece_shape, summed
 from spindle.runtime.programs.passes import accumulating
@@ -34,9 +39,10 @@ from spindle.runtime.programs.program import (
 from spindle.runtime.ready import Ready, ready_runs
 from spindle.runtime.record import StepRecord, span_of
 from spindle.runtime.recordings import LoadedBatch
+from spindle.runtime.reductions import Reductions
 from spindle.runtime.state import StepState, received
-from spindle.runtime.store import ParameterStore
-from spindle.runtime.transport import Transport, Wait
+from spindle.runtime.store import ParameterStore, trained_as
+from spindle.runtime.transport import Post, Transport, Wait, sum_over_all
 from spindle.trace import Span
 from spindle.units import Bounds
 from spindle.workload import Precision
@@ -68,34 +74,43 @@ class Executor:
         partial: frozenset[str] = frozenset(),
         momenta: Mapping[str, float | None] | None = None,
         writes: Mapping[tuple[str, str], OwnWrite] | None = None,
+        on_broken: NotFinite = "ignore",
+        after_steps: AfterSteps = (),
     ) -> None:
         """`codes` hold what the rank runs; `optimizer` is over the parameters that the rank updates. `switch` is that
         of its cut layers; `partial` names parameters whose gradients in a part are shares. `momenta`: of norm layers
-        in tallies; `writes` to parameters, by task and parameter.
+        in tallies; `writes` to parameters, by task and parameter; `on_broken`: what to do with numbers that are none;
+        `after_steps`: the user's functions of parameters that were stepped.
         """
+        self.after_steps = after_steps
+        self.on_broken: NotFinite = on_broken
         self.switch, self.partial = switch or Switch(), partial
         self.program, self.transport, self.codes = program, transport, codes
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
-        self.rank = transport.rank
+        self.rank, self.pulse, self.busy = transport.rank, transport.pulse, Busy(transport.device)
+        self.places: dict[Instruction, bytes] = {}
         self.state = StepState(program, self.rank, codes, momenta or {})
         self.writes = writes or {}
         self.instructions = program.instructions[self.rank]
-        sizes = {name: flat.nbytes for name, flat in store.bucket.items()}
-        self.timed = functools.partial(span_of, program, self.rank, sizes)
+        sizes = {name: flat.nbytes for name, flat in (*store.reduced.items(), *store.bucket.items())}
+        sizes |= {name: row.own.nbytes * len(row.flat.ranks) for name, row in store.rows.items()}
+        self.sizes, self.timed = sizes, functools.partial(span_of, program, self.rank, sizes)
         self.in_flight = num_micro_batches(task for task, _ in program.losses)
-        self.adding = accumulating(self.instructions, program.bucket_by_name)
+        self.adding = accumulating(self.instructions)
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
         self.ready = ready_runs(program, self.rank, codes)
+        self.reductions = Reductions(program, store, transport)
+        self.flats = Flats(store.rows, transport)
         self.maker = {name: run for run in program.slices for name in run.outputs}
         self.readers: dict[str, list[SliceRun]] = {name: [] for name in self.maker}
         for run in program.slices:
             for name in run.inputs:
-                self.readers[name].append(run)
+                self.readers.setdefault(name, []).append(run)
         active = {name for run in program.slices for name in run.trained}
-        self.updated = [name for name in store.updated if name in active]
-        self.idle = [name for name in store.updated if name not in active]
+        self.updated = [name for name in store.updated if trained_as(name) in active]
+        self.idle = [name for name in store.updated if trained_as(name) not in active]
         self.perform = {
             Op.LOAD: self._load,
             Op.AGREE: self._agree,
@@ -108,6 +123,10 @@ class Executor:
             Op.CLIP: self._clip,
             Op.STEP: self._step,
             Op.GATHER: self._gather,
+            Op.UNSHARD: self.flats.unshard,
+            Op.RESHARD: self.flats.reshard,
+            Op.SCATTER: self.flats.scatter,
+            Op.ADD: self.flats.add,
             Op.TALLY: self._tally,
             Op.HAND: self._hand,
             Op.WRITE: self._write,
@@ -131,8 +150,9 @@ class Executor:
         """
         self.observe = observe
         self.grad_norm: Tensor | None = None
+        self.skipped: str | None = None
         record = StepRecord()
-        losses: list[dict[str, Tensor]] = []
+        losses = self.earlier = list[dict[str, Tensor]]()  # of the rounds so far
         self.stream = Stream(seed=seed, step=step, device=self.transport.device, portable=observe is not None)
         self.state.begin(rounds)
         for left in reversed(range(rounds)):
@@ -140,20 +160,21 @@ class Executor:
             self.first_batch = (rounds - 1 - left) * self.in_flight
             self.fetch = new_round()
             self.begin()
+            self.reductions.begin(early=not left)
             for instruction in self.adding if left else self.instructions:
                 self.carry_out(instruction, record.spans, step)
             self._end()
             losses.append(self.losses)
         record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
         record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
+        record.skipped, record.busy_s = self.skipped, self.busy.taken()
         return record
 
     def begin(self) -> None:
         """Forget what an earlier round has left."""
         self.buffers: dict[str, object] = {}
-        self.pending: dict[str, tuple[list[tuple[Message, Tensor]], Wait]] = {}
-        self.departures: list[tuple[list[Tensor], Wait]] = []
-        self.reductions: dict[str, Wait] = {}
+        self.pending: dict[str, tuple[list[tuple[Message, Tensor]], list[Post], Wait]] = {}
+        self.departures: dict[str, tuple[list[Tensor], Wait]] = {}  # by transfer or handover; what is sent stays alive
         self.loaded: dict[str, LoadedBatch] = {}
         self.traffic: dict[str, int] = {}  # bytes that each transfer moved here
         self.losses: dict[str, Tensor] = {}
@@ -161,17 +182,31 @@ class Executor:
     def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
         """Perform one instruction, and add its span."""
         start_s = time.perf_counter()
+        target = instruction.target
+        self.pulse.at(self._place(instruction), step, self.traffic.get(target, 0) or self.sizes.get(target, 0))
+        begun = self.busy.begin() if instruction.op in (Op.FORWARD, Op.BACKWARD) else None
         try:
-            self.perform[instruction.op](instruction.target)
+            self.perform[instruction.op](target)
         except Exception as error:
             raise self._explained(instruction, error) from error
-        if instruction.op is not Op.FREE:
+        if begun is not None:
+            self.busy.end(target, begun)
+        if instruction.op not in (Op.FREE, Op.RESHARD):
             moved = self.traffic.get(instruction.target, 0)
-            spans.append(self.timed(instruction, start_s, time.perf_counter(), step, moved))
+            end_s = time.perf_counter()
+            if instruction.op is Op.REDUCE:  # may have started in the backward before
+                start_s, end_s = self.reductions.start(instruction.target)
+            spans.append(self.timed(instruction, start_s, end_s, step, moved))
+
+    def _place(self, instruction: Instruction) -> bytes:
+        if instruction not in self.places:
+            where = self.program.describe(self.rank, instruction).removeprefix(f"rank {self.rank}, ")
+            self.places[instruction] = where.encode()
+        return self.places[instruction]
 
     def _end(self) -> None:
-        for _, departed in self.departures:
-            departed()
+        for name in list(self.departures):
+            self._departed(name)
         if self.buffers:
             raise AssertionError(f"rank {self.rank} ends a round with buffers {sorted(self.buffers)}")
 
@@ -219,7 +254,8 @@ class Executor:
             self._check(tensor, "computed", value, part.shapes[tensor])
         self._put(activations(name), Activations(inputs, outputs))
         for tensor in outputs.keys() & self.task_by_loss.keys():
-            self.losses[self.task_by_loss[tensor]] = outputs[tensor].detach()
+            loss = outputs[tensor].detach()
+            self.losses[self.task_by_loss[tensor]] = loss * loaded.share if loaded.share else torch.zeros_like(loss)
 
     def _check(self, tensor: str, verb: str, value: Tensor, recorded: tuple[int, ...]) -> None:
         if tuple(value.shape) != recorded:
@@ -271,25 +307,28 @@ class Executor:
         run = self.program.slice_by_name[name]
         held, loaded = self._activations(name), self.loaded[run.task]
         units, bounds = loaded.batch.units, self._bounds(run, self.rank)
+        self.flats.expect(run)
         ends, weights = [], []
-        for tensor, output in self._live_outputs(run, held).items():
+        for tensor, output in self._live_outputs(run, held).items() if loaded.share else ():
             spec = self.program.tensor_by_name[tensor]
-            if loaded.absent and not output.requires_grad:
+            if not output.requires_grad and (loaded.absent or tensor not in self.weight_by_loss):
                 continue
             if tensor in self.weight_by_loss:
                 ends.append(output)
-                weights.append(torch.full_like(output, self.weight_by_loss[tensor]))
+                weights.append(torch.full_like(output, self.weight_by_loss[tensor] * loaded.share))
             elif spec.needs_grad:
-                ends.append(output)
-                weights.append(summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output))
+                gradient = summed(self._gradient_pieces(run, bounds, tensor), spec, units, bounds, output)
+                if gradient is None and run.tensor_parallel > 1:
+                    gradient = self._zeros(run, spec, output)
+                if gradient is not None:
+                    ends.append(output)
+                    weights.append(gradient)
         if ends:
-            with self.state.backward(run):
+            with self.state.backward(run), self.reductions.during(run):
                 torch.autograd.backward(ends, weights)
         del ends, weights  # and with them what autograd has kept
         if any(needs_grad for _, needs_grad in self.ready[name].inputs):
-            leaves = {tensor: leaf for tensor, leaf in held.inputs.items() if leaf.requires_grad}
-            found = {t: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for t, leaf in leaves.items()}
-            self._put(gradients(name), found)
+            self._put(gradients(name), {t: leaf.grad for t, leaf in held.inputs.items() if leaf.requires_grad})
 
     def _input_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
         """Parts of an input that lie on this rank, then parts that arrived."""
@@ -301,6 +340,20 @@ class Executor:
             yield (*stays, cut(value, spec, units, self._bounds(source, self.rank), *stays))
         yield from self._arrived(f"{source.name}>{run.name}", tensor)
 
+    def _zeros(self, run: SliceRun, spec: TensorSpec, output: Tensor) -> Tensor | None:
+        """The gradient of an output to which nothing leads back, on a rank that holds a part of its layers: all ranks
+        of a copy go backward together. Of a tensor that only exists whole the first of them alone knows.
+        """
+        if spec.rows:
+            return None
+        if self.rank == run.ranks[0]:
+            raise RunError(
+                f"nothing leads back to {spec.name}, of which a later layer has made no use in this step, and "
+                f"{run.component!r} has tensor_parallel={run.tensor_parallel}: its parameters would have no gradients "
+                "on this rank alone; choose between values by torch.where instead of a branch"
+            )
+        return torch.zeros_like(output)
+
     def _gradient_pieces(self, run: SliceRun, bounds: Bounds, tensor: str) -> Iterator[Piece]:
         """Parts of an output's gradient from its readers on this rank, then parts that arrived."""
         spec = self.program.tensor_by_name[tensor]
@@ -310,8 +363,9 @@ class Executor:
             stays = self._staying(spec.rows > 0, run, reader)
             if stays is not None and (spec.rows or reader.copy_of(self.rank)[0] == self.rank):
                 value = self._gradients(reader.name)[tensor]
-                units = self.loaded[run.task].batch.units
-                yield (*stays, cut(value, spec, units, self._bounds(reader, self.rank), *stays))
+                if value is not None:
+                    units = self.loaded[run.task].batch.units
+                    yield (*stays, cut(value, spec, units, self._bounds(reader, self.rank), *stays))
             yield from self._arrived(f"{run.name}<{reader.name}", tensor)
 
     def _staying(self, is_cut: bool, source: SliceRun, target: SliceRun) -> Bounds | None:
@@ -331,45 +385,61 @@ class Executor:
         source, target = self.program.slice_by_name[transfer.source], self.program.slice_by_name[transfer.target]
         loaded = self.loaded[source.task]
         units = loaded.batch.units
-        sends: list[tuple[int, Tensor]] = []
+        sends: list[Post] = []
+        led: list[tuple[int, bool]] = []
         pieces: list[tuple[Message, Tensor]] = []
         for message in loaded.layout.messages[name]:
             if message.tensor in loaded.absent:
                 continue
             spec = self.program.tensor_by_name[message.tensor]
             if message.source == self.rank:
-                made = self._gradients(source.name) if transfer.backward else self._activations(source.name).outputs
-                held = self._bounds(source, self.rank)
-                part = cut(made[message.tensor], spec, units, held, message.low, message.high)
-                sends.append((message.target, part.detach().contiguous()))
+                run, held = source, self._bounds(source, self.rank)
+                made = self._gradients(run.name) if transfer.backward else self._activations(run.name).outputs
+                value = made[message.tensor]
+                led.append((message.target, value is not None))
+                if value is None:
+                    value = self._room(message, held, torch.zeros)
+                else:
+                    value = cut(value, spec, units, held, message.low, message.high).detach().contiguous()
+                sends.append((message.target, value))
             if message.target == self.rank:
-                held = self._bounds(target, self.rank)
-                whole = loaded.part(held).shapes[message.tensor]
-                shape = piece_shape(whole, spec, units, held, message.low, message.high)
-                dtype = self.dtypes[message.tensor]
-                pieces.append((message, torch.empty(shape, dtype=dtype, device=self.transport.device)))
-        departed, arrived = self.transport.start(sends, [(message.source, value) for message, value in pieces])
+                pieces.append((message, self._room(message, self._bounds(target, self.rank), torch.empty)))
         self.traffic[name] = sum(v.nbytes for _, v in sends) + sum(v.nbytes for _, v in pieces)
+        flags = flags_from([message for message, _ in pieces]) if transfer.backward else []
+        sends += flags_to(led) if transfer.backward else []
+        departed, arrived = self.transport.start(sends, [*((m.source, value) for m, value in pieces), *flags])
         if sends:
-            self.departures.append(([value for _, value in sends], departed))
+            self.departures[name] = [value for _, value in sends], departed
         if self.rank in transfer.receiving():
-            self.pending[name] = (pieces, arrived)
+            self.pending[name] = (pieces, flags, arrived)
+
+    def _room(self, message: Message, held: Bounds, make: Callable[..., Tensor]) -> Tensor:
+        """A tensor for what a message carries, to or from a rank that holds these samples."""
+        loaded = self.loaded[self.maker[message.tensor].task]
+        spec, whole = self.program.tensor_by_name[message.tensor], loaded.part(held).shapes[message.tensor]
+        shape = piece_shape(whole, spec, loaded.batch.units, held, message.low, message.high)
+        return make(shape, dtype=self.dtypes[message.tensor], device=self.transport.device)
 
     def _await(self, name: str) -> None:
-        if name in self.reductions:
-            self.reductions.pop(name)()
+        waiting = next((held for held in (self.reductions, self.flats) if name in held), None)
+        if waiting is not None:
+            waiting.wait(name)
             return
-        pieces, arrived = self.pending.pop(name)
+        pieces, flags, arrived = self.pending.pop(name)
         if pieces:
             arrived()
-        self._put(arrivals(name), pieces)
+        transfer = self.program.transfer_by_name[name]
+        self._put(arrivals(name), with_gradients(pieces, flags) if transfer.backward else pieces)
+        if transfer.backward:  # these gradients are made of what was sent forward, so that has left
+            self._departed(f"{transfer.target}>{transfer.source}")
+
+    def _departed(self, name: str) -> None:
+        """Let go of what was sent; waits until it has left."""
+        _, departed = self.departures.pop(name, ([], _nothing))
+        departed()
 
     def _reduce(self, name: str) -> None:
-        bucket, flat = self.program.bucket_by_name[name], self.store.bucket[name]
-        if bucket.owner is None:
-            self.reductions[name] = self.transport.all_reduce(flat, bucket.ranks)
-        else:
-            self.reductions[name] = self.transport.reduce(flat, bucket.ranks, bucket.owner)
+        self.reductions.start(name)
 
     def _clip(self, target: str) -> None:
         """Scale all gradients so that their norm over all parameters, each counted once, is at most the limit."""
@@ -378,35 +448,61 @@ class Executor:
         assert limit is not None
         owned = [self.store.bucket[b.name] for b in self.program.buckets if b.answering == self.rank]
         square = torch.zeros((), dtype=torch.float64, device=self.transport.device)
-        for flat in owned:
+        for flat in (*owned, *self.store.flat_gradients):
             square += torch.linalg.vector_norm(flat, dtype=torch.float64).square()
-        if self.transport.num_ranks > 1:
-            self.transport.all_reduce(square, tuple(range(self.transport.num_ranks)))()
+        sum_over_all(square, self.transport)
         self.grad_norm = square.sqrt()
         factor = torch.clamp(limit / (self.grad_norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for flat in self.store.bucket.values():
+        if self.on_broken != "ignore":  # numbers that are none stay where they came up, and are named there
+            factor = torch.where(self.grad_norm.isfinite(), factor, 1.0)
+        for flat in (*self.store.bucket.values(), *self.store.flat_gradients):
             flat.mul_(factor.to(flat.dtype))
 
     def _step(self, target: str) -> None:
         del target
-        self.store.complete_gradients(self.updated)
+        resting = self.store.unreached(self.updated)
+        if self._breaks(resting):
+            self.store.zero_gradients()
+            return
         if self.observe is not None:
-            self.observe(self.store.gradients(self.updated))
+            self.observe(self.store.gradients(name for name in self.updated if name not in resting))
         if self.optimizer is not None and self.updated:
-            with self.store.without_gradients(self.idle):
+            self.store.follow(self.program.written)
+            with self.store.without_gradients([*self.idle, *resting]):
                 self.optimizer.step()
+            stepped = (name for name in self.updated if name not in resting)
+            run_after_step(self.after_steps, ((name, self.store.stepped(name)) for name in stepped))
+            self.store.round_masters(self.updated)
         self.store.zero_gradients()
+
+    def _breaks(self, resting: Collection[str]) -> bool:
+        """Whether the step is skipped. Raises NotFiniteError where it ends the run."""
+        if self.on_broken == "ignore":
+            return False
+        clipped = self.grad_norm is not None and bool(self.grad_norm.isfinite())  # then all gradients are finite
+        names = [] if clipped else [name for name in self.updated if name not in resting]
+        held = {name: self.store.stepped(name).grad for name in names}
+        losses = broken_losses([*self.earlier, self.losses])
+        told = not_finite(losses, {name: gradient for name, gradient in held.items() if gradient is not None})
+        tasks = list(dict.fromkeys(base_task(task) for task, _ in self.program.losses))
+        elsewhere = agreed(told, losses, tasks, self.transport)
+        if elsewhere is None:
+            return False
+        if self.on_broken == "stop":
+            raise NotFiniteError(stopped(self.stream.step + 1, told, elsewhere))
+        self.skipped = told
+        return True
 
     def _gather(self, name: str) -> None:
         """The bucket's gradients are done with, so their buffer carries the parameters."""
-        bucket, flat = self.program.bucket_by_name[name], self.store.bucket[name]
+        bucket, flat = self.program.bucket_by_name[name], self.store.carrier(name)
         if bucket.owner == self.rank:
             self.store.pack(bucket.parameters, flat)
         assert bucket.owner is not None
         self.transport.broadcast(flat, bucket.ranks, bucket.owner)()
         if bucket.owner != self.rank:
             self.store.unpack(bucket.parameters, flat)
-        flat.zero_()
+        self.store.bucket[name].zero_()
 
     def _tally(self, name: str) -> None:
         ranks, added = self.program.tally_by_name[name].ranks, self.state.contribution(name)
@@ -420,7 +516,7 @@ class Executor:
         if hand.source == self.rank:
             values = [buffers[buffer].detach().clone().contiguous() for buffer in names]
             sends = [(target, value) for target in hand.targets for value in values]
-            self.departures.append((values, self.transport.start(sends, [])[0]))
+            self.departures[name] = values, self.transport.start(sends, [])[0]
             return
         values = received(names, buffers)
         self.transport.start([], [(hand.source, value) for value in values])[1]()
@@ -434,7 +530,7 @@ class Executor:
         departures: list[Wait] = []
         held: dict[str, Tensor] = dict(self.store.parameters)
         for target in write.parameters:
-            own = self.writes[write.task, target]
+            own = self.writes[base_task(write.task), target]
             found = own.write
             values: dict[str, Tensor] = {}
             for fetch in (fetches[source] for source in found.sources if source in fetches):
@@ -446,7 +542,7 @@ class Executor:
                     value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
                     self.transport.start([], [(fetch.source, value)])[1]()
             if self.rank in write.ranks:
-                perform(found, ChainMap(values, own.clocks, held).__getitem__, self.transport.device)
+                perform(found, ChainMap(values, own.clocks, held).__getitem__, self.transport.device, write.within)
         for departed in departures:
             departed()
 
@@ -467,7 +563,7 @@ class Executor:
         assert isinstance(held, Activations), f"activations of {run} are read but not there"
         return held
 
-    def _gradients(self, run: str) -> dict[str, Tensor]:
+    def _gradients(self, run: str) -> dict[str, Tensor | None]:
         held = self.buffers.get(gradients(run))
         assert isinstance(held, dict), f"gradients of {run} are read but not there"
         return held
@@ -476,3 +572,7 @@ class Executor:
         held = self.buffers.get(arrivals(transfer), [])
         assert isinstance(held, list)
         yield from ((message.low, message.high, value) for message, value in held if message.tensor == tensor)
+
+
+def _nothing() -> None:
+    """Waits for nothing."""

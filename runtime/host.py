@@ -24,7 +24,7 @@ def usable_cores() -> list[int]:
 
 
 def own_cores(place: tuple[int, int], cores: Sequence[int]) -> list[int]:
-    """The share of `cores` of one rank, neighbours of each other; all where there are fewer than ranks.
+    """The share of `cores` of one rank, neighbors of each other; all where there are fewer than ranks.
 
     >>> own_cores((1, 2), [0, 1, 2, 3]), own_cores((0, 2), [5])
     ([2, 3], [5])

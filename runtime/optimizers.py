@@ -11,20 +11,17 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.errors import RunError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter, parse_piece
 from spindle.runtime.parallel.names import piece_of
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
-Metric = Callable[[Mapping[str, float]], float]
 Settings = Mapping[str, Mapping[str, float]]
 
 PAIRS = "named_parameters"
@@ -34,11 +31,26 @@ PAIRS = "named_parameters"
 @dataclass(frozen=True, slots=True)
 class Optimization:
     """An optimizer and the labels of its groups: "" or the component that has settings, with the number (or the `name`)
-    of the user's group where there are several.
+    of the user's group where there are several. `origins`: the number of the user's group that each was split from, and
+    the component, "" for the rest; `of_user` gives the user's own groups.
     """
 
     optimizer: torch.optim.Optimizer
     labels: tuple[str, ...]
+    origins: tuple[tuple[int, str], ...]
+    user_groups: tuple[dict[str, Any], ...] = field(repr=False)
+    settings: Settings = field(default_factory=dict, repr=False)
+
+    def of_user(self, component: str) -> torch.optim.Optimizer:
+        """What stands for the optimizer with the user's own groups, all with the settings of a component."""
+        made: torch.optim.Optimizer = object.__new__(type(self.optimizer))
+        made.__dict__.update((key, value) for key, value in vars(self.optimizer).items() if key != "step")
+        own = self.settings.get(component, {})
+        made.param_groups = [
+            {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()} | dict(own)
+            for group in self.user_groups
+        ]
+        return made
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each group by its label; optimizers that find their own (lr=None) have none."""
@@ -56,7 +68,7 @@ def make_optimizer(
     Raises WorkloadError when it gives no optimizer, takes a parameter that it was not given, cannot be stepped without
     more, or lacks a setting that a component asks for; RunError when it raises.
     """
-    pairs = next(iter(_arguments(factory)), None) == PAIRS
+    pairs = next(iter(arguments(factory)), None) == PAIRS
     try:
         optimizer = factory(list(parameters.items()) if pairs else list(parameters.values()))
     except Exception as error:
@@ -66,7 +78,7 @@ def make_optimizer(
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise WorkloadError("SparseAdam needs sparse gradients, and planned runs add up dense ones; use Adam")
-    if needed := [name for name, p in _arguments(optimizer.step).items() if _is_required(p)]:
+    if needed := [name for name, p in arguments(optimizer.step).items() if is_required(p)]:
         raise WorkloadError(
             f"{kind}.step needs {needed[0]!r}: it computes losses anew inside of a step, which a planned step cannot; "
             "use an optimizer whose step takes no argument"
@@ -82,41 +94,11 @@ def make_optimizer(
                 f"optimizer= took a parameter of shape {tuple(foreign[0].shape)} that it was not given; use the "
                 f"parameters of its argument only, since each device has its own (call it `{PAIRS}` to get names too)"
             )
-    return Optimization(optimizer, _split(optimizer, names, settings))
-
-
-def make_schedule(
-    factory: SchedulerFactory | None, optimizer: torch.optim.Optimizer, metric: Metric | None
-) -> LRScheduler | None:
-    """The user's schedule of an optimizer. Raises WorkloadError when it needs a metric and there is none."""
-    if factory is None:
-        return None
-    try:
-        schedule = factory(optimizer)
-    except Exception as error:
-        raise RunError.of(error, "scheduler=") from error
-    if not callable(getattr(schedule, "step", None)):
-        raise WorkloadError(f"scheduler= gave a {type(schedule).__name__}; return a schedule with a step()")
-    if takes_metric(schedule) and metric is None:
-        raise WorkloadError(
-            f"{type(schedule).__name__} needs a number in each step; give metric=, a function from a step's losses "
-            "(by task) to the number, such as lambda losses: sum(losses.values())"
-        )
-    return schedule
-
-
-def takes_metric(schedule: LRScheduler) -> bool:
-    """Whether a schedule's step needs a number, as ReduceLROnPlateau's does."""
-    return any(_is_required(parameter) for parameter in _arguments(schedule.step).values())
-
-
-def step_schedule(schedule: LRScheduler, metric: Metric | None, losses: Callable[[], Mapping[str, float]]) -> None:
-    """Step a schedule once; `losses` gives those of the step, by task, to a metric that the schedule takes."""
-    if metric is None or not takes_metric(schedule):
-        schedule.step()
-    else:
-        number: Any = metric(losses())
-        schedule.step(number)
+    user_groups = tuple(
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in g.items()} for g in optimizer.param_groups
+    )
+    labels, origins = _split(optimizer, names, settings)
+    return Optimization(optimizer, labels, origins, user_groups, settings)
 
 
 def rank_optimizer(
@@ -144,7 +126,8 @@ def rank_optimizer(
         group["params"] = [parameter for _, _, parameter in taken]
         if "param_names" in group:
             group["param_names"] = [name for _, name, _ in taken]
-    built.optimizer.state = states
+    built.optimizer.state.clear()  # it may be held in several places
+    built.optimizer.state.update(states)
     return built
 
 
@@ -168,15 +151,25 @@ def _piece(value: Any, whole: Tensor, name: str) -> Any:
     return (piece_of(value, name) if value.shape == whole.shape else value).clone()
 
 
-def _split(optimizer: torch.optim.Optimizer, names: Mapping[int, str], settings: Settings) -> tuple[str, ...]:
-    """Split the groups by components with settings; the label of each."""
-    groups, labels, several = [], [], len(optimizer.param_groups) > 1
+def _split(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], settings: Settings
+) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
+    """Split the groups by components with settings; the label and the origin of each."""
+    groups, labels, origins, several = [], [], [], len(optimizer.param_groups) > 1
+    rates: dict[int, Tensor] = {}  # tensors of groups: no other device's, and as many as one process has
     for number, group in enumerate(optimizer.param_groups):
         parts: dict[str, list[int]] = {}
         for index, parameter in enumerate(group["params"]):
             component = names[id(parameter)].partition(".")[0]
-            parts.setdefault(component if settings.get(component) else "", []).append(index)
-        for component, indices in (parts or {"": []}).items():
+            parts.setdefault(component if component in settings else "", []).append(index)
+        user = str(group.get("name", f"group {number}")) if several else ""
+        if set(parts) <= {""}:  # the group itself: an optimizer that is made of others holds it in several places
+            group.update({k: rates.setdefault(id(v), v.clone()) for k, v in group.items() if isinstance(v, Tensor)})
+            groups.append(group)
+            labels.append(user)
+            origins.append((number, ""))
+            continue
+        for component, indices in parts.items():
             own = settings.get(component, {})
             if unknown := [key for key in own if key not in group]:
                 raise WorkloadError(
@@ -186,20 +179,27 @@ def _split(optimizer: torch.optim.Optimizer, names: Mapping[int, str], settings:
             lists = {key: [group[key][index] for index in indices] for key in ("params", "param_names") if key in group}
             apart = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}  # rates
             groups.append(group | apart | dict(own) | lists)
-            user = str(group.get("name", f"group {number}")) if several else ""
             labels.append(" ".join(filter(None, (user, component))))
+            origins.append((number, component))
     optimizer.param_groups[:] = groups
-    return tuple(labels)
+    return tuple(labels), tuple(origins)
 
 
-def _arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group holds besides its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function, as far as they are known."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # some of C have none
         return {}
 
 
-def _is_required(parameter: inspect.Parameter) -> bool:
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a function cannot be called without it."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
 
@@ -209,21 +209,28 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What the update of a number depends on beside its own gradients: others of its parameter, other parameters."""
+    """What the update of a number depends on beside its own gradients: others of its parameter, other parameters; how
+    many dimensions its parameter has, so that a row of its numbers is updated otherwise.
+    """
 
     of_parameter: bool
     of_others: bool
+    of_shape: bool = False
+
+
+class Elsewhere(WorkloadError):
+    """An optimizer steps parameters that it keeps elsewhere than in its groups, as one that is made of others."""
 
 
 def reach_of(optimizer: torch.optim.Optimizer) -> Reach:
     """Tried on small matrices: whole and in halves, together and one by one.
 
-    Raises WorkloadError when it cannot be tried.
+    Raises WorkloadError when it cannot be tried, or steps other parameters than those of its groups.
     """
     draw = torch.Generator().manual_seed(0)
     tried = [[torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
     reach = [_reach_in(optimizer, group, tried) for group in optimizer.param_groups]
-    return Reach(any(found.of_parameter for found in reach), any(found.of_others for found in reach))
+    return Reach(*(any(getattr(found, name) for found in reach) for name in ("of_parameter", "of_others", "of_shape")))
 
 
 def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: list[list[Tensor]]) -> Reach:
@@ -240,11 +247,23 @@ def _reach_in(optimizer: torch.optim.Optimizer, group: dict[str, Any], tried: li
         raise WorkloadError(
             f"{type(optimizer).__name__} could not be tried on a small matrix ({type(error).__name__}: {error}), so "
             "whether it computes the update of an element from others is not known; if so, plan for one device, and "
-            "leave tensor_parallel= out"
+            "leave tensor_parallel= and shard= out"
         ) from error
+    try:
+        rows = [_after(optimizer, group, [[t.flatten().chunk(2)[k] for t in tried[0]]])[0] for k in (0, 1)]
+        in_rows = torch.allclose(torch.cat(rows), alone[0].flatten(), rtol=1e-9, atol=1e-12)
+    except Exception:  # it takes matrices alone
+        in_rows = False
+    if torch.equal(alone[0], first[0]):
+        raise Elsewhere(
+            f"{type(optimizer).__name__} does not step the parameters that stand in its groups, but others that it "
+            "keeps beside them, so whether it computes with whole matrices is not known; leave tensor_parallel= and "
+            "shard= out, or use an optimizer that is not made of others"
+        )
     return Reach(
         of_parameter=not all(torch.allclose(half, alone[0], rtol=1e-9, atol=1e-12) for half in halves),
         of_others=not all(torch.allclose(*pair, rtol=1e-9, atol=1e-12) for pair in zip(together, alone, strict=True)),
+        of_shape=not in_rows,
     )
 
 
@@ -267,19 +286,29 @@ def _after(
 
 
 def check_optimizer(
-    optimizer: torch.optim.Optimizer, *, cut: Iterable[str], same_everywhere: bool, steps_apart: bool
+    optimizer: torch.optim.Optimizer,
+    *,
+    cut: Iterable[str],
+    sharded: Iterable[str],
+    same_everywhere: bool,
+    steps_apart: bool,
 ) -> None:
-    """Refuse an optimizer that would not step as in one process. `cut`: components that tensor parallelism may cut.
-    `same_everywhere`: whether all ranks that update anything update all; `steps_apart`: there is more than one rank.
+    """Refuse an optimizer that would not step as in one process. `cut`: components that tensor parallelism may cut;
+    `sharded`: those whose parameters are sharded. `same_everywhere`: whether all ranks that update anything update all;
+    `steps_apart`: there is more than one rank.
     """
-    cut = sorted(cut)
-    if not cut and (same_everywhere or not steps_apart):
+    cut, sharded = sorted(cut), sorted(sharded)
+    if not cut and not sharded and (same_everywhere or not steps_apart):
         return
     kind = type(optimizer).__name__
     try:
         reach = reach_of(optimizer)
+    except Elsewhere:
+        if cut or sharded:
+            raise
+        return  # trial steps tell
     except WorkloadError as error:
-        if cut:
+        if cut or sharded:
             raise
         warnings.warn(str(error), SpindleWarning, stacklevel=4)
         return
@@ -287,6 +316,12 @@ def check_optimizer(
         raise WorkloadError(
             f"{kind} computes with whole matrices, and component {cut[0]!r} is registered with tensor_parallel=, which "
             "keeps them in pieces; leave tensor_parallel out, or use an optimizer that updates each element by itself"
+        )
+    if (reach.of_parameter or reach.of_shape) and sharded:
+        raise WorkloadError(
+            f"{kind} computes with whole matrices, and the parameters of component {sharded[0]!r} are sharded, so that "
+            "no device updates one; register it with shard='nothing' and plan again, or use an optimizer that updates "
+            "each element by itself"
         )
     if reach.of_others and steps_apart and not same_everywhere:
         raise WorkloadError(

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from spindle.errors import PlanError
 from spindle.graph import parse_piece
-from spindle.runtime.checkpoint import Checkpoints, to_resume
+from spindle.runtime.averages import PREFIX as AVERAGE
+from spindle.runtime.checkpoint import Checkpoints
 from spindle.runtime.controller import Launcher, Prepared, Run, launched
 from spindle.runtime.launch.torchrun import under_torchrun
-from spindle.runtime.optimizers import Metric, OptimizerFactory, SchedulerFactory
+from spindle.runtime.masters import Numbers, PlainMasters, master_tensors
+from spindle.runtime.optimizers import OptimizerFactory
 from spindle.runtime.parallel.names import joined_pieces, piece_of
 from spindle.runtime.reference import Gradients, Outcome, restored, run_reference
+from spindle.runtime.run_folder import opened
+from spindle.runtime.schedules import Metric, SchedulerFactory
 from spindle.workload import Precision, Workload
 
 __all__ = ["compare", "default_optimizer", "default_tolerance", "observed", "run_planned", "run_reference"]
@@ -28,6 +32,7 @@ QUANTITIES = {
     "parameter": "parameter",
     "buffer": "buffer",
     "state": "optimizer state",
+    "average": "average",
     "rate": "learning rate",
 }
 """What is compared, in the order in which a step makes it, and how a report calls it."""
@@ -73,7 +78,6 @@ class ParityReport:
     losses: tuple[dict[str, float], ...]
     reference_losses: tuple[dict[str, float], ...]
     tolerance: Tolerance
-    unreached: tuple[str, ...] = ()  # parameters with zero gradients in a step in which one process gives them none
 
     @property
     def ok(self) -> bool:
@@ -110,12 +114,6 @@ class ParityReport:
             f"  one process itself has no finite loss of {task!r} in step {step}; mend the task's data or loss first"
             for step, task in endless[:1]
         ]
-        if self.unreached:
-            lines.append(
-                f"  note: {_counted(len(self.unreached), 'parameter')} ({self.unreached[0]}) had zero gradients in a "
-                "step in which a batch lacked what leads to them; one process gives them none there, so an optimizer "
-                "with momentum or weight decay would let them rest (docs/exactness.md)"
-            )
         return "\n".join(lines)
 
 
@@ -146,29 +144,33 @@ def run_planned(
         kept = Checkpoints(directory=Path(folder), every=steps)
         for number, each in enumerate(prepared):
             first, last = (steps * n // len(prepared) for n in (number, number + 1))
-            before = to_resume(workload, kept, resume=first > 0)
-            with launched(
-                each,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                metric=metric,
-                launcher=launcher,
-                seed=seed,
-                timeout_s=timeout_s,
-                saves=len(prepared) > 1,
-            ) as run:
-                if before is not None:
-                    run.resume(before)
+            with (
+                opened(workload, kept, resume=first > 0) as start,
+                launched(
+                    each,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    metric=metric,
+                    launcher=launcher,
+                    seed=seed,
+                    timeout_s=timeout_s,
+                    saves=len(prepared) > 1,
+                ) as run,
+            ):
+                if start.before is not None:
+                    run.resume(start.before)
                 parts.append(observed(run, last - first))
                 if last < steps:
                     run.save(kept, last, seed)
         untouched = {name: t.detach().clone() for name, t in (*workload.named_parameters(), *workload.named_buffers())}
+        own = PlainMasters(dict(workload.named_parameters()), Numbers.of(workload)).masters
+        masters = master_tensors(own, own)  # of parameters that no task uses
     ends = parts[-1]
     return Outcome(
         [losses for part in parts for losses in part.losses],
         [gradients for part in parts for gradients in part.gradients],
         untouched | ends.values,
-        ends.states,
+        masters | ends.states,
         ends.learning_rates,
     )
 
@@ -180,7 +182,7 @@ def observed(run: Run, steps: int) -> Outcome:
         losses,
         [{report.rank: report.gradients[step] for report in reports} for step in range(len(losses))],
         run.state(),
-        run.optimizer_state(),
+        run.optimizer_state() | run.ema_state(),
         {label: rate for report in reports for label, rate in report.learning_rates.items()},
     )
 
@@ -213,19 +215,18 @@ def default_tolerance(parameters: Mapping[str, Tensor], precision: Precision = "
 
 
 def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> ParityReport:
-    """Compare a planned run with one process. A gradient or state that only one side has is compared with zeros."""
+    """Compare a planned run with one process. A gradient that only one side has differs, zeros too: an optimizer with
+    momentum or weight decay moves a parameter with zeros. A state that only one side has is compared with zeros.
+    """
     rows: list[ParityRow] = []
     for step, (ours, theirs) in enumerate(zip(planned.losses, reference.losses, strict=True)):
         for task, loss in theirs.items():
             got = torch.tensor(ours.get(task, float("nan")), dtype=torch.float64)
             expected = torch.tensor(loss, dtype=reference.loss_dtypes.get(task, torch.float64))
             rows.append(_row("loss", task, step, got, expected, tolerance))
-    unreached: dict[str, None] = {}
     for step, (held_by_rank, expected_by_rank) in enumerate(zip(planned.gradients, reference.gradients, strict=True)):
         (alone,) = expected_by_rank.values()
         rows += _gradient_rows(step, held_by_rank, alone, tolerance)
-        own = ((parse_piece(name).whole, g) for gradients in held_by_rank.values() for name, g in gradients.items())
-        unreached |= {whole: None for whole, gradient in own if whole not in alone and not gradient.any()}
     last = len(reference.losses) - 1
     for name, value in planned.values.items():
         quantity = "buffer" if name in reference.buffers else "parameter"
@@ -234,11 +235,12 @@ def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> Pa
         pair = [side.get(name) for side in (planned.states, reference.states)]
         some = next(value for value in pair if value is not None)
         got, expected = (torch.zeros_like(some) if value is None else value for value in pair)
-        rows.append(_row("state", name, last, got, expected, tolerance))
+        quantity = "average" if name.startswith(AVERAGE) else "state"
+        rows.append(_row(quantity, name, last, got, expected, tolerance))
     for label, rate in reference.learning_rates.items():
         got, expected = (torch.tensor(x, dtype=torch.float64) for x in (planned.learning_rates[label], rate))
         rows.append(_row("rate", label, last, got, expected, tolerance))
-    return ParityReport(tuple(rows), tuple(planned.losses), tuple(reference.losses), tolerance, tuple(unreached))
+    return ParityReport(tuple(rows), tuple(planned.losses), tuple(reference.losses), tolerance)
 
 
 def _gradient_rows(
@@ -249,16 +251,20 @@ def _gradient_rows(
         for name, gradient in gradients.items():
             known = expected.get(parse_piece(name).whole)
             wanted = torch.zeros_like(gradient) if known is None else piece_of(known, name)
-            rows.append(_row("gradient", f"{name} on rank {rank}", step, gradient, wanted, tolerance))
+            row = _row("gradient", f"{name} on rank {rank}", step, gradient, wanted, tolerance)
+            rows.append(row if known is not None else replace(row, name=f"{row.name}, none in one process", ok=False))
     held = {parse_piece(name).whole for gradients in held_by_rank.values() for name in gradients}
-    for name in expected.keys() - held:
-        rows.append(_row("gradient", name, step, torch.zeros_like(expected[name]), expected[name], tolerance))
+    for name in sorted(expected.keys() - held):
+        row = _row("gradient", name, step, torch.zeros_like(expected[name]), expected[name], tolerance)
+        rows.append(replace(row, name=f"{name}, which has none as planned", ok=False))
     return rows
 
 
 def _row(quantity: str, name: str, step: int, got: Tensor, expected: Tensor, tolerance: Tolerance) -> ParityRow:
-    """One comparison; what is not finite must be the same on both sides."""
-    got, expected = got.detach().cpu().double(), expected.detach().cpu()
+    """One comparison; what is not finite must be the same on both sides, and so must whole numbers and flags."""
+    counts = not (expected.is_floating_point() or expected.is_complex())
+    got, expected = (_real(value.detach().cpu()) for value in (got, expected))
+    got = got.double()
     if got.shape != expected.shape:
         return ParityRow(quantity=quantity, name=f"{name} ({tuple(got.shape)} for {tuple(expected.shape)})", step=step,
                          max_abs_error=float("inf"), max_rel_error=float("inf"), ok=False)  # fmt: skip
@@ -274,5 +280,11 @@ def _row(quantity: str, name: str, step: int, got: Tensor, expected: Tensor, tol
         step=step,
         max_abs_error=largest,
         max_rel_error=largest / scale if scale > tolerance.atol else 0.0,
-        ok=bool((error <= tolerance.allowed(sound)).all()),
+        ok=bool((same if counts else error <= tolerance.allowed(sound)).all()),
     )
+
+
+def _real(value: Tensor) -> Tensor:
+    if value.is_complex():
+        return torch.view_as_real(value.resolve_conj())
+    return value if value.is_floating_point() else value.double()

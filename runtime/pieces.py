@@ -36,9 +36,11 @@ def joined(pieces: Iterable[Piece], spec: TensorSpec) -> Tensor:
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered, spec.row_dim)
 
 
-def summed(pieces: Iterable[Piece], spec: TensorSpec, units: Units, held: Bounds, like: Tensor) -> Tensor:
-    """Gradient of a tensor that several readers have read parts of: the sum of theirs, zero where nobody read."""
+def summed(pieces: Iterable[Piece], spec: TensorSpec, units: Units, held: Bounds, like: Tensor) -> Tensor | None:
+    """Gradient of a tensor that several readers have read parts of: the sum of theirs; None where none leads back."""
     pieces = list(pieces)
+    if not pieces:
+        return None
     if len(pieces) == 1 and (not spec.rows or pieces[0][:2] == held):
         return pieces[0][2]
     total = torch.zeros_like(like, memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
 from spindle.graph import parse_piece
+from spindle.runtime.optimizers import without_parameters
 from spindle.runtime.parallel.names import piece_of
 
 Progress = dict[str, Any]
@@ -23,9 +24,14 @@ _KEPT = ("state", "param_groups")
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, strict: bool = True
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    strict: bool = True,
+    copies: bool = True,
 ) -> dict[str, Tensor]:
-    """States of the named parameters as `optimizer:NAME:KEY`; numbers become tensors of no dimension.
+    """States of the named parameters as `optimizer:NAME:KEY`; numbers become tensors of no dimension. Without `copies`
+    they are the optimizer's own, which the next step changes.
 
     Raises CheckpointError for an optimizer that keeps anything else, unless not `strict`: then that is left out.
     """
@@ -33,7 +39,7 @@ def optimizer_tensors(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                found[f"{PREFIX}:{name}:{key}"] = value.detach().cpu().clone()
+                found[f"{PREFIX}:{name}:{key}"] = value.detach().cpu().clone() if copies else value.detach()
             elif type(value) in _NUMBERS:
                 found[f"{PREFIX}:{name}:{key}"] = torch.tensor(value, dtype=_NUMBERS[type(value)])
             elif value is not None and strict:
@@ -60,10 +66,7 @@ def optimizer_progress(
             f"{type(optimizer).__name__} keeps {more[0]!r} beside its states and groups, which cannot be saved by "
             "parameter: train without checkpoints, or use another optimizer"
         )
-    settings = {
-        str(number): {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for number, group in enumerate(optimizer.param_groups)
-    }
+    settings = {str(number): without_parameters(group) for number, group in enumerate(optimizer.param_groups)}
     states = (state for parameter, state in optimizer.state.items() if id(parameter) in names)
     return {
         "groups": settings,
@@ -83,8 +86,10 @@ def load_optimizer(
     parameters: Mapping[str, nn.Parameter],
     progress: Progress,
     tensors: Mapping[str, Tensor],
+    changed: Mapping[tuple[int, str], Any] | None = None,
 ) -> None:
-    """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds.
+    """Give an optimizer, fresh from its factory, the states and settings that a checkpoint holds; of `changed` ones, by
+    group and key, the value that is given.
 
     Raises CheckpointError when its groups are others.
     """
@@ -105,6 +110,8 @@ def load_optimizer(
     fresh["state"] = {index: states[name] for index, name in enumerate(order) if name in states}
     for number, group in enumerate(fresh["param_groups"]):
         group.update((progress["groups"] | progress["held"])[str(number)])
+    for (number, key), value in (changed or {}).items():
+        fresh["param_groups"][number][key] = value
     try:
         optimizer.load_state_dict(fresh)
     except (KeyError, ValueError) as error:

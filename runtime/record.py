@@ -17,6 +17,9 @@ _KIND_BY_OP = {
     Op.CLIP: SpanKind.REDUCE,
     Op.STEP: SpanKind.STEP,
     Op.GATHER: SpanKind.REDUCE,
+    Op.UNSHARD: SpanKind.REDUCE,
+    Op.SCATTER: SpanKind.REDUCE,
+    Op.ADD: SpanKind.REDUCE,
     Op.TALLY: SpanKind.REDUCE,
     Op.HAND: SpanKind.TRANSFER,
     Op.WRITE: SpanKind.STEP,
@@ -26,12 +29,14 @@ _KIND_BY_OP = {
 @dataclass(slots=True)
 class StepRecord:
     """What one step leaves behind on a rank: losses of the tasks that end on it, the norm of all gradients when it was
-    clipped, and its spans.
+    clipped, and its spans. `skipped`: what was not finite here, where no rank's optimizer stepped for such a thing.
     """
 
     losses: dict[str, float] = field(default_factory=dict)
     grad_norm: float | None = None
+    skipped: str | None = None
     spans: list[Span] = field(default_factory=list)
+    busy_s: dict[str, float] = field(default_factory=dict)  # by slice run
 
 
 def span_of(
@@ -44,8 +49,8 @@ def span_of(
     step: int,
     moved_bytes: int,
 ) -> Span:
-    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets that the rank holds; `moved_bytes`:
-    what a transfer has sent and received here.
+    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets, flats and flags that the rank holds;
+    `moved_bytes`: what a transfer has sent and received here.
     """
     transfer = program.transfer_by_name.get(instruction.target)
     run = program.slice_by_name.get(transfer.target if transfer else instruction.target)

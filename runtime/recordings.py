@@ -8,6 +8,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import cloudpickle
@@ -58,15 +59,17 @@ class Recipe:
         return cls(functions, captured.tasks, captured.skeleton, captured.precision)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self._dumped(),)
+        return _received, (self._dumped,)
 
+    @cached_property
     def _dumped(self) -> bytes:
+        """Made once for the jobs of all ranks."""
         content = (self.functions, self.codes, self.skeleton, self.precision)
         return dumped(content, self.functions.values())
 
     def apart(self) -> "Recipe":
         """A copy with modules of its own."""
-        found: Recipe = _received(self._dumped())
+        found: Recipe = _received(self._dumped)
         return found
 
 
@@ -84,6 +87,7 @@ class LoadedBatch:
     layout: StepLayout
     stream: Stream
     parts: dict[Bounds, TaskPart] = field(default_factory=dict)
+    share: float = 1.0  # what its loss is multiplied by, among those of the step's batches of its task
 
     def prepare(self, program: Program, rank: int) -> None:
         """Record the samples that the runs of a rank hold."""
@@ -183,10 +187,11 @@ class Recordings:
     ) -> list[Tensor] | None:
         replay = known[0].replay
         assert replay is not None
+        unread = with_own_tensors(fields) if self.checking else fields  # the replay may change its fields in place
         with computing_in(self.recipe.precision, _CPU), drawing_from(stream):
             found = replay.run(fields)
         if found is not None and self.checking:
-            again = self._recorded(known[1].task, fields, stream, where).recording
+            again = self._recorded(known[1].task, unread, stream, where).recording
             same = len(again.aux) == len(found) and len(again.nodes) == len(known[0].recording.nodes)
             if not same or not all(map(_equal, again.aux, found)):
                 raise WorkloadError(

@@ -7,26 +7,25 @@ sample.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from spindle.batch import with_own_tensors
 from spindle.capture import capture
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.eager import drawing_as_planned
 from spindle.record.draws import Stream
+from spindle.runtime.averages import Averages, averaged
 from spindle.runtime.data import Feed
-from spindle.runtime.optimizers import (
-    Metric,
-    OptimizerFactory,
-    SchedulerFactory,
-    make_optimizer,
-    make_schedule,
-    step_schedule,
-)
+from spindle.runtime.masters import Numbers, PlainMasters, master_tensors
+from spindle.runtime.optimizers import OptimizerFactory, make_optimizer
 from spindle.runtime.progress import optimizer_tensors
+from spindle.runtime.schedules import Metric, SchedulerFactory, make_schedule, step_schedule
+from spindle.weighing import shares
 from spindle.workload import Task, Workload
 
 Gradients = dict[str, Tensor]
@@ -71,27 +70,38 @@ def run_reference(
     feeds = {name: Feed(task, seed) for name, task in workload.tasks.items()}
     found = Outcome([], buffers=frozenset(name for name, _ in workload.named_buffers()))
     with restored(workload):
-        made = make_optimizer(optimizer, parameters, workload.optimizer_settings)
-        schedule = make_schedule(scheduler, made.optimizer, metric)
+        masters = PlainMasters(parameters, Numbers.of(workload))
+        made = make_optimizer(optimizer, masters.stepped, workload.optimizer_settings)
+        schedule = make_schedule(scheduler, made, metric)
+        averages = Averages(workload.ema) if workload.ema is not None else None
+        trained = {p.name for operator in captured.graph for p in operator.parameters if p.trainable}
+        trained |= {write.target for write in captured.graph.writes}
         for step in range(steps):
-            for parameter in parameters.values():
-                parameter.grad = None
+            masters.clear()
             found.losses.append({})
             for name in workload.tasks_of(step, seed):
                 stream = Stream(seed=seed, step=step, task=name)
-                losses = _run_task(workload, captured, workload.tasks[name], feeds[name], stream, found.loss_dtypes)
+                losses = _run_task(workload, captured, workload.tasks[name], feeds[name], stream, found, masters)
                 found.losses[-1][name] = sum(losses) / len(losses)
             if workload.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters.values(), workload.max_grad_norm)
-            found.gradients.append({0: {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}})
+                torch.nn.utils.clip_grad_norm_(masters.stepped.values(), workload.max_grad_norm)
+            found.gradients.append({0: {name: gradient.clone() for name, gradient in masters.gradients.items()}})
             for name, gradient in (follow[step] if follow else {}).items():
-                parameters[name].grad = gradient.clone()
+                masters.stepped[name].grad = gradient.clone()
+            masters.before_step()
             made.optimizer.step()
+            _after_step(workload, masters)
+            masters.after_step()
+            if averages is not None:
+                buffers = dict(workload.named_buffers())
+                averages.update(step + 1, functools.partial(averaged, averages.ema, trained, buffers, masters.held))
             if schedule is not None:
                 step_schedule(schedule, metric, lambda: found.losses[-1])
         every = (*workload.named_parameters(), *workload.named_buffers())
         found.values.update({name: tensor.detach().clone() for name, tensor in every})
-        found.states.update(optimizer_tensors(made.optimizer, parameters, strict=False))
+        found.states.update(optimizer_tensors(made.optimizer, masters.stepped, strict=False))
+        found.states.update(master_tensors(masters.masters, masters.masters))
+        found.states.update({} if averages is None else averages.tensors())
         found.learning_rates.update(made.learning_rates())
     for feed in feeds.values():
         feed.close()
@@ -104,12 +114,14 @@ def _run_task(
     task: Task,
     feed: Feed,
     place: Stream,
-    dtypes: dict[str, torch.dtype],
+    found: Outcome,
+    masters: PlainMasters,
 ) -> list[float]:
     """Forward and backward of a step's batches of one task; their losses."""
     losses = []
-    for batch in range(workload.accumulate):
-        given = feed.next()
+    batches = [feed.next() for _ in range(workload.accumulate)]
+    counts = shares([task.counted(given) for given in batches])
+    for batch, (given, share) in enumerate(zip(batches, counts, strict=True)):
         stream = Stream(
             seed=place.seed,
             step=place.step,
@@ -120,12 +132,21 @@ def _run_task(
         )
         drawing = drawing_as_planned(workload, captured, stream)
         with computing_in(workload.precision, torch.device("cpu")), drawing:
-            loss = task.function(dict(given.fields))
-        losses.append(float(loss.detach()))
-        dtypes[task.name] = loss.dtype
-        if loss.requires_grad:  # not where a batch lacks all that is trained
-            torch.autograd.backward(loss * (task.weight / workload.accumulate))
+            loss = task.function(with_own_tensors(given.fields))  # a list of batches is the user's own
+        losses.append(float(loss.detach() * share) if share else 0.0)
+        found.loss_dtypes[task.name] = loss.dtype
+        if loss.requires_grad and share:  # not where a batch lacks all that is trained
+            torch.autograd.backward(loss * (task.weight / workload.accumulate * share))
+            masters.collect()
     return losses
+
+
+def _after_step(workload: Workload, masters: PlainMasters) -> None:
+    """The user's functions, on what the optimizer has stepped."""
+    for each in workload.after_steps:
+        for name in each.names(masters.parameters):
+            if masters.stepped[name].grad is not None:
+                each.apply(masters.stepped[name])
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

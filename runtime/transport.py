@@ -9,9 +9,8 @@ import os
 import socket
 import sys
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from spindle.errors import RunError
+from spindle.errors import LostPeerError, RunError
 from spindle.runtime.host import (
     SocketThreads,
     interface_to,
@@ -29,6 +28,7 @@ from spindle.runtime.host import (
     threads_of_rank,
     usable_cores,
 )
+from spindle.runtime.pulse import Pulse
 
 Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
@@ -78,6 +78,8 @@ class Transport(Protocol):
     cores: Sequence[int]
     """Those that the ranks of this machine share."""
     device: torch.device
+    pulse: Pulse
+    """Where this rank says where it is, and whether it waits for others."""
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Make the process groups of a program; called once, by all ranks, with the same list."""
@@ -94,8 +96,11 @@ class Transport(Protocol):
     def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """Start to copy `values` of `owner` to all `ranks`."""
 
-    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """Write the tensors of all ranks, whose names differ, into one checkpoint. Called by all ranks."""
+    def all_gather(self, whole: Tensor, own: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """Start to fill `whole` with the parts `own` of all `ranks`, one after the other; of one dimension."""
+
+    def reduce_scatter(self, own: Tensor, whole: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """Start to fill `own` with this rank's part of the sum of `whole` over `ranks`; `whole` stays as it is."""
 
     def close(self) -> None:
         """Leave; peers that still wait for this rank fail soon."""
@@ -120,6 +125,7 @@ class ProcessTransport:
         device: torch.device | None = None,
         place: tuple[int, int] | None = None,
         sees_own_gpu: bool = False,
+        pulse: Pulse | None = None,
     ) -> None:
         """Join the process group through `store` (None: from the environment, as torchrun sets it up).
 
@@ -128,6 +134,8 @@ class ProcessTransport:
         the store is on loopback. `sees_own_gpu`: of the machine's GPUs this rank sees one, which no other does.
         """
         self.rank, self.num_ranks = rank, num_ranks
+        self.pulse = pulse or Pulse()
+        self.peers = Peers(self.pulse, timeout_s)
         backend = "gloo"
         if device is None and torch.cuda.is_available():
             among = (0, 1) if sees_own_gpu else place or (rank, num_ranks)
@@ -150,48 +158,67 @@ class ProcessTransport:
         if (interface := _interface(store)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self.timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=num_ranks,
-            timeout=self.timeout,
-            # connected at once: NCCL wants all ranks in a group's first operation, which may be a message of two
-            device_id=self.device if backend == "nccl" else None,
-        )
+        with self.peers:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=num_ranks,
+                timeout=self.timeout,
+                # connected at once: NCCL wants all ranks in a group's first operation, which may be a message of two
+                device_id=self.device if backend == "nccl" else None,
+            )
+            self._beside = None if self._gloo else dist.new_group(backend="gloo", timeout=self.timeout)
         self._socket_threads = SocketThreads()
         self._socket_threads.find()
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(num_ranks)): dist.group.WORLD}
 
     def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Ordered `new_group` on all ranks: members-only creation hangs when their histories differ."""
-        for ranks in groups:
-            if ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
+        with self.peers:
+            for ranks in groups:
+                if ranks not in self._groups:
+                    self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
         self._socket_threads.find()
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
-        """Post messages in one batch; within a pair of ranks they stand in the order of the transfer on both sides."""
+        """Post messages in one batch; within a pair of ranks they stand in the order of the transfer on both sides.
+        Beside NCCL tensors in main memory go over gloo, so that their reader waits for no GPU.
+        """
+        if self._gloo:
+            return self._start(sends, receives)
+        on_gpu = self._start(*([(p, t) for p, t in posts if t.is_cuda] for posts in (sends, receives)))
+        on_host = self._start_on_host(*([(p, t) for p, t in posts if not t.is_cuda] for posts in (sends, receives)))
+        departed, arrived = (_both(*waits) for waits in zip(on_gpu, on_host, strict=True))
+        return departed, arrived
+
+    def _start_on_host(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        with self._socket_threads, self.peers:
+            works = self._posted(sends, receives)
+        return self._wait_for(works[: len(sends)]), self._wait_for(works[len(sends) :])
+
+    def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         outgoing = [(peer, self._outward(tensor)) for peer, tensor in sends]
         incoming = [(peer, self._place_for(tensor)) for peer, tensor in receives]
         if self._gloo:
-            with self._socket_threads:
+            with self._socket_threads, self.peers:
                 works = self._posted(outgoing, incoming)
         else:
             posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing]
             posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming]
-            works = dist.batch_isend_irecv(posts) if posts else []
+            with self.peers:
+                works = dist.batch_isend_irecv(posts) if posts else []
         arrivals = [(tensor, arrived) for (_, tensor), (_, arrived) in zip(receives, incoming, strict=True)]
         if len(works) != len(outgoing) + len(incoming):  # NCCL coalesces a batch into one
-            return _wait_for(works), _wait_for(works, arrivals)
-        return _wait_for(works[: len(sends)]), _wait_for(works[len(sends) :], arrivals)
+            return self._wait_for(works), self._wait_for(works, arrivals)
+        return self._wait_for(works[: len(sends)]), self._wait_for(works[len(sends) :], arrivals)
 
     def _posted(self, outgoing: Sequence[Post], incoming: Sequence[Post]) -> list[dist.Work]:
         """As `batch_isend_irecv` posts over gloo, in half the time: messages are many and small."""
-        world = dist.group.WORLD
-        assert world is not None
-        works = [world.send([tensor], peer, 0) for peer, tensor in outgoing]
-        return [*works, *(world.recv([tensor], peer, 0) for peer, tensor in incoming)]
+        over = self._beside or dist.group.WORLD
+        assert over is not None
+        works = [over.send([tensor], peer, 0) for peer, tensor in outgoing]
+        return [*works, *(over.recv([tensor], peer, 0) for peer, tensor in incoming)]
 
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum over a group made before."""
@@ -205,16 +232,44 @@ class ProcessTransport:
         """Copy from one rank of a group made before."""
         return self._collected(values, lambda own: dist.broadcast(own, owner, group=self._groups[ranks], async_op=True))
 
+    def all_gather(self, whole: Tensor, own: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """Gather over a group made before."""
+        place, sent, group = self._place_for(whole), self._outward(own), self._groups[ranks]
+        return self._waited(lambda: _gather(place, sent, group=group, async_op=True), whole, place)
+
+    def reduce_scatter(self, own: Tensor, whole: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """Sum over a group made before, a part to each."""
+        place, sent, group = self._place_for(own), self._outward(whole), self._groups[ranks]
+        return self._waited(lambda: _scatter(place, sent, group=group, async_op=True), own, place)
+
     def _collected(self, values: Tensor, begin: Callable[[Tensor], dist.Work]) -> Wait:
         shared = self._outward(values)
+        return self._waited(lambda: begin(shared), values, shared)
+
+    def _waited(self, begin: Callable[[], dist.Work], values: Tensor, arrived: Tensor) -> Wait:
         with self._socket_threads:
-            wait = _wait_for([begin(shared)], [(values, shared)])
+            with self.peers:
+                work = begin()
+            wait = self._wait_for([work], [(values, arrived)])
 
         def waited() -> None:
             with self._socket_threads:
                 wait()
 
         return waited
+
+    def _wait_for(self, works: Sequence[dist.Work], arrivals: Sequence[tuple[Tensor, Tensor]] = ()) -> Wait:
+        """Wait for all works; then copy what arrived elsewhere to where it belongs."""
+
+        def wait() -> None:
+            with self.peers:
+                for work in works:
+                    work.wait()
+            for tensor, arrived in arrivals:
+                if arrived is not tensor:
+                    tensor.copy_(arrived)
+
+        return wait
 
     def _outward(self, tensor: Tensor) -> Tensor:
         """What the backend can send."""
@@ -227,12 +282,9 @@ class ProcessTransport:
     def exchanged(self, own: T) -> list[T]:
         """What each rank brings, by rank; all ranks call this together. Not for what is wanted in each step."""
         found: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(found, own)
+        with self.peers:
+            dist.all_gather_object(found, own)
         return found
-
-    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """A safetensors file a rank, written at once."""
-        _save(tensors, path)
 
     def close(self) -> None:
         """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
@@ -242,28 +294,50 @@ class ProcessTransport:
             os.sched_setaffinity(0, self.cores)
 
 
-def _save(tensors: Mapping[str, Tensor], path: str) -> None:
-    # takes half a second to import
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
-
-    writer = HuggingFaceStorageWriter(path, save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, for threads
-        save_checkpoint(dict(tensors), storage_writer=writer)
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # which torch calls deprecated from 2.13 on
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def _wait_for(works: Sequence[dist.Work], arrivals: Sequence[tuple[Tensor, Tensor]] = ()) -> Wait:
-    """Wait for all works; then copy what arrived elsewhere to where it belongs."""
+def sum_over_all(values: Tensor, transport: Transport) -> None:
+    """Sum `values` in place over all ranks, which call this together, and wait for the sum."""
+    if transport.num_ranks > 1:
+        transport.all_reduce(values, tuple(range(transport.num_ranks)))()
 
+
+def _both(one: Wait, other: Wait) -> Wait:
     def wait() -> None:
-        for work in works:
-            work.wait()
-        for tensor, arrived in arrivals:
-            if arrived is not tensor:
-                tensor.copy_(arrived)
+        one()
+        other()
 
     return wait
+
+
+class Peers:
+    """While entered, this rank waits for others; what goes wrong with them meanwhile is a LostPeerError."""
+
+    def __init__(self, pulse: Pulse, timeout_s: float) -> None:
+        self._pulse, self._timeout_s = pulse, timeout_s
+
+    def __enter__(self) -> None:
+        self._pulse.wait(True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._pulse.wait(False)
+        elif isinstance(error, RuntimeError) and (told := self._told(error)):
+            raise LostPeerError(told) from error  # the backend's own words are its cause
+
+    def _told(self, error: RuntimeError) -> str:
+        """Nothing for an error that is not of peers: of the size of a tensor, for instance."""
+        text = str(error).lower()
+        if any(sign in text for sign in ("timed out", "timeout")):
+            return f"a rank that it waits for did not come within {self._timeout_s:g} s"
+        if isinstance(error, dist.DistError) or any(sign in text for sign in _GONE):
+            return "a rank that it waits for is gone"
+        return ""
+
+
+_GONE = ("connection closed", "connection reset", "connection refused", "connection was", "broken pipe", "socket")
 
 
 class _Exchange:
@@ -275,7 +349,6 @@ class _Exchange:
         self.gone: set[int] = set()
         self.parts: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
         self.taken: Counter[tuple[tuple[int, ...], int]] = Counter()
-        self.saved: dict[str, dict[int, Mapping[str, Tensor]]] = {}
 
 
 class ThreadTransport:
@@ -289,6 +362,7 @@ class ThreadTransport:
         self.num_threads = threads_of_rank(num_ranks)
         self.cores: Sequence[int] = usable_cores()
         self._shared, self._timeout_s = shared, timeout_s
+        self.pulse = Pulse()
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._reduced = Counter[tuple[int, ...]]()
 
@@ -321,11 +395,13 @@ class ThreadTransport:
 
     def _receive(self, peer: int, number: int, tensor: Tensor) -> None:
         key, shared = (peer, self.rank, number), self._shared
+        self.pulse.wait(True)
         with shared.changed:
             shared.changed.wait_for(lambda: key in shared.mail or shared.gone, self._timeout_s)
             sent = shared.mail.pop(key, None)
         if sent is None:
-            raise RunError(f"nothing arrived from rank {peer}: {self._why()}")
+            raise LostPeerError(f"nothing arrived from rank {peer}: {self._why()}")
+        self.pulse.wait(False)
         if sent.shape != tensor.shape or sent.dtype != tensor.dtype:
             raise RunError(
                 f"rank {peer} sent {tuple(sent.shape)} {sent.dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
@@ -334,20 +410,36 @@ class ThreadTransport:
 
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum in the order of the ranks, so that all get the same bits."""
-        return self._together(values, ranks, lambda parts: torch.stack(parts).sum(0))
+        return self._together(values, values, ranks, lambda parts: torch.stack(parts).sum(0))
 
     def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """As a sum for all, but nobody else is to rely on it."""
         mine = self.rank == owner
         return self._together(
-            values, ranks, lambda p: torch.stack(p).sum(0) if mine else torch.full_like(p[0], torch.nan)
+            values, values, ranks, lambda p: torch.stack(p).sum(0) if mine else torch.full_like(p[0], torch.nan)
         )
 
     def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """All come, and take the owner's."""
-        return self._together(values, ranks, lambda parts: parts[ranks.index(owner)])
+        return self._together(values, values, ranks, lambda parts: parts[ranks.index(owner)])
 
-    def _together(self, values: Tensor, ranks: tuple[int, ...], made_of: Callable[[list[Tensor]], Tensor]) -> Wait:
+    def all_gather(self, whole: Tensor, own: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """In the order of the ranks."""
+        return self._together(own, whole, ranks, torch.cat)
+
+    def reduce_scatter(self, own: Tensor, whole: Tensor, ranks: tuple[int, ...]) -> Wait:
+        """All sum, and take their own part."""
+        index = ranks.index(self.rank)
+        return self._together(whole, own, ranks, lambda parts: torch.stack(parts).sum(0).chunk(len(ranks))[index])
+
+    def _together(
+        self,
+        values: Tensor,
+        place: Tensor,
+        ranks: tuple[int, ...],
+        made_of: Callable[[list[Tensor]], Tensor],
+    ) -> Wait:
+        """What is made of the `values` of all ranks goes to `place`."""
         shared = self._shared
         number = self._reduced[ranks] = self._reduced[ranks] + 1
         with shared.changed:
@@ -356,28 +448,23 @@ class ThreadTransport:
 
         def arrive() -> None:
             keys = [(ranks, number, rank) for rank in ranks]
+            self.pulse.wait(True)
             with shared.changed:
                 shared.changed.wait_for(lambda: all(k in shared.parts for k in keys) or shared.gone, self._timeout_s)
                 missing = [key[2] for key in keys if key not in shared.parts]
                 if missing:
-                    raise RunError(f"ranks {missing} did not come to a reduction over ranks {ranks}: {self._why()}")
+                    raise LostPeerError(
+                        f"ranks {missing} did not come to a reduction over ranks {ranks}: {self._why()}"
+                    )
                 parts = [shared.parts[key] for key in keys]
                 shared.taken[ranks, number] += 1
                 if shared.taken[ranks, number] == len(ranks):
                     for key in keys:
                         del shared.parts[key]
-            values.copy_(made_of(parts))
+            self.pulse.wait(False)
+            place.copy_(made_of(parts))
 
         return arrive
-
-    def save(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """The last to come writes for all."""
-        with self._shared.changed:
-            parts = self._shared.saved.setdefault(path, {})
-            parts[self.rank] = tensors
-            if len(parts) == self.num_ranks:
-                _save({name: tensor for part in parts.values() for name, tensor in part.items()}, path)
-                del self._shared.saved[path]
 
     def _why(self) -> str:
         return "it left" if self._shared.gone else f"not in {self._timeout_s:g} s"

@@ -3,6 +3,8 @@
 - A step that draws random numbers would draw others on each device, and after a resume.
 - What a checkpoint does not hold is lost on a resume: a second optimizer and schedule, given what a checkpoint holds of
   the first ones, must be like them, and step like them.
+- A device updates some of the parameters. What it makes of them must be what one process does that updates all; an
+  optimizer that holds parameters beside its groups, or a schedule that reads them, would make something else.
 """
 
 import io
@@ -24,15 +26,25 @@ from spindle.graph import Parameter
 from spindle.record.draws import GLOBAL_GENERATORS
 from spindle.record.fingerprints import fingerprint
 from spindle.runtime.optimizers import (
-    Metric,
     OptimizerFactory,
-    SchedulerFactory,
     Settings,
+    described,
     make_optimizer,
-    make_schedule,
-    takes_metric,
+    rank_optimizer,
+    without_parameters,
 )
 from spindle.runtime.progress import Progress, load_optimizer, optimizer_progress, optimizer_tensors
+from spindle.runtime.schedules import (
+    Metric,
+    Schedule,
+    SchedulerFactory,
+    SplitSchedule,
+    kept_of,
+    make_schedule,
+    parts_of,
+    same_value,
+    takes_metric,
+)
 
 STEPS, MORE_STEPS = 3, 3
 WIDTH = 3  # of each dimension of a small parameter, at most
@@ -45,7 +57,12 @@ _TORCHS = ("step", "defaults", "optimizer", "_opt_called", "_warned_capturable_i
 class _Trial:
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler | None
+    schedule: Schedule | None
+
+    @property
+    def last(self) -> object:
+        """The user's schedule, or the optimizer where there is none."""
+        return self.optimizer if self.schedule is None else next(parts_of(self.schedule))
 
     def steps(self, count: int, draw: torch.Generator) -> Iterator[list[object]]:
         """Values of the parameters and settings of the groups after each of some steps."""
@@ -57,10 +74,23 @@ class _Trial:
                 self.optimizer.step()
             if self.schedule is not None:
                 given: Any = (1.0,) if takes_metric(self.schedule) else ()
-                with _draws_nothing(type(self.schedule).__name__):
+                with _draws_nothing(type(self.last).__name__):
                     self.schedule.step(*given)
-            groups = [_but_parameters(group) for group in self.optimizer.param_groups]
+            groups = [without_parameters(group) for group in self.optimizer.param_groups]
             yield [fingerprint([p.detach() for p in self.parameters.values()]), fingerprint(groups)]
+
+    def changes(self, count: int) -> Iterator[list[dict[str, Any]]]:
+        """What the schedule alone changes of each group in each of some steps."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch warns where no step came before
+        for _ in range(count):
+            before = [kept_of(group) for group in self.optimizer.param_groups]
+            assert self.schedule is not None
+            self.schedule.step(*((1.0,) if takes_metric(self.schedule) else ()))
+            now = [kept_of(group) for group in self.optimizer.param_groups]
+            yield [
+                {key: value for key, value in group.items() if key not in was or not same_value(was[key], value)}
+                for was, group in zip(before, now, strict=True)
+            ]
 
 
 def check_trial_steps(
@@ -105,6 +135,137 @@ def check_trial_steps(
         _compare(first, second, draw)
 
 
+def check_steps_apart(
+    every: Sequence[Parameter],
+    settings: Settings,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None,
+    metric: Metric | None,
+    *,
+    several: bool,
+    apart: bool,
+) -> None:
+    """Raise WorkloadError where the steps of a device are not those of one process. `several`: there are devices that
+    may have nothing to update; `apart`: and some that update a part of the parameters.
+    """
+    names = [p.name for p in every if p.trainable]
+    shares = [names, *([[]] if several else []), *([names[::2], names[1::2]] if apart else [])]
+    with _generators_kept():
+        _compare_shares(_Factories(every, settings, optimizer, scheduler, metric), shares)
+        if settings:
+            _refuse_groups_beside(every, settings, optimizer)
+            if scheduler is not None:
+                _refuse_values_by_place(_Factories(every, settings, optimizer, scheduler, metric))
+
+
+def _refuse_groups_beside(every: Sequence[Parameter], settings: Settings, optimizer: OptimizerFactory) -> None:
+    """Refuse an optimizer that settings of a component do not reach: it steps groups that it keeps beside its own."""
+    try:
+        trial = _made(every, settings, optimizer, None, None)
+        for group in trial.optimizer.param_groups:
+            group["params"] = []
+        before = fingerprint([p.detach() for p in trial.parameters.values()])
+        (after, _), *_ = trial.steps(1, torch.Generator().manual_seed(0))
+    except Exception:  # told of elsewhere
+        return
+    if after != before:
+        kind, (component, own) = type(trial.optimizer).__name__, next(iter(settings.items()))
+        raise WorkloadError(
+            f"{kind} steps groups that it keeps beside its `param_groups`, so that optimizer={dict(own)} of component "
+            f"{component!r} would not reach them; give the component a group of its own in optimizer="
+        )
+
+
+def _refuse_values_by_place(factories: "_Factories") -> None:
+    """Refuse a schedule that takes groups by their place, where settings of a component put others there: what it
+    changes of each part of a group must be what it changes of the whole group where nothing is split.
+    """
+    f = factories
+    try:
+        whole = _made(f.every, {}, f.optimizer, f.scheduler, f.metric)
+        parameters = _parameters(f.every)
+        made = make_optimizer(f.optimizer, parameters, f.settings)
+        split = _Trial(parameters, made.optimizer, make_schedule(f.scheduler, made, f.metric))
+        if isinstance(split.schedule, SplitSchedule | LRScheduler):  # whose lists have a value for each group by design
+            return
+        steps = [list(trial.changes(STEPS)) for trial in (whole, split)]
+    except Exception:  # told of elsewhere
+        return
+    for changed, changed_apart in zip(*steps, strict=True):
+        for (number, component), found in zip(made.origins, changed_apart, strict=True):
+            own = f.settings.get(component, {})
+            if "lr" in own:  # from which others may be computed
+                continue
+            named = sorted(key for key in changed[number].keys() | found.keys() if key not in own)
+            if wrong := [key for key in named if not same_value(changed[number].get(key), found.get(key))]:
+                settled, given = next(iter(f.settings.items()))
+                raise WorkloadError(
+                    f"{type(split.last).__name__} gives {wrong[0]!r} to groups by their place, and optimizer="
+                    f"{dict(given)} of component {settled!r} splits groups, so that others stand there; give the "
+                    "component a group of its own in optimizer="
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Factories:
+    every: Sequence[Parameter]
+    settings: Settings
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None
+    metric: Metric | None
+
+
+def _compare_shares(factories: _Factories, shares: Sequence[Sequence[str]]) -> None:
+    """Refuse what makes something else of a share of the parameters than of all."""
+    f = factories
+    try:
+        whole = _made(f.every, f.settings, f.optimizer, f.scheduler, f.metric)
+        groups = [step[1] for step in whole.steps(STEPS, torch.Generator().manual_seed(0))]
+    except Exception:  # told of elsewhere
+        return
+    for own in shares:
+        last, what = _differs_apart(factories, own, whole, groups)
+        if what:
+            raise WorkloadError(
+                f"{type(last).__name__} {what} where the optimizer's groups hold the parameters of one device alone, "
+                "as each device has it in this plan; compute with `param_groups` in step(), and rates of a schedule "
+                "from numbers of the groups alone"
+            )
+
+
+def _differs_apart(
+    factories: _Factories, own: Sequence[str], whole: _Trial, groups: list[object]
+) -> tuple[object, str]:
+    """What does something else with the parameters `own` than with the `whole`, and how; "" where nothing does."""
+    f, last = factories, whole.last
+    parameters = _parameters(f.every)
+    held = [(name, parameters[name]) for name in own]
+    try:
+        made = rank_optimizer(f.optimizer, described(parameters.items()), held, f.settings, torch.device("cpu"))
+        schedule = make_schedule(f.scheduler, made, f.metric)
+        steps = list(_Trial(parameters, made.optimizer, schedule).steps(STEPS, torch.Generator().manual_seed(0)))
+    except Exception as error:
+        cause = error.__cause__ or error
+        return last, f"raises {type(cause).__name__} ({str(cause).strip()})"
+    if own and groups != [step[1] for step in steps]:
+        return last, "gives other rates"
+    if any(fingerprint(parameters[name].detach()) != fingerprint(whole.parameters[name].detach()) for name in own):
+        return whole.optimizer, "steps otherwise"
+    return last, ""
+
+
+def _parameters(every: Sequence[Parameter]) -> dict[str, nn.Parameter]:
+    """Small parameters of the same names, the same in each call."""
+    draw = torch.Generator().manual_seed(1)
+    return {
+        p.name: nn.Parameter(
+            torch.randn([min(WIDTH, size) for size in p.shape], generator=draw).to(getattr(torch, p.dtype)),
+            requires_grad=p.trainable,
+        )
+        for p in every
+    }
+
+
 def _made(
     every: Sequence[Parameter],
     settings: Settings,
@@ -112,18 +273,11 @@ def _made(
     scheduler: SchedulerFactory | None,
     metric: Metric | None,
 ) -> _Trial:
-    draw = torch.Generator().manual_seed(1)
-    parameters = {
-        p.name: nn.Parameter(
-            torch.randn([min(WIDTH, size) for size in p.shape], generator=draw).to(getattr(torch, p.dtype)),
-            requires_grad=p.trainable,
-        )
-        for p in every
-    }
+    parameters = _parameters(every)
     with _draws_nothing("optimizer="):
-        made = make_optimizer(optimizer, parameters, settings).optimizer
+        made = make_optimizer(optimizer, parameters, settings)
     with _draws_nothing("scheduler="):
-        return _Trial(parameters, made, make_schedule(scheduler, made, metric))
+        return _Trial(parameters, made.optimizer, make_schedule(scheduler, made, metric))
 
 
 # -- what checkpoints hold ---------------------------------------------------------------------------------------------
@@ -140,8 +294,8 @@ def _saved(trial: _Trial) -> tuple[dict[str, Tensor], Progress, Any]:
     progress = _read_again(type(trial.optimizer).__name__, progress)
     if trial.schedule is None:
         return states, progress, None
-    kind = type(trial.schedule).__name__
-    if lacking := [name for name in ("state_dict", "load_state_dict") if not hasattr(trial.schedule, name)]:
+    kind, part = type(trial.last).__name__, trial.last
+    if lacking := [name for name in ("state_dict", "load_state_dict") if not hasattr(part, name)]:
         raise CheckpointError(
             f"scheduler= gave a {kind}, which has no {lacking[0]}(), so that no checkpoint can hold where it stands; "
             "derive it from torch.optim.lr_scheduler.LRScheduler, give it state_dict() and load_state_dict(), or train "
@@ -174,7 +328,7 @@ def _hand_over(first: _Trial, second: _Trial) -> None:
     try:
         load_optimizer(second.optimizer, second.parameters, progress, states)
         if second.schedule is not None:
-            last = second.schedule
+            last = second.last
             second.schedule.load_state_dict(schedule)
     except Exception as error:
         raise CheckpointError(
@@ -184,15 +338,17 @@ def _hand_over(first: _Trial, second: _Trial) -> None:
 
 
 def _compare(first: _Trial, second: _Trial, draw: torch.Generator) -> None:
-    pairs = [(first.optimizer, second.optimizer), (first.schedule, second.schedule)]
+    pairs: list[tuple[object, object]] = [(first.optimizer, second.optimizer)]
+    if first.schedule is not None and second.schedule is not None:
+        pairs += zip(parts_of(first.schedule), parts_of(second.schedule), strict=True)
     for one, other in pairs:
-        if one is not None and (names := _differing(one, other)):
+        if names := _differing(one, other):
             raise _unsaved(type(one).__name__, names[0])
     again = torch.Generator()
     again.set_state(draw.get_state())
     for ours, theirs in zip(first.steps(MORE_STEPS, draw), second.steps(MORE_STEPS, again), strict=True):
         if ours != theirs:
-            last = first.optimizer if first.schedule is None or ours[0] != theirs[0] else first.schedule
+            last = first.optimizer if ours[0] != theirs[0] else first.last
             raise _unsaved(type(last).__name__, "")
 
 
@@ -208,10 +364,6 @@ def _unsaved(kind: str, name: str) -> CheckpointError:
         "it in the parameter groups or in the states of parameters (of a schedule: in its state_dict()), or train "
         "without checkpoints"
     )
-
-
-def _but_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

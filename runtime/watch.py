@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spindle.graph import base_task
-from spindle.metrics import Callback, StepMetrics
+from spindle.graph import base_task, num_micro_batches
+from spindle.metrics import Callback, EvaluationMetrics, StepMetrics
 from spindle.trace import Span, SpanKind
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from spindle.runtime.worker import Report
 
 _SHARE_BY_KIND = {
-    SpanKind.FORWARD: "utilisation",
-    SpanKind.BACKWARD: "utilisation",
-    SpanKind.STEP: "utilisation",
+    SpanKind.FORWARD: "utilization",
+    SpanKind.BACKWARD: "utilization",
+    SpanKind.STEP: "utilization",
     SpanKind.TRANSFER: "communication",
     SpanKind.REDUCE: "communication",
     SpanKind.LOAD: "loading",
@@ -34,14 +34,15 @@ class StepTold:
     step_s: float
     shares_s: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    busy_s: dict[str, float] = field(default_factory=dict)  # that it computed, by slice run
 
 
-def step_told(step_s: float, spans: Iterable[Span], tokens: Mapping[str, int]) -> StepTold:
+def step_told(step_s: float, spans: Iterable[Span], tokens: Mapping[str, int], busy_s: Mapping[str, float]) -> StepTold:
     """Add up the spans of one step."""
     shares_s = dict.fromkeys(_SHARE_BY_KIND.values(), 0.0)
     for span in spans:
         shares_s[_SHARE_BY_KIND[span.kind]] += span.end_s - span.start_s
-    return StepTold(step_s, shares_s, dict(tokens))
+    return StepTold(step_s, shares_s, dict(tokens), dict(busy_s))
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
@@ -67,7 +68,7 @@ class Watch:
         self._callbacks = tuple(callbacks) if leads else ()
         workload, plan = prepared.workload, prepared.plan
         self._plan = plan
-        rounds = workload.accumulate // workload.in_flight
+        rounds = workload.accumulate // num_micro_batches(prepared.captured.tasks)
         self._samples = {name: task.batch_size * workload.accumulate for name, task in workload.tasks.items()}
         self._flops = dict.fromkeys(workload.tasks, 0.0)
         for operator in prepared.captured.graph:
@@ -95,12 +96,17 @@ class Watch:
             for callback in self._callbacks:
                 callback.on_step(metrics)
 
+    def evaluated(self, metrics: EvaluationMetrics) -> None:
+        """An evaluation is done."""
+        for callback in self._callbacks:
+            callback.on_evaluation(metrics)
+
     def _metrics(self, step: int, index: int, losses: Mapping[str, float], reports: "Sequence[Report]") -> StepMetrics:
         told = [report.told[index] for report in reports]
         step_s = max(max(t.step_s for t in told), 1e-9)
         shares = {
             name: sum(t.shares_s.get(name, 0.0) for t in told) / (step_s * len(told))
-            for name in ("utilisation", "communication", "loading")
+            for name in ("utilization", "communication", "loading")
         }
         tokens: dict[str, int] = {}
         for task, count in ((task, count) for t in told for task, count in t.tokens.items()):
@@ -114,7 +120,7 @@ class Watch:
             samples_per_s={task: self._samples[task] / step_s for task in losses},
             tokens_per_s={task: count / step_s for task, count in tokens.items() if count},
             **shares,
-            idle=max(0.0, 1 - shares["utilisation"]),
+            idle=max(0.0, 1 - shares["utilization"]),
             mfu=flops / (step_s * self._peak_flops) if self._peak_flops else None,
             grad_norm=next((r.grad_norms[index] for r in reports if r.grad_norms[index] is not None), None),
             memory_bytes=tuple(report.memory_bytes for report in reports),

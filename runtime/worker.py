@@ -1,44 +1,48 @@
-"""Worker: one rank. Program, codes, loaders and optimiser in; losses, spans and trained tensors out.
+"""Worker: one rank. Program, codes, loaders and optimizer in; losses, spans and trained tensors out.
 
 It knows nothing of Ray: the same class runs in threads, in spawned processes, under torchrun and inside a Ray actor.
 """
 
 import copy
+import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spindle.capture.codes import Captured, OperatorCode
-from spindle.graph import Parameter, base_task, num_micro_batches, parse_piece
-from spindle.plan import SizeRange
-from spindle.record.copies import copied
+from spindle.errors import CheckpointError
+from spindle.graph import base_task, num_micro_batches, parse_piece
 from spindle.record.recording import LeafWrite
-from spindle.record.travel import let_travel
 from spindle.record.writes import OwnWrite
+from spindle.runtime.averages import PREFIX as AVERAGE
+from spindle.runtime.averages import Averages, averaged, brought
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
-from spindle.runtime.data import Feed, is_listed, keeps_state
+from spindle.runtime.counts import Counts
+from spindle.runtime.data import Feed, is_listed
 from spindle.runtime.drift import Drift
+from spindle.runtime.evaluating import Evaluator, Scored, beside
 from spindle.runtime.executor import Executor, Fetch, Observe
-from spindle.runtime.optimizers import (
-    Metric,
-    Optimization,
-    OptimizerFactory,
-    SchedulerFactory,
-    described,
-    make_schedule,
-    rank_optimizer,
-    step_schedule,
+from spindle.runtime.flats import make_rows
+from spindle.runtime.flight import Flight, file_of
+from spindle.runtime.made import (
+    Made,
+    changed_settings,
+    check_schedule,
+    made_optimizer,
+    made_schedule,
+    told_settings,
 )
+from spindle.runtime.masters import master_tensors, split_masters, states_for
+from spindle.runtime.optimizers import Optimization, rank_optimizer
 from spindle.runtime.parallel.layers import Switch, cut_codes
-from spindle.runtime.parallel.names import Held, held_by_rank, held_names
 from spindle.runtime.programs.passes import restricted
-from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.progress import (
     PREFIX,
     Progress,
@@ -46,41 +50,23 @@ from spindle.runtime.progress import (
     optimizer_progress,
     optimizer_tensors,
 )
+from spindle.runtime.pulse import noted
+from spindle.runtime.rank_job import Job
 from spindle.runtime.record import StepRecord
-from spindle.runtime.recordings import Recipe, Recordings
+from spindle.runtime.recordings import Recordings
+from spindle.runtime.replicas import Replicas
+from spindle.runtime.schedules import make_schedule, step_schedule
 from spindle.runtime.shared_batches import shared_reads
+from spindle.runtime.startup import Phases
 from spindle.runtime.state import momenta
 from spindle.runtime.store import ParameterStore
-from spindle.runtime.transport import Transport
+from spindle.runtime.tensor_files import Entry, write_tensors
+from spindle.runtime.transport import Transport, sum_over_all
 from spindle.runtime.watch import StepTold, peak_memory, step_told
+from spindle.runtime.weights import fill
+from spindle.runtime.writing import Writing
 from spindle.trace import Span
-from spindle.workload import Batch, Precision, Task, Workload
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything one rank needs to start. Sent to it once."""
-
-    program: Program
-    rank: int
-    codes: Mapping[str, OperatorCode]
-    recipe: Recipe
-    tasks: Mapping[str, Task]
-    cuts: Mapping[str, Held] = field(default_factory=dict)  # by parameter
-    clocks: Mapping[str, Tensor] = field(default_factory=dict)  # buffers that writes to parameters read
-    partial: frozenset[str] = frozenset()
-    owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
-    unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
-    rounds: int = 1
-    precision: Precision = "fp32"
-    parameters: tuple[Parameter, ...] = ()  # all of the workload, for the optimizer
-    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the optimizer, by component
-    optimizer: OptimizerFactory | None = None
-    scheduler: SchedulerFactory | None = None
-    metric: Metric | None = None
-    seed: int = 0
-    timeout_s: float = 60.0
-    sizes: tuple[SizeRange, ...] = ()  # of the batches that the plan was made for
+from spindle.workload import Task
 
 
 @dataclass(slots=True)
@@ -99,84 +85,17 @@ class Report:
     memory_bytes: int = 0  # the most that it has held
     drift: dict[str, str] = field(default_factory=dict)  # sentences on batches that the plan was not made for, by task
     learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by parameter group
-
-
-def make_jobs(
-    program: Program,
-    captured: Captured,
-    workload: Workload,
-    *,
-    optimizer: OptimizerFactory | None = None,
-    scheduler: SchedulerFactory | None = None,
-    metric: Metric | None = None,
-    seed: int = 0,
-    timeout_s: float = 60.0,
-    sizes: tuple[SizeRange, ...] = (),
-) -> list[Job]:
-    """For each rank the part of a captured workload that it runs. Takes time by the ranks that the slices have."""
-    pieces = held_by_rank(program, captured)
-    codes = [{name: captured.codes[name] for name in names} for names in program.operators_by_rank]
-    owned = owners(program, [held_names(own.values(), held) for own, held in zip(codes, pieces, strict=True)])
-    used = {parse_piece(name).whole for names in owned for name in names}
-    every = (*workload.named_parameters(), *workload.named_buffers())
-    unused = {name: tensor.detach() for name, tensor in every if name not in used}
-    recipe, jobs, parameters = Recipe.of(workload, captured), [], described(workload.named_parameters())
-    clocks = {name for code in captured.tasks.values() for write in code.writes for name in write.clocks}
-    let_travel(component.module for component in workload.components.values())
-    for rank, own in enumerate(codes):
-        loads = {base_task(i.target) for i in program.instructions[rank] if i.op is Op.LOAD}
-        jobs.append(
-            Job(
-                program=program,
-                rank=rank,
-                codes=own,
-                recipe=recipe,
-                tasks={name: _as_needed(task, loads=name in loads) for name, task in workload.tasks.items()},
-                cuts=pieces[rank],
-                clocks={name: value.detach() for name, value in workload.named_buffers() if name in clocks},
-                partial=captured.graph.partial,
-                owned=tuple(owned[rank]),
-                unused={} if rank else unused,
-                rounds=workload.accumulate // workload.in_flight,
-                precision=captured.precision,
-                parameters=parameters,
-                settings=workload.optimizer_settings,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                metric=metric,
-                seed=seed,
-                timeout_s=timeout_s,
-                sizes=sizes,
-            )
-        )
-    return jobs
-
-
-def _as_needed(task: Task, *, loads: bool) -> Task:
-    """A task as a worker needs it: when it takes part, and its data if the rank loads it. Its function travels in the
-    recipe, without the weights of the modules that it would bring along.
-    """
-    return replace(task, function=_stayed_behind, data=task.data if loads else ())
-
-
-def _stayed_behind(batch: Batch) -> Tensor:
-    raise AssertionError("a worker records the functions of its recipe, never this one")
-
-
-def separate(job: Job) -> Job:
-    """A job with codes of its own, and loaders where they have a state: ranks of one process must not share them."""
-    codes = copied(job.codes, [code.module for code in job.codes.values()])
-    tasks = {
-        name: replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task
-        for name, task in job.tasks.items()
-    }
-    return replace(job, codes=codes, tasks=tasks)
+    stops: bool = False  # it was told to end
+    skipped: dict[int, str] = field(default_factory=dict)  # what was not finite here in steps in which nobody stepped
+    full: str = ""  # which limit on samples or tokens is reached
 
 
 def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[str, Feed]:
     """Feeds of the tasks that a rank loads. All ranks come here together, since ranks of a machine share batches."""
     read = [name for name, task in tasks.items() if not is_listed(task)]
     in_flight = num_micro_batches(task for task, _ in job.program.losses)
+    if any(task.weigh != "micro-batches" for task in job.tasks.values()):
+        in_flight *= job.rounds  # which are looked at before the first
     shared = shared_reads(transport, read, in_flight=in_flight, timeout_s=job.timeout_s)
     return {
         name: Feed(task, job.seed, timeout_s=job.timeout_s, shared=shared.get(name), cores=transport.cores)
@@ -191,22 +110,41 @@ class Worker:
         """Takes over the codes of `job`, moves them to the transport's device, and makes the program's groups; on a CPU
         also the rank's share of the cores.
         """
+        self.phases = Phases()
+        if job.flight is not None:
+            transport.pulse.flight = Flight(file_of(job.flight, job.rank), job.rank, transport.num_ranks)
+        with noted(transport.pulse):
+            transport.pulse.at("start, model")
+            with self.phases("model"):
+                self._make(job, transport)
+            transport.pulse.at("start, groups")
+            with self.phases("groups"):
+                transport.make_groups(job.groups)
+
+    def _make(self, job: Job, transport: Transport) -> None:
         if transport.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
-        self.job, self.transport, self.clock = job, transport, Clock()
-        for code in job.codes.values():
-            code.module.to(transport.device)
         self.switch = Switch()
-        self.codes = cut_codes(job.codes, job.cuts, self.switch)
-        self.store = ParameterStore(job.program, job.rank, self.codes.values())
-        loads = {base_task(i.target) for i in job.program.instructions[job.rank] if i.op is Op.LOAD}
+        self.codes = cut_codes(beside(job.codes, job.evaluation), job.cuts, self.switch)
+        rows = make_rows(job.program, job.rank, self.codes.values(), job.weights, transport.device, job.numbers)
+        fill(self.codes.values(), job.weights, transport.device)
+        job = replace(job, weights={})  # which may hold numbers that are on the device now
+        self.job, self.transport, self.clock = job, transport, Clock()
+        for code in self.codes.values():
+            code.module.to(transport.device)
+        for row in rows.values():
+            row.check()
+        self.store = ParameterStore(job.program, job.rank, self.codes.values(), rows, job.numbers)
+        loads = {base_task(task) for task in job.program.loaded_by(job.rank)}
         self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)
         self.optimization: Optimization | None = None
         if job.optimizer is not None:
             own = self._stepped(self.store.updated).items()
             self.optimization = rank_optimizer(job.optimizer, job.parameters, own, job.settings, transport.device)
         self.optimizer = self.optimization.optimizer if self.optimization else None
-        self.scheduler = make_schedule(job.scheduler, self.optimizer, job.metric) if self.optimizer else None
+        self.made: Made | None = made_optimizer(self.optimizer) if self.optimizer else None
+        self.scheduler = make_schedule(job.scheduler, self.optimization, job.metric) if self.optimization else None
+        self.made_schedule = made_schedule(self.scheduler)
         self.recordings = Recordings(job.recipe, transport.device)
         self.batches = Batches(
             job.program,
@@ -221,23 +159,52 @@ class Worker:
         )
         layers = [layer for tally in job.program.tallies for layer in tally.layers]
         self.momenta = momenta(job.recipe.skeleton.components, layers)
+        self.clocks: dict[str, dict[str, Tensor]] = {}  # by parameter that is written by them
         self.writes = {
             (base_task(task), w.target): self._own_clocks(w)
             for task, code in job.recipe.codes.items()
             for w in code.writes
         }
+        trained = [name for name, task in job.tasks.items() if task.weight]
+        self.counts = Counts(trained, self.feeds, job.limits, transport)
         self.executors: dict[frozenset[str], Executor] = {}
+        self.evaluator = Evaluator(job.evaluation, self, self._evaluated_feeds()) if job.evaluation else None
         self.resting: dict[str, Tensor] = {}  # optimizer states of parameters that nobody steps in this run; on rank 0
         self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
-        self.steps_done = 0
-        transport.make_groups(job.program.groups)
+        self.steps_done, self.saving = 0, Writing()
+        self.replicas = Replicas(job.replicas, transport, self.store, self.optimizer, job.check_replicas_every)
+        self.averages = Averages(job.ema) if job.ema is not None else None
+
+    def _evaluated_feeds(self) -> dict[str, Feed]:
+        assert self.job.evaluation is not None
+        found = self.job.evaluation
+        loads = sorted(found.program.loaded_by(self.job.rank))
+        return _feeds({name: found.tasks[name] for name in loads}, self.job, self.transport)
+
+    def evaluate(self) -> Scored:
+        """Evaluate; the scores of the tasks whose outputs come together on this rank. Training is as it was then."""
+        assert self.evaluator is not None, "a run evaluates what it was prepared for"
+        self.batches.settle()
+        return self.evaluator.run()
 
     def _own_clocks(self, write: LeafWrite) -> OwnWrite:
-        return OwnWrite(write, {name: self.job.clocks[name].to(self.transport.device).clone() for name in write.clocks})
+        """A write with clocks of this rank, one for each parameter whatever task writes to it."""
+        own = self.clocks.setdefault(write.target, {})
+        for name in write.clocks:
+            if name not in own:
+                own[name] = self.job.clocks[name].to(self.transport.device).clone()
+        return OwnWrite(write, own)
+
+    def started(self) -> dict[str, float]:
+        """Seconds of this rank's start-up, by phase."""
+        return dict(self.phases.seconds)
 
     def digests(self) -> dict[str, str]:
         """Fingerprint of the next batch of each task that this rank loads: equal on all ranks that load it."""
-        return {name: feed.digest() for name, feed in self.feeds.items()}
+        feeds = {**self.feeds}
+        if self.evaluator is not None:
+            feeds |= {f"evaluation {name}": feed for name, feed in self.evaluator.feeds.items()}
+        return {name: feed.digest() for name, feed in feeds.items()}
 
     def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False) -> Report:
         """Run some steps; the report holds spans and gradients of every step if they are to be kept.
@@ -250,19 +217,28 @@ class Worker:
         observe = report.gradients.append if keep_gradients else None
         self.recordings.checking = keep_gradients
         for _ in range(steps):
-            report.ended = self._ended()
-            if report.ended is not None:
+            report.ended, report.full = self._ended(), self.counts.reached()
+            if report.ended is not None or report.full:
                 break
+            self.replicas.look(self.steps_done)
             self.batches.tokens.clear()
+            self.batches.samples.clear()
             began = time.perf_counter()
             record = self._step(observe)
-            report.told.append(step_told(time.perf_counter() - began, record.spans, self.batches.tokens))
+            self.counts.take(self._trained(self.batches.samples), self._trained(self.batches.tokens))
+            took_s = time.perf_counter() - began
+            report.told.append(step_told(took_s, record.spans, self.batches.tokens, record.busy_s))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
+            if (flight := self.transport.pulse.flight) is not None:
+                flight.done(self.steps_done - 1, record.losses, record.grad_norm, self.transport.device)
+            if record.skipped is not None:
+                report.skipped[self.steps_done] = record.skipped
             if keep_spans:
                 report.spans += [span.later(self.clock.offset_s) for span in record.spans]
         self.batches.settle()
         report.drift = dict(self.batches.drift.found)
+        report.stops = self.transport.pulse.stops
         report.memory_bytes = peak_memory(self.transport.device)
         report.learning_rates = self.optimization.learning_rates() if self.optimization else {}
         return report
@@ -276,9 +252,12 @@ class Worker:
         count = self.job.rounds * self.batches.in_flight
         lacking = [name in self.feeds and not self.feeds[name].holds(count) for name in stopping]
         flags = torch.tensor(lacking, dtype=torch.float32, device=self.transport.device)
-        if self.transport.num_ranks > 1:
-            self.transport.all_reduce(flags, tuple(range(self.transport.num_ranks)))()
+        sum_over_all(flags, self.transport)
         return next((name for name, flag in zip(stopping, flags.tolist(), strict=True) if flag), None)
+
+    def _trained(self, counted: Mapping[str, int]) -> dict[str, int]:
+        """What was counted of tasks that have a backward."""
+        return {name: count for name, count in counted.items() if self.job.tasks[name].weight}
 
     def _tasks(self) -> list[str]:
         """Tasks that take part in the next step."""
@@ -297,6 +276,8 @@ class Worker:
         if self.scheduler is not None:
             step_schedule(self.scheduler, job.metric, lambda: self._losses_of_all(record.losses))
         self.steps_done += 1
+        if self.averages is not None and record.skipped is None:
+            self.averages.update(self.steps_done, self._averaged)
         return record
 
     def _losses_of_all(self, losses: Mapping[str, float]) -> dict[str, float]:
@@ -305,8 +286,7 @@ class Worker:
         own = [[loss for name, loss in losses.items() if base_task(name) == task] for task in tasks]
         sums = [[sum(values) for values in own], [len(values) for values in own]]
         found = torch.tensor(sums, dtype=torch.float64, device=self.transport.device)
-        if self.transport.num_ranks > 1:
-            self.transport.all_reduce(found, tuple(range(self.transport.num_ranks)))()
+        sum_over_all(found, self.transport)
         return dict(zip(tasks, (found[0] / found[1]).tolist(), strict=True))
 
     def _rounds(self) -> Callable[[], Fetch]:
@@ -331,8 +311,21 @@ class Worker:
                 job.partial,
                 self.momenta,
                 self.writes,
+                job.on_broken,
+                job.after_steps,
             )
         return self.executors[tasks]
+
+    def sizes(self) -> dict[str, tuple[torch.Size, int]]:
+        """Shape of each parameter and buffer that this rank answers for, and bytes of a number."""
+        held = self.store.held(self.job.owned)
+        return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in held.items()}
+
+    def ranges(self, wanted: Iterable[tuple[str, int, int]]) -> list[tuple[str, Tensor]]:
+        """Copies of some numbers of what this rank answers for, by name: from one place to another."""
+        own = set(self.job.owned)
+        held = self.store.held(name for name, _, _ in wanted if name in own)
+        return [(n, held[n].reshape(-1)[low:high].cpu().clone()) for n, low, high in wanted if n in held]
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the parameters and buffers that this rank answers for."""
@@ -342,78 +335,152 @@ class Worker:
         """Copies of the optimizer's states of what this rank answers for; only tensors and numbers."""
         if self.optimizer is None:
             return {}
-        return optimizer_tensors(self.optimizer, self._stepped(self.job.owned), strict=False)
+        states = optimizer_tensors(self.optimizer, self._stepped(self.job.owned), strict=False)
+        return states | master_tensors(self.store.masters, self.job.owned)
 
-    def save(self, path: str) -> Progress:
-        """Write what this rank answers for into the checkpoint at `path`; what is not a tensor comes back."""
-        tensors = {**self.state(), **self.job.unused}
+    def _averaged(self) -> dict[str, Tensor]:
+        """What this rank averages: of what it answers for all that a step may change."""
+        assert self.averages is not None
+        own, changed = set(self.job.owned), {*self.store.updated, *self.job.program.written}
+        names = [name for name in self.job.owned if name in changed]
+        buffers = {name: value for name, value in self.store.buffers.items() if name in own}
+        return averaged(self.averages.ema, names, buffers, self.store.stepped)
+
+    def averages_here(self) -> dict[str, Tensor]:
+        """The averages of what this rank holds; none before the first step that counts. All ranks call together."""
+        if self.averages is None or not self.averages.count:
+            return {}
+        held = self.store.held(row.name for row in self.job.averages)
+        return brought(self.averages, self.job.averages, held, self.transport)
+
+    def ema_state(self) -> dict[str, Tensor]:
+        """Copies of the averages that this rank keeps, as `ema:NAME`."""
+        held = {} if self.averages is None else self.averages.tensors()
+        return {name: value.cpu().clone() for name, value in held.items()}
+
+    def save(self, path: str, *, later: bool = False) -> Progress:
+        """Write what this rank answers for into the checkpoint at `path`, or `later` copy it and write it in a thread;
+        what is not a tensor comes back.
+        """
+        tensors = {**self.store.held(self.job.owned), **self.job.unused}
         if self.optimizer is not None:
-            tensors |= self.resting | optimizer_tensors(self.optimizer, self._stepped(self.job.owned))
-        self.transport.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            own = self._stepped(self.job.owned)
+            tensors |= self.resting | optimizer_tensors(self.optimizer, own, copies=False)
+            tensors |= master_tensors(self.store.masters, own, copies=False)
+        if self.averages is not None:
+            tensors |= self.averages.tensors()
+        if later:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
+        entries |= {name: Entry.read_from(source, name) for name, source in self.job.unread.items()}
+        file = Path(path) / f"shard-{self.job.rank + 1:05}.safetensors"
+        write = functools.partial(_write, self.job.rank, file, entries)
+        if later:
+            self.saving.start(write)
+        else:
+            write()
         stepped = {id(parameter): name for name, parameter in self._stepped(self.store.updated).items()}
         return {
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
+            "counts": self.counts.state(),
             "optimizer": optimizer_progress(self.optimizer, stepped, self.numbers) if self.optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "made": {"optimizer": self.made, "scheduler": self.made_schedule},
+            "ema": None if self.averages is None else {"count": self.averages.count},
         }
 
-    def load(self, path: str, step: int, progress: Progress) -> None:
-        """Go on where the checkpoint at `path` ended, after `step` steps; weights are in place already."""
+    def writing(self, finished: bool) -> tuple[bool, bool]:
+        """Whether this rank has written what it began to write later, and what its driver says of the whole. Raises
+        what went wrong.
+        """
+        return self.saving.check(), finished
+
+    def load(self, path: str, step: int, progress: Progress) -> list[str]:
+        """Go on where the checkpoint at `path` ended, after `step` steps; weights are in place already. Tells what the
+        user has changed of the optimizer since then.
+        """
         self.steps_done = step
+        self.replicas.forget()
         self.batches.forget()
+        self.counts.load(progress.get("counts", {}))
         for name, feed in self.feeds.items():
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
-        if self.optimizer is not None and progress["optimizer"] is not None:
-            self._load_optimizer(Path(path), progress["optimizer"])
+        before, told = progress["made"], []
+        if self.optimization is not None and self.made is not None and before["optimizer"] is not None:
+            changed = changed_settings(before["optimizer"], self.made, scheduled=self.scheduler is not None)
+            told = told_settings(changed, self.optimization.labels)
+            check_schedule(before["scheduler"], self.made_schedule)
+            self._load_optimizer(Path(path), progress["optimizer"], {place: now for place, (_, now) in changed.items()})
         if self.scheduler is not None and progress["scheduler"] is not None:
             self.scheduler.load_state_dict(copy.deepcopy(progress["scheduler"]))  # of which some take keys out
+        told += self._load_averages(Path(path), progress.get("ema"))
+        return told
 
-    def _load_optimizer(self, path: Path, progress: Progress) -> None:
+    def _load_averages(self, path: Path, saved: Mapping[str, int] | None) -> list[str]:
+        """Go on with the averages of a checkpoint; a sentence where they are lost."""
+        if self.averages is None:
+            return [] if saved is None else ["the checkpoint holds an average of the weights, which this run (no ema=) "
+                                             "does not go on with, and does not save"]  # fmt: skip
+        from spindle.runtime.checkpoint import tensors
+
+        now = self._averaged()
+        wanted = {AVERAGE + parse_piece(name).whole for name in now}
+        self.averages.load(saved["count"] if saved else 0, tensors(path, wanted.__contains__) if saved else {}, now)
+        return []
+
+    def _load_optimizer(self, path: Path, progress: Progress, changed: Mapping[tuple[int, str], Any]) -> None:
         """States and settings of a checkpoint. Those of parameters that are frozen now are kept for the next one."""
         assert self.optimizer is not None
         from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
 
         stepped = self._stepped(self.store.updated)
         own, self.numbers = {parse_piece(name).whole for name in stepped}, progress["numbers"]
-        load_optimizer(self.optimizer, stepped, progress, tensors(path, lambda name: _of_parameter(name) in own))
+        held, masters = split_masters(tensors(path, lambda name: _of_parameter(name) in own))
+        types = {parse_piece(name).whole: parameter.dtype for name, parameter in stepped.items()}
+        load_optimizer(self.optimizer, stepped, progress, states_for(held, masters, types), changed)
+        self.store.load_masters(masters)
         if self.job.rank == 0:
-            buckets = self.job.program.buckets
-            everyones = {None, *(parse_piece(name).whole for bucket in buckets for name in bucket.parameters)}
+            everyones = {None, *self.job.stepped}
             self.resting = tensors(path, lambda name: _of_parameter(name) not in everyones)
 
+    def sees(self, file: str) -> bool:
+        """Whether this rank could write beside a file of the driver's, which it has to see for that."""
+        return os.path.exists(file) and os.access(os.path.dirname(file), os.W_OK)
+
     def sync(self) -> None:
-        """Nothing; all ranks have come this far once it returns."""
+        """Before a checkpoint: compare replicas; all ranks have come this far once it returns."""
+        self.replicas.check(self.steps_done)
 
     def _stepped(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Parameters among `names` that this rank's optimizer steps."""
         held = set(names)
-        return {name: self.store.parameters[name] for name in self.store.updated if name in held}
+        return {name: self.store.stepped(name) for name in self.store.updated if name in held}
 
     def close(self) -> None:
-        """Stop reading, and leave the transport."""
+        """Stop reading, leave the transport, and end what is being written."""
         self.batches.close()
+        for feed in self.evaluator.feeds.values() if self.evaluator else ():
+            feed.close()
         self.transport.close()
+        self.saving.wait()
+
+
+def _write(rank: int, file: Path, entries: Mapping[str, Entry]) -> None:
+    try:
+        if entries:
+            write_tensors(file, entries)
+    except OSError as error:
+        raise CheckpointError(
+            f"rank {rank}: {file} cannot be written ({error.strerror}); make room there, or choose a directory that "
+            "all machines can write to"
+        ) from error
 
 
 def _of_parameter(name: str) -> str | None:
     """The parameter whose optimizer state has this name in a checkpoint; None for what is no such state."""
     kind, _, rest = name.partition(":")
     return rest.partition(":")[0] if kind == PREFIX and rest else None
-
-
-def owners(program: Program, held: Sequence[Iterable[str]]) -> list[list[str]]:
-    """For each rank the parameters and buffers, of those `held` by each, that it answers for: trained ones whose bucket
-    it speaks for, and others that no lower rank holds.
-    """
-    home = {name: bucket.answering for bucket in program.buckets for name in bucket.parameters}
-    for rank, names in enumerate(held):
-        for name in names:
-            home.setdefault(name, rank)
-    found: list[list[str]] = [[] for _ in held]
-    for name, rank in home.items():
-        found[rank].append(name)
-    return found
 
 
 def merge_losses(reports: Sequence[Report]) -> list[dict[str, float]]:

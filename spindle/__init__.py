@@ -8,49 +8,72 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spindle.api import TrainResult as TrainResult
-    from spindle.api import export as export
-    from spindle.api import load_checkpoint as load_checkpoint
-    from spindle.api import make_calibration as make_calibration
     from spindle.api import make_metagraph as make_metagraph
     from spindle.api import make_plan as make_plan
     from spindle.api import make_profile as make_profile
     from spindle.api import train as train
     from spindle.api import verify as verify
     from spindle.batch import per_sample as per_sample
+    from spindle.calibrating import make_calibration as make_calibration
     from spindle.calibration import Calibration as Calibration
+    from spindle.checkpoints import export as export
+    from spindle.checkpoints import load_checkpoint as load_checkpoint
+    from spindle.ema import EMA as EMA
     from spindle.errors import SpindleError as SpindleError
+    from spindle.evaluation import EarlyStop as EarlyStop
+    from spindle.evaluation import Evaluation as Evaluation
+    from spindle.failures import Failures as Failures
     from spindle.plan import Plan as Plan
     from spindle.profile import Profile as Profile
+    from spindle.scoring import evaluate as evaluate
+    from spindle.stages import Stage as Stage
+    from spindle.stages import train_stages as train_stages
+    from spindle.weights import Weights as Weights
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 _HOME_BY_NAME = {
     "Calibration": "spindle.calibration",
+    "EMA": "spindle.ema",
+    "EarlyStop": "spindle.evaluation",
+    "Evaluation": "spindle.evaluation",
+    "Failures": "spindle.failures",
     "Plan": "spindle.plan",
     "Profile": "spindle.profile",
     "SpindleError": "spindle.errors",
+    "Stage": "spindle.stages",
     "TrainResult": "spindle.api",
+    "Weights": "spindle.weights",
     "Workload": "spindle.workload",
-    "export": "spindle.api",
-    "load_checkpoint": "spindle.api",
-    "make_calibration": "spindle.api",
+    "evaluate": "spindle.scoring",
+    "export": "spindle.checkpoints",
+    "load_checkpoint": "spindle.checkpoints",
+    "make_calibration": "spindle.calibrating",
     "make_metagraph": "spindle.api",
     "make_plan": "spindle.api",
     "make_profile": "spindle.api",
     "per_sample": "spindle.batch",
     "train": "spindle.api",
+    "train_stages": "spindle.stages",
     "verify": "spindle.api",
 }
 
 __all__ = [
+    "EMA",
     "Calibration",
+    "EarlyStop",
+    "Evaluation",
+    "Failures",
     "Plan",
     "Profile",
     "SpindleError",
+    "Stage",
     "TrainResult",
+    "Weights",
     "Workload",
     "__version__",
+    "evaluate",
     "export",
     "load_checkpoint",
     "make_calibration",
@@ -59,6 +82,7 @@ __all__ = [
     "make_profile",
     "per_sample",
     "train",
+    "train_stages",
     "verify",
 ]
 

@@ -3,30 +3,37 @@
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
-from spindle.calibration import Calibration, MeasuredStep, calibrated
+from spindle.calibration import Calibration, calibrated
+from spindle.checkpoints import export as export
+from spindle.checkpoints import load_checkpoint as load_checkpoint
 from spindle.cluster import Cluster
-from spindle.errors import InfeasibleError, InputError, PlanError, SpindleWarning
+from spindle.errors import PlanError, SpindleWarning
+from spindle.failures import Failures
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, laid_out, with_fixed
 from spindle.pricing import Pricing
 from spindle.profile import Profile
 from spindle.trace import Trace
+from spindle.turns import Turns
+from spindle.whole_numbers import check_whole
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-    from spindle.metrics import Callback
+    from spindle.evaluation import EarlyStop, Evaluation
+    from spindle.metrics import Callback, Scores
     from spindle.runtime.controller import Launcher
-    from spindle.runtime.optimizers import Metric, OptimizerFactory, SchedulerFactory
+    from spindle.runtime.finite import NotFinite
+    from spindle.runtime.optimizers import OptimizerFactory
     from spindle.runtime.parity import ParityReport
     from spindle.runtime.profiling.site import SiteLauncher
+    from spindle.runtime.schedules import Metric, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
 
@@ -62,7 +69,7 @@ def make_plan(
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     source = Source(workload, Pricing(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
-    measured, fitted = _read(profile, Profile), _read(calibration, Calibration)
+    measured, fitted = read_value(profile, Profile), read_value(calibration, Calibration)
     plan, pricing = plan_source(
         source,
         where,
@@ -70,10 +77,19 @@ def make_plan(
         calibration=fitted,
         method=method,
         time_limit_s=time_limit_s,
-        start=_read(start, Plan),
+        start=read_value(start, Plan),
         pins=pins,
     )
     return with_outlook(plan, source, pricing, profile=measured, calibration=fitted)
+
+
+class Common(TypedDict):
+    """What plans at once and plans in turns are asked for alike."""
+
+    method: str
+    time_limit_s: float | None
+    aligned: bool
+    start: Plan | None
 
 
 def plan_source(
@@ -100,19 +116,16 @@ def plan_source(
     from spindle.planner.report.rates import work_of
     from spindle.planner.sets import fitted_to_sets
     from spindle.planner.solve import solve, usual_ways_fit
+    from spindle.planner.turns import solve_in_turns
+
+    common = Common(method=method, time_limit_s=time_limit_s, aligned=aligned, start=start)
 
     def solved(priced: Priced, where: Cluster, share: float) -> Plan:
-        plan = solve(
-            priced.metagraph,
-            where,
-            steps=priced.steps,
-            method=method,
-            time_limit_s=time_limit_s,
-            share=share,
-            aligned=aligned,
-            start=start,
-            pins=pins,
-        )
+        plan = solve(priced.metagraph, where, steps=priced.steps, share=share, pins=pins, **common)
+        return laid_out(plan, priced.metagraph)
+
+    def in_turns(priced: Priced, where: Cluster, share: float, turns: Turns) -> Plan:
+        plan = solve_in_turns(priced.metagraph, where, turns, steps=priced.steps, share=share, **common)
         return laid_out(plan, priced.metagraph)
 
     if profile is not None:
@@ -134,12 +147,14 @@ def plan_source(
         steps=source.steps,
         is_mean=source.is_mean,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
+        in_turns=None if pins else in_turns,
         with_alternatives=True,
     )
     plan = replace(
         plan,
         recompute=pricing.recompute,
         shard_optimizer=pricing.shard_optimizer,
+        shard_parameters=pricing.shard_parameters,
         sizes=source.sizes,
         work=work_of(source.metagraph),
     )
@@ -182,85 +197,6 @@ def with_outlook(
     return replace(plan, outlook=found)
 
 
-def make_calibration(
-    source: "Callable[[MeasuredStep, Cluster], Source] | Path | str",
-    cluster: Cluster | str,
-    steps: Sequence[MeasuredStep] | Path | str,
-    *,
-    profile: Profile | Path | str | None = None,
-    method: str = "sequential",
-) -> Calibration:
-    """Fit factors on computation, host and network, and a fixed part of each step, to steps that were measured.
-
-    `source`: a spec, or file.py:workload, whose batches are scaled to each row's, or a function from a row and its
-    cluster to what ran. `steps`: rows, or a CSV file of them (gpus,per_gpu_batch,seconds_per_step). `method`: how it
-    ran; by default data parallel on all devices, tasks in turn. Each row's devices are full nodes of `cluster`, or a
-    part of one. The calibration's rows carry its own prediction of each; its `undetermined` and `inseparable` say what
-    the rows leave open.
-
-    Raises ProfileError without rows, InfeasibleError when a row has no plan, and errors as `make_plan`.
-    """
-    from spindle.calibrationfile import read_steps
-    from spindle.clusterfile import parse_cluster
-    from spindle.cost.measured import measured_links
-    from spindle.errors import ProfileError
-    from spindle.execution import as_run
-    from spindle.planner.calibrate import Case, calibrate_cases
-    from spindle.planner.recost import Costs
-    from spindle.planner.report.compare import resized
-    from spindle.source import on_batches
-
-    rows = read_steps(steps).rows if isinstance(steps, Path | str) else steps
-    if not rows:
-        raise ProfileError("no measured step is given to calibrate on; give at least two")
-    whole = parse_cluster(cluster) if isinstance(cluster, str) else cluster
-    measured = _read(profile, Profile)
-    load = source if callable(source) else on_batches(str(source))
-    rare: set[str] = set()
-
-    def case(row: MeasuredStep) -> Case:
-        with _about_row(row):
-            where = resized(whole, row.gpus)
-            loaded = load(row, where)
-        rare.update(presence.task for presence in loaded.presences if not presence.is_constant)
-        linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
-
-        def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
-            with _about_row(row):
-                return plan_source(loaded, where, measured, calibration=calibration, method=method)
-
-        def costs(pricing: Pricing) -> Costs:
-            return Costs(loaded.metagraph, linked, pricing, measured, loaded.steps, loaded.is_mean)
-
-        return Case(row, solve, costs)
-
-    cases = [case(row) for row in rows]
-    if rare:
-        _warn_of_rare(sorted(rare))
-    found = calibrate_cases(cases, whole.device.name)
-    return replace(found, method=method, source="" if callable(source) else Path(source).name)
-
-
-def _warn_of_rare(tasks: Sequence[str]) -> None:
-    """Say that measured steps are taken for steps of all tasks."""
-
-    warnings.warn(
-        f"rows are taken for steps with all tasks, and {', '.join(tasks)} takes part in some steps only: give the "
-        "seconds of steps that had all, not a mean over all steps",
-        SpindleWarning,
-        stacklevel=3,
-    )
-
-
-@contextmanager
-def _about_row(row: MeasuredStep) -> Iterator[None]:
-    """Errors inside say which measured row they are about."""
-    try:
-        yield
-    except (InputError, InfeasibleError) as error:
-        raise type(error)(f"the row of {row}: {error}") from None
-
-
 def make_metagraph(workload: "Workload") -> MetaGraph:
     """The MetaGraph of a workload, not yet priced."""
     from spindle.capture import capture
@@ -281,7 +217,7 @@ def make_profile(
     progress: Callable[[int, int], None] | None = None,
     keep: Callable[[Profile], None] | None = None,
 ) -> Profile:
-    """Time the workload's operators, its optimiser and messages, for up to `num_devices` devices.
+    """Time the workload's operators, its optimizer and messages, for up to `num_devices` devices.
 
     `cluster`: what to measure for instead, of the kind of device at hand; without both, what is at hand. As many ranks
     measure at once as a run would have: on this machine; with `launcher` ray on the nodes of a Ray cluster; under
@@ -317,7 +253,7 @@ def make_profile(
 ReadT = TypeVar("ReadT", Plan, Profile, Calibration)
 
 
-def _read(value: ReadT | Path | str | None, kind: type[ReadT]) -> ReadT | None:
+def read_value(value: ReadT | Path | str | None, kind: type[ReadT]) -> ReadT | None:
     """A value as it is, or the file that holds it."""
     if value is None or isinstance(value, kind):
         return value
@@ -355,13 +291,16 @@ def verify(
     """
     from spindle.runtime import parity
     from spindle.runtime.controller import prepare
+    from spindle.runtime.weights import require_values
 
+    require_values(workload)
     plans = [make_plan(workload, f"1x{num_workers}:cpu") if plan is None else plan]
     if resume_under is not None:
         again = resume_under
         plans.append(again if isinstance(again, Plan) else make_plan(workload, f"1x{again}:cpu"))
     prepared = [prepare(workload, each) for each in plans]
-    usual = parity.default_tolerance(prepared[0].captured.parameters, workload.precision)
+    precision = "bf16" if workload.reduce_dtype == "bf16" else workload.precision
+    usual = parity.default_tolerance(prepared[0].captured.parameters, precision)
     tolerance = replace(usual, rtol=usual.rtol if rtol is None else rtol, atol=usual.atol if atol is None else atol)
     factory = optimizer or parity.default_optimizer
     planned = parity.run_planned(
@@ -391,7 +330,13 @@ class TrainResult:
 
     `train_s` leaves out what writing checkpoints took. `step_seconds` of one call are alike: their mean.
     `first_step` steps were done before, by the run that was resumed. `ended` names the task whose data ended, where
-    that stopped the training early.
+    that stopped the training early. `startup`: what came before the second step, in seconds by phase, in a sentence.
+    `checkpoint`: the last one written, which holds the trained weights; `spindle.load_checkpoint` puts them into
+    modules, `spindle.export` writes them as `save_pretrained` does. `recovered`: failures after which the run went on,
+    a sentence each. `skipped`: steps in which the optimizer rested, and what was not finite in them. `ema`: running
+    averages of the weights by name, of a workload that keeps some and a run that wrote no checkpoint with them.
+    `scores`: of each evaluation, by the steps done, earlier runs' too. `best`: the checkpoint that `keep_best` keeps.
+    `stopped`: why training stopped early, where it did and no data ended, in a sentence.
     """
 
     losses: tuple[dict[str, float], ...]
@@ -401,6 +346,14 @@ class TrainResult:
     step_seconds: tuple[float, ...] = ()
     first_step: int = 0
     ended: str | None = None
+    startup: str = ""
+    checkpoint: Path | None = None
+    recovered: tuple[str, ...] = ()
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    ema: "Mapping[str, Tensor]" = field(default_factory=dict, repr=False)
+    scores: "Mapping[int, Scores]" = field(default_factory=dict)
+    best: Path | None = None
+    stopped: str = ""
 
     @property
     def step_s(self) -> float:
@@ -425,9 +378,21 @@ def train(
     checkpoints: Path | str | None = None,
     checkpoint_every: int = 1000,
     keep_checkpoints: int | None = None,
-    resume: bool | Path | str = False,
+    resume: bool | int | Path | str = False,
+    failures: Failures | None = None,
+    not_finite: "NotFinite" = "stop",
+    check_replicas_every: int | None = None,
+    save_async: bool = False,
+    keep_checkpoints_every_s: float | None = None,
+    evaluation: "Evaluation | None" = None,
+    evaluate_every: int | None = None,
+    keep_best: str | None = None,
+    early_stop: "EarlyStop | None" = None,
+    max_samples: int | None = None,
+    max_tokens: int | None = None,
 ) -> TrainResult:
-    """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules.
+    """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules, or,
+    of modules on the meta device, in the last checkpoint.
 
     `optimizer`: a function from the list of all parameters, frozen ones too, to a torch optimizer with any groups of
     them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
@@ -438,82 +403,147 @@ def train(
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
-    end; the newest `keep_checkpoints` stay. `resume`: go on from a checkpoint, or, when True, from the newest in the
-    directory if there is one; plan and number of devices may have changed. `steps` counts from the first run on.
+    end; the newest `keep_checkpoints` stay, and of older ones one each `keep_checkpoints_every_s`. `save_async` writes
+    them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
+    in the directory if there is one (True), that after so many steps (a number), or one by its path; plan and number of
+    devices may have changed. `steps` counts from the first run on.
+    `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
+    (docs/reliability.md); None: none. SIGTERM ends the run after the steps under way and a checkpoint. `not_finite`:
+    what a step does when a loss or a gradient is no finite number: "stop" raises NotFiniteError before the optimizer
+    has stepped with it, "skip" lets the optimizer rest on all devices, "ignore" goes on. `check_replicas_every`: steps
+    between two comparisons of what several ranks should hold alike (None: 100; 0: none), which also come before each
+    checkpoint; ReplicaError names what differs.
+    `evaluation`: tasks that run forward only after each `evaluate_every` steps, where the weights are; training does
+    not see it. `keep_best`: "task:metric:min" or "task:metric:max"; the checkpoint with the best number stays whatever
+    `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
+    `max_samples`, `max_tokens`: no step follows once all tasks together have trained with so many, from the first run
+    on.
 
-    Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls; CheckpointError for a
-    checkpoint that is not whole or of another model.
+    Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls, the first one where there
+    were several tries; CheckpointError for a checkpoint that is not whole or of another model; PreemptedError after
+    SIGTERM.
     """
-    from spindle.runtime.checkpoint import Checkpoints, to_resume
-    from spindle.runtime.controller import launched, merge_traces, place_among_drivers, prepare
-    from spindle.runtime.training import run_steps
+    from spindle.capture import capture
+    from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
+    from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
+    from spindle.runtime.counts import Limits
+    from spindle.runtime.evaluation import prepare_beside
+    from spindle.runtime.evaluations import Evaluations
+    from spindle.runtime.finite import checked
+    from spindle.runtime.flight import recorded
+    from spindle.runtime.later import cleared
+    from spindle.runtime.preemption import Notice
+    from spindle.runtime.recovery import Attempts, left_to_torchrun, newest_of_this_job
+    from spindle.runtime.replicas import steps_between
+    from spindle.runtime.run_folder import opened
+    from spindle.runtime.startup import Phases
+    from spindle.runtime.training import Steps, load_trained, run_steps
     from spindle.runtime.watch import Watch
+    from spindle.runtime.weights import weights_of_run
 
-    if steps < 1:
-        raise PlanError(f"steps is {steps}; train at least one")
+    check_whole({"steps": steps}, error=PlanError)
+    check_whole({"trace_steps": trace_steps}, least=0)
+    check_whole({"seed": seed}, least=-(2**63))
+    checked(not_finite)
+    check_every = steps_between(check_replicas_every)
+    limits = Limits(samples=max_samples, tokens=max_tokens)
+    evaluations = Evaluations.asked(
+        evaluation, evaluate_every, keep_best=keep_best, early_stop=early_stop, saves=checkpoints is not None
+    )
     kept = None
     if checkpoints is not None:
-        kept = Checkpoints(directory=Path(checkpoints), every=checkpoint_every, keep=keep_checkpoints)
-    before = to_resume(workload, kept, resume, place_among_drivers(launcher))
-    first, seed = (before.step, before.seed) if before else (0, seed)
-    if first >= steps:
-        raise PlanError(f"{first} steps are done already and steps is {steps}; ask for more, it counts from the start")
-    prepared = prepare(workload, plan or make_plan(workload, devices_at_hand(launcher)))
-    with launched(
-        prepared,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        metric=metric,
-        launcher=launcher,
-        seed=seed,
-        timeout_s=timeout_s,
-        saves=kept is not None or before is not None,
-    ) as run:
-        if before is not None:
-            run.resume(before)
-        with Watch(prepared, callbacks, leads=run.crew.leads).running(first) as watch:
-            found = run_steps(
-                run,
-                first=first,
-                last=steps,
-                seed=seed,
-                on_step=on_step,
-                trace_steps=trace_steps,
-                checkpoints=kept,
-                watch=watch,
+        often = keep_checkpoints_every_s
+        kept = Checkpoints(Path(checkpoints), checkpoint_every, keep_checkpoints, keep_every_s=often, later=save_async)
+    place = place_among_drivers(launcher)
+    failures = left_to_torchrun(launcher, failures or Failures())
+    if kept is not None and resume is False:  # unless torchrun started the ranks anew
+        resume = newest_of_this_job(launcher, kept.directory) or False
+    with opened(workload, kept, resume, place) as start:
+        before, kept = start.before, start.checkpoints
+        if before is not None and seed not in (0, before.seed):
+            warnings.warn(SpindleWarning(f"the run goes on with its seed {before.seed}, not with {seed}"), stacklevel=2)
+        found, seed = (Steps(before.step), before.seed) if before else (Steps(), seed)
+        found.scores = dict(before.progress.get("scores", {})) if before else {}
+        if found.first >= steps:
+            raise PlanError(
+                f"{found.first} steps are done already and steps is {steps}; ask for more, it counts from the start"
             )
-        state = run.state()
-    _load(workload, state)
-    trace = merge_traces(found.reports, prepared.program.num_ranks)
+        saves = kept is not None
+        weights_of_run(workload, before.path if before else None, saves=saves)
+        phases = Phases.begun()
+        if plan is None:
+            with phases("capture"):
+                capture(workload)
+            with phases("plan"):
+                plan = make_plan(workload, devices_at_hand(launcher))
+        prepared = prepare(workload, plan, phases)
+        check_steps(prepared, optimizer, scheduler, metric, saves=saves or before is not None)
+        evaluated = prepare_beside(evaluation, prepared) if evaluation is not None else None
+        crew = partial(launched, prepared, optimizer=optimizer, scheduler=scheduler, metric=metric, launcher=launcher)
+
+        def attempt(again: Checkpoint | None) -> None:
+            sources = weights_of_run(workload, again.path if again else None, saves=saves)
+            made = partial(
+                crew,
+                seed=seed,
+                timeout_s=timeout_s,
+                weights=sources,
+                checked=True,
+                on_broken=not_finite,
+                check_replicas_every=check_every,
+                evaluated=evaluated,
+                limits=limits,
+            )
+            directory = kept.directory if kept else None
+            with (
+                recorded(directory, leads=place[0] == 0) as flight,
+                cleared(kept, leads=place[0] == 0),
+                made(flight=flight) as run,
+                notice.driving(run.crew),
+            ):
+                if kept is not None:
+                    run.check_directory(kept)
+                if again is not None:
+                    run.resume(again)
+                with notice.steps(), Watch(prepared, callbacks, leads=run.crew.leads).running(found.done) as watch:
+                    run_steps(
+                        run,
+                        found,
+                        last=steps,
+                        seed=seed,
+                        on_step=on_step,
+                        trace_steps=trace_steps,
+                        checkpoints=kept,
+                        watch=watch,
+                        notice=notice,
+                        timeout_s=timeout_s,
+                        evaluations=evaluations,
+                    )
+                    load_trained(workload, run)
+                    averages.update({} if workload.ema is None or saves else run.ema_state())
+
+        averages: dict[str, Tensor] = {}
+        attempts = Attempts(failures, partial(load_weights, workload, share=place), before)
+        with Notice(grace_s=failures.grace_s, saves=saves).heeded() as notice:
+            attempts.run(attempt, found, notice)
+    best = evaluations.best_of(found.scores) if evaluations else None
     return TrainResult(
-        tuple(found.losses), trace, prepared.plan, found.train_s, tuple(found.seconds), first, found.ended
+        tuple(found.losses),
+        merge_traces(found.reports, prepared.program.num_ranks),
+        prepared.plan,
+        found.train_s,
+        tuple(found.seconds),
+        found.first,
+        found.ended,
+        prepared.told,
+        found.checkpoint,
+        tuple(attempts.told),
+        dict(found.skipped),
+        {name.removeprefix("ema:"): value for name, value in averages.items()},
+        dict(found.scores),
+        path_of(kept.directory, best) if kept and best else None,
+        found.stopped,
     )
-
-
-def load_checkpoint(workload: "Workload", path: Path | str) -> int:
-    """Put the weights of a checkpoint into the user's modules; the steps it was trained for.
-
-    Raises CheckpointError when it is not whole or of another model.
-    """
-    from spindle.runtime.checkpoint import load_weights
-
-    return load_weights(workload, Path(path)).step
-
-
-def export(workload: "Workload", directory: Path | str) -> dict[str, Path]:
-    """Write each component to `directory`/NAME: by its own `save_pretrained` where it has one, else as safetensors."""
-    from spindle.runtime.checkpoint import export as export_components
-
-    return export_components(workload, Path(directory))
-
-
-def _load(workload: "Workload", state: "Mapping[str, torch.Tensor]") -> None:
-    import torch
-
-    with torch.no_grad():
-        for name, tensor in (*workload.named_parameters(), *workload.named_buffers()):
-            if name in state:
-                tensor.copy_(state[name])
 
 
 def devices_at_hand(launcher: "Launcher" = "processes") -> str:

@@ -86,8 +86,16 @@ class SampledBatch:
 
 
 def with_own_tensors(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with copies of their tensors, which code may write to."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    """The fields with copies of their tensors, which code may write to; also of those in lists, tuples and dicts."""
+    return {name: _own(value) for name, value in fields.items()}
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_own, value))
+    return {key: _own(each) for key, each in value.items()} if type(value) is dict else value
 
 
 def cut_value(value: Any, dim: int, start: int, length: int) -> Any:

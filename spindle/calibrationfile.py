@@ -11,10 +11,12 @@ from pathlib import Path
 
 from spindle.calibration import MeasuredStep
 from spindle.errors import FormatError, ProfileError
+from spindle.filetypes import MOST_YAML_BYTES
 from spindle.formats import read_text
 
 COLUMNS = ("gpus", "per_gpu_batch", "seconds_per_step")
 MOST_ROWS = 200
+MOST_COUNT = 10**7
 LEAST_S, MOST_S = 1e-6, 1e6  # no step of training is shorter than a kernel or longer than some days
 
 
@@ -32,7 +34,7 @@ def read_steps(path: str | Path, table: str | None = None) -> MeasuredTable:
     Raises FormatError naming the line when a column or a number is missing, or several tables are there and none is
     named.
     """
-    lines = [(i, line) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(read_text(path, MOST_YAML_BYTES).splitlines(), 1) if line.strip()]
     lines = [(i, line) for i, line in lines if not line.lstrip().startswith("#")]
     numbers, texts = [i for i, _ in lines], [line for _, line in lines]
     reader = csv.DictReader(texts, skipinitialspace=True)
@@ -87,6 +89,8 @@ def _row(row: Mapping[str, str], where: str) -> MeasuredStep:
         ) from None
     if not LEAST_S <= seconds <= MOST_S:  # NaN too
         raise FormatError(f"{where}: a step of {seconds!r} s; give the seconds of one step, {LEAST_S:g} to {MOST_S:g}")
+    if max(counts) > MOST_COUNT:
+        raise FormatError(f"{where}: {counts[0]} GPUs, {counts[1]} samples on each; give at most {MOST_COUNT}")
     try:
         return MeasuredStep(gpus=counts[0], per_gpu_batch=counts[1], seconds=seconds)
     except ProfileError as error:

@@ -36,7 +36,7 @@ class Device:
     parallel_units         tiles of a matrix product that are computed at once (streaming multiprocessors)
     float32_rate           rate of four-byte matrix products over peak_flops in TF32 (eight-byte ones: half of that)
     full_float32_rate      the same without TF32
-    host_bytes_per_s       rate between the device and its host's memory, for optimiser states that are offloaded
+    host_bytes_per_s       rate between the device and its host's memory, for optimizer states that are offloaded
     """
 
     name: str

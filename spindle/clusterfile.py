@@ -8,9 +8,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import ClusterError, FormatError
 from spindle.filemodels import StrictModel
+from spindle.filetypes import MOST_YAML_BYTES, Count, Text
 from spindle.formats import explain_validation, read_text
 
 DEFAULT_DEVICE = "a100-80g"
+_MOST_VALUES = 100_000
 
 
 def _as_tuple(value: Any) -> Any:
@@ -25,9 +27,9 @@ _Times = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
 class _DeviceModel(StrictModel):
-    name: str
+    name: Text
     memory_gib: _Rate
-    reserved_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    reserved_gib: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
     peak_tflops: _Rate
     memory_bandwidth_gbps: _Rate
     matmul_efficiency: _Share = 0.8
@@ -37,7 +39,7 @@ class _DeviceModel(StrictModel):
     kernels_per_matmul: _Times = 3.5
     overlap_cost: _Times = 1.0
     launch_us: _Micros = 2.5
-    parallel_units: Annotated[int, Field(ge=0)] = 108
+    parallel_units: Annotated[int, Field(ge=0, le=10**6)] = 108
     float32_rate: Annotated[float, Field(ge=1e-3, le=1, allow_inf_nan=False)] = 0.5
     full_float32_rate: Annotated[float, Field(ge=1e-3, le=1, allow_inf_nan=False)] = 0.0625
     host_bandwidth_gbps: _Rate = 25.0
@@ -68,7 +70,7 @@ class _ProtocolModel(StrictModel):
     bandwidth_gbps: _Rate
     in_network: bool = False
     operation: Collective | None = None
-    from_kib: float = 0.0
+    from_kib: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)] = 0.0
 
     def value(self) -> Protocol:
         return Protocol(
@@ -105,10 +107,10 @@ class _DeviceTypeModel(StrictModel):
 
 
 class _ClusterModel(StrictModel):
-    nodes: int = 1
-    devices_per_node: int
+    nodes: Count = 1
+    devices_per_node: Count
     device: Annotated[
-        Annotated[_DeviceModel, Tag("(type)")] | Annotated[str, Tag("(name)")],
+        Annotated[_DeviceModel, Tag("(type)")] | Annotated[Text, Tag("(name)")],
         Discriminator(lambda value: "(type)" if isinstance(value, dict) else "(name)"),
     ]
     intra_node: _LinkModel | None = None
@@ -142,7 +144,7 @@ def parse_cluster(text: str) -> Cluster:
 
 def read_yaml(path: str | Path) -> Any:
     """Parse a YAML file; errors as `parse_yaml`, and FormatError when the file cannot be read."""
-    return parse_yaml(read_text(path), source=str(path))
+    return parse_yaml(read_text(path, MOST_YAML_BYTES), source=str(path))
 
 
 def parse_yaml(text: str, *, source: str = "text") -> Any:
@@ -161,11 +163,31 @@ def parse_yaml(text: str, *, source: str = "text") -> Any:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.load(text, Loader)  # Loader is a SafeLoader
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader)  # Loader is a SafeLoader
+    except FormatError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # numbers of thousands of digits, dates of no calendar
         raise FormatError(f"{source}: not YAML ({' '.join(str(error).split())}); mend that line") from None
     except RecursionError:
         raise FormatError(f"{source}: not YAML that can be read (nested too deep); make it flatter") from None
+    if not _is_small(value):
+        raise FormatError(
+            f"{source}: holds more than {_MOST_VALUES} values, with those that `*` repeats; write out what is meant"
+        )
+    return value
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value can be gone through: a few lines of anchors and aliases make one that takes all memory."""
+    waiting, count = [value], 0
+    while waiting and count <= _MOST_VALUES:
+        part = waiting.pop()
+        count += 1
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return count <= _MOST_VALUES
 
 
 def _place(node: Any) -> str:

@@ -1,8 +1,8 @@
 """Contraction: a TaskGraph in, a MetaGraph of chains of identical operators out, and back (paper, section 2.1).
 
-- Two operators merge iff each is the other's only neighbour on that side and they agree in kind, task, component and
+- Two operators merge iff each is the other's only neighbor on that side and they agree in kind, task, component and
   input size.
-- Neighbours are those of the transitive reduction. A tensor that every layer reads (encoder states in a decoder, a
+- Neighbors are those of the transitive reduction. A tensor that every layer reads (encoder states in a decoder, a
   position bias) gives each layer a second edge, which adds no dependency: the chain already orders it. The full flows
   are kept for the MetaGraph, so nothing is lost; see docs/decisions/0002-contract-the-reduction.md.
 """

@@ -12,7 +12,12 @@
     |   `-- ProgramError            a lowered program that breaks a law of the runtime
     +-- InfeasibleError             no plan exists for this input
     +-- MismatchError               checked and found different: parity, prediction
+    +-- PreemptedError              the run was told to end (SIGTERM)
     `-- RunError                    a worker raised, died or stalled
+        +-- NotFiniteError          a loss or a gradient is no finite number
+        +-- ReplicaError            what several ranks should hold alike differs
+        +-- LostRankError           a rank died or hangs, or found no place: another try may go better
+        `-- LostPeerError           a rank waited for another, whose failure is the cause
 
     SpindleWarning (UserWarning)    what runs, but not as well as it could
 
@@ -21,12 +26,23 @@ Each message names the value, the rule and the remedy, in that order. `exit_code
 
 import os
 import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RESUMABLE = 75
+"""Exit code of a run that was told to end and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
+TERMINATED = 143
+"""Exit code of a run that was told to end and saved nothing: 128 + SIGTERM, as shells tell it."""
 
 
 class SpindleError(Exception):
     """Base of every error that a user can mend."""
 
     exit_code = 2
+    flight: "Path | None" = None
+    """The folder of the run, where there is a record of what its ranks did last (`spindle flight`)."""
 
 
 class SpindleWarning(UserWarning):
@@ -96,11 +112,49 @@ class RunError(SpindleError):
 
         The whole traceback goes along as a note: Python prints it below the message, the command line when asked to.
         """
-        text = next(iter(str(error).splitlines()), "")
+        text = next((line for line in str(error).splitlines() if line.strip()), "")
         raised = f"{where} raised " if where else ""
         told = cls("\n".join(filter(None, (f"{raised}{type(error).__name__}: {text}", _own_line(error)))))
         told.add_note("".join(traceback.format_exception(error)).rstrip())
         return told
+
+
+class NotFiniteError(RunError):
+    """A loss or a gradient is not finite; the optimizer has not stepped with it."""
+
+
+class ReplicaError(RunError):
+    """What several ranks should hold alike differs; the optimizer has not stepped with it since it was found."""
+
+
+class LostRankError(RunError):
+    """A rank died or hangs, or there was no place for it: nothing that the user's code raised. `rank`: which, where it
+    is known.
+    """
+
+    rank: int | None = None
+
+    @classmethod
+    def at(cls, rank: int, text: str) -> "LostRankError":
+        """The error of this rank."""
+        told = cls(text)
+        told.rank = rank
+        return told
+
+
+class LostPeerError(RunError):
+    """A rank waited for another in vain; what happened to the other is the cause."""
+
+
+class PreemptedError(SpindleError):
+    """The run was told to end by SIGTERM. `exit_code` 75: started again with resume it goes on from its newest
+    checkpoint; 143: it ended at once, and nothing was saved.
+    """
+
+    def __init__(self, text: str, *, saved: bool) -> None:
+        super().__init__(text)
+        self.saved = saved
+        self.exit_code = RESUMABLE if saved else TERMINATED
 
 
 def _own_line(error: BaseException) -> str:

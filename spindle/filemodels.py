@@ -7,9 +7,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from spindle.calibration import Calibration, Constant, MeasuredStep
 from spindle.cluster import Cluster, Collective, Device, Link, Protocol
 from spindle.errors import FormatError
+from spindle.filetypes import Amount, Bytes, Count, Number, Seconds, Text
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import (
+    BUCKET_BYTES,
     Alternative,
     Certificate,
     Memory,
@@ -51,30 +53,30 @@ def _count(key: object) -> object:
     return key
 
 
-CountTable = Annotated[
-    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], float], BeforeValidator(_table)
-]
-DegreeTable = Annotated[
-    dict[Annotated[int, BeforeValidator(_count), Field(strict=False)], int], BeforeValidator(_table)
-]
-NameTable = Annotated[dict[str, float], BeforeValidator(_table)]
+_Devices = Annotated[Count, BeforeValidator(_count), Field(strict=False)]
+SecondsTable = Annotated[dict[_Devices, Seconds], BeforeValidator(_table)]
+BytesTable = Annotated[dict[_Devices, Bytes], BeforeValidator(_table)]
+DegreeTable = Annotated[dict[_Devices, Count], BeforeValidator(_table)]
+NameTable = Annotated[dict[Text, Seconds], BeforeValidator(_table)]
 
 
 class _MetaOpModel(_JsonModel):
-    name: str
-    task: str
-    component: str
-    layers: int
-    layer_time_s: CountTable
-    memory_bytes: CountTable = {}
-    layer_param_bytes: float = 0.0
-    layer_state_bytes: float = 0.0
-    recomputed_bytes: float = 0.0
-    layer_update_s: float = 0.0
-    load_s: float = 0.0
-    output_bytes: float = 0.0
-    parameters: str = ""
-    forward_fraction: float = 1 / 3
+    name: Text
+    task: Text
+    component: Text
+    layers: Count
+    layer_time_s: SecondsTable
+    memory_bytes: BytesTable = {}
+    layer_param_bytes: Bytes = 0.0
+    layer_state_bytes: Bytes = 0.0
+    kept_bytes: Bytes = 0.0
+    recomputed_bytes: Bytes = 0.0
+    gathered_bytes: Bytes = 0.0
+    layer_update_s: Seconds = 0.0
+    load_s: Seconds = 0.0
+    output_bytes: Bytes = 0.0
+    parameters: Text = ""
+    forward_fraction: Number = 1 / 3
     tensor_parallel: DegreeTable = {}
 
     def value(self) -> MetaOp:
@@ -91,8 +93,8 @@ class MetaGraphModel(_JsonModel):
     format: Literal["spindle.metagraph"] = "spindle.metagraph"
     version: Literal[1] = 1
     metaops: tuple[_MetaOpModel, ...]
-    flows: tuple[tuple[str, str], ...] = ()
-    flow_bytes: tuple[float | None, ...] = ()
+    flows: tuple[tuple[Text, Text], ...] = ()
+    flow_bytes: tuple[Bytes | None, ...] = ()
     shard_optimizer: bool = False
 
     @classmethod
@@ -115,19 +117,19 @@ class MetaGraphModel(_JsonModel):
 
 
 class _SliceModel(_JsonModel):
-    metaop: str
-    first_layer: int
-    num_layers: int
-    devices: tuple[int, ...]
-    start_s: float
-    end_s: float
-    tensor_parallel: int = 1
+    metaop: Text
+    first_layer: Count
+    num_layers: Count
+    devices: tuple[Count, ...]
+    start_s: Seconds
+    end_s: Seconds
+    tensor_parallel: Count = 1
 
 
 class _WaveModel(_JsonModel):
-    index: int
-    start_s: float
-    end_s: float
+    index: Count
+    start_s: Seconds
+    end_s: Seconds
     slices: tuple[_SliceModel, ...]
 
     def value(self) -> Wave:
@@ -135,20 +137,20 @@ class _WaveModel(_JsonModel):
 
 
 class _MemoryModel(_JsonModel):
-    peak_bytes_per_device: tuple[float, ...] = ()
+    peak_bytes_per_device: tuple[Bytes, ...] = ()
     fits: bool = True
 
 
 class _TimePricesModel(_JsonModel):
-    edges_s: tuple[float, ...]
-    device_prices: tuple[float, ...]
-    wait_prices: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
+    edges_s: tuple[Seconds, ...]
+    device_prices: tuple[Number, ...]
+    wait_prices: tuple[tuple[Text, Text, tuple[Number, ...]], ...] = ()
 
 
 class _CertificateModel(_JsonModel):
-    area_price: float = 0.0
-    paths: tuple[tuple[float, tuple[str, ...]], ...] = ()
-    through: str = ""
+    area_price: Number = 0.0
+    paths: tuple[tuple[Number, tuple[Text, ...]], ...] = ()
+    through: Text = ""
     head: "_CertificateModel | None" = None
     tail: "_CertificateModel | None" = None
     over_time: _TimePricesModel | None = None
@@ -160,46 +162,46 @@ class _CertificateModel(_JsonModel):
 
 
 class _DeviceModel(_JsonModel):
-    name: str
-    memory_bytes: float
-    peak_flops: float
-    memory_bytes_per_s: float
-    matmul_efficiency: float = 0.8
-    attention_efficiency: float = 0.3
-    elementwise_traffic: float = 5.0
-    eager_traffic: float = 0.0
-    kernels_per_matmul: float = 3.5
-    overlap_cost: float = 1.0
-    launch_s: float = 2.5e-6
-    parallel_units: int = 108
-    float32_rate: float = 0.5
-    full_float32_rate: float = 0.0625
-    host_bytes_per_s: float = 25e9
-    reserved_bytes: float = 0.0
+    name: Text
+    memory_bytes: Bytes
+    peak_flops: Number
+    memory_bytes_per_s: Number
+    matmul_efficiency: Number = 0.8
+    attention_efficiency: Number = 0.3
+    elementwise_traffic: Number = 5.0
+    eager_traffic: Number = 0.0
+    kernels_per_matmul: Number = 3.5
+    overlap_cost: Number = 1.0
+    launch_s: Seconds = 2.5e-6
+    parallel_units: Count = 108
+    float32_rate: Number = 0.5
+    full_float32_rate: Number = 0.0625
+    host_bytes_per_s: Number = 25e9
+    reserved_bytes: Bytes = 0.0
 
 
 class _ProtocolModel(_JsonModel):
-    latency_s: float
-    hop_s: float
-    bytes_per_s: float
+    latency_s: Seconds
+    hop_s: Seconds
+    bytes_per_s: Number
     in_network: bool = False
     operation: Collective | None = None
-    from_bytes: float = 0.0
+    from_bytes: Bytes = 0.0
 
 
 class _LinkModel(_JsonModel):
-    bytes_per_s: float
-    latency_s: float
+    bytes_per_s: Number
+    latency_s: Seconds
     protocols: tuple[_ProtocolModel, ...] = ()
-    node_bytes_per_s: float | None = None
+    node_bytes_per_s: Number | None = None
 
     def value(self) -> Link:
         return Link(**{**dict(self), "protocols": tuple(Protocol(**dict(p)) for p in self.protocols)})
 
 
 class _ClusterModel(_JsonModel):
-    nodes: int
-    devices_per_node: int
+    nodes: Count
+    devices_per_node: Count
     device: _DeviceModel
     intra_node: _LinkModel
     inter_node: _LinkModel
@@ -210,17 +212,17 @@ class _ClusterModel(_JsonModel):
 
 
 class _SetStepModel(_JsonModel):
-    share: float
-    tasks: tuple[str, ...]
-    step_s: float
-    sequential_s: float = 0.0
+    share: Number
+    tasks: tuple[Text, ...]
+    step_s: Seconds
+    sequential_s: Seconds = 0.0
 
 
 class _StepSpreadModel(_JsonModel):
-    steps: int
-    mean_s: float
-    p10_s: float
-    p90_s: float
+    steps: Count
+    mean_s: Seconds
+    p10_s: Seconds
+    p90_s: Seconds
     baselines_s: NameTable = {}
 
     def value(self) -> StepSpread:
@@ -228,41 +230,41 @@ class _StepSpreadModel(_JsonModel):
 
 
 class _SizeRangeModel(_JsonModel):
-    task: str
-    field: str
-    least: int
-    most: int
+    task: Text
+    field: Text
+    least: Amount
+    most: Amount
 
 
 class _AlternativeModel(_JsonModel):
-    name: str
-    step_s: float = 0.0
-    choice: str = ""
-    peak_bytes: float = 0.0
+    name: Text
+    step_s: Seconds = 0.0
+    choice: Text = ""
+    peak_bytes: Bytes = 0.0
     fits: bool = True
     recompute: bool = False
     shard_optimizer: bool = False
 
 
 class _StepWorkModel(_JsonModel):
-    samples: float = 0.0
-    tokens: float = 0.0
-    flops: float = 0.0
+    samples: Number = 0.0
+    tokens: Number = 0.0
+    flops: Number = 0.0
 
 
 class _MovesModel(_JsonModel):
-    name: str
-    half: float | None = None
-    as_is: float
-    double: float | None = None
+    name: Text
+    half: Number | None = None
+    as_is: Number
+    double: Number | None = None
 
 
 class _GainModel(_JsonModel):
-    baseline: str
-    share: float
-    low: float
-    high: float
-    weakest: str = ""
+    baseline: Text
+    share: Number
+    low: Number
+    high: Number
+    weakest: Text = ""
     proof: Proof = ""
     moves: tuple[_MovesModel, ...] = ()
 
@@ -271,9 +273,9 @@ class _GainModel(_JsonModel):
 
 
 class _OutlookModel(_JsonModel):
-    source: str
-    low_s: float
-    high_s: float
+    source: Text
+    low_s: Seconds
+    high_s: Seconds
     gain: _GainModel | None = None
 
     def value(self) -> Outlook:
@@ -285,20 +287,21 @@ class PlanModel(_JsonModel):
 
     format: Literal["spindle.plan"] = "spindle.plan"
     version: Literal[1] = 1
-    num_devices: int
-    devices_per_node: int
-    method: str
-    makespan_s: float
-    lower_bound_s: float = 0.0
-    planner_s: float = 0.0
+    num_devices: Count
+    devices_per_node: Count
+    method: Text
+    makespan_s: Seconds
+    lower_bound_s: Seconds = 0.0
+    planner_s: Seconds = 0.0
     baselines_s: NameTable = {}
-    reduction_s: float = 0.0
-    update_s: float = 0.0
-    step_s: float = 0.0
+    reduction_s: Seconds = 0.0
+    update_s: Seconds = 0.0
+    step_s: Seconds = 0.0
     baseline_steps_s: NameTable = {}
     memory: _MemoryModel = _MemoryModel()
     recompute: bool = False
     shard_optimizer: bool = False
+    shard_parameters: tuple[Text, ...] = ()
     waves: tuple[_WaveModel, ...]
     certificate: _CertificateModel | None = None
     cluster: _ClusterModel | None = None
@@ -306,9 +309,11 @@ class PlanModel(_JsonModel):
     sizes: tuple[_SizeRangeModel, ...] = ()
     alternatives: tuple[_AlternativeModel, ...] = ()
     work: _StepWorkModel | None = None
-    fixed_s: float = 0.0
+    fixed_s: Seconds = 0.0
     outlook: _OutlookModel | None = None
     task_sets: tuple[_SetStepModel, ...] = ()
+    turns: tuple[tuple[Text, ...], ...] = ()
+    bucket_bytes: Amount = BUCKET_BYTES
     metagraph: MetaGraphModel | None = None
 
     @classmethod
@@ -340,33 +345,33 @@ class PlanModel(_JsonModel):
 
 
 class _EntryModel(_JsonModel):
-    kind: str
-    num_devices: int
-    forward_s: float
-    backward_s: float
-    peak_bytes: float = 0.0
-    bare_forward_s: float = 0.0
-    update_s: float = 0.0
-    spread: float = 0.0
-    tensor_parallel: int = 1
-    family: str = ""
-    size: float = 0.0
+    kind: Text
+    num_devices: Count
+    forward_s: Seconds
+    backward_s: Seconds
+    peak_bytes: Bytes = 0.0
+    bare_forward_s: Seconds = 0.0
+    update_s: Seconds = 0.0
+    spread: Number = 0.0
+    tensor_parallel: Count = 1
+    family: Text = ""
+    size: Number = 0.0
 
 
 class _LinkEntryModel(_JsonModel):
     operation: LinkOperation
     level: LinkLevel
-    members: int
-    num_bytes: int
-    seconds: float
-    spread: float = 0.0
+    members: Count
+    num_bytes: Amount
+    seconds: Seconds
+    spread: Number = 0.0
 
 
 class _LoadEntryModel(_JsonModel):
-    task: str
-    batch_size: int
-    seconds: float
-    spread: float = 0.0
+    task: Text
+    batch_size: Amount
+    seconds: Seconds
+    spread: Number = 0.0
 
 
 class ProfileModel(_JsonModel):
@@ -374,8 +379,8 @@ class ProfileModel(_JsonModel):
 
     format: Literal["spindle.profile"] = "spindle.profile"
     version: Literal[1] = 1
-    device: str
-    versions: Annotated[dict[str, str], BeforeValidator(_table)] = {}
+    device: Text
+    versions: Annotated[dict[Text, Text], BeforeValidator(_table)] = {}
     entries: tuple[_EntryModel, ...]
     links: tuple[_LinkEntryModel, ...] = ()
     loads: tuple[_LoadEntryModel, ...] = ()
@@ -394,10 +399,10 @@ class ProfileModel(_JsonModel):
 
 
 class _MeasuredStepModel(_JsonModel):
-    gpus: int
-    per_gpu_batch: int
-    seconds: float
-    predicted_s: float = 0.0
+    gpus: Count
+    per_gpu_batch: Amount
+    seconds: Seconds
+    predicted_s: Seconds = 0.0
 
 
 class CalibrationModel(_JsonModel):
@@ -405,13 +410,13 @@ class CalibrationModel(_JsonModel):
 
     format: Literal["spindle.calibration"] = "spindle.calibration"
     version: Literal[1] = 1
-    device: str
-    compute: float = 1.0
-    host: float = 1.0
-    network: float = 1.0
-    step_s: float = 0.0
-    source: str = ""
-    method: str = ""
+    device: Text
+    compute: Number = 1.0
+    host: Number = 1.0
+    network: Number = 1.0
+    step_s: Seconds = 0.0
+    source: Text = ""
+    method: Text = ""
     rows: tuple[_MeasuredStepModel, ...] = ()
     undetermined: tuple[Constant, ...] = ()
     inseparable: tuple[tuple[Constant, Constant], ...] = ()
@@ -428,17 +433,17 @@ class CalibrationModel(_JsonModel):
 
 
 class _SpanModel(_JsonModel):
-    rank: int
+    rank: Count
     kind: SpanKind
-    name: str
-    start_s: float
-    end_s: float
-    task: str = ""
-    component: str = ""
-    metaop: str = ""
-    wave: int = -1
-    num_bytes: int = 0
-    step: int = 0
+    name: Text
+    start_s: Seconds
+    end_s: Seconds
+    task: Text = ""
+    component: Text = ""
+    metaop: Text = ""
+    wave: Count = -1
+    num_bytes: Amount = 0
+    step: Count = 0
 
 
 class TraceModel(_JsonModel):
@@ -446,8 +451,8 @@ class TraceModel(_JsonModel):
 
     format: Literal["spindle.trace"] = "spindle.trace"
     version: Literal[1] = 1
-    num_ranks: int
-    source: str
+    num_ranks: Count
+    source: Text
     spans: tuple[_SpanModel, ...]
 
     @classmethod

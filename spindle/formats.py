@@ -6,7 +6,8 @@ nothing is ever unpickled.
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from spindle.calibration import Calibration
 from spindle.errors import FormatError, InputError
 from spindle.filemodels import CalibrationModel, MetaGraphModel, PlanModel, ProfileModel, TraceModel
+from spindle.filetypes import MOST_FILE_BYTES
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.profile import Profile
@@ -49,8 +51,11 @@ _MODEL_BY_FORMAT: Mapping[str, _Models] = {
 
 
 def to_dict(value: Value) -> dict[str, Any]:
-    """The JSON object of a value."""
-    return _MODEL_BY_TYPE[type(value)].of(value).model_dump(mode="json")  # type: ignore[arg-type]
+    """The JSON object of a value. Raises FormatError for one that no file may hold."""
+    try:
+        return _MODEL_BY_TYPE[type(value)].of(value).model_dump(mode="json")  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise FormatError(f"this {type(value).__name__} cannot be written: {explain_validation(error)}") from None
 
 
 def dumps(value: Value) -> str:
@@ -107,6 +112,8 @@ def explain_validation(error: ValidationError, limit: int = 2) -> str:
             found.append(f"{where} is not a known field; remove it")
         elif item["type"] == "missing":
             found.append(f"{where} is missing; add it")
+        elif item["type"] == "string_pattern_mismatch" and isinstance(item["input"], str):
+            found.append(f"{where} is {item['input'][:60]!r}: it holds a control character; remove it")
         else:
             found.append(f"{where} is {str(item['input'])[:60]!r}: {item['msg'].lower()}")
     more = error.error_count() - limit
@@ -118,16 +125,26 @@ def read(path: str | Path, expect: type[ValueT]) -> ValueT:
     return loads(read_text(path), expect, source=str(path))
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, most_bytes: int = MOST_FILE_BYTES) -> str:
     """Text of a file, without the mark that some editors and spreadsheets put first (BOM).
 
-    Raises FormatError naming the path when it is missing, a folder or not text.
+    Raises FormatError naming the path when it is missing, a folder, not text, or longer than `most_bytes`.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        endless = stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(("/dev/", "/proc/"))
+        with open(os.devnull if endless else path, "rb") as file:
+            data = file.read(most_bytes + 1)
+        text = data[:most_bytes].decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:  # not text; a path with a zero in it
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise FormatError(f"{path}: cannot be read ({reason}); check the path") from None
+    if endless:
+        raise FormatError(f"{path}: is a pipe, which may never end; give a file, or /dev/stdin")
+    if len(data) > most_bytes:
+        raise FormatError(
+            f"{path}: has more than {most_bytes // 2**20} MiB, which no file of this kind has; check the path"
+        )
+    return text
 
 
 def write(value: Value, path: str | Path) -> None:
@@ -144,14 +161,13 @@ def write_bytes(data: bytes, path: str | Path) -> None:
     """The same of bytes."""
     target = Path(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:  # who may read it is for the umask to say
                 file.write(data)
-            os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise FormatError(f"{path}: cannot be written ({error.strerror}); check the folder") from None

@@ -5,7 +5,7 @@
 - Operators of different tasks are different even when they hold the same parameters (equal parameter names).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, inf, prod
@@ -42,7 +42,19 @@ def base_task(task: str) -> str:
 
 def micro_batch(task: str) -> int:
     """Which micro-batch of its task it is."""
-    return int(task.partition("#")[2] or 0)
+    number = task.partition("#")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def in_one_process(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Tasks as one process runs them: one after another in the order given, and of each micro-batch after micro-batch.
+
+    >>> in_one_process(["a", "b", "a#1", "b#1", "a"])
+    ('a', 'a#1', 'b', 'b#1')
+    """
+    given = list(dict.fromkeys(tasks))
+    bases = list(dict.fromkeys(map(base_task, given)))
+    return tuple(sorted(given, key=lambda task: (bases.index(base_task(task)), micro_batch(task))))
 
 
 def num_micro_batches(tasks: Iterable[str]) -> int:
@@ -119,6 +131,14 @@ class Parameter:
     joined: bool = False
     partial: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES_BY_DTYPE and self.dtype not in LOW_BIT_BYTES:
+            parts = " (the two parts of a complex one, which torch.view_as_complex puts together)"
+            raise GraphError(
+                f"parameter {self.name!r}: dtype {self.dtype!r} is not known; hold it as one of "
+                f"{', '.join(BYTES_BY_DTYPE)}{parts if self.dtype.startswith('complex') else ''}"
+            )
+
     def names(self, part: int = 0, parts: int = 1) -> tuple[str, ...]:
         """What part `part` of `parts` holds of it: the names of its pieces, or its own where it is not cut."""
         if self.pieces == 1:
@@ -148,26 +168,41 @@ def piece_name(name: str, index: int, count: int, dim: int, packs: int = 1) -> s
     return f"{name}@{index}/{count}/{dim}" + (f"x{packs}" if packs > 1 else "")
 
 
+def range_name(name: str, low: int, high: int, shape: Sequence[int]) -> str:
+    """Name of the numbers low..high-1 of a parameter of this shape, which stand one after the other.
+
+    >>> range_name("down.weight", 4, 9, (3, 4))
+    'down.weight@4-9/3x4'
+    """
+    return f"{name}@{low}-{high}/{'x'.join(map(str, shape))}"
+
+
 @dataclass(frozen=True, slots=True)
 class PiecePlace:
-    """Which piece of which parameter a name tells."""
+    """Which piece of which parameter a name tells. With a `span` it is those numbers of one of `shape`, in a row."""
 
     whole: str
     index: int = 0
     count: int = 1
     dim: int = 0
     packs: int = 1
+    span: tuple[int, int] | None = None
+    shape: tuple[int, ...] = ()
 
 
 def parse_piece(name: str) -> PiecePlace:
-    """What `piece_name` wrote; a whole parameter is its own piece 0 of 1.
+    """What `piece_name` or `range_name` wrote; a whole parameter is its own piece 0 of 1.
 
-    >>> parse_piece("gate_up@1/2/1x2")
-    PiecePlace(whole='gate_up', index=1, count=2, dim=1, packs=2)
+    >>> parse_piece("gate_up@1/2/1x2").packs, parse_piece("down.weight@4-9/3x4").span
+    (2, (4, 9))
     """
     whole, _, place = name.partition("@")
     if not place:
         return PiecePlace(whole)
+    if "-" in place:
+        span, _, sizes = place.partition("/")
+        low, high = map(int, span.split("-"))
+        return PiecePlace(whole, span=(low, high), shape=tuple(map(int, sizes.split("x"))) if sizes else ())
     index, count, along = place.split("/")
     dim, _, packs = along.partition("x")
     return PiecePlace(whole, int(index), int(count), int(dim), int(packs or 1))
@@ -242,7 +277,9 @@ class ParameterWrite:
     """A task writes to parameter `target` what it computes from `sources` alone, outside of the optimizer.
 
     `after`: after all in the task that uses it, else before; None: the task does not use it. `repeatable`: to write
-    twice is to write once. `line`: where it stands.
+    twice is to write once. `unnoticed`: autograd does not see it (`.data`), so that the task's backward computes with
+    what was written. `in_turn`: it must be done once a batch, at its place in the order of one process. `line`: where
+    it stands.
     """
 
     task: str
@@ -250,6 +287,8 @@ class ParameterWrite:
     sources: tuple[str, ...] = ()
     after: bool | None = False
     repeatable: bool = False
+    unnoticed: bool = False
+    in_turn: bool = False
     line: str = ""
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from spindle.errors import GraphError
-from spindle.graph import Operator
+from spindle.graph import Operator, in_one_process
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -22,7 +22,16 @@ Points = tuple[tuple[int, float], ...]
 """(device count, value) pairs, counts rising and unique."""
 
 
-_AMOUNTS = ("layer_param_bytes", "layer_state_bytes", "recomputed_bytes", "layer_update_s", "load_s", "output_bytes")
+_AMOUNTS = (
+    "layer_param_bytes",
+    "layer_state_bytes",
+    "kept_bytes",
+    "recomputed_bytes",
+    "gathered_bytes",
+    "layer_update_s",
+    "load_s",
+    "output_bytes",
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -43,10 +52,14 @@ class MetaOp:
     memory_bytes          (n, bytes): per device, for the whole chain on n devices
     layer_param_bytes     parameters of one layer whose gradients are reduced
     layer_state_bytes     what MetaOps with the same parameters hold once on a device: parameters, gradients and states
-                          of the optimiser, of one layer; 0: not known
+                          of the optimizer, of one layer; 0: not known
+    kept_bytes            of memory_bytes: activations of the whole chain, whole batch, that wait for backward, an
+                          n-th on each of n devices; 0: not known
     recomputed_bytes      of memory_bytes: activations of one layer, whole batch, that exist only while backward
                           computes them again, so once on a device
-    layer_update_s        seconds of the optimiser's step over one layer, once a device for MetaOps that share it
+    gathered_bytes        beside memory_bytes: parameters and gradients of two layers, which are whole only while these
+                          compute, so once on a device; 0: its parameters are not sharded
+    layer_update_s        seconds of the optimizer's step over one layer, once a device for MetaOps that share it
     load_s                seconds in which a rank loads a batch of the task; 0: the MetaOp reads no field of it
     output_bytes          one layer boundary, whole batch
     parameters            equal strings name shared parameters; "" shares with nobody
@@ -63,7 +76,9 @@ class MetaOp:
     memory_bytes: Points = ()
     layer_param_bytes: float = 0.0
     layer_state_bytes: float = 0.0
+    kept_bytes: float = 0.0
     recomputed_bytes: float = 0.0
+    gathered_bytes: float = 0.0
     layer_update_s: float = 0.0
     load_s: float = 0.0
     output_bytes: float = 0.0
@@ -113,6 +128,15 @@ class MetaOp:
         """Seconds of one layer by device count."""
         return dict(self.layer_time_s)
 
+    def degree_on(self, count: int) -> int:
+        """Over how many of `count` devices one copy of a layer is spread: 1 unless it is tensor parallel there."""
+        return dict(self.tensor_parallel).get(count, 1)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each of its devices keeps a part of its layers' parameters (FSDP2, ZeRO-3)."""
+        return self.gathered_bytes > 0
+
     @property
     def memory(self) -> dict[int, float]:
         """Bytes per device of the whole chain by device count."""
@@ -132,7 +156,7 @@ class Flow:
 class MetaGraph:
     """MetaOps and the flows between them: a DAG.
 
-    `shard_optimizer`: the devices that hold a layer divide its optimiser's step, and then send each other what they
+    `shard_optimizer`: the devices that hold a layer divide its optimizer's step, and then send each other what they
     have updated.
     """
 
@@ -172,18 +196,18 @@ class MetaGraph:
     @cached_property
     def predecessors(self) -> dict[str, tuple[str, ...]]:
         """Names of the MetaOps that each MetaOp waits for."""
-        return self._neighbours((flow.target, flow.source) for flow in self.flows)
+        return self._neighbors((flow.target, flow.source) for flow in self.flows)
 
     @cached_property
     def successors(self) -> dict[str, tuple[str, ...]]:
         """Names of the MetaOps that wait for each MetaOp."""
-        return self._neighbours((flow.source, flow.target) for flow in self.flows)
+        return self._neighbors((flow.source, flow.target) for flow in self.flows)
 
-    def _neighbours(self, pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    def _neighbors(self, pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
         found: dict[str, list[str]] = {metaop.name: [] for metaop in self.metaops}
-        for name, neighbour in pairs:
-            found[name].append(neighbour)
-        return {name: tuple(neighbours) for name, neighbours in found.items()}
+        for name, neighbor in pairs:
+            found[name].append(neighbor)
+        return {name: tuple(neighbors) for name, neighbors in found.items()}
 
     @cached_property
     def topological_order(self) -> tuple[str, ...]:
@@ -202,6 +226,11 @@ class MetaGraph:
         graph.add_nodes_from(metaop.name for metaop in self.metaops)
         graph.add_edges_from((flow.source, flow.target) for flow in self.flows)
         return graph
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks, micro-batches each by itself, in the order in which one process runs them."""
+        return in_one_process(metaop.task for metaop in self.metaops)
 
     def only(self, names: Collection[str]) -> "MetaGraph":
         """The MetaOps of these names, and the flows between them; a flow from another one is cut."""

@@ -1,7 +1,7 @@
 """Metrics: what a training run tells of each step, and where it goes: JSON lines, TensorBoard, or a callback of yours.
 
-- Shares are of the ranks' time: `utilisation` goes into forward, backward and the optimizer, `communication` into
-  transfers and reductions with the waits for them, `loading` into batches; `idle` is all but utilisation.
+- Shares are of the ranks' time: `utilization` goes into forward, backward and the optimizer, `communication` into
+  transfers and reductions with the waits for them, `loading` into batches; `idle` is all but utilization.
 - `mfu` is the FLOPs that the model needs (what recompute adds does not count) over time and the devices' peak. It is
   None where the plan does not name its devices, or names CPUs.
 """
@@ -17,6 +17,9 @@ from spindle.errors import InputError
 
 if TYPE_CHECKING:
     from spindle.plan import Plan
+
+Scores = Mapping[str, Mapping[str, float]]
+"""What an evaluation gives: by task, "loss" and the task's metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,7 @@ class StepMetrics:
     losses: Mapping[str, float]
     samples_per_s: Mapping[str, float] = field(default_factory=dict)
     tokens_per_s: Mapping[str, float] = field(default_factory=dict)
-    utilisation: float = 0.0
+    utilization: float = 0.0
     communication: float = 0.0
     loading: float = 0.0
     idle: float = 0.0
@@ -44,6 +47,18 @@ class StepMetrics:
     grad_norm: float | None = None
     memory_bytes: tuple[int, ...] = ()
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationMetrics:
+    """One evaluation, after `step` steps: the scores by task, and how long it took. `is_best`: the checkpoint of this
+    step is now the one that `keep_best=` keeps.
+    """
+
+    step: int
+    scores: Scores
+    evaluation_s: float = 0.0
+    is_best: bool = False
 
 
 class Callback:
@@ -58,12 +73,17 @@ class Callback:
     def on_step(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
+    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+        """An evaluation is done; steps up to its own have been told."""
+
     def on_end(self) -> None:
         """The run ended, by an error too."""
 
 
 class JsonLines(Callback):
-    """A line of JSON for each step; a resumed run goes on in the same file. Numbers that are not finite are null."""
+    """A line of JSON for each step and each evaluation; a resumed run goes on in the same file. Numbers that are not
+    finite are null.
+    """
 
     def __init__(self, path: Path | str) -> None:
         """`path`: the file, in a folder that exists."""
@@ -79,8 +99,15 @@ class JsonLines(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write a line."""
+        self._write(asdict(metrics))
+
+    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Write a line, which has `scores`."""
+        self._write(asdict(metrics))
+
+    def _write(self, values: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         self._file.flush()
 
     def on_end(self) -> None:
@@ -112,6 +139,12 @@ class TensorBoard(Callback):
         """Write all numbers."""
         for name, value in scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics.step)
+
+    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Write all scores, as `evaluation/TASK/METRIC`."""
+        for task, scores in metrics.scores.items():
+            for name, value in scores.items():
+                self._writer.add_scalar(f"evaluation/{task}/{name}", value, metrics.step)
 
     def on_end(self) -> None:
         """Close the log."""

@@ -1,7 +1,7 @@
 """Outlook: how sure a plan's prediction is, as a value that the plan carries.
 
 - A band holds nine of ten measured steps of those that were predicted from the same source of costs.
-- A gain is the share of a step that the plan saves against the quickest usual way. Both come from one cost model and
+- A gain is the share of a step that the plan saves against the quickest baseline. Both come from one cost model and
   share most of its error, so the band of a gain is that of its change when the costs change.
 """
 
@@ -55,7 +55,7 @@ class Outlook:
     """What is known of a plan's step: `low_s` to `high_s` holds nine of ten steps that were predicted like this one.
 
     source      of its costs: predicted, calibrated, profiled, given, or several of them
-    gain        None where no usual way is known whose step can be costed again
+    gain        None where no baseline is known whose step can be costed again
     """
 
     source: str

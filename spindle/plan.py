@@ -15,6 +15,9 @@ from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
 from spindle.outlook import Outlook
+from spindle.turns import Turns, check_turns, numbered
+
+BUCKET_BYTES = 25 * 2**20  # as PyTorch's DistributedDataParallel has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +145,7 @@ class SizeRange:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpread:
     """Predicted seconds of `steps` steps whose batches have other sizes: mean, and 10th and 90th percentile; means of
-    the usual ways, by name.
+    the baselines, by name.
     """
 
     steps: int
@@ -245,22 +248,27 @@ class Plan:
 
     makespan_s        end of the last slice
     lower_bound_s     no schedule of this MetaGraph on these devices is shorter; `certificate` proves it
-    baselines_s       makespans of the usual ways, by name, in the same cost model
+    baselines_s       makespans of the baselines, by name, in the same cost model
     reduction_s       gradient reductions after the last backward slice
-    update_s          the optimiser's step after the last reduction
+    update_s          the optimizer's step after the last reduction
     step_s            a whole step: all forward slices, backward in reverse, reductions, update (0: not predicted)
-    baseline_steps_s  the same of the usual ways, by name
+    baseline_steps_s  the same of the baselines, by name
     recompute, shard_optimizer   how it must be trained so that it fits: activations of all components recomputed in
-                      backward, each optimiser state on one of the devices that share it; a run of the plan does so
+                      backward, each optimizer state on one of the devices that share it; a run of the plan does so
+    shard_parameters  components of which each device keeps a part of every layer's parameters, gradients and states;
+                      all slices of such a component run on the same devices
     metagraph         what was planned (without operators), so that a plan can be checked and explained by itself
     cluster           what it was planned for; with it the checker also verifies transfers and memory
     spread            steps of batches of other sizes; None: all that was seen are alike
     sizes             of the batches that it was made for
     alternatives      what people would use instead, in the same cost model; () where they were not costed
     work              what a step does; None: not known
-    fixed_s           of each step, of this plan and of the usual ways alike: what a calibration adds (data, logging)
+    fixed_s           of each step, of this plan and of the baselines alike: what a calibration adds (data, logging)
     outlook           how sure the prediction is; None where nobody has asked
     task_sets         steps in which some tasks are absent; (): all tasks take part in every step
+    bucket_bytes      of gradients that are reduced together: small buckets start earlier, large ones pay less latency
+    turns             tasks by turn: each turn runs forward and backward before the next one begins, so that only its
+                      activations are kept; gradients add up over the step. (): all tasks at once
     """
 
     num_devices: int
@@ -278,6 +286,7 @@ class Plan:
     memory: Memory = Memory()
     recompute: bool = False
     shard_optimizer: bool = False
+    shard_parameters: tuple[str, ...] = ()
     certificate: Certificate | None = None
     metagraph: MetaGraph | None = None
     cluster: Cluster | None = None
@@ -288,6 +297,8 @@ class Plan:
     fixed_s: float = 0.0
     outlook: Outlook | None = None
     task_sets: tuple[SetStep, ...] = ()
+    turns: Turns = ()
+    bucket_bytes: int = BUCKET_BYTES
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:
@@ -298,6 +309,9 @@ class Plan:
             raise PlanError(f"the plan adds {self.fixed_s!r} s to each step; give seconds, zero or more")
         if not self.waves:
             raise PlanError("the plan has no waves; plan a workload with at least one MetaOp")
+        if self.bucket_bytes < 1:
+            raise PlanError(f"the plan reduces gradients {self.bucket_bytes} bytes at a time; give at least one")
+        check_turns(self.turns, self.metagraph)
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -327,7 +341,7 @@ class Plan:
 
     @property
     def compared(self) -> Literal["mean step", "step", "makespan"]:
-        """What is compared with the usual ways: steps if they are predicted, their mean where batches differ."""
+        """What is compared with the baselines: steps if they are predicted, their mean where batches differ."""
         if self.spread is not None and (self.spread.baselines_s or self.alternatives):
             return "mean step"
         return "step" if self.step_s and (self.baseline_steps_s or self.alternatives) else "makespan"
@@ -357,6 +371,11 @@ class Plan:
     def expected_s(self) -> float:
         """Seconds of a step: the mean where batches differ."""
         return self.step_s if self.spread is None else self.spread.mean_s
+
+    @cached_property
+    def turn_by_task(self) -> dict[str, int]:
+        """Number of the turn in which each task runs, from 0 up; empty where all run at once."""
+        return numbered(self.turns)
 
     def wave_of(self, slice_: Slice) -> int:
         """Index of the wave in which `slice_` starts."""
@@ -389,11 +408,12 @@ def make_waves(slices: Iterable[Slice], *, tolerance_s: float = 1e-12) -> tuple[
 
 def laid_out(plan: Plan, metagraph: MetaGraph) -> Plan:
     """The plan with each slice in the layout, data and tensor parallel, that its MetaOp's time is of."""
-    degrees = {metaop.name: dict(metaop.tensor_parallel) for metaop in metagraph}
     waves = tuple(
         replace(
             wave,
-            slices=tuple(replace(s, tensor_parallel=degrees[s.metaop].get(len(s.devices), 1)) for s in wave.slices),
+            slices=tuple(
+                replace(s, tensor_parallel=metagraph[s.metaop].degree_on(len(s.devices))) for s in wave.slices
+            ),
         )
         for wave in plan.waves
     )

@@ -3,6 +3,7 @@
 Choices trade time for memory; `memory_choices` lists their combinations in order of what they cost.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from random import Random
@@ -23,20 +24,28 @@ class Pricing:
 
     optimizer          decides the states kept for each trained parameter
     shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)
+    shard_parameters   components whose parameters, gradients and states are divided over all devices, a part of every
+                       layer on each (ZeRO stage 3)
+    never_sharded      components of which a plan must not do so by itself
     recompute          a layer keeps its input only and runs forward again in backward
     recomputed         components of which this holds when it does not hold of all
     tensor_parallel, min_tensor_parallel   degrees allowed in a spec; a captured component has its own. A high least
                        degree saves memory: each device then holds a share of every layer
-    execution          how its layers, attention, optimiser and reductions are run
+    execution          how its layers, attention, optimizer and reductions are run
     layout             how it is run today, to be compared with
     degrees            (component, degrees allowed, rising) where components differ; those not named have degree 1
     may_offload        optimizer states may be kept in the memory of the host where nothing else fits
     offload_optimizer  master copies and states are kept there, and the host runs the optimizer's step
+    master_weights     sixteen-bit parameters have a master copy of four bytes, and states as wide as it
+    wide_gradients     their gradients stay in four bytes until the step, as this runtime sums them; else they have two
+    averages           a running average of the weights is kept, in four bytes or as wide as they are
     length_spread      (task, component, standard deviation over mean of its samples' lengths)
     """
 
     optimizer: Optimizer = "adamw"
     shard_optimizer: bool = False
+    shard_parameters: tuple[str, ...] = ()
+    never_sharded: tuple[str, ...] = ()
     recompute: bool = False
     recomputed: tuple[str, ...] = ()
     tensor_parallel: int = 1
@@ -46,6 +55,9 @@ class Pricing:
     degrees: tuple[tuple[str, tuple[int, ...]], ...] = ()
     may_offload: bool = False
     offload_optimizer: bool = False
+    master_weights: bool = True
+    wide_gradients: bool = False
+    averages: bool = False
     length_spread: tuple[tuple[str, str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -92,7 +104,7 @@ class Pricing:
 def memory_choices(pricing: Pricing) -> tuple[Pricing, ...]:
     """The same pricing with less and less memory, cheapest first.
 
-    As given, optimiser states sharded, layers recomputed, both. Where layers may be spread over several devices (tensor
+    As given, optimizer states sharded, layers recomputed, both. Where layers may be spread over several devices (tensor
     parallelism), then the same with a least degree of 2, 4, ..; where states may be offloaded, at last that as well.
     """
     both = ((False, False), (True, False), (False, True), (True, True))
@@ -115,6 +127,22 @@ def memory_choices(pricing: Pricing) -> tuple[Pricing, ...]:
         if choice not in found:
             found.append(choice)
     return tuple(found)
+
+
+def sharded_choices(pricing: Pricing, components: Sequence[str]) -> tuple[Pricing, ...]:
+    """The same pricing with parameters of more and more `components` sharded, each without and with layers recomputed;
+    the other components' states are sharded too.
+    """
+    return tuple(
+        replace(
+            pricing,
+            shard_optimizer=True,
+            shard_parameters=tuple(sorted((*pricing.shard_parameters, *components[:count]))),
+            recompute=recompute,
+        )
+        for count in range(1, len(components) + 1)
+        for recompute in ((True,) if pricing.recompute else (False, True))
+    )
 
 
 def length_spread(mean: float, p99: float) -> float:

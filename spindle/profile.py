@@ -19,7 +19,7 @@ class ProfileEntry:
 
     tensor_parallel  devices that hold one copy of the layer between them; the copies share the batch
     bare_forward_s   forward that keeps nothing, as where activations are computed again (0: not measured)
-    update_s         the optimiser's step over the trained parameters of one layer (0: none, or not measured)
+    update_s         the optimizer's step over the trained parameters of one layer (0: none, or not measured)
     spread           distance of the quartiles of forward and backward together, over their median
     family, size     operators that do the same on other batches, and how much work the whole batch was (0: not known)
     """
@@ -116,7 +116,7 @@ class Profile:
     """Measured entries, and the hardware and versions they were measured on.
 
     `versions` names those of torch and Python, the precision, and the conditions: how many ranks measured at once, with
-    how many threads each, and the optimiser.
+    how many threads each, and the optimizer.
     """
 
     device: str

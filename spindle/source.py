@@ -148,8 +148,8 @@ def on_batches(source: str) -> "Callable[[MeasuredStep, Cluster], Source]":
         found = scaled_source(loaded, Fraction(samples, total))
         if found is None:
             raise FormatError(
-                f"{source}: {row} are {samples} samples a step, and its batches of {total} in all do not scale to so "
-                "many (whole batches, of samples that are alike); measure steps of other batches, or write a spec"
+                f"{source}: {row} are {samples} samples a step, and its batches of {total} in all do not scale to "
+                "that (whole batches, of samples that are alike); measure steps of other batches, or write a spec"
             )
         return found
 
@@ -197,14 +197,18 @@ def source_of(
     found = sizes_of(workload, captured, on_task)
     steps = tuple(contract_like(metagraph, graph) for graph in found.steps)
     presences = tuple(
-        Presence(task=task.name, probability=task.probability, every=task.every) for task in workload.tasks.values()
+        Presence(task=task.name, probability=task.probability, every=task.every, mixture=task.mixture)
+        for task in workload.tasks.values()
     )
+    written = {name.partition(".")[0] for w in captured.graph.writes for name in (w.target, *w.sources)}
     pricing = pricing_of(workload, optimizer)
+    whole = written | {name.partition(".")[0] for name in workload.changed_whole()}
+    pricing = replace(pricing, never_sharded=tuple(sorted({*pricing.never_sharded, *whole})))
     return Source(metagraph, pricing, executable=True, steps=steps, sizes=found.ranges, presences=presences)
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
-    """How a workload says that it is trained; `optimizer` makes its optimiser. An unknown one counts as AdamW."""
+    """How a workload says that it is trained; `optimizer` makes its optimizer. An unknown one counts as AdamW."""
     import torch
 
     kind: Optimizer = "adamw"
@@ -218,13 +222,25 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
     return Pricing(
         optimizer=kind,
         shard_optimizer=workload.shard_optimizer,
+        shard_parameters=workload.shard_parameters,
+        never_sharded=tuple(sorted(c.name for c in workload.components.values() if c.shard == "nothing")),
         recomputed=tuple(sorted(workload.recompute)),
+        master_weights=workload.master_weights == "fp32",
+        wide_gradients=True,
+        averages=workload.ema is not None,
         execution=Execution(
+            gradients="float32" if _reduces_wide(workload) else "parameters",
             layers="eager",
             optimizer="fused" if fused else "plain",
             tf32=torch.get_float32_matmul_precision() != "highest",
         ),
     )
+
+
+def _reduces_wide(workload: "Workload") -> bool:
+    """Whether ranks add up gradients of sixteen-bit parameters in float32."""
+    masters = workload.master_weights == "fp32"
+    return workload.reduce_dtype == "fp32" or (workload.reduce_dtype is None and masters)
 
 
 def is_python(source: str) -> bool:

@@ -57,6 +57,14 @@ class Trace:
     source: str
     spans: tuple[Span, ...] = ()
 
+    def __post_init__(self) -> None:
+        beyond = next((span for span in self.spans if span.rank >= self.num_ranks), None)
+        if beyond is not None:
+            raise InputError(
+                f"span {beyond.name!r} is of rank {beyond.rank}, and the trace has {self.num_ranks} ranks, from 0; "
+                "measure it again"
+            )
+
     def __iter__(self) -> Iterator[Span]:
         return iter(self.spans)
 

@@ -1,5 +1,8 @@
-"""User code: which files are the user's own, and which names their functions use."""
+"""User code: which files are the user's own, which names their functions use, and where classes set attributes."""
 
+import inspect
+import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from types import CodeType
@@ -20,3 +23,17 @@ def names_used(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_used(constant)
+
+
+def line_of(owner: type, attribute: str) -> str:
+    """Where the class sets an attribute, outside of __init__ if it does."""
+    try:
+        source, first = inspect.getsourcelines(owner)
+        file = inspect.getsourcefile(owner) or ""
+    except (OSError, TypeError):
+        return ""
+    name, inside = rf"\.{re.escape(attribute)}\b", r"(\.\w+(\(\))?|\[[^\]]*\])*"
+    changes = r"(\s*([-+*/|&]|//|\*\*)?=[^=]|\.(\w+_|append\w*|extend\w*|add|update|pop\w*)\()"
+    sets = re.compile(rf"{name}{inside}{changes}|next\([^)]*{name}")
+    lines = [first + index for index, text in enumerate(source) if sets.search(text)]
+    return f"line {lines[-1]} of {os.path.basename(file)}" if lines else ""

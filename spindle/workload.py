@@ -9,25 +9,40 @@ def image_text(batch): ...
 
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
+from spindle.after_step import AfterStep
+from spindle.after_step import Function as AfterStepFunction
 from spindle.batch import SampledBatch, sampled
+from spindle.ema import EMA
+from spindle.empty import built_empty
 from spindle.errors import WorkloadError
 from spindle.loaders import check_apart, reading, set_epoch
+from spindle.mixtures import Mixture
+from spindle.weighing import Weigh, check_weigh, counted
+from spindle.weights import Weights
+from spindle.whole_numbers import is_whole
 
 Batch = dict[str, Any]
 Precision = Literal["fp32", "bf16"]
+ReduceType = Literal["fp32", "bf16"]
+MasterWeights = Literal["fp32", "none"]
 OnEnd = Literal["restart", "stop", "error"]
+Sharded = Literal["nothing", "parameters"]
 TaskFunction = Callable[[Batch], Tensor]
 RowsFunction = Callable[[Batch], Mapping[str, Any]]
 FunctionT = TypeVar("FunctionT", bound=TaskFunction)
+AfterFunctionT = TypeVar("AfterFunctionT", bound=AfterStepFunction)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -37,8 +52,10 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 class Task:
     """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
 
-    It takes part in every `every`-th step, the first included, or in each step with `probability`. When its data ends,
-    `on_end` says what follows. `prefetch` batches are read ahead. `rows` counts the rows of packed fields by sample.
+    It takes part in every `every`-th step, the first included, in each step with `probability`, or in those that its
+    `mixture` draws it for. When its data ends, `on_end` says what follows. `prefetch` batches are read ahead. `rows`
+    counts the rows of packed fields by sample; `weigh` says by what the losses of a step's batches are weighted.
+    `evaluates`: its function gives outputs of an evaluation, packed.
     """
 
     name: str
@@ -51,9 +68,14 @@ class Task:
     on_end: OnEnd = "restart"
     prefetch: int = 1
     rows: RowsFunction | None = None
+    weigh: Weigh = "micro-batches"
+    evaluates: bool = False
+    mixture: Mixture | None = None
 
     def takes_part(self, step: int, seed: int) -> bool:
         """Whether the task takes part in a step: the same answer in every process."""
+        if self.mixture is not None:
+            return self.name in self.mixture.drawn(step, seed)
         if step % self.every:
             return False
         return self.probability >= 1 or random.Random(f"{seed}/{step}/{self.name}").random() < self.probability
@@ -108,6 +130,10 @@ class Task:
                 raise WorkloadError(f"{where}: rows= raised {type(error).__name__}: {error}; correct rows=") from error
         return sampled(where, batch, rows, self.batch_size)
 
+    def counted(self, batch: SampledBatch) -> float:
+        """What a batch counts among those of its step. Raises WorkloadError where `weigh` gives no number for it."""
+        return counted(f"task {self.name!r}", self.weigh, batch)
+
     def first_batch(self) -> Batch:
         """The first batch of a fresh pass, checked. Raises WorkloadError when the loader raises, too."""
         try:
@@ -133,7 +159,9 @@ class Component:
     """A named part of the model; `layers` names its lists of blocks and single blocks when no rule finds them.
 
     `optimizer` holds what its parameters get in place of the optimizer's defaults: learning rate, weight decay.
-    `tensor_parallel` is the most devices that one copy of a block may be spread over, `tensor_plan` tells how.
+    `weights`: files that hold what its parameters are on the meta device for.
+    `tensor_parallel` is the most devices that one copy of a block may be spread over, `tensor_plan` tells how. `shard`
+    tells what each device keeps a part of.
     """
 
     name: str
@@ -142,6 +170,8 @@ class Component:
     optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tensor_parallel: int = 1
     tensor_plan: Mapping[str, str] | None = None
+    weights: Weights | None = None
+    shard: Sharded | None = None
 
 
 class Workload:
@@ -157,28 +187,38 @@ class Workload:
         max_grad_norm: float | None = None,
         recompute: Iterable[str] = (),
         shard_optimizer: bool = False,
+        master_weights: MasterWeights = "fp32",
+        reduce_dtype: ReduceType | None = None,
+        ema: EMA | float | None = None,
     ) -> None:
         """An empty workload; add components, then tasks.
 
-        `accumulate`: a step takes so many batches of each task and uses the mean of their losses. `in_flight`: so many
-        of them are planned side by side, which fills gaps and takes memory; the others follow in rounds. `precision`:
-        "bf16" computes under `torch.autocast`; parameters, gradients and optimizer states keep their own types.
-        `max_grad_norm`: gradients are scaled down when their norm over all parameters exceeds it. `recompute`:
-        components that keep only the inputs of their slices and compute the rest again in backward, which takes less
-        memory and a third more time. `shard_optimizer`: of the ranks that hold a parameter one keeps its optimizer
-        states, updates it and sends it to the others, which takes less memory for the same traffic.
+        `accumulate`: a step takes so many batches of each task and uses the mean of their losses, weighted as `weigh`
+        of the task says. `in_flight`: so many of them are planned side by side, which fills gaps and takes memory; the
+        others follow in rounds. `precision`: "bf16" computes under `torch.autocast`; parameters, gradients and
+        optimizer states keep their own types. `max_grad_norm`: gradients are scaled down when their norm over all
+        parameters exceeds it. `recompute`: components that keep only the inputs of their slices and compute the rest
+        again in backward, which takes less memory and a third more time. `shard_optimizer`: of the ranks that hold a
+        parameter one keeps its optimizer states, updates it and sends it to the others, which takes less memory for the
+        same traffic. `master_weights`: trained parameters that are bfloat16 have copies in float32, which the optimizer
+        steps; their gradients are summed in float32. "none" steps them as they are. `reduce_dtype`: in which devices
+        add up gradients; None: in which each device sums its own, so float32 for parameters with copies, and else the
+        type of the parameters. `ema`: a running average of the weights is kept beside them, with this decay or as a
+        spindle.EMA says; it is in checkpoints, and `export` writes it.
         """
         if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
             raise WorkloadError(f"workload {name!r}: max_grad_norm is {max_grad_norm!r}; it must be positive, or None")
-        if in_flight < 1 or accumulate < 1 or accumulate % in_flight:
+        if not is_whole(in_flight, 1) or not is_whole(accumulate, 1) or accumulate % in_flight:
             raise WorkloadError(
-                f"workload {name!r}: accumulate is {accumulate}, in_flight {in_flight}; both are at least 1, and "
-                "accumulate is a multiple of in_flight"
+                f"workload {name!r}: accumulate is {accumulate!r}, in_flight {in_flight!r}; both are whole numbers, at "
+                "least 1, and accumulate is a multiple of in_flight"
             )
         if precision not in get_args(Precision):
             raise WorkloadError(
                 f"workload {name!r}: precision is {precision!r}; choose one of {', '.join(get_args(Precision))}"
             )
+        _check_choice(name, "master_weights", master_weights, get_args(MasterWeights))
+        _check_choice(name, "reduce_dtype", reduce_dtype, (*get_args(ReduceType), None))
         self.name = name
         self.accumulate = accumulate
         self.in_flight = in_flight
@@ -186,8 +226,13 @@ class Workload:
         self.max_grad_norm = max_grad_norm
         self.recompute = frozenset(recompute)
         self.shard_optimizer = shard_optimizer
+        self.master_weights: MasterWeights = master_weights
+        self.reduce_dtype: ReduceType | None = reduce_dtype
+        self.ema = EMA.of(ema)
+        self.after_steps: list[AfterStep] = []
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
+        self.filled: set[str] = set()  # components whose buffers have been read from their files
         self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`
 
     def only(self, tasks: Iterable[str]) -> "Workload":
@@ -200,21 +245,56 @@ class Workload:
                 f"its tasks are {', '.join(self.tasks)}"
             )
         found = copy.copy(self)
-        found.tasks = {name: task for name, task in self.tasks.items() if name in wanted}
+        found.tasks = {
+            name: dataclasses.replace(task, mixture=task.mixture and task.mixture.only(wanted))
+            for name, task in self.tasks.items()
+            if name in wanted
+        }
         found.captured = None
         return found
+
+    def mixture(self, weights: Mapping[str, float], *, temperature: float = 1.0, tasks_per_step: int = 1) -> None:
+        """Let each step draw `tasks_per_step` different ones of these tasks, by their weights; the others rest in it.
+
+        Weights are positive numbers of any scale, such as the sizes of the tasks' data sets. A task's share grows as
+        its weight to the power of 1 / `temperature`: 1 takes the weights as they are, more makes shares more alike. The
+        same tasks are drawn on all devices, and again after a resume: a draw depends on the run's seed and the step.
+
+        Raises WorkloadError for a task that is not registered, stands in another mixture, or takes part by `every` or
+        `probability`; and for weights, a temperature or a number of tasks that make no mixture.
+        """
+        found = Mixture.tempered(weights, temperature, tasks_per_step)
+        for name in found.tasks:
+            task = self.tasks.get(name)
+            if task is None:
+                raise WorkloadError(
+                    f"a mixture names task {name!r}, which workload {self.name!r} does not have; register its tasks "
+                    f"first (they are {', '.join(self.tasks) or 'none'})"
+                )
+            if task.mixture is not None or task.every > 1 or task.probability < 1:
+                other = "stands in a mixture" if task.mixture is not None else "takes part by every= or probability="
+                raise WorkloadError(f"a mixture names task {name!r}, which {other} already; let one of both say when")
+        for name in found.tasks:
+            self.tasks[name] = dataclasses.replace(self.tasks[name], mixture=found)
 
     def component(
         self,
         name: str,
-        module: ModuleT,
+        module: ModuleT | Callable[[], ModuleT],
         *,
+        weights: Weights | Path | str | None = None,
         layers: str | nn.Module | Iterable[str | nn.Module] | None = None,
         optimizer: Mapping[str, float] | None = None,
         tensor_parallel: int = 1,
         tensor_plan: Mapping[str, str] | None = None,
+        shard: Sharded | None = None,
     ) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.
+
+        `module`: a module, or, for one that is too large for this process, a function that builds it: then parameters
+        take no memory here, and `weights` tells where ranks read theirs: a folder as `save_pretrained` writes it, or
+        Weights with a prefix or other names (docs/large_models.md). A module built under `torch.device("meta")`, or by
+        `init_empty_weights` of accelerate, is trained in the same way.
 
         `layers`: lists of repeated blocks and single blocks, as dotted paths or as the modules themselves; None finds
         them, () makes no blocks. `optimizer`: settings of this component's parameter group, such as
@@ -225,12 +305,21 @@ class Workload:
         `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
         None takes the model's own plan, as transformers' language models have one.
 
-        Raises WorkloadError on a name taken or malformed, a module registered before, or a layer that is
-        not inside it.
+        `shard`: with "parameters" the component runs on all devices, and each keeps a part of every layer's parameters,
+        gradients and optimizer states (as FSDP2 and ZeRO-3 do); a layer is gathered when it is computed. With None the
+        planner does so where nothing else fits or where it is quicker, with "nothing" never.
+
+        Raises WorkloadError on a name taken or malformed, a module registered before, a layer that is not inside it, or
+        both tensor_parallel and shard.
         """
         _check_name("component", name, self.components)
+        if not isinstance(module, nn.Module | type) and callable(module):
+            module = built_empty(module)
         if not isinstance(module, nn.Module):
-            raise WorkloadError(f"component {name!r} is a {type(module).__name__}; give a torch.nn.Module")
+            raise WorkloadError(
+                f"component {name!r} is a {type(module).__name__}; give a torch.nn.Module, or a function that builds "
+                "one (lambda: Model(config))"
+            )
         for other in self.components.values():
             if other.module is _unwrapped(module):
                 raise WorkloadError(
@@ -241,8 +330,18 @@ class Workload:
         paths = None if given is None else tuple(_path(name, plain, layer) for layer in given)
         if tensor_parallel < 1:
             raise WorkloadError(f"component {name!r}: tensor_parallel is {tensor_parallel}; it must be at least 1")
-        self.components[name] = Component(name, plain, paths, dict(optimizer or {}), tensor_parallel, tensor_plan)
-        return module
+        if shard not in (None, *get_args(Sharded)):
+            raise WorkloadError(f"component {name!r}: shard is {shard!r}; give 'parameters', 'nothing', or None")
+        if shard == "parameters" and tensor_parallel > 1:
+            raise WorkloadError(
+                f"component {name!r}: tensor_parallel is {tensor_parallel} and shard is {shard!r}; both divide its "
+                "parameters, so leave one out"
+            )
+        files = Weights(weights) if isinstance(weights, Path | str) else weights
+        self.components[name] = Component(
+            name, plain, paths, dict(optimizer or {}), tensor_parallel, tensor_plan, files, shard
+        )
+        return cast("ModuleT", module)
 
     def task(
         self,
@@ -256,45 +355,52 @@ class Workload:
         on_end: OnEnd = "restart",
         prefetch: int = 1,
         rows: RowsFunction | None = None,
+        weigh: Weigh = "micro-batches",
     ) -> Callable[[FunctionT], FunctionT]:
         """Decorator that registers a task function: a batch (a dict of fields) in, a scalar loss out.
 
         `data`: an iterable of batches, or a function that returns one; it must give the same batches in each process,
         and is told the number of each pass where it, its sampler or its data set has `set_epoch`. `weight` multiplies
-        the task's loss in the sum. The task takes part in every `every`-th step, or in each step with `probability`;
-        parameters that no task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the
-        training before a step that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while
-        others train.
+        the task's loss in the sum; a task of weight 0 runs forward only, as under `torch.no_grad()`, and gives nothing
+        a gradient. The task takes part in every `every`-th step, or in each step with `probability`; parameters that no
+        task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the training before a step
+        that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while others train.
 
         Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
         from a batch to the number of rows that each sample has in each packed field, as
         {"pixel_values": patches, "image_grid_thw": images}; see docs/packed.md.
 
+        `weigh`: what the loss of each of a step's batches counts, where `accumulate` takes several: "micro-batches" all
+        alike, "samples" by their samples, or by what the loss is a mean of, as the name of a field that holds the
+        count, or a function from the batch to it, such as lambda batch: (batch["labels"] != -100).sum(). A batch that
+        counts 0 contributes nothing, whatever its loss is.
+
         Raises WorkloadError on values that are none of these, and when the data draw from a generator that another
         task's data draw from.
         """
         _check_name("task", name, self.tasks)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size, 1):
             raise WorkloadError(f"task {name!r}: batch_size is {batch_size!r}; it must be a whole number, at least 1")
-        if not 0 < weight < float("inf"):
-            raise WorkloadError(f"task {name!r}: weight is {weight!r}; it must be a positive number")
+        if not 0 <= weight < float("inf"):
+            raise WorkloadError(f"task {name!r}: weight is {weight!r}; it must be zero or a positive number")
 
-        if every < 1 or not 0 < probability <= 1 or (every > 1 and probability < 1):
+        if not is_whole(every, 1) or not 0 < probability <= 1 or (every > 1 and probability < 1):
             raise WorkloadError(
-                f"task {name!r}: every is {every}, probability {probability!r}; give a step count from 1 up, or a "
+                f"task {name!r}: every is {every!r}, probability {probability!r}; give a step count from 1 up, or a "
                 "probability above 0 and up to 1, not both"
             )
         if on_end not in get_args(OnEnd):
             raise WorkloadError(f"task {name!r}: on_end is {on_end!r}; choose one of {', '.join(get_args(OnEnd))}")
-        if prefetch < 0:
-            raise WorkloadError(f"task {name!r}: prefetch is {prefetch}; it must be 0 or more batches")
+        check_weigh(f"task {name!r}", weigh)
+        if not is_whole(prefetch, 0):
+            raise WorkloadError(f"task {name!r}: prefetch is {prefetch!r}; it must be 0 or more batches")
 
         check_apart(f"task {name!r}", data, {other: task.data for other, task in self.tasks.items() if other != name})
 
         def register(function: FunctionT) -> FunctionT:
             self.tasks[name] = Task(
                 name=name,
-                function=function,
+                function=function if weight else forward_only(function),
                 batch_size=batch_size,
                 data=data,
                 weight=weight,
@@ -303,7 +409,30 @@ class Workload:
                 on_end=on_end,
                 prefetch=prefetch,
                 rows=rows,
+                weigh=weigh,
             )
+            return function
+
+        return register
+
+    def after_step(self, *parameters: str) -> Callable[[AfterFunctionT], AfterFunctionT]:
+        """Decorator that registers a function for some parameters: it is called with each of them after every step in
+        which the optimizer has stepped it, and changes it in place or returns what it is to be.
+
+        `parameters`: names as in `named_parameters`, such as "clip.logit_scale"; "*" stands for any part. It gets the
+        parameter as a whole, or, if it treats each number by itself, the part that a device has; of a bfloat16
+        parameter its float32 copy. It is called on each device that updates the parameter, so it uses this alone.
+
+        Raises WorkloadError without a name.
+        """
+        if not parameters or not all(isinstance(name, str) for name in parameters):
+            raise WorkloadError(
+                f"after_step is given {parameters!r}; give names of parameters, as in "
+                "@workload.after_step('clip.logit_scale')"
+            )
+
+        def register(function: AfterFunctionT) -> AfterFunctionT:
+            self.after_steps.append(AfterStep(parameters, function))
             return function
 
         return register
@@ -319,10 +448,24 @@ class Workload:
                 f"the components are {', '.join(self.components)}"
             )
 
+    def changed_whole(self) -> set[str]:
+        """Parameters of which a function of `after_step` needs the whole."""
+        parameters = dict(self.named_parameters()) if self.after_steps else {}
+        found: set[str] = set()
+        for each in self.after_steps:
+            names = each.names(parameters)
+            found.update(n for n in names if not each.is_elementwise([tuple(parameters[n].shape)]))
+        return found
+
+    @property
+    def shard_parameters(self) -> tuple[str, ...]:
+        """Components whose parameters are to be sharded."""
+        return tuple(sorted(c.name for c in self.components.values() if c.shard == "parameters"))
+
     @property
     def optimizer_settings(self) -> dict[str, Mapping[str, float]]:
-        """Settings of the optimizer by component."""
-        return {component.name: component.optimizer for component in self.components.values()}
+        """Settings of the optimizer by component, of those that have some."""
+        return {c.name: c.optimizer for c in self.components.values() if c.optimizer}
 
     def tasks_of(self, step: int, seed: int) -> tuple[str, ...]:
         """Tasks that take part in a step."""
@@ -345,6 +488,17 @@ class Workload:
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     yield f"{component.name}.{path}", buffer
+
+
+def forward_only(function: TaskFunction) -> TaskFunction:
+    """The same function without gradients."""
+
+    @functools.wraps(function)
+    def forward(batch: Batch) -> Any:
+        with torch.no_grad():
+            return function(batch)
+
+    return forward
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -374,6 +528,12 @@ def _path(component: str, module: nn.Module, layer: str | nn.Module) -> str:
         f"component {component!r}: layers holds a {type(layer).__name__} that is not inside it; give modules that it "
         "holds, or register this one as a component of its own"
     )
+
+
+def _check_choice(workload: str, what: str, value: object, choices: Iterable[object]) -> None:
+    if value not in choices:
+        told = ", ".join(map(repr, choices))
+        raise WorkloadError(f"workload {workload!r}: {what} is {value!r}; choose one of {told}")
 
 
 def _check_name(what: str, name: str, taken: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.script_pieces import DATA, GROUPS, OPTIMIZERS, SCHEDULES
+from tests.script_pieces import DATA, GROUPS, OF_USER, OPTIMIZERS, SCHEDULES
 from tests.script_towers import CHANGING, READS_WORDS, TOWERS, UNSAVED
 
 STEPS, SAVED_AFTER = 5, 2
@@ -18,8 +18,10 @@ BATCH_SIZE = 4
 MOMENTA = (
     *("momentum", "momentum_first", "momentum_lerp", "momentum_data"),
     *("momentum_count", "momentum_count_first"),
+    *("averaged", "averaged_first"),
 )
-"""How a teacher follows its student; by a count of steps in the last two."""
+"""How a teacher follows its student; by a count of steps, and as torch's AveragedModel does, in the last ones."""
+CLAMPS = ("clamp", "clamp_data", "clamp_assigned", "clamp_after", "clamp_data_after", "clamp_assigned_after")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +238,7 @@ def _drawn(rng: random.Random) -> Case:
     optimizer = rng.choice(list(OPTIMIZERS))
     components = _random_components(rng, optimizer)
     tasks = tuple(_random_task(rng, components) for _ in range(rng.choice([1, 1, 2, 2, 3])))
-    accumulate = rng.choice([1, 1, 1, 2])
+    accumulate = rng.choice([1, 1, 1, 2, 2, 4])
     middle = rng.choice(["", "", "", "resume", "resume", "thaw", "thaw", "freeze"])
     changeable = TOWERS.keys() - {"frozen_in_part"}
     towers = [component.name for component in components if component.kind in changeable and not component.is_frozen]
@@ -245,9 +247,9 @@ def _drawn(rng: random.Random) -> Case:
         tasks=tasks,
         optimizer=optimizer,
         groups="matrices" if optimizer == "muon" else rng.choice(["one", "one", *GROUPS]),
-        schedule=rng.choice(["", "", *SCHEDULES]),
+        schedule=rng.choice(["", "", *SCHEDULES, *OF_USER]),
         accumulate=accumulate,
-        in_flight=rng.choice([1, accumulate]),
+        in_flight=rng.choice([1, min(2, accumulate), accumulate]),
         max_grad_norm=rng.choice([None, None, 1.0, 0.3]),
         shard_optimizer=rng.random() < 0.3,
         num_ranks=rng.choice([1, 2, 2, 3]),
@@ -297,17 +299,9 @@ def _random_task(rng: random.Random, components: tuple[ComponentCase, ...]) -> T
     if loss == "contrastive" and rng.random() < 0.3:
         others = towers
     scale = "scale" if loss == "contrastive" and "scale" in by_kind and rng.random() < 0.8 else ""
-    writes = [rng.choice(["clamp", "clamp_data", "clamp_assigned"])] if scale and rng.random() < 0.4 else []
+    writes = [rng.choice(CLAMPS)] if scale and rng.random() < 0.4 else []
     if loss == "distill":
-        momenta = (
-            "momentum",
-            "momentum_first",
-            "momentum_lerp",
-            "momentum_data",
-            "momentum_count",
-            "momentum_count_first",
-        )
-        writes += rng.choice([[], *([momentum] for momentum in momenta)])
+        writes += rng.choice([[], *([momentum] for momentum in MOMENTA)])
         writes += rng.choice([[], ["center"], ["center_assigned"]])
     return TaskCase(
         loss=loss,

@@ -211,3 +211,14 @@ SCHEDULES: dict[str, Scheduler] = {
     "multiplicative": lambda optimizer: lr_scheduler.MultiplicativeLR(optimizer, _decay(0.9)),
 }
 """By kind: from an optimizer to its schedule."""
+
+OF_USER: dict[str, Callable[[torch.optim.Optimizer, Iterable[int]], lr_scheduler.LRScheduler]] = {
+    "user_lambdas": lambda optimizer, numbers: lr_scheduler.LambdaLR(
+        optimizer, [_decay(0.9 - 0.2 * n) for n in numbers]
+    ),
+    "user_one_cycle": lambda optimizer, numbers: lr_scheduler.OneCycleLR(
+        optimizer, [0.02 / (1 + n) for n in numbers], total_steps=9, cycle_momentum=False
+    ),
+}
+"""Those with a list of a value for each of the user's groups: from an optimizer and the number of the user's group that
+each of its groups stems from."""

@@ -23,7 +23,7 @@ from spindle.errors import InfeasibleError, InputError, ProgramError
 from spindle.runtime import checkpoint
 from tests.random_plans import random_plan, widest_plan
 from tests.random_scripts import BATCH_SIZE, SAVED_AFTER, STEPS, Case
-from tests.script_pieces import BY_NAME, SCHEDULES, data_of, factory_of, passes
+from tests.script_pieces import BY_NAME, OF_USER, SCHEDULES, Scheduler, data_of, factory_of, passes
 from tests.script_tasks import freeze, function_of, modules_of, named_parameters_of, tensors_of
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-10
@@ -67,8 +67,13 @@ class Plain:
         self.named = named_parameters_of(self.modules)
         factory = factory_of(case.optimizer, case.groups)
         self.optimizer = factory(list(self.named) if case.groups in BY_NAME else [p for _, p in self.named])
+        self.origins: list[int] = []
         self.optimizer.param_groups[:] = self._with_settings()
-        self.schedule = SCHEDULES[case.schedule](self.optimizer) if case.schedule else None
+        self.schedule = None
+        if case.schedule in OF_USER:
+            self.schedule = OF_USER[case.schedule](self.optimizer, self.origins)
+        elif case.schedule:
+            self.schedule = SCHEDULES[case.schedule](self.optimizer)
         self.functions = [function_of(task, self.modules) for task in case.tasks]
         self.feeds = [passes(data_of(task.data, task.samples, BATCH_SIZE, task.seed), task.data) for task in case.tasks]
         self.stepped: set[nn.Parameter] = set()
@@ -77,13 +82,14 @@ class Plain:
         """Each group without those of components with settings of their own, which make groups beside it."""
         component_of = {parameter: name.partition(".")[0] for name, parameter in self.named}
         found: list[dict[str, Any]] = []
-        for group in self.optimizer.param_groups:
+        for number, group in enumerate(self.optimizer.param_groups):
             parts: dict[str, dict[str, Any]] = {} if group["params"] else {"": dict(group)}
             for parameter in group["params"]:
                 own = self.case.component(component_of[parameter])
                 key = own.name if own.settings else ""
                 parts.setdefault(key, {**group, "params": [], **dict(own.settings)})["params"].append(parameter)
             found += parts.values()
+            self.origins += [number] * len(parts)
         return found
 
     def run(self) -> Outcome:
@@ -161,9 +167,15 @@ def workload_of(case: Case, modules: Mapping[str, nn.Module]) -> spindle.Workloa
     return workload
 
 
-def planned(case: Case, directory: Path) -> Outcome:
-    """All steps as Spindle runs them; after a checkpoint everything is made anew, as in a new process."""
+def planned(case: Case, directory: Path, num_groups: int = 1) -> Outcome:
+    """All steps as Spindle runs them; after a checkpoint everything is made anew, as in a new process. `num_groups`:
+    that the user's code makes.
+    """
     found = Outcome()
+    schedule: Scheduler | None = SCHEDULES.get(case.schedule)
+    if case.schedule in OF_USER:
+        of_user = OF_USER[case.schedule]
+        schedule = lambda optimizer: of_user(optimizer, range(num_groups))  # noqa: E731
     parts = [(0, SAVED_AFTER, case.num_ranks), (SAVED_AFTER, STEPS, case.ranks_after)]
     for first, last, num_ranks in parts if case.middle else [(0, STEPS, case.num_ranks)]:
         modules = modules_of(case, first)
@@ -175,7 +187,7 @@ def planned(case: Case, directory: Path) -> Outcome:
             workload,
             plan,
             optimizer=factory_of(case.optimizer, case.groups),
-            scheduler=SCHEDULES[case.schedule] if case.schedule else None,
+            scheduler=schedule,
             steps=last,
             launcher="threads",
             timeout_s=20.0,
@@ -290,14 +302,15 @@ def verdict_of(case: Case, seconds: float = 60.0) -> tuple[str, str]:
         warnings.simplefilter("ignore")
         try:
             with within(seconds):
-                expected = Plain(case).run()
+                plain = Plain(case)
+                expected = plain.run()
         except Exception as error:
             return "invalid", "".join(traceback.format_exception(error)[-4:])
         if not all(torch.isfinite(value).all() for value in expected.final.values()):
             return "invalid", "its weights are not finite"
         try:
             with within(seconds), tempfile.TemporaryDirectory() as directory:
-                got = planned(case, Path(directory))
+                got = planned(case, Path(directory), 1 + max(plain.origins))
         except ProgramError as error:
             return "error", f"ProgramError: {error}"
         except (InputError, InfeasibleError) as error:

@@ -51,9 +51,13 @@ def function_of(task: TaskCase, modules: Mapping[str, nn.Module]) -> Callable[[B
         if task.loss == "contrastive":
             other = _through(modules, task.others, batch, "z")
             scale = modules[task.scale]() if task.scale else 2.0
+            if {"clamp_data_after", "clamp_assigned_after"} & set(task.writes):
+                scale = _scale(task, modules)  # which backward reads as it stands then
             logits = scale * F.normalize(h, dim=-1) @ F.normalize(other, dim=-1).T
             labels = torch.arange(logits.shape[0])
-            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            _clamp(task, modules, "_after")
+            return loss
         if task.loss == "detached":
             with torch.no_grad():
                 other = _through(modules, task.others, batch, "z")
@@ -68,18 +72,24 @@ def function_of(task: TaskCase, modules: Mapping[str, nn.Module]) -> Callable[[B
 
 
 def _write_before(task: TaskCase, modules: Mapping[str, nn.Module]) -> None:
-    if "clamp" in task.writes:
-        with torch.no_grad():
-            _scale(task, modules).clamp_(max=0.999)
-    if "clamp_data" in task.writes:
-        _scale(task, modules).data.clamp_(max=0.999)
-    if "clamp_assigned" in task.writes:
-        scale = _scale(task, modules)
-        scale.data = scale.data.clamp(max=0.999)
+    _clamp(task, modules)
+    if "averaged_first" in task.writes:
+        _follow(modules[task.teacher], modules[task.towers[0]], "averaged")
     if "momentum_count_first" in task.writes:
         _follow(modules[task.teacher], modules[task.towers[0]], "momentum_count")
     if "momentum_first" in task.writes:
         _follow(modules[task.teacher], modules[task.towers[0]], "momentum")
+
+
+def _clamp(task: TaskCase, modules: Mapping[str, nn.Module], when: str = "") -> None:
+    if f"clamp{when}" in task.writes:
+        with torch.no_grad():
+            _scale(task, modules).clamp_(max=0.999)
+    if f"clamp_data{when}" in task.writes:
+        _scale(task, modules).data.clamp_(max=0.999)
+    if f"clamp_assigned{when}" in task.writes:
+        scale = _scale(task, modules)
+        scale.data = scale.data.clamp(max=0.999)
 
 
 def _scale(task: TaskCase, modules: Mapping[str, nn.Module]) -> nn.Parameter:
@@ -89,6 +99,9 @@ def _scale(task: TaskCase, modules: Mapping[str, nn.Module]) -> nn.Parameter:
 def _follow(teacher: nn.Module, student: nn.Module, form: str) -> None:
     """Move the teacher's weights towards the student's."""
     assert isinstance(teacher, Teacher)
+    if form.startswith("averaged"):
+        teacher.average.update_parameters(student)
+        return
     if form == "momentum_count":
         teacher.steps += 1
     for mine, others in zip(teacher.tower.parameters(), student.parameters(), strict=True):
@@ -115,7 +128,8 @@ def _distilled(task: TaskCase, modules: Mapping[str, nn.Module], batch: Batch, h
             teacher.center.mul_(0.9).add_(target.mean(0), alpha=0.1)
     if "center_assigned" in task.writes:
         teacher.center = teacher.center * 0.9 + target.mean(0) * 0.1
-    for form in {"momentum", "momentum_lerp", "momentum_data", "momentum_count"} & set(task.writes):
+    after = {"momentum", "momentum_lerp", "momentum_data", "momentum_count", "averaged"}
+    for form in after & set(task.writes):
         _follow(teacher, modules[task.towers[0]], form)
     return loss
 

@@ -1,12 +1,12 @@
 """Modules of random scripts. No Spindle is in here."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, WORDS, LENGTH = 6, 9, 4
@@ -149,11 +149,18 @@ class Teacher(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.tower = copy.deepcopy(student).requires_grad_(False)
+        averages: Any = swa_utils
+        self.average = averages.AveragedModel(student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(WIDTH))
         self.register_buffer("steps", torch.zeros(()))
         self.center: Tensor
         self.steps: Tensor
+
+    @property
+    def tower(self) -> nn.Module:
+        """The copy."""
+        found: nn.Module = self.average.module
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.tower(x)

@@ -7,7 +7,7 @@ case   what the rules look at
 rules  waves, devices, layers, counts, data, memory
 proof  what the certificate of the lower bound proves
 timed  the same of prices over time
-step   reductions, update and step as predicted; the usual ways
+step   reductions, update and step as predicted; the baselines
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def require_plan(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluste
 
 
 def picture(plan: Plan, findings: Sequence[Finding], *, rows: int = 24) -> str:
-    """The waves that findings are about and their neighbours, one row each, with `<-- here` on the broken ones."""
+    """The waves that findings are about and their neighbors, one row each, with `<-- here` on the broken ones."""
     marked = {index for finding in findings for index in finding.waves}
     near = {index + step for index in marked for step in (-1, 0, 1)}
     lines = []

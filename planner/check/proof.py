@@ -71,12 +71,12 @@ def _proved_s(case: PricedCase, certificate: Certificate, names: frozenset[str])
     return total / divisor
 
 
-def _reach(neighbours: dict[str, tuple[str, ...]], start: str) -> frozenset[str]:
+def _reach(neighbors: dict[str, tuple[str, ...]], start: str) -> frozenset[str]:
     found: set[str] = set()
-    todo = list(neighbours[start])
+    todo = list(neighbors[start])
     while todo:
         name = todo.pop()
         if name not in found:
             found.add(name)
-            todo += neighbours[name]
+            todo += neighbors[name]
     return frozenset(found)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from math import isclose
 
-from spindle.metagraph import MetaGraph
+from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
 from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, by_metaop, layer_bytes, named, received_s
 
@@ -166,28 +166,118 @@ def _cluster_shape(case: PricedCase) -> Iterator[Finding]:
 
 def _peaks(case: PricedCase) -> list[float]:
     """Bytes of each device: all its layers; weight and gradient of a shared layer once; what backward computes again,
-    which each MetaOp's bytes hold once, for one layer at a time."""
+    which each MetaOp's bytes hold once, for one layer at a time; activations of its fullest turn only; two layers of
+    those whose parameters are sharded."""
     twice: dict[str, float] = {}
     for metaop in case.metagraph:
         if metaop.parameters:
             smallest = min((b / metaop.layers for _, b in metaop.memory_bytes), default=0.0)
             saved = min(smallest, metaop.layer_state_bytes or 2 * metaop.layer_param_bytes)
             twice[metaop.parameters] = min(saved, twice.get(metaop.parameters, saved))
+    turns = case.plan.turn_by_task
     peaks = [0.0] * case.plan.num_devices
-    again = [0.0] * case.plan.num_devices
+    again = [[0.0] * (len(case.plan.turns) or 1) for _ in peaks]
+    waiting = [[0.0] * (len(case.plan.turns) or 1) for _ in peaks]
     copies: dict[tuple[int, str, int], int] = defaultdict(int)
+    gathered = [0.0] * len(peaks)
     for _, s in case.slices:
         metaop = case.metagraph[s.metaop]
+        turn = turns.get(metaop.task, 0)
         computed_again = metaop.recomputed_bytes / len(s.devices)
         for device in (d for d in s.devices if d < len(peaks)):
             peaks[device] += (layer_bytes(metaop, len(s.devices)) - computed_again / metaop.layers) * s.num_layers
-            again[device] = max(again[device], computed_again)
+            again[device][turn] = max(again[device][turn], computed_again)
+            gathered[device] = max(gathered[device], metaop.gathered_bytes)
+            waiting[device][turn] += _activation_bytes(metaop, len(s.devices)) * s.num_layers
             if twice.get(metaop.parameters):
                 for layer in range(s.first_layer, s.first_layer + s.num_layers):
                     copies[device, metaop.parameters, layer] += 1
     for (device, key, _), count in copies.items():
         peaks[device] -= (count - 1) * twice[key]
-    return [kept + once for kept, once in zip(peaks, again, strict=True)]
+    return [
+        whole + two - sum(kept) + max(own + once for own, once in zip(kept, computed, strict=True))
+        for whole, two, kept, computed in zip(peaks, gathered, waiting, again, strict=True)
+    ]
+
+
+def _activation_bytes(metaop: MetaOp, count: int) -> float:
+    """What a layer keeps on each of `count` devices until its turn ends: as the MetaOp says, and at most what is left
+    of its bytes without one layer computed again; where it says nothing, what its parameters and states leave.
+    """
+    left = layer_bytes(metaop, count) - metaop.recomputed_bytes / (count * metaop.layers)
+    if metaop.kept_bytes:
+        return max(0.0, min(left, metaop.kept_bytes / (count * metaop.layers)))
+    return max(0.0, left - (metaop.layer_state_bytes or 2 * metaop.layer_param_bytes))
+
+
+def _turns(case: PricedCase) -> Iterator[Finding]:
+    """Turns name each task once and in order, hand each other nothing, and do not overlap."""
+    turns = case.plan.turn_by_task
+    if not turns:
+        return
+    names = [task for tasks in case.plan.turns for task in tasks]
+    bases = list(dict.fromkeys(metaop.task.partition("#")[0] for metaop in case.metagraph))
+    tasks = list(dict.fromkeys(metaop.task for metaop in case.metagraph))
+    numbers = {task: task.partition("#")[2] for task in tasks}
+    batches = {task: int(number) if number.isdecimal() else 0 for task, number in numbers.items()}
+    due = sorted(tasks, key=lambda task: (bases.index(task.partition("#")[0]), batches[task]))
+    if names != due:
+        yield Finding(f"turns run tasks {', '.join(names)}, but one process runs {', '.join(due)} in this order")
+        return
+    for flow in case.metagraph.flows:
+        source, target = (turns[case.metagraph[end].task] for end in (flow.source, flow.target))
+        if source != target:
+            yield Finding(
+                f"{flow.source!r} of turn {source} hands data to {flow.target!r} of turn {target}; tasks that do so "
+                "are in one turn"
+            )
+    last: list[tuple[float, int, Slice] | None] = [None] * len(case.plan.turns)
+    for wave, s in case.slices:
+        turn = turns[case.metagraph[s.metaop].task]
+        known = last[turn]
+        if known is None or s.end_s > known[0]:
+            last[turn] = (s.end_s, wave, s)
+    for wave, s in case.slices:
+        turn = turns[case.metagraph[s.metaop].task]
+        for before in last[:turn]:
+            if before is not None and s.start_s < before[0] - case.slack_s:
+                yield Finding(
+                    f"{named(s)} of turn {turn} starts at {s.start_s} s, before {named(before[2])} of an "
+                    f"earlier turn ends at {before[0]} s",
+                    (before[1], wave),
+                )
+
+
+def _shards_together(case: PricedCase) -> Iterator[Finding]:
+    """Slices of a component whose parameters are sharded run on the same devices, one copy of the layers on each."""
+    of_plan = set(case.plan.shard_parameters)
+    known = {metaop.component for metaop in case.metagraph}
+    for name in sorted(of_plan - known):
+        yield Finding(f"shard_parameters names component {name!r}, of which the plan runs nothing")
+    first: dict[str, tuple[int, Slice]] = {}
+    for wave, s in case.slices:
+        metaop = case.metagraph[s.metaop]
+        if metaop.component in of_plan and metaop.layer_param_bytes:
+            yield Finding(
+                f"{named(s)}: the plan shards the parameters of {metaop.component!r}, but this MetaOp's "
+                "layer_param_bytes are reduced after backward; price it with sharded parameters",
+                (wave,),
+            )
+        if not metaop.is_sharded:
+            continue
+        if metaop.component not in of_plan:
+            yield Finding(
+                f"{named(s)} is costed with sharded parameters, but shard_parameters does not name component "
+                f"{metaop.component!r}",
+                (wave,),
+            )
+        before_wave, before = first.setdefault(metaop.component, (wave, s))
+        if set(before.devices) != set(s.devices) or s.tensor_parallel > 1:
+            yield Finding(
+                f"{named(s)} and {named(before)} run on different devices, or tensor parallel; slices of a component "
+                "whose parameters are sharded all run on the same devices",
+                (before_wave, wave),
+            )
 
 
 def _task_sets(case: Case) -> Iterator[Finding]:
@@ -221,5 +311,7 @@ METAGRAPH_RULES: tuple[Callable[[PricedCase], Iterator[Finding]], ...] = (
     _every_layer_once,
     _counts_and_spans,
     _dependencies,
+    _shards_together,
+    _turns,
     _memory,
 )

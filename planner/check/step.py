@@ -1,8 +1,9 @@
-"""Rules of the whole step: reductions, update and step as predicted, and what the usual ways are said to take.
+"""Rules of the whole step: reductions, update and step as predicted, and what the baselines are said to take.
 
-The step is run through once more: forward slices in the plan's order, each after its batch where the device loads that
-itself, backward in reverse, each as soon as its data and its devices are there; then gradients, reduced beside backward
-where the device type gains by it, the optimiser, and, where its states are sharded, the parameters that it updated.
+The step is run through once more, turn by turn: forward slices in the plan's order, each after its batch where the
+device loads that itself, backward in reverse, each as soon as its data and its devices are there; then gradients,
+reduced in buckets beside backward where the device type gains by it, the optimizer, and, where its states are sharded,
+the parameters that it updated.
 Seconds of one collective come from `spindle.cost.links`, as those of a layer come from the MetaGraph.
 """
 
@@ -10,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isclose
+from typing import NamedTuple
 
 from spindle.cluster import Cluster, Collective
 from spindle.cost.links import collective_s, times_sent
@@ -37,7 +39,7 @@ def step_is_predicted(case: PricedCase) -> Iterator[Finding]:
 
 
 def baselines_are_possible(case: PricedCase) -> Iterator[Finding]:
-    """No usual way is said to be shorter than any schedule can be."""
+    """No baseline is said to be shorter than any schedule can be."""
     plan = case.plan
     for field, pairs in (("baselines_s", plan.baselines_s), ("baseline_steps_s", plan.baseline_steps_s)):
         for name, seconds in pairs:
@@ -64,17 +66,27 @@ class _Step:
 class _Held:
     """Layers of one parameter set that the same slices run: their numbers, gradients' bytes, seconds of the update."""
 
+    first: int
+    count: int
     slices: tuple[int, ...]
     devices: tuple[int, ...]
     num_bytes: float
     update_s: float
 
 
+class _Ready(NamedTuple):
+    """Gradients of a layer: when they are there, from the end of backward."""
+
+    at_s: float
+    devices: tuple[int, ...]
+    num_bytes: float
+
+
 def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
     computed_s, both_s = _backward(case, loads=_loading(case) if cluster.device.is_cpu else {})
     held = _held(case)
-    ready = [(h, max(computed_s[i] for i in h.slices) - both_s) for h in held]
-    done_s, order = _reduce(cluster, ready, "reduce" if case.metagraph.shard_optimizer else "all_reduce")
+    ready = [found for h in held for found in _ready(case, h, computed_s, both_s)]
+    done_s, order = _reduce(cluster, ready, case.plan.bucket_bytes, divided=case.metagraph.shard_optimizer)
     reduction_s = max(done_s.values(), default=0.0)
     busy_s = defaultdict[int, float](float)
     for h in held:
@@ -86,6 +98,19 @@ def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
         _exchange(cluster, held, order, busy_s)
     last_s = max([reduction_s, *busy_s.values()])
     return _Step(_at_least_loading(case, cluster, both_s, last_s), reduction_s, last_s - reduction_s)
+
+
+def _ready(case: PricedCase, held: _Held, computed_s: list[float], both_s: float) -> Iterator[_Ready]:
+    """The gradients of each layer: a slice computes those of its last layer first, the others at even distances; those
+    of tensor parallel layers count when the slice ends."""
+    for layer in range(held.first, held.first + held.count):
+        moments = []
+        for i in held.slices:
+            _, s = case.slices[i]
+            cut = case.metagraph[s.metaop].degree_on(len(s.devices)) > 1
+            each_s = 0.0 if cut else _work_s(case, s, forward=False) / s.num_layers
+            moments.append(computed_s[i] - both_s - (layer - s.first_layer) * each_s)
+        yield _Ready(round(max(moments), 12), held.devices, held.num_bytes / held.count)
 
 
 def _at_least_loading(case: PricedCase, cluster: Cluster, both_s: float, last_s: float) -> float:
@@ -113,26 +138,45 @@ def _backward(case: PricedCase, loads: dict[tuple[int, str], float]) -> tuple[li
     reads a batch."""
     slices = [s for _, s in case.slices]
     moves_s = [both / 2 for both in received_s(case)]
+    computed_s, begins_s = [0.0] * len(slices), 0.0
+    for places in _places_by_turn(case):
+        middle_s = _forward_end_s(case, places, moves_s, loads, begins_s)
+        back_s, idle_s = dict[str, float](), dict[int, float]()
+        for i in reversed(places):
+            s = slices[i]
+            own = [back_s.get(name, middle_s) for name in (s.metaop, *case.metagraph.successors[s.metaop])]
+            begin_s = max(*own, *(idle_s.get(d, middle_s) for d in s.devices))
+            end_s = begin_s + moves_s[i] + _work_s(case, s, forward=False)
+            computed_s[i] = end_s - moves_s[i]  # the input's gradient is sent last
+            back_s[s.metaop] = end_s
+            idle_s.update(dict.fromkeys(s.devices, end_s))
+        begins_s = max(back_s.values())
+    return computed_s, begins_s
+
+
+def _places_by_turn(case: PricedCase) -> list[list[int]]:
+    """Numbers of the slices of each turn that has any."""
+    turns = [set(tasks) for tasks in case.plan.turns] or [{metaop.task for metaop in case.metagraph}]
+    found = [[i for i, (_, s) in enumerate(case.slices) if case.metagraph[s.metaop].task in tasks] for tasks in turns]
+    return [places for places in found if places]
+
+
+def _forward_end_s(
+    case: PricedCase, places: list[int], moves_s: list[float], loads: dict[tuple[int, str], float], begins_s: float
+) -> float:
+    """When the forward of a turn that begins at `begins_s` ends."""
     graph = case.metagraph
-    free_s, ends_s = defaultdict[int, float](float), defaultdict[str, float](float)
-    for s, moved_s in zip(slices, moves_s, strict=True):
-        own = [ends_s[name] for name in (s.metaop, *graph.predecessors[s.metaop])]
+    free_s, ends_s = dict[int, float](), dict[str, float]()
+    for i in places:
+        s = case.slices[i][1]
+        own = [ends_s.get(name, begins_s) for name in (s.metaop, *graph.predecessors[s.metaop])]
+        own += [free_s.get(d, begins_s) for d in s.devices]
         task = graph[s.metaop].task
         loading_s = max(loads.pop((d, task), 0.0) for d in s.devices) if graph[s.metaop].load_s else 0.0
-        end_s = max(*own, *(free_s[d] for d in s.devices)) + moved_s + loading_s + _work_s(case, s, forward=True)
+        end_s = max(own) + moves_s[i] + loading_s + _work_s(case, s, forward=True)
         ends_s[s.metaop] = end_s
         free_s.update(dict.fromkeys(s.devices, end_s))
-    turn_s = max(ends_s.values())
-    back_s, idle_s = defaultdict[str, float](lambda: turn_s), defaultdict[int, float](lambda: turn_s)
-    computed_s = [0.0] * len(slices)
-    for i in range(len(slices) - 1, -1, -1):
-        s = slices[i]
-        own = [back_s[name] for name in (s.metaop, *graph.successors[s.metaop])]
-        end_s = max(*own, *(idle_s[d] for d in s.devices)) + moves_s[i] + _work_s(case, s, forward=False)
-        computed_s[i] = end_s - moves_s[i]  # the input's gradient is sent last
-        back_s[s.metaop] = end_s
-        idle_s.update(dict.fromkeys(s.devices, end_s))
-    return computed_s, max(back_s.values())
+    return max(ends_s.values())
 
 
 def _work_s(case: PricedCase, s: Slice, *, forward: bool) -> float:
@@ -142,7 +186,7 @@ def _work_s(case: PricedCase, s: Slice, *, forward: bool) -> float:
 
 
 def _held(case: PricedCase) -> list[_Held]:
-    """Trained layers by who runs them, neighbours together."""
+    """Trained layers by who runs them, neighbors together."""
     runs: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (_, s) in enumerate(case.slices):
         metaop = case.metagraph[s.metaop]
@@ -150,7 +194,6 @@ def _held(case: PricedCase) -> list[_Held]:
             for layer in range(s.first_layer, s.first_layer + s.num_layers):
                 runs[metaop.parameters or f"only {metaop.name}"][layer].append(i)
     found = []
-    divided = case.metagraph.shard_optimizer
     for by_layer in runs.values():
         edges = {e for s in {i for held in by_layer.values() for i in held} for e in _edges(case.slices[s][1])}
         for first in sorted(edges & by_layer.keys()):
@@ -158,8 +201,11 @@ def _held(case: PricedCase) -> list[_Held]:
             slices = tuple(by_layer[first])
             metaops = [case.metagraph[case.slices[i][1].metaop] for i in slices]
             devices = tuple(sorted({d for i in slices for d in case.slices[i][1].devices}))
+            divided = case.metagraph.shard_optimizer or metaops[0].is_sharded
             found.append(
                 _Held(
+                    first=first,
+                    count=count,
                     slices=slices,
                     devices=devices,
                     num_bytes=count * max(m.layer_param_bytes for m in metaops),
@@ -174,40 +220,53 @@ def _edges(s: Slice) -> tuple[int, int]:
 
 
 def _reduce(
-    cluster: Cluster, ready: list[tuple[_Held, float]], operation: Collective
+    cluster: Cluster, ready: list[_Ready], bucket_bytes: float, *, divided: bool
 ) -> tuple[dict[int, float], list[tuple[int, ...]]]:
-    """When each device is done after backward, and the sets of devices in the order of their reductions. Gradients of
-    the same devices are parts of one message.
+    """When each device is done after backward, and the sets of devices in the order of their first reductions.
 
-    All devices meet the reductions in one order: as they become ready, then the longest first.
+    All devices meet the buckets in one order: as they become full.
     """
     cost = cluster.device.overlap_cost
-    parts, whole = defaultdict[tuple[float, tuple[int, ...]], float](float), defaultdict[tuple[int, ...], float](float)
-    for held, ready_s in ready:
-        if held.num_bytes and len(held.devices) > 1:
-            parts[ready_s if cost < 1 else 0.0, held.devices] += held.num_bytes
-            whole[held.devices] += held.num_bytes
-    seconds = {devices: _message_s(cluster, operation, num_bytes, devices) for devices, num_bytes in whole.items()}
-    order = sorted(parts, key=lambda part: (part[0], -seconds[part[1]], part[1]))
     free_s, beside_s, ports_s = dict[int, float](), defaultdict[int, float](float), dict[int, float]()
-    for ready_s, devices in order:
-        start_s = max(free_s.get(d, ready_s) for d in devices)
-        start_s = max(start_s, ready_s)
-        share = parts[ready_s, devices] / whole[devices]
-        end_s = start_s + seconds[devices] * share
-        end_s = max(end_s, _through_ports(cluster, operation, parts[ready_s, devices], devices, start_s, ports_s))
+    operation: Collective = "reduce" if divided else "all_reduce"
+    order: dict[tuple[int, ...], None] = {}
+    for ready_s, devices, num_bytes in sorted(_buckets(ready, bucket_bytes, divided=divided, beside=cost < 1)):
+        order[devices] = None
+        start_s = max(ready_s, *(free_s.get(d, ready_s) for d in devices))
+        end_s = start_s + _collective_s(cluster, operation, num_bytes, devices)
+        end_s = max(end_s, _through_ports(cluster, operation, num_bytes, devices, start_s, ports_s))
         for device in devices:
             free_s[device] = end_s
             beside_s[device] += cost * max(0.0, min(end_s, 0.0) - start_s)
     done_s = {device: max(end_s, 0.0) + beside_s[device] for device, end_s in free_s.items()}
-    return done_s, list(dict.fromkeys(devices for _, devices in order))
+    return done_s, list(order)
 
 
-def _message_s(cluster: Cluster, operation: Collective, num_bytes: float, devices: tuple[int, ...]) -> float:
-    """Seconds of one collective, or of as many as devices for equal parts, where each has one of them as its end."""
-    parts = 1 if operation == "all_reduce" else len(devices)
+def _buckets(ready: list[_Ready], bucket_bytes: float, *, divided: bool, beside: bool) -> Iterator[_Ready]:
+    """Gradients of the same devices, gathered as they come until they make a bucket. `divided`: at least one bucket for
+    each device, which are cut where one is full."""
+    by_devices = defaultdict[tuple[int, ...], list[_Ready]](list)
+    for found in ready:
+        if found.num_bytes and len(found.devices) > 1:
+            by_devices[found.devices].append(found if beside else found._replace(at_s=0.0))
+    for devices, members in by_devices.items():
+        limit = bucket_bytes
+        if divided:
+            limit = min(limit, sum(m.num_bytes for m in members) / len(devices))
+        gathered = 0.0
+        members.sort()
+        for member in members:
+            gathered += member.num_bytes
+            while gathered >= limit:
+                yield _Ready(member.at_s, devices, limit if divided else gathered)
+                gathered = gathered - limit if divided else 0.0
+        if gathered > (1e-9 * limit if divided else 0.0):  # less is left over by rounding
+            yield _Ready(members[-1].at_s, devices, gathered)
+
+
+def _collective_s(cluster: Cluster, operation: Collective, num_bytes: float, devices: tuple[int, ...]) -> float:
     members = tuple(Counter(d // cluster.devices_per_node for d in devices).values())
-    return parts * collective_s(operation, num_bytes / parts, cluster, members)
+    return collective_s(operation, num_bytes, cluster, members)
 
 
 def _through_ports(
@@ -235,6 +294,7 @@ def _exchange(cluster: Cluster, held: list[_Held], order: list[tuple[int, ...]],
     for devices in order:
         num_bytes = sum(h.num_bytes for h in held if h.devices == devices)
         start_s = max(busy_s[d] for d in devices)
-        end_s = start_s + _message_s(cluster, "broadcast", num_bytes, devices)
+        # one message from each device, with its part
+        end_s = start_s + len(devices) * _collective_s(cluster, "broadcast", num_bytes / len(devices), devices)
         end_s = max(end_s, _through_ports(cluster, "broadcast", num_bytes, devices, start_s, ports_s))
         busy_s.update(dict.fromkeys(devices, end_s))

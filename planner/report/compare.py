@@ -64,6 +64,7 @@ def _figures(plan: Plan) -> tuple[tuple[str, float], ...]:
         ("idle %", 100 * plan.idle_fraction),
         ("slices", float(len(plan.slices))),
         ("waves", float(len(plan.waves))),
+        ("turns", float(len(plan.turns))),
         ("peak GiB", max(peaks, default=0.0) / 2**30),
     )
 

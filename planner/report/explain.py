@@ -14,6 +14,7 @@ so the gap is split without rest. O(slices * devices).
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
@@ -21,6 +22,7 @@ from spindle.plan import Certificate, Plan, Slice
 from spindle.planner.bound import allot_certificate, certified_s
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.simulate import waits
+from spindle.turns import Turns, turns_in_words
 
 MOST_WINDOWS = 5
 
@@ -75,13 +77,14 @@ class Explanation:
     idle_s: tuple[tuple[str, float], ...]
     windows: tuple[IdleWindow, ...]
     over_time: bool = False
+    turns: Turns = ()
 
 
 def explain(plan: Plan) -> Explanation:
     """Explain a plan that carries its MetaGraph and cluster; raises PlanError otherwise."""
     if plan.metagraph is None or plan.cluster is None:
         raise PlanError("the plan carries no MetaGraph or no cluster, so nothing can be priced; plan again")
-    problem = make_problem(plan.metagraph, plan.cluster)
+    problem = make_problem(plan.metagraph, plan.cluster, plan.turns)
     certificate = plan.certificate
     if certificate is None or certificate.through:
         certificate = allot_certificate(problem, range(len(problem)))
@@ -100,6 +103,7 @@ def explain(plan: Plan) -> Explanation:
         idle_s=_idle(plan),
         windows=_windows(plan, plan.metagraph),
         over_time=plan.certificate is not None and plan.certificate.over_time is not None,
+        turns=plan.turns,
     )
 
 
@@ -193,9 +197,11 @@ def _why(prices: _Prices, name: str, used: set[int], best: int, lost_s: float) -
 
 
 def _critical(plan: Plan, metagraph: MetaGraph) -> tuple[str, ...]:
-    """Slices from the start to the makespan, each waiting for the one in front (its data or its devices)."""
+    """Slices from the start to the makespan, each waiting for the one in front (its data, its devices or its turn)."""
     slices = sorted(plan.slices, key=lambda s: (s.start_s, s.end_s, s.metaop, s.first_layer))
-    before = waits(metagraph, slices)
+    turns = [plan.turn_by_task.get(metagraph[s.metaop].task, 0) for s in slices]
+    earlier = [[i for i, other in enumerate(turns) if other == turn - 1] for turn in range(max(turns) + 1)]
+    before = [found + earlier[turn] for found, turn in zip(waits(metagraph, slices), turns, strict=True)]
     at = max(range(len(slices)), key=lambda i: (slices[i].end_s, -i))
     chain = [_named(slices[at])]
     while before[at]:
@@ -227,7 +233,11 @@ def _windows(plan: Plan, metagraph: MetaGraph) -> tuple[IdleWindow, ...]:
     gaps: dict[tuple[float, float, str], int] = defaultdict(int)
     free_s = [0.0] * plan.num_devices
     ends_s: dict[str, float] = {}
+    turn, turn_s, latest_s = 0, 0.0, 0.0
     for s in plan.slices:
+        if plan.turn_by_task.get(metagraph[s.metaop].task, 0) > turn:
+            turn, turn_s = turn + 1, latest_s
+        latest_s = max(latest_s, s.end_s)
         data = max(
             (p for p in (s.metaop, *metagraph.predecessors[s.metaop]) if p in ends_s),
             key=ends_s.__getitem__,
@@ -236,6 +246,8 @@ def _windows(plan: Plan, metagraph: MetaGraph) -> tuple[IdleWindow, ...]:
         for d in s.devices:
             if s.start_s - free_s[d] > 1e-9 * plan.makespan_s:
                 waited = f"{_named(s)} waits for {data}" if data and ends_s[data] > free_s[d] else f"{_named(s)} waits"
+                if turn_s > max(free_s[d], ends_s.get(data, 0.0)):
+                    waited = f"{_named(s)} waits for the turn before it"
                 gaps[free_s[d], s.start_s, waited] += 1
             free_s[d] = s.end_s
         ends_s[s.metaop] = s.end_s
@@ -264,6 +276,7 @@ def render_explanation(found: Explanation) -> str:
 
 def _bound_lines(found: Explanation) -> list[str]:
     lines = [
+        *(wrap(turns_in_words(found.turns), WIDTH, break_on_hyphens=False) if found.turns else ()),
         f"makespan   {found.makespan_s:.6f} s; no schedule is shorter than {found.lower_bound_s:.6f} s",
         f"bounded by device time ({100 * found.device_share:.0f} %) and chains of MetaOps "
         f"({100 * (1 - found.device_share):.0f} %)",

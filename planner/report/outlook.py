@@ -15,6 +15,7 @@ from fractions import Fraction
 from spindle.calibration import FACTORS, Calibration
 from spindle.cost.bands import Band, band, factor_bands, pair_band
 from spindle.cost.sources import CostSource, cost_sources, priced_like, step_band
+from spindle.errors import InfeasibleError
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Alternative, Plan
 from spindle.planner.recost import Costs, Recosted
@@ -28,7 +29,7 @@ OnBatches = Callable[[Fraction], Costs | None]
 
 
 StepOf = Callable[[Costs, Calibration | None], float | None]
-"""Seconds of a step of the usual way under costs with factors; None where it does not run so."""
+"""Seconds of a step of the baseline under costs with factors; None where it does not run so."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class _Pair:
 
     def gain(self, costs: Costs, factors: Calibration | None = None, *, must_fit: bool = False) -> float | None:
         """The share of the alternative's step that the plan saves; None where one of them does not run so."""
-        own = costs.under(factors)
+        try:
+            own = costs.under(factors)
+        except InfeasibleError:  # sharded parameters ask for batches that all devices share
+            return None
         if must_fit and not own.fits(self.plan):
             return None
         own_s, other_s = own.step_s(self.plan), self._other_s(costs, own, factors, must_fit=must_fit)
@@ -55,6 +59,7 @@ class _Pair:
         """Seconds of the alternative, priced under its own memory choice."""
         given = costs.pricing
         memory = replace(given, recompute=self.other.recompute, shard_optimizer=self.other.shard_optimizer)
+        memory = replace(memory, shard_parameters=())  # FSDP2 is costed from whole ones
         found = own if memory == given else replace(costs, pricing=memory).under(factors)
         choice = Choice(found.priced.metagraph, found.priced.steps, self.other.recompute)
         return step_again_s(self.other, choice, found.cluster, must_fit=must_fit)

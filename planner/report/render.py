@@ -15,6 +15,7 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan, Slice
 from spindle.planner.report.likely import outlook_lines
 from spindle.planner.report.rates import rates
+from spindle.turns import turns_in_words
 
 WIDTH = 100
 MAX_ROWS = 40
@@ -72,7 +73,7 @@ def table(plan: Plan) -> str:
 
 
 def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
-    """Makespan, bound, gap, idle share, memory, the gain over each usual way, and how sure all that is."""
+    """Makespan, bound, gap, idle share, memory, the gain over each baseline, and how sure all that is."""
     nodes = -(-plan.num_devices // plan.devices_per_node)
     num_slices = len(plan.slices)
     num_metaops = len({s.metaop for s in plan.slices})
@@ -94,6 +95,7 @@ def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
     lines += _rates(plan)
     lines += _spread(plan)
     lines += _task_sets(plan)
+    lines += _turns(plan)
     lines += _tensor_parallel(plan)
     lines += _memory(plan)
     lines += _baselines(plan)
@@ -171,12 +173,20 @@ def _task_sets(plan: Plan) -> list[str]:
     return lines
 
 
+def _turns(plan: Plan) -> list[str]:
+    """Where tasks run in turns: which do together."""
+    if not plan.turns:
+        return []
+    words = turns_in_words(plan.turns)
+    return wrap(words, WIDTH, initial_indent="turns      ", subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
 def _tensor_parallel(plan: Plan) -> list[str]:
     """MetaOps whose layers are spread over several devices, and over how many."""
     degrees: dict[str, set[int]] = {}
     for s in plan.slices if plan.metagraph else ():
-        by_count = dict(plan.metagraph[s.metaop].tensor_parallel) if plan.metagraph else {}
-        degrees.setdefault(s.metaop, set()).add(by_count.get(len(s.devices), 1))
+        degree = plan.metagraph[s.metaop].degree_on(len(s.devices)) if plan.metagraph else 1
+        degrees.setdefault(s.metaop, set()).add(degree)
     spread = [f"{name} {' or '.join(map(str, sorted(found)))}" for name, found in degrees.items() if max(found) > 1]
     if not spread:
         return []
@@ -267,7 +277,7 @@ def _title(name: str) -> str:
 
 
 def _device_groups(plan: Plan) -> list[list[int]]:
-    """Neighbouring devices that run the same slices; neighbours are joined further when there are too many rows."""
+    """Neighboring devices that run the same slices; neighbors are joined further when there are too many rows."""
     runs: list[list[Slice]] = [[] for _ in range(plan.num_devices)]
     for s in plan.slices:
         for device in s.devices:
@@ -351,7 +361,7 @@ def _range(devices: Sequence[int]) -> str:
 
 
 def _ranges(devices: Sequence[int]) -> str:
-    """Devices as runs of neighbours: 0-3,8."""
+    """Devices as runs of neighbors: 0-3,8."""
     runs: list[list[int]] = []
     for device in sorted(devices):
         if runs and runs[-1][-1] + 1 == device:

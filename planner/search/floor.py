@@ -250,7 +250,7 @@ class Floor:
 
     @cached_property
     def _capacity(self) -> float:
-        return self.problem.cluster.device.memory_bytes
+        return self.problem.room_bytes
 
     @cached_property
     def _layer_bytes(self) -> tuple[dict[int, float], ...]:
@@ -319,7 +319,7 @@ def _memory_matters(problem: Problem) -> bool:
         layers * max(problem.layer_memory_bytes(m, n) for n in problem.curves[m].time_by_count)
         for m, layers in enumerate(problem.layers)
     )
-    return most > problem.cluster.device.memory_bytes
+    return most > problem.room_bytes
 
 
 def lowest(pools: Sequence[int], count: int) -> int:

@@ -1,6 +1,6 @@
 """Fluid: layers left and an order of waves in, the shortest fractional schedule in that order out (the wave LP).
 
-    minimise    sum_k d_k
+    minimize    sum_k d_k
     subject to  sum_n y[m, n, k] <= d_k                        a MetaOp runs at most all of a wave
                 sum_{m, n} n y[m, n, k] <= N d_k               devices
                 sum_{n, k} y[m, n, k] / T_m(n) = left_m        every layer
@@ -103,7 +103,7 @@ class WaveLp:
             num_rows,
             3 * n + len(d_index),
             1,  # by columns
-            1,  # minimise
+            1,  # minimize
             0.0,
             cost,
             np.zeros(num_cols),

@@ -1,6 +1,6 @@
 """Improve: a draft in, a better one out. Simulated annealing over lists of slices.
 
-A move changes one or two MetaOps: a slice takes another count, layers go from a slice to its neighbour, a slice is cut
+A move changes one or two MetaOps: a slice takes another count, layers go from a slice to its neighbor, a slice is cut
 in two or joined with the next, its rank shifts, two slices that overlap in time trade devices, or a slice prefers other
 devices. A move that is worse by d is taken with probability exp(-d / heat), so what it may cost is known before it is
 decoded; the heat falls from HOT to COLD of the bound over each run. What counts is the makespan and the reduction
@@ -162,7 +162,7 @@ class Climber:
         return int(self.rng.random() * len(self.draft))
 
     def _stepped(self, m: int, c: int) -> int:
-        """A neighbouring index of count; -1 when there is none that way."""
+        """A neighboring index of count; -1 when there is none that way."""
         c += 1 if self.rng.random() < 0.5 else -1
         return min(c, self.model.useful[m] - 1) if c < len(self.model.counts[m]) else -1
 

@@ -7,13 +7,14 @@ layers and bringing its input take, and fills the memory of its devices.
 from bisect import insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import inf
 
-from spindle.planner.reduction import Piece, reduced_by_device, schedule, stretches
+from spindle.planner.reduction import Piece, Wanted, reduced_by_device, schedule, stretches
 from spindle.planner.search.decode import MOMENTS, Decoded, Draft, Moment
 from spindle.planner.search.floor import Floor, bits_of
 from spindle.planner.search.model import Model
 
+_Placed = tuple[int, float, float]
+"""Devices of a slice, when the gradients of layer 0 would be ready, and by how much each further layer's are sooner."""
 REDUCTION_UNITS, DEVICE_UNITS = 3.0, 0.02  # for each slice, and for each slice and device
 
 
@@ -141,24 +142,26 @@ class PlacedDecoder:
         """
         problem = self.floor.problem
         _, _, starts, devices = decoded
-        wanted: list[tuple[tuple[int, ...], float, float]] = []
+        wanted: list[Wanted] = []
         for members in self.floor.sharing:
-            pieces: list[Piece[tuple[int, float]]] = []
+            pieces: list[Piece[_Placed]] = []
             most = 0.0
             for m in members:
                 metaop = problem.metaops[m]
                 most = max(most, metaop.layer_param_bytes)
+                backward = 1 - metaop.forward_fraction
                 first = 0
                 for part, where, start_s in zip(draft[m], devices[m], starts[m], strict=True):
-                    ready_s = (metaop.forward_fraction - 1) * start_s
-                    pieces.append((first, first + part[1], (where, ready_s)))
+                    is_cut = metaop.degree_on(self.model.counts[m][part[0]]) > 1
+                    layer_s = 0.0 if is_cut else backward * self.model.times[m][part[0]]
+                    pieces.append((first, first + part[1], (where, -backward * start_s + layer_s * first, layer_s)))
                     first += part[1]
-            for num_layers, held in stretches(pieces):
-                holders, last_s = 0, -inf
-                for where, ready_s in held:
+            for low, high, held in stretches(pieces):
+                holders = 0
+                for where, _, _ in held:
                     holders |= where
-                    last_s = max(last_s, ready_s)
                 if holders & (holders - 1):
-                    wanted.append((bits_of(holders), num_layers * most, last_s))
+                    ready_s = [max(at_s - layer * layer_s for _, at_s, layer_s in held) for layer in (high - 1, low)]
+                    wanted.append(Wanted(bits_of(holders), (high - low) * most, *ready_s))
         reductions = schedule(problem.cluster, wanted, sharded=problem.metagraph.shard_optimizer)
         return max(reduced_by_device(problem.cluster, reductions).values(), default=0.0)

@@ -34,7 +34,7 @@ BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
 BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
 CLOSE_CALL = 1.01
 STARTS, STARTS_LARGE = 6, 3
-OUTSIDE_UNITS = 3000.0  # for each MetaOp beyond SMALL: the usual ways, and finishing and costing what is found
+OUTSIDE_UNITS = 3000.0  # for each MetaOp beyond SMALL: the baselines, and finishing and costing what is found
 CLOSE_ENOUGH = 0.0005
 
 

@@ -14,7 +14,7 @@ class Style:
     rule        who chooses first
     late        steps of the curve beyond the LP's largest count that a late MetaOp may take
     two_pass    first all get the LP's smallest count, then what they want
-    noise       chance to want a neighbouring count instead
+    noise       chance to want a neighboring count instead
     patience    a MetaOp waits rather than run on less than this share of what it wants
     stick       a change of count may cost this share of what it saves
     """

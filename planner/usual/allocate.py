@@ -137,7 +137,7 @@ def discretise(curve: Curve, layers: int, optimum_s: float) -> tuple[Tuple, ...]
 
     The dummy tuple with n_lo = 0 is dropped, and all layers go to n_hi.
     """
-    low, high = curve.neighbours(optimum_s / layers)
+    low, high = curve.neighbors(optimum_s / layers)
     if low in (0, high):
         return (Tuple(high, layers),)
     slow, fast = curve.time_by_count[low], curve.time_by_count[high]

@@ -19,12 +19,11 @@ from functools import partial
 from statistics import fmean
 
 from spindle.cluster import Cluster
-from spindle.cost.layout import sharded_s
 from spindle.cost.parallel import parallel_cost
-from spindle.cost.roofline import OperatorTime
+from spindle.cost.shards import all_sharded
 from spindle.errors import InfeasibleError
 from spindle.graph import TaskGraph
-from spindle.metagraph import MetaGraph, MetaOp, points
+from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Alternative, Slice
 from spindle.planner.memory import layer_memory_bytes, peak_bytes
 from spindle.planner.problem import Problem, make_problem
@@ -159,7 +158,8 @@ def _on_all_devices(choice: Choice, cluster: Cluster) -> Iterator[_Way]:
     else:
         yield from _accumulating(DDP, "", replicas, replicas.state_bytes)
         yield _Way(DDP_BY_TASK, "", replicas.state_bytes + replicas.kept_bytes(by_group=True), replicas.by_task)
-        peak_bytes = replicas.sharded_bytes + replicas.kept_bytes(by_group=True)
+        whole = Replicas(all_sharded(metagraph, cluster), cluster)
+        peak_bytes = whole.state_bytes + whole.gathered_bytes + whole.kept_bytes(by_group=True)
         yield _Way(FSDP, "", peak_bytes, replicas.fully_sharded)
 
 
@@ -232,7 +232,7 @@ class Replicas:
 
     def fully_sharded(self, metagraph: MetaGraph) -> float:
         """Seconds of a step whose parameters are sharded over all devices."""
-        return self.at_once(sharded(metagraph, self.cluster))
+        return self.at_once(all_sharded(metagraph, self.cluster))
 
     @property
     def state_bytes(self) -> float:
@@ -247,10 +247,9 @@ class Replicas:
         return share * sum(layers * num_bytes for layers, num_bytes in each)
 
     @property
-    def sharded_bytes(self) -> float:
-        """Parameters, gradients and states when all are sharded, with two layers gathered, and their gradients."""
-        gathered = max(parameter_bytes(m) + m.layer_param_bytes for m in self.metagraph)
-        return self.state_bytes / self.cluster.num_devices + 2 * gathered
+    def gathered_bytes(self) -> float:
+        """Of two layers whose parameters are sharded, while they compute."""
+        return max(m.gathered_bytes for m in self.metagraph)
 
     def kept_bytes(self, *, by_group: bool) -> float:
         """Activations on a device that wait for backward: of all tasks, or of the largest group of them."""
@@ -286,44 +285,6 @@ class Replicas:
         return Slice(
             metaop=metaop.name, first_layer=0, num_layers=metaop.layers, devices=devices, start_s=0.0, end_s=1.0
         )
-
-
-def sharded(metagraph: MetaGraph, cluster: Cluster) -> MetaGraph:
-    """The MetaGraph with parameters sharded over all devices: layers gather and scatter theirs, and nothing is left to
-    reduce; the optimizer's step is divided.
-
-    Example:
-        >>> from spindle.clusterfile import parse_cluster
-        >>> from spindle.metagraph import MetaOp
-        >>> graph = MetaGraph((MetaOp(name="a", task="t", component="a", layers=1, layer_time_s=((8, 1e-3),),
-        ...     layer_param_bytes=1e8),))
-        >>> sharded(graph, parse_cluster("1x8:a100-80g"))["a"].times[8] > 1e-3
-        True
-    """
-    return replace(metagraph, metaops=tuple(_sharded(metaop, cluster) for metaop in metagraph), shard_optimizer=True)
-
-
-def _sharded(metaop: MetaOp, cluster: Cluster) -> MetaOp:
-    times: dict[int, float] = {}
-    share = metaop.forward_fraction
-    for n, time_s in metaop.layer_time_s:
-        whole = OperatorTime(time_s * metaop.forward_fraction, time_s * (1 - metaop.forward_fraction))
-        cut = sharded_s(
-            whole,
-            parameter_bytes(metaop),
-            cluster,
-            cluster.num_devices,
-            gradient_bytes=metaop.layer_param_bytes,
-        )
-        times[n] = cut.total_s if whole.backward_s else cut.forward_s
-        share = cut.forward_s / times[n]  # that of the largest count, on which it runs
-    return replace(metaop, layer_time_s=points(times), forward_fraction=share, layer_param_bytes=0.0)
-
-
-def parameter_bytes(metaop: MetaOp) -> float:
-    """Bytes of one layer's parameters, frozen ones included where they are known."""
-    held = sum(operator.parameter_bytes for operator in metaop.operators) / metaop.layers
-    return max(held, metaop.layer_param_bytes)
 
 
 def _widest(metaop: MetaOp, num_devices: int) -> int:

@@ -1,4 +1,4 @@
-"""Baselines: a Problem in, the usual ways to run it out, each as waves of pieces for `place`.
+"""Baselines: a Problem in, the baselines to run it out, each as waves of pieces for `place`.
 
 - sequential: every MetaOp takes the whole cluster (its fastest count), one after another (Megatron-LM, DeepSpeed).
 - task_split: devices are divided among the tasks, which run side by side on their own devices (after Optimus).

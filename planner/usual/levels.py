@@ -3,7 +3,7 @@
 - A MetaOp is glue when all its layers, on the count that is fastest, take at most GLUE of the work that each device has
   on average: an embedding table in front of a tower, a loss behind it.
 - The level of any other MetaOp is one more than the highest among the other ones that it waits for, directly or through
-  glue. So a tower stands beside its neighbours whether or not a table comes first.
+  glue. So a tower stands beside its neighbors whether or not a table comes first.
 - Glue runs in steps of its own between levels, as soon as all it waits for is done: a step costs no more than the glue
   itself. No step and no level has a flow inside it.
 """

@@ -1,7 +1,7 @@
 """Place: waves of pieces in, slices on devices with start times out (paper, section 3.5).
 
 - Islands are nodes. A piece takes as few nodes as its count allows: the tightest node that holds it, or whole nodes and
-  the rest on one more. Only strict waves may spill over more nodes, since there a piece cannot wait for its neighbours.
+  the rest on one more. Only strict waves may spill over more nodes, since there a piece cannot wait for its neighbors.
 - Among such sets the one that costs least to bring the input to wins (the devices the MetaOp or its producers ran on
   cost nothing), then the one that already holds the parameters, then the one with most free memory.
 - Pieces of a wave that bring most bytes choose first.
@@ -233,7 +233,7 @@ class _Placer:
     def no_room(self, piece: Piece) -> _NoRoom:
         """What to raise when `piece` fits nowhere though all devices are idle."""
         used = sorted(self.used_bytes)[: piece.count]
-        return _NoRoom(piece, self.choices, self.cluster.device.memory_bytes - used[-1])
+        return _NoRoom(piece, self.choices, self.problem.room_bytes - used[-1])
 
     def _sources(self, piece: Piece) -> list[tuple[float, Devices]]:
         """What the piece receives: (bytes, devices that hold it)."""
@@ -304,7 +304,7 @@ class _Placer:
         return self.ready_s(piece, devices) + self._received_s(piece, devices)
 
     def _fits(self, piece: Piece, device: int) -> bool:
-        capacity = self.cluster.device.memory_bytes
+        capacity = self.problem.room_bytes
         return not self.with_memory or self.used_bytes[device] + self._added_bytes(piece, device) <= capacity
 
     def _usable(self, piece: Piece, node: int, near: set[int], balance: bool, early: bool = False) -> list[int]:
@@ -405,5 +405,5 @@ def _infeasible(problem: Problem, full: _NoRoom) -> InfeasibleError:
     return InfeasibleError(
         f"MetaOp {metaop.name!r}: layers {piece.first_layer}..{last} need {need / gib:.2f} GiB on each of "
         f"{piece.count} devices but the emptiest {piece.count} have {max(0.0, full.free_bytes) / gib:.2f} GiB left; "
-        "use more devices, recompute activations, shard the optimiser, or a smaller batch"
+        "use more devices, recompute activations, shard the optimizer, or a smaller batch"
     )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from spindle.capture.signature import module_signature
 from spindle.errors import RunError
+from spindle.runtime.programs.program import Program
 from spindle.runtime.programs.text import dumps
-from spindle.runtime.worker import Job
+from spindle.runtime.rank_job import Job
 
 SAMPLED = 16  # numbers of each weight that are compared: a model's weights take seconds to read through
 
@@ -33,9 +34,10 @@ _REMEDY = {
 }
 
 
-def agreement(jobs: Sequence[Job]) -> dict[str, str]:
-    """Digests of what all ranks must have alike, by what they are of. `jobs`: those of all ranks, as made here."""
-    program = jobs[0].program
+def agreement(program: Program, jobs: Sequence[Job]) -> dict[str, str]:
+    """Digests of what all ranks must have alike, by what they are of. `jobs`: those of all ranks, as made here of the
+    whole program.
+    """
     slices = [(run.metaop, run.operators, run.ranks, run.tensor_parallel, run.recompute) for run in program.slices]
     parts: dict[str, Iterable[str]] = {
         "versions of Python or torch": (platform.python_version(), torch.__version__),
@@ -73,6 +75,11 @@ def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
         glue = sorted((site, frontier, component, name) for (site, frontier, component), name in code.glue.items())
         yield f"{task} {glue} {sorted(code.blocks.items())} {sorted(code.sites.items())}"
     yield from (_text(function) for _, function in sorted(jobs[0].recipe.functions.items()))
+    if jobs[0].evaluation is not None:
+        evaluation = jobs[0].evaluation
+        yield from (_text(inspect.unwrap(function)) for _, function in sorted(evaluation.recipe.functions.items()))
+        for task, measures in sorted(evaluation.scoring.measures.items()):
+            yield f"{task} {_text(measures.metrics)} {_text(measures.over_all)}"
     for cls in classes:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             if not base.__module__.startswith("torch."):
@@ -104,13 +111,14 @@ def _text(value: Any) -> str:
 
 def _weight_texts(jobs: Sequence[Job]) -> Iterator[str]:
     seen: set[str] = set()
+    sources = {name: source for job in jobs for name, source in job.weights.items()}
     codes = {name: code for job in jobs for name, code in job.codes.items()}
     for _, code in sorted(codes.items()):
         for names, get in ((code.parameters, code.module.get_parameter), (code.buffers, code.module.get_buffer)):
             for inner, name in names:
                 if name not in seen:
                     seen.add(name)
-                    yield f"{name} {_sampled(get(inner))}"
+                    yield f"{name} {sources[name].told if name in sources else _sampled(get(inner))}"
 
 
 def _sampled(value: Tensor) -> str:

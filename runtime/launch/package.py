@@ -1,7 +1,8 @@
 """Package: the working directory of a job as one zip file, small enough for Ray to hand to every node.
 
-What git ignores stays behind where the directory is under git; caches, environments and checkpoints always do. Files
-that the job names are in it in any case. Equal directories give equal bytes, so that Ray sends each version once.
+What git ignores stays behind where the directory is under git; caches, environments and checkpoints always do, and so
+do keys and passwords, and links that lead out of the directory. Files that the job names are in it in any case. Equal
+directories give equal bytes, so that Ray sends each version once.
 """
 
 import os
@@ -25,13 +26,33 @@ LEFT_OUT = (
 """Names of files and folders that no job needs, in the shell's patterns; checkpoints are `step-NUMBER` folders."""
 
 
+SECRETS = (
+    *(".env*", ".netrc", ".npmrc", ".pypirc", ".htpasswd", ".pgpass", ".git-credentials", ".secrets*"),
+    *(".aws", ".azure", ".docker", ".gcloud", ".gnupg", ".kube", ".ssh"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.kdbx"),
+    *("*credentials*.json", "credentials", "service-account*.json", "*kubeconfig*", "*.keystore"),
+)
+"""Names under which keys and passwords are kept; who means to send one names it in the job, or by another name."""
+
+
 @dataclass(frozen=True)
 class Package:
-    """A zip file, and what went into it."""
+    """A zip file, what went into it, and what was left out: files with secrets, links that lead elsewhere."""
 
     path: Path
-    num_files: int
+    files: tuple[str, ...]
     size_bytes: int
+    secrets: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+
+    def told(self, folder: Path) -> str:
+        """What is sent, and what is not, in a line or two."""
+        text = f"{len(self.files)} files of {folder.resolve()}, {self.size_bytes / 2**20:.1f} MiB packed"
+        for names, what in ((self.secrets, "may hold secrets"), (self.links, "lead out of it")):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                text += f"\nnot sent, since they {what}: {', '.join(names[:5])}{more}"
+        return text
 
 
 def pack(
@@ -46,7 +67,11 @@ def pack(
 
     Raises FormatError, with what is largest, when the zip file would not stay under `limit_bytes`.
     """
-    names = sorted({*_files(folder, (*LEFT_OUT, *exclude)), *(os.path.normpath(name) for name in needed)})
+    found = sorted(set(_files(folder, (*LEFT_OUT, *exclude))))
+    inside = folder.resolve()
+    links = tuple(name for name in found if not (folder / name).resolve().is_relative_to(inside))
+    secrets = tuple(name for name in found if not _kept(name, SECRETS) and name not in links)
+    names = sorted({*found} - {*links, *secrets} | {os.path.normpath(name) for name in needed})
     try:
         with zipfile.ZipFile(target, "w") as archive:
             for name in names:
@@ -58,7 +83,7 @@ def pack(
     size_bytes = target.stat().st_size
     if size_bytes >= limit_bytes:
         raise FormatError(_too_large(folder, names, limit_bytes))
-    return Package(target, len(names), size_bytes)
+    return Package(target, tuple(names), size_bytes, secrets, links)
 
 
 def _add(archive: zipfile.ZipFile, path: Path, name: str, limit_bytes: int) -> None:
@@ -79,6 +104,8 @@ def _files(folder: Path, left_out: Sequence[str]) -> Iterator[str]:
             path = folder / name
             if path.is_file():
                 yield name
+            elif not path.resolve().is_relative_to(folder.resolve()):
+                yield name  # a link that `pack` leaves out
             elif path.is_dir():  # git names a repository inside this one, or a link to a folder, but not what is in it
                 yield from (os.path.join(name, inner) for inner in _walk(path, left_out))
 

@@ -1,30 +1,42 @@
 """Processes: a crew of spawned processes on this machine. No Ray needed; what most distributed tests run on.
 
-- Jobs travel as cloudpickle, so task functions, loaders and optimiser factories may be local functions.
+- Jobs travel as cloudpickle, so task functions, loaders and optimizer factories may be local functions.
 - A child ends when its parent does, however the parent ends; and with a child all that it started ends, such as the
   worker processes of a loader: they are of its process group.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import cloudpickle
 
-from spindle.errors import RunError, SpindleError
-from spindle.runtime.launch.crew import is_lost_peer, packed_job, silent
+from spindle.errors import LostRankError, RunError, SpindleError
+from spindle.runtime.launch.crew import called, is_lost_peer, looks_s, made_worker, packed_job, too_late
+from spindle.runtime.launch.shipping import on_this_machine
+from spindle.runtime.pulse import SIZE, Heart, Lookout, Pulse
+from spindle.runtime.rank_job import Job
+from spindle.runtime.startup import Phases
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
 HOST = "127.0.0.1"
+GRACE_S = 0.5  # for the failure that caused the first one seen to arrive too
+_MEANING: dict[int, str] = {
+    signal.SIGKILL: "killed, as a machine out of memory does",
+    signal.SIGBUS: "a file in memory was cut, as by a full disk",
+    signal.SIGSEGV: "native code crashed",
+    signal.SIGABRT: "native code gave up",
+}
 
 
 class RankProcess(ForkServerProcess):
@@ -41,7 +53,7 @@ class RankProcess(ForkServerProcess):
 class ProcessCrew:
     """Workers as processes of this machine, over gloo (or NCCL when each can have a GPU)."""
 
-    leads = True
+    leads = alone = True
 
     def __init__(
         self, jobs: Sequence[Any], *, timeout_s: float = 60.0, worker: Callable[[Any, Transport], Any] = Worker
@@ -49,24 +61,31 @@ class ProcessCrew:
         """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls."""
         self._store = serve_store(HOST)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes"])
+        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(jobs)])
         self._pipes: list[Connection] = []
-        self._children = []
-        try:
-            for rank, job in enumerate(jobs):
-                ours, theirs = context.Pipe()
-                place = rank, len(jobs), self._store.port
-                arguments = (theirs, packed_job(worker, job), place, timeout_s, _start_method())
-                child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
-                with _main_hidden():
-                    child.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._children.append(child)
-        except BaseException:
-            self.close()
-            raise
-        self._results(timeout_s + 60.0)
+        self._children: list[RankProcess] = []
+        self._timeout_s = timeout_s
+        memory = context.RawArray(ctypes.c_ubyte, SIZE * len(jobs))  # without a name: nothing of it is left behind
+        self._pulses = [Pulse(memory, SIZE * rank) for rank in range(len(jobs))]
+        signs = [pulse.sign for pulse in self._pulses]
+        self._lookout = Lookout(lambda: [sign() for sign in signs], timeout_s, moves=worker is Worker)
+        with on_this_machine(jobs) as light:
+            try:
+                for rank, (job, left) in enumerate(light):
+                    ours, theirs = context.Pipe()
+                    place = rank, len(jobs), self._store.port
+                    payload = packed_job(worker, job, left)
+                    arguments = (theirs, payload, place, timeout_s, _start_method(), memory)
+                    child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
+                    with _main_hidden():
+                        child.start()
+                    theirs.close()
+                    self._pipes.append(ours)
+                    self._children.append(child)
+            except BaseException:
+                self.close()
+                raise
+            self._results(timeout_s + 60.0)
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See Crew."""
@@ -80,17 +99,18 @@ class ProcessCrew:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while len(results) < len(self._pipes):
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait(list(waiting), left)
+            ready = wait(list(waiting), looks_s(self._timeout_s, deadline))
             if not ready:
-                self.close()
-                raise silent(sorted(waiting.values()), timeout_s)
+                late = too_late(self._lookout, waiting.values(), deadline, timeout_s)
+                if late is not None:
+                    self.close()
+                    raise late
             for pipe in ready:
                 assert isinstance(pipe, Connection)
-                results[waiting[pipe]] = self._result(waiting[pipe], pipe)
+                results[waiting[pipe]] = self._result(waiting[pipe], pipe, results)
         return [results[rank] for rank in range(len(self._pipes))]
 
-    def _result(self, rank: int, pipe: Connection) -> Any:
+    def _result(self, rank: int, pipe: Connection, answered: Collection[int]) -> Any:
         try:
             ok, value = cloudpickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionError):
@@ -99,26 +119,36 @@ class ProcessCrew:
             raise error from None
         if ok:
             return value
-        error = self._first_cause(value)
+        error = self._first_cause(rank, value, answered)
         self.close()
         raise error
 
-    def _death(self, rank: int) -> RunError:
+    def _death(self, rank: int) -> LostRankError:
         child = self._children[rank]
         child.join(5.0)
-        return RunError(f"rank {rank} died (exit code {child.exitcode}); out of memory kills with -9. The run ended")
+        place, code = self._lookout.last_of(rank, " in "), child.exitcode
+        why = f": {_MEANING[-code]}" if code is not None and -code in _MEANING else ""
+        return LostRankError.at(rank, f"rank {rank} died (exit code {code}){place}{why}. The run ended")
 
-    def _first_cause(self, error: Exception) -> Exception:
-        """Of failures that came in together, one that is not just a lost peer: a rank that raised, or one that died."""
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                while is_lost_peer(error) and pipe.poll(0.5):
+    def _first_cause(self, first: int, error: Exception, answered: Collection[int]) -> Exception:
+        """Of failures that came in together, one that is not just a lost peer: a rank that raised, or one that died;
+        else the rank for which `first` waited. `answered` did what they were called for.
+        """
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank != first and rank not in answered}
+        deadline = time.monotonic() + GRACE_S
+        while is_lost_peer(error) and waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
                     ok, value = cloudpickle.loads(pipe.recv_bytes())
-                    if not ok and not is_lost_peer(value):
-                        return value  # type: ignore[no-any-return]
-            except (EOFError, OSError):
-                return self._death(rank)
-        return error
+                except (EOFError, OSError):
+                    return self._death(rank)
+                if not ok and not is_lost_peer(value):
+                    return value  # type: ignore[no-any-return]
+        if not is_lost_peer(error):
+            return error
+        return self._lookout.blamed(waiting.values(), first) or error
 
     def close(self) -> None:
         """See Crew."""
@@ -127,6 +157,19 @@ class ProcessCrew:
             child.join(10.0)
         for pipe in self._pipes:
             pipe.close()
+
+
+def _needed(jobs: Sequence[Any]) -> list[str]:
+    """Modules that every rank would import by itself: what optimizers import when the first is made, and installed
+    packages that define layers. The server of the first crew of this process imports them once, for all ranks.
+    """
+    if not jobs or not isinstance(jobs[0], Job):
+        return []
+    components = jobs[0].recipe.skeleton.components.values()
+    names = dict.fromkeys(type(part).__module__ for component in components for part in component.modules())
+    files = {name: getattr(sys.modules.get(name), "__file__", None) or "" for name in names}
+    installed = [name for name, file in files.items() if "site-packages" in file and not name.startswith("torch.")]
+    return ["torch._dynamo"] * (jobs[0].optimizer is not None) + installed
 
 
 @contextlib.contextmanager
@@ -149,21 +192,30 @@ def _start_method() -> str:
     return multiprocessing.get_start_method(allow_none=True) or usual
 
 
-def _child(pipe: Connection, payload: bytes, place: tuple[int, int, int], timeout_s: float, start_method: str) -> None:
-    """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it.
+def _child(
+    pipe: Connection, payload: bytes, place: tuple[int, int, int], timeout_s: float, start_method: str, memory: Any
+) -> None:
+    """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it, and is
+    told of SIGTERM, which schedulers send to all processes too.
 
-    `place`: the rank, how many there are, and the port of their store.
+    `place`: the rank, how many there are, and the port of their store. `memory`: of the pulses of all.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pulse = Pulse(memory, SIZE * place[0])
+    signal.signal(signal.SIGTERM, lambda *_: pulse.stop())
+    Heart(pulse)
     os.setpgid(0, 0)
     _end_with_parent()
     _allow_children(pipe, start_method)
     rank, num_ranks, port = place
     with _reported(pipe):
-        store = join_store(HOST, port, timeout_s)
-        transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s)
-        make, job = cloudpickle.loads(payload)
-        worker = make(job, transport)
+        phases = Phases()
+        with phases("join"):
+            store = join_store(HOST, port, timeout_s)
+            transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s, pulse=pulse)
+        with phases("import and load"):
+            make, job = cloudpickle.loads(payload)
+        worker = made_worker(make, job, transport, phases)
         pipe.send_bytes(cloudpickle.dumps((True, None)))
     while True:
         try:
@@ -172,7 +224,7 @@ def _child(pipe: Connection, payload: bytes, place: tuple[int, int, int], timeou
             _end()
         with _reported(pipe):
             try:
-                pipe.send_bytes(cloudpickle.dumps((True, getattr(worker, method)(*args, **kwargs))))
+                pipe.send_bytes(cloudpickle.dumps((True, called(worker, pulse, method, args, kwargs))))
             except Exception:
                 worker.close()  # releases peers that wait for this rank
                 raise

@@ -6,12 +6,16 @@
 - The driver holds the rendezvous store, so that nothing outlives it: actors are its children, and end with it.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -21,8 +25,11 @@ from ray._private import services
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spindle.errors import RunError, SpindleError
-from spindle.runtime.launch.crew import is_lost_peer, packed_job, silent
+from spindle.errors import LostRankError, RunError, SpindleError
+from spindle.runtime.launch.crew import called, is_lost_peer, looks_s, made_worker, packed_job, too_late
+from spindle.runtime.launch.shipping import carrying
+from spindle.runtime.pulse import Heart, Lookout, Pulse, StoreSigns
+from spindle.runtime.startup import Phases
 from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
@@ -33,11 +40,12 @@ GRACE_S = 5.0  # for the failure that caused the first one seen, or that came of
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Node, address and GPU of an actor."""
+    """Node, address, GPU and process of an actor."""
 
     node: str
     address: str
     gpu: str
+    pid: int = 0
 
     def __str__(self) -> str:
         return f"{self.address} ({self.node[:8]})"
@@ -62,31 +70,37 @@ class _Rank:
 
     def __init__(self) -> None:
         self.worker: Any = None
+        self.pulse = Pulse()
 
     def place(self) -> "Place":
         """Where this actor is."""
         gpu = ",".join(f"{number:>3}" for number in ray.get_gpu_ids())  # 9 before 10
-        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu)
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpu, os.getpid())
 
     def start(self, payload: bytes, rank: int, place: tuple[int, int], joining: "Joining") -> None:
         """Join the others and make the worker. `place`: this rank's number on its machine, and how many are there."""
         sys.path += [path for path in joining.paths if path not in sys.path]
-        make, job = cloudpickle.loads(payload)
-        store = join_store(joining.host, joining.port, joining.timeout_s)
-        transport = ProcessTransport(
-            store,
-            rank,
-            joining.num_ranks,
-            timeout_s=joining.timeout_s,
-            place=place,
-            sees_own_gpu=joining.have_gpus,
-        )
-        self.worker = make(job, transport)
+        phases = Phases()
+        with phases("import and load"):  # before joining, since ranks import at different speeds
+            make, job = cloudpickle.loads(payload)
+        with phases("join"):
+            store, own = (join_store(joining.host, joining.port, joining.timeout_s) for _ in range(2))
+            Heart(self.pulse, store=own, key=f"pulse/{rank}")
+            transport = ProcessTransport(
+                store,
+                rank,
+                joining.num_ranks,
+                timeout_s=joining.timeout_s,
+                place=place,
+                sees_own_gpu=joining.have_gpus,
+                pulse=self.pulse,
+            )
+        self.worker = made_worker(make, job, transport, phases)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the worker; on failure leave the group, which releases peers that wait."""
         try:
-            return getattr(self.worker, method)(*args, **kwargs)
+            return called(self.worker, self.pulse, method, args, kwargs)
         except Exception:
             self.worker.close()
             raise
@@ -95,7 +109,7 @@ class _Rank:
 class RayCrew:
     """Workers as Ray actors."""
 
-    leads = True
+    leads = alone = True
     places: list[Place]
     """Where each rank is."""
 
@@ -120,6 +134,8 @@ class RayCrew:
         num_gpus = _gpus_of_rank(len(jobs), joined=joined)
         self._actors: list[Any] = []
         self.places = []
+        self._timeout_s = timeout_s
+        self._lookout = Lookout(lambda: [], timeout_s)
         sizes = islands_of(len(jobs), devices_per_node)
         self._group = placement_group(
             [_room(size, num_gpus) for size in sizes], strategy="STRICT_SPREAD" if apart else "PACK"
@@ -132,15 +148,18 @@ class RayCrew:
             self.places = self._in_order(sizes)
             address = _address()
             self._store = serve_store(address)
+            signs = StoreSigns(join_store(address, self._store.port, timeout_s), len(jobs))
+            self._lookout = Lookout(signs, timeout_s, moves=worker is Worker)
             here = [os.path.abspath(path) for path in sys.path]
             joining = Joining(here, len(jobs), address, self._store.port, timeout_s, bool(num_gpus))
             numbers = numbered([place.address for place in self.places])
-            sent = {id(job): ray.put(packed_job(worker, job)) for job in jobs}
+            sent = {id(job): ray.put(packed_job(worker, *carrying(job))) for job in jobs}
             self._gather(
                 [
                     actor.start.remote(sent[id(job)], rank, number, joining)
                     for rank, (actor, job, number) in enumerate(zip(self._actors, jobs, numbers, strict=True))
-                ]
+                ],
+                START_S + timeout_s,
             )
         except BaseException:
             self.close()
@@ -168,38 +187,58 @@ class RayCrew:
         waiting = list(references)
         deadline_s = None if patience_s is None else time.monotonic() + patience_s
         while waiting:
-            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            done, waiting = ray.wait(waiting, timeout=left_s)
+            done, waiting = ray.wait(waiting, timeout=looks_s(self._timeout_s, deadline_s))
             if not done:
-                self._kill()
-                raise silent([rank_of[reference] for reference in waiting], patience_s)
-            if _failure(done[0]) is not None:
-                late, _ = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
-                found = {rank_of[r]: error for r in (*done, *late) if (error := _failure(r)) is not None}
-                self._kill()
-                raise self._first_cause(found) from None
+                late = too_late(self._lookout, [rank_of[r] for r in waiting], deadline_s, patience_s)
+                if late is not None:
+                    self._kill()
+                    raise late
+            elif _failure(done[0]) is not None:
+                self._fail(rank_of, done[0], waiting)
         results: list[Any] = ray.get(list(references))
         return results
 
-    def _first_cause(self, found: Mapping[int, Exception]) -> Exception:
-        """Peers of a failed rank fail a moment later; the one to report is the one that did not just lose a peer."""
-        dead = [rank for rank, error in found.items() if isinstance(error, ray.exceptions.RayActorError)]
-        raised = [_translated(error) for rank, error in found.items() if rank not in dead]
-        own = [error for error in raised if not is_lost_peer(error)]
-        return own[0] if own else self._lost(dead, found[dead[0]]) if dead else raised[0]
+    def _fail(self, rank_of: Mapping[Any, int], first: Any, waiting: Sequence[Any]) -> None:
+        """Raise the cause of a failure, once those that caused it or came of it have had time to arrive."""
+        late, silent = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
+        found = {rank_of[r]: error for r in (first, *late) if (error := _failure(r)) is not None}
+        cause = self._first_cause(found, [rank_of[reference] for reference in silent])
+        self._kill()
+        raise cause from None
 
-    def _lost(self, dead: Sequence[int], error: Exception) -> RunError:
+    def _first_cause(self, found: Mapping[int, Exception], silent: Sequence[int]) -> Exception:
+        """Peers of a failed rank fail a moment later; the one to report is the one that did not just lose a peer, or a
+        rank that has not answered, for which they waited.
+        """
+        dead = [rank for rank, error in found.items() if isinstance(error, ray.exceptions.RayActorError)]
+        raised = {rank: _translated(error) for rank, error in found.items() if rank not in dead}
+        own = [error for error in raised.values() if not is_lost_peer(error)]
+        if own:
+            return own[0]
+        if dead:
+            return self._lost(dead, found[dead[0]])
+        waited, error = next(iter(raised.items()))
+        return self._lookout.blamed(silent, waited) or error
+
+    def _lost(self, dead: Sequence[int], error: Exception) -> LostRankError:
         if not self.places:
-            return RunError(f"a worker died while it started: {_first_line(error)}")
+            return LostRankError(f"a worker died while it started: {_first_line(error)}")
         place = self.places[dead[0]]
         here = [rank for rank, other in enumerate(self.places) if other.node == place.node]
         whole = len(here) > 1 and set(here) <= set(dead)
         what = f"all ranks on node {place} died, {here}" if whole else f"rank {dead[0]} on node {place} died"
-        return RunError(f"{what}: {_first_line(error)} (out of memory kills too). The run ended")
+        last = self._lookout.last_of(dead[0], "; its last sign was in ")
+        return LostRankError.at(dead[0], f"{what}: {_first_line(error)} (out of memory kills too){last}. The run ended")
 
     def _kill(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+        here = ray.get_runtime_context().get_node_id() if self.places else ""
+        for place in self.places:
+            if place.node == here:  # Ray asks an actor to end, which one that was stopped does not hear
+                with contextlib.suppress(OSError):
+                    if _Rank.__name__ in Path(f"/proc/{place.pid}/cmdline").read_text():
+                        os.kill(place.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """See Crew."""
@@ -235,7 +274,8 @@ def join_cluster() -> bool:
             if not _listens(wanted):
                 raise ConnectionError("nothing listens there")
             _stay_on_loopback()  # Ray takes 127.0.0.1 for this machine's outer address
-        ray.init(address=wanted, log_to_driver=False, logging_level="error")
+        with _sigterm_as_it_was():
+            ray.init(address=wanted, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(
             f"RAY_ADDRESS is {wanted!r}, where no Ray cluster answers ({_first_line(error)}); give HOST:6379 of its "
@@ -256,14 +296,28 @@ def _listens(address: str) -> bool:
 def start_local_ray(num_workers: int) -> None:
     """A Ray of this machine alone, listening on loopback, without dashboard or usage reports."""
     _stay_on_loopback()
-    ray.init(
-        address="local",  # by default Ray joins a cluster that somebody started on this machine
-        num_cpus=num_workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 2**20,
-        logging_level="error",
-    )
+    with _sigterm_as_it_was():
+        ray.init(
+            address="local",  # by default Ray joins a cluster that somebody started on this machine
+            num_cpus=num_workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 * 2**20,
+            logging_level="error",
+        )
+
+
+@contextlib.contextmanager
+def _sigterm_as_it_was() -> Iterator[None]:
+    """Ray ends a driver that gets SIGTERM by sys.exit(15), which would pass for an exit of the workload's own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def devices_of_cluster() -> str:
@@ -309,12 +363,12 @@ def _room(num_ranks: int, num_gpus: int) -> dict[str, float]:
     return {"CPU": float(num_ranks)} | ({"GPU": float(num_ranks)} if num_gpus else {})
 
 
-def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> RunError:
+def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> LostRankError:
     """What to say when islands do not fit: what is wanted, what nodes have, what of it is free."""
     resource = "GPU" if num_gpus else "CPU"
     counts, free = _counts(resource), int(ray.available_resources().get(resource, 0))
     islands = f"{len(sizes)} islands of {sizes[0]} ranks" if len(sizes) > 1 else f"an island of {sizes[0]} ranks"
-    return RunError(
+    return LostRankError(
         f"the Ray cluster had no room for {islands} within {timeout_s:g} s: an island needs a {resource} for each of "
         f"its ranks on one node; its nodes have {', '.join(map(str, counts)) or 'none'}, of which {free} are free\n"
         f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, or add nodes"

@@ -2,11 +2,14 @@
 
 - TorchrunCrew: all ranks drive, each by itself; so all must do the same.
 - ServedCrew: the first drives, and the others do as it says; for work that goes by the time it takes.
+- A rank ends when torchrun does: without it nobody would end the others when one fails, or start them again.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -14,8 +17,13 @@ import torch.distributed as dist
 
 from spindle.errors import RunError, SpindleError
 from spindle.runtime.launch.agreement import agreement, refuse_differences
+from spindle.runtime.launch.crew import called, is_lost_peer
+from spindle.runtime.launch.meeting import Meeting
+from spindle.runtime.programs.program import Program
+from spindle.runtime.pulse import SILENT_S, Heart, Lookout, Pulse, StoreSigns
+from spindle.runtime.rank_job import Job, separate
 from spindle.runtime.transport import ProcessTransport, Transport
-from spindle.runtime.worker import Job, Worker, separate
+from spindle.runtime.worker import Worker
 
 T = TypeVar("T")
 
@@ -56,11 +64,24 @@ def nodes_of_job() -> tuple[int, int]:
 class _Member:
     """One of the ranks of a torchrun job, and a group over which they tell each other what they found."""
 
-    def __init__(self, timeout_s: float) -> None:
-        """Join with the others."""
+    alone = False
+
+    def __init__(self, timeout_s: float, *, moves: bool) -> None:
+        """Join with the others. `moves`: see Lookout."""
         rank, num_ranks = place_among_all()
-        self.leads = rank == 0
-        self._transport = ProcessTransport(None, rank, num_ranks, timeout_s=timeout_s, place=place_here())
+        self.leads, self._rank, self._num_ranks = rank == 0, rank, num_ranks
+        self.pulse = Pulse()
+        self._alone = Lookout(lambda: [self.pulse.sign()], timeout_s, moves=moves)
+        self._busy, self._parent = False, os.getppid()
+        self._heart = Heart(self.pulse, on_beat=self._look)
+        meeting = Meeting(timeout_s)
+        self._transport = ProcessTransport(
+            meeting.store, rank, num_ranks, timeout_s=timeout_s, place=place_here(), pulse=self.pulse
+        )
+        self._heart.close()
+        own, others = meeting.connection(), meeting.connection()
+        self._heart = Heart(self.pulse, store=own, key=f"pulse/{rank}", on_beat=self._look)
+        self._lookout = Lookout(StoreSigns(others, num_ranks), timeout_s)
         self._talk = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._worker: Any = None
 
@@ -68,35 +89,74 @@ class _Member:
         """What a method gives on all ranks; a failure leaves the group at once, so that the others fail too, and
         torchrun ends them.
         """
+        with self._leaving():
+            self._busy = True
+            result = called(self._worker, self.pulse, method, args, kwargs)
+            self._busy = False
+            return self._gathered(result)
+
+    def _look(self) -> None:
+        """With each beat: end without torchrun, and when this rank hangs, which has no driver that sees it."""
+        if os.getppid() != self._parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        late = self._alone.overdue([0]) if self._busy else None
+        if late is not None:
+            told = str(late).replace("rank 0", f"rank {self._rank}", 1)
+            self.pulse.fail(told)
+            self._heart.beat()
+            sys.stderr.write(f"spindle: {told}\n")
+            sys.stderr.flush()
+            os._exit(RunError.exit_code)
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """On a failure leave the group; of a lost peer say which."""
         try:
-            result = getattr(self._worker, method)(*args, **kwargs)
-        except Exception:
+            yield
+        except Exception as error:
+            self._busy = False
+            blamed = self._blamed(error)
             self._worker.close()
+            if blamed is not None:
+                raise blamed from error
             raise
-        return self._gathered(result)
 
     def _gathered(self, own: Any) -> list[Any]:
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own, group=self._talk)
+        with self._transport.peers:
+            dist.all_gather_object(found, own, group=self._talk)
         return found
+
+    def _blamed(self, error: Exception) -> RunError | None:
+        """The error that names the rank for which this one waited; of an error of its own it tells the others."""
+        if is_lost_peer(error):
+            return self._lookout.blamed(range(self._num_ranks), self._rank, patience_s=2 * SILENT_S)
+        self.pulse.fail((str(error).splitlines() or [type(error).__name__])[0])
+        self._heart.beat()
+        return None
+
+    def stop(self) -> None:
+        """This process was told to end: the rank's next report says so to all."""
+        self.pulse.stop()
 
     def close(self) -> None:
         """See Crew."""
+        self._heart.close()
         self._worker.close()
 
 
 class TorchrunCrew(_Member):
     """The ranks of a torchrun job, each of which drives by itself."""
 
-    def __init__(self, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
-        """Join with the others, and compare jobs with them: each rank made its own.
+    def __init__(self, program: Program, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
+        """Join with the others, and compare jobs with them: each rank made its own, of the whole program.
 
         Raises RunError when they differ, or when torchrun started another number of processes than planned for.
         """
-        super().__init__(timeout_s)
+        super().__init__(timeout_s, moves=True)
         rank, num_ranks = place_among_all()
         try:
-            refuse_differences(self._gathered(agreement(jobs)))
+            refuse_differences(self._gathered(agreement(program, jobs)))
             if num_ranks != len(jobs):
                 raise RunError(
                     f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
@@ -121,7 +181,7 @@ class ServedCrew(_Member):
 
         Between two calls no more than `timeout_s` may go by.
         """
-        super().__init__(timeout_s)
+        super().__init__(timeout_s, moves=False)
         self._worker = worker(job, self._transport)
 
     def drive(self, work: Callable[[], T]) -> T:
@@ -156,5 +216,6 @@ class ServedCrew(_Member):
     def _told(self, order: Any) -> Any:
         """What the first rank says."""
         said = [order]
-        dist.broadcast_object_list(said, src=0, group=self._talk)
+        with self._leaving(), self._transport.peers:
+            dist.broadcast_object_list(said, src=0, group=self._talk)
         return said[0]

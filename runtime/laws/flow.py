@@ -26,7 +26,11 @@ def samples_covered(program: Program) -> Iterator[str]:
             if tensor not in maker:
                 yield f"slice run {run.name} reads {tensor!r}, which no run gives out"
                 continue
+            source, cut = maker[tensor], program.tensor_by_name[tensor].rows > 0
+            alike = cut and (source.ranks, source.bounds) == (run.ranks, run.bounds)
             for rank in run.ranks:
+                if alike and (tensor, run.name, rank) not in received:
+                    continue  # it has exactly the samples that it needs
                 yield from _covered(
                     program, tensor, maker[tensor], run, rank, received.get((tensor, run.name, rank), [])
                 )
@@ -44,11 +48,11 @@ def _covered(
         return
     pieces = [(message.low, message.high) for message in messages]
     for message in messages:
-        held = source.bounds_of(message.source) if message.source in source.ranks else (0, 0)
+        held = source.bounds_of(message.source) if message.source in source.place else (0, 0)
         if not held[0] <= message.low < message.high <= held[1]:
             yield f"{where}: rank {message.source} sends samples {message.low}..{message.high} but holds {held}"
     low, high = target.bounds_of(rank)
-    if rank in source.ranks:
+    if rank in source.place:
         first, last = source.bounds_of(rank)
         if max(low, first) < min(high, last):
             pieces.append((max(low, first), min(high, last)))
@@ -70,9 +74,10 @@ def transfers_complete(program: Program, places: Places) -> Iterator[str]:
         start, wait = Instruction(Op.TRANSFER, transfer.name), Instruction(Op.AWAIT, transfer.name)
         yield from exactly_once(start, transfer.members(), places)
         yield from exactly_once(wait, transfer.receiving(), places)
-        for rank, positions in places.get(wait, {}).items():
-            if positions[0] < places.get(start, {}).get(rank, [-1])[0]:
-                yield f"rank {rank} waits for transfer {transfer.name} before it starts it"
+        for kind, positions in places.at(wait).items():
+            if positions[0] < places.at(start).get(kind, [-1])[0]:
+                what = f"waits for transfer {transfer.name} before it starts it"
+                yield from (f"rank {rank} {what}" for rank in places.kinds[kind])
     for transfer in program.transfers:
         yield from _ends_agree(program, transfer)
     yield from _ends_suffice(program)
@@ -83,12 +88,13 @@ def transfers_complete(program: Program, places: Places) -> Iterator[str]:
 def _ends_agree(program: Program, transfer: Transfer) -> Iterator[str]:
     """A transfer carries what its source makes and its target takes, between ranks of theirs."""
     source, target = program.slice_by_name[transfer.source], program.slice_by_name[transfer.target]
-    makes, takes = (source.inputs, target.outputs) if transfer.backward else (source.outputs, target.inputs)
+    ends = (source.inputs, target.outputs) if transfer.backward else (source.outputs, target.inputs)
+    makes, takes = map(frozenset, ends)
     for m in transfer.messages:
         what = f"transfer {transfer.name}: {m.tensor!r} goes from rank {m.source} to rank {m.target}"
         if m.tensor not in makes or m.tensor not in takes:
             yield f"{what}, but it does not pass from {source.name} to {target.name}"
-        if m.source not in source.ranks or m.target not in target.ranks:
+        if m.source not in source.place or m.target not in target.place:
             yield f"{what}, but {source.name} is on ranks {source.ranks}, {target.name} on {target.ranks}"
 
 
@@ -121,9 +127,13 @@ def _ends(source: SliceRun, target: SliceRun, *, is_cut: bool) -> tuple[set[int]
     )
     if not (source.varies or target.varies) or (is_cut and alike):
         return set(), set()
-    makers = source.ranks if is_cut else source.ranks[:1]
-    pairs = [(a, b) for a in makers for b in target.ranks if a != b]
-    return {a for a, _ in pairs}, {b for _, b in pairs}
+    makers, readers = {*(source.ranks if is_cut else source.ranks[:1])}, {*target.ranks}
+    return _with_others(makers, readers), _with_others(readers, makers)
+
+
+def _with_others(ranks: set[int], others: set[int]) -> set[int]:
+    """Those of `ranks` that are not all of `others`."""
+    return ranks if len(others) > 1 else {rank for rank in ranks if others - {rank}}
 
 
 def _gradients_return(program: Program) -> Iterator[str]:
@@ -168,18 +178,18 @@ def _returned(
 ) -> Iterator[str]:
     where = f"gradient of {tensor!r} from {reader.name} for {source.name} on rank {rank}"
     if not program.tensor_by_name[tensor].rows:
-        leaders = {ranks[0] for ranks, _ in reader.copies()} if rank == source.ranks[0] else set()
+        leaders = {*reader.ranks[:: reader.tensor_parallel]} if rank == source.ranks[0] else set[int]()
         if sorted(m.source for m in messages) != sorted(leaders - {rank}):
             yield f"{where}: comes from ranks {sorted(m.source for m in messages)}, not {sorted(leaders - {rank})}"
         return
     pieces = [(m.low, m.high) for m in messages]
     (low, high) = source.bounds_of(rank)
-    if rank in reader.ranks:
+    if rank in reader.place:
         first, last = reader.bounds_of(rank)
         if max(low, first) < min(high, last):
             pieces.append((max(low, first), min(high, last)))
     for m in messages:
-        held = reader.bounds_of(m.source) if m.source in reader.ranks else (0, 0)
+        held = reader.bounds_of(m.source) if m.source in reader.place else (0, 0)
         if not held[0] <= m.low < m.high <= held[1]:
             yield f"{where}: rank {m.source} sends samples {m.low}..{m.high} but holds {held}"
     ends = [low, *(end for _, end in sorted(pieces))]

@@ -3,92 +3,146 @@
 The simulation is stricter than any transport: a transfer or reduction goes on only when all its members stand at it.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
-from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun, Transfer
+from spindle.runtime.laws.places import Places
+from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun
 
-_TOGETHER = (Op.AGREE, Op.TRANSFER, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
+_TOGETHER = (
+    Op.AGREE,
+    Op.TRANSFER,
+    Op.REDUCE,
+    Op.CLIP,
+    Op.GATHER,
+    Op.UNSHARD,
+    Op.SCATTER,
+    Op.TALLY,
+    Op.HAND,
+    Op.WRITE,
+)
 """What several ranks do at once."""
 
 
-def buffers_sound(program: Program) -> Iterator[str]:
+def buffers_sound(program: Program, places: Places) -> Iterator[str]:
     """Each buffer is freed once, after it was made; nothing reads it afterwards, and nothing is left over."""
-    effects = _Effects(program)
-    for rank, instructions in enumerate(program.instructions):
-        live: set[str] = set()
-        gone: set[str] = set()
-        for instruction in instructions:
-            where = f"rank {rank}, {instruction}"
-            if instruction.op is Op.FREE:
-                if instruction.target not in live:
-                    yield f"{where}: {'it was freed before' if instruction.target in gone else 'it was never made'}"
-                live.discard(instruction.target)
-                gone.add(instruction.target)
-                continue
-            made, read = effects.of(rank, instruction)
-            yield from (f"{where}: reads {buffer}, which is not there" for buffer in sorted(read - live))
-            live |= made
-        yield from (f"rank {rank} never frees {buffer}" for buffer in sorted(live))
+    effects, known = _Effects(program), dict[tuple[int, ...], list[str]]()
+    for rank, kind in enumerate(places.kind_of):
+        reads = effects.reads.get(rank, [])
+        key = (kind, *map(id, reads))
+        if key not in known:
+            known[key] = list(_unsound(places.lists[kind], effects, reads))
+        yield from (f"rank {rank}{what}" for what in known[key])
+
+
+def _unsound(instructions: Sequence[Instruction], effects: "_Effects", reads: "Sequence[_Read]") -> Iterator[str]:
+    """What is wrong on ranks with these instructions, which read these buffers of others."""
+    taken: dict[tuple[Op, str], set[str]] = {}
+    for op, name, buffer in reads:
+        taken.setdefault((op, name), set()).add(buffer)
+    live: set[str] = set()
+    gone: set[str] = set()
+    for instruction in instructions:
+        if instruction.op is Op.FREE:
+            if instruction.target not in live:
+                why = "it was freed before" if instruction.target in gone else "it was never made"
+                yield f", {instruction}: {why}"
+            live.discard(instruction.target)
+            gone.add(instruction.target)
+            continue
+        read = taken.get((instruction.op, instruction.target), set())
+        if instruction.op is Op.BACKWARD:
+            read = read | {f"activations:{instruction.target}"}
+        yield from (f", {instruction}: reads {buffer}, which is not there" for buffer in sorted(read - live))
+        live.update(effects.made(instruction))
+    yield from (f" never frees {buffer}" for buffer in sorted(live))
+
+
+_Read = tuple[Op, str, str]
+"""What is done, with which run or transfer, and a buffer that it reads."""
 
 
 class _Effects:
-    """Buffers that an instruction makes and reads on a rank."""
+    """Buffers that instructions make, and by rank those that they read of other runs and of transfers. Equal reads are
+    one value.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.reads: dict[int, list[_Read]] = {}
         maker = {tensor: run for run in program.slices for tensor in run.outputs}
-        self.sources: dict[str, list[SliceRun]] = {run.name: [] for run in program.slices}
-        self.targets: dict[str, list[SliceRun]] = {run.name: [] for run in program.slices}
-        self.transfers: dict[str, list[Transfer]] = {run.name: [] for run in program.slices}
         for run in program.slices:
-            for source in {maker[tensor].name for tensor in run.inputs if tensor in maker}:
-                self.sources[run.name].append(program.slice_by_name[source])
-                self.targets[source].append(run)
+            for name in dict.fromkeys(maker[tensor].name for tensor in run.inputs if tensor in maker):
+                pair = _Pair.of(program, program.slice_by_name[name], run)
+                both = [rank for rank in run.ranks if rank in pair.source.place]
+                alike = (pair.source.ranks, pair.source.bounds) == (run.ranks, run.bounds)
+                passing = both if alike and pair.cut else filter(pair.passes, both)
+                returning = both if alike and pair.cut_back else filter(pair.returns, both)
+                self._add(passing, (Op.FORWARD, run.name, f"activations:{name}"))
+                self._add(returning, (Op.BACKWARD, name, f"gradients:{run.name}"))
         for transfer in program.transfers:
-            self.transfers[transfer.target].append(transfer)
+            op, kept = (Op.BACKWARD, "gradients") if transfer.backward else (Op.FORWARD, "activations")
+            self._add(transfer.receiving(), (op, transfer.target, f"arrivals:{transfer.name}"))
+            self._add(transfer.sending(), (Op.TRANSFER, transfer.name, f"{kept}:{transfer.source}"))
+        graded = {tensor.name for tensor in program.tensors if tensor.needs_grad}
+        self._giving = {run.name for run in program.slices if graded.intersection(run.inputs)}
 
-    def of(self, rank: int, instruction: Instruction) -> tuple[set[str], set[str]]:
+    def _add(self, ranks: Iterable[int], read: _Read) -> None:
+        for rank in ranks:
+            self.reads.setdefault(rank, []).append(read)
+
+    def made(self, instruction: Instruction) -> Iterator[str]:
+        """Buffers that an instruction makes."""
         name = instruction.target
-        if instruction.op is Op.AWAIT:
-            return ({f"arrivals:{name}"} if name in self.program.transfer_by_name else set()), set()
-        if instruction.op is Op.TRANSFER:
-            transfer = self.program.transfer_by_name[name]
-            sends = rank in transfer.sending()
-            return set(), {
-                f"{'gradients' if transfer.backward else 'activations'}:{transfer.source}"
-            } if sends else set()
         if instruction.op is Op.FORWARD:
-            return {f"activations:{name}"}, self._read(rank, name, backward=False)
-        if instruction.op is Op.BACKWARD:
-            inputs = self.program.slice_by_name[name].inputs
-            gives = any(self.program.tensor_by_name[tensor].needs_grad for tensor in inputs)
-            return {f"gradients:{name}"} if gives else set(), self._read(rank, name, backward=True)
-        return set(), set()
-
-    def _read(self, rank: int, name: str, *, backward: bool) -> set[str]:
-        run = self.program.slice_by_name[name]
-        read = {f"activations:{name}"} if backward else set()
-        for transfer in self.transfers[name]:
-            if transfer.backward is backward and rank in transfer.receiving():
-                read.add(f"arrivals:{transfer.name}")
-        for other in self.targets[name] if backward else self.sources[name]:
-            source, target = (run, other) if backward else (other, run)
-            if _passes_locally(self.program, source, target, rank, gradient=backward):
-                read.add(f"{'gradients' if backward else 'activations'}:{other.name}")
-        return read
+            yield f"activations:{name}"
+        elif instruction.op is Op.BACKWARD and name in self._giving:
+            yield f"gradients:{name}"
+        elif instruction.op is Op.AWAIT and name in self.program.transfer_by_name:
+            yield f"arrivals:{name}"
 
 
-def _passes_locally(program: Program, source: SliceRun, target: SliceRun, rank: int, *, gradient: bool) -> bool:
-    if rank not in source.ranks or rank not in target.ranks or (gradient and not target.backward):
-        return False
-    (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
-    overlap = source.varies or target.varies or max(low, first) < min(high, last)
-    for name in set(source.outputs) & set(target.inputs):
-        tensor = program.tensor_by_name[name]
-        whole = rank == source.ranks[0] and (not gradient or rank == target.copy_of(rank)[0])
-        if (overlap if tensor.rows else whole) and (tensor.needs_grad or not gradient):
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A run that reads what another makes: whether tensors that are cut pass, and whole ones; the same of gradients.
+
+    It is asked of ranks that both are on.
+    """
+
+    source: SliceRun
+    target: SliceRun
+    cut: bool
+    whole: bool
+    cut_back: bool
+    whole_back: bool
+
+    @classmethod
+    def of(cls, program: Program, source: SliceRun, target: SliceRun) -> "_Pair":
+        passing = [program.tensor_by_name[name] for name in {*source.outputs} & {*target.inputs}]
+        graded = [tensor for tensor in passing if tensor.needs_grad and target.backward]
+        return cls(
+            source, target, *(any((t.rows > 0) is c for t in ts) for ts in (passing, graded) for c in (True, False))
+        )
+
+    def passes(self, rank: int) -> bool:
+        """Whether some of it stays on a rank."""
+        return (self.cut and self._overlaps(rank)) or (self.whole and self._leads(rank))
+
+    def returns(self, rank: int) -> bool:
+        """Whether a gradient of it stays on a rank."""
+        if self.cut_back and self._overlaps(rank):
             return True
-    return False
+        return self.whole_back and self._leads(rank) and rank == self.target.copy_of(rank)[0]
+
+    def _overlaps(self, rank: int) -> bool:
+        source, target = self.source, self.target
+        (low, high), (first, last) = source.bounds_of(rank), target.bounds_of(rank)
+        return source.varies or target.varies or max(low, first) < min(high, last)
+
+    def _leads(self, rank: int) -> bool:
+        return rank == self.source.ranks[0]
 
 
 def _members(program: Program) -> dict[str, frozenset[int]]:
@@ -105,49 +159,99 @@ def _members(program: Program) -> dict[str, frozenset[int]]:
         | hands
         | writes
         | {bucket.name: frozenset(bucket.ranks) for bucket in program.buckets}
+        | {flat.name: frozenset(flat.ranks) for flat in program.flats}
+        | {flags.name: frozenset(flags.ranks) for flags in program.flags_by_name.values()}
     )
 
 
 def different_orders(program: Program) -> Iterator[str]:
-    """Pairs of ranks that meet what they do together in different orders."""
+    """Pairs of ranks that meet what they do together in different orders; the first of ranks that do the same."""
     members = _members(program)
-    together = [[i.target for i in instructions if i.op in _TOGETHER] for instructions in program.instructions]
-    for a in range(program.num_ranks):
-        for b in range(a + 1, program.num_ranks):
-            of_a, of_b = ([name for name in together[r] if {a, b} <= members[name]] for r in (a, b))
-            for name_a, name_b in zip(of_a, of_b, strict=False):
-                if name_a != name_b:
-                    yield f"ranks {a} and {b} meet in different orders: {a} is at {name_a!r} when {b} is at {name_b!r}"
-                    break
+    doing: dict[tuple[str, ...], int] = {}
+    for rank, instructions in enumerate(program.instructions):
+        own = tuple(i.target for i in instructions if i.op in _TOGETHER and rank in members[i.target])
+        doing.setdefault(own, rank)
+    for (names_a, a), (names_b, b) in combinations(doing.items(), 2):
+        shared = {*names_a} & {*names_b}
+        of_a, of_b = ([name for name in names if name in shared] for names in (names_a, names_b))
+        for name_a, name_b in zip(of_a, of_b, strict=False):
+            if name_a != name_b:
+                yield f"ranks {a} and {b} meet in different orders: {a} is at {name_a!r} when {b} is at {name_b!r}"
+                break
 
 
-def stuck_ranks(program: Program) -> Iterator[str]:
-    """Step all ranks together; name the instruction at which each stuck rank stands."""
+_Peers = frozenset[int] | tuple[int, ...]
+
+
+def stuck_ranks(program: Program, places: Places) -> Iterator[str]:
+    """Step all ranks together; name the instruction at which each stuck rank stands.
+
+    First ranks of a kind go side by side, waiting for whom any of them waits: what ends so ends however they go. Where
+    it does not, each rank goes for itself.
+    """
     members = _members(program)
-    position = [0] * program.num_ranks
+    if _kinds_end(program, places, members):
+        return
 
-    def meeting(rank: int, instruction: Instruction) -> frozenset[int]:
+    def meeting(rank: int, instruction: Instruction) -> _Peers:
         run = program.slice_by_name.get(instruction.target)
-        if run is not None and run.tensor_parallel > 1 and rank in run.ranks:
-            return frozenset(run.copy_of(rank))
-        return members[instruction.target] if instruction.op in _TOGETHER else frozenset()
+        if run is not None and run.tensor_parallel > 1 and rank in run.place:
+            return run.copy_of(rank)
+        return members[instruction.target] if instruction.op in _TOGETHER else ()
 
-    def at(rank: int) -> Instruction | None:
-        instructions = program.instructions[rank]
-        return instructions[position[rank]] if position[rank] < len(instructions) else None
+    for rank, position in enumerate(_ends(program.instructions, meeting)):
+        if position < len(program.instructions[rank]):
+            yield f"stuck: {program.describe(rank, program.instructions[rank][position])}"
 
-    moved = True
-    while moved:
-        moved = False
-        for rank in range(program.num_ranks):
-            while (instruction := at(rank)) is not None:
-                peers = meeting(rank, instruction)
-                if any(at(peer) != instruction for peer in peers):
+
+def _kinds_end(program: Program, places: Places, members: Mapping[str, frozenset[int]]) -> bool:
+    """Whether all kinds of ranks reach the end side by side; not said where one does what only some of it have to."""
+    meetings: dict[Instruction, dict[int, _Peers]] = {}
+    for instruction in {instruction for own in places.lists for instruction in own}:
+        run, doing = program.slice_by_name.get(instruction.target), places.at(instruction)
+        if run is not None and run.tensor_parallel > 1:
+            groups, allowed = [ranks for ranks, _ in run.copies()], frozenset(run.ranks)
+        elif instruction.op in _TOGETHER:
+            groups, allowed = [tuple(members[instruction.target])], members[instruction.target]
+        else:
+            continue
+        if not all(allowed.issuperset(places.kinds[kind]) for kind in doing):
+            return False
+        meetings[instruction] = _linked([{places.kind_of[rank] for rank in ranks} for ranks in groups])
+    ends = _ends(places.lists, lambda kind, instruction: meetings.get(instruction, {}).get(kind, ()))
+    return ends == list(map(len, places.lists))
+
+
+def _linked(groups: Iterable[set[int]]) -> dict[int, _Peers]:
+    """Kinds that meet directly or by way of others, for each kind."""
+    found: list[set[int]] = []
+    for group in groups:
+        apart = [other for other in found if other.isdisjoint(group)]
+        found = [*apart, group.union(*(other for other in found if not other.isdisjoint(group)))]
+    return {kind: frozenset(group) for group in found for kind in group}
+
+
+def _ends(lists: Sequence[Sequence[Instruction]], meeting: Callable[[int, Instruction], _Peers]) -> list[int]:
+    """How far each list comes when all are stepped together; `meeting`: those that have to be at an instruction.
+
+    Each goes on until it has to meet others; the last of them to come lets all go on.
+    """
+    position = [0] * len(lists)
+    standing: dict[tuple[Instruction, _Peers], set[int]] = {}
+    going = deque(range(len(lists)))
+    while going:
+        own = going.popleft()
+        while position[own] < len(lists[own]):
+            instruction = lists[own][position[own]]
+            peers = meeting(own, instruction)
+            if peers:
+                here = standing.setdefault((instruction, peers), set())
+                here.add(own)
+                if len(here) < len(peers) or not here.issuperset(peers):
                     break
-                for peer in peers | {rank}:
-                    position[peer] += 1
-                moved = True
-    for rank in range(program.num_ranks):
-        stuck = at(rank)
-        if stuck is not None:
-            yield f"stuck: {program.describe(rank, stuck)}"
+                del standing[instruction, peers]
+                for other in here - {own}:
+                    position[other] += 1
+                    going.append(other)
+            position[own] += 1
+    return position

@@ -2,7 +2,7 @@
 
 Each is run as a step runs it, or its time would be another:
 
-- A few layers of each kind are slice runs of a small step: all forward, all backward, optimiser. So they find code,
+- A few layers of each kind are slice runs of a small step: all forward, all backward, optimizer. So they find code,
   weights and memory as they would in a step, and what a run costs beside its operators is in. What a whole step touches
   beside them goes through a CPU's caches before either direction. All ranks measure at once, with a run's threads.
 - A message comes after some layers and, where one rank sends, before more of them.
@@ -29,6 +29,7 @@ from spindle.profile import LinkLevel
 from spindle.record.draws import Stream
 from spindle.runtime.clock import Clock
 from spindle.runtime.data import Feed, keeps_state
+from spindle.runtime.masters import Numbers
 from spindle.runtime.optimizers import OptimizerFactory, rank_optimizer
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.rehearsal import Rehearsal
@@ -72,6 +73,7 @@ class BenchJob:
     parameters: tuple[Parameter, ...] = ()
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     optimizer: OptimizerFactory | None = None
+    numbers: Numbers = field(default_factory=Numbers)
     seconds: float = 0.3
 
 
@@ -114,14 +116,15 @@ class Bench:
             copy_on = (
                 (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
             )
-            self.layers[kind] = Rehearsal(captured, self.job.recipe, names, batch, count, self.device, copy_on)
+            own = (names, batch, count, self.device, copy_on, self.job.numbers)
+            self.layers[kind] = Rehearsal(captured, self.job.recipe, *own)
         self.optimizer = self._optimizer(self.layers.values())
         self.rest = torch.zeros(rest_bytes if self.device.type == "cpu" else 0, dtype=torch.uint8)
 
     def rehearse(self, *, recompute: bool) -> tuple[list[tuple[float, float]], float]:
-        """A small step: all layers forward, all backward, optimiser; with `recompute` layers keep their inputs only.
+        """A small step: all layers forward, all backward, optimizer; with `recompute` layers keep their inputs only.
 
-        Seconds of forward and of backward of a layer of each kind, and of the optimiser's step over all of them.
+        Seconds of forward and of backward of a layer of each kind, and of the optimizer's step over all of them.
         """
         layers = list(self.layers.values())
         for each in layers:
@@ -151,11 +154,12 @@ class Bench:
         if self.optimizer is not None:
             self.optimizer.step()
         for each in self.layers.values():
+            each.store.round_masters(each.trained)
             each.store.zero_gradients()
 
     def shares(self) -> list[float]:
-        """What a layer of each kind has of the optimiser's step over all of them. They are stepped alone to find out,
-        which takes longer in all, since an optimiser's call has a cost of its own.
+        """What a layer of each kind has of the optimizer's step over all of them. They are stepped alone to find out,
+        which takes longer in all, since an optimizer's call has a cost of its own.
         """
         alone_s = [self._update_s(each) for each in self.layers.values()]
         total_s = sum(alone_s) or 1.0

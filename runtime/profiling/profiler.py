@@ -24,6 +24,7 @@ from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.runtime.launch.crew import Crew
+from spindle.runtime.masters import Numbers
 from spindle.runtime.optimizers import OptimizerFactory, described, rank_optimizer
 from spindle.runtime.profiling.hardware import Hardware
 from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
@@ -134,6 +135,7 @@ def measure_profile(
         for metagraph, batches in reversed(graphs)
         for name, kind in kinds_of(metagraph).items()
     }
+    numbers = Numbers.of(workload)
     job = BenchJob(
         captured=captured,
         recipe=Recipe.of(workload, captured),
@@ -141,7 +143,8 @@ def measure_profile(
         batches=batch_by_kind,
         chains={name: kind.names for name, kind in kinds.items()},
         ranks_per_node=site.ranks_per_node,
-        parameters=described(workload.named_parameters()),
+        parameters=numbers.stepped(described(workload.named_parameters())),
+        numbers=numbers,
         settings=workload.optimizer_settings,
         optimizer=optimizer,
         seconds=seconds_per_entry,

@@ -4,14 +4,16 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
 from spindle.capture.parts import TaskPart
 from spindle.graph import TensorSpec
 from spindle.record.draws import Stream
+from spindle.record.made_up import SCALE, give_numbers
 from spindle.runtime.executor import Activations, Executor
+from spindle.runtime.masters import Numbers
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import held_by_rank
 from spindle.runtime.programs.excerpt import AFTER, BEFORE, excerpt
@@ -22,7 +24,7 @@ from spindle.runtime.store import ParameterStore
 from spindle.runtime.transport import ThreadTransport, Transport
 from spindle.units import Bounds
 
-SMALL = 1e-3  # size of the gradients that come back, so that no optimiser takes the parameters far
+SMALL = 1e-3  # size of the gradients that come back, so that no optimizer takes the parameters far
 
 
 class Rehearsal:
@@ -42,17 +44,19 @@ class Rehearsal:
         count: int,
         device: torch.device,
         copy_on: tuple[Transport, tuple[int, ...]] | None = None,
+        numbers: Numbers | None = None,
     ) -> None:
         self.captured, self.size, self.device = captured, len(names), device
         self.transport, ranks = copy_on or (_alone(device), ())
         self.rank, self.switch = self.transport.rank, Switch()
         program = excerpt(captured.graph, [names], count, losses=captured.losses, copy=ranks)
         codes = copy.deepcopy({name: captured.codes[name] for name in names})
-        for code in codes.values():
-            code.module.to(device)
         self.codes = cut_codes(codes, held_by_rank(program, captured)[self.rank], self.switch)
-        self.store = ParameterStore(program, self.rank, self.codes.values())
-        self.trained = {name: p for name, p in self.store.parameters.items() if p.requires_grad}
+        held = nn.ModuleList(code.module for code in self.codes.values())
+        give_numbers(held, lambda value: torch.randn(value.shape, device=device).to(value.dtype) * SCALE)
+        held.to(device)
+        self.store = ParameterStore(program, self.rank, self.codes.values(), numbers=numbers)
+        self.trained = {n: self.store.stepped(n) for n, p in self.store.parameters.items() if p.requires_grad}
         each = [[name] for name in names]
         again = excerpt(captured.graph, each, count, losses=captured.losses, recompute=True, copy=ranks)
         self.executors = {False: self._executor(program), True: self._executor(again)}

@@ -138,7 +138,7 @@ class Kind:
 
 
 def _bytes_of(operators: Sequence[Operator], layout: tuple[int, int]) -> float:
-    """Activations on one device, were they not cut; parameters with gradients and an optimiser's two states."""
+    """Activations on one device, were they not cut; parameters with gradients and an optimizer's two states."""
     copies = layout[0] // layout[1]
     return sum(op.activation_bytes / copies + 4 * op.parameter_bytes for op in operators)
 

@@ -1,4 +1,4 @@
-"""Excerpt: some layers as a program of their own, between neighbours that stand for the rest of a step.
+"""Excerpt: some layers as a program of their own, between neighbors that stand for the rest of a step.
 
 Run `BEFORE` has made what the layers read, run `AFTER` reads what they make; neither has operators. Who executes an
 excerpt puts the outputs of the one and the gradients of the other where a step would have left them.
@@ -52,8 +52,8 @@ def excerpt(
         runs.append(replace(run, bounds=(share,) * degree) if copy else run)
     made = {tensor for run in runs for tensor in run.outputs}
     read = {tensor for run in runs for tensor in run.inputs}
-    before = _neighbour(BEFORE, runs[0], outputs=sorted(read - made))
-    after = _neighbour(AFTER, runs[-1], inputs=sorted(made - read - set(losses.values())))
+    before = _neighbor(BEFORE, runs[0], outputs=sorted(read - made))
+    after = _neighbor(AFTER, runs[-1], inputs=sorted(made - read - set(losses.values())))
     own = {task: tensor for task, tensor in losses.items() if tensor in made}
     return Program(
         num_ranks=max(ranks) + 1,
@@ -67,7 +67,7 @@ def excerpt(
     )
 
 
-def _neighbour(name: str, like: SliceRun, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SliceRun:
+def _neighbor(name: str, like: SliceRun, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SliceRun:
     return SliceRun(
         name=name,
         metaop=name,

@@ -1,6 +1,7 @@
 """Lowering: a Plan and the captured task graph in, a Program out. Pure Python, no torch.
 
-- One global order of slice runs: dependencies first, then the plan's start times. Backward follows its reverse.
+- One global order of slice runs: turns first, then dependencies, then the plan's start times. The backward of each turn
+  follows its reverse.
 - A transfer stands right after the run that makes what it carries, at the same place of the global order on both sides;
   each rank's program is the global order restricted to it. So no two ranks can wait for each other in a circle.
 - Here the tables are made: slice runs, transfers, buckets. `passes` writes the instruction lists from them.
@@ -8,14 +9,16 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph, TensorSpec, unit_of
+from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec, in_one_process, unit_of
 from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, Slice
+from spindle.plan import BUCKET_BYTES, Plan, Slice
+from spindle.runtime.programs.flats import make_flats
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Bucket, Program, SliceRun, Transfer
@@ -28,8 +31,6 @@ from spindle.runtime.programs.states import (
     refuse_circle,
 )
 
-BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel: smaller ones pay latency, larger ones overlap less
-
 
 def lower(
     plan: Plan,
@@ -41,24 +42,36 @@ def lower(
     max_grad_norm: float | None = None,
     recompute: Collection[str] = (),
     shard_optimizer: bool = False,
+    shard_parameters: Collection[str] = (),
     varying: Collection[str] = (),
     rounds: int = 1,
+    turns: Mapping[str, int] | None = None,
 ) -> Program:
     """Lower `plan` for the operators of `metagraph`, which is the contraction of `graph`.
 
     `losses`: the tensor that holds each task's loss; `weights`: what multiplies it; `recompute`: components that keep
-    their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks; `varying`: tasks whose batches are
-    shared by what their samples hold; `rounds`: how often a step runs it.
+    their inputs only; `shard_optimizer`: each bucket is updated by one of its ranks; `shard_parameters`: components of
+    whose layers each rank keeps a part; `varying`: tasks whose batches are shared by what their samples hold; `rounds`:
+    how often a step runs it; `turns`: of its tasks, else the plan's.
 
     Raises PlanError when the plan does not cover every layer of the MetaGraph exactly once, splits an operator that
-    mixes samples, or cannot keep the order in which one process changes a buffer.
+    mixes samples, cannot keep the order in which one process changes a buffer, runs tasks in other turns than that, or
+    shards parameters that are not used on one set of devices.
     """
+    if turns is None:
+        _check_order_of_turns(plan, graph)
+        turns = plan.turn_by_task
+    _check_turns(turns, graph)
     runs = [
         replace(run, varies=True, weigh_by=unit_of(graph.tensors[name] for name in run.outputs))
         if run.task in varying and len(run.ranks) > run.tensor_parallel
         else run
-        for run in _slice_runs(plan, metagraph, graph, losses, recompute, orders(graph, rounds))
+        for run in _sharing(
+            _slice_runs(plan, metagraph, graph, losses, recompute, orders(graph, rounds), turns, apart=shard_parameters)
+        )
     ]
+    flats, runs = make_flats(runs, graph, shard_parameters)
+    sharded = {name for flat in flats for name in flat.parameters}
     states = make_states(runs)
     edges = _edges(runs)
     forward = [_transfer(graph, *edge) for edge in edges]
@@ -68,7 +81,7 @@ def lower(
         tensors=tuple(graph.tensors[name] for name in sorted({t for run in runs for t in (*run.inputs, *run.outputs)})),
         slices=tuple(runs),
         transfers=tuple(t for t in (*forward, *backward) if t.members()),
-        buckets=tuple(make_buckets(runs, graph, shard_optimizer)),
+        buckets=tuple(make_buckets(runs, graph, shard_optimizer, plan.bucket_bytes, leave_out=sharded)),
         losses=tuple(losses.items()),
         weights=tuple(weights.items()),
         instructions=((),) * plan.num_devices,
@@ -77,6 +90,7 @@ def lower(
         states=tuple(states),
         handovers=tuple(make_handovers(states, runs)),
         writes=tuple(make_writes(graph, runs)),
+        flats=tuple(flats),
     )
     return run_passes(program)
 
@@ -91,34 +105,71 @@ def _slice_runs(
     losses: Mapping[str, str],
     recompute: Collection[str],
     waits: Mapping[str, set[str]],
+    turns: Mapping[str, int],
+    *,
+    apart: Collection[str],
 ) -> list[SliceRun]:
-    slices = _dependency_order(plan, metagraph, graph, waits)
+    slices = _dependency_order(plan, metagraph, graph, waits, turns)
     for slice_ in slices:
         if max(slice_.devices) >= plan.num_devices:
             raise PlanError(
                 f"slice of {slice_.metaop!r} runs on device {max(slice_.devices)}, but the plan has {plan.num_devices} "
                 "devices, counted from 0; plan again"
             )
-    parts = [(s, names) for s in slices for names in _parts(_operators(s, metagraph), graph, recompute)]
+    parts = [(s, names) for s in slices for names in _parts(_operators(s, metagraph), graph, recompute, apart)]
     operators = [names for _, names in parts]
     _check_cover(operators, graph)
     home = {name: index for index, names in enumerate(operators) for name in names}
     outward = set(losses.values())
     for op in graph:
         outward.update(name for name in op.inputs if home[graph.producers[name]] != home[op.name])
-    return [
+    runs = (
         slice_run(index, slice_, plan.wave_of(slice_), [graph.by_name[name] for name in names], outward, recompute)
         for index, (slice_, names) in enumerate(parts)
-    ]
+    )
+    return [replace(run, turn=turns[run.task]) if turns else run for run in runs]
 
 
-def _parts(names: tuple[str, ...], graph: TaskGraph, recompute: Collection[str]) -> list[tuple[str, ...]]:
-    """The operators of a slice as runs: one, or one for each layer where backward computes activations again, so that
-    those of one layer exist at a time.
+def _check_order_of_turns(plan: Plan, graph: TaskGraph) -> None:
+    """The plan's turns are what one process runs one after another."""
+    named = tuple(task for tasks in plan.turns for task in tasks)
+    due = in_one_process(op.task for op in graph)
+    if plan.turns and named != due:
+        raise PlanError(
+            f"the plan's turns run tasks {', '.join(named)}, but one process runs {', '.join(due)} in this order; plan "
+            "this workload again"
+        )
+
+
+def _check_turns(turns: Mapping[str, int], graph: TaskGraph) -> None:
+    """No data passes from one turn to another."""
+    for op in graph if turns else ():
+        for name in op.inputs:
+            source = graph.by_name[graph.producers[name]].task
+            if turns[source] != turns[op.task]:
+                raise PlanError(
+                    f"task {op.task!r} reads {name!r} of task {source!r}, but the plan runs them in turns "
+                    f"{turns[op.task]} and {turns[source]}; put them in one turn, or plan again"
+                )
+
+
+def _sharing(runs: Iterable[SliceRun]) -> Iterator[SliceRun]:
+    """The runs, equal tuples of ranks or bounds one value: in what is sent each stands once then."""
+    known: dict[object, Any] = {}
+    for run in runs:
+        ranks, bounds = (known.setdefault(value, value) for value in (run.ranks, run.bounds))
+        yield replace(run, ranks=ranks, bounds=bounds)
+
+
+def _parts(
+    names: tuple[str, ...], graph: TaskGraph, recompute: Collection[str], apart: Collection[str]
+) -> list[tuple[str, ...]]:
+    """The operators of a slice as runs: one, or one for each layer where backward computes activations again, or where
+    parameters are gathered (`apart`), so that those of one layer exist at a time.
     """
     last = graph.by_name[names[-1]]
     again = last.component in recompute and any(tensor.needs_grad for tensor in last.outputs)
-    return [(name,) for name in names] if again else [names]
+    return [(name,) for name in names] if again or last.component in apart else [names]
 
 
 def slice_run(
@@ -198,7 +249,7 @@ def _check_cover(operators: Sequence[tuple[str, ...]], graph: TaskGraph) -> None
 
 
 def _dependency_order(
-    plan: Plan, metagraph: MetaGraph, graph: TaskGraph, orders: Mapping[str, set[str]]
+    plan: Plan, metagraph: MetaGraph, graph: TaskGraph, orders: Mapping[str, set[str]], turns: Mapping[str, int]
 ) -> list[Slice]:
     """Slices by start time, but never before one that they depend on. `orders`: operators that each comes after."""
     by_metaop: dict[str, list[Slice]] = {}
@@ -220,7 +271,11 @@ def _dependency_order(
         for other in found:
             followers[other].append(slice_)
     waits = {slice_: len(found) for slice_, found in needs.items()}
-    heap = [(_start_key(s), s) for s, count in waits.items() if count == 0]
+
+    def key(slice_: Slice) -> tuple[int, _StartKey]:
+        return turns[metagraph[slice_.metaop].task] if turns else 0, _start_key(slice_)
+
+    heap = [(key(s), s) for s, count in waits.items() if count == 0]
     heapq.heapify(heap)
     order: list[Slice] = []
     while heap:
@@ -229,14 +284,17 @@ def _dependency_order(
         for follower in followers[slice_]:
             waits[follower] -= 1
             if waits[follower] == 0:
-                heapq.heappush(heap, (_start_key(follower), follower))
+                heapq.heappush(heap, (key(follower), follower))
     if len(order) < len(waits):
         left = [name for slice_ in waits if slice_ not in order for name in _operators(slice_, metagraph)]
         raise refuse_circle(left, orders, graph)
     return order
 
 
-def _start_key(slice_: Slice) -> tuple[float, tuple[int, ...], str, int]:
+_StartKey = tuple[float, tuple[int, ...], str, int]
+
+
+def _start_key(slice_: Slice) -> _StartKey:
     return slice_.start_s, slice_.devices, slice_.metaop, slice_.first_layer
 
 
@@ -306,22 +364,30 @@ def _ends(
 # -- parameters -------------------------------------------------------------------------------------------------------
 
 
-def make_buckets(runs: Sequence[SliceRun], graph: TaskGraph, shard_optimizer: bool) -> list[Bucket]:
+def make_buckets(
+    runs: Sequence[SliceRun],
+    graph: TaskGraph,
+    shard_optimizer: bool,
+    bucket_bytes: int = BUCKET_BYTES,
+    *,
+    leave_out: Collection[str] = (),
+) -> list[Bucket]:
     """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6).
 
-    Those whose gradients are ready first come first, in buckets of about BUCKET_BYTES, so that reductions overlap with
-    what is left of backward. With `shard_optimizer` they go to the ranks that own the fewest bytes so far.
+    Those whose gradients are ready first come first, in buckets of about `bucket_bytes`, so that reductions overlap
+    with what is left of backward: last runs first, and in a run those that it uses last. With `shard_optimizer` they go
+    to the ranks that own the fewest bytes so far. `leave_out`: parameters that are sharded.
     """
-    order = {run.name: index for index, run in enumerate(runs)}
-    found = _trained_parameters(runs, graph)
+    order = {run.name: (run.turn, -index) for index, run in enumerate(runs)}  # of backward
+    found = [trained for trained in _trained_parameters(runs, graph) if trained.name not in leave_out]
     groups: dict[tuple[tuple[int, ...], str], list[_Trained]] = {}
     for trained in found:
         groups.setdefault((trained.ranks, trained.dtype), []).append(trained)
     buckets: list[Bucket] = []
     owned: Counter[int] = Counter()
     for (ranks, dtype), members in sorted(groups.items()):
-        members.sort(key=lambda t: (-min(order[run] for run in t.runs), t.name))
-        most = BUCKET_BYTES
+        members.sort(key=lambda t: (max(order[run] for run in t.runs), -t.place, t.name))
+        most = bucket_bytes
         if shard_optimizer:
             most = min(most, -(-sum(trained.num_bytes for trained in members) // len(ranks)))
         for part in _chunks(members, most):
@@ -332,44 +398,64 @@ def make_buckets(runs: Sequence[SliceRun], graph: TaskGraph, shard_optimizer: bo
     return buckets
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Trained:
-    """A parameter that gets a gradient: where it is held, and which runs add to it."""
+    """A parameter that gets a gradient, the ranks that hold it in order, and the runs that add to it. `place`: among
+    the parameters of the first run that trains it, in the order of their use.
+    """
 
     name: str
     dtype: str
     num_bytes: int
-    holders: set[int] = field(default_factory=set)
-    runs: list[str] = field(default_factory=list)
-    trainable: bool = False
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted(self.holders))
+    ranks: tuple[int, ...]
+    runs: tuple[str, ...]
+    place: int
 
 
 def _trained_parameters(runs: Sequence[SliceRun], graph: TaskGraph) -> list[_Trained]:
-    found: dict[str, _Trained] = {}
-    for run in runs:
-        for parameter in (p for name in run.operators for p in graph.by_name[name].parameters):
-            for rank in run.ranks:
-                copy = run.copy_of(rank)
-                for name in parameter.names(copy.index(rank), len(copy)):
-                    size = parameter.num_bytes // parameter.pieces
-                    known = found.setdefault(name, _Trained(name, parameter.dtype, size))
-                    known.holders.add(rank)
+    """Most parameters are held by the same parts of the same runs as others, whose ranks are found once."""
+    held: dict[str, list[tuple[int, int]]] = {}  # a run, and the part of its copies that holds the parameter
+    found: dict[str, tuple[Parameter, list[str]]] = {}
+    first: dict[str, int] = {}  # its place in the first run that trains it
+    for index, run in enumerate(runs):
+        used = (p for name in run.operators for p in graph.by_name[name].parameters)
+        for place, parameter in enumerate(used):
+            for part in range(run.tensor_parallel):
+                for name in parameter.names(part, run.tensor_parallel):
+                    if (index, part) not in (places := held.setdefault(name, []))[-1:]:
+                        places.append((index, part))
+                    _, users = found.setdefault(name, (parameter, []))
                     if parameter.trainable:
-                        known.trainable = True
-                        known.runs.append(run.name)
-    return [trained for trained in found.values() if trained.trainable]
+                        first.setdefault(name, place)
+                        users += [run.name] if users[-1:] != [run.name] else ()
+    known: dict[tuple[int, ...], tuple[int, ...]] = {run.ranks: run.ranks for run in runs}
+    ranks: dict[tuple[tuple[int, int], ...], tuple[int, ...]] = {}
+    for at in dict.fromkeys(map(tuple, held.values())):
+        holders = {rank for index, part in at for rank in runs[index].ranks[part :: runs[index].tensor_parallel]}
+        own = tuple(sorted(holders))
+        ranks[at] = known.setdefault(own, own)
+    return [
+        _Trained(
+            name=name,
+            dtype=parameter.dtype,
+            num_bytes=parameter.num_bytes // parameter.pieces,
+            ranks=ranks[tuple(held[name])],
+            runs=tuple(users),
+            place=first[name],
+        )
+        for name, (parameter, users) in found.items()
+        if users
+    ]
 
 
 def _chunks(members: Sequence[_Trained], most_bytes: int) -> Iterator[list[_Trained]]:
     chunk: list[_Trained] = []
+    size = 0
     for trained in members:
-        if chunk and sum(t.num_bytes for t in chunk) + trained.num_bytes > most_bytes:
+        if chunk and size + trained.num_bytes > most_bytes:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(trained)
+        size += trained.num_bytes
     if chunk:
         yield chunk

@@ -4,6 +4,7 @@ A tensor that is cut goes in pieces, from ranks that hold them to ranks that nee
 from the first rank of the run that makes it, which alone gets its gradients back. A rank without samples takes no part.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,37 +38,51 @@ def copies(run: SliceRun, bounds: Sequence[Bounds]) -> list[Copy]:
     return [(run.ranks[i : i + step], bounds[i]) for i in range(0, len(run.ranks), step) if bounds[i][0] < bounds[i][1]]
 
 
+class _Holders:
+    """Copies of a run's layers by the samples that they hold, which follow each other."""
+
+    def __init__(self, run: SliceRun, bounds: Sequence[Bounds]) -> None:
+        self.copies = copies(run, bounds)
+        self._ends = [high for _, (_, high) in self.copies]
+
+    def of(self, low: int, high: int) -> Iterator[tuple[tuple[int, ...], Bounds]]:
+        """Copies that hold some of the samples, and which of them."""
+        for index in range(bisect_right(self._ends, low), len(self.copies)):
+            ranks, (first, last) = self.copies[index]
+            if first >= high:
+                return
+            yield ranks, (max(low, first), min(high, last))
+
+
 def forward_messages(
     spec: TensorSpec, source: SliceRun, target: SliceRun, held: Sequence[Bounds], wanted: Sequence[Bounds]
 ) -> Iterator[Message]:
     """The samples each target rank needs, from ranks that hold them; what a rank holds itself included."""
-    owners = copies(source, held)
+    owners = _Holders(source, held)
     for index, (rank, (low, high)) in enumerate(zip(target.ranks, wanted, strict=True)):
         if low == high:
             continue
         if not spec.rows:
             yield Message(tensor=spec.name, source=source.ranks[0], target=rank, low=0, high=0)
             continue
-        for ranks, (first, last) in owners:
-            if max(low, first) < min(high, last):
-                sender = rank if rank in ranks else ranks[index % len(ranks)]
-                yield Message(tensor=spec.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
+        for ranks, (first, last) in owners.of(low, high):
+            sender = rank if rank in ranks else ranks[index % len(ranks)]
+            yield Message(tensor=spec.name, source=sender, target=rank, low=first, high=last)
 
 
 def gradient_messages(
     spec: TensorSpec, source: SliceRun, target: SliceRun, held: Sequence[Bounds], wanted: Sequence[Bounds]
 ) -> Iterator[Message]:
     """The gradients each source rank needs, one of the ranks of each copy of the target sending them."""
-    readers = copies(target, wanted)
+    readers = _Holders(target, wanted)
     if not spec.rows:
-        for ranks, _ in readers:
+        for ranks, _ in readers.copies:
             yield Message(tensor=spec.name, source=ranks[0], target=source.ranks[0], low=0, high=0)
         return
     for index, (rank, (low, high)) in enumerate(zip(source.ranks, held, strict=True)):
-        for ranks, (first, last) in readers:
-            if max(low, first) < min(high, last):
-                sender = rank if rank in ranks else ranks[index % len(ranks)]
-                yield Message(tensor=spec.name, source=sender, target=rank, low=max(low, first), high=min(high, last))
+        for ranks, (first, last) in readers.of(low, high) if low < high else ():
+            sender = rank if rank in ranks else ranks[index % len(ranks)]
+            yield Message(tensor=spec.name, source=sender, target=rank, low=first, high=last)
 
 
 def transfer_messages(
@@ -80,6 +95,8 @@ def transfer_messages(
     backward: bool,
 ) -> tuple[Message, ...]:
     """All messages between ranks from one run to the next, or, `backward`, of the gradients that go back."""
+    if (source.ranks, source.tensor_parallel, held) == (target.ranks, target.tensor_parallel, wanted):
+        specs = [spec for spec in specs if not spec.rows]  # each rank has the samples that it needs
     if not backward:
         found = [m for spec in specs for m in forward_messages(spec, source, target, held, wanted)]
     else:

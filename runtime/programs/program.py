@@ -4,16 +4,19 @@
 - A transfer moves the tensors that one slice run made for another, between ranks, all its messages at once; forward
   ones carry activations, backward ones their gradients. What stays on a rank is no message.
 - A bucket holds the parameters that live on one set of ranks; their gradients are summed over it together.
+- A flat holds parameters that are sharded: side by side in one row, of which each rank keeps an equal range. It is
+  gathered before a run that uses it and released after it; gradients are scattered after each backward.
+- Flags say which parameters of the flats of one set of ranks a step has reached; they are summed once a step.
 - A tally holds norm layers of which several runs change the running statistics; what each adds is folded in at the end.
 - A state is some buffers that runs change one after another, in the order of one process; a handover brings them from
   the rank that changed them last to the ranks whose runs touch them next.
-- A write changes parameters outside of the optimizer, before or after all runs of a round, on every rank that holds
-  them; it reads other parameters, which are fetched where a rank lacks them.
-- `instructions[rank]` is the rank's program. It is all that the rank does.
+- A write changes parameters outside of the optimizer, before or after all runs of a round or of a turn, on every rank
+  that holds them; it reads other parameters, which are fetched where a rank lacks them.
+- `instructions[rank]` is the rank's program. It is all that the rank does. A rank is sent its part of the tables only.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cached_property
 
@@ -29,13 +32,17 @@ class Op(StrEnum):
     AGREE = "AGREE"  # all ranks together: check that their batches have the same shapes, before a message depends on it
     FORWARD = "FORWARD"  # a slice run: compute, keeping what backward needs
     TRANSFER = "TRANSFER"  # a transfer: start its sends and receives; does not wait
-    AWAIT = "AWAIT"  # a transfer or bucket: wait until what it brings has arrived
+    AWAIT = "AWAIT"  # a transfer, bucket, flat or flags: wait until what it brings has arrived
     BACKWARD = "BACKWARD"  # a slice run: gradients of its parameters and inputs
     FREE = "FREE"  # a buffer: drop it
-    REDUCE = "REDUCE"  # a bucket: start summing its gradients over its ranks; does not wait
+    REDUCE = "REDUCE"  # a bucket or flags: start summing its gradients, or them, over its ranks; does not wait
     CLIP = "CLIP"  # all ranks together: scale all gradients down when their norm is too large
-    STEP = "STEP"  # apply the optimiser to the parameters that the rank updates
+    STEP = "STEP"  # apply the optimizer to the parameters that the rank updates
     GATHER = "GATHER"  # a bucket: take its updated parameters from the rank that owns it
+    UNSHARD = "UNSHARD"  # a flat: start gathering it; does not wait
+    RESHARD = "RESHARD"  # a flat: release what was gathered
+    SCATTER = "SCATTER"  # a flat: start summing a backward's gradients, each rank's range to it; does not wait
+    ADD = "ADD"  # a flat: wait for that sum, and add it to those of earlier backwards
     TALLY = "TALLY"  # a tally: take together what all runs of a step add to running statistics
     HAND = "HAND"  # a handover: send a state, or take it
     WRITE = "WRITE"  # a write: send or take what it reads, and change parameters outside of the optimizer
@@ -43,7 +50,9 @@ class Op(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction; `target` names a task, slice run, transfer, bucket, tally, handover, write or buffer."""
+    """One instruction; `target` names a task, slice run, transfer, bucket, flat, flags, tally, handover, write or
+    buffer.
+    """
 
     op: Op
     target: str = ""
@@ -52,8 +61,15 @@ class Instruction:
         return f"{self.op} {self.target}".rstrip()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SliceRun:
+class _Sent:
+    """A frozen value whose looked-up tables stay behind when it is sent."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceRun(_Sent):
     """A slice of the plan. Rank ranks[i] holds samples bounds[i][0] .. bounds[i][1]-1 of the task's batch.
 
     Each `tensor_parallel` ranks that follow each other hold the same samples, and a part each of the layers that can be
@@ -62,7 +78,8 @@ class SliceRun:
     output, so the run keeps what its backward needs, or, with `recompute`, its inputs, and then runs forward again.
     `varies`: its bounds follow what each batch holds, so that each rank has as many rows of the unit `weigh_by`;
     `bounds` are then for samples that are evenly shared. `statistics` are norm layers whose running statistics it
-    changes, `states` buffers that it touches and some run changes.
+    changes, `states` buffers that it touches and some run changes. `turn`: its part of the step; all runs of a turn go
+    forward and then backward before those of the next one begin. `flats`: sharded parameters that it uses.
     """
 
     name: str
@@ -84,10 +101,17 @@ class SliceRun:
     weigh_by: str = SAMPLES
     statistics: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
+    turn: int = 0
+    flats: tuple[str, ...] = ()
+
+    @cached_property
+    def place(self) -> dict[int, int]:
+        """Where each rank stands among `ranks`."""
+        return {rank: index for index, rank in enumerate(self.ranks)}
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold one copy of the layers together, `rank` among them, in order of their parts."""
-        first = self.ranks.index(rank) // self.tensor_parallel * self.tensor_parallel
+        first = self.place[rank] // self.tensor_parallel * self.tensor_parallel
         return self.ranks[first : first + self.tensor_parallel]
 
     def copies(self) -> tuple[tuple[tuple[int, ...], tuple[int, int]], ...]:
@@ -103,7 +127,7 @@ class SliceRun:
 
     def bounds_of(self, rank: int) -> tuple[int, int]:
         """Samples that `rank` holds."""
-        return self.bounds[self.ranks.index(rank)]
+        return self.bounds[self.place[rank]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +141,8 @@ class Message:
     high: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
+@dataclass(frozen=True, kw_only=True)
+class Transfer(_Sent):
     """All messages from slice run `source` to slice run `target`; `backward` ones carry gradients.
 
     Where the bounds of a run vary, `senders` and `receivers` are the ranks that may send and receive in some step.
@@ -132,17 +156,23 @@ class Transfer:
     senders: tuple[int, ...] = ()
     receivers: tuple[int, ...] = ()
 
+    @cached_property
+    def _ends(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Ranks that may send, and that may receive: gone through once, since every rank asks."""
+        sending = frozenset(self.senders).union(m.source for m in self.messages)
+        return sending, frozenset(self.receivers).union(m.target for m in self.messages)
+
     def sending(self) -> frozenset[int]:
         """Ranks that may send."""
-        return frozenset(self.senders).union(m.source for m in self.messages)
+        return self._ends[0]
 
     def receiving(self) -> frozenset[int]:
         """Ranks that may receive."""
-        return frozenset(self.receivers).union(m.target for m in self.messages)
+        return self._ends[1]
 
     def members(self) -> frozenset[int]:
         """Ranks that may send or receive."""
-        return self.sending() | self.receiving()
+        return self._ends[0] | self._ends[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +195,30 @@ class Bucket:
     def answering(self) -> int:
         """The one rank that speaks for the bucket."""
         return self.ranks[0] if self.owner is None else self.owner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flat:
+    """Parameters of one dtype, side by side in a row, of which each of `ranks` keeps an equal range, in their order.
+    `trained`: they get gradients, which are summed over `ranks`; each rank updates its range alone.
+    """
+
+    name: str
+    dtype: str
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """A flag for each trained parameter of the flats of `ranks`: whether a backward of the step has added to it on any
+    of them. The flats say all of it, so no table holds flags.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +269,11 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """A task changes `parameters` outside of the optimizer on `ranks`, which hold them; `after` all runs or before."""
+    """A task changes `parameters` outside of the optimizer on `ranks`, which hold them; `after` all runs or before.
+
+    With a `turn` it is of one batch of the task, and after or before the runs of that turn; `within` it: after all have
+    gone forward, and before they go backward.
+    """
 
     name: str
     task: str
@@ -223,6 +281,8 @@ class Write:
     ranks: tuple[int, ...]
     parameters: tuple[str, ...]
     fetches: tuple[Fetch, ...] = ()
+    turn: int | None = None
+    within: bool = False
 
     def members(self) -> frozenset[int]:
         """Ranks that write, or send what others need."""
@@ -230,11 +290,12 @@ class Write:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class Program(_Sent):
     """One step of a whole workload on `num_ranks` ranks.
 
     `losses` pairs each task with the tensor that holds its loss, `weights` with its weight in the sum. Gradients whose
-    norm over all parameters exceeds `max_grad_norm` are scaled down to it; None leaves them.
+    norm over all parameters exceeds `max_grad_norm` are scaled down to it; None leaves them. `part_of`: the one rank
+    whose part this is (see `parts`); the others' instructions are not there, nor what only they touch.
     """
 
     num_ranks: int
@@ -250,6 +311,8 @@ class Program:
     states: tuple[State, ...] = ()
     handovers: tuple[Handover, ...] = ()
     writes: tuple[Write, ...] = ()
+    flats: tuple[Flat, ...] = ()
+    part_of: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -278,6 +341,28 @@ class Program:
         return {bucket.name: bucket for bucket in self.buckets}
 
     @cached_property
+    def flat_by_name(self) -> dict[str, Flat]:
+        """Flats by name."""
+        return {flat.name: flat for flat in self.flats}
+
+    @cached_property
+    def flags_by_name(self) -> dict[str, Flags]:
+        """The flags of each set of ranks that keep trained flats, by name: that of the first of these flats."""
+        found: dict[tuple[int, ...], list[Flat]] = {}
+        for flat in self.flats:
+            if flat.trained:
+                found.setdefault(flat.ranks, []).append(flat)
+        flags = (
+            Flags(
+                name=f"flags:{flats[0].name}",
+                ranks=ranks,
+                parameters=tuple(name for flat in flats for name in flat.parameters),
+            )
+            for ranks, flats in found.items()
+        )
+        return {each.name: each for each in flags}
+
+    @cached_property
     def tally_by_name(self) -> dict[str, Tally]:
         """Tallies by name."""
         return {tally.name: tally for tally in self.tallies}
@@ -303,15 +388,29 @@ class Program:
         tasks = list(dict.fromkeys(base_task(task) for task, _ in self.losses))
         return tuple(sorted(self.slices, key=lambda run: (tasks.index(base_task(run.task)), micro_batch(run.task))))
 
+    def here(self, ranks: Collection[int]) -> Collection[int]:
+        """Those of some ranks whose instructions stand in this program."""
+        if self.part_of is None:
+            return ranks
+        return (self.part_of,) if self.part_of in ranks else ()
+
     @cached_property
     def runs_by_bucket(self) -> dict[str, tuple[str, ...]]:
         """For each bucket the slice runs that add to its gradients, in forward order."""
         home = {name: bucket.name for bucket in self.buckets for name in bucket.parameters}
         found: dict[str, list[str]] = {bucket.name: [] for bucket in self.buckets}
         for run in self.slices:
-            for bucket in {home[name] for name in run.trained}:
+            for bucket in dict.fromkeys(home[name] for name in run.trained if name in home):
                 found[bucket].append(run.name)
         return {name: tuple(runs) for name, runs in found.items()}
+
+    @cached_property
+    def runs_by_turn(self) -> tuple[tuple[SliceRun, ...], ...]:
+        """The slice runs of each turn that has any, in forward order."""
+        found: dict[int, list[SliceRun]] = {}
+        for run in self.slices:
+            found.setdefault(run.turn, []).append(run)
+        return tuple(tuple(runs) for _, runs in sorted(found.items()))
 
     @cached_property
     def runs_by_task(self) -> dict[str, tuple[SliceRun, ...]]:
@@ -327,7 +426,16 @@ class Program:
         buckets = {bucket.ranks for bucket in self.buckets if len(bucket.ranks) > 1}
         copies = {tuple(sorted(ranks)) for run in self.slices if run.tensor_parallel > 1 for ranks, _ in run.copies()}
         tallies = {tally.ranks for tally in self.tallies if len(tally.ranks) > 1}
-        return tuple(sorted(buckets | copies | tallies))
+        return tuple(sorted(buckets | copies | tallies | {flat.ranks for flat in self.flats}))
+
+    def loaded_by(self, rank: int) -> set[str]:
+        """Tasks whose batches `rank` reads."""
+        return {i.target for i in self.instructions[rank] if i.op is Op.LOAD}
+
+    @property
+    def written(self) -> list[str]:
+        """Parameters that tasks write to outside of the optimizer."""
+        return [name for write in self.writes for name in write.parameters]
 
     def operators_of(self, rank: int) -> tuple[str, ...]:
         """Operators that `rank` runs."""
@@ -352,9 +460,11 @@ class Program:
             wave = self.slice_by_name[transfer.target].wave
             peers = sorted(transfer.members() - {rank})
             return f"rank {rank}, wave {wave}, {instruction} (with rank {', '.join(map(str, peers))})"
-        bucket = self.bucket_by_name.get(instruction.target)
+        tables = (self.bucket_by_name, self.flat_by_name, self.flags_by_name)
+        bucket = next((table[instruction.target] for table in tables if instruction.target in table), None)
         if bucket is not None:
-            return f"rank {rank}, {instruction} (with ranks {', '.join(map(str, bucket.ranks))})"
+            what = "" if isinstance(bucket, Bucket) else f"parameter {bucket.parameters[0]}, "
+            return f"rank {rank}, {instruction} ({what}with ranks {_listed(bucket.ranks)})"
         tally, handover = self.tally_by_name.get(instruction.target), self.handover_by_name.get(instruction.target)
         if tally is not None:
             return f"rank {rank}, {instruction} (statistics of {tally.layers[0]}, with ranks {_listed(tally.ranks)})"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph, base_task, micro_batch
+from spindle.graph import Operator, ParameterWrite, TaskGraph, base_task, micro_batch
 from spindle.runtime.programs.program import Fetch, Handover, SliceRun, State, Tally, Write
 
 
@@ -116,7 +116,8 @@ def _handovers(state: State, runs: Sequence[SliceRun]) -> Iterator[Handover]:
 
 def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
     """Writes to parameters outside of the optimizer: all ranks that hold one write to it, and take what they lack for
-    it from the first rank that holds that. Those of a task with the same ranks on both sides are one instruction.
+    it from the first rank that holds that. Those of a task with the same ranks on both sides are one instruction; those
+    in turn are one for each batch. Raises PlanError where backward could not compute with what was written.
     """
     if not graph.writes:
         return []
@@ -124,6 +125,7 @@ def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
     for run in runs:
         for name in {p.name for op in run.operators for p in graph.by_name[op].parameters}:
             holders.setdefault(name, set()).update(run.ranks)
+    turns = {run.task: run.turn for run in runs}
     found: dict[tuple[object, ...], list[tuple[str, list[Fetch]]]] = {}
     for write in graph.writes:
         ranks = tuple(sorted(holders[write.target]))
@@ -133,7 +135,12 @@ def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
             if (lacking := tuple(rank for rank in ranks if rank not in holders[name]))
         ]
         ends = tuple((fetch.source, fetch.targets) for fetch in fetches)
-        found.setdefault((write.task, bool(write.after), ranks, ends), []).append((write.target, fetches))
+        within = bool(write.in_turn and write.after and write.unnoticed)
+        _check_not_again(write, within, graph, runs)
+        batches = [task for task in turns if base_task(task) == write.task] if write.in_turn else [write.task]
+        for task in batches:
+            turn = turns[task] if write.in_turn else None
+            found.setdefault((task, bool(write.after), ranks, ends, turn, within), []).append((write.target, fetches))
     return [
         Write(
             name=f"w{index}",
@@ -142,6 +149,20 @@ def make_writes(graph: TaskGraph, runs: Sequence[SliceRun]) -> list[Write]:
             ranks=tuple(ranks),  # type: ignore[arg-type]
             parameters=tuple(target for target, _ in members),
             fetches=tuple(fetch for _, fetches in members for fetch in fetches),
+            turn=turn,  # type: ignore[arg-type]
+            within=bool(within),
         )
-        for index, ((task, after, ranks, _), members) in enumerate(found.items())
+        for index, ((task, after, ranks, _, turn, within), members) in enumerate(found.items())
     ]
+
+
+def _check_not_again(write: ParameterWrite, within: bool, graph: TaskGraph, runs: Sequence[SliceRun]) -> None:
+    """What a write within a turn changes is in no run whose backward computes its forward again."""
+    for run in runs if within else ():
+        used = {p.name for op in run.operators for p in graph.by_name[op].parameters}
+        if run.recompute and base_task(run.task) == write.task and write.target in used:
+            raise PlanError(
+                f"task {write.task!r}, {write.line} writes to parameter {write.target!r} through .data after "
+                f"{run.component!r} has used it, and that computes its activations again in backward, with what "
+                "was written; write before it is used, or leave its component out of recompute="
+            )

@@ -32,6 +32,7 @@ from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import (
     Bucket,
     Fetch,
+    Flat,
     Handover,
     Instruction,
     Message,
@@ -47,7 +48,7 @@ from spindle.units import SAMPLES
 
 HEADER = "spindle.program 2"
 _UNSAFE = re.compile(r"[%\s]")
-_TOUCHED = ("statistics", "states")
+_TOUCHED = ("statistics", "states", "flats")
 _FLAGS = ("loads", "backward", "recompute", "varies")
 
 
@@ -72,6 +73,7 @@ def _lines(program: Program) -> Iterator[str]:
         flags = "".join(f" {flag}" for flag in _FLAGS if getattr(run, flag))
         flags += f" parts:{run.tensor_parallel}" if run.tensor_parallel > 1 else ""
         flags += f" by:{_word(run.weigh_by)}" if run.weigh_by != SAMPLES else ""
+        flags += f" turn:{run.turn}" if run.turn else ""
         name, metaop, task, component = map(_word, (run.name, run.metaop, run.task, run.component))
         yield f"slice {name} {metaop} task {task} component {component} wave {run.wave}{flags}"
         yield _row("operators", run.operators)
@@ -95,6 +97,10 @@ def _lines(program: Program) -> Iterator[str]:
         owner = "" if bucket.owner is None else f" owner {bucket.owner}"
         yield f"bucket {bucket.name} {bucket.dtype} ranks {' '.join(map(str, bucket.ranks))}{owner}"
         yield from (f"  {_word(name)}" for name in bucket.parameters)
+    for flat in program.flats:
+        frozen = "" if flat.trained else " frozen"
+        yield f"flat {flat.name} {flat.dtype} ranks {' '.join(map(str, flat.ranks))}{frozen}"
+        yield from (f"  {_word(name)}" for name in flat.parameters)
     yield from _state_lines(program)
     for rank, instructions in enumerate(program.instructions):
         yield f"rank {rank}"
@@ -112,7 +118,8 @@ def _state_lines(program: Program) -> Iterator[str]:
         before = f" before {hand.before}" if hand.before else ""
         yield f"handover {hand.name} of {hand.state} from {hand.source} to {' '.join(map(str, hand.targets))}{before}"
     for write in program.writes:
-        when = "after" if write.after else "before"
+        when = ("within" if write.within else "after") if write.after else "before"
+        when += "" if write.turn is None else f" turn:{write.turn}"
         yield f"write {write.name} task {_word(write.task)} {when} ranks {' '.join(map(str, write.ranks))}"
         yield from (f"  {_word(name)}" for name in write.parameters)
         for fetch in write.fetches:
@@ -143,6 +150,7 @@ class _Parsed:
     states: list[State] = field(default_factory=list)
     handovers: list[Handover] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    flats: list[Flat] = field(default_factory=list)
 
 
 def loads(text: str, *, source: str = "text") -> Program:
@@ -175,6 +183,7 @@ def loads(text: str, *, source: str = "text") -> Program:
         states=tuple(parsed.states),
         handovers=tuple(parsed.handovers),
         writes=tuple(parsed.writes),
+        flats=tuple(parsed.flats),
     )
 
 
@@ -222,7 +231,8 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
     name, metaop, _, task, _, component, _, wave, *flags = words
     parts = [int(flag.removeprefix("parts:")) for flag in flags if flag.startswith("parts:")]
     units = [flag.removeprefix("by:") for flag in flags if flag.startswith("by:")]
-    flags = [flag for flag in flags if not flag.startswith(("parts:", "by:"))]
+    turns = [int(flag.removeprefix("turn:")) for flag in flags if flag.startswith("turn:")]
+    flags = [flag for flag in flags if not flag.startswith(("parts:", "by:", "turn:"))]
     if not set(flags) <= set(_FLAGS):
         raise ValueError(f"flags are {', '.join(_FLAGS)}")
     rows = {row[0]: row[1:] for row in body}
@@ -241,8 +251,10 @@ def _parse_slice(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
             trained=tuple(rows["trained"]),
             tensor_parallel=parts[0] if parts else 1,
             weigh_by=units[0] if units else SAMPLES,
+            turn=turns[0] if turns else 0,
             statistics=tuple(rows.get("statistics", ())),
             states=tuple(rows.get("states", ())),
+            flats=tuple(rows.get("flats", ())),
             **{flag: flag in flags for flag in _FLAGS},
         )
     )
@@ -275,6 +287,20 @@ def _parse_bucket(parsed: _Parsed, words: list[str], body: list[list[str]]) -> N
     )
 
 
+def _parse_flat(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
+    name, dtype, _, *ranks = words
+    trained = "frozen" not in ranks
+    parsed.flats.append(
+        Flat(
+            name=name,
+            dtype=dtype,
+            ranks=tuple(int(rank) for rank in ranks if rank != "frozen"),
+            parameters=tuple(parameter for (parameter,) in body),
+            trained=trained,
+        )
+    )
+
+
 def _parse_tally(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
     name, _, *ranks = words
     layers = tuple(layer for (layer,) in body)
@@ -298,7 +324,9 @@ def _parse_handover(parsed: _Parsed, words: list[str], body: list[list[str]]) ->
 
 
 def _parse_write(parsed: _Parsed, words: list[str], body: list[list[str]]) -> None:
-    name, _, task, when, _, *ranks = words
+    name, _, task, when, *rest = words
+    turn = int(rest.pop(0).removeprefix("turn:")) if rest[0].startswith("turn:") else None
+    ranks = rest[1:]
     fetches = (
         Fetch(parameter=row[0], source=int(row[1]), targets=tuple(map(int, row[3:]))) for row in body if len(row) > 1
     )
@@ -306,7 +334,9 @@ def _parse_write(parsed: _Parsed, words: list[str], body: list[list[str]]) -> No
         Write(
             name=name,
             task=task,
-            after={"before": False, "after": True}[when],
+            after={"before": False, "after": True, "within": True}[when],
+            turn=turn,
+            within=when == "within",
             ranks=tuple(map(int, ranks)),
             parameters=tuple(row[0] for row in body if len(row) == 1),
             fetches=tuple(fetches),
@@ -333,6 +363,7 @@ _PARSERS: dict[str, Callable[[_Parsed, list[str], list[list[str]]], None]] = {
     "slice": _parse_slice,
     "transfer": _parse_transfer,
     "bucket": _parse_bucket,
+    "flat": _parse_flat,
     "tally": _parse_tally,
     "state": _parse_state,
     "handover": _parse_handover,

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
+from spindle.capture.buffers import make_buffers_real
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
 from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
@@ -29,7 +30,7 @@ from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
 from spindle.capture.states import lines_of, with_states
 from spindle.capture.writes import checked_writes
-from spindle.errors import SpindleWarning
+from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import TaskGraph
 from spindle.record.copies import attributes_kept, values_kept
 from spindle.record.skeleton import BlockInfo, Skeleton
@@ -40,21 +41,25 @@ LARGE = 5_000_000  # parameters; below that an operator in one piece costs a pla
 __all__ = ["Captured", "OperatorCode", "TaskCode", "capture"]
 
 
-def capture(workload: Workload, on_task: Callable[[str], object] = str) -> Captured:
+def capture(
+    workload: Workload, on_task: Callable[[str], object] = str, *, changing: frozenset[str] = frozenset()
+) -> Captured:
     """Record every task of a workload on its first batches. Raises WorkloadError naming the task and the reason.
 
     `on_task` is called with what is done before each. A workload that has not changed since is not captured again. Each
-    of several concurrent micro-batches is a task.
+    of several concurrent micro-batches is a task. `changing`: buffers that others change, so that they are read when
+    the tasks run, though these change none.
     """
     workload.require_tasks()
     refuse_modules(workload)
-    version = _version(workload)
+    make_buffers_real(workload)
+    version = (changing, *_version(workload))
     if workload.captured is not None and workload.captured[0] == version:
         known = workload.captured[1]
         assert isinstance(known, Captured)
         return known
-    found = repeated(_capture(workload, on_task), workload.in_flight)
-    workload.captured = (_version(workload), found)  # a task may have set the mode of its modules
+    found = repeated(_capture(workload, on_task, changing), workload.in_flight)
+    workload.captured = ((changing, *_version(workload)), found)  # a task may have set the mode of its modules
     return found
 
 
@@ -78,14 +83,14 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
-def _capture(workload: Workload, on_task: Callable[[str], object]) -> Captured:
+def _capture(workload: Workload, on_task: Callable[[str], object], changing: frozenset[str]) -> Captured:
     _warn_of_large_operators(workload)
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     settled: set[str] = set()
     while True:
         try:
-            return _captured(workload, on_task, whole, apart, settled)
+            return _captured(workload, on_task, whole, apart, settled, changing)
         except Unsettled:
             continue
         except TakeApart as taken:
@@ -102,6 +107,7 @@ def _captured(
     whole: frozenset[str],
     apart: frozenset[str],
     settled: set[str],
+    changing: frozenset[str],
 ) -> Captured:
     blocks = _blocks(workload, whole, apart)
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
@@ -109,8 +115,16 @@ def _captured(
     skeleton = Skeleton(
         {name: c.module for name, c in workload.components.items()}, infos, learning=True, settled=settled
     )
+    skeleton.set_stateful(set(changing))
     results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
+    known: set[str] = set()
     while late := read & (skeleton.stateful | {t.buffer for r in results for t in r.touches if t.changes}):
+        if late <= known:
+            raise WorkloadError(
+                f"buffer {min(late)!r} changes, and its module is registered under several names in its component; "
+                "register it once, and keep other references to it in a list"
+            )
+        known |= late
         skeleton.set_stateful(late)  # a task reads them as constants, another one changes them
         results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
     skeleton.learning = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spindle.capture.codes import Crossing, TaskCode
-from spindle.capture.crossing import crossing_values, leaves_of_operators, reads_of_others, with_gradient
+from spindle.capture.crossing import crossing_values, graded, leaves_of_operators, reads_of_others, with_gradient
 from spindle.capture.grouping import Group, Key, Order, Wired, group
 from spindle.capture.look.trials import Seen, place_of, spread_mixing
 from spindle.capture.naming import Namer
@@ -44,7 +44,10 @@ def assigned(
 
 def no_gradient(task: str) -> WorkloadError:
     """The error for a loss that nothing trained leads to."""
-    return WorkloadError(f"task {task!r}: its loss needs no gradient; let it depend on a trained parameter")
+    return WorkloadError(
+        f"task {task!r}: its loss needs no gradient; let it depend on a trained parameter, or give the task weight=0, "
+        "with which it runs forward only"
+    )
 
 
 class _Assignment:
@@ -165,11 +168,18 @@ class _Assignment:
                 for what, slots in findings.places.items()
             },
             trained=frozenset(leaves[n] for n in with_gradient(self.wired) & leaves.keys()),
+            graded=frozenset(graded(self.wired)) | self._other_keys(),
             sites=self.seen.sites,
             stateful=self.seen.stateful,
             copies_batch=self.seen.copies_batch,
             writes=tuple(self.recording.writes),
+            lines={self.nodes[n].block or self.wired.key(n): self.nodes[n].line for n in names if self.nodes[n].line},
         )
+
+    def _other_keys(self) -> set[Key | str]:
+        """Keys and block calls of code that only some samples run."""
+        own = {*map(self.wired.key, self.wired.glue()), *(self.nodes[n].block for n in self.wired.blocks())}
+        return {key for wired in self.seen.others for key in graded(wired) if key not in own}
 
     def _take_other_way(
         self,

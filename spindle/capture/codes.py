@@ -150,7 +150,9 @@ class TaskCode:
     order, `tensors` their names; `loss` is the name of the loss. `sites`: along what the samples lie in draws, by
     scope. `stateful`: buffers that change. `held`: fields and units of which the first batch had some. `waits`: the
     last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
-    the task trains; `learning`: tensors that a gradient comes back for; `writes`: what it writes to parameters.
+    the task trains, `graded`: keys and block calls that it differentiates through; `learning`: tensors that a gradient
+    comes back for; `writes`: what it writes to parameters. `lines`: where keys and block calls stand in the code, as
+    far as that is known.
     """
 
     task: str
@@ -164,11 +166,13 @@ class TaskCode:
     waits: Mapping[str, Frontier]
     places: Mapping[object, tuple[Place | None, ...]]
     trained: frozenset[str]
+    graded: frozenset[Key | str]
     learning: frozenset[str] = frozenset()
     sites: Mapping[str, tuple[Site, ...]]
     stateful: frozenset[str] = frozenset()
     copies_batch: bool = False
     writes: tuple[LeafWrite, ...] = ()
+    lines: Mapping[Key | str, str] = field(default_factory=dict)
 
     def sent(self, operator: str) -> list[str]:
         """Tensors that an operator sends to others."""

@@ -22,6 +22,7 @@ from spindle.capture.codes import OperatorModule, OperatorPart, computing_in
 from spindle.capture.signature import module_signature
 from spindle.record.copies import attributes_kept
 from spindle.record.draws import shapes_only
+from spindle.record.made_up import MadeUpProducts, made_up
 from spindle.record.randomness import Undrawn
 from spindle.record.recording import Aux, Ref, tree
 from spindle.workload import Precision
@@ -112,7 +113,10 @@ def measure(
     sizes = ShapeEnv()  # boolean masks and .item() make sizes and numbers that only data can tell
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes) as mode, shapes_only():
         state: dict[str, Tensor] = {
-            name: mode.from_tensor(value, static_shapes=True) for name, value in _unique_state(module)
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            if value.is_meta
+            else mode.from_tensor(value, static_shapes=True)
+            for name, value in _unique_state(module)
         }
         arguments = [torch.empty(i.shape, dtype=i.dtype).requires_grad_(i.needs_grad) for i in inputs]
         return _measured(module, part, state, arguments, live, precision)
@@ -145,20 +149,32 @@ def measure_on_samples(
     up. Other samples may take other ways through it (experts that these did not choose), so all that can get a gradient
     counts as getting one.
     """
-    state = {name: value.detach().clone() for name, value in _unique_state(module)}
     generator = torch.Generator().manual_seed(0)
+    state = {
+        name: made_up(value, generator) if value.is_meta else value.detach().clone()
+        for name, value in _unique_state(module)
+    }
     arguments = [
         torch.randn(i.shape, generator=generator).to(i.dtype).requires_grad_(i.needs_grad)
         if i.dtype.is_floating_point
         else torch.zeros(i.shape, dtype=i.dtype)
         for i in inputs
     ]
-    try:
-        cost = _measured(module, part, state, arguments, live, precision)
-    except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):  # of torch.func, whose transforms take none
-            raise
-        cost = _measured(module, part, state, arguments, live, precision, hooked=False)
+    on_meta = any(value.is_meta for _, value in _unique_state(module))
+    with MadeUpProducts() if on_meta else contextlib.nullcontext():
+        try:
+            cost = _measured(module, part, state, arguments, live, precision)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # of torch.func, whose transforms take none
+                raise
+            cost = _measured(module, part, state, arguments, live, precision, hooked=False)
+    return with_all_gradients(cost, module, inputs)
+
+
+def with_all_gradients(cost: Cost, module: nn.Module, inputs: Sequence[ValueSpec]) -> Cost:
+    """The cost where all that can get a gradient counts as getting one, if anything does: other batches may take other
+    ways through a layer, by their shapes or by numbers that the layer is given.
+    """
     if not cost.trained and not any(cost.input_grads):
         return cost
     trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)

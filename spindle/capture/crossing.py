@@ -47,6 +47,13 @@ def with_gradient(wired: Wired) -> set[int]:
     return found
 
 
+def graded(wired: Wired) -> dict[Key | str, int]:
+    """Keys and block calls that the loss is differentiated through, and a node of each."""
+    learning, nodes = with_gradient(wired), wired.recording.nodes
+    own = (n for n in (*wired.blocks(), *wired.glue()) if not learning.isdisjoint(nodes[n].outs))
+    return {nodes[n].block or wired.key(n): n for n in own}
+
+
 def members(wired: Wired, home: Mapping[int, str]) -> dict[str, list[int]]:
     """Nodes of each operator in order, with the nodes that are repeated inside of it."""
     found: dict[str, set[int]] = defaultdict(set)

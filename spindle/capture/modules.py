@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from spindle.errors import WorkloadError
 from spindle.workload import Component, Workload
@@ -44,6 +47,16 @@ def refuse_modules(workload: Workload) -> None:
             )
 
 
+def _is_made_anew(module: nn.Module, name: str) -> bool:
+    """Whether a hook computes this attribute before each forward: the older `spectral_norm`, `weight_norm`, pruning."""
+    hooks = module._forward_pre_hooks.values()
+    return any(
+        isinstance(hook, SpectralNorm | WeightNorm | BasePruningMethod)
+        and name == (hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+        for hook in hooks
+    )
+
+
 def _check(component: Component, path: str, module: nn.Module) -> None:
     where = f"component {component.name!r}" + (f": module {path!r}" if path else "")
     kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
@@ -54,12 +67,14 @@ def _check(component: Component, path: str, module: nn.Module) -> None:
         )
     if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
         raise WorkloadError(f"{where} has max_norm={module.max_norm}, {MAX_NORM}")
-    for name, value in vars(module).items():
+    for name, value in list(vars(module).items()):
         if isinstance(value, Tensor) and not value.is_leaf:
+            if _is_made_anew(module, name):
+                setattr(module, name, value.detach())
+                continue
             raise WorkloadError(
                 f"{where} keeps in {name!r} a tensor that autograd has computed, which no copy of the module can have; "
-                "delete it before the workload is planned (of torch.nn.utils.weight_norm: use "
-                "torch.nn.utils.parametrizations.weight_norm)"
+                "delete it before the workload is planned"
             )
     found = next((kind for kind in kinds if kind in _WRAPPERS or kind in _SHARDED), None)
     if found is not None:

@@ -90,7 +90,7 @@ class _Builder:
         mixing = {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
         for name in found.order:
             self._draft(name, found.components[name], parts[name], code, name in mixing)
-        if not self.specs[code.loss].needs_grad:
+        if not self.specs[code.loss].needs_grad and self.task.weight:
             raise no_gradient(self.task.name)
         costs_by_draft = self._backward_pass(code)
         self._warn_of_whole_operators(costs_by_draft)
@@ -132,6 +132,11 @@ class _Builder:
     def _draft(self, name: str, component: str, part: OperatorPart, code: TaskCode, mixes: bool) -> None:
         leaves = self.recording.leaves
         own = dict.fromkeys(leaves[r] for n in part.nodes for r in n.refs() if r in leaves)
+        if unknown := own.keys() - self.named.keys():
+            raise WorkloadError(
+                f"{self._where}: buffer {min(unknown)!r} changes, and its module stands in several components; "
+                "register it in one, and keep it in a list in the others"
+            )
         block = self.modules[part.block.partition("@")[0]] if part.block else None
         module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
@@ -160,6 +165,8 @@ class _Builder:
             specs = self._tensor_specs(draft.name, code)
             try:
                 cost = costs.measure(draft.module, draft.part, specs, live, self.precision)
+                if draft.part.block:
+                    cost = costs.with_all_gradients(cost, draft.module, specs)
             except Exception as error:  # whatever fake tensors cannot do: sizes, branches, types that only data tell
                 cost = self._cost_on_samples(draft, code, live, error)
             self.memo.costs[key] = cost
@@ -195,7 +202,7 @@ class _Builder:
 
     def _backward_pass(self, code: TaskCode) -> list[tuple[_Draft, Cost]]:
         """Which tensors a gradient comes back for, from the loss up: what nothing trained depends on gets none."""
-        wanted = {code.loss}
+        wanted = {code.loss} if self.specs[code.loss].needs_grad else set[str]()
         found: list[tuple[_Draft, Cost]] = []
         for draft in reversed(self.drafts):
             outputs = code.sent(draft.name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import BatchValues, OperatorPart, TaskCode
-from spindle.capture.crossing import crossing_values, members, reads_of_others
+from spindle.capture.crossing import crossing_values, graded, members, reads_of_others
 from spindle.capture.grouping import Wired, wire
 from spindle.capture.lacking import Lacking
 from spindle.errors import WorkloadError
@@ -104,6 +104,12 @@ def divide(
     return TaskPart(code.task, bounds, operators, shapes, absent, frozenset(code.reads.keys() - members_by_name.keys()))
 
 
+INSTEAD = (
+    "use torch.where in place of if, or have a module branch that is named in layers= of its component: layers may"
+)
+"""What to do where code between layers takes other ways for other batches."""
+
+
 def _numbers(code: TaskCode, wired: Wired, home: Mapping[int, str], where: str) -> dict[str, int]:
     """Which value of the recording each tensor is that operators send each other."""
     crossing = crossing_values(wired, home, wired.recording.loss)
@@ -114,12 +120,26 @@ def _numbers(code: TaskCode, wired: Wired, home: Mapping[int, str], where: str) 
             same = len(sent) == len(expected)
             told = "other values than" if same else f"{len(sent)} values to other operators, and {len(expected)}"
             raise WorkloadError(
-                f"{where}: operator {name!r} sends {told} when it was captured; a task must compute in the same way in "
-                "every step"
+                f"{where}: operator {name!r} sends {told} when it was captured{_left_out(code, wired, name)}; a task "
+                f"must compute in the same way in every step ({INSTEAD})"
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}
     _check_reads(code, wired, home, {number: tensor for tensor, number in numbers.items()}, where)
+    _check_gradients(code, wired, where)
     return numbers
+
+
+def _check_gradients(code: TaskCode, wired: Wired, where: str) -> None:
+    """Raise WorkloadError where the task trains what it did not when it was captured: no plan brings the gradient."""
+    for key, number in graded(wired).items():
+        if key not in code.graded:
+            node = wired.recording.nodes[number]
+            name = node.block.partition("@")[0] or getattr(node.function, "__name__", "code")
+            raise WorkloadError(
+                f"{where}: {name!r}{f' ({node.line})' if node.line else ''} gets a gradient, and got none when it was "
+                "captured; begin with a batch for which all gradients are on, or switch them off (no_grad, "
+                "set_grad_enabled) in every step alike"
+            )
 
 
 def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: Mapping[int, str], where: str) -> None:
@@ -128,8 +148,16 @@ def _check_reads(code: TaskCode, wired: Wired, home: Mapping[int, str], named: M
         if named[ref] not in code.reads[own]:
             raise WorkloadError(
                 f"{where}: operator {own!r} reads a value of {home[wired.maker[ref]]!r}, which it did not when it was "
-                "captured; a task must compute in the same way in every step"
+                f"captured{_left_out(code, wired, own)}; a task must compute in the same way in every step ({INSTEAD})"
             )
+
+
+def _left_out(code: TaskCode, wired: Wired, operator: str) -> str:
+    """Where the code of an operator stands that was captured and does not run now, in words."""
+    now = {wired.key(number) for number in wired.glue()}
+    lines = (code.lines.get(key, "") for key, name in code.glue.items() if name == operator and key not in now)
+    line = next(filter(None, lines), "")
+    return f", and does not run {line}" if line else ""
 
 
 def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:
@@ -140,7 +168,7 @@ def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:
         node = nodes[number]
         if node.block:
             if node.block not in code.blocks:
-                raise _called_otherwise(code, node.block, where)
+                raise _called_otherwise(code, node.block, where, line=node.line)
             home[number] = code.blocks[node.block]
         elif number not in wired.repeated:
             found = code.glue.get(wired.key(number))
@@ -148,8 +176,7 @@ def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:
                 raise WorkloadError(
                     f"{where}: it runs {getattr(node.function, '__name__', 'code')!r}"
                     f"{f' ({node.line})' if node.line else ''} where it did not when it was captured, or on values of "
-                    "other layers; a task must compute in the same way in every step (use torch.where in place of if, "
-                    "and let the first batch take every way)"
+                    f"other layers; a task must compute in the same way in every step ({INSTEAD})"
                 )
             home[number] = found
     missing = sorted(code.blocks.keys() - {nodes[n].block for n in wired.blocks()})
@@ -158,14 +185,18 @@ def _home(code: TaskCode, wired: Wired, where: str) -> dict[int, str]:
     return home
 
 
-def _called_otherwise(code: TaskCode, scope: str, where: str, *, missing: bool = False) -> WorkloadError:
+def _called_otherwise(
+    code: TaskCode, scope: str, where: str, *, line: str = "", missing: bool = False
+) -> WorkloadError:
     path, _, number = scope.partition("@")
     calls = sum(other.partition("@")[0] == path for other in code.blocks)
     times = {0: "not at all", 1: "once", 2: "twice"}
     now = int(number or 0) if missing else int(number or 0) + 1
+    line = line or code.lines.get(scope, "")
+    called, before = times.get(now, f"{now} times"), times.get(calls, f"{calls} times")
     return WorkloadError(
-        f"{where}: calls {path} {times.get(now, f'{now} times')}, but {times.get(calls, f'{calls} times')} when it was "
-        "captured; a task must call the same layers in every step"
+        f"{where}: calls {path}{f' ({line})' if line else ''} {called}, but {before} when it was captured; a task must "
+        "call the same layers in every step"
     )
 
 

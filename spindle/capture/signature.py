@@ -11,6 +11,7 @@ from torch import nn
 from spindle.record.slots import Slot, mapped
 
 _NUMBERING = ("idx", "index", "layer_id")
+_MARKS = ("_is_hf_initialized",)  # which tell how weights came to be
 _PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device, type(None))
 
 
@@ -29,6 +30,7 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
         (name, _setting(value))
         for name, value in vars(module).items()
         if (isinstance(value, bool | int | float | str) or not name.startswith("_"))
+        and name not in _MARKS
         and not any(word in name for word in _NUMBERING)
     )
     return [*settings, *(("hook", _setting(hook)) for hook in hooks)]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorPart
-from spindle.capture.look.watching import Changes, line_of, statistics_of
+from spindle.capture.look.watching import Changes, statistics_of
 from spindle.errors import WorkloadError
 from spindle.graph import Operator
 from spindle.record.functions import counts_batches, updated_places
 from spindle.record.recording import Node, Ref
+from spindle.usercode import line_of
 
 
 @dataclass(frozen=True, slots=True)

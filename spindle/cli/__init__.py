@@ -4,8 +4,20 @@ Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasibl
 """
 
 # In order of use, which is that of the help.
-from spindle.cli import plans, calibration, runs, submit, exchange, shell  # isort: skip
+from spindle.cli import plans, calibration, runs, evaluation, checkpoints, flight, submit, exchange, shell  # isort: skip
 from spindle.cli.entry import main
 from spindle.cli.group import cli
 
-__all__ = ["calibration", "cli", "exchange", "main", "plans", "runs", "shell", "submit"]
+__all__ = [
+    "calibration",
+    "checkpoints",
+    "cli",
+    "evaluation",
+    "exchange",
+    "flight",
+    "main",
+    "plans",
+    "runs",
+    "shell",
+    "submit",
+]

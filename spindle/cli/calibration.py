@@ -8,7 +8,7 @@ from spindle.cli.bars import busy
 from spindle.cli.group import CLUSTER, JSON, PROFILE, SOURCE, cli
 from spindle.cli.kinds import CSV_FILE, FILE, METHOD
 from spindle.cli.options import check_directory
-from spindle.cli.terminal import folded, painted, say
+from spindle.cli.terminal import folded, warn
 from spindle.errors import FormatError
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ def calibrate(
 ) -> None:
     """Fit a few constants to measured steps of SOURCE, and say what they cannot explain.
 
-    Each row is planned on so many GPUs of the cluster's kind, with its batch on each. The constants are factors on the
+    Each row is planned on its own number of GPUs, with its batch on each. The constants are factors on the
     seconds of computation, of the host and of the network, and a fixed part of each step.
 
     \b
     spindle calibrate workload.yaml --cluster 4x8:a100-80g --steps measured.csv -o calibrated.json
     spindle plan workload.yaml --cluster 4x8:a100-80g --calibration calibrated.json
     """
-    from spindle.api import devices_at_hand, make_calibration
+    from spindle.api import devices_at_hand
+    from spindle.calibrating import make_calibration
     from spindle.calibrationfile import read_steps
     from spindle.formats import dumps, read, write
     from spindle.planner.solve import METHODS
@@ -61,8 +62,8 @@ def calibrate(
     check_directory(output)
     found = read_steps(steps_file, table)
     if found.unread:
-        say(
-            f"{painted('spindle: warning:', 'yellow')} {steps_file}: columns {', '.join(found.unread)} are not read; "
+        warn(
+            f"{steps_file}: columns {', '.join(found.unread)} are not read; "
             "put rows that differ in them into tables of their own (a column `table`)"
         )
     measured = read(profile, Profile) if profile else None

@@ -13,6 +13,7 @@ from spindle.cli.terminal import painted, say, show_warning
 from spindle.errors import SpindleError
 
 BUG = 70
+_MOST = 1500
 
 
 def main() -> None:
@@ -26,10 +27,10 @@ def main() -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context else ""
-        say(f"{_name()} {error.format_message()}{hint}")
+        say(f"{_name()} {_short(error.format_message())}{hint}")
         sys.exit(2)
     except SpindleError as error:
-        say("\n".join((f"{_name()} {error}", *_more(error))))
+        say("\n".join((f"{_name()} {_short(str(error))}", *_more(error))))
         sys.exit(error.exit_code)
     except SystemExit as error:  # commands end by click's exit; this one would pass for ours
         if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
@@ -43,7 +44,7 @@ def main() -> None:
         if os.environ.get("SPINDLE_DEBUG"):
             raise
         say(
-            f"{_name()} a bug of Spindle: {type(error).__name__}: {error}\n"
+            f"{_name()} a bug of Spindle: {type(error).__name__}: {_short(str(error))}\n"
             "Set SPINDLE_DEBUG=1 to see where, and please report it."
         )
         sys.exit(BUG)
@@ -53,7 +54,18 @@ def main() -> None:
 def _more(error: SpindleError) -> list[str]:
     """The traceback of a worker, or how to see it."""
     notes: list[str] = getattr(error, "__notes__", [])
-    return notes if os.environ.get("SPINDLE_DEBUG") else ["Set SPINDLE_DEBUG=1 to see the traceback."] * bool(notes)
+    flight = [f"`spindle flight {error.flight}` shows what each rank did last."] if error.flight else []
+    if os.environ.get("SPINDLE_DEBUG"):
+        return flight + notes
+    hints = flight + ["Set SPINDLE_DEBUG=1 to see the traceback."] * bool(notes)
+    return [" ".join(hints)] if hints else []
+
+
+def _short(text: str) -> str:
+    """A message without what a terminal would obey, cut where a long name would fill the screen."""
+    from spindle.harmless import harmless  # which help does not need
+
+    return harmless(text if len(text) <= _MOST else f"{text[: _MOST - 3]}...")
 
 
 def _name() -> str:

@@ -70,16 +70,15 @@ LAUNCHER = click.option(
 
 
 def read_plan(path: str, *, as_it_is: bool = False) -> "Plan":
-    """The plan in a file; PlanError where it runs slices on devices that it has not, unless it is read `as_it_is`."""
+    """The plan in a file; PlanError where it breaks a rule of the checker, unless it is read `as_it_is`."""
     from spindle.errors import PlanError
     from spindle.formats import read
     from spindle.plan import Plan
+    from spindle.planner.check import check_plan
 
     plan = read(path, Plan)
-    for s in () if as_it_is else plan.slices:
-        if max(s.devices) >= plan.num_devices:
-            raise PlanError(
-                f"{path}: {s.metaop} runs on device {max(s.devices)} but the plan has {plan.num_devices} devices, from "
-                f"0; `spindle check {path}` lists all that is wrong"
-            )
+    findings = () if as_it_is else check_plan(plan)
+    if findings:
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise PlanError(f"{path}: {findings[0]}{more}; `spindle check {path}` lists all that is wrong")
     return plan

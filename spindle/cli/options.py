@@ -1,6 +1,7 @@
 """Options: what is typed on the command line, in; checked values, or one line that says what is wrong, out."""
 
 import os
+import re
 
 import click
 
@@ -19,6 +20,17 @@ def not_negative(context: click.Context, option: click.Parameter, value: float |
     if value is not None and not 0 <= value < float("inf"):
         raise click.BadParameter(f"{value} is not a number from 0 up.")
     return value
+
+
+def duration(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """90s, 30m, 6h or 1d as seconds."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])", value)
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+    if not seconds:
+        raise click.BadParameter(f"{value!r} is no time such as 90s, 30m, 6h or 1d.")
+    return seconds
 
 
 def pins(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spindle.cli.bars import busy, progress
+from spindle.cli.evaluating import asked, last_text, staged, telling, with_evaluation
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
-from spindle.cli.options import check_directory, not_negative
+from spindle.cli.options import check_directory, duration, not_negative
 from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ def profile(
 ) -> None:
     """Time the layers of SOURCE (file.py:workload) here, on a Ray cluster's nodes, or under torchrun.
 
-    Also the optimiser's step and messages between ranks, inside a node and across nodes. Interrupted, the same command
+    Also the optimizer's step and messages between ranks, inside a node and across nodes. Interrupted, the same command
     goes on.
 
     \b
@@ -170,10 +173,8 @@ def _plan_or_count(text: str) -> "Plan | int":
 @click.option(
     "--lr",
     type=float,
-    default=1e-3,
-    show_default=True,
     callback=not_negative,
-    help="Of AdamW, unless the file has `optimizer`.",
+    help="Of AdamW, unless the file has `optimizer`. Default: 0.001, or what a resumed run was begun with.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--trace", "trace_file", type=FILE, help="Write what the last steps did, when and where.")
@@ -182,14 +183,59 @@ def _plan_or_count(text: str) -> "Plan | int":
 @click.option("--checkpoints", type=FOLDER, help="Write checkpoints here, the last one at the end.")
 @click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep, the newest. Default: all.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
+@click.option(
+    "--keep-every",
+    metavar="TIME",
+    callback=duration,
+    help="Of older ones than --keep, keep one each 30m, 6h or 1d. Default: none.",
+)
+@click.option("--save-async", is_flag=True, help="Write checkpoints beside the next steps, from a copy in main memory.")
+@click.option(
+    "--resume",
+    metavar="[STEP]",
+    is_flag=False,
+    flag_value="newest",
+    help="Go on from the newest checkpoint, if there is one, or from the one after this number of steps.",
+)
+@click.option(
+    "--max-failures",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Failures of ranks after which the run goes on from its newest checkpoint.",
+)
+@click.option(
+    "--not-finite",
+    type=click.Choice(["stop", "skip", "ignore"]),
+    default="stop",
+    show_default=True,
+    help="What a step does with a loss or a gradient that is no finite number.",
+)
+@click.option(
+    "--check-replicas-every",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    metavar="STEPS",
+    help="Compare what several ranks should hold alike; 0: never.",
+)
+@click.option(
+    "--grace",
+    type=float,
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    callback=not_negative,
+    help="From SIGTERM until the run ends at once, its checkpoint written or not.",
+)
+@with_evaluation
 @LAUNCHER
 @JSON
 def train(
     source: str,
     plan_file: str | None,
     steps: int,
-    lr: float,
+    lr: float | None,
     seed: int,
     trace_file: str | None,
     metrics: str | None,
@@ -197,18 +243,26 @@ def train(
     checkpoints: str | None,
     every: int,
     keep: int | None,
-    resume: bool,
+    keep_every: float | None,
+    save_async: bool,
+    resume: str | None,
+    max_failures: int,
+    not_finite: Any,
+    check_replicas_every: int,
+    grace: float,
     launcher: Any,
     as_json: bool,
+    **evaluating: Any,
 ) -> None:
     """Train SOURCE (file.py:workload) as planned, up to --steps steps in all.
 
-    A function `optimizer(parameters)` in the file makes the optimiser; without one it is AdamW. `scheduler(optimizer)`,
-    if there is one, makes its schedule.
+    A function `optimizer(parameters)` in the file makes the optimizer; without one it is AdamW. `scheduler(optimizer)`,
+    if there is one, makes its schedule. SIGTERM ends the run after a checkpoint with exit code 75: start it again with
+    --resume.
 
     \b
     spindle train model.py:workload --plan plan.json --steps 100 --metrics run.jsonl
-    spindle train model.py:workload --steps 5000 --checkpoints runs/a --every 500 --resume
+    spindle train model.py:workload --steps 5000 --checkpoints runs/a --resume --max-failures 3
     torchrun --nproc-per-node 2 -m spindle train model.py:workload --steps 100
     """
     import functools
@@ -216,22 +270,40 @@ def train(
     import torch
 
     from spindle import api
+    from spindle.failures import Failures
     from spindle.formats import write
     from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.runtime.run_folder import rate_before
     from spindle.source import load_workload
 
     if resume and not checkpoints:
         raise click.UsageError("--resume needs --checkpoints DIR, where the checkpoints of the run lie.")
+    if keep_every and not keep:
+        raise click.UsageError("--keep-every needs --keep N: how many of the newest stay besides.")
+    if resume not in (None, "newest") and not resume.isdigit():
+        raise click.UsageError(f"--resume {resume}: give the number of steps after which a checkpoint was written.")
     check_directory(trace_file)
     check_directory(metrics)
     callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
     callbacks += [TensorBoard(tensorboard)] if tensorboard else []
     workload, module = load_workload(source)
-    optimizer = getattr(module, "optimizer", None) or functools.partial(torch.optim.AdamW, lr=lr)
+    in_stages = evaluating.pop("stages")
+    evaluation = asked(source, workload, module, **evaluating)
+    callbacks += [telling()] if "evaluation" in evaluation else []
+    again = int(resume) if resume and resume.isdigit() else bool(resume)
+    optimizer = getattr(module, "optimizer", None)
+    if optimizer and lr is not None:
+        raise click.UsageError(f"--lr {lr:g} is of AdamW, and {source} has an `optimizer`: give the rate there.")
+    if lr is None:
+        lr = (rate_before(Path(checkpoints), again) if checkpoints else None) or 1e-3
+    optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=lr)
+    run: Callable[..., api.TrainResult]
+    if in_stages:
+        run = staged(source, workload, module, plan_file=plan_file, checkpoints=checkpoints)
+    else:
+        run = functools.partial(api.train, workload, read_plan(plan_file) if plan_file else None)
     with progress("training") as update:
-        result = api.train(
-            workload,
-            read_plan(plan_file) if plan_file else None,
+        result = run(
             optimizer=optimizer,
             scheduler=getattr(module, "scheduler", None),
             metric=getattr(module, "metric", None),
@@ -241,18 +313,35 @@ def train(
             checkpoints=checkpoints,
             checkpoint_every=every,
             keep_checkpoints=keep,
-            resume=resume,
+            keep_checkpoints_every_s=keep_every,
+            save_async=save_async,
+            resume=again,
+            failures=Failures(max_failures=max_failures, grace_s=grace),
+            not_finite=not_finite,
+            check_replicas_every=check_replicas_every,
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
             callbacks=callbacks,
+            **evaluation,
         )
     warn_of_losses(result)
     if trace_file:
         write(result.trace, trace_file)
     if as_json:
         done = result.first_step + len(result.losses)
-        told = {"steps": done, "first_step": result.first_step, "ended": result.ended, "step_s": result.step_s}
-        click.echo(json_text(told | {"losses": result.losses}))
+        told = {
+            "steps": done,
+            "first_step": result.first_step,
+            "ended": result.ended,
+            "step_s": result.step_s,
+            "startup": result.startup,
+            "recovered": result.recovered,
+        }
+        where = {"checkpoint": str(result.checkpoint)} if result.checkpoint else {}
+        where |= {"best": str(result.best)} if result.best else {}
+        scores = {"scores": result.scores, "stopped": result.stopped} if result.scores or result.stopped else {}
+        click.echo(json_text(told | where | scores | {"losses": result.losses}))
         return
+    click.echo(folded(result.startup, indent=2), err=True)
     if result.first_step:
         click.echo(f"resumed after {result.first_step} steps")
     click.echo(f"{len(result.losses)} steps in {result.train_s:.1f} s ({result.step_s * 1e3:.1f} ms in the median)")
@@ -261,15 +350,26 @@ def train(
         click.echo(folded(f"first {first}\nlast  {last}", indent=6))
     if result.ended:
         click.echo(f"stopped: the data of task {result.ended!r} ended")
+    if result.scores or result.stopped:
+        click.echo(folded(last_text(result), indent=6))
+    if result.checkpoint and any(parameter.is_meta for _, parameter in workload.named_parameters()):
+        click.echo(
+            folded(
+                f"trained weights are in {result.checkpoint}; `spindle export {source} --checkpoint "
+                f"{result.checkpoint} -o DIR` writes them as save_pretrained does",
+                indent=6,
+            )
+        )
     advise_after(workload, result)
 
 
 @cli.command()
 @SOURCE
 @click.option("--checkpoint", type=FOLDER, help="Weights to write. Default: as the file makes them.")
+@click.option("--ema", is_flag=True, help="Of the checkpoint, the running average of the weights.")
 @click.option("-o", "--output", required=True, type=FOLDER, help="Each component goes to DIR/NAME.")
 @JSON
-def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> None:
+def export(source: str, checkpoint: str | None, ema: bool, output: str, as_json: bool) -> None:
     """Write the components of SOURCE as their library loads them: `save_pretrained`, or else safetensors.
 
     \b
@@ -282,9 +382,8 @@ def export(source: str, checkpoint: str | None, output: str, as_json: bool) -> N
         workload, _ = load_workload(source)
         if "transformers" in sys.modules:  # its bars would stand between our lines
             sys.modules["transformers"].logging.disable_progress_bar()
-        if checkpoint:
-            api.load_checkpoint(workload, checkpoint)
-        written = {name: str(directory) for name, directory in api.export(workload, output).items()}
+        found = api.export(workload, output, checkpoint=checkpoint, ema=ema)
+        written = {name: str(directory) for name, directory in found.items()}
     if as_json:
         click.echo(json_text({"components": written}))
     else:
@@ -301,12 +400,12 @@ def doctor(as_json: bool) -> None:
     """
     from spindle.doctor import examine, render, verdict
 
-    colours = {"warn": "yellow", "fail": "red"}
+    colors = {"warn": "yellow", "fail": "red"}
     findings = []
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            click.echo(painted(folded("\n".join(render(finding)), indent=23), colours.get(finding.status)))
+            click.echo(painted(folded("\n".join(render(finding)), indent=23), colors.get(finding.status)))
     found = verdict(findings)
     if as_json:
         click.echo(json_text(found, indent=1))

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spindle.cli.group import JSON, cli, read_plan
-from spindle.cli.terminal import json_text
+from spindle.cli.terminal import json_text, say
 from spindle.errors import ClusterError, FormatError, RunError
 
 if TYPE_CHECKING:
     from spindle.runtime.launch.jobs import Jobs
+    from spindle.runtime.launch.package import Package
 
 LOCAL = "http://127.0.0.1:8265"
 OUTPUTS = ("checkpoints", "metrics", "trace_file", "tensorboard")
@@ -68,9 +69,13 @@ def submit(
         runtime_env: dict[str, Any] = {"env_vars": _variables(env)} | ({"pip": packages} if packages else {})
         follow = job_id or time.strftime(f"spindle-%Y%m%d-%H%M%S-{secrets.token_hex(2)}")
         with tempfile.TemporaryDirectory() as scratch:
-            if working_dir or needed:
-                runtime_env["working_dir"] = _packed(folder, Path(scratch), needed, exclude)
+            package = _packed(folder, Path(scratch), needed, exclude) if working_dir or needed else None
             jobs = _jobs(where)
+            if package is not None:
+                from spindle.harmless import harmless
+
+                runtime_env["working_dir"] = str(package.path)
+                say(harmless(f"sending {package.told(folder)}"))
             jobs.submit(shlex.join(("python", "-m", "spindle", "train", *train_args)), runtime_env, follow)
         if no_wait:
             told = {"job_id": follow, "address": jobs.address, "status": "PENDING"}
@@ -150,10 +155,10 @@ def _checked(train_args: Sequence[str], folder: Path) -> list[str]:
     return needed
 
 
-def _packed(folder: Path, scratch: Path, needed: Sequence[str], exclude: Sequence[str]) -> str:
+def _packed(folder: Path, scratch: Path, needed: Sequence[str], exclude: Sequence[str]) -> "Package":
     from spindle.runtime.launch.package import pack
 
-    return str(pack(folder, scratch / "working_dir.zip", needed=needed, exclude=exclude).path)
+    return pack(folder, scratch / "working_dir.zip", needed=needed, exclude=exclude)
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:

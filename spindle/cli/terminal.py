@@ -1,4 +1,4 @@
-"""Terminal: how the command line says things: JSON, lines that fit, colours, notes on costs, warnings."""
+"""Terminal: how the command line says things: JSON, lines that fit, colors, notes on costs, warnings."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def folded(text: str, *, indent: int = 2) -> str:
 
 
 def painted(text: str, color: str | None) -> str:
-    """The text in a colour, unless NO_COLOR is set; click.echo leaves colours out where no terminal reads."""
+    """The text in a color, unless NO_COLOR is set; click.echo leaves colors out where no terminal reads."""
     return text if color is None or os.environ.get("NO_COLOR") else click.style(text, fg=color)
 
 
@@ -60,6 +60,13 @@ def say(text: str) -> None:
     """On stderr; folded on a terminal, while logs keep a line a message, which is what one searches them for."""
     seen = sys.stderr.isatty()
     print(folded(text) if seen else click.unstyle(text), file=sys.stderr)  # click would write past a bar
+
+
+def warn(text: str) -> None:
+    """A line on stderr of what the user may want to change."""
+    from spindle.harmless import harmless  # which help does not need
+
+    say(f"{painted('spindle: warning:', 'yellow')} {harmless(text)}")
 
 
 def cost_notes(
@@ -85,9 +92,14 @@ def cost_notes(
         text
         for text, chosen, given in (
             (
-                "optimiser states sharded over each parameter's devices",
+                "optimizer states sharded over each parameter's devices",
                 pricing.shard_optimizer,
                 source.pricing.shard_optimizer,
+            ),
+            (
+                f"parameters of {', '.join(pricing.shard_parameters)} sharded over all devices",
+                pricing.shard_parameters,
+                source.pricing.shard_parameters == pricing.shard_parameters,
             ),
             ("activations recomputed in backward", pricing.recompute, source.pricing.recompute),
             (
@@ -117,7 +129,7 @@ def advise_after(workload: "Workload", result: "TrainResult") -> None:
     """What to do about steps that took longer than planned, where there are some and the plan is for all of them."""
     from spindle.planner.report import advice as of_planner
 
-    if len(result.losses) < 10 or any(task.every > 1 or task.probability < 1 for task in workload.tasks.values()):
+    if len(result.losses) < 10 or any(t.every > 1 or t.probability < 1 or t.mixture for t in workload.tasks.values()):
         return
     advice = of_planner.advise_after(result.plan.step_s * workload.accumulate / workload.in_flight, result.step_s)
     if advice is not None:
@@ -132,13 +144,13 @@ def warn_of_losses(result: "TrainResult") -> None:
             told = (
                 f"step {step}: the loss of {', '.join(broken)} is {losses[broken[0]]}; lower the learning rate (--lr), "
             )
-            say(f"{painted('spindle: warning:', 'yellow')} {told}clip gradients (max_grad_norm=), or look at the batch")
+            warn(f"{told}clip gradients (max_grad_norm=), or look at the batch")
             return
 
 
 def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Warnings of Spindle as one line on stderr; others as Python has them."""
     if issubclass(category, SpindleWarning):
-        say(f"{painted('spindle: warning:', 'yellow')} {message}")
+        warn(str(message))
     else:
         click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)

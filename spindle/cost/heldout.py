@@ -1,6 +1,6 @@
 """Held out: a profile in; how wrong its curves are at points that they do not use, out.
 
-Each measured point between two others is left out in turn and told from its neighbours: an operator's time by
+Each measured point between two others is left out in turn and told from its neighbors: an operator's time by
 a + b / n through both counts, or by a + b * size through both sizes; a message's by alpha-beta pieces through every
 second size.
 """

@@ -1,15 +1,16 @@
 """Memory: a chain of operators and a layout in, bytes on each of its devices out.
 
-Per device over a whole step: parameters, their gradients and optimiser states, activations kept for backward, and a
+Per device over a whole step: parameters, their gradients and optimizer states, activations kept for backward, and a
 buffer for what one layer boundary hands over, twice (an activation and the gradient of the one before; the gradient
 alone where layers are recomputed).
 
 Sixteen-bit parameters have a master copy and states of four bytes beside them (mixed precision: 2 + 2 + 12 bytes a
-parameter with Adam); wider ones have states of their own width (`spindle.cost.optimizers`). Frozen parameters are
-parameters only.
+parameter with Adam; a captured workload's gradients are summed in four, which makes 18); wider ones have states of
+their own width (`spindle.cost.optimizers`). Frozen parameters are parameters only.
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 from spindle.cost.optimizers import kept_bytes_of
 from spindle.cost.roofline import chain_rows, num_scores, score_flops
@@ -35,27 +36,48 @@ def chain_bytes(
     fixed, sharded = state_bytes(operators, pricing)
     if pricing.shard_optimizer:
         sharded /= data_parallel
-    kept = kept_bytes(operators, pricing)
+    waiting = waiting_bytes(
+        operators, pricing, data_parallel=data_parallel, tensor_parallel=tensor_parallel, longest=longest
+    )
+    return (fixed + sharded) / tensor_parallel + waiting
+
+
+def waiting_bytes(
+    operators: Sequence[Operator],
+    pricing: Pricing,
+    *,
+    data_parallel: int,
+    tensor_parallel: int = 1,
+    longest: float = 1.0,
+) -> float:
+    """Of `chain_bytes` those that are no parameters, gradients or states: what waits for backward or is handed over."""
     # recompute keeps the layers' inputs, so what a layer hands over is counted already, as the next one's
     boundary = (1 if pricing.recompute else 2) * max(operator.output_bytes for operator in operators)
-    return (fixed + sharded) / tensor_parallel + longest * (kept / tensor_parallel + boundary) / data_parallel
+    return longest * (kept_bytes(operators, pricing) / tensor_parallel + boundary) / data_parallel
 
 
 def shared_bytes(operators: Sequence[Operator], pricing: Pricing, *, data_parallel: int) -> float:
-    """Bytes that a second task with the same parameters need not hold: parameters, gradients and optimiser states."""
+    """Bytes that a second task with the same parameters need not hold: parameters, gradients and optimizer states."""
     fixed, sharded = state_bytes(operators, pricing)
     return fixed + (sharded / data_parallel if pricing.shard_optimizer else sharded)
 
 
 def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float, float]:
-    """(bytes of parameters and gradients, bytes of master copies and optimiser states), each parameter once."""
+    """(bytes of parameters and gradients, bytes of master copies and optimizer states), each parameter once."""
     fixed = spread = 0.0
     for parameter in _distinct(operators):
         fixed += parameter.num_bytes
         if parameter.trainable:
-            fixed += parameter.num_bytes
+            fixed += gradient_bytes(parameter, pricing)
             spread += kept_bytes_of(parameter, pricing)
+            spread += max(parameter.num_bytes, 4 * prod(parameter.shape)) if pricing.averages else 0
     return fixed, spread
+
+
+def gradient_bytes(parameter: Parameter, pricing: Pricing) -> int:
+    """Bytes of a trained parameter's gradient as it waits for the step."""
+    wide = pricing.wide_gradients and pricing.master_weights
+    return max(parameter.num_bytes, 4 * prod(parameter.shape)) if wide else parameter.num_bytes
 
 
 def kept_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:

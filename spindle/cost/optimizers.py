@@ -1,6 +1,7 @@
 """Optimizers: a trained parameter and an optimizer in; bytes that it keeps, and seconds of its step, out.
 
-- Sixteen-bit parameters have a master copy of four bytes; states are as wide as it, or as a wider parameter.
+- Sixteen-bit parameters have a master copy of four bytes, unless the workload wants none; states are as wide as it, or
+  as a wider parameter.
 - Elementwise optimizers are bound by memory: a step reads gradient, master copy and states, and writes all but the
   gradient. `adamw_8bit` has states of one byte, with a scale for each 256 of them (Dettmers et al. 2021).
 - `adafactor` keeps a row and a column of second moments of each matrix, no first moment (Shazeer and Stern 2018).
@@ -42,14 +43,14 @@ TABLES = ("embedding", "head", "positions")  # last words of names that Muon doe
 
 def kept_bytes_of(parameter: Parameter, pricing: Pricing) -> float:
     """Bytes of master copy and states on the device; none where they are offloaded."""
-    return 0.0 if pricing.offload_optimizer else sum(_kept(parameter, pricing.optimizer))
+    return 0.0 if pricing.offload_optimizer else sum(_kept(parameter, pricing.optimizer, _least(pricing)))
 
 
 def step_s(parameter: Parameter, device: Device, pricing: Pricing) -> float:
     """Seconds of the optimizer's step over one parameter, on one device or on its host."""
-    optimizer, width = _own(parameter, pricing.optimizer), _width(parameter)
+    optimizer, width, least = _own(parameter, pricing.optimizer), _width(parameter), _least(pricing)
     elements = prod(parameter.shape)
-    moved = elements * moved_bytes(optimizer, width) + 2 * _kept(parameter, optimizer)[1]
+    moved = elements * moved_bytes(optimizer, width, least) + 2 * _kept(parameter, optimizer, least)[1]
     moved *= PLAIN_UPDATE if pricing.execution.optimizer == "plain" else 1.0
     flops, rate = _flops(parameter, optimizer), device.peak_flops * device.matmul_efficiency
     if optimizer == "shampoo":
@@ -59,20 +60,27 @@ def step_s(parameter: Parameter, device: Device, pricing: Pricing) -> float:
     return moved / device.memory_bytes_per_s + flops / rate
 
 
-def moved_bytes(optimizer: Optimizer, width: int) -> float:
-    """Bytes that an elementwise step reads and writes for each element of `width` bytes."""
-    state = max(width, 4)
-    master = 2 * state if width < 4 else 0  # read and written
+def moved_bytes(optimizer: Optimizer, width: int, least: int = 4) -> float:
+    """Bytes that an elementwise step reads and writes for each element of `width` bytes. Those narrower than `least`
+    have a master copy of so many.
+    """
+    state = max(width, least)
+    master = 2 * state if width < least else 0  # read and written
     moved = width + master + 2 * STATES[optimizer] * state + width  # the parameter itself is written at last
-    return moved + (width if width >= 4 else 0)
+    return moved + (width if width >= least else 0)
 
 
-def _kept(parameter: Parameter, optimizer: Optimizer) -> tuple[float, float]:
+def _least(pricing: Pricing) -> int:
+    """The fewest bytes of a number that an optimizer steps."""
+    return 4 if pricing.master_weights else 1
+
+
+def _kept(parameter: Parameter, optimizer: Optimizer, least: int) -> tuple[float, float]:
     """(bytes of the master copy and states of full size, bytes of statistics that stand for rows and columns)."""
     optimizer, width = _own(parameter, optimizer), _width(parameter)
-    state = max(width, 4)
+    state = max(width, least)
     elements = prod(parameter.shape)
-    full = elements * ((4.0 if width < 4 else 0.0) + STATES[optimizer] * state)
+    full = elements * ((float(least) if width < least else 0.0) + STATES[optimizer] * state)
     rows, columns = _sides(parameter)
     if optimizer == "adafactor":
         return full, state * float(rows + columns if columns else rows)

@@ -16,7 +16,7 @@ from math import ceil, prod
 from spindle.cluster import Cluster
 from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s
-from spindle.cost.memory import layer_bytes, state_bytes
+from spindle.cost.memory import gradient_bytes, layer_bytes, state_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
 from spindle.execution import STAGES, Parallel, norm_copies
@@ -91,7 +91,9 @@ def _held_bytes(operators: Sequence[Operator], pricing: Pricing, layout: Paralle
 
 def _states(operators: Sequence[Operator], pricing: Pricing, layout: Parallel, replicas: int) -> float:
     fixed, states = state_bytes(operators, pricing)
-    gradients = sum({p.name: p.num_bytes for o in operators for p in o.parameters if p.trainable}.values())
+    gradients = sum(
+        {p.name: gradient_bytes(p, pricing) for o in operators for p in o.parameters if p.trainable}.values()
+    )
     stage = STAGES.index(layout.shard)
     parts = [replicas if stage >= least else 1 for least in (3, 2, 1)]
     return (fixed - gradients) / parts[0] + gradients / parts[1] + states / parts[2]

@@ -10,8 +10,9 @@
   (`spindle.cost.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
-  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimiser's step comes once
+  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimizer's step comes once
   a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
+- Of a component whose parameters are sharded every MetaOp runs on all devices (`spindle.cost.shards`).
 - Loading comes once a rank and task: `load_s` of the MetaOps that read a field of the batch, as measured, else none.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.
   Where a batch is known, its samples' rows tell how much.
@@ -27,9 +28,10 @@ from spindle.cluster import Cluster
 from spindle.cost.family import curves_of, shared_curve
 from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s
-from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes
+from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes, waiting_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
+from spindle.cost.shards import on_all_devices, shards, with_shards
 from spindle.errors import InfeasibleError
 from spindle.graph import Operator, Parameter, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
@@ -45,12 +47,12 @@ def price(
 ) -> MetaGraph:
     """Fill the times, bytes and forward_fraction of every MetaOp.
 
-    MetaOps without operators (read from a file) keep what they have. `pricing`: optimiser, memory choices, layouts and
+    MetaOps without operators (read from a file) keep what they have. `pricing`: optimizer, memory choices, layouts and
     spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
     """
     pricing = pricing or Pricing()
     profile = profile or Profile("")
-    metaops = tuple(_price(metaop, cluster, profile, pricing) if metaop.operators else metaop for metaop in metagraph)
+    metaops = tuple(_priced(metaop, cluster, profile, pricing) if metaop.operators else metaop for metaop in metagraph)
     sharded = metagraph.shard_optimizer or pricing.shard_optimizer
     return replace(metagraph, metaops=metaops, shard_optimizer=sharded)
 
@@ -75,17 +77,28 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     return dict(sorted(layouts.items()))
 
 
+def _priced(metaop: MetaOp, cluster: Cluster, profile: Profile, pricing: Pricing) -> MetaOp:
+    if not shards(metaop, cluster, pricing):
+        return _price(metaop, cluster, profile, pricing.of(metaop.component))
+    alone = replace(pricing, shard_optimizer=False, tensor_parallel=1, min_tensor_parallel=1, degrees=())
+    return with_shards(_price(metaop, cluster, profile, alone.of(metaop.component), on_all=True), cluster)
+
+
 def _price(
     metaop: MetaOp,
     cluster: Cluster,
     profile: Profile,
     pricing: Pricing,
+    *,
+    on_all: bool = False,
 ) -> MetaOp:
-    operators, pricing = metaop.operators, pricing.of(metaop.component)
+    """`on_all`: on all devices, each of which holds all layers."""
+    operators = metaop.operators
     by_layout: Mapping[tuple[int, int], ProfileEntry] = profile.by_layout.get(operators[0].kind, {})
     if operators[0].units is not None or not by_layout:
         by_layout = {**by_layout, **_sized(operators, profile.by_family.get(operators[0].family, ()))}
     layouts = valid_layouts(operators, cluster, pricing)
+    layouts = on_all_devices(layouts, cluster) if on_all else layouts
     if not layouts and not pricing.degrees_within(cluster.devices_per_node):
         raise InfeasibleError(
             f"MetaOp {metaop.name!r}: none of its tensor_parallel degrees, from {pricing.min_tensor_parallel} up, "
@@ -113,6 +126,11 @@ def _price(
     waits = {n: _waits(operators[0], spread, dp) for n, dp in replicas.items()}
     longest = {n: tail(spread, batch / dp) * (waits[n] if operators[0].units else 1) for n, dp in replicas.items()}
     shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
+    waiting = (
+        n * waiting_bytes(operators, pricing, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n])
+        for n, tp in degrees.items()
+    )
+    again = recomputed_bytes(operators, pricing)
     trainable = sum(_reduced_bytes(p, pricing) for op in operators for p in op.parameters if p.trainable)
     # pieces and shards together are as many as the devices, by which the planner divides a sharded update
     update = _update_s(operators, cluster, measured, pricing) / (
@@ -133,7 +151,8 @@ def _price(
         layer_state_bytes=shared / len(operators) / max(degrees.values()),
         layer_update_s=update,
         load_s=profile.load_s.get((task, batch), 0.0) if reads else 0.0,
-        recomputed_bytes=recomputed_bytes(operators, pricing),
+        kept_bytes=max(0.0, min(waiting) - again),
+        recomputed_bytes=again,
         output_bytes=float(operators[0].output_bytes),
         forward_fraction=first.forward_s / first.total_s,
         tensor_parallel=tuple((n, tp) for n, tp in degrees.items() if tp > 1),
@@ -179,7 +198,7 @@ def _recomputed(entry: ProfileEntry) -> ProfileEntry:
 def _update_s(
     operators: Sequence[Operator], cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing
 ) -> float:
-    """Seconds of the optimiser's step over a layer: measured, else what moving its states takes."""
+    """Seconds of the optimizer's step over a layer: measured, else what moving its states takes."""
     timed = next((entry.update_s for entry in measured.values() if entry.update_s), 0.0)
     if timed:
         return timed

@@ -193,7 +193,7 @@ def _products(
 ) -> tuple[float, float]:
     """Seconds of forward's matrix products, and bytes that they and what stands between them move."""
     rate = device.peak_flops * device.matmul_efficiency * _rate_of(work.itemsize, device)
-    # a single product (a vocabulary projection, glue) has no neighbour, so its operands are moved once
+    # a single product (a vocabulary projection, glue) has no neighbor, so its operands are moved once
     traffic = device.elementwise_traffic if len(work.matmuls) > 1 else 1.0
     seconds = moved = 0.0
     for rows, wide, narrow in work.matmuls:

@@ -63,6 +63,7 @@ def _mean(own: MetaOp, others: Sequence[MetaOp]) -> MetaOp:
         own,
         layer_time_s=points(times),
         memory_bytes=points({n: max(other.memory[n] for other in others) for n in own.memory}),
+        kept_bytes=max(other.kept_bytes for other in others),
         recomputed_bytes=max(other.recomputed_bytes for other in others),
         output_bytes=fmean(other.output_bytes for other in others),
         forward_fraction=forward_s / times[least],

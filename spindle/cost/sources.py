@@ -83,7 +83,7 @@ def _interpolated(mean_error: float) -> Band:
 
 
 def leave_one_out_error(entries: Mapping[int, ProfileEntry]) -> float:
-    """Mean relative error at each inner measured count when T = a + b/n through its neighbours predicts it."""
+    """Mean relative error at each inner measured count when T = a + b/n through its neighbors predicts it."""
     return _mean_error(left_out("", entries))
 
 

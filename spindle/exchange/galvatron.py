@@ -5,7 +5,7 @@ Galvatron (PKU-DAIR/Hetu-Galvatron) writes two JSON files for each model:
 - computation: "layertype_0_bsz8_seq2048": milliseconds of the forward of ONE layer for ONE sample, measured with eight
   samples on one device; "layertype_other_bsz8_seq2048": the same of all that is no layer (embedding, head).
 - memory: "layertype_0" or "layertype_0_sp", then by sequence length: `parameter_size`, a quarter of a layer's weights,
-  gradients and optimiser states, and `tp_activation_per_bsz_dict`, activations of a sample by tensor-parallel degree;
+  gradients and optimizer states, and `tp_activation_per_bsz_dict`, activations of a sample by tensor-parallel degree;
   "other_memory_pp_off" or "..._sp": `model_states` and `activation` of all that is no layer. All in MiB.
 
 Times on several devices are those of data parallelism: each device computes its share of the batch.
@@ -30,7 +30,7 @@ from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.spec.values import stages_to_edges
 
 MIB = 2.0**20
-STATE_COPIES = 4.0  # Galvatron: weights, gradients, optimiser states are four times parameter_size
+STATE_COPIES = 4.0  # Galvatron: weights, gradients, optimizer states are four times parameter_size
 PARAMETER_BYTES = 4.0  # and parameter_size has four bytes for a parameter
 _TIME = re.compile(r"layertype_(?P<layertype>\d+|other)_bsz(?P<batch>\d+)_seq(?P<seq>\d+)")
 
@@ -102,7 +102,7 @@ class _Piece:
 
     total_ms         (samples, milliseconds): forward of one layer, samples rising
     values           numbers of a sample that one layer hands to the next
-    state_mib        weights, gradients and optimiser states of a layer; 0: not known
+    state_mib        weights, gradients and optimizer states of a layer; 0: not known
     activation_mib   of a layer and a sample
     """
 

@@ -106,7 +106,7 @@ def _said(s: Slice) -> str:
 
 
 def _ranges(devices: Iterable[int]) -> str:
-    """Runs of neighbours: "0-3, 8"; the first few."""
+    """Runs of neighbors: "0-3, 8"; the first few."""
     runs: list[list[int]] = []
     for device in devices:
         if runs and runs[-1][-1] + 1 == device:

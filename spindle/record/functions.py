@@ -133,6 +133,14 @@ class SetData:
             leaf.copy_(value)
 
 
+class NewData(SetData):
+    """The same with memory of its own: what autograd has kept of the tensor before stays."""
+
+    def __call__(self, leaf: Tensor, value: Tensor) -> None:
+        """Put the value in place."""
+        leaf.data = value.to(leaf.dtype).clone(memory_format=torch.preserve_format)
+
+
 class Into:
     """A function called with `out=`, as one that gives what `out` becomes."""
 

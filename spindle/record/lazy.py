@@ -109,6 +109,10 @@ _GRADIENT: Any = Tensor.grad
 GRADIENTS: frozenset[Any] = frozenset({_GRADIENT.__get__, _GRADIENT.__set__, _GRADIENT.__delete__})
 """What reads or changes the gradient that a tensor holds."""
 
+OTHER_DATA = "it sets .data of a value of the model, or to another shape; compute a new value in its place"
+PARTS_AT_ONCE = (
+    "it writes to several tensors at once, some of which are parts of parameters or none; write to each alone"
+)
 BRANCHES = "it branches on a value computed from parameters"
 INSTEAD = "use torch.where, or put it into a module and register that"
 
@@ -143,6 +147,14 @@ class Forbidden(Refused):
 
 class Stranger(Exception):
     """A trainable parameter that belongs to no component."""
+
+
+def sharing(one: str, other: str) -> Refused:
+    """What to say where a parameter would get the memory of another."""
+    return Refused(
+        f"it sets .data of parameter {one!r} to the memory of {other!r}, which both would share from then on; copy it: "
+        "p.data.copy_(q)"
+    )
 
 
 def is_lazy(value: Any) -> bool:
@@ -186,3 +198,20 @@ def any_lazy(values: Iterable[Any]) -> bool:
         elif type(value) is dict and any_lazy(value.values()):
             return True
     return False
+
+
+def covers(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor in the memory of a parameter or buffer is all of it, in its order."""
+    return (
+        value.shape == leaf.shape
+        and value.stride() == leaf.stride()
+        and value.storage_offset() == leaf.storage_offset()
+    )
+
+
+def share_versions(value: Tensor, leaf: Tensor) -> bool:
+    """Whether autograd notices on a leaf what is written to a meta tensor in its memory; not of what `.data` gives."""
+    before = leaf._version
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        value.zero_()  # which has no numbers
+    return leaf._version != before

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spindle.record.averages import update_parameters
 from spindle.record.checkpoints import going
 from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.patching import Change, Shared, in_place
@@ -84,8 +85,10 @@ def _uncompiled() -> contextlib.AbstractContextManager[object]:
 
 def _calls() -> list[Change]:
     from torch.amp import grad_scaler
+    from torch.optim.swa_utils import AveragedModel
 
     return [
+        (AveragedModel, "update_parameters", _average_patch(AveragedModel.update_parameters)),
         (torch.autograd.Function, "apply", classmethod(_function_patch(torch.autograd.Function.__dict__["apply"]))),
         (grad_scaler.GradScaler, "scale", _scaler_patch(grad_scaler.GradScaler.scale)),
         (torch.random, "default_generator", _Generator(torch.default_generator)),
@@ -134,6 +137,14 @@ _CALLS = Shared(lambda: in_place(_calls()))
 _WRAPPERS = Shared(lambda: in_place(_wrappers()))
 _WRITES = Shared(lambda: in_place(_writes()))
 _UNCOMPILED = Shared(_uncompiled)
+
+
+def _average_patch(own: Callable[..., Any]) -> Callable[..., Any]:
+    def update(averaged: Any, model: nn.Module) -> None:
+        recorder = _RECORDER.get()
+        (own if recorder is None or recorder.inside else update_parameters)(averaged, model)
+
+    return update
 
 
 # -- autograd functions -----------------------------------------------------------------------------------------------

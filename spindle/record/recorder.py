@@ -39,6 +39,8 @@ from spindle.record.lazy import (
     ATTRIBUTES,
     GRADIENTS,
     OPENS_GRADIENTS,
+    OTHER_DATA,
+    PARTS_AT_ONCE,
     READS,
     SET_DATA,
     SETS_GRADIENTS,
@@ -48,11 +50,14 @@ from spindle.record.lazy import (
     Refused,
     Stranger,
     any_lazy,
+    covers,
     get_device,
     get_meta,
     is_lazy,
     is_meta,
     memory_of,
+    share_versions,
+    sharing,
     storage_of,
 )
 from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
@@ -262,25 +267,24 @@ class Recorder(TorchFunctionMode):
         else:
             leaf = self._leaf_of(given)
             assert leaf is not None
-            if not _covers(given, leaf):
+            if not covers(given, leaf):
                 func = WrittenInLeaf(func, given)
             leaves, first = [leaf], leaf
         with torch.no_grad():
             encoded = tree(self.encoded, (first, *args[1:])), tree(self.encoded, kwargs)
             names = tuple(map(self._name, leaves))
+            unnoticed = not all(map(share_versions, given if type(given) in (list, tuple) else [given], leaves))
             self._on_meta(func, (first, *args[1:]), kwargs)
             self._touched.clear()
             self._versions.update({self._number[id(leaf)]: leaf._version for leaf in leaves})
-            self._add(func, *encoded, [-1] if isinstance(first, Tensor) else [], writes=names)
+            outs = [-1] if isinstance(first, Tensor) else []
+            self._add(func, *encoded, outs, writes=names, unnoticed=unnoticed)
         return given
 
     def _whole_leaf(self, value: Tensor) -> Tensor:
         leaf = self._leaf_of(value)
-        if leaf is None or not _covers(value, leaf):
-            raise Refused(
-                "it writes to several tensors at once, some of which are parts of parameters or none; write to each "
-                "alone"
-            )
+        if leaf is None or not covers(value, leaf):
+            raise Refused(PARTS_AT_ONCE)
         return leaf
 
     def _set_data(self, of: Tensor, value: Tensor) -> None:
@@ -290,10 +294,13 @@ class Recorder(TorchFunctionMode):
             if not is_meta(of):
                 self.written.append(of)  # a buffer, say, that was taken as a constant
                 return
-            raise Refused(
-                "it sets .data of a value of the model, or to another shape; compute a new value in its place"
-            )
-        self._add(SetData(), (self.encoded(of), self.encoded(value)), {}, [], writes=(self._name(leaf),))
+            raise Refused(OTHER_DATA)
+        other = self._leaf_of(value) if is_meta(value) else None
+        if other is not None and other is not of:
+            raise sharing(self._name(leaf), self._name(other))
+        if not (other is of and covers(value, of)):  # else p.data *= 2, which has written there
+            encoded = self.encoded(of), self.encoded(value)
+            self._add(SetData(), encoded, {}, [], writes=(self._name(leaf),), unnoticed=True)
 
     def _name(self, leaf: Tensor) -> str:
         return self.recording.leaves[self._number[id(leaf)]]
@@ -352,6 +359,7 @@ class Recorder(TorchFunctionMode):
         block: str = "",
         writes: tuple[str, ...] = (),
         draws: bool = False,
+        unnoticed: bool = False,
     ) -> None:
         if writes and (self._in_checkpoint or _under_checkpoint()):
             raise Refused(
@@ -374,6 +382,7 @@ class Recorder(TorchFunctionMode):
                 writes=writes,
                 draws=draws,
                 line=self.sites.lines[site],
+                unnoticed=unnoticed,
             )
         )
 
@@ -589,12 +598,3 @@ def _under_checkpoint() -> bool:
     """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__
-
-
-def _covers(value: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor in the memory of a parameter or buffer is all of it, in its order."""
-    return (
-        value.shape == leaf.shape
-        and value.stride() == leaf.stride()
-        and value.storage_offset() == leaf.storage_offset()
-    )

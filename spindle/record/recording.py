@@ -58,7 +58,7 @@ class Node:
 
     `site` is where the call was made; `block` names the call of a repeated layer, such as "vision.layers.3@1";
     `component` is the call of a component that it was made in. `grad`: whether gradients were on. `writes`: leaves that
-    it changes in place. `draws`: it draws random numbers.
+    it changes in place; `unnoticed`: autograd does not see that. `draws`: it draws random numbers.
     """
 
     function: Callable[..., Any]
@@ -73,6 +73,7 @@ class Node:
     writes: tuple[str, ...] = ()
     draws: bool = False
     line: str = ""
+    unnoticed: bool = False
 
     def refs(self) -> list[int]:
         """Values that it reads."""
@@ -90,7 +91,7 @@ class LeafWrite:
 
     `after`: all that uses the target in the task comes before it, or, when False, after it; None: nothing uses it.
     `repeatable`: to write twice is to write once. `text` is equal for writes that do the same. `shapes`: of the
-    sources, with their types.
+    sources, with their types. `unnoticed`: autograd does not see it, so that backward computes with what was written.
     """
 
     target: str
@@ -104,6 +105,7 @@ class LeafWrite:
     text: str
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     clocks: tuple[str, ...] = ()
+    unnoticed: bool = False
 
 
 @dataclass(slots=True)

@@ -85,7 +85,7 @@ def _native_dropout(mode: Drawer, input: Tensor, p: float, train: bool | None) -
 
 
 def _alpha(mode: Drawer, x: Tensor, p: float, training: bool, shape: Sequence[int], inplace: bool) -> Tensor:
-    """Dropout that keeps mean and variance of self-normalising networks (Klambauer et al. 2017)."""
+    """Dropout that keeps mean and variance of self-normalizing networks (Klambauer et al. 2017)."""
     if not training or _rate(p) == 0:
         return x
     low = -1.7580993408473766

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
+from spindle.record.draws import drawing_unseen
 from spindle.record.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches
 from spindle.record.lazy import Forbidden, memory_of
+from spindle.record.made_up import MadeUpProducts, stand_in
 from spindle.record.patches import recorded_calls, watched_modules
 from spindle.record.recorder import Recorder
 from spindle.record.recording import Recording
@@ -239,16 +241,21 @@ class Skeleton:
 
     @contextlib.contextmanager
     def real(self, module: nn.Module) -> Iterator[None]:
-        """While open, a module below an open skeleton has its own parameters and buffers, and changes none of them."""
+        """While open, a module below an open skeleton has its own parameters and buffers, and changes none of them.
+        Those that are on the meta device are made up.
+        """
         inside = {id(m._parameters) for m in module.modules()} | {id(m._buffers) for m in module.modules()}
         places = [place for place in self._places if id(place[0]) in inside]
+        with torch._C.DisableTorchFunction(), drawing_unseen():
+            real = self._stand_ins([value for _, _, value, _ in places])
         for own, name, value, _ in places:
-            own[name] = value
+            own[name] = real.get(id(value), value)
         standing = [(m._buffers, key, buffer) for m in module.modules() for key, buffer in m._buffers.items()]
         with torch._C.DisableTorchFunction():
             before = [None if buffer is None else buffer.clone() for _, _, buffer in standing]
+        products = MadeUpProducts() if real else contextlib.nullcontext()
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), products:
                 yield
         finally:
             with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -256,6 +263,12 @@ class Skeleton:
                     held[key] = buffer if buffer is None or known is None else buffer.copy_(known)
             for own, name, _, meta in places:
                 own[name] = meta
+
+    @staticmethod
+    def _stand_ins(values: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Made-up tensors for those that are on the meta device, by id."""
+        generator = torch.Generator().manual_seed(0)
+        return {id(value): stand_in(value, generator) for value in values if value.is_meta}
 
     @contextlib.contextmanager
     def _forwards(self, recorder: Recorder) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.recorder import Recorder
+from spindle.usercode import line_of
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 _MISSING = object()
@@ -49,7 +50,14 @@ class Steady:
         """What is told of attributes that are set while a task is recorded."""
 
         def told(module: nn.Module, name: str, value: Any) -> None:
-            if id(module) not in self.paths or any(name in held for held in _held(module)):
+            if id(module) not in self.paths:
+                return
+            if what := _replaced(module, name, value):
+                raise Forbidden(
+                    f"it puts another {what} in place of {name!r} of {self.paths[id(module)]!r}, which the optimizer "
+                    "does not have; change the values of parameters themselves, under torch.no_grad()"
+                )
+            if any(name in held for held in _held(module)):
                 return
             before = vars(module).get(name, getattr(type(module), name, _MISSING))
             if recorder.inside or recorder.for_real:
@@ -116,10 +124,22 @@ class Steady:
             self._own.clear()
 
     def _counted(self, module: nn.Module, name: str) -> Forbidden:
+        line = line_of(type(module), name)
         return Forbidden(
-            f"layer {self.paths[id(module)]!r} keeps {name!r} from call to call, and copies of it in several processes "
-            "would each keep their own; keep it in a buffer (register_buffer), or give it as a field of the batch"
+            f"layer {self.paths[id(module)]!r} keeps a state of its own in attribute {name!r}"
+            f"{f' ({line})' if line else ''}, which changes from call to call and which no plan can follow; make it a "
+            "buffer that __init__ registers, with its first value"
         )
+
+
+def _replaced(module: nn.Module, name: str, value: Any) -> str:
+    """Which kind of thing that is trained gets another in its place; "" for none."""
+    own = module._parameters.get(name)
+    if own is not None and value is not own:
+        return "parameter"
+    inner = module._modules.get(name)
+    trained = any(isinstance(each, nn.Module) and any(True for _ in each.parameters()) for each in (inner, value))
+    return "module" if inner is not None and value is not inner and trained else ""
 
 
 def _held(module: nn.Module) -> list[Mapping[str, Any]]:

@@ -4,10 +4,11 @@ import contextlib
 import copyreg
 import inspect
 import io
+import marshal
 import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -59,16 +60,18 @@ def _is_users(module: ModuleType) -> bool:
 
 
 class _WithoutWeights(cloudpickle.Pickler):  # type: ignore[misc]
-    """Sends parameters as their shapes."""
+    """Sends parameters as their shapes, and code with the name of its file."""
 
     def reducer_override(self, value: Any) -> Any:
-        """Parameters become meta parameters."""
+        """Parameters become meta parameters; code goes as Python itself writes it."""
         if isinstance(value, nn.Parameter):
-            return _meta_parameter, (tuple(value.shape), value.dtype, value.requires_grad)
+            return meta_parameter, (tuple(value.shape), value.dtype, value.requires_grad)
         if isinstance(value, nn.parallel.DistributedDataParallel):
             return Wrapped, ("module", value.module)
         if type(value).__name__ == "OptimizedModule":
             return Wrapped, ("_orig_mod", value._orig_mod)
+        if isinstance(value, CodeType):  # cloudpickle from 3.1.3 on leaves out its file, which places and messages name
+            return marshal.loads, (marshal.dumps(value),)
         return super().reducer_override(value)
 
 
@@ -92,7 +95,8 @@ class Wrapped(nn.Module):
         return getattr(self, self.name)(*args, **kwargs)
 
 
-def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+def meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+    """A parameter without numbers."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
 
 

@@ -7,6 +7,7 @@ They may read clocks: buffers that the task itself changes by constants alone, s
 writes keeps a clock of its own for each such parameter, which goes on as the buffer does.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spindle.graph import ParameterWrite
-from spindle.record.functions import SetData
+from spindle.record.functions import NewData, SetData
 from spindle.record.lazy import Refused
 from spindle.record.recording import Aux, LeafWrite, Node, Recording, Ref, execute, tree
 
@@ -125,6 +126,7 @@ class _Taker:
             after=None if before and after else after,
             repeatable=not clocks and self._repeatable(target, numbers),
             line=self.nodes[numbers[0]].line,
+            unnoticed=any(self.nodes[number].unnoticed for number in numbers),
             text=" ".join(map(self._text, nodes)),
             shapes={
                 name: (self.recording.shapes[n], self.recording.dtypes[n])
@@ -219,7 +221,13 @@ def specs(task: str, writes: Iterable[LeafWrite]) -> tuple[ParameterWrite, ...]:
     """What a plan must know of a task's writes."""
     return tuple(
         ParameterWrite(
-            task=task, target=w.target, sources=w.sources, after=w.after, repeatable=w.repeatable, line=w.line
+            task=task,
+            target=w.target,
+            sources=w.sources,
+            after=w.after,
+            repeatable=w.repeatable,
+            unnoticed=w.unnoticed,
+            line=w.line,
         )
         for w in writes
     )
@@ -233,11 +241,18 @@ class OwnWrite:
     clocks: dict[str, Tensor]
 
 
-def perform(write: LeafWrite, leaf: Callable[[str], Tensor], device: torch.device) -> None:
-    """Write to a parameter; `leaf` gives it and what is read."""
-    with torch.no_grad():
+def perform(write: LeafWrite, leaf: Callable[[str], Tensor], device: torch.device, is_within: bool = False) -> None:
+    """Write to a parameter; `leaf` gives it and what is read. `is_within`: between a forward and its backward, which
+    does not notice.
+    """
+    nodes, unnoticed = write.nodes, contextlib.ExitStack()
+    if is_within:
+        nodes = tuple(replace(n, function=NewData()) if isinstance(n.function, SetData) else n for n in nodes)
+        keep: Any = torch.autograd.grad_mode._unsafe_preserve_version_counter
+        unnoticed.enter_context(keep(leaf(write.target)))
+    with torch.no_grad(), unnoticed:
         execute(
-            write.nodes,
+            nodes,
             {},
             aux=lambda number: write.aux[number].to(device),
             leaf=leaf,

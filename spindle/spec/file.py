@@ -17,6 +17,7 @@ from spindle.clusterfile import parse_yaml, read_yaml
 from spindle.errors import FormatError, InputError
 from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle, Parallel, Shard
 from spindle.filemodels import StrictModel
+from spindle.filetypes import Amount, Count, Number, Prose, Text
 from spindle.formats import explain_validation
 from spindle.pricing import Optimizer
 from spindle.spec.blocks import (
@@ -41,43 +42,43 @@ def _as_tuple(value: Any) -> Any:
 
 
 class _ComponentModel(StrictModel):
-    tokens: int = 1
-    instances: int = 1
-    repeats: int = 1
+    tokens: Amount = 1
+    instances: Count = 1
+    repeats: Count = 1
     trained: Trained = "all"
-    lora_rank: int = 0
-    dtype: str | None = None
-    base_dtype: str | None = None
-    output_tokens: int | None = None
-    tokens_p99: int | None = None
+    lora_rank: Amount = 0
+    dtype: Text | None = None
+    base_dtype: Text | None = None
+    output_tokens: Amount | None = None
+    tokens_p99: Amount | None = None
     update: Update = "gradient"
-    tensor_parallel: int | None = None
-    min_tensor_parallel: int | None = None
+    tensor_parallel: Count | None = None
+    min_tensor_parallel: Count | None = None
 
 
 class _LayersModel(_ComponentModel):
     """Of softmax and of linear attention."""
 
-    kind: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    ffn: int | None = None
+    kind: Text
+    layers: Count
+    hidden: Amount
+    heads: Amount
+    kv_heads: Amount | None = None
+    head_dim: Amount | None = None
+    ffn: Amount | None = None
     gated: bool = False
     causal: bool = False
     positions: bool = True
-    skipped_layers: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
-    vocab: int = 0
+    skipped_layers: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = ()
+    vocab: Amount = 0
     tied: bool = True
     logits: bool = False
-    input_features: int = 0
-    output_features: int = 0
-    extra_parameters: int = 0
-    layer_extra_parameters: int = 0
+    input_features: Amount = 0
+    output_features: Amount = 0
+    extra_parameters: Amount = 0
+    layer_extra_parameters: Amount = 0
     cross_attention: CrossAttention = "none"
-    context_hidden: int = 0
+    context_hidden: Amount = 0
     payload: Payload = "last_hidden"
 
     def value(self, name: str) -> Component:
@@ -103,7 +104,7 @@ class _LinearAttentionModel(_LayersModel):
 
 class _MlpModel(_ComponentModel):
     kind: Literal["mlp"]
-    widths: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+    widths: Annotated[tuple[Amount, ...], BeforeValidator(_as_tuple)]
 
     def value(self, name: str) -> Component:
         return Mlp(name=name, **{key: value for key, value in self if key != "kind"})
@@ -111,9 +112,9 @@ class _MlpModel(_ComponentModel):
 
 class _EmbeddingModel(_ComponentModel):
     kind: Literal["embedding"]
-    vocab: int
-    hidden: int
-    extra_parameters: int = 0
+    vocab: Amount
+    hidden: Amount
+    extra_parameters: Amount = 0
 
     def value(self, name: str) -> Component:
         return Embedding(name=name, **{key: value for key, value in self if key != "kind"})
@@ -121,9 +122,9 @@ class _EmbeddingModel(_ComponentModel):
 
 class _LmHeadModel(_ComponentModel):
     kind: Literal["lm_head"]
-    vocab: int
-    hidden: int
-    tied_to: str = ""
+    vocab: Amount
+    hidden: Amount
+    tied_to: Text = ""
 
     def value(self, name: str) -> Component:
         return LmHead(name=name, **{key: value for key, value in self if key != "kind"})
@@ -131,10 +132,10 @@ class _LmHeadModel(_ComponentModel):
 
 class _OtherModel(_ComponentModel):
     kind: Literal["other"]
-    layers: int = 1
-    hidden: int
-    parameters_millions: float
-    forward_gflops_per_sample: float
+    layers: Count = 1
+    hidden: Amount
+    parameters_millions: Number
+    forward_gflops_per_sample: Number
 
     def value(self, name: str) -> Component:
         renamed = ("kind", "parameters_millions", "forward_gflops_per_sample")
@@ -165,14 +166,14 @@ def _as_stage(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-_Stage = Annotated[tuple[str, ...], BeforeValidator(_as_stage)]
+_Stage = Annotated[tuple[Text, ...], BeforeValidator(_as_stage)]
 _Stages = Annotated[tuple[_Stage, ...], BeforeValidator(_as_tuple)]
 
 
 class _EdgeModel(StrictModel):
-    source: str
-    target: str
-    payload_kib_per_sample: float | None = None
+    source: Text
+    target: Text
+    payload_kib_per_sample: Number | None = None
 
     def value(self) -> Edge:
         kib = self.payload_kib_per_sample
@@ -196,20 +197,20 @@ _PLAIN = ("batch_size", "loss", "weight", "probability", "every", "rate", "forwa
 
 
 class _TaskModel(StrictModel):
-    batch_size: int
+    batch_size: Count
     flow: _Stages | None = None
     edges: _Edges | None = None
     loss: LossKind = "other"
-    weight: float = 1.0
-    probability: float = 1.0
-    every: int = 1
-    rate: int = 1
+    weight: Number = 1.0
+    probability: Number = 1.0
+    every: Count = 1
+    rate: Count = 1
     forward_only: bool = False
-    tokens: dict[str, int] = Field(default_factory=dict)
-    tokens_p99: dict[str, int] = Field(default_factory=dict)
-    instances: dict[str, int] = Field(default_factory=dict)
-    context_tokens: dict[str, int] = Field(default_factory=dict)
-    lora_rank: dict[str, int] = Field(default_factory=dict)
+    tokens: dict[Text, Amount] = Field(default_factory=dict)
+    tokens_p99: dict[Text, Amount] = Field(default_factory=dict)
+    instances: dict[Text, Count] = Field(default_factory=dict)
+    context_tokens: dict[Text, Amount] = Field(default_factory=dict)
+    lora_rank: dict[Text, Amount] = Field(default_factory=dict)
 
     def value(self, name: str) -> Task:
         if (self.flow is None) == (self.edges is None):
@@ -245,9 +246,9 @@ class _ExecutionModel(StrictModel):
 
 
 class _LayoutModel(StrictModel):
-    tensor: int = 1
-    pipeline: int = 1
-    micro_batch: int | None = None
+    tensor: Count = 1
+    pipeline: Count = 1
+    micro_batch: Count | None = None
     sequence_parallel: bool = False
     shard: Shard = "nothing"
     keeps_gathered: bool = False
@@ -256,20 +257,21 @@ class _LayoutModel(StrictModel):
 class _WorkloadModel(StrictModel):
     format: Literal["spindle.workload"]
     version: Literal[1]
-    name: str
-    title: str = ""
-    source: Annotated[str, Field(description="where shapes and batches come from; for readers only")] = ""
-    dtype: str = "bfloat16"
+    name: Text
+    title: Text = ""
+    source: Annotated[Prose, Field(description="where shapes and batches come from; for readers only")] = ""
+    dtype: Text = "bfloat16"
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     shard_optimizer: bool = False
+    shard_parameters: Annotated[tuple[str, ...], Field(strict=False)] = ()
     execution: _ExecutionModel = _ExecutionModel()
     layout: _LayoutModel | None = None
     may_offload: bool = False
-    tensor_parallel: int = 1
-    min_tensor_parallel: int = 1
-    components: dict[str, _AnyComponent]
-    tasks: dict[str, _TaskModel]
+    tensor_parallel: Count = 1
+    min_tensor_parallel: Count = 1
+    components: dict[Text, _AnyComponent]
+    tasks: dict[Text, _TaskModel]
 
     def value(self) -> WorkloadSpec:
         return WorkloadSpec(
@@ -279,6 +281,7 @@ class _WorkloadModel(StrictModel):
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
+            shard_parameters=self.shard_parameters,
             execution=Execution(**dict(self.execution)),
             layout=Parallel(**dict(self.layout)) if self.layout else None,
             may_offload=self.may_offload,

@@ -121,8 +121,9 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute, shard_optimizer   memory choices (spindle.pricing) that the plan is to make
-    execution    how layers, attention, optimiser and reductions are run
+    recompute, shard_optimizer, shard_parameters   memory choices (spindle.pricing) that the plan is to make; the last
+                 one names components
+    execution    how layers, attention, optimizer and reductions are run
     layout       how the workload is run today: a plan is compared with it
     may_offload  optimizer states may go to the host's memory where nothing else fits
     tensor_parallel, min_tensor_parallel   of components that do not say otherwise
@@ -136,6 +137,7 @@ class WorkloadSpec:
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     shard_optimizer: bool = False
+    shard_parameters: tuple[str, ...] = ()
     execution: Execution = USUAL
     layout: Parallel | None = None
     may_offload: bool = False
@@ -155,6 +157,11 @@ class WorkloadSpec:
                         f"task {task.name!r} runs component {name!r}, which is not given; "
                         f"the components are {', '.join(sorted(known))}"
                     )
+        for name in self.shard_parameters:
+            if name not in known:
+                raise WorkloadError(
+                    f"shard_parameters names {name!r}, which is no component; they are {', '.join(sorted(known))}"
+                )
         check_dtype(f"workload {self.name!r}", self.dtype)
         for component in self.components:
             self._degrees(component)
@@ -181,7 +188,9 @@ class WorkloadSpec:
         """Degrees of tensor parallelism of a component, rising. Raises WorkloadError when there is none."""
         most = self.tensor_parallel if component.tensor_parallel is None else component.tensor_parallel
         own = component.min_tensor_parallel
-        least = min(self.min_tensor_parallel, most) if own is None else own
+        least = self.min_tensor_parallel if own is None else own
+        if own is None and component.tensor_parallel is not None:
+            least = min(least, most)  # a component that says how far it may be spread is not held to the others' least
         if least < 1 or most < least:
             raise WorkloadError(
                 f"component {component.name!r}: tensor_parallel is {most} and min_tensor_parallel {least}; give "
@@ -227,6 +236,7 @@ class WorkloadSpec:
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
+            shard_parameters=tuple(sorted(self.shard_parameters)),
             execution=self.execution,
             layout=self.layout,
             tensor_parallel=max(allowed[-1] for _, allowed in degrees),

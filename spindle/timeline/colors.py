@@ -1,6 +1,6 @@
-"""Colours: names of components and tasks in, colours out.
+"""Colors: names of components and tasks in, colors out.
 
-Found by search: the fills are as far apart as possible to eyes with each of the three colour deficiencies (Machado et
+Found by search: the fills are as far apart as possible to eyes with each of the three color deficiencies (Machado et
 al. 2009), measured in Oklab; any two of the first twelve at least 0.097 apart (Okabe and Ito's seven: 0.076), of all
 sixteen 0.059. After sixteen they repeat, darker, then lighter. Lines outline tasks: dark ones on a light page, light
 ones on a dark page.
@@ -50,20 +50,20 @@ LINES_ON_DARK = (
     "#eedbb8",
     "#90c68b",
 )
-_REPEATS = ((0, 0.0), (0, 0.38), (255, 0.5))  # mixed with this grey, by this share
+_REPEATS = ((0, 0.0), (0, 0.38), (255, 0.5))  # mixed with this gray, by this share
 
 
 def fills(count: int) -> tuple[str, ...]:
-    """`count` fill colours."""
+    """`count` fill colors."""
     found = []
     for index in range(count):
-        grey, share = _REPEATS[index // len(FILLS) % len(_REPEATS)]
-        found.append(_mixed(FILLS[index % len(FILLS)], grey, share))
+        gray, share = _REPEATS[index // len(FILLS) % len(_REPEATS)]
+        found.append(_mixed(FILLS[index % len(FILLS)], gray, share))
     return tuple(found)
 
 
 def lines(count: int, *, dark: bool) -> tuple[str, ...]:
-    """`count` line colours for a dark or a light page."""
+    """`count` line colors for a dark or a light page."""
     chosen = LINES_ON_DARK if dark else LINES_ON_LIGHT
     return tuple(chosen[index % len(chosen)] for index in range(count))
 
@@ -83,5 +83,5 @@ def _luminance(rgb: Sequence[int]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _mixed(color: str, grey: int, share: float) -> str:
-    return "#" + "".join(f"{round(c * (1 - share) + grey * share):02x}" for c in channels(color))
+def _mixed(color: str, gray: int, share: float) -> str:
+    return "#" + "".join(f"{round(c * (1 - share) + gray * share):02x}" for c in channels(color))

@@ -80,12 +80,12 @@ def page_data(
 
 
 def task_names(views: Sequence[View]) -> list[str]:
-    """Tasks in the order of the alphabet, so that a task keeps its colour from plan to plan."""
+    """Tasks in the order of the alphabet, so that a task keeps its color from plan to plan."""
     return _sorted({item.what.task for view in views for row in view.shown.rows for item in row})
 
 
 def component_names(views: Sequence[View]) -> list[str]:
-    """Components in the order of the alphabet, so that a component keeps its colour from plan to plan."""
+    """Components in the order of the alphabet, so that a component keeps its color from plan to plan."""
     return _sorted({item.what.component for view in views for row in view.shown.rows for item in row})
 
 

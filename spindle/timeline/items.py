@@ -53,7 +53,7 @@ CAUSE_TITLES = {
     Cause.FORWARD: "forward",
     Cause.BACKWARD: "backward",
     Cause.WORK: "forward and backward",
-    Cause.STEP: "optimiser step",
+    Cause.STEP: "optimizer step",
     Cause.REDUCE: "gradient reduction",
     Cause.ISSUE: "starts transfers and reductions",
     Cause.LOAD: "loads a batch",

@@ -1,4 +1,4 @@
-"""Legend: views in, the names of components and tasks with their colours, and how kinds are drawn, out as HTML."""
+"""Legend: views in, the names of components and tasks with their colors, and how kinds are drawn, out as HTML."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -67,7 +67,7 @@ def _kinds(views: Sequence[View]) -> Iterator[str]:
         else (Kind.WAIT, "transfer", _svg(thick)),
         (Kind.ISSUE, "starting transfers and reductions", _svg(solid.format("issue"))),
         (Kind.REDUCE, "gradient reduction", _svg(solid.format("reduce") + bars)),
-        (Kind.STEP, "optimiser step", _svg(solid.format("step"))),
+        (Kind.STEP, "optimizer step", _svg(solid.format("step"))),
         (Kind.LOAD, "loading a batch", _svg(solid.format("load"))),
     ]
     for kind, name, swatch in shown:

@@ -20,19 +20,25 @@ Level = tuple[float, float]
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes that stay on each device, and what each of its slices adds between forward and backward."""
+    """Bytes that stay on each device, what each of its slices adds between forward and backward, and in which turn."""
 
     fixed_bytes: tuple[float, ...]
     passing_bytes: tuple[dict[int, float], ...]  # by device: slice index -> bytes
+    turns: tuple[int, ...]  # by slice index
 
     def levels(self, device: int, row: Sequence[Item]) -> tuple[Level, ...]:
         """Bytes on a device over the time of one step, as steps; the first stands at 0 s."""
         changes: dict[float, float] = defaultdict(float)
         passing = self.passing_bytes[device]
+        turn, in_turn = 0, 0.0
         for item in row:
             added = passing.get(item.what.slice, 0.0)
+            if item.what.kind is Kind.WORK and self.turns[item.what.slice] > turn:  # forward and backward are over
+                changes[item.start_s] -= in_turn
+                turn, in_turn = self.turns[item.what.slice], 0.0
             if item.what.kind in (Kind.FORWARD, Kind.WORK):
                 changes[item.start_s] += added
+                in_turn += added
             elif item.what.kind is Kind.BACKWARD:
                 changes[item.end_s] -= added
         level = self.fixed_bytes[device] + changes.pop(0.0, 0.0)
@@ -59,7 +65,8 @@ def memory_model(plan: Plan) -> MemoryModel | None:
             fixed[device] += state * len(layers - held[device])
             held[device] |= layers
             passing[device][index] = (own - state) * s.num_layers
-    return MemoryModel(*_fitted(plan, fixed, passing))
+    turns = tuple(plan.turn_by_task.get(plan.metagraph[s.metaop].task, 0) for s in plan.slices)
+    return MemoryModel(*_fitted(plan, fixed, passing, turns), turns)
 
 
 def _chain_bytes(metaop: MetaOp, count: int) -> float:
@@ -69,13 +76,16 @@ def _chain_bytes(metaop: MetaOp, count: int) -> float:
 
 
 def _fitted(
-    plan: Plan, fixed: Sequence[float], passing: Sequence[dict[int, float]]
+    plan: Plan, fixed: Sequence[float], passing: Sequence[dict[int, float]], turns: Sequence[int]
 ) -> tuple[tuple[float, ...], tuple[dict[int, float], ...]]:
     """Both parts scaled so that the highest point of each device is the plan's own peak."""
     peaks = plan.memory.peak_bytes_per_device
     factors = []
     for device in range(plan.num_devices):
-        whole = fixed[device] + sum(passing[device].values())
+        together: dict[int, float] = defaultdict(float)
+        for index, num_bytes in passing[device].items():
+            together[turns[index]] += num_bytes
+        whole = fixed[device] + max(together.values(), default=0.0)
         known = device < len(peaks) and whole > 0 and peaks[device] > 0
         factors.append(peaks[device] / whole if known else 1.0)
     scaled = ({i: b * f for i, b in slices.items()} for slices, f in zip(passing, factors, strict=True))

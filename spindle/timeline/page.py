@@ -16,7 +16,7 @@ from spindle.plan import Plan
 from spindle.timeline.data import Json
 from spindle.timeline.items import View
 from spindle.timeline.legend import legend
-from spindle.timeline.summary import accounts, baselines, subtitle, tiles, verdict
+from spindle.timeline.summary import accounts, baselines, subtitle, tiles, turns, verdict
 
 SCRIPTS = ("page_data.js", "page_words.js", "page_layout.js", "page_draw.js", "page_tables.js", "page_view.js")
 
@@ -40,7 +40,7 @@ def page(plan: Plan, views: Sequence[View], data: dict[str, Json], *, picture: s
 <h1>{name}</h1>
 {subtitle(plan)}
 {tiles(plan, views)}
-{verdict(plan)}
+{verdict(plan)}{turns(plan)}
 </header>
 <main>
 <section class="card timeline" aria-label="timeline">
@@ -78,7 +78,7 @@ def _table_card(name: str, title: str, inside: str) -> str:
 
 
 def _chart(*, memory: bool, both: bool) -> str:
-    title = "Memory of a device as the plan expects it: range over all devices, mean in grey"
+    title = "Memory of a device as the plan expects it: range over all devices, mean in gray"
     title += ", laid over the measured times (highest over the planned ones dashed)" if both else ""
     below = f'<p class="memory-title quiet">{title}</p><canvas id="memory"></canvas>' if memory else ""
     return (

@@ -2,7 +2,7 @@
 
 let colors = {};
 
-/** Colours of the page's scheme, from its style sheet. */
+/** Colors of the page's scheme, from its style sheet. */
 function readColors() {
   const style = getComputedStyle(document.documentElement);
   const names = ["page", "card", "text", "muted", "line", "row", "wait", "blocked", "issue", "reduce", "step", "load", "slow", "fast", "accent", "band"];
@@ -162,8 +162,8 @@ function drawRows(canvas, state, layout) {
   pen.fillStyle = colors.line;
   const { ticks } = niceTicks(state.t0, state.t1, layout.plot / 95);
   for (const at of ticks) pen.fillRect(Math.round(layout.x(at)), 0, 1, layout.height);
-  const labelled = new Map();
-  for (const row of layout.rows) drawRow(pen, row, state, layout, labelled);
+  const labeled = new Map();
+  for (const row of layout.rows) drawRow(pen, row, state, layout, labeled);
   if (state.transfers) drawAllLinks(pen, state, layout);
   pen.restore();
   if (layout.bars) drawBars(pen, state, layout);
@@ -200,7 +200,7 @@ function drawGutter(pen, layout) {
   }
 }
 
-function drawRow(pen, row, state, layout, labelled) {
+function drawRow(pen, row, state, layout, labeled) {
   const items = row.items, whats = row.view.whats, scale = layout.scale, feet = [];
   let painted = -1;
   for (let i = firstAfter(items, state.t0); i < items.count && items.start[i] < state.t1; i++) {
@@ -212,7 +212,7 @@ function drawRow(pen, row, state, layout, labelled) {
       painted = x1;
     }
     pen.globalAlpha = dimmed(state, what) ? 0.13 : 1;
-    if (COMPUTE_KINDS.has(what[WHAT.kind])) drawCompute(pen, row, i, what, x0, x1, state, layout, labelled);
+    if (COMPUTE_KINDS.has(what[WHAT.kind])) drawCompute(pen, row, i, what, x0, x1, state, layout, labeled);
     else if (items.under[i]) feet.push(i); // over the boxes, whichever began first
     else drawOther(pen, row, i, what, x0, x1, scale);
   }
@@ -233,7 +233,7 @@ function fillIndex(state, what) {
   return what[state.colorBy === "task" ? WHAT.task : WHAT.component];
 }
 
-function drawCompute(pen, row, place, what, x0, x1, state, layout, labelled) {
+function drawCompute(pen, row, place, what, x0, x1, state, layout, labeled) {
   const index = fillIndex(state, what), width = Math.max(x1 - x0, 0.6), { y, height } = row;
   const backward = what[WHAT.kind] === KIND.backward, roomy = height >= 7 && width >= 4;
   pen.fillStyle = index < 0 ? colors.issue : backward && !roomy ? colors.paleFills[index] : data.fills[index][0];
@@ -255,16 +255,16 @@ function drawCompute(pen, row, place, what, x0, x1, state, layout, labelled) {
       pen.fillRect(x0, y + height - 3, width - 0.75, 3);
     }
   }
-  if (height >= 11) drawLabel(pen, row, what, x0, x1, index, layout, labelled, backward);
+  if (height >= 11) drawLabel(pen, row, what, x0, x1, index, layout, labeled, backward);
 }
 
 const REPEAT_LABEL = 4;
 
-/** Component and layers, on every fourth of neighbouring rows that run the same slice. */
-function drawLabel(pen, row, what, x0, x1, index, layout, labelled, backward) {
-  const name = `${row.view.source} ${what[WHAT.kind]} ${what[WHAT.slice]}`, above = labelled.get(name);
+/** Component and layers, on every fourth of neighboring rows that run the same slice. */
+function drawLabel(pen, row, what, x0, x1, index, layout, labeled, backward) {
+  const name = `${row.view.source} ${what[WHAT.kind]} ${what[WHAT.slice]}`, above = labeled.get(name);
   const repeats = above && what[WHAT.slice] >= 0 && above.last === row.device - 1 && row.sameNode;
-  labelled.set(name, { last: row.device, times: repeats ? above.times + 1 : 0 });
+  labeled.set(name, { last: row.device, times: repeats ? above.times + 1 : 0 });
   if (repeats && (above.times + 1) % REPEAT_LABEL) return;
   const from = Math.max(x0, layout.left), room = Math.min(x1, layout.left + layout.plot) - from - 8;
   const font = (row.height >= 15 ? "11px " : "10px ") + FONT;

@@ -241,7 +241,7 @@ function buildControls() {
     parts.push(choice("step", steps, String(state.step), (step) => set({ step: Number(step) })));
   }
   if (two && state.show === "both" && data.num_devices <= 128) parts.push(choice("rows", [["paired", "plan over run"], ["stacked", "plan, then run"]], state.rows, (rows) => set({ rows })));
-  parts.push(choice("colour", [["component", "by component"], ["task", "by task"]], state.colorBy, (colorBy) => set({ colorBy })));
+  parts.push(choice("color", [["component", "by component"], ["task", "by task"]], state.colorBy, (colorBy) => set({ colorBy })));
   const box = element("input", { type: "checkbox", onchange: (event) => { state.transfers = event.target.checked; redraw("rows"); } });
   box.checked = state.transfers;
   if (data.views.some((view) => stepOf(state, view).links.length)) parts.push(element("label", {}, box, " transfers"));
@@ -259,7 +259,7 @@ function buildTables() {
   $("waves").replaceChildren(wavesTable(state, guarded(zoomTo)));
 }
 
-/** What colours stand for changes with the choice of colours: fills for one field, outlines for the other. */
+/** What colors stand for changes with the choice of colors: fills for one field, outlines for the other. */
 function paintLegend() {
   for (const item of document.querySelectorAll("[data-field]")) {
     const index = Number(item.dataset.index), filled = item.dataset.field === state.colorBy;
@@ -292,7 +292,7 @@ function keepHash() {
     if (state.t0 > 0 || state.t1 < longest()) parts.set("t", `${(state.t0 * data.tick_s).toPrecision(6)}-${(state.t1 * data.tick_s).toPrecision(6)}`);
     if (measured && state.step !== measured.first) parts.set("step", measured.steps[state.step].step);
     if (state.show !== "both") parts.set("show", state.show);
-    if (state.colorBy !== "component") parts.set("colour", state.colorBy);
+    if (state.colorBy !== "component") parts.set("color", state.colorBy);
     if (state.transfers) parts.set("transfers", "1");
     if (state.pinned) parts.set("pin", `${state.pinned.view.source}.${state.pinned.device}.${state.pinned.place}`);
     try {
@@ -310,7 +310,7 @@ function readHash() {
   const sources = data.views.map((view) => view.source);
   if (sources.includes(parts.get("show"))) state.show = parts.get("show");
   if (["paired", "stacked"].includes(parts.get("rows"))) state.rows = parts.get("rows");
-  if (parts.get("colour") === "task") state.colorBy = "task";
+  if (parts.get("color") === "task") state.colorBy = "task";
   state.transfers = parts.get("transfers") === "1";
   fit();
   const [t0, t1] = (parts.get("t") || "").split("-").map((text) => parseFloat(text) / data.tick_s);

@@ -1,6 +1,6 @@
 // Words: what the pointer is on in, lines of text out.
 
-/** Title, colour and (label, text) lines of an item. */
+/** Title, color and (label, text) lines of an item. */
 function describe(state, hit) {
   const step = stepOf(state, hit.view), row = step.rows[hit.device];
   if (hit.bar || hit.place < 0) return describeDevice(step, hit);

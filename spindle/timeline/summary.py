@@ -1,4 +1,4 @@
-"""Summary: a plan and its views in, the top of the page and the table of usual ways out, as HTML."""
+"""Summary: a plan and its views in, the top of the page and the table of baselines out, as HTML."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,8 +7,9 @@ from spindle.plan import Plan
 from spindle.timeline.accounts import Accounts, idle_share, total
 from spindle.timeline.items import CAUSE_TITLES, Cause, View
 from spindle.timeline.words import count, percent, seconds, size
+from spindle.turns import turns_in_words
 
-LEAST_GAIN = 1e-3  # below this share of the best usual way, waves are said to gain nothing
+LEAST_GAIN = 1e-3  # below this share of the best baseline, waves are said to gain nothing
 BASELINE_TITLES = {
     "sequential": "all devices, one MetaOp after another",
     "task_split": "devices split by task",
@@ -86,7 +87,7 @@ def _gain(plan: Plan) -> Tile | None:
         return None
     own_s = plan.compared_s
     share = 1 - own_s / best[0]
-    way = escape(f"the best usual way, {best[1].replace('_', ' ')} ({seconds(best[0])})")
+    way = escape(f"the best baseline, {best[1].replace('_', ' ')} ({seconds(best[0])})")
     if abs(share) < LEAST_GAIN:
         return "Gain", "none", f"as fast as {way}"
     if share < 0:
@@ -126,6 +127,11 @@ def verdict(plan: Plan) -> str:
     return ""
 
 
+def turns(plan: Plan) -> str:
+    """A sentence where tasks run in turns."""
+    return f'<p class="verdict">{escape(turns_in_words(plan.turns))}</p>' if plan.turns else ""
+
+
 def accounts(views: Sequence[View]) -> str:
     """Mean seconds of a device by cause, in the step of each view that is shown first."""
     totals = [total(view.shown) for view in views]
@@ -145,7 +151,7 @@ def _share(found: Accounts, cause: Cause, view: View) -> str:
 
 
 def baselines(plan: Plan) -> str:
-    """The usual ways as a card with bars; nothing when the plan carries none."""
+    """The baselines as a card with bars; nothing when the plan carries none."""
     usual = plan.usual_ways
     if not usual:
         return ""

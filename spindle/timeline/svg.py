@@ -1,6 +1,6 @@
 """SVG: views in, a static picture out, for papers, for print, and for browsers without JavaScript.
 
-- Up to `MAX_ROWS` devices have a row each; of more, neighbours share a row that shows the first of them.
+- Up to `MAX_ROWS` devices have a row each; of more, neighbors share a row that shows the first of them.
 - What is narrower than `LEAST_WIDTH` is left out: it could not be seen.
 - Text takes `currentColor`, so the picture fits a dark page too.
 """
@@ -24,9 +24,9 @@ LEAST_WIDTH = 0.3
 FONT = "system-ui, 'Segoe UI', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', sans-serif"
 CHARACTER = 6.1  # width of a letter at 11 px
 FOOT = 0.3  # share of a row's height
-LABELLED = 11.0  # least height of a row with a label of its own; of lower ones every second has one
+LABELED = 11.0  # least height of a row with a label of its own; of lower ones every second has one
 
-GREY = "#8793a1"
+GRAY = "#8793a1"
 DEFS = (
     "<defs>"
     '<pattern id="backward" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
@@ -97,7 +97,7 @@ def draw_svg(
 
 
 def device_groups(plan: Plan) -> list[tuple[int, ...]]:
-    """Devices that share a row: none up to MAX_ROWS, else neighbours that run the same slices, or as many as needed."""
+    """Devices that share a row: none up to MAX_ROWS, else neighbors that run the same slices, or as many as needed."""
     if plan.num_devices <= MAX_ROWS:
         return [(device,) for device in range(plan.num_devices)]
     runs: list[list[int]] = [[] for _ in range(plan.num_devices)]
@@ -120,7 +120,7 @@ def _row_height(groups: Sequence[tuple[int, ...]]) -> float:
     """Pixels of a row; those of several devices are never too low for a label of their own."""
     if len(groups) <= 12:
         return 22.0
-    return 14.0 if len(groups) <= 24 else 9.0 if all(len(group) == 1 for group in groups) else LABELLED
+    return 14.0 if len(groups) <= 24 else 9.0 if all(len(group) == 1 for group in groups) else LABELED
 
 
 # -- panels -------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _panel(
     parts += _wave_marks(waves, y + 34, style)
     for place, group in enumerate(groups):
         row_y = top + place * style.height
-        if style.height >= LABELLED or place % 2 == 0:
+        if style.height >= LABELED or place % 2 == 0:
             parts.append(_text(LEFT - 6, row_y + style.height / 2 + 3.5, ranges(group), anchor="end", size=10))
         parts += _row(step.rows[group[0]], row_y, style)
     return parts, bottom + 14
@@ -220,8 +220,8 @@ def _beside_compute(row: Sequence[Item]) -> set[int]:
 def _item(item: Item, x: float, width: float, y: float, height: float, style: _Style) -> Iterator[str]:
     what = item.what
     if what.kind in COMPUTE_KINDS:
-        fill = style.fill_by_component.get(what.component, GREY)
-        line = style.line_by_task.get(what.task, GREY)
+        fill = style.fill_by_component.get(what.component, GRAY)
+        line = style.line_by_task.get(what.task, GRAY)
         if width > 3 and height > 6:
             thick = 1.5 if height >= 12 else 0.8
             box = (
@@ -245,22 +245,22 @@ def _other(item: Item, x: float, width: float, y: float, height: float, style: _
     match item.what.kind:
         case Kind.REDUCE:
             thin = f'x="{x:.2f}" y="{middle - 0.5:g}" width="{blocked:.2f}" height="1"'
-            yield f'<rect {thin} fill="{GREY}"/>' if blocked else ""
+            yield f'<rect {thin} fill="{GRAY}"/>' if blocked else ""
             box = f'x="{x + blocked:.2f}" y="{y:g}" width="{width - blocked:.2f}" height="{height:g}"'
             yield f'<rect {box} fill="#5d6b7b"/><rect {box} fill="url(#reduce)"/>'
         case Kind.WAIT:
             thin = f'x="{x:.2f}" y="{middle - 0.5:g}" width="{blocked:.2f}" height="1"'
-            yield f'<rect {thin} fill="{GREY}"/>' if blocked else ""
+            yield f'<rect {thin} fill="{GRAY}"/>' if blocked else ""
             under = f'x="{x + blocked:.2f}" y="{y + height * 0.32:g}" width="{width - blocked:.2f}"'
-            yield f'<rect {under} height="{height * 0.36:g}" fill="{GREY}"/>'
+            yield f'<rect {under} height="{height * 0.36:g}" fill="{GRAY}"/>'
         case Kind.ISSUE:
-            yield f'<rect {box} fill="{GREY}" fill-opacity="0.6"/>'
+            yield f'<rect {box} fill="{GRAY}" fill-opacity="0.6"/>'
         case Kind.STEP:
             yield f'<rect {box} fill="#3b4552"/>'
         case Kind.LOAD:
             yield f'<rect {box} fill="#c9a66b" fill-opacity="0.55"/>'
         case Kind.IDLE if item.what.cause is Cause.OTHER:
-            yield f'<rect {box} fill="{GREY}" fill-opacity="0.35"/>'
+            yield f'<rect {box} fill="{GRAY}" fill-opacity="0.35"/>'
         case _:
             return
 
@@ -268,7 +268,7 @@ def _other(item: Item, x: float, width: float, y: float, height: float, style: _
 def _label(
     text: str, x: float, width: float, y: float, height: float, color: str, *, around: str = ""
 ) -> Iterator[str]:
-    """A name where there is room; `around`: a colour that keeps hatching away from its letters."""
+    """A name where there is room; `around`: a color that keeps hatching away from its letters."""
     halo = f' stroke="{around}" stroke-width="3" paint-order="stroke"' if around else ""
     if height >= 12 and width > CHARACTER * len(text) + 8:
         yield (
@@ -297,8 +297,8 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
             highest[column] = max(highest[column], levels[at][1])
             mean[column] += levels[at][1] / len(step.rows)
     top, bottom, peak = y + 26, y + 26 + MEMORY_HEIGHT, max(highest) or 1.0
-    parts = [_text(LEFT, y + 14, "Memory of a device as planned: highest, and mean in grey", weight="600")]
-    for values, color in ((mean, GREY), (highest, "#1f6fb8")):
+    parts = [_text(LEFT, y + 14, "Memory of a device as planned: highest, and mean in gray", weight="600")]
+    for values, color in ((mean, GRAY), (highest, "#1f6fb8")):
         points = (
             f"{style.x(step.step_s * column / (MEMORY_COLUMNS - 1)):.1f} {bottom - value / peak * MEMORY_HEIGHT:.1f}"
             for column, value in enumerate(values)
@@ -317,7 +317,7 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
 def _legend(style: _Style, whats: Collection[What], y: float) -> tuple[list[str], float]:
     """Components by fill, tasks by outline, those kinds that are drawn by texture."""
     kinds = [("forward", Kind.FORWARD), ("backward", Kind.BACKWARD), ("reduction", Kind.REDUCE)]
-    kinds += [("transfer", Kind.WAIT), ("optimiser", Kind.STEP), ("load", Kind.LOAD)]
+    kinds += [("transfer", Kind.WAIT), ("optimizer", Kind.STEP), ("load", Kind.LOAD)]
     entries = [(name, f'fill="{fill}"', "") for name, fill in style.fill_by_component.items()]
     lists = [("components", entries)]
     if len(style.line_by_task) > 1:
@@ -331,7 +331,7 @@ def _legend(style: _Style, whats: Collection[What], y: float) -> tuple[list[str]
     found = {what.kind for what in whats}
     shown = [(name, _kind_swatch(kind), patterns.get(kind, "")) for name, kind in kinds if kind in found]
     if any(what.is_slowing for what in whats):
-        shown.append(("lost to reductions beside backward", f'fill="{GREY}"', "backward"))
+        shown.append(("lost to reductions beside backward", f'fill="{GRAY}"', "backward"))
     if shown:
         drawn, y = _legend_row("drawn as", shown, y)
         parts += drawn
@@ -339,7 +339,7 @@ def _legend(style: _Style, whats: Collection[What], y: float) -> tuple[list[str]
 
 
 def _kind_swatch(kind: Kind) -> str:
-    colors = {Kind.REDUCE: "#5d6b7b", Kind.WAIT: GREY, Kind.STEP: "#3b4552", Kind.LOAD: "#e1cfae"}
+    colors = {Kind.REDUCE: "#5d6b7b", Kind.WAIT: GRAY, Kind.STEP: "#3b4552", Kind.LOAD: "#e1cfae"}
     return f'fill="{colors.get(kind, "#7d9cc0")}"'
 
 

@@ -32,7 +32,7 @@ def percent(share: float, *, sign: bool = False) -> str:
 
 
 def ranges(devices: Sequence[int]) -> str:
-    """Devices as runs of neighbours: "0-3, 8"."""
+    """Devices as runs of neighbors: "0-3, 8"."""
     runs: list[list[int]] = []
     for device in sorted(devices):
         if runs and runs[-1][-1] + 1 == device:

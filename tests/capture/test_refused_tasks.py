@@ -366,8 +366,9 @@ class Showing(Block):
 @pytest.mark.parametrize("where", ["in a list", "outside of one"])
 def test_layers_that_keep_something_from_call_to_call_are_refused(kind: type[nn.Module], name: str, where: str) -> None:
     make = both(kind) if where == "in a list" else lambda: {**both(Block)(), "stem": kind()}
-    told = f"layer 'trunk.0' keeps '{name}'" if where == "in a list" else "what it computes of one batch"
-    with pytest.raises(WorkloadError, match=f"line .*{told}"):
+    whose = "layer 'trunk.0'" if where == "in a list" else f"a {kind.__name__}"
+    told = rf"{whose} keeps a state of its own in attribute '{name}' \(line \d+ of test_refused_tasks.py\)"
+    with pytest.raises(WorkloadError, match=told):
         capture(workload(make, through))
 
 

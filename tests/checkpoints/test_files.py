@@ -1,5 +1,6 @@
 """Checkpoints as files: read back under the user's names, and refused when they are not what was written."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -77,20 +78,32 @@ def cut_json(path: Path) -> None:
 
 
 def another_version(path: Path) -> None:
-    edit(path, version=3)
+    edit(path, version=4)
 
 
 def unknown_field(path: Path) -> None:
-    edit(path, colour="red")
+    edit(path, color="red")
 
 
 def path_outside(path: Path) -> None:
     edit(path, files={"../secret": [1, 2]})
 
 
-def edit(path: Path, **values: Any) -> None:
-    about = json.loads((path / "spindle.json").read_text())
-    (path / "spindle.json").write_text(json.dumps(about | values))
+def another_step(path: Path) -> None:
+    edit(path, step=7)
+
+
+def another_seed(path: Path) -> None:
+    edit(path, seed=7)
+
+
+def edit(path: Path, *, signed: bool = False, **values: Any) -> None:
+    """`signed`: with a checksum that fits."""
+    about = json.loads((path / "spindle.json").read_text()) | values
+    if signed:
+        text = json.dumps(about | {"checksum": ""}, separators=(",", ":"))
+        about["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "spindle.json").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +114,11 @@ def edit(path: Path, **values: Any) -> None:
         (without_a_file, "missing"),
         (without_itself, "is no checkpoint"),
         (cut_json, "cannot be read"),
-        (another_version, "it is of version 3 and this Spindle reads 2"),
+        (another_version, "is of version 4 and this Spindle reads 3"),
         (unknown_field, "Extra inputs"),
-        (path_outside, "missing"),
+        (path_outside, "'../secret', which is no file of this folder"),
+        (another_step, "is not as it was written"),
+        (another_seed, "is not as it was written"),
     ],
 )
 def test_what_is_not_as_written_is_refused(checkpoint: Path, damage: Any, said: str) -> None:
@@ -141,7 +156,7 @@ def test_nothing_is_unpickled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch,
     data = pickle.dumps(Harmful())
     (checkpoint / "progress.pt").write_bytes(data)
     files = json.loads((checkpoint / "spindle.json").read_text())["files"]
-    edit(checkpoint, files=files | {"progress.pt": [len(data), zlib.crc32(data)]})
+    edit(checkpoint, signed=True, files=files | {"progress.pt": [len(data), zlib.crc32(data)]})
     with pytest.raises(CheckpointError, match="more than plain values"):
         spindle.load_checkpoint(towers(), checkpoint)
     assert not (tmp_path / "harm-was-done").exists()

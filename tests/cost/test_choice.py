@@ -13,11 +13,14 @@ from spindle.errors import InfeasibleError
 from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, without_operators
+from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve, usual_ways_fit
+from spindle.planner.turns import solve_in_turns
 from spindle.pricing import Pricing, memory_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.turns import Turns
 
 SPEC = """
 format: spindle.workload
@@ -95,6 +98,56 @@ def test_no_usual_way_is_shorter_under_any_memory_choice_regression(share: float
             except InfeasibleError:
                 continue
             assert made.step_s <= usual.step_s * 1.011, (choice, method)
+
+
+MANY = """
+format: spindle.workload
+version: 1
+name: many
+components:
+  tower: {layers: 12, hidden: 256, heads: 4, tokens: 512}
+tasks:
+  a: {batch_size: 32, flow: [tower]}
+  b: {batch_size: 32, flow: [tower]}
+  c: {batch_size: 32, flow: [tower]}
+  d: {batch_size: 32, flow: [tower]}
+"""
+
+
+def test_turns_are_taken_before_anything_is_computed_again() -> None:
+    """Activations of four tasks do not fit, those of two do: nothing is recomputed, no time limit is given twice."""
+    graph = contract(build_graph(parse_workload(MANY)))
+    cluster = with_memory(0.6 * peak(graph, Pricing()))
+    shares = []
+
+    def solved(priced: Priced, cluster: Cluster, share: float) -> Plan:
+        shares.append(share)
+        return solve(priced.metagraph, cluster, time_limit_s=0.05)
+
+    def in_turns(priced: Priced, cluster: Cluster, share: float, turns: Turns) -> Plan:
+        shares.append(share)
+        return solve_in_turns(priced.metagraph, cluster, turns, time_limit_s=0.05)
+
+    at_once, pricing = solve_fitting(graph, cluster, solved, all_fit=usual_ways_fit)
+    assert pricing.recompute
+    assert at_once.memory.fits
+    shares.clear()
+    made, pricing = solve_fitting(graph, cluster, solved, all_fit=usual_ways_fit, in_turns=in_turns)
+    assert not pricing.recompute
+    assert made.turns == (("a", "b"), ("c", "d"))
+    assert check_plan(made) == ()
+    assert made.step_s < 0.9 * at_once.step_s
+    assert sum(shares) <= 1.0
+    by_name, pricing = solve_fitting(graph, cluster, plan, in_turns=in_turns)
+    assert (by_name.turns, pricing) == (made.turns, Pricing())
+
+
+def test_room_for_all_tasks_needs_no_turns(metagraph: MetaGraph) -> None:
+    def in_turns(priced: Priced, cluster: Cluster, share: float, turns: Turns) -> Plan:
+        raise AssertionError("memory is not short")
+
+    made, _ = solve_fitting(metagraph, CLUSTER, plan, all_fit=usual_ways_fit, in_turns=in_turns)
+    assert made.turns == ()
 
 
 def test_costs_from_a_file_offer_no_choice(metagraph: MetaGraph) -> None:

@@ -93,7 +93,7 @@ def test_pieces_find_the_switch() -> None:
 
 
 def test_pieces_keep_a_spike() -> None:
-    """An irregular point is kept, not smeared over its neighbours."""
+    """An irregular point is kept, not smeared over its neighbors."""
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, 9.0), (4.0, 4.0), (5.0, 5.0)]
     assert fit_pieces(points, tolerance=0.05).time_s(3.0) == pytest.approx(9.0)
     assert fit_pieces(points, tolerance=0.05).time_s(2.0) == pytest.approx(2.0)
@@ -134,7 +134,7 @@ def test_tensor_parallelism_of_one_is_free() -> None:
     assert tensor_parallel_s(1e9, PLAIN, 2) > 0.0
 
 
-def test_optimiser_step_by_hand() -> None:
+def test_optimizer_step_by_hand() -> None:
     """Bytes a parameter: AdamW in mixed precision 2 + 3 * 8 + 2, in float32 4 + 4 + 4 + 2 * 8, plain SGD 12."""
     assert moved_bytes("adamw", 2) == pytest.approx(28)
     assert moved_bytes("adamw", 4) == pytest.approx(28)

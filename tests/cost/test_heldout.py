@@ -31,7 +31,7 @@ def test_alpha_beta_times_are_told_exactly() -> None:
 
 
 def test_a_spike_is_told_and_not_smeared() -> None:
-    """Three devices take twice what their neighbours say: the error there is one half, the point itself is kept."""
+    """Three devices take twice what their neighbors say: the error there is one half, the point itself is kept."""
     entries = {1: entry(1, 12.0), 3: entry(3, 8.0), 6: entry(6, 2.0)}
     (row,) = left_out("k", entries)
     assert row.at == 3

@@ -10,6 +10,7 @@ import pytest
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
+from spindle.cost.memory import state_bytes
 from spindle.cost.price import price
 from spindle.metagraph import MetaGraph
 from spindle.pricing import Pricing
@@ -195,6 +196,27 @@ def test_memory_counts_what_a_step_holds(cluster: Cluster) -> None:
         assert whole[n] == pytest.approx(16 * parameters + (kept + boundary) / n)
         assert sharded[n] == pytest.approx((4 + 12 / n) * parameters + (kept + boundary) / n)
         assert plain_sgd[n] == pytest.approx(8 * parameters + (kept + boundary) / n)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("degrees", [(1, 1), (4, 1), (4, 4)])
+def test_what_waits_for_backward_is_told_apart_from_states(
+    metagraph: MetaGraph, cluster: Cluster, shard: bool, recompute: bool, degrees: tuple[int, int]
+) -> None:
+    """On any number of devices at least the states remain, and they alone where no layer is spread over devices."""
+    most, least = degrees
+    pricing = Pricing(shard_optimizer=shard, recompute=recompute, tensor_parallel=most, min_tensor_parallel=least)
+    image = price(metagraph, cluster, pricing=pricing)["pair.image"]
+    fixed, spread = state_bytes(image.operators, pricing)
+    parts = dict(image.tensor_parallel)
+    for n, num_bytes in image.memory.items():
+        states = (fixed + (spread * parts.get(n, 1) / n if shard else spread)) / parts.get(n, 1)
+        left = num_bytes - (image.kept_bytes + image.recomputed_bytes) / n
+        assert left >= states * (1 - 1e-9)
+        if most == 1:
+            assert left == pytest.approx(states)
+    assert image.kept_bytes > 0
 
 
 def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Cluster) -> None:

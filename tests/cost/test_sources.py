@@ -78,7 +78,7 @@ def test_what_is_predicted_may_be_calibrated(graph: MetaGraph) -> None:
 
 
 def test_leave_one_out() -> None:
-    """A point twice as high as its neighbours' hyperbola says is missed by half."""
+    """A point twice as high as its neighbors' hyperbola says is missed by half."""
     entries = {n: _entry("k", n, t) for n, t in ((1, 1.0), (2, 1.0), (4, 0.25))}
     assert leave_one_out_error(entries) == pytest.approx(0.5)
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from spindle.cli import cli
+from tests.checkpoints.test_resume import left_in
 from tests.distributed.conftest import ROOT
 
 SRUN = """#!/bin/bash
@@ -60,7 +61,7 @@ def test_the_slurm_script_trains(tmp_path: Path) -> None:
 
     run(sys.executable, "-m", "spindle", "plan", "model.py:workload", "-c", "1x2:cpu", "-o", "plan.json")
     assert "2 steps in " in run("bash", "train.sbatch")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["step-00000002"]
+    assert left_in(tmp_path / "runs") == ["step-00000002"]
 
 
 def test_the_rayjob_runs_what_train_takes() -> None:

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import spindle
 from spindle.errors import RunError, WorkloadError
-from spindle.runtime.controller import Launcher
+from spindle.runtime.controller import Launcher, prepare
 from spindle.runtime.launch.processes import ProcessCrew, RankProcess
+from spindle.runtime.programs.program import Op
 from spindle.runtime.transport import Transport
 from spindle.workload import Workload
 from tests.distributed.conftest import ROOT
-from tests.random_plans import widest_plan
+from tests.random_plans import random_plan, widest_plan
 
 pytestmark = pytest.mark.gloo
 
@@ -171,7 +172,8 @@ def test_workers_that_persist_give_the_order_of_one_process(launcher: Launcher, 
     ]
     assert [losses["t"] for result in found for losses in result.losses] == expected
     if launcher == "threads":
-        assert [losses["t"] for losses in spindle.verify(workload, plan, steps=12).reference_losses] == expected
+        report = spindle.verify(workload, plan, steps=12, launcher=launcher)
+        assert [losses["t"] for losses in report.reference_losses] == expected
 
 
 def test_planning_leaves_no_workers_in_the_driver() -> None:
@@ -205,7 +207,7 @@ IN_ORDER = """
 import sys
 import spindle
 from tests.distributed.test_loader_workers import in_order, sgd
-from tests.random_plans import widest_plan
+from tests.random_plans import random_plan, widest_plan
 
 workload, _, expected = in_order()
 plan = widest_plan(spindle.make_metagraph(workload), 2)
@@ -219,7 +221,7 @@ import sys
 from pathlib import Path
 import spindle
 from tests.distributed.test_loader_workers import read, sgd, workload_of
-from tests.random_plans import widest_plan
+from tests.random_plans import random_plan, widest_plan
 import os
 
 path = Path(sys.argv[1]) / "read"
@@ -273,7 +275,7 @@ import sys
 from pathlib import Path
 import spindle
 from tests.distributed.test_loader_workers import sgd, workload_of
-from tests.random_plans import widest_plan
+from tests.random_plans import random_plan, widest_plan
 
 workload = workload_of(Path(sys.argv[1]), stuck=8)
 plan = widest_plan(spindle.make_metagraph(workload), 2)
@@ -321,3 +323,45 @@ def test_the_death_of_a_rank_is_noticed_though_its_children_live(tmp_path: Path)
     with pytest.raises(RunError, match=re.escape("rank 0 died (exit code -9)")):
         crew.call("vanish", patience_s=WAIT_S)
     assert running({int((tmp_path / "child").read_text())}) == []
+
+
+def pairs() -> Iterator[dict[str, Tensor]]:
+    """Batches that are no list, so that one rank of a machine reads them."""
+    for seed in range(4):
+        yield {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))}
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_ranks_that_read_for_each_other_do_not_wait_for_each_other_regression(prefetch: int, tmp_path: Path) -> None:
+    """Of two tasks each rank reads one, and needs the other's first: without prefetch, and after a resume, whose feeds
+    begin with nothing read, both had waited until the time was up.
+    """
+    workload = Workload("crossing")
+    for name in ("a", "b"):
+        tower = workload.component(f"tower-{name}", nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))))
+
+        def task(batch: dict[str, Tensor], tower: nn.Module = tower) -> Tensor:
+            loss: Tensor = tower(batch["x"]).square().mean()
+            return loss
+
+        workload.task(name, batch_size=4, data=pairs, prefetch=prefetch)(task)
+    metagraph = spindle.make_metagraph(workload)
+
+    def loads(plan: spindle.Plan) -> list[list[str]]:
+        lists = prepare(workload, plan).program.instructions
+        return [[i.target for i in instructions if i.op is Op.LOAD] for instructions in lists]
+
+    plans = (random_plan(metagraph, 2, seed) for seed in range(300))
+    plan = next(plan for plan in plans if loads(plan) == [["b", "a"], ["a", "b"]])
+    for steps in (3, 6):
+        result = spindle.train(
+            workload,
+            plan,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            steps=steps,
+            launcher="processes",
+            timeout_s=20.0,
+            checkpoints=tmp_path,
+            resume=steps > 3,
+        )
+        assert len(result.losses) == 3

@@ -15,7 +15,7 @@ from spindle.runtime.host import SocketThreads, keep_freed_memory
 from spindle.runtime.launch.processes import ProcessCrew
 from spindle.runtime.transport import Transport
 from tests.distributed.conftest import ROOT, heeding_ctrl_c
-from tests.random_plans import random_plan, widest_plan
+from tests.random_plans import by_task, random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
 
 pytestmark = pytest.mark.gloo
@@ -35,6 +35,14 @@ def test_processes_agree_with_one(num_ranks: int, seed: int) -> None:
     workload = two_towers(torch.float64)
     plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
     report = spindle.verify(workload, plan, launcher="processes")
+    assert report.ok, str(report)
+
+
+def test_processes_agree_with_one_in_turns() -> None:
+    """Each task forward and backward before the next, over gloo."""
+    workload = two_towers(torch.float64)
+    metagraph = spindle.make_metagraph(workload)
+    report = spindle.verify(workload, by_task(widest_plan(metagraph, 2), metagraph), launcher="processes")
     assert report.ok, str(report)
 
 

@@ -133,6 +133,57 @@ def test_a_lost_node_ends_the_run_and_is_named(ray_cluster: RayCluster) -> None:
     assert time.monotonic() - start_s < 60
 
 
+RECOVERING = """
+import sys
+from dataclasses import replace
+
+import ray
+import torch
+
+import spindle
+from tests.random_plans import widest_plan
+from tests.tiny_workloads import two_towers
+
+heard = []
+
+def on_step(step, losses):
+    if step == 4 and not heard:
+        print("NODES", *(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")), flush=True)
+        heard.append(sys.stdin.readline())
+
+workload = two_towers(torch.float64)
+plan = replace(widest_plan(spindle.make_metagraph(workload), 4), devices_per_node=2)
+result = spindle.train(
+    workload, plan, optimizer=torch.optim.SGD, steps=6, launcher="ray", on_step=on_step, checkpoints=sys.argv[1],
+    checkpoint_every=2, failures=spindle.Failures(max_failures=3, backoff_s=1.0),
+)
+print("LOSSES", *(f"{loss:.9f}" for step in result.losses for loss in step.values()))
+print("RECOVERED", *result.recovered)
+"""
+
+
+def test_a_run_goes_on_after_a_lost_node(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """In a new placement group, on the node that took its place; the losses are those of a run without all that."""
+    command = [sys.executable, "-c", RECOVERING, str(tmp_path / "c")]
+    environment, pipe = inside(ray_cluster.address), subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout is not None
+    nodes = process.stdout.readline().split()[1:]
+    assert len(nodes) == 2, "the driver did not start to train"
+    ray_cluster.kill(nodes[1])
+    assert process.stdin is not None
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    found = told(process)
+    assert f"on node 127.0.0.1 ({nodes[1][:8]}) died" in found["RECOVERED"]
+    assert "went on from step 2" in found["RECOVERED"]
+    workload = two_towers(torch.float64)
+    prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 1))
+    with launched(prepared, optimizer=torch.optim.SGD, launcher="threads") as run:
+        losses, _ = run.steps(6)
+    assert found["LOSSES"] == " ".join(f"{loss:.9f}" for step in losses for loss in step.values())
+
+
 def test_an_address_where_no_cluster_is() -> None:
     """Ray would go on trying."""
     error = told(driver("127.0.0.1:1", 2, 2, 1, 5))["ERROR"]

@@ -165,8 +165,11 @@ def test_what_the_first_rank_refuses_all_refuse(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_as_it_serves_ends_the_others(tmp_path: Path) -> None:
-    """At once: they do not wait for it until their time is over."""
-    assert sorted(told(tmp_path, "worker", SERVED)) == ["RunError too hot", "a lost peer"]
+    """At once: they do not wait for it until their time is over, and name it with its own words."""
+    assert sorted(told(tmp_path, "worker", SERVED)) == [
+        "LostRankError rank 1 failed: too hot; rank 0 waited for it in add",
+        "RunError too hot",
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "here", "nodes"), [("8", "4", (2, 4)), ("2", "2", (1, 2)), ("3", "1", (3, 1))])

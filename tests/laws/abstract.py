@@ -12,7 +12,7 @@ from spindle.contract import contract
 from spindle.graph import ParameterWrite, TaskGraph, TensorSpec
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.messages import StepLayout
-from spindle.runtime.programs.program import Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.runtime.programs.program import Bucket, Flags, Instruction, Message, Op, Program, SliceRun, Transfer
 from tests.random_plans import random_plan
 from tests.task_graphs import random_task_graph
 
@@ -37,6 +37,33 @@ def random_program(seed: int, *, varying: bool = False) -> tuple[TaskGraph, Prog
         recompute=rng.choice(((), ("a", "b"))),
         shard_optimizer=rng.random() < 0.3,
         varying={task for task in sample.losses if task == "t0" or rng.random() < 0.5} if varying else (),
+    )
+
+
+def random_sharded_program(seed: int, *, shards: int | None = None) -> tuple[TaskGraph, Program]:
+    """As `random_program`, with the parameters of some components sharded: those of which no operator mixes samples and
+    nothing is written to, on all ranks or fewer. `shards` is their number; None: any.
+    """
+    rng = random.Random(seed)
+    sample = random_task_graph(seed, num_tasks=rng.randint(1, 3), operators_per_task=rng.randint(2, 7))
+    graph = _with_states(sample.graph, random.Random(seed))
+    barred = {operator.component for operator in graph if not operator.splittable}
+    barred |= {name.partition(".")[0] for write in graph.writes for name in (write.target, *write.sources)}
+    able = sorted({operator.component for operator in graph if operator.parameters} - barred)
+    chosen = rng.sample(able, min(len(able), rng.randint(1, 4) if shards is None else shards))
+    num_ranks = rng.randint(2, 5)
+    batches = [operator.batch_size for operator in graph if operator.component in chosen]
+    metagraph = contract(graph)
+    return graph, lower(
+        random_plan(metagraph, num_ranks, seed, on_all=chosen, keeps=min([num_ranks, *batches])),
+        metagraph,
+        graph,
+        losses=sample.losses,
+        weights=sample.weights,
+        max_grad_norm=rng.choice((None, 0.5)),
+        recompute=rng.choice(((), ("a", "b"))),
+        shard_optimizer=rng.random() < 0.3,
+        shard_parameters=chosen,
     )
 
 
@@ -106,6 +133,9 @@ class Abstract:
         self.wrote: list[set[str]] = [set() for _ in program.instructions]
         self.sent: set[tuple[str, str, int]] = set()
         self.given: dict[tuple[str, int], dict[str, int]] = {}
+        self.there: list[set[str]] = [set() for _ in program.instructions]  # flats
+        self.posted = Counter[tuple[Op, str, int]]()  # gathers and scatters of flats
+        self.most_there = 0
 
     def run(self, rng: random.Random) -> None:
         """Any rank that can go on does, in random order, until all are done."""
@@ -119,6 +149,7 @@ class Abstract:
         assert not any(self.held), self.held
         assert not self.mail, self.mail
         assert not self.given, self.given
+        assert not any(self.there), self.there
         for write in self.program.writes:
             assert all(write.name in self.wrote[rank] for rank in write.ranks)
         for state in self.program.states:
@@ -135,14 +166,18 @@ class Abstract:
         if instruction is None:
             return False
         if instruction.op is Op.AWAIT:
-            bucket = self.program.bucket_by_name.get(instruction.target)
-            if bucket is not None:
-                return self.arrived.get(bucket.name, set()) == set(bucket.ranks)
+            if instruction.target in {**self.program.bucket_by_name, **self.program.flags_by_name}:
+                summed = self.summed(instruction.target)
+                return self.arrived.get(summed.name, set()) == set(summed.ranks)
+            if instruction.target in self.program.flat_by_name:
+                return self.all_posted(rank, Op.UNSHARD, instruction.target)
             wanted = self.messages[instruction.target]
             return all((instruction.target, m) in self.mail for m in wanted if m.target == rank)
         if instruction.op is Op.TALLY:
             self.arrived.setdefault(instruction.target, set()).add(rank)
             return self.arrived[instruction.target] == set(self.program.tally_by_name[instruction.target].ranks)
+        if instruction.op is Op.ADD:
+            return self.all_posted(rank, Op.SCATTER, instruction.target)
         if instruction.op is Op.WRITE:
             return self.can_write(rank, instruction.target)
         if instruction.op is Op.HAND:
@@ -152,6 +187,10 @@ class Abstract:
             self.arrived.setdefault(instruction.op, set()).add(rank)
             return len(self.arrived[instruction.op]) == self.program.num_ranks
         return True
+
+    def summed(self, name: str) -> Bucket | Flags:
+        """The bucket or flags of a name."""
+        return self.program.bucket_by_name.get(name) or self.program.flags_by_name[name]
 
     def perform(self, rank: int, instruction: Instruction) -> None:
         name = instruction.target
@@ -173,11 +212,20 @@ class Abstract:
         elif instruction.op is Op.REDUCE:
             self.arrived.setdefault(name, set()).add(rank)
             self.reduced[rank].add(name)
+        elif name in self.program.flat_by_name:
+            self.move(rank, instruction)
         elif instruction.op is Op.AWAIT:
             self.awaited[rank].add(name)
         elif instruction.op is Op.STEP:
-            waited = {name for name in self.reduced[rank] if len(self.program.bucket_by_name[name].ranks) > 1}
+            waited = {name for name in self.reduced[rank] if len(self.summed(name).ranks) > 1}
             assert waited == self.awaited[rank]
+            for flat in self.program.flats:
+                users = [r for r in self.program.slices if flat.name in r.flats and r.backward]
+                given = sum(not set(flat.parameters).isdisjoint(r.trained) for r in users)
+                assert self.posted[Op.ADD, flat.name, rank] == (given if rank in flat.ranks else 0)
+            for flags in self.program.flags_by_name.values():
+                trained = [r for r in self.program.slices if not set(flags.parameters).isdisjoint(r.trained)]
+                assert (flags.name in self.awaited[rank]) is (rank in flags.ranks and bool(trained))
             self.stepped.add(rank)
         elif instruction.op is Op.GATHER:
             assert rank in self.stepped
@@ -196,6 +244,30 @@ class Abstract:
             del self.held[rank][name]
             assert name not in self.freed[rank]
             self.freed[rank].add(name)
+
+    def all_posted(self, rank: int, op: Op, name: str) -> bool:
+        """Whether all ranks of a flat have come as far with it as this one."""
+        own = self.posted[op, name, rank]
+        return all(self.posted[op, name, other] >= own for other in self.program.flat_by_name[name].ranks)
+
+    def move(self, rank: int, instruction: Instruction) -> None:
+        """Gather, release or scatter a flat."""
+        name = instruction.target
+        self.posted[instruction.op, name, rank] += 1
+        if instruction.op is Op.UNSHARD:
+            assert name not in self.there[rank]
+        elif instruction.op is Op.AWAIT:
+            assert self.posted[Op.AWAIT, name, rank] == self.posted[Op.UNSHARD, name, rank]
+            self.there[rank].add(name)
+        elif instruction.op is Op.RESHARD:
+            self.there[rank].remove(name)
+        elif instruction.op is Op.ADD:
+            assert self.posted[Op.ADD, name, rank] == self.posted[Op.SCATTER, name, rank]
+        gathering = sum(
+            self.posted[Op.UNSHARD, flat.name, rank] - self.posted[Op.AWAIT, flat.name, rank]
+            for flat in self.program.flats
+        )
+        self.most_there = max(self.most_there, len(self.there[rank]) + gathering)
 
     def make(self, rank: int, buffer: str, value: object) -> None:
         assert buffer not in self.held[rank]
@@ -232,6 +304,7 @@ class Abstract:
 
     def forward(self, rank: int, run: SliceRun) -> None:
         self.done[rank].add(f"F {run.name}")
+        assert set(run.flats) <= self.there[rank]
         self.ran[rank] += 1
         self.touch(rank, run)
         assert run.task in self.loaded[rank]
@@ -244,6 +317,7 @@ class Abstract:
     def backward(self, rank: int, run: SliceRun) -> None:
         assert f"activations:{run.name}" in self.held[rank]
         self.done[rank].add(f"B {run.name}")
+        assert set(run.flats) <= self.there[rank]
         self.ran[rank] += 1
         for tensor in run.outputs:
             readers = [r for r in self.program.slices if tensor in r.inputs and r.backward]

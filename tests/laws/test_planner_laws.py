@@ -16,6 +16,7 @@ from spindle.planner.curves import clean_curve
 from spindle.planner.problem import make_problem
 from spindle.planner.report.render import WIDTH, render
 from spindle.planner.solve import evaluate, solve
+from spindle.planner.turns import smallest_turns, solve_in_turns
 from spindle.planner.usual.allocate import allocate, optimum_by_bisection, optimum_by_lp
 from spindle.planner.usual.baselines import WAVES_BY_BASELINE, Baseline
 from spindle.planner.usual.place import place
@@ -44,6 +45,30 @@ def test_every_baseline_keeps_the_rules_or_says_why_not(
     assert not too_wide
     assert findings(plan) == []
     assert plan.lower_bound_s <= plan.makespan_s
+    assert max(map(len, render(plan).splitlines())) <= WIDTH
+
+
+@settings(FIXED, max_examples=40)
+@given(metagraphs(plannable=1, memory=True), clusters(), st.sampled_from(("auto", "sequential")), st.floats(0, 1e9))
+def test_every_plan_in_turns_keeps_the_rules(
+    whole: MetaGraph, cluster: Cluster, method: str, kept_bytes: float
+) -> None:
+    """Tasks by themselves, in the smallest turns; memory may be too short for that too."""
+    flows = tuple(f for f in whole.flows if whole[f.source].task == whole[f.target].task)
+    metagraph = MetaGraph(tuple(replace(m, kept_bytes=kept_bytes) for m in whole), flows)
+    turns = smallest_turns(metagraph)
+    assert turns == tuple((task,) for task in metagraph.tasks)
+    if len(turns) < 2:
+        return
+    try:
+        plan = solve_in_turns(metagraph, cluster, turns, method=method, time_limit_s=0.01)
+    except InfeasibleError:
+        assert any(m.memory_bytes for m in metagraph)
+        return
+    overflows = [] if plan.memory.fits else [text for text in findings(plan) if "overflow" in text]
+    assert findings(plan) == overflows
+    assert plan.lower_bound_s <= plan.makespan_s
+    assert loads(dumps(plan), Plan) == plan
     assert max(map(len, render(plan).splitlines())) <= WIDTH
 
 
@@ -105,7 +130,7 @@ def test_simulation_agrees_with_the_plan(metagraph: MetaGraph, cluster: Cluster,
 @settings(FIXED, max_examples=500)
 @given(metagraphs(memory=True), clusters())
 def test_every_searched_plan_keeps_the_rules(metagraph: MetaGraph, cluster: Cluster) -> None:
-    """Whatever the curves: a plan that passes the check, no shorter than the bound, no longer than a usual way."""
+    """Whatever the curves: a plan that passes the check, no shorter than the bound, no longer than a baseline."""
     too_wide = any(min(m.times) > cluster.num_devices for m in metagraph)
     try:
         plan = solve(metagraph, cluster, time_limit_s=0.003)
@@ -123,7 +148,7 @@ def test_every_searched_plan_keeps_the_rules(metagraph: MetaGraph, cluster: Clus
 @settings(FIXED, max_examples=60)
 @given(metagraphs(plannable=1, traffic=False), clusters())
 def test_searched_plans_take_what_they_say(metagraph: MetaGraph, cluster: Cluster) -> None:
-    """Without traffic the simulator finds the makespan of a searched plan, and auto's step beats all usual ways."""
+    """Without traffic the simulator finds the makespan of a searched plan, and auto's step beats all baselines."""
     searched = solve(metagraph, cluster, method="lp", time_limit_s=0.003)
     assert searched.step_s == pytest.approx(searched.makespan_s, rel=1e-9)
     plan = solve(metagraph, cluster, time_limit_s=0.003)

@@ -3,18 +3,28 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from spindle.contract import contract
 from spindle.errors import ProgramError
 from spindle.graph import TaskGraph
+from spindle.plan import make_waves
 from spindle.runtime.laws import broken_laws, check_program
 from spindle.runtime.programs import text
-from spindle.runtime.programs.passes import accumulating, restricted
+from spindle.runtime.programs.lower import lower
+from spindle.runtime.programs.messages import Layouts
+from spindle.runtime.programs.parts import parts_of
+from spindle.runtime.programs.passes import accumulating, restricted, run_passes
 from spindle.runtime.programs.program import Instruction, Message, Op, Program, Transfer
+from spindle.runtime.tally import TallyOrder
+from spindle.units import SAMPLES, Units
 from tests.laws.abstract import Abstract, random_program
+from tests.random_plans import random_plan
+from tests.task_graphs import random_task_graph
 
 seeds = st.integers(0, 10**9)
 MEETINGS = (Op.AGREE, Op.REDUCE, Op.CLIP, Op.GATHER, Op.TALLY, Op.HAND, Op.WRITE)
@@ -54,9 +64,78 @@ def test_the_laws_hold_when_some_tasks_rest(seed: int) -> None:
 def test_rounds_that_only_add_end_too(seed: int) -> None:
     """Without reductions, clipping and step a round still reaches its end and frees all that it made."""
     _, program = random_program(seed)
-    adding = replace(program, instructions=tuple(accumulating(i, program.bucket_by_name) for i in program.instructions))
+    adding = replace(program, instructions=tuple(accumulating(i) for i in program.instructions))
     Abstract(adding).run(random.Random(seed))
     assert not {i.op for rank in adding.instructions for i in rank} & {Op.REDUCE, Op.CLIP, Op.STEP, Op.GATHER, Op.TALLY}
+
+
+@settings(max_examples=100)
+@given(seeds, st.booleans())
+def test_a_ranks_part_is_enough(seed: int, varying: bool) -> None:
+    """From its part alone a rank gets the instructions that the whole program has for it, whatever tasks rest, and
+    folds statistics in as the whole does.
+    """
+    _, program = random_program(seed, varying=varying)
+    tasks = [task for task, _ in program.losses]
+    momenta = {layer: 0.1 for tally in program.tallies for layer in tally.layers}
+    subsets = [some for count in range(len(tasks) + 1) for some in combinations(tasks, count)]
+    wholes = {some: restricted(program, some) for some in subsets}
+    for rank, part in enumerate(parts_of(program)):
+        assert part.instructions[rank] == program.instructions[rank]
+        assert run_passes(part).instructions[rank] == program.instructions[rank]
+        assert not any(own for other, own in enumerate(part.instructions) if other != rank)
+        for some, whole in wholes.items():
+            own = restricted(part, some)
+            assert own.instructions[rank] == whole.instructions[rank]
+            held = {name for bucket in own.buckets for name in bucket.parameters}
+            trained = [held.intersection(name for run in p.slices for name in run.trained) for p in (own, whole)]
+            assert trained[0] == trained[1]
+            for tally in own.tallies:
+                orders = [TallyOrder(p, tally, rank, 2, momenta).likes for p in (own, whole)]
+                assert orders[0] == orders[1]
+        for instruction in part.instructions[rank]:
+            part.describe(rank, instruction)
+
+
+@settings(max_examples=100)
+@given(seed=seeds, data=st.data())
+def test_a_ranks_part_shares_batches_as_the_whole_does(seed: int, data: st.DataObject) -> None:
+    """Of batches of any size, whose shares vary or not, a rank finds its own bounds and messages in the same order."""
+    _, program = random_program(seed, varying=True)
+    task = data.draw(st.sampled_from([task for task, _ in program.losses]))
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=12))
+    units = Units({SAMPLES: (1,) * len(sizes), "patches": tuple(sizes)})
+    whole = Layouts(program).of(task, units)
+    for rank, part in enumerate(parts_of(program)):
+        own = Layouts(part).of(task, units)
+        assert own.bounds == {name: whole.bounds[name] for name in own.bounds}
+        assert {run.name for run in program.runs_by_task[task] if rank in run.ranks} <= own.bounds.keys()
+        for name in (i.target for i in part.instructions[rank] if i.op is Op.TRANSFER):
+            if name in whole.messages:
+                both = [[m for m in found.messages[name] if rank in (m.source, m.target)] for found in (own, whole)]
+                assert both[0] == both[1]
+
+
+def test_a_rank_knows_nothing_of_what_others_do_among_themselves() -> None:
+    """Two tasks that share nothing, each on ranks of its own."""
+    sample = random_task_graph(0, num_tasks=2)
+    apart = [replace(op, parameters=tuple(replace(p, name=f"{op.task}/{p.name}") for p in op.parameters))
+             for op in sample.graph]  # fmt: skip
+    graph = TaskGraph(tuple(apart))
+    metagraph = contract(graph)
+    plan = random_plan(metagraph, 2, 1)
+    moved = [
+        replace(s, devices=tuple(d + 2 * (metagraph[s.metaop].operators[0].task == "t1") for d in s.devices))
+        for s in plan
+    ]
+    plan = replace(plan, num_devices=4, devices_per_node=4, waves=make_waves(moved))
+    program = lower(plan, metagraph, graph, losses=sample.losses, weights=sample.weights)
+    check_program(program)
+    for rank, part in enumerate(parts_of(program)):
+        own = f"t{rank // 2}"
+        assert {run.task for run in part.slices} == {own}
+        assert all(name.startswith(own) for bucket in part.buckets for name in bucket.parameters)
+        assert all(tensor.name.startswith(own) for tensor in part.tensors)
 
 
 def check_messages_pair_up(program: Program) -> None:
@@ -221,6 +300,42 @@ def test_a_rank_that_joins_late_is_found(seed: int, data: st.DataObject) -> None
     findings = "\n".join(broken_laws(with_rank(program, rank, tuple(swapped))))
     assert "meet in different orders" in findings
     assert f"stuck: rank {rank}" in findings
+
+
+def of_kinds(program: Program) -> Program:
+    """Equal instruction lists as one value: they are looked at once."""
+    known = {instructions: instructions for instructions in program.instructions}
+    return replace(program, instructions=tuple(known[instructions] for instructions in program.instructions))
+
+
+def one_by_one(program: Program) -> Program:
+    """Each instruction list a value of its own: each rank is looked at by itself."""
+    return replace(program, instructions=tuple((*own,) for own in program.instructions))
+
+
+@settings(max_examples=200)
+@given(seed=seeds, data=st.data())
+def test_ranks_that_do_the_same_are_judged_as_if_looked_at_one_by_one(seed: int, data: st.DataObject) -> None:
+    """Every finding, of instructions dropped or swapped on all ranks that have them and of tables that changed."""
+    _, program = random_program(seed, varying=seed % 2 == 1)
+    instruction = data.draw(st.sampled_from(sorted({i for own in program.instructions for i in own}, key=str)))
+    kind, moves = data.draw(st.tuples(st.integers(0, 4), st.booleans()))
+    if kind == 0:
+        lists = tuple(tuple(i for i in own if i != instruction) for own in program.instructions)
+    else:
+        at = [own.index(instruction) if instruction in own else None for own in program.instructions]
+        lists = tuple(
+            own if place is None else (*own[place : place + 1 + kind], *own[:place], *own[place + 1 + kind :])
+            for place, own in zip(at, program.instructions, strict=True)
+        )
+    faulty = replace(program, instructions=lists)
+    if program.transfers and moves:
+        transfer = data.draw(st.sampled_from(program.transfers))
+        members = {m.source for m in transfer.messages} - {0}
+        moved = tuple(replace(m, source=0) if m.source in members and m.target else m for m in transfer.messages)
+        tables = (replace(transfer, messages=moved) if t is transfer else t for t in program.transfers)
+        faulty = replace(faulty, transfers=tuple(tables))
+    assert sorted(broken_laws(of_kinds(faulty))) == sorted(broken_laws(one_by_one(faulty)))
 
 
 def shared(program: Program, a: str, b: str) -> bool:

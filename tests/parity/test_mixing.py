@@ -99,3 +99,18 @@ def test_a_first_batch_in_which_nothing_counts_hides_no_sum(by_vector: bool) -> 
     plan = widest_plan(spindle.make_metagraph(workload), 2)
     report = spindle.verify(workload, plan, steps=2, launcher="threads")
     assert report.ok, str(report)
+
+
+def test_a_loss_that_is_nan_hides_no_mean() -> None:
+    """It is NaN for all samples and all parts, and its gradients are finite."""
+    torch.manual_seed(0)
+    workload = Workload("endless")
+    layer = workload.component("layer", nn.Linear(WIDTH, WIDTH).double())
+
+    @workload.task("t", batch_size=4, data=[{"x": torch.randn(4, WIDTH, dtype=torch.float64)}])
+    def t(batch: Batch) -> Tensor:
+        return torch.log(-layer(batch["x"]).square()).mean()
+
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    report = spindle.verify(workload, plan, steps=2, launcher="threads")
+    assert report.ok, str(report)

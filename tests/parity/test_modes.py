@@ -280,6 +280,74 @@ def test_layers_go_as_in_a_plain_loop(kind: type[nn.Module]) -> None:
     assert_same(planned(ours), looped(theirs))
 
 
+def _new_bias(head: nn.Linear) -> None:
+    head.bias = nn.Parameter(head.bias.detach().clamp(-0.1, 0.1))
+
+
+def _new_layer(trunk: nn.Module) -> None:
+    trunk.get_submodule("0").up = SPARE
+
+
+SPARE = nn.Linear(WIDTH, WIDTH).double()
+
+
+class Renewing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        _new_bias(self.up)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "then", "words"),
+    [
+        (Block, lambda trunk, head: _new_bias(head), "another parameter in place of 'bias' of 'head'"),
+        (Block, lambda trunk, head: _new_layer(trunk), "another module in place of 'up' of 'trunk.0'"),
+        (Renewing, lambda trunk, head: None, "another parameter in place of 'bias' of 'trunk.0.up'"),
+    ],
+)
+def test_what_the_optimizer_does_not_have_takes_no_place(kind: type[nn.Module], then: Any, words: str) -> None:
+    """In a task or in a layer, with the line; the modules stay as they were."""
+
+    def tasks(stem: nn.Module, trunk: nn.Module, head: nn.Module) -> Tasks:
+        def step(b: Batch) -> Tensor:
+            found = loss(head, trunk(stem(b["x"])), b)
+            then(trunk, head)
+            return found
+
+        return {"t": step}
+
+    made = workload(both(kind), tasks)
+    before = [id(p) for _, p in made.named_parameters()]
+    with pytest.raises(WorkloadError, match=f"line [0-9]+ of test_modes.py: it puts {words}"):
+        capture(made)
+    assert [id(p) for _, p in made.named_parameters()] == before
+
+
+WEIGHTS: dict[str, Callable[[nn.Module], Any]] = {
+    "spectral norm": nn.utils.spectral_norm,
+    "weight norm": nn.utils.weight_norm,
+    "pruned": lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.3),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_a_hook_makes_anew(kind: str) -> None:
+    """They stay in the module with their graph; it can be planned again all the same."""
+
+    def made() -> Modules:
+        found = both(Block)()
+        for module in [m for m in found["trunk"].modules() if isinstance(m, nn.Linear)]:
+            WEIGHTS[kind](module)
+        return found
+
+    ours, theirs = (workload(made, through) for _ in range(2))
+    found = planned(ours)
+    assert_same(found, looped(theirs))
+    report = spindle.verify(ours, resume_under=1, launcher="threads")
+    assert report.ok, str(report)
+
+
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "forward": lambda m: m.register_forward_hook(lambda _m, _i, output: 2 * output),
     "forward pre": lambda m: m.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0],)),

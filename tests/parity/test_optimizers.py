@@ -16,7 +16,16 @@ import spindle
 from spindle.errors import CheckpointError, SpindleError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter
 from spindle.runtime import checkpoint
-from spindle.runtime.optimizers import Reach, make_optimizer, rank_optimizer, reach_of
+from spindle.runtime.optimizers import (
+    Optimization,
+    Reach,
+    described,
+    make_optimizer,
+    rank_optimizer,
+    reach_of,
+    without_parameters,
+)
+from spindle.runtime.schedules import SplitSchedule, make_schedule, step_schedule
 from tests.parity.test_tensor_parallel import workload as cut_towers
 from tests.random_plans import random_plan, widest_plan
 
@@ -231,7 +240,7 @@ def test_states_of_a_part_that_rests_are_kept(tmp_path: Any) -> None:
                       launcher="threads")  # fmt: skip
     stages = [
         checkpoint.tensors(path, lambda name: name.startswith("optimizer:trunk.0.1.weight:"))
-        for path in sorted(tmp_path.iterdir())
+        for path in sorted(tmp_path.glob("step-*"))
     ]
     assert [float(states["optimizer:trunk.0.1.weight:step"]) for states in stages] == [2, 2, 4]
     assert all(torch.equal(value, stages[1][name]) for name, value in stages[0].items())
@@ -337,6 +346,127 @@ class Both(torch.optim.Optimizer):
         self.second.step()
 
 
+def test_an_optimizer_made_of_others_steps_all_on_every_device() -> None:
+    """Its parts hold the groups that it has, so a device that puts its own parameters there gives them to the parts."""
+    every, draw = described(towers().named_parameters()), torch.Generator().manual_seed(2)
+    whole = {p.name: nn.Parameter(torch.randn(p.shape, generator=draw, dtype=torch.float64)) for p in every}
+    for names in (list(whole), list(whole)[::2], []):
+        ours, plain = ({name: nn.Parameter(p.detach().clone()) for name, p in whole.items()} for _ in range(2))
+        own = [(name, ours[name]) for name in names]
+        planned = rank_optimizer(Both, every, own, {}, torch.device("cpu")).optimizer
+        alone = Both(list(plain.values()))
+        for _ in range(3):
+            for name, parameter in plain.items():
+                parameter.grad = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+                ours[name].grad = parameter.grad.clone()
+            planned.step()
+            alone.step()
+        assert all(torch.equal(ours[name], plain[name]) for name in names)
+        assert not any(torch.equal(ours[name], whole[name]) for name in names)
+
+
+def test_an_optimizer_made_of_others_is_refused_where_its_groups_are_split() -> None:
+    """By settings of a component, whose group none of its parts has; or by tensor parallelism, which it hides."""
+    workload = towers(own={"lr": 0.1})
+    with pytest.raises(WorkloadError, match=r"Both steps groups that it keeps beside its .* of component 'trunk'"):
+        spindle.train(workload, apart(workload), optimizer=Both, steps=1, launcher="threads")
+    with pytest.raises(WorkloadError, match="Both does not step the parameters that stand in its groups"):
+        spindle.verify(cut_towers(), optimizer=Both, launcher="threads")
+
+
+def _power(number: int, step: int) -> float:
+    return float(0.9 ** (step * number))
+
+
+LISTS: dict[str, Callable[[torch.optim.Optimizer, list[int]], Any]] = {
+    "LambdaLR": lambda o, of: lr_scheduler.LambdaLR(o, [functools.partial(_power, 1 + n) for n in of]),
+    "OneCycleLR": lambda o, of: lr_scheduler.OneCycleLR(o, [0.1 / (1 + n) for n in of], total_steps=9),
+    "ReduceLROnPlateau": lambda o, of: lr_scheduler.ReduceLROnPlateau(
+        o, factor=0.5, patience=0, min_lr=[0.01 * (1 + n) for n in of]
+    ),
+    "SequentialLR": lambda o, of: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.2, total_iters=2), LISTS["LambdaLR"](o, of)], [2]
+    ),
+}
+"""Schedules with a value for each group, by the number of the user's group that it stems from."""
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("own", [{"lr": 0.02}, {"weight_decay": 0.5}, {"lr": 0.02, "weight_decay": 0.5}])
+def test_lists_of_the_users_groups_reach_groups_that_settings_split(kind: str, own: dict[str, float]) -> None:
+    """As torch would do it with the list's value for each group after the split; after a resume, too."""
+    parameters = {name: nn.Parameter(torch.ones(2, 2) if "w" in name else torch.ones(2)) for name in
+                  ("a.w", "a.b", "b.w", "c.b")}  # fmt: skip
+
+    def factory(given: Any) -> torch.optim.Optimizer:
+        held: list[nn.Parameter] = list(given)
+        groups: list[dict[str, Any]] = [{"params": [p for p in held if p.ndim == dims]} for dims in (2, 1)]
+        groups[0]["lr"] = 0.3
+        return torch.optim.AdamW(groups, lr=0.2)
+
+    def split() -> Optimization:
+        return make_optimizer(factory, {n: p.detach().clone() for n, p in parameters.items()}, {"a": own})  # type: ignore[misc]
+
+    def rates(made: Optimization) -> list[dict[str, Any]]:
+        return [without_parameters(group) for group in made.optimizer.param_groups]
+
+    ours, torchs, later = split(), split(), split()
+    numbers = [number for number, _ in torchs.origins]
+    assert numbers == [0, 0, 1, 1]
+    wanted = LISTS[kind](torchs.optimizer, numbers)
+    torchs.optimizer.step()
+    metric = (lambda losses: 1.0) if kind == "ReduceLROnPlateau" else None
+    schedule = make_schedule(lambda o: LISTS[kind](o, [0, 1]), ours, metric)
+    assert isinstance(schedule, SplitSchedule)
+    for step in range(6):
+        assert rates(ours) == rates(torchs)
+        if step == 3:
+            state = schedule.state_dict()
+            ours, schedule = later, make_schedule(lambda o: LISTS[kind](o, [0, 1]), later, metric)
+            assert isinstance(schedule, SplitSchedule)
+            later.optimizer.load_state_dict(torchs.optimizer.state_dict())
+            schedule.load_state_dict(state)
+        step_schedule(schedule, metric, dict)
+        wanted.step(*([1.0] if metric else []))
+
+
+def test_a_list_of_neither_is_refused_with_the_groups_names() -> None:
+    workload = towers(own={"lr": 0.1})
+    with pytest.raises(
+        WorkloadError, match=r"settings of components split .* into group 0 trunk, group 0, group 1 trunk, group 1, and"
+    ):
+        spindle.train(
+            workload,
+            optimizer=_by_dimension,
+            scheduler=lambda o: lr_scheduler.LambdaLR(o, [lambda e: 1.0] * 3),
+            steps=1,
+            launcher="threads",
+        )
+
+
+class Reading(lr_scheduler.LRScheduler):
+    """A rate by the first parameter of each group, as AdafactorSchedule's."""
+
+    def get_lr(self) -> Any:
+        return [0.1 / (1 + float(group["params"][0].detach().norm())) for group in self.optimizer.param_groups]
+
+
+class Sparing(Reading):
+    """The same, which can do without."""
+
+    def get_lr(self) -> Any:
+        held = [group["params"] or [torch.zeros(())] for group in self.optimizer.param_groups]
+        return [0.1 / (1 + float(first.detach().norm())) for first, *_ in held]
+
+
+@pytest.mark.parametrize(("schedule", "words"), [(Reading, "Reading raises IndexError"), (Sparing, "Sparing gives")])
+def test_a_schedule_that_reads_parameters_needs_one_device(schedule: Any, words: str) -> None:
+    workload, options = towers(), {"optimizer": OPTIMIZERS["SGD"], "scheduler": schedule, "launcher": "threads"}
+    with pytest.raises(WorkloadError, match=f"{words}.* where the optimizer's groups hold the parameters of one"):
+        spindle.train(workload, apart(workload), steps=1, **options)
+    assert spindle.verify(towers(), num_workers=1, steps=3, **options).ok
+
+
 class Global(torch.optim.SGD):
     """Keeps a state of no parameter."""
 
@@ -384,7 +514,7 @@ def test_an_optimizer_that_cannot_be_tried_is_warned_of() -> None:
     """It runs, unless parameters are cut."""
     with pytest.warns(SpindleWarning, match="Elsewhere could not be tried on a small matrix .RuntimeError: no such"):
         assert spindle.verify(towers(), optimizer=lambda p: Elsewhere(p, lr=0.1), launcher="threads").ok
-    with pytest.raises(WorkloadError, match="leave tensor_parallel= out"):
+    with pytest.raises(WorkloadError, match="leave tensor_parallel= and shard= out"):
         spindle.verify(cut_towers(), optimizer=lambda p: Elsewhere(p, lr=0.1), launcher="threads")
 
 
@@ -398,7 +528,8 @@ def test_whole_matrices_are_not_stepped_in_pieces(kind: str) -> None:
 def test_what_an_optimizer_sees_at_once_is_tried(kind: str) -> None:
     """Only these need whole matrices, and none needs others'."""
     optimizer = OPTIMIZERS[kind]([nn.Parameter(torch.ones(4, 6, dtype=torch.float64))])
-    assert reach_of(optimizer) == Reach(kind in ("Adafactor", "Muon on matrices", "transformers' Adafactor"), False)
+    whole = kind in ("Adafactor", "Muon on matrices", "transformers' Adafactor")
+    assert reach_of(optimizer) == Reach(of_parameter=whole, of_others=False, of_shape=whole)
     assert not optimizer.state or kind == "Adagrad"
 
 
@@ -411,7 +542,7 @@ def test_groups_are_the_same_on_a_rank_that_holds_little() -> None:
     ]
     own = nn.Parameter(torch.ones(4, dtype=torch.float64))
     everything = {p.name: nn.Parameter(torch.ones(p.shape, dtype=torch.float64)) for p in every}
-    settings_by_part = {"a": {}, "b": {"lr": 0.5}, "c": {"lr": 0.25}}
+    settings_by_part = {"b": {"lr": 0.5}, "c": {"lr": 0.25}}
     whole = make_optimizer(_by_dimension, everything, settings_by_part)
     part = rank_optimizer(_by_dimension, every, [("b.bias", own)], settings_by_part, torch.device("cpu"))
     assert part.labels == whole.labels == tuple(f"group {g}{c}" for g in (0, 1) for c in ("", " b", " c"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import spindle
 from spindle.runtime import parity
@@ -46,9 +47,10 @@ def report_of(
 @settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking plans takes minutes
 @given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
 def test_random_plans_are_exact_in_float64(family: str, num_ranks: int, seed: int) -> None:
-    """Any valid plan on 1 to 4 ranks agrees with one process to 1e-10."""
+    """Any valid plan on 1 to 4 ranks agrees with one process to 1e-10, whatever the buckets of its reductions hold."""
     workload, _ = built(family, torch.float64)
     plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
+    plan = replace(plan, bucket_bytes=(1, 2**10, 25 * 2**20)[seed % 3])
     report = report_of(family, torch.float64, plan=plan)
     assert report.ok, str(report)
     assert report.tolerance == Tolerance(1e-10, 1e-10)
@@ -151,3 +153,21 @@ def test_small_sums_of_large_terms_are_as_exact_as_these(
     """The error of an element that should be zero beside one of `largest`."""
     allowed = Tolerance(1e-4, 1e-5).allowed(torch.tensor([0.0, largest], dtype=dtype))
     assert bool(error <= allowed[0]) is is_allowed
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (torch.tensor([True, False]), torch.tensor([True, True])),
+        (torch.tensor(100_001), torch.tensor(100_000)),
+        (torch.tensor(1 + 2j), torch.tensor(1 + 3j)),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0])),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("nan")])),
+    ],
+)
+def test_values_of_every_type_are_compared(ours: Tensor, theirs: Tensor) -> None:
+    """Counts and flags must be the same, and both parts of a complex number agree."""
+    for value, ok in ((ours, False), (theirs, True)):
+        planned, alone = (Outcome([{"t": 1.0}], values={"b": v}, buffers=frozenset("b")) for v in (value, theirs))
+        report = parity.compare(alone, planned, tolerance=Tolerance(1e-4, 1e-5))
+        assert report.ok is ok, str(report)

@@ -12,8 +12,9 @@ import torch
 
 from spindle.runtime.data import Feed
 from spindle.runtime.executor import Executor
+from spindle.runtime.rank_job import Job
 from spindle.runtime.transport import Transport
-from spindle.runtime.worker import Job, Worker
+from spindle.runtime.worker import Worker
 from tests.random_scripts import (
     STEPS,
     Case,
@@ -135,10 +136,11 @@ def test_lost_states_of_the_optimizer_are_found(monkeypatch: pytest.MonkeyPatch)
     """A resumed run begins with none."""
     own = Worker.load
 
-    def losing(self: Worker, *args: object) -> None:
-        own(self, *args)  # type: ignore[arg-type]
+    def losing(self: Worker, *args: object) -> object:
+        told = own(self, *args)  # type: ignore[arg-type]
         if self.optimizer is not None:
             self.optimizer.state.clear()
+        return told
 
     monkeypatch.setattr(Worker, "load", losing)
     assert verdict(CASE) == "ok"

@@ -198,7 +198,7 @@ def test_what_a_checkpoint_would_lose_is_refused_before_the_run(kind: str, tmp_p
     with pytest.raises(CheckpointError, match=words):
         spindle.train(towers(), apart(towers()), optimizer=optimizer, scheduler=scheduler, steps=1,
                       launcher="threads", checkpoints=tmp_path)  # fmt: skip
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     with pytest.raises(CheckpointError, match=words):
         spindle.verify(towers(), apart(towers()), optimizer=optimizer, scheduler=scheduler, resume_under=1,
                        launcher="threads")  # fmt: skip

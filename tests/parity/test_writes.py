@@ -66,6 +66,12 @@ def _data_in_place(pairs: Pairs) -> None:
         p.data.mul_(0.9).add_(q.detach().data, alpha=0.1)
 
 
+def _data_augmented(pairs: Pairs) -> None:
+    for p, q in pairs:
+        p.data *= 0.9
+        p.data += 0.1 * q.data
+
+
 def _detached(pairs: Pairs) -> None:
     for p, q in pairs:
         p.detach().mul_(0.9).add_(q.detach(), alpha=0.1)
@@ -405,14 +411,16 @@ def test_a_scale_that_is_clamped(num_ranks: int, seed: int, tasks: int, batches_
     follows(make, num_ranks, seed, steps=3)
 
 
-def two(first: Callable[..., None], second: Callable[..., None], **options: object) -> spindle.Workload:
-    """Two tasks on one tower and a frozen copy of it; each may write first, or after."""
+def two(
+    first: Callable[..., None], second: Callable[..., None], every: tuple[int, int] = (1, 1), **options: object
+) -> spindle.Workload:
+    """Two tasks on one tower and a frozen copy of it; each may write first, or after. `every`: when they take part."""
     workload = spindle.Workload("two", **options)  # type: ignore[arg-type]
     tower = workload.component("tower", stack(Layer))
     frozen = workload.component("frozen", copy.deepcopy(tower).requires_grad_(False))
-    for name, write in (("first", first), ("second", second)):
+    for name, write, rests in (("first", first, every[0]), ("second", second, every[1])):
 
-        @workload.task(name, batch_size=6, data=batches(1))
+        @workload.task(name, batch_size=6, data=batches(1), every=rests)
         def task(batch: dict[str, Tensor], write: Callable[..., None] = write) -> Tensor:
             with torch.no_grad():
                 write(tower, frozen, batch["x"], 0)
@@ -465,6 +473,33 @@ def twice(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
     first_of(frozen).weight.lerp_(first_of(tower).weight, 0.5)
 
 
+def follows_the_frozen(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    """Reads what the other task writes."""
+    del x
+    if when == 1:
+        first_of(tower).bias.lerp_(first_of(frozen).weight[0], 0.2)
+
+
+def data_after(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    """Backward computes with what autograd has kept: of some layers the new weight."""
+    del frozen, x
+    if when == 1:
+        first_of(tower).weight.data = first_of(tower).weight.data * 0.9
+
+
+def data_in_place_after(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    """Backward computes with the new weight."""
+    del frozen, x
+    if when == 1:
+        first_of(tower).weight.data.mul_(0.9)
+
+
+def shares(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
+    del x
+    if when == 0:
+        first_of(frozen).weight.data = first_of(tower).weight.data
+
+
 COUNT = [0]
 
 
@@ -476,19 +511,8 @@ def by_list(tower: nn.Module, frozen: nn.Module, x: Tensor, when: int) -> None:
 
 
 before, after = functools.partial(moves, 0), functools.partial(moves, 1)
+
 REFUSED: dict[str, tuple[Callable[..., None], Callable[..., None], dict[str, object], str]] = {
-    "used earlier": (
-        nothing,
-        before,
-        {},
-        rf"task 'second', {LINE} writes to parameter 'frozen.0.linear.weight' outside of the optimizer, and task "
-        r"'first' uses it earlier in the step: list that task later; or do it in the step\(\) of an optimizer of your "
-        "own, or make it a buffer",
-    ),
-    "used later": (after, nothing, {}, rf"task 'first', {LINE} writes .* task 'second' uses it later in the step"),
-    "by two tasks": (before, before, {}, "task 'second' writes to it too: let one of them do it"),
-    "at once": (before, nothing, {"accumulate": 2, "in_flight": 2}, "2 micro-batches run at once: set in_flight=1"),
-    "for each batch": (before, nothing, {"accumulate": 2}, "each of 2 batches of a step does.*set accumulate=1"),
     "from the batch": (from_batch, nothing, {}, rf"'frozen.0.linear.bias'.*{LINE}.*what depends on the batch"),
     "from layers": (from_layers, nothing, {}, rf"'frozen.0.linear.bias' \({LINE}\).*what depends on the batch"),
     "in a circle": (in_a_circle, nothing, {}, rf"'frozen.0.linear.weight' \({LINE}\) what it reads of 'tower.0.lin"),
@@ -498,6 +522,7 @@ REFUSED: dict[str, tuple[Callable[..., None], Callable[..., None], dict[str, obj
         {},
         rf"'frozen.0.linear.weight' \({LINE}\).*changes from call to call",
     ),
+    "memory of another": (shares, nothing, {}, "to the memory of 'tower.0.linear.weight', which both.*copy it"),
     "before and after": (twice, nothing, {}, rf"before and after it writes to it \({LINE}\)"),
 }
 
@@ -508,7 +533,7 @@ def test_what_cannot_keep_its_order_is_refused(case: str) -> None:
     """Before anything runs, with the parameter, the line and a remedy."""
     first, second, options, words = REFUSED[case]
     with pytest.raises(spindle.SpindleError, match=words):
-        spindle.make_metagraph(two(first, second, **options))
+        spindle.make_metagraph(two(first, second, **options))  # type: ignore[arg-type]
 
 
 def test_what_nobody_holds_is_refused() -> None:

@@ -30,7 +30,7 @@ def full(**changes: object) -> Plan:
 
 
 def test_nothing_to_say() -> None:
-    """A busy plan that beats the usual ways."""
+    """A busy plan that beats the baselines."""
     assert advise(full(baselines_s=(("sequential", 4.0),))) == ()
 
 

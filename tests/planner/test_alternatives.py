@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
@@ -14,12 +12,11 @@ from spindle.errors import InfeasibleError, WorkloadError
 from spindle.execution import Parallel
 from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph
-from spindle.plan import Alternative
+from spindle.plan import BUCKET_BYTES, Alternative
+from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
-from spindle.planner.reduction import Reduction, reduced_by_device
 from spindle.planner.report.rates import rates, work_of
 from spindle.planner.solve import solve
-from spindle.planner.traffic import Devices
 from spindle.planner.usual.alternatives import (
     COMPONENT_GROUPS,
     DDP,
@@ -34,7 +31,7 @@ from spindle.planner.usual.alternatives import (
     alternatives,
     own_layout,
 )
-from spindle.planner.usual.overlap import BUCKET_BYTES, _reduced_by_device, bucketed_step_s
+from spindle.planner.usual.overlap import bucketed_step_s
 from spindle.pricing import Pricing
 from spindle.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
@@ -76,9 +73,12 @@ def test_buckets_are_reduced_beside_backward(overlap_cost: float, step_s: float)
     assert found(towers("t"), quick(overlap_cost))[DDP].step_s == pytest.approx(step_s)
 
 
-def test_a_plan_of_ours_reduces_after_the_slice() -> None:
-    """The same as one slice: all four buckets come after it."""
-    assert solve(towers("t"), quick(), method="sequential").step_s == pytest.approx(16.0)
+@pytest.mark.parametrize(("overlap_cost", "step_s"), [(0.0, 13.0), (0.5, 14.5), (1.0, 16.0)])
+def test_a_plan_of_ours_reduces_in_the_same_buckets(overlap_cost: float, step_s: float) -> None:
+    """As the checker finds, too."""
+    plan = solve(towers("t"), quick(overlap_cost), method="sequential")
+    assert plan.step_s == pytest.approx(step_s)
+    assert check_plan(plan) == ()
 
 
 def test_two_tasks_reduce_once_or_twice() -> None:
@@ -121,26 +121,6 @@ def test_layers_of_one_slice_follow_each_other() -> None:
     metagraph = graph(metaop("t.tower", 4, {2: 3.0}, layer_param_bytes=BUCKET_BYTES))
     slices = (piece("t.tower", range(2), (0, 1), 0.0, 6.0), piece("t.tower", range(2, 4), (2, 3), 6.0, 12.0))
     assert bucketed_step_s(slices, metagraph, quick()) == pytest.approx(12.0 + 1.0 / 1.5)
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sets(st.integers(0, 5), min_size=2).map(lambda found: tuple(sorted(found))),
-            st.floats(-9.0, 9.0),
-            st.floats(0.0, 9.0),
-        ),
-        max_size=8,
-    ),
-    st.floats(0.0, 0.9),
-)
-def test_what_reductions_add_is_that_of_our_plans(
-    rows: list[tuple[Devices, float, float]], overlap_cost: float
-) -> None:
-    """Sets of devices added up first give what each reduction by itself gives."""
-    reductions = [Reduction(devices, 1.0, start_s, start_s + seconds) for devices, start_s, seconds in rows]
-    one = _reduced_by_device(quick(overlap_cost), reductions)
-    assert one == pytest.approx(reduced_by_device(quick(overlap_cost), reductions))
 
 
 def test_tasks_that_hand_each_other_data_are_one_group() -> None:

@@ -60,6 +60,59 @@ BROKEN += [
 ]
 
 
+# tasks a and b in turns: a on devices 0 and 1, then b on all four; each keeps what its parameters do not take
+TURNS = graph(
+    metaop("a", 2, {2: 1.0}, memory={2: 40.0}, layer_param_bytes=4.0),
+    metaop("b", 1, {4: 1.0}, memory={4: 30.0}, layer_param_bytes=5.0),
+)
+FIRST, SECOND = piece("a", range(2), (0, 1), 0.0, 2.0), piece("b", range(1), range(4), 2.0, 3.0)
+PEAKS = Memory(peak_bytes_per_device=(2 * 8.0 + 10.0 + 24.0,) * 2 + (30.0,) * 2)  # of a 24 bytes wait, of b 20
+
+
+def turned(*slices: Slice, turns: tuple[tuple[str, ...], ...] = (("a",), ("b",)), metagraph: MetaGraph = TURNS) -> Plan:
+    made = plan(*(slices or (FIRST, SECOND)), metagraph=metagraph)
+    return replace(made, turns=turns, memory=PEAKS)
+
+
+def test_a_good_plan_in_turns_has_no_findings() -> None:
+    """The activations of only one turn are kept: at once devices 0 and 1 would hold 70 bytes, not 50."""
+    assert check_plan(turned()) == ()
+    assert any("device 0 needs 70 bytes but the plan says 50" in str(found) for found in check_plan(turned(turns=())))
+
+
+FLOWING = graph(*TURNS.metaops, flows="a>b")
+BROKEN += [
+    (turned(turns=(("b",), ("a",))), "turns run tasks b, a, but one process runs a, b in this order"),
+    (turned(metagraph=FLOWING), "'a' of turn 0 hands data to 'b' of turn 1; tasks that do so are in one turn"),
+    (
+        turned(piece("a", range(2), (0, 1), 0.0, 2.5), replace(SECOND, start_s=2.0, end_s=3.0)),
+        "b[0:1] of turn 1 starts at 2.0 s, before a[0:2] of an earlier turn ends at 2.5 s",
+    ),
+    (
+        replace(turned(), memory=Memory(peak_bytes_per_device=(46.0,) * 2 + (30.0,) * 2)),
+        "device 0 needs 50 bytes but the plan says 46",
+    ),
+]
+
+
+def test_activations_that_a_metaop_states_are_those_of_a_turn() -> None:
+    """a says that 30 bytes of the whole batch wait for backward, so 15 on each of two devices, and not 24."""
+    stated = MetaGraph((replace(TURNS.metaops[0], kept_bytes=30.0), *TURNS.metaops[1:]))
+    peaks = (40.0 + 30.0 - min(15.0, 20.0),) * 2 + (30.0,) * 2
+    made = replace(turned(metagraph=stated), memory=Memory(peak_bytes_per_device=peaks))
+    assert check_plan(made) == ()
+
+
+def test_a_step_in_turns_is_checked() -> None:
+    """Forward and backward of a take 2 s, then those of b 1 s; then 8 bytes of a's gradients go between two devices in
+    8 s, and b's 5 between four in 7.5 s. At once b would begin its backward before a, and the step would be as long.
+    """
+    made = replace(turned(), cluster=cluster(), step_s=18.5, reduction_s=15.5)
+    assert check_plan(made) == ()
+    late = replace(made, step_s=19.5)
+    assert any("step_s is 19.5 but the slices take 18.5" in str(found) for found in check_plan(late))
+
+
 @pytest.mark.parametrize(("broken", "finding"), BROKEN)
 def test_each_broken_rule_is_found(broken: Plan, finding: str) -> None:
     assert any(finding in str(f) for f in check_plan(broken)), [str(f) for f in check_plan(broken)]

@@ -1,4 +1,4 @@
-"""What the checker says of predicted steps, of the usual ways, and of plans edited by hand."""
+"""What the checker says of predicted steps, of the baselines, and of plans edited by hand."""
 
 import json
 from collections.abc import Callable
@@ -55,6 +55,15 @@ def test_a_step_with_a_loader_by_hand(name: str, load_s: float, step_s: float) -
     assert texts(replace(made, step_s=step_s + 0.5))
 
 
+def test_all_that_hold_a_parameter_reduce_it_regression() -> None:
+    """a and b share w, of which b says no bytes but an update: 6 bytes go between both devices."""
+    a = replace(metaop("a", 1, {1: 1.0}, layer_param_bytes=6.0, parameters="w"), layer_update_s=2.0)
+    b = replace(metaop("b", 1, {1: 1.0}, parameters="w"), layer_update_s=2.0)
+    made = solve(graph(a, b), cluster(1, 2), method="task_split")
+    assert made.reduction_s == 6.0
+    assert texts(made) == []
+
+
 @pytest.mark.parametrize("field", ["reduction_s", "update_s", "step_s"])
 def test_a_tampered_figure_is_found(field: str) -> None:
     told = getattr(stepped(), field)
@@ -102,7 +111,7 @@ def test_both_models_of_a_step_agree(
     loads_s: list[float],
     ports: float | None,
 ) -> None:
-    """The planner's and the checker's, whatever the shares of forward, the cost of overlap, who keeps the optimiser's
+    """The planner's and the checker's, whatever the shares of forward, the cost of overlap, who keeps the optimizer's
     states, what is loaded, in line or beside, and what the ports of a node carry; a change is seen. The simulated trace
     ends with the step."""
     where = replace(where, device=replace(where.device, overlap_cost=overlap_cost, name=name))
@@ -118,7 +127,7 @@ def test_both_models_of_a_step_agree(
     assert "step_s is" in texts(replace(made, step_s=made.step_s * 0.999))[0]
 
 
-# --------------------------------------------------------------------------------------------------------- usual ways
+# --------------------------------------------------------------------------------------------------------- baselines
 
 
 def test_a_usual_way_cannot_beat_the_bound() -> None:

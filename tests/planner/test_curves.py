@@ -32,7 +32,7 @@ def test_step_time_is_that_of_the_largest_count_that_fits() -> None:
     assert [curve.step(n) for n in (1, 2, 7, 8, 9)] == [8.0, 4.0, 4.0, 1.0, 1.0]
 
 
-def test_hull_drops_a_count_whose_rate_lies_under_its_neighbours() -> None:
+def test_hull_drops_a_count_whose_rate_lies_under_its_neighbors() -> None:
     """Rates 1, 1.1, 4 on 1, 2, 4 devices: mixing one and four devices beats two devices."""
     assert Curve((1, 2, 4), (1.0, 1 / 1.1, 0.25)).hull.counts == (1, 4)
     assert Curve((1, 2, 4), (1.0, 0.5, 0.4)).hull.counts == (1, 2, 4)
@@ -43,7 +43,7 @@ def test_superlinear_points_leave_only_the_best_count_on_the_hull() -> None:
     assert Curve((1, 2), (1.0, 0.25)).hull == Curve((2,), (0.25,))
 
 
-def test_rate_inverse_mixes_neighbouring_counts() -> None:
+def test_rate_inverse_mixes_neighboring_counts() -> None:
     """Rates 1 and 2 on one and two devices: a rate of 1.5 takes half the time each."""
     curve = Curve((1, 2), (1.0, 0.5))
     assert curve.rate_inverse(1 / 1.5) == pytest.approx(1.5)
@@ -51,9 +51,9 @@ def test_rate_inverse_mixes_neighbouring_counts() -> None:
     assert curve.rate_inverse(0.1) == 2
 
 
-def test_neighbours_of_a_time() -> None:
+def test_neighbors_of_a_time() -> None:
     curve = Curve((1, 2, 8), (8.0, 4.0, 1.0))
-    assert [curve.neighbours(t) for t in (9.0, 8.0, 5.0, 4.0, 1.0, 0.9)] == [
+    assert [curve.neighbors(t) for t in (9.0, 8.0, 5.0, 4.0, 1.0, 0.9)] == [
         (0, 1),
         (0, 1),
         (1, 2),

@@ -238,15 +238,20 @@ def test_train(folder: Path, spindle_command: Spindle) -> None:
 def test_numbers_that_json_does_not_have(folder: Path, spindle_command: Spindle) -> None:
     """A loss that has overflowed is null; the object stays one that any parser reads."""
     options = ("model.py:overflowing", "--steps", "1", "--launcher", "threads", "--json")
-    trained = spindle_command("train", *options)
+    trained = spindle_command("train", *options, "--not-finite", "ignore")
     assert (trained.code, one_object(trained)["losses"]) == (0, [{"t": None}])
     verified = spindle_command("verify", *options)
     assert (verified.code, one_object(verified)["ok"]) == (0, True)  # it is the same in one process
 
 
 def test_losses_that_are_no_numbers_are_said(folder: Path, spindle_command: Spindle) -> None:
-    """The run itself goes on to its end."""
-    done = spindle_command("train", "model.py:overflowing", "--steps", "2", "--launcher", "threads")
+    """The run ends with them, unless it is to go on to its end."""
+    options = ("train", "model.py:overflowing", "--steps", "2", "--launcher", "threads")
+    done = spindle_command(*options)
+    assert (done.code, done.out) == (1, "")
+    told = r"step 1 \(weights are as they were\): the loss of task 't' is (inf|nan|not finite)"  # as its rank knows it
+    assert re.search(told, done.err)
+    done = spindle_command(*options, "--not-finite", "ignore")
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if "warning" in line]
     assert re.match(r"spindle: warning: step 1: the loss of t is (inf|nan); lower the learning rate", line)
@@ -286,5 +291,63 @@ def test_the_file_may_bring_its_optimizer(folder: Path, spindle_command: Spindle
     (folder / "still.py").write_text(
         f"{MODEL}\n\ndef optimizer(parameters):\n    return torch.optim.SGD(parameters, lr=0.0)\n"
     )
-    done = spindle_command("train", "still.py", "--steps", "3", "--launcher", "threads", "--lr", "9", "--json")
+    done = spindle_command("train", "still.py", "--steps", "3", "--launcher", "threads", "--json")
     assert len({step["t"] for step in one_object(done)["losses"]}) == 1
+    done = spindle_command("train", "still.py", "--steps", "3", "--launcher", "threads", "--lr", "9")
+    assert done.code == 2
+    assert "--lr 9 is of AdamW, and still.py has an `optimizer`" in done.err
+
+
+def test_a_bad_end_is_explained(folder: Path, spindle_command: Spindle) -> None:
+    """The error says which command reads the record; that says who stopped first, and shows no control characters."""
+    (folder / "breaking.py").write_text(
+        f"{MODEL}\n\nclass Hot(torch.optim.SGD):\n    def step(self, closure=None):\n"
+        "        raise ValueError('too \\x1b[31mhot')\n\n"
+        "def optimizer(parameters):\n    return Hot(parameters, lr=0.1)\n"
+    )
+    run = ("train", "breaking.py", "--launcher", "threads", "--checkpoints", "runs/h", "--steps", "4")
+    done = spindle_command(*run)
+    assert done.code == 1
+    hint = "`spindle flight runs/h` shows what each rank did last. Set SPINDLE_DEBUG=1 to see the traceback."
+    assert done.err.splitlines()[-1] == hint
+    done = spindle_command("flight", "runs/h", "--last", "3")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(
+        r"Rank \d \(.*\) stopped first: it failed: rank \d, STEP raised ValueError: too \\x1b\[31mhot\.", done.out
+    )
+    assert len(done.out.partition("seconds ")[2].splitlines()) == 4
+    assert max(map(len, done.out.splitlines())) <= 100
+    found = one_object(spindle_command("flight", "runs/h/flight/1", "--json", "--last", "2"))
+    assert found["why"].startswith("it failed: rank")
+    assert [len(found["events"]), len(found["ranks"])] == [2, 2]
+    done = spindle_command("flight", "runs")
+    assert (done.code, done.out) == (2, "")
+    assert "runs: holds the records of 0 ranks" in done.err
+
+
+@pytest.mark.filterwarnings("always::spindle.errors.SpindleWarning")
+def test_checkpoints_are_listed_resumed_and_compared(folder: Path, spindle_command: Spindle) -> None:
+    """A resumed run keeps the rate that it was begun with, unless another is given; what is damaged has exit code 1."""
+    run = ("train", "model.py", "--launcher", "threads", "--checkpoints", "runs/a", "--every", "2", "--steps")
+    assert spindle_command(*run, "4", "--lr", "0.5").code == 0
+    done = spindle_command(*run, "6")
+    assert (done.code, done.out) == (2, "")
+    assert "holds checkpoints already (the newest after 4 steps)" in done.err
+    done = spindle_command(*run, "6", "--resume")
+    assert (done.code, "resumed after 4 steps" in done.out, "warning" in done.err) == (0, True, False)
+    done = spindle_command(*run, "6", "--resume", "2", "--lr", "0.25")
+    assert "lr of the optimizer was 0.5 when the checkpoint's run began and is 0.25" in " ".join(done.err.split())
+    done = spindle_command("checkpoints", "runs/a", "--verify")
+    assert (done.code, [line.split()[0] for line in done.out.splitlines()[1:4]]) == (
+        0, ["step-00000002", "step-00000004", "step-00000006"]
+    )  # fmt: skip
+    two, four = "runs/a/step-00000002", "runs/a/step-00000004"
+    assert spindle_command("checkpoints", two, two).out.startswith("equal: ")
+    found = one_object(spindle_command("checkpoints", two, four, "--json"))
+    assert found["equal"] is False
+    assert {row["kind"] for row in found["differences"]} == {"differs"}
+    (folder / four / "shard-00001.safetensors").write_bytes(b"")
+    done = spindle_command("checkpoints", "runs/a")
+    assert (done.code, "step-00000004            DAMAGED: runs/a/step-00000004/shard-00001" in done.out) == (1, True)
+    assert spindle_command("checkpoints", two, four).code == 2
+    assert "holds no checkpoints" in spindle_command("checkpoints", "runs").err

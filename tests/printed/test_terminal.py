@@ -1,4 +1,4 @@
-"""What is seen: lines of at most 100 columns; colours and bars on terminals only."""
+"""What is seen: lines of at most 100 columns; colors and bars on terminals only."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_long_lines_are_folded() -> None:
     assert folded("x" * 120) == "x" * 120
 
 
-# -- colours ----------------------------------------------------------------------------------------------------------
+# -- colors ----------------------------------------------------------------------------------------------------------
 
 
 def said_on_a_terminal(*arguments: str, **environment: str) -> str:
@@ -121,7 +121,7 @@ def said_on_a_terminal(*arguments: str, **environment: str) -> str:
         os.close(ours)
 
 
-def test_colours_on_terminals_only(folder: Path) -> None:
+def test_colors_on_terminals_only(folder: Path) -> None:
     """An error's name is red on a terminal, plain in a pipe, and plain where NO_COLOR asks for it."""
     assert said_on_a_terminal("check", "gone.json").startswith("\x1b[31mspindle:\x1b[0m gone.json: cannot be read")
     assert said_on_a_terminal("check", "gone.json", NO_COLOR="1").startswith("spindle: gone.json")

@@ -36,8 +36,8 @@ transfer s0>s1 from s0 to s1 forward
 transfer s0<s1 from s1 to s0 backward
   t/y 1 -> 0 samples 0:3
 bucket b0 float32 ranks 0 1
-  a.0.w
   a.1.w
+  a.0.w
 bucket b1 float32 ranks 1
   scale
 rank 0

@@ -13,7 +13,7 @@ from spindle.errors import RunError
 from spindle.plan import Plan
 from spindle.runtime.controller import prepare
 from spindle.runtime.launch.agreement import agreement, refuse_differences
-from spindle.runtime.worker import make_jobs
+from spindle.runtime.rank_job import make_jobs
 from tests.faults.breaking import Plain, rows
 from tests.random_plans import random_plan, widest_plan
 
@@ -54,7 +54,8 @@ def digests(
 
     prepared = prepare(workload, planned(spindle.make_metagraph(workload)))
     optimizer = functools.partial(torch.optim.SGD, lr=lr)
-    return agreement(make_jobs(prepared.program, prepared.captured, workload, optimizer=optimizer, seed=seed))
+    jobs = make_jobs(prepared.program, prepared.captured, workload, optimizer=optimizer, seed=seed)
+    return agreement(prepared.program, jobs)
 
 
 @pytest.mark.parametrize(

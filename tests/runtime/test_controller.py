@@ -63,19 +63,19 @@ def test_the_launcher_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch
     """torchrun's variables first, then Ray where it is installed, else processes."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert controller._chosen("auto") == "ray"
+    assert controller.chosen("auto") == "ray"
     monkeypatch.setattr(controller, "find_spec", lambda name: None)
-    assert controller._chosen("auto") == "processes"
+    assert controller.chosen("auto") == "processes"
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
-    assert controller._chosen("auto") == "torchrun"
-    assert controller._chosen("threads") == "threads"
+    assert controller.chosen("auto") == "torchrun"
+    assert controller.chosen("threads") == "threads"
 
 
 class FakeCrew:
     """Answers for two ranks, and remembers what it was asked."""
 
-    leads = True
+    leads = alone = True
 
     def __init__(self, **answers: list[Any]) -> None:
         self.answers = answers

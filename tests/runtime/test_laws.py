@@ -181,14 +181,15 @@ TABLE_FAULTS = {
         "rank 0 does REDUCE b1 0 times, not 1",
     ),
     "a parameter in two buckets": (
-        "  a.1.w\nbucket b1",
-        "  a.1.w\n  scale\nbucket b1",
+        "  a.0.w\nbucket b1",
+        "  a.0.w\n  scale\nbucket b1",
         "parameter 'scale' stands in 2 buckets",
     ),
     "a parameter in no bucket": (
-        "  a.1.w\nbucket",
+        "  a.0.w\nbucket",
         "bucket",
-        "parameter 'a.1.w', which s0 trains, stands in no bucket: it would be neither reduced nor updated",
+        "parameter 'a.0.w', which s0 trains, stands in no bucket and in no flat of the run: it would be neither "
+        "reduced nor updated",
     ),
     "a gap in the batch": (
         "bounds 0:3 3:5",

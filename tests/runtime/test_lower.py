@@ -10,7 +10,6 @@ from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
 from spindle.runtime.laws import check_program
-from spindle.runtime.programs import lower as lowering
 from spindle.runtime.programs.lower import lower, split_samples
 from spindle.runtime.programs.program import Message, Program
 from spindle.units import SAMPLES
@@ -79,12 +78,12 @@ def test_a_parameter_of_two_slices_is_reduced_over_the_ranks_of_both() -> None:
     }
 
 
-def test_what_is_ready_first_is_reduced_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_ready_first_is_reduced_first() -> None:
     """Buckets are filled from the last layer on, and cut where they are large enough."""
     slices = (hand_slice("t.a", 0, 1, (0, 1), 0.0), hand_slice("t.a", 1, 1, (0, 1), 1.0), LOSS)
     assert [b.parameters for b in lowered(hand_plan(*slices)).buckets] == [("scale",), ("a.1.w", "a.0.w")]
-    monkeypatch.setattr(lowering, "BUCKET_BYTES", 16)
-    assert [b.parameters for b in lowered(hand_plan(*slices)).buckets] == [("scale",), ("a.1.w",), ("a.0.w",)]
+    small = replace(hand_plan(*slices), bucket_bytes=16)
+    assert [b.parameters for b in lowered(small).buckets] == [("scale",), ("a.1.w",), ("a.0.w",)]
 
 
 def test_slices_stand_in_the_order_of_dependence_before_that_of_time() -> None:

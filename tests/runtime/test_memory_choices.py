@@ -39,7 +39,7 @@ def planned(workload: Workload, memory_bytes: float) -> Plan:
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    """Six equal layers whose activations weigh as much as their optimiser states."""
+    """Six equal layers whose activations weigh as much as their optimizer states."""
     torch.manual_seed(0)
     made = spindle.Workload("deep")
     tower = made.component("tower", HandWritten(5, depth=6).double())
@@ -85,9 +85,11 @@ def test_what_does_not_fit_is_chosen_run_and_exact(workload: Workload) -> None:
 def test_a_workload_says_how_it_is_priced() -> None:
     """Its own choices, the optimizer of its file, and that PyTorch runs its modules eagerly."""
     module = spindle.Workload("w", recompute=["a"], shard_optimizer=True)
-    eager = Execution(layers="eager", optimizer="plain", tf32=False)
-    told = Pricing(optimizer="sgd", shard_optimizer=True, recomputed=("a",), execution=eager)
+    eager = Execution(layers="eager", optimizer="plain", tf32=False, gradients="float32")
+    told = Pricing(optimizer="sgd", shard_optimizer=True, recomputed=("a",), execution=eager, wide_gradients=True)
     assert pricing_of(module, torch.optim.SGD) == told
+    bare = pricing_of(spindle.Workload("w", master_weights="none"))
+    assert (bare.master_weights, bare.execution.gradients) == (False, "parameters")
     fused = pricing_of(module, lambda ps: torch.optim.AdamW(ps, fused=True))
     assert fused.execution.optimizer == "fused"
     momentum = pricing_of(module, lambda ps: torch.optim.SGD(ps, momentum=0.9))

@@ -39,7 +39,45 @@ def test_environments_caches_and_checkpoints_stay(folder: Path, tmp_path: Path) 
     """All else is sent."""
     package = pack(folder, tmp_path / "a.zip")
     assert names(package.path) == ["data/big.bin", "model.py", "parts/tower.py", "plan.json"]
-    assert (package.num_files, package.size_bytes) == (4, package.path.stat().st_size)
+    assert (len(package.files), package.size_bytes) == (4, package.path.stat().st_size)
+
+
+@pytest.mark.parametrize("under_git", [False, True])
+def test_keys_and_passwords_stay_and_are_named(folder: Path, tmp_path: Path, under_git: bool) -> None:
+    """Also where git would take them; a tokenizer, a file of keywords and one that the job names are no secrets."""
+    kept = ["tokenizer.json", "keys.py", "environment.yaml"]
+    secrets = [".env", ".env.local", "id_rsa", "id_ed25519.pub", "tls.pem", ".aws/config", "my-credentials.json"]
+    for name in (*kept, *secrets, "named.key"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    if under_git:
+        subprocess.run(["git", "init", "-q", str(folder)], check=True, timeout=30)
+    package = pack(folder, tmp_path / "a.zip", needed=["named.key"])
+    assert set(names(package.path)) == {
+        *("data/big.bin", "model.py", "parts/tower.py", "plan.json", "named.key"), *kept
+    }  # fmt: skip
+    assert {*package.secrets} >= set(secrets) - {".env"}  # which stays as an environment does
+    assert "not sent, since they may hold secrets: .aws/config, .env.local" in package.told(folder)
+
+
+@pytest.mark.parametrize("under_git", [False, True])
+def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path, under_git: bool) -> None:
+    """Those that stay inside are, as files."""
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("x")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "out_there").symlink_to(tmp_path / "elsewhere")
+    (folder / "inside.py").symlink_to("model.py")
+    (folder / "around").symlink_to(".")
+    if under_git:
+        subprocess.run(["git", "init", "-q", str(folder)], check=True, timeout=30)
+    package = pack(folder, tmp_path / "a.zip")
+    packed = names(package.path)
+    assert "inside.py" in packed
+    assert not [name for name in packed if "out" in name.split("/")[-1] or "elsewhere" in name or name.endswith("file")]
+    assert "out" in package.links
+    assert f"not sent, since they lead out of it: {package.links[0]}" in package.told(folder)
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/", "data/big.bin", "*.bin", "data/*"])
@@ -80,7 +118,10 @@ def test_too_much_is_refused_with_what_is_largest(folder: Path, tmp_path: Path) 
     with pytest.raises(FormatError, match=r"more than 2 MiB.*largest: data 3 MiB(.|\n)*--exclude data"):
         pack(folder, tmp_path / "a.zip", limit_bytes=2 * 2**20)
     assert (tmp_path / "a.zip").stat().st_size < 4 * 2**20
-    assert pack(folder, tmp_path / "a.zip", exclude=["data"], limit_bytes=2 * 2**20).num_files == 3
+    assert pack(folder, tmp_path / "a.zip", exclude=["data"], limit_bytes=2 * 2**20).files[:2] == (
+        "model.py",
+        "parts/tower.py",
+    )
 
 
 def test_a_file_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:

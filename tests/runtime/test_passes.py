@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+from spindle.contract import contract
 from spindle.runtime.laws import broken_laws
+from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.passes import accumulating, add_compute, add_frees, add_loads, add_step, restricted
 from spindle.runtime.programs.program import Bucket, Program
+from tests.random_plans import widest_plan
 from tests.runtime.hand_program import hand_plan, hand_slice, lowered
+from tests.task_graphs import random_task_graph
 
 
 def bare(program: Program) -> Program:
@@ -105,7 +109,7 @@ def test_a_step_without_tasks_runs_nothing() -> None:
 def test_a_round_that_only_adds() -> None:
     """No reduction, no wait for one, no clipping, no step; transfers stay."""
     program = lowered(max_grad_norm=1.0)
-    kept = accumulating(program.instructions[0], program.bucket_by_name)
+    kept = accumulating(program.instructions[0])
     assert words((kept,), 0) == (
         "LOAD t, AGREE, FORWARD s0, TRANSFER s0>s1, TRANSFER s0<s1, AWAIT s0<s1, BACKWARD s0, FREE activations:s0, "
         "FREE arrivals:s0<s1"
@@ -116,3 +120,12 @@ def test_a_bucket_of_one_rank_is_never_reduced() -> None:
     program = lowered()
     alone = tuple(Bucket(name=b.name, dtype=b.dtype, ranks=(1,), parameters=b.parameters) for b in program.buckets)
     assert "REDUCE" not in words(add_compute(bare(replace(program, buckets=alone))), 1)
+
+
+def test_ranks_that_do_the_same_have_one_list() -> None:
+    """Lowering and laws go by what there is to do, not by how many do it."""
+    sample = random_task_graph(3)
+    metagraph = contract(sample.graph)
+    plan = widest_plan(metagraph, 4)
+    program = lower(plan, metagraph, sample.graph, losses=sample.losses, weights=sample.weights)
+    assert len({id(own) for own in program.instructions}) == len(set(program.instructions)) < 4

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from spindle.graph import TensorSpec
-from spindle.runtime.pieces import cut, joined, message_bytes, piece_shape, summed
+from spindle.runtime.pieces import Piece, cut, joined, message_bytes, piece_shape, summed
 from spindle.runtime.programs.program import Message
-from spindle.units import SAMPLES, Units
+from spindle.units import SAMPLES, Bounds, Units
 
 PLAIN = TensorSpec(name="x", shape=(5, 2), dtype="float32")
 PATCHES = TensorSpec(name="x", shape=(15,), dtype="float32", rows=3)  # three rows a sample
@@ -72,34 +72,40 @@ def test_joining_follows_the_samples(spec: TensorSpec, first: Tensor, second: Te
     assert joined([(0, 1, first)], spec) is first
 
 
+def added(pieces: list[Piece], spec: TensorSpec, units: Units, held: Bounds, like: Tensor) -> Tensor:
+    found = summed(pieces, spec, units, held, like)
+    assert found is not None
+    return found
+
+
 def test_gradients_of_several_readers_add_up() -> None:
     """Two readers read sample 0, one read sample 1, nobody read sample 2."""
     ones = torch.ones(1, 2)
     pieces = [(0, 1, ones), (0, 2, torch.full((2, 2), 10.0))]
-    assert summed(pieces, PLAIN, UNITS, (0, 3), torch.empty(3, 2)).tolist() == [[11.0, 11.0], [10.0, 10.0], [0.0, 0.0]]
+    assert added(pieces, PLAIN, UNITS, (0, 3), torch.empty(3, 2)).tolist() == [[11.0, 11.0], [10.0, 10.0], [0.0, 0.0]]
 
 
 def test_gradients_of_packed_rows_add_up_where_they_lie() -> None:
     """Samples 0..2 have one patch, none and two, of two entries each; a reader of sample 2 adds to the last four."""
     pieces = [(0, 3, torch.ones(6, 1)), (2, 3, torch.full((4, 1), 10.0))]
-    found = summed(pieces, PACKED, UNITS, (0, 3), torch.empty(6, 1))
+    found = added(pieces, PACKED, UNITS, (0, 3), torch.empty(6, 1))
     assert found.flatten().tolist() == [1.0, 1.0, 11.0, 11.0, 11.0, 11.0]
 
 
-def test_gradients_of_what_nobody_read_are_zero() -> None:
-    assert summed([], PLAIN, UNITS, (0, 2), torch.full((2, 2), 7.0)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+def test_what_nobody_read_has_no_gradient() -> None:
+    assert summed([], PLAIN, UNITS, (0, 2), torch.full((2, 2), 7.0)) is None
 
 
 def test_a_single_gradient_is_not_copied_unless_a_part_is_missing() -> None:
     part = torch.ones(1, 2)
     assert summed([(0, 1, part)], PLAIN, UNITS, (0, 1), torch.empty(1, 2)) is part
-    assert summed([(0, 1, part)], PLAIN, UNITS, (0, 2), torch.empty(2, 2)).tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert added([(0, 1, part)], PLAIN, UNITS, (0, 2), torch.empty(2, 2)).tolist() == [[1.0, 1.0], [0.0, 0.0]]
     whole = torch.ones(7)
     assert summed([(0, 0, whole)], WHOLE, UNITS, (0, 5), torch.empty(7)) is whole
 
 
 def test_gradients_of_what_cannot_be_cut_add_up_whole() -> None:
-    assert summed([(0, 0, torch.ones(7))] * 3, WHOLE, UNITS, (0, 5), torch.empty(7)).tolist() == [3.0] * 7
+    assert added([(0, 0, torch.ones(7))] * 3, WHOLE, UNITS, (0, 5), torch.empty(7)).tolist() == [3.0] * 7
 
 
 @pytest.mark.parametrize(

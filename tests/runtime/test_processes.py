@@ -7,10 +7,11 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from spindle.errors import RunError, WorkloadError
+from spindle.errors import LostPeerError, RunError, WorkloadError
 from spindle.runtime.launch.processes import ProcessCrew
+from spindle.runtime.pulse import Lookout
 
-LOST = RunError("rank 1, AWAIT s0>s1 raised RuntimeError: Connection closed by peer")
+LOST = LostPeerError("rank 1, AWAIT s0>s1 raised RuntimeError: Connection closed by peer")
 
 
 class FakeChild:
@@ -34,6 +35,7 @@ def crew(*answers: Any) -> tuple[ProcessCrew, list[FakeChild], list[Connection]]
     """A crew whose ranks have answered so already: a result, an error, or None for a rank that died."""
     made = object.__new__(ProcessCrew)
     made._pipes, theirs, children = [], [], []
+    made._timeout_s, made._lookout = 5.0, Lookout(lambda: [], 5.0)
     for answer in answers:
         ours, other = Pipe()
         made._pipes.append(ours)

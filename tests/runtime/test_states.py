@@ -119,7 +119,7 @@ def test_a_task_that_rests() -> None:
 
 def test_a_round_that_only_adds() -> None:
     """States go on and writes are made in every round; statistics are folded in once a step."""
-    adding = accumulating(program().instructions[1], program().bucket_by_name)
+    adding = accumulating(program().instructions[1])
     assert [i.op for i in adding if i.op in (Op.HAND, Op.WRITE, Op.TALLY)] == [Op.WRITE, Op.HAND, Op.HAND]
 
 

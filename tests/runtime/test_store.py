@@ -57,18 +57,30 @@ def test_what_is_clipped_lies_in_buffers() -> None:
 
 
 def test_gradients_that_nobody_reduces_end_with_the_step() -> None:
-    """They are autograd's own; one that backward did not reach is zero when the optimizer steps."""
+    """They are autograd's own; one that backward did not reach is none when the optimizer steps."""
     layers = linear(1.0), linear(2.0)
     store = ParameterStore(BOTH, 1, [code("t.a", layers[0], "a"), code("t.b", layers[1], "b")])
     torch.autograd.backward(layers[1].weight.sum() * 3.0)
     assert store.gradients(["b.weight"])["b.weight"].tolist() == [[3.0, 3.0]]
     store.zero_gradients()
     assert layers[1].weight.grad is None
-    store.complete_gradients(["a.weight", "b.weight"])
-    assert {name: g.tolist() for name, g in store.gradients(["a.weight", "b.weight"]).items()} == {
-        "a.weight": [[0.0, 0.0]],
-        "b.weight": [[0.0, 0.0]],
-    }
+    torch.autograd.backward(layers[0].weight.sum())
+    assert store.unreached(["a.weight", "b.weight"]) == ["b.weight"]
+
+
+def test_a_bucket_tells_which_of_its_parameters_no_rank_has_reached() -> None:
+    """By a flag for each behind the gradients, which the same reduction sums."""
+    layer = linear(1.0)
+    store = ParameterStore(BOTH, 0, [code("t.a", layer, "a")])
+    torch.autograd.backward(layer.weight.sum())
+    flat = store.flag("b0")
+    assert flat.tolist() == [*store.bucket["b0"].tolist(), 1.0, 0.0]
+    assert store.unreached(["a.weight", "a.bias"]) == ["a.bias"]
+    flat.add_(torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))  # of another rank
+    assert store.unreached(["a.weight", "a.bias"]) == []
+    store.zero_gradients()
+    torch.autograd.backward(layer(torch.ones(1, 2)).sum())
+    assert store.flag("b0").tolist()[-2:] == [1.0, 1.0]
 
 
 def test_gradients_lie_in_the_bucket() -> None:

@@ -1,6 +1,6 @@
 """Worker: what a rank is sent, and what it leaves to others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.plan import Plan, Slice, make_waves
+from spindle.record import travel
+from spindle.runtime import recordings
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.parallel.names import held_names
 from spindle.runtime.programs.program import SliceRun
-from spindle.runtime.worker import Job, make_jobs, owners, separate
+from spindle.runtime.rank_job import Job, make_jobs, owners, separate
 from spindle.workload import Workload
 from tests.faults.breaking import Plain, rows, workload_of
 from tests.random_plans import widest_plan
@@ -119,7 +121,7 @@ def test_ranks_of_one_process_share_no_parameters() -> None:
 def test_every_parameter_has_one_owner() -> None:
     """All that any rank holds, once."""
     found = prepared()
-    held = [held_names(job.codes.values(), job.cuts) for job in jobs(found)]
+    held = [held_names(job.codes.values(), job.cuts, {}) for job in jobs(found)]
     by_rank = owners(found.program, held)
     names = [name for owned in by_rank for name in owned]
     assert sorted(names) == sorted(name for name, _ in found.workload.named_parameters())
@@ -165,6 +167,22 @@ def counts(workload: Workload, num_ranks: int) -> tuple[int, int, int]:
     return codes.count, CountedSlices.visits, len(found.program.slices)
 
 
+def test_what_records_tasks_is_packed_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same for all, and takes as long as the model is deep."""
+    calls: list[object] = []
+    packed = travel.dumped
+
+    def counted(content: object, functions: Iterable[object]) -> bytes:
+        calls.append(content)
+        return packed(content, functions)
+
+    monkeypatch.setattr(recordings, "dumped", counted)
+    made = jobs(prepared())
+    for job in made:
+        assert cloudpickle.loads(cloudpickle.dumps(job.recipe)).functions.keys() == job.recipe.functions.keys()
+    assert (len(made), len(calls)) == (3, 1)
+
+
 def test_jobs_of_many_ranks_take_work_by_their_number() -> None:
     """Twice the ranks look up twice the codes; the slices are gone through as often for 64 ranks as for 16."""
     workload = Workload("wide")
@@ -177,4 +195,4 @@ def test_jobs_of_many_ranks_take_work_by_their_number() -> None:
     few, more, most = (counts(workload, ranks) for ranks in (16, 32, 64))
     alone = 1  # the loss, on one rank
     assert few[0] - alone == (more[0] - alone) // 2 == (most[0] - alone) // 4 > 0
-    assert few[1] == more[1] == most[1] == 2 * most[2]
+    assert few[1] == more[1] == most[1] == 10 * most[2]

@@ -118,7 +118,7 @@ def test_what_a_file_may_leave_out(tmp_path: Path) -> None:
         (GOOD, "{devices_per_node: 4, device: b1000}", ClusterError, "device type 'b1000' is not known"),
         (GOOD, "!!python/object/apply:os.system [echo]", FormatError, "not YAML .*could not determine a constructor"),
         (GOOD, "[" * 10_000, FormatError, "not YAML"),
-        (GOOD, "&a [*a]", FormatError, "not YAML|the file is"),
+        (GOOD, "&a [*a]", FormatError, "holds more than 100000 values"),
         (GOOD, "? [a]\n: b", FormatError, "not YAML"),
     ],
 )

@@ -146,7 +146,7 @@ def test_expanding_gives_the_graph_back(graph: TaskGraph) -> None:
 @settings(max_examples=200)
 @given(graphs)
 def test_metaops_are_maximal_chains_of_equal_operators(graph: TaskGraph) -> None:
-    """Inside: equal, consecutive, each other's only neighbour. Between two MetaOps: no pair that could still merge."""
+    """Inside: equal, consecutive, each other's only neighbor. Between two MetaOps: no pair that could still merge."""
     metagraph = contract(graph)
     reduced = nx.transitive_reduction(graph.digraph)
     owner = {op.name: metaop.name for metaop in metagraph for op in metaop.operators}

@@ -268,8 +268,8 @@ VALUES = [
 @pytest.mark.parametrize(("sample", "kind", "path"), OBJECTS)
 def test_unknown_fields_are_refused_by_name(sample: str, kind: type, path: Path_) -> None:
     """In every object of every format."""
-    text = changed(sample, path, lambda value: {**value, "colour": "red"})  # type: ignore[dict-item]
-    assert "colour is not a known field; remove it" in refusal(text, kind)
+    text = changed(sample, path, lambda value: {**value, "color": "red"})  # type: ignore[dict-item]
+    assert "color is not a known field; remove it" in refusal(text, kind)
 
 
 @pytest.mark.parametrize(("sample", "kind", "path"), NUMBERS)
@@ -387,4 +387,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     """Not the mode of a temporary file."""
     write_text("text", tmp_path / "a.txt")
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o644
+    before = os.umask(0o022)
+    try:
+        for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(mask)
+            write_text("x", tmp_path / "a.txt")
+            assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+    finally:
+        os.umask(before)

@@ -88,7 +88,7 @@ def test_points_sort_and_accept_mappings() -> None:
     assert points({}) == ()
 
 
-def test_neighbours_and_order() -> None:
+def test_neighbors_and_order() -> None:
     """A diamond: order follows the flows, ties follow the file."""
     made = graph(*"dbca", flows="a>b a>c b>d c>d")()
     assert made.topological_order == ("a", "b", "c", "d")

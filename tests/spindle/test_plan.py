@@ -1,6 +1,7 @@
 """Plan: every rule of its values, and how slices fall into waves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -32,6 +33,12 @@ def plan(*slices: Slice, num_devices: int = 2, per_node: int = 2, makespan: floa
     )
 
 
+def in_turns(*turns: tuple[str, ...], tasks: str = "") -> Plan:
+    metaops = (MetaOp(name=f"{task}.a", task=task, component="a", layers=1) for task in tasks)
+    metagraph = MetaGraph(tuple(metaops)) if tasks else None
+    return replace(plan(piece()), turns=turns, metagraph=metagraph)
+
+
 def over_time(*edges_s: float, prices: tuple[float, ...]) -> TimePrices:
     return TimePrices(edges_s=(0.0, *edges_s), device_prices=prices)
 
@@ -49,6 +56,16 @@ RULES: dict[str, Refusal] = {
     "an end that never comes": (lambda: piece(end=INF), "'t.a'", "to inf", "give rising times"),
     "no device in the plan": (lambda: plan(piece(), num_devices=0), "0 devices", "both are at least 1", "both"),
     "no device in a node": (lambda: plan(piece(), per_node=0), "0 a node", "both are at least 1", "both"),
+    "one turn": (lambda: in_turns(("t", "u")), "turns of 2 tasks", "give none, or several", "at least one"),
+    "an empty turn": (lambda: in_turns(("t",), ()), "turns of 1, 0 tasks", "give none, or several", "task each"),
+    "a task in two turns": (lambda: in_turns(("t",), ("u", "t")), "'t'", "more than once", "name each task once"),
+    "a task in no turn": (lambda: in_turns(("t",), ("u",), tasks="tuv"), "'v'", "in none of them", "give no turns"),
+    "a turn of no task": (
+        lambda: in_turns(("t",), ("w",), tasks="t"),
+        "'w'",
+        "is no task of its MetaGraph",
+        "name each task",
+    ),
     "no waves": (lambda: plan(), "the plan", "no waves", "plan a workload"),
     "a price below zero": (lambda: Certificate(area_price=-1.0), "certificate", "negative price", "plan again"),
     "edges that fall": (lambda: over_time(2.0, 1.0, prices=(1.0, 1.0)), "the edges", "rise from 0", "plan again"),

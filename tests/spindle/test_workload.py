@@ -1,7 +1,7 @@
 """Workload: every rule of names, modules, data and batches, and what parameters are called."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def register(name: str = "t", batch_size: int = 4, weight: float = 1.0) -> None:
 
 
 def component(name: str, module: object = None) -> nn.Module:
-    return Workload("w").component(name, module or nn.Linear(2, 2))  # type: ignore[type-var, return-value]
+    return Workload("w").component(name, cast(nn.Module, module or nn.Linear(2, 2)))
 
 
 def twice(what: str, same_module: bool = False) -> None:
@@ -60,7 +60,7 @@ RULES: dict[str, Refusal] = {
     "no samples": (lambda: register(batch_size=0), "task 't'", "batch_size is 0", "at least 1"),
     "samples below zero": (lambda: register(batch_size=-4), "task 't'", "batch_size is -4", "at least 1"),
     "half a sample": (lambda: register(batch_size=4.5), "task 't'", "batch_size is 4.5", "a whole number"),  # type: ignore[arg-type]
-    "no weight": (lambda: register(weight=0.0), "task 't'", "weight is 0.0", "a positive number"),
+    "a weight below zero": (lambda: register(weight=-0.5), "task 't'", "weight is -0.5", "zero or a positive number"),
     "weight below zero": (lambda: register(weight=-1.0), "task 't'", "weight is -1.0", "a positive number"),
     "weight that is no number": (lambda: register(weight=float("nan")), "'t'", "weight is nan", "a positive number"),
     "weight without end": (lambda: register(weight=float("inf")), "'t'", "weight is inf", "a positive number"),

@@ -1,5 +1,7 @@
 """Random values of every file format, as wild as their rules allow."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from spindle.calibration import CONSTANTS, Calibration, MeasuredStep
@@ -24,6 +26,7 @@ from spindle.trace import Span, SpanKind, Trace
 text = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=8)
 amounts = st.floats(0, 1e18, allow_subnormal=False)
 seconds = st.floats(1e-9, 1e6)
+durations = st.floats(0, 1e8, allow_subnormal=False)
 counts = st.integers(1, 4096)
 
 
@@ -41,7 +44,9 @@ def metagraphs(draw: st.DrawFn) -> MetaGraph:
             memory_bytes=points(draw(st.dictionaries(counts, amounts, max_size=4))),
             layer_param_bytes=draw(amounts),
             layer_state_bytes=draw(amounts),
-            load_s=draw(amounts),
+            kept_bytes=draw(amounts),
+            gathered_bytes=draw(amounts),
+            load_s=draw(durations),
             output_bytes=draw(amounts),
             parameters=draw(st.one_of(st.just(""), text)),
             forward_fraction=draw(st.floats(0, 1)),
@@ -74,8 +79,8 @@ certificates: st.SearchStrategy[Certificate] = st.recursive(
 
 protocols = st.builds(
     Protocol,
-    latency_s=amounts,
-    hop_s=amounts,
+    latency_s=durations,
+    hop_s=durations,
     bytes_per_s=seconds,
     in_network=st.booleans(),
     operation=st.sampled_from((None, "all_reduce", "broadcast")),
@@ -83,7 +88,7 @@ protocols = st.builds(
 links = st.builds(
     Link,
     bytes_per_s=seconds,
-    latency_s=amounts,
+    latency_s=durations,
     protocols=st.lists(protocols, max_size=2).map(tuple),
     node_bytes_per_s=st.one_of(st.none(), seconds),
 )
@@ -93,7 +98,7 @@ devices = st.builds(
     memory_bytes=seconds,
     peak_flops=seconds,
     memory_bytes_per_s=seconds,
-    launch_s=amounts,
+    launch_s=durations,
     eager_traffic=amounts,
     kernels_per_matmul=amounts,
     full_float32_rate=seconds,
@@ -117,10 +122,10 @@ slices = st.builds(
     counts,
     st.sets(st.integers(0, 31), min_size=1, max_size=4),
     seconds,
-    amounts,
+    durations,
 )
 
-named_times = st.dictionaries(text, amounts, max_size=3).map(lambda values: tuple(sorted(values.items())))
+named_times = st.dictionaries(text, durations, max_size=3).map(lambda values: tuple(sorted(values.items())))
 
 size_ranges = st.builds(
     lambda task, field, sizes: SizeRange(task=task, field=field, least=min(sizes), most=max(sizes)),
@@ -131,8 +136,8 @@ size_ranges = st.builds(
 spreads = st.builds(
     lambda steps, mean, ends: StepSpread(steps=steps, mean_s=mean, p10_s=min(ends), p90_s=max(ends)),
     counts,
-    amounts,
-    st.tuples(amounts, amounts),
+    durations,
+    st.tuples(durations, durations),
 )
 
 shares = st.floats(-2, 0.99)
@@ -155,18 +160,18 @@ gains = st.builds(
 outlooks = st.builds(
     lambda source, ends, gain: Outlook(source=source, low_s=min(ends), high_s=max(ends), gain=gain),
     text,
-    st.tuples(amounts, amounts),
+    st.tuples(durations, durations),
     st.one_of(st.none(), gains),
 )
 constants = st.sampled_from(CONSTANTS)
-measured_steps = st.builds(MeasuredStep, gpus=counts, per_gpu_batch=counts, seconds=seconds, predicted_s=amounts)
+measured_steps = st.builds(MeasuredStep, gpus=counts, per_gpu_batch=counts, seconds=seconds, predicted_s=durations)
 calibrations = st.builds(
     Calibration,
     device=text,
     compute=seconds,
     host=seconds,
     network=seconds,
-    step_s=amounts,
+    step_s=durations,
     source=text,
     method=text,
     rows=st.lists(measured_steps, max_size=3).map(tuple),
@@ -174,18 +179,18 @@ calibrations = st.builds(
     inseparable=st.lists(st.tuples(constants, constants), max_size=2).map(tuple),
 )
 
-plans = st.builds(
+plans_at_once = st.builds(
     Plan,
     num_devices=counts,
     devices_per_node=counts,
     method=text,
     waves=st.lists(slices, min_size=1, max_size=5).map(make_waves),
-    makespan_s=amounts,
-    lower_bound_s=amounts,
-    planner_s=amounts,
+    makespan_s=durations,
+    lower_bound_s=durations,
+    planner_s=durations,
     baselines_s=named_times,
-    reduction_s=amounts,
-    step_s=amounts,
+    reduction_s=durations,
+    step_s=durations,
     baseline_steps_s=named_times,
     memory=st.builds(Memory, peak_bytes_per_device=st.lists(amounts, max_size=4).map(tuple), fits=st.booleans()),
     certificate=st.one_of(st.none(), certificates),
@@ -193,6 +198,7 @@ plans = st.builds(
     cluster=st.one_of(st.none(), clusters),
     spread=st.one_of(st.none(), spreads),
     sizes=st.lists(size_ranges, max_size=3).map(tuple),
+    shard_parameters=st.lists(text, max_size=2).map(tuple),
     alternatives=st.lists(
         st.builds(
             Alternative,
@@ -207,9 +213,19 @@ plans = st.builds(
         max_size=3,
     ).map(tuple),
     work=st.one_of(st.none(), st.builds(StepWork, samples=amounts, tokens=amounts, flops=amounts)),
-    fixed_s=amounts,
+    fixed_s=durations,
     outlook=st.one_of(st.none(), outlooks),
 )
+
+
+def in_turns(plan: Plan, after: int) -> Plan:
+    """The plan in two turns, the first of so many tasks or fewer, where it carries several tasks."""
+    tasks = plan.metagraph.tasks if plan.metagraph else ()
+    cut = min(after, len(tasks) - 1)
+    return replace(plan, turns=(tasks[:cut], tasks[cut:])) if cut > 0 else plan
+
+
+plans = st.builds(in_turns, plans_at_once, st.integers(0, 4))
 
 profiles = st.builds(
     Profile,
@@ -221,10 +237,10 @@ profiles = st.builds(
             kind=text,
             num_devices=counts,
             forward_s=seconds,
-            backward_s=amounts,
+            backward_s=durations,
             peak_bytes=amounts,
-            bare_forward_s=amounts,
-            update_s=amounts,
+            bare_forward_s=durations,
+            update_s=durations,
             family=text,
             size=amounts,
         ),
@@ -269,7 +285,7 @@ traces = st.builds(
             st.sampled_from(SpanKind),
             text,
             st.floats(-1e6, 1e6),
-            amounts,
+            durations,
             st.tuples(text, text, text),
             st.integers(-1, 100),
             st.integers(0, 2**40),

@@ -1,4 +1,4 @@
-"""Colours: as far apart for colour-blind eyes as the search that found them promised."""
+"""Colors: as far apart for color-blind eyes as the search that found them promised."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def test_any_two_are_apart(colors: tuple[str, ...], least: float, eye: tuple[Vec
     assert apart >= least
 
 
-def test_more_names_than_colours_get_shades() -> None:
+def test_more_names_than_colors_get_shades() -> None:
     found = fills(40)
     assert found[:16] == FILLS
     assert len(set(found)) == 40

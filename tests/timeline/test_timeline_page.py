@@ -179,7 +179,7 @@ def test_the_summary_says_what_matters() -> None:
         f"predicted {predicted.step_s() * 1e3:.4g} ms (+",
         "median of 3",
         "above the best possible: bound",
-        "than the best usual way",
+        "than the best baseline",
         "of device time in the measured step; predicted",
         "GiB of 80 GiB on device",
         "devices split by task",
@@ -227,7 +227,7 @@ def test_a_strange_threshold_is_refused(threshold: float) -> None:
 
 
 def test_names_stand_in_the_order_of_the_alphabet_and_of_numbers() -> None:
-    """So that colours do not depend on the plan."""
+    """So that colors do not depend on the plan."""
     slices = by_hand().slices
     named = [replace(slices[0], metaop=f"t{i}.block{i}") for i in (10, 9, 1)]
     plan = replace(by_hand(), metagraph=None, cluster=None, waves=make_waves(named))

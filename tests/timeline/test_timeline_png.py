@@ -24,7 +24,7 @@ def size_of(png: bytes) -> tuple[int, int]:
 
 
 def colors_of(png: bytes) -> Counter[Color]:
-    """Points of each colour, of a file of eight bits for red, green, blue and alpha."""
+    """Points of each color, of a file of eight bits for red, green, blue and alpha."""
     width, height = size_of(png)
     assert png[24:29] == bytes([8, 6, 0, 0, 0])
     at, packed = 8, b""
@@ -52,7 +52,7 @@ def unfiltered(kind: int, line: bytes, above: bytearray) -> bytearray:
 
 
 def test_a_picture_of_a_plan_and_a_run() -> None:
-    """Twice the points of the SVG's width and height; every component's colour fills some of them."""
+    """Twice the points of the SVG's width and height; every component's color fills some of them."""
     plan, predicted = planned(8)
     run = made_up_run(plan, predicted)
     svg = render_svg(plan, predicted=predicted, measured=run, title="two tasks")

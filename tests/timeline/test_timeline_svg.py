@@ -53,10 +53,10 @@ def test_nothing_leaves_the_picture() -> None:
 
 
 def test_the_legend_names_what_is_drawn() -> None:
-    """No optimiser and no load where the picture shows none."""
+    """No optimizer and no load where the picture shows none."""
     assert "load" in texts(drawn("measured"))
     assert "load" not in texts(drawn("predicted"))
-    assert {"forward", "backward", "load", "optimiser"}.isdisjoint(texts(drawn("neither")))
+    assert {"forward", "backward", "load", "optimizer"}.isdisjoint(texts(drawn("neither")))
 
 
 def test_communication_beside_computation_is_a_foot() -> None:
@@ -98,7 +98,7 @@ def test_both_panels_have_one_axis() -> None:
 
 
 def plan_of(num_devices: int, group: int) -> Plan:
-    """Groups of neighbouring devices, each with a slice of its own."""
+    """Groups of neighboring devices, each with a slice of its own."""
     slices = [
         Slice(metaop=f"m{i}", first_layer=0, num_layers=1, devices=tuple(range(i, i + group)), start_s=0.0, end_s=1.0)
         for i in range(0, num_devices, group)
@@ -110,7 +110,7 @@ def test_few_devices_have_a_row_each() -> None:
     assert device_groups(plan_of(MAX_ROWS, 8)) == [(device,) for device in range(MAX_ROWS)]
 
 
-def test_neighbours_that_do_the_same_share_a_row() -> None:
+def test_neighbors_that_do_the_same_share_a_row() -> None:
     assert device_groups(plan_of(64, 16)) == [tuple(range(i, i + 16)) for i in (0, 16, 32, 48)]
 
 

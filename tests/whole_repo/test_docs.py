@@ -28,7 +28,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "log.md")
 SHELL = ("sh", "bash", "console")
 BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>file|not run|setup): *(?P<value>.*?) *-->\n*)?^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```",
+    r"(?:<!-- (?P<mark>file|not run|setup): *(?P<value>(?:(?!-->).)*?) *-->\n*)?"
+    r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
 SETUP = re.compile(r"<!-- setup: *(.*?) *-->", re.DOTALL)

@@ -49,13 +49,20 @@ def test_importing_spindle_is_light() -> None:
 def test_public_names() -> None:
     """The public face, in full: a new name here is a promise to users."""
     assert spindle.__all__ == [
+        "EMA",
         "Calibration",
+        "EarlyStop",
+        "Evaluation",
+        "Failures",
         "Plan",
         "Profile",
         "SpindleError",
+        "Stage",
         "TrainResult",
+        "Weights",
         "Workload",
         "__version__",
+        "evaluate",
         "export",
         "load_checkpoint",
         "make_calibration",
@@ -64,6 +71,7 @@ def test_public_names() -> None:
         "make_profile",
         "per_sample",
         "train",
+        "train_stages",
         "verify",
     ]
     assert dir(spindle) == sorted(spindle.__all__)
@@ -80,7 +88,9 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_a_name_that_is_not_public() -> None:
-    with pytest.raises(AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Calibration, Plan, "):
+    with pytest.raises(
+        AttributeError, match=r"module 'spindle' has no attribute 'plot'; it has Calibration, EMA, EarlyStop, "
+    ):
         spindle.plot  # noqa: B018
 
 

@@ -116,10 +116,10 @@ class Reach:
             yield batch | {"path": way[:, None] * torch.linspace(1 / STEPS, 1, STEPS)[:, None]}
 
 
-def blob(centre: Tensor, pixels: int) -> Tensor:
-    """Centres [n, 2] in 0..1 -> bright spots [n, pixels, pixels]."""
+def blob(center: Tensor, pixels: int) -> Tensor:
+    """Centers [n, 2] in 0..1 -> bright spots [n, pixels, pixels]."""
     axis = (torch.arange(pixels) + 0.5) / pixels
-    y, x = ((axis - centre[:, i, None]) ** 2 for i in (0, 1))
+    y, x = ((axis - center[:, i, None]) ** 2 for i in (0, 1))
     return torch.exp(-60 * (y[:, :, None] + x[:, None, :]))
 
 

@@ -163,7 +163,7 @@ def caption(pictures: Pictures, index: int) -> str:
 
 
 def compare(plan: spindle.Plan, profile: spindle.Profile, cluster: str, step_s: float) -> None:
-    """The usual way, all ranks on one task after another, run in the same manner."""
+    """The baseline, all ranks on one task after another, run in the same manner."""
     usual = spindle.make_plan(workload, cluster, profile=profile, method="sequential")
     measured = spindle.train(workload, usual, optimizer=optimizer, steps=40, launcher="ray")
     predicted = usual.step_s / plan.step_s if plan.step_s else float("nan")

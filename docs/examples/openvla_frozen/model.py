@@ -27,10 +27,10 @@ RED, BLUE, ACT = 0, 1, 2  # the prompt: which blob, then "what action"; words fr
 FIRST_BIN = 8
 
 
-def blob(centre: Tensor) -> Tensor:
-    """Centres [n, 2] in 0..1 -> bright spots [n, PIXELS, PIXELS]."""
+def blob(center: Tensor) -> Tensor:
+    """Centers [n, 2] in 0..1 -> bright spots [n, PIXELS, PIXELS]."""
     axis = (torch.arange(PIXELS) + 0.5) / PIXELS
-    y, x = ((axis - centre[:, i, None]) ** 2 for i in (0, 1))
+    y, x = ((axis - center[:, i, None]) ** 2 for i in (0, 1))
     return torch.exp(-60 * (y[:, :, None] + x[:, None, :]))
 
 

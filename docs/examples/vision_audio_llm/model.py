@@ -75,7 +75,7 @@ class AudioProjection(nn.Module):
         self.project = nn.Linear(width, WIDTH)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Means of two neighbours, projected."""
+        """Means of two neighbors, projected."""
         return self.project(frames.unflatten(1, (-1, 2)).mean(2))
 
 

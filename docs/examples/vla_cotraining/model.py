@@ -3,7 +3,7 @@
 | component | model |
 |---|---|
 | vision | SigLIP ViT, 4 layers of 64 |
-| merger | four neighbouring patches become one token of the language model |
+| merger | four neighboring patches become one token of the language model |
 | llm | Qwen3, 6 layers of 96, embedding and head tied |
 | action-head | diffusion transformer, 4 blocks of 64 that read the language model's states in turn with their own |
 
@@ -59,7 +59,7 @@ class Merger(nn.Module):
         self.project = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Neighbours side by side, then projected."""
+        """Neighbors side by side, then projected."""
         squares = patches.unflatten(1, (2, 2, 2, 2)).transpose(2, 3)
         return self.project(squares.flatten(3).flatten(1, 2).flatten(2))
 

@@ -32,16 +32,17 @@ from spindle.capture.look.samples import (
     first_batches,
     modalities,
     other_few,
+    shortened,
     singly,
     twice,
 )
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
-from spindle.capture.look.watching import Held
+from spindle.capture.look.watching import Held, made_by_first, own_state
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.copies import attributes_kept
 from spindle.record.draws import Site, Stream
 from spindle.record.randomness import Undrawn, undrawn
-from spindle.record.recording import LeafWrite
+from spindle.record.recording import LeafWrite, tensors_in
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.writes import CLOCK, INSTEAD, differing
@@ -71,6 +72,7 @@ class Looker:
         self.few: list[
             tuple[Bounds, tuple[Bounds, ...]]
         ] = []  # samples that are looked at, and parts of them, by batch
+        self.on_meta = any(parameter.is_meta for _, parameter in workload.named_parameters())
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
 
     def look(self) -> Seen:
@@ -160,9 +162,9 @@ class Looker:
         findings = Findings(places_of(telling or trials))
         prober = self._prober(findings)
         for trial in telling:
-            prober.look(trial)
+            prober.look(self._short(trial))
         if not telling:
-            prober.look_at_changes(trials[0])
+            prober.look_at_changes(self._short(trials[0]))
         if not telling and batches[0].units.num_samples > 1:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
@@ -202,7 +204,7 @@ class Looker:
         named: dict[str, Tensor] = {**dict(self.workload.named_parameters()), **dict(self.workload.named_buffers())}
         blocks = {block.path: block for block in self.skeleton.blocks}
         cut = {c.name for c in self.workload.components.values() if c.tensor_parallel > 1}
-        return Prober(self.task.name, named, blocks, findings, self.sites, cut)
+        return Prober(self.task.name, named, blocks, findings, self.sites, cut, self.skeleton.rules)
 
     # -- trials ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +213,21 @@ class Looker:
 
     def _trial(self, batch: SampledBatch, whole: Bounds, parts: Sequence[Bounds], step: int = 0) -> Trial:
         made = [self._part(batch, bounds, step) for bounds in (whole, *parts)]
-        return Trial(batch.units, made[0], tuple(made[1:]))
+        return Trial(batch, made[0], tuple(made[1:]))
+
+    def _short(self, trial: Trial) -> Trial:
+        """The same trial of short texts, where parameters are on the meta device: such models are too large to compute
+        texts of full length here. The trial itself where other code would run.
+        """
+        for batch in shortened(trial.batch) if self.on_meta else ():
+            bounds = [part.bounds for part in trial.parts]
+            try:
+                found = self._trial(batch, trial.whole.bounds, bounds, trial.whole.step)
+            except Exception:  # code that needs texts of one length
+                continue
+            if found.goes_the_same_way(trial):
+                return found
+        return trial
 
     def _part(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Part:
         recorded = self._record(batch, bounds, step)
@@ -252,7 +268,7 @@ class Looker:
             if trial is not None:
                 new = _keys(trial.whole.wired) - places.keys()
                 places.update((key, slots) for key, slots in places_of([trial]).items() if key in new)
-                prober.look(trial, new)
+                prober.look(self._short(trial), new)
                 found.append(trial)
         return found
 
@@ -287,7 +303,7 @@ class Looker:
             if isinstance(key, str) and found[key] != slots:  # a block: its results are not cut in another way
                 return
         known.update((key, slots) for key, slots in found.items() if key in same)
-        prober.look(trial, same)
+        prober.look(self._short(trial), same)
 
     # -- one recording --------------------------------------------------------------------------------------------
 
@@ -296,12 +312,10 @@ class Looker:
         fields = batch.part(*bounds)
         if self.copies_batch is not False:
             fields = with_own_tensors(fields)
-        versions = {name: value._version for name, value in fields.items() if isinstance(value, Tensor)}
+        versions = [(tensor, tensor._version) for tensor in tensors_in(fields)]
         stream = Stream(step=step, task=self.task.name, low=bounds[0], high=bounds[1], units=batch.units)
         found = self._recorded(fields, stream)
-        self.copies_batch = bool(self.copies_batch) or any(
-            fields[name]._version != version for name, version in versions.items()
-        )
+        self.copies_batch = bool(self.copies_batch) or any(tensor._version != version for tensor, version in versions)
         if self.skeleton.steady.unsettled:
             raise Unsettled
         check_loss(self.task, found)
@@ -346,17 +360,38 @@ class Looker:
         would after many calls.
         """
         bounds = self.few[0][0]
+        held = Held([module for c in self.workload.components.values() for module in c.module.modules()])
         first = self._record(batch, bounds)
         before = [place.get() for place in kept]
         second = self._record(batch, bounds)
         line = other_line(first, second)
         if line is not None and not any(p.draws and p.is_changed(v) for p, v in zip(kept, before, strict=True)):
+            self._refuse_own_state(batch, (first, second), held, [*zip(kept, before, strict=True)])
             raise unlike(self.task, line)
         for place, value in zip(kept, before, strict=True):
             if place.is_changed(value):
                 if place.draws:
                     raise own_generator(self.task, place.name)
-                self._refuse_steering(batch, bounds, second, place)
+                self._refuse_steering(batch, bounds, second, place, held)
+
+    def _refuse_own_state(
+        self, batch: SampledBatch, usual: tuple[Recorded, Recorded], held: Held, kept: Sequence[tuple[Kept, Any]]
+    ) -> None:
+        """Raise WorkloadError where what a module holds makes the difference between two recordings of a batch."""
+        bounds, own = self.few[0][0], list(held.changed())
+        lists = [(place, value, place.owner(held.modules)) for place, value in kept if place.is_changed(value)]
+        owners = [owner for _, _, owner in lists if owner is not None]
+        for place, value, owner in lists:
+            if owner is not None:
+                place.put(value)
+        if owners and other_line(usual[1], self._record(batch, bounds)) is None:
+            raise self._own_state(*owners[0])
+        held.put_back()
+        if own and other_line(usual[0], self._record(batch, bounds)) is None:
+            raise self._own_state(*held.owner(own[0]))
+
+    def _own_state(self, owner: type, attribute: str) -> WorkloadError:
+        return WorkloadError(f"task {self.task.name!r}: a {owner.__name__} {own_state(owner, attribute)}")
 
     def _refuse_made_by_first(self, batch: SampledBatch, held: Held) -> None:
         """Raise WorkloadError where code outside of layers keeps in a module what it made of the first batch."""
@@ -368,15 +403,19 @@ class Looker:
         held.put_back()
         self._record(batch, parts[1])
         for name in kept - held.same(made):
-            raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {held.made_by_first(name)}")
+            raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {made_by_first(*held.owner(name))}")
 
-    def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept) -> None:
+    def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept, held: Held) -> None:
+        """Raise WorkloadError where a number steers what is computed."""
         with place.far():
             try:
                 line = other_line(usual, self._record(batch, bounds))
             except WorkloadError:
                 line = "its function"
         if line is not None:
+            owner = place.owner(held.modules)
+            if owner is not None:
+                raise self._own_state(*owner)
             raise unlike(self.task, line, place.name)
 
     def _find_changing_buffers(self, batch: SampledBatch) -> None:

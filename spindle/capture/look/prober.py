@@ -6,6 +6,7 @@
   blocks give is made up; one block of each kind runs, to see whether it mixes samples itself.
 """
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from spindle.record.checkpoints import Planned, going
 from spindle.record.copies import copied
 from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.functions import counts_batches
+from spindle.record.made_up import MadeUpProducts, give_numbers, made_up
 from spindle.record.randomness import Drawing
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
 from spindle.record.skeleton import BlockInfo
@@ -46,6 +48,8 @@ _JITTERED = 10_000_000  # numbers of a parameter; larger ones are no zeros
 _ZEROS = ("new_zeros", "zeros_like", "zeros", "full", "full_like", "new_full", "zero_")
 
 _CPU = torch.device("cpu")
+OTHERS = 9  # numbers on which a block that branches is looked at
+LARGE = 1e4  # what a mask adds stays as it is
 
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, KeyError)
 """What code raises that cannot run on the samples it is given."""
@@ -70,14 +74,21 @@ class Prober:
         findings: Findings,
         sites: Mapping[str, tuple[Site, ...]],
         cut: Collection[str] = (),
+        branching: Collection[str] = (),
     ) -> None:
-        """`parameters` and changing buffers by name; `blocks` by path; `cut`: components of tensor parallelism."""
+        """`parameters` and changing buffers by name; `blocks` by path; `cut`: components of tensor parallelism;
+        `branching`: kinds of blocks whose code looks at its numbers.
+        """
         self.task, self.parameters, self.blocks = task, parameters, blocks
-        self.findings, self.sites, self.cut = findings, sites, cut
+        self.findings, self.sites, self.cut, self.branching = findings, sites, cut, branching
         self.known_blocks: dict[object, _Block] = {}  # by kind and way of calling
+        self.on_meta = any(value.is_meta for value in parameters.values())
         self.generator = torch.Generator().manual_seed(0)
         self.jittered: dict[str, Tensor] = {}
         self.varying: set[Key] = set()  # keys whose results differ by sample in some trial
+
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        return MadeUpProducts() if self.on_meta else contextlib.nullcontext()
 
     def look_at_changes(self, trial: Trial) -> None:
         """See what blocks change, where nothing shows how samples are cut."""
@@ -133,8 +144,8 @@ class Prober:
 
     @staticmethod
     def _result(whole: Any, parts: list[Any], places: tuple[Place, ...]) -> str:
-        if whole is None or any(part is None for part in parts):
-            return "mixes"
+        if whole is None or any(part is None for part in parts) or _is_endless(whole):
+            return "mixes"  # what is NaN in the whole is NaN in the parts, too, however it was computed
         for _, dim in places:
             if all(p.ndim == whole.ndim for p in parts) and _close(torch.cat(parts, dim), whole):
                 return "rows"
@@ -148,7 +159,7 @@ class Prober:
         stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
         values: dict[int, Tensor] = {}
         found: dict[Key, list[list[Any]]] = defaultdict(list)
-        with torch.no_grad(), drawing_from(stream):
+        with torch.no_grad(), drawing_from(stream), self._products():
             for number in wired.live:
                 node = recording.nodes[number]
                 if node.block:
@@ -190,7 +201,10 @@ class Prober:
         """A parameter moved off zeros and ones; one on the meta device is made up."""
         if name not in self.jittered:
             value = self.parameters[name].detach()
-            value = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
+            if value.is_meta:
+                self.jittered[name] = made_up(value, self.generator)
+                return self.jittered[name]
+            value = value.cpu()
             if value.is_floating_point() and value.numel() <= _JITTERED:
                 noise = torch.randn(value.shape, generator=self.generator)
                 value = value + noise.to(value.dtype) * 0.02
@@ -270,7 +284,7 @@ class Prober:
             return _Block(False, Changes(counting))
         run = partial(self._block_results, trial, trial.whole, node, values=values, module=module)
         try:
-            changes = examined(watched, whole, run, partial(run, other=True))
+            changes = examined(watched, whole, run, partial(run, other=OTHERS))
         except WritesParameter as state:
             kept = node.block.partition("@")[0].partition(".")[0] in self.cut
             raise writes_parameter(self.task, node.block, self._block(node).module, str(state), cut=kept) from None
@@ -284,7 +298,6 @@ class Prober:
             after = {name: value for name, value in watched.changed().items() if name in changes.buffers}
             watched.rewind()
             changes = replace(changes, again=changes_in_backward(watched, run(learns=True)))
-        places = self.findings.places.get(node.block, [])
         parts = []
         for part in trial.parts:
             watched.rewind()
@@ -295,21 +308,39 @@ class Prober:
             mine = watched.changed() if changes.buffers else {}
             if any(not _close(mine.get(name, value.new_empty(0)), after[name]) for name, value in after.items()):
                 return _Block(True, changes)  # what it leaves behind is of all samples
-        verdicts = [
+        mixes = self._mixes(node, whole, parts)
+        if not mixes and not changes and self._block(node).kind in self.branching:
+            mixes = any(self._mixes_other(trial, node, values, module, number) for number in range(1, OTHERS))
+        return _Block(mixes, changes)
+
+    def _mixes(self, node: Node, whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether what a block gives of parts is not, put together, what it gives of the whole."""
+        places = self.findings.places.get(node.block, [])
+        verdicts = {
             self._result(value, [part[index] for part in parts], place)
             for index, (value, place) in enumerate(zip(whole, places, strict=False))
             if parts
-        ]
-        return _Block(bool({"mixes", "unknown"} & set(verdicts)), changes)
+        }
+        return bool({"mixes", "unknown"} & verdicts)
+
+    def _mixes_other(self, trial: Trial, node: Node, values: dict[int, Tensor], module: nn.Module, number: int) -> bool:
+        """The same of other numbers: a branch on one sample may go the same way for whole and parts by chance."""
+        whole = self._block_results(trial, trial.whole, node, values, module, other=number)
+        parts = [self._part_results(trial, part, node, values, module, number) for part in trial.parts]
+        if whole is None or all(map(_is_endless, whole)):  # code that cannot take such numbers
+            return False
+        if any(part is None for part in parts):
+            return True
+        return self._mixes(node, whole, [part for part in parts if part is not None])
 
     def _part_results(
-        self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor], module: nn.Module
+        self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor], module: nn.Module, other: int = 0
     ) -> list[Tensor] | None:
         twin = next((n for n in part.wired.blocks() if part.wired.recording.nodes[n].block == node.block), None)
         if twin is None:
             return None
         given = self._cut_arguments(trial, part, node, part.wired.recording.nodes[twin], values)
-        return None if given is None else self._block_results(trial, part, *given, module)
+        return None if given is None else self._block_results(trial, part, *given, module, other=other)
 
     def _cut_arguments(
         self, trial: Trial, part: Part, node: Node, twin: Node, values: dict[int, Tensor]
@@ -345,9 +376,11 @@ class Prober:
         values: dict[int, Tensor],
         module: nn.Module,
         learns: bool = False,
-        other: bool = False,
+        other: int = 0,
     ) -> list[Tensor] | None:
-        """What a block gives; where it `learns`, with a graph; on `other` numbers than those of the samples."""
+        """What a block gives; where it `learns`, with a graph; on `other` numbers than those of the samples, of which
+        there are several.
+        """
         scope = node.block
         stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
 
@@ -355,10 +388,10 @@ class Prober:
             with Drawing(scope, self.sites.get(scope, ())), going(Planned()):
                 return module.forward(*args, **kwargs)
 
-        own = {number: _disturbed(value) for number, value in values.items()} if other else dict(values)
-        aux = [_disturbed(value) for value in part.wired.recording.aux] if other else None
+        own = {number: _disturbed(value, other) for number, value in values.items()} if other else dict(values)
+        aux = [_disturbed(value, other) for value in part.wired.recording.aux] if other else None
         try:
-            with torch.set_grad_enabled(learns), drawing_from(stream):
+            with torch.set_grad_enabled(learns), drawing_from(stream), self._products():
                 self._execute(node, part.wired.recording, own, {scope: run}, aux)
         except Exception:  # a block may need anything; what it cannot do here it may do at run time
             return None
@@ -370,24 +403,32 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
     are on the meta device.
     """
     twin = copied(module, [module])
-    if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
-        twin = twin.to_empty(device="cpu")
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.detach().zero_()
+    made = {name for name, parameter in twin.named_parameters() if parameter.is_meta}
+    give_numbers(twin, lambda value: made_up(value, generator))
     twin = twin.to("cpu")
     with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.is_floating_point() and parameter.numel() <= _JITTERED:
+        for name, parameter in twin.named_parameters():
+            if name not in made and parameter.is_floating_point() and parameter.numel() <= _JITTERED:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
     return twin
 
 
-def _disturbed(value: Tensor) -> Tensor:
-    return value * 0.7 + 0.3 if value.is_floating_point() else value
+def _disturbed(value: Tensor, number: int) -> Tensor:
+    """Other numbers, which follow from the numbers one by one: near to them, or anywhere between -1 and 1."""
+    if not value.is_floating_point():
+        return value
+    if number == OTHERS:
+        return value * 0.7 + 0.3
+    return torch.where(value.abs() < LARGE, torch.sin(value * (40 + 7 * number) + number), value)
 
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, Tensor) and bool(value.numel()) and not bool(value.count_nonzero())
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether no entry is a number, as in a loss that is NaN."""
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.numel()) and bool(value.isnan().all())
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

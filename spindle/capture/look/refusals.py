@@ -117,17 +117,29 @@ def writes_parameter(task: str, block: str, module: nn.Module, how: str, *, cut:
 
 
 def check_loss(task: Task, found: Recorded) -> None:
-    """Raise WorkloadError unless the task returned a loss: one floating-point scalar that needs a gradient."""
+    """Raise WorkloadError unless the task returned a loss: one floating-point scalar that needs a gradient, if it has
+    any weight.
+    """
     recording = found.recording
     result: object = found.result
+    if task.evaluates:
+        if result is None and recording.loss >= 0:
+            return
+        raise WorkloadError(
+            f"evaluation task {task.name!r} returned nothing that a component of the workload has computed; return the "
+            "loss, or a dict of tensors, of which one at least comes from a module of the workload and the batch"
+        )
     needs_grad = False
     if result is None and recording.loss >= 0:
         result = torch.empty(recording.shapes[recording.loss], dtype=recording.dtypes[recording.loss], device="meta")
         needs_grad = recording.needs_grad[recording.loss]
     if not isinstance(result, Tensor) or not (result.ndim <= 1 and result.numel() == 1 and result.is_floating_point()):
         raise WorkloadError(f"task {task.name!r} returned {_told(result)}; return the loss, one floating-point scalar")
-    if not needs_grad:
-        raise WorkloadError(f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter")
+    if not needs_grad and task.weight:
+        raise WorkloadError(
+            f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter, or give the task "
+            "weight=0, with which it runs forward only"
+        )
 
 
 def _told(loss: object) -> str:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -94,6 +94,16 @@ class Place:
             yield
         finally:
             self.put(value)
+
+    def owner(self, modules: Iterable[nn.Module]) -> tuple[type, str] | None:
+        """The class of the module that holds it, itself or in a list or dict, and the attribute; None for others."""
+        for module in modules:
+            if module is self.holder:
+                return type(module), str(self.key)
+            for name, value in vars(module).items():
+                if value is self.holder:
+                    return type(module), name
+        return None
 
     @property
     def draws(self) -> bool:

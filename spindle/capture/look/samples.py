@@ -5,7 +5,7 @@ masks of ones).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from spindle.workload import Task
 
 PROBE_SAMPLES = 5
 MOST_CUTS = 6  # in two that are tried of some samples
+SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more than so many
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
 
@@ -104,6 +105,30 @@ def twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
             fields[name] = value + value
     counts = {unit: rows[bounds[0] : bounds[1]] * 2 for unit, rows in batch.units.counts.items()}
     return SampledBatch(fields, Units(counts), batch.places)
+
+
+def shortened(batch: SampledBatch) -> Iterator[SampledBatch]:
+    """The batch with some positions of its texts only: such as are spread over them, so that padding stays in
+    proportion; or the first ones. A text is a field of whole numbers with more than LONG to a sample; other fields are
+    cut where they have as many. Of texts of several lengths each has a length of its own.
+    """
+    fields = {name: batch.fields[name] for name in batch.places if isinstance(batch.fields[name], Tensor)}
+    texts = [value for value in fields.values() if not value.is_floating_point()]
+    lengths = sorted({size for text in texts for size in text.shape[1:] if size > LONG}, reverse=True)
+    for spread in (True, False) if lengths else ():
+        kept = {
+            size: torch.linspace(0, size - 1, SHORT - n).round().long() if spread else torch.arange(SHORT - n)
+            for n, size in enumerate(lengths[: SHORT // 2])
+        }
+        short = {name: _positions(value, kept) for name, value in fields.items()}
+        yield SampledBatch({**batch.fields, **short}, batch.units, batch.places)
+
+
+def _positions(value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim in range(1, value.ndim):
+        if value.shape[dim] in kept:
+            value = value.index_select(dim, kept[value.shape[dim]])
+    return value
 
 
 def singly(units: Units) -> list[Bounds]:

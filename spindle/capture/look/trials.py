@@ -28,9 +28,28 @@ class Part:
 class Trial:
     """Recordings of some samples of one batch: together, and in two parts."""
 
-    units: Units
+    batch: SampledBatch
     whole: Part
     parts: tuple[Part, ...]
+
+    @property
+    def units(self) -> Units:
+        """How many rows of each unit each sample has."""
+        return self.batch.units
+
+    def goes_the_same_way(self, other: "Trial") -> bool:
+        """Whether the same code runs in another trial, on tensors of the same types and numbers of dimensions."""
+        pairs = zip((self.whole, *self.parts), (other.whole, *other.parts), strict=True)
+        return all(_way(a.wired) == _way(b.wired) for a, b in pairs)
+
+
+def _way(wired: Wired) -> object:
+    recording = wired.recording
+    nodes = [
+        (node.block or node.site, [(len(recording.shapes[out]), recording.dtypes[out]) for out in node.outs])
+        for node in recording.nodes
+    ]
+    return wired.live, nodes
 
 
 @dataclass

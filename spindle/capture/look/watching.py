@@ -5,8 +5,6 @@
 - A state that is no buffer (a number, a plain tensor) belongs to one process alone, and is refused.
 """
 
-import inspect
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from spindle.record.copies import Attributes
 from spindle.record.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches
+from spindle.record.made_up import own_numbers
+from spindle.usercode import line_of
 
 Run = Callable[[], list[Tensor] | None]
 
@@ -143,7 +143,7 @@ class Watched:
     def _parameter_sums(self) -> dict[str, tuple[int, float]]:
         with torch.no_grad():
             return {
-                name: (value._version, float(torch.nan_to_num(value.float()).sum()))
+                name: (value._version, float(torch.nan_to_num(own_numbers(value).float()).sum()))
                 for name, value in self.module.named_parameters()
                 if value.is_floating_point()
             }
@@ -180,13 +180,13 @@ class Held:
         self.start.put_back()
 
     def path(self, name: str) -> str:
-        """The class that something belongs to."""
-        return f"a {type(self.modules[int(name.partition('.')[0])]).__name__}"
+        """How to call the class that something belongs to."""
+        return f"a {self.owner(name)[0].__name__}"
 
-    def made_by_first(self, name: str) -> str:
-        """See the function."""
+    def owner(self, name: str) -> tuple[type, str]:
+        """The class, and its attribute, that something belongs to."""
         index, _, attribute = name.partition(".")
-        return made_by_first(type(self.modules[int(index)]), re.split(r"[.\[]", attribute)[0])
+        return type(self.modules[int(index)]), re.split(r"[.\[]", attribute)[0]
 
 
 def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) -> Changes:
@@ -211,7 +211,7 @@ def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) ->
     if differing or not _all_equal(first, again):
         names = differing or [*attributes, *sorted(grown)]
         if names:
-            raise OwnState(_own_state(watched, names[0]))
+            raise OwnState(own_state(*watched.owner(names[0])))
     return _sorted_out(watched, first, run, changed)
 
 
@@ -279,8 +279,8 @@ def _sorted_out(watched: Watched, first: list[Tensor], run: Run, changed: dict[s
     return Changes(frozenset(layers), frozenset(changed.keys() - of_layers))
 
 
-def _own_state(watched: Watched, name: str) -> str:
-    owner, attribute = watched.owner(name)
+def own_state(owner: type, attribute: str) -> str:
+    """What to say of an attribute that changes from call to call."""
     line = line_of(owner, attribute)
     return (
         f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call "
@@ -293,20 +293,6 @@ def _line_that_writes(watched: Watched, attribute: str) -> str:
     kinds = dict.fromkeys(type(module) for _, module in watched.modules)
     own = (kind for kind in kinds if kind.__module__.partition(".")[0] != "torch")
     return next(filter(None, (line_of(kind, attribute) for kind in own)), "")
-
-
-def line_of(owner: type, attribute: str) -> str:
-    """Where the class sets an attribute, outside of __init__ if it does."""
-    try:
-        source, first = inspect.getsourcelines(owner)
-        file = inspect.getsourcefile(owner) or ""
-    except (OSError, TypeError):
-        return ""
-    name, inside = rf"\.{re.escape(attribute)}\b", r"(\.\w+(\(\))?|\[[^\]]*\])*"
-    changes = r"(\s*([-+*/|&]|//|\*\*)?=[^=]|\.(\w+_|append\w*|extend\w*|add|update|pop\w*)\()"
-    sets = re.compile(rf"{name}{inside}{changes}|next\([^)]*{name}")
-    lines = [first + index for index, text in enumerate(source) if sets.search(text)]
-    return f"line {lines[-1]} of {os.path.basename(file)}" if lines else ""
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
