@@ -33,6 +33,7 @@ from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
 from spindle.loaders import deaf, persisting, reading, set_epoch
 from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.runtime.background import start_thread
 from spindle.runtime.host import running_on
 from spindle.runtime.shared_batches import SharedReads
 from spindle.workload import Task
@@ -333,7 +334,8 @@ class _Thread:
                 return found
             if not self._started:
                 self._started = True
-                threading.Thread(target=_do_all, args=(self._waiting,), daemon=True, name=self.name).start()
+                waiting = self._waiting
+                start_thread(lambda: _do_all(waiting), self.name, end=lambda: waiting.put(None))
             self._waiting.put((found, work))
         return found
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch._C._distributed_c10d import Store
 
 from spindle.errors import LostPeerError, LostRankError
+from spindle.runtime.background import start_thread
 from spindle.runtime.flight import EventKind, Flight
 
 BEAT_S = 0.25
@@ -170,7 +171,7 @@ class Heart:
         """`store`: a connection of its own, since a call may block one for long. `on_beat` is called too."""
         self._pulse, self._store, self._key, self._on_beat = pulse, store, key, on_beat
         self._ended, self._number = threading.Event(), 0
-        threading.Thread(target=self._beat, daemon=True, name="pulse").start()
+        start_thread(self._beat, "pulse", end=self.close)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S if self._number else 0.0):

@@ -150,7 +150,7 @@ class ProcessTransport:
             keep_freed_memory()
         here = place or ((rank, num_ranks) if is_loopback(store) else None)
         self.ranks_here = here[1] if here else num_ranks
-        self.num_threads = threads_of_rank(self.ranks_here)
+        self.num_threads, self._threads_before = threads_of_rank(self.ranks_here), torch.get_num_threads()
         self.cores: Sequence[int] = usable_cores()
         if here is not None and self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
             # before gloo's threads start, which inherit it: a rank woken on a core where another computes waits 2-6 ms
@@ -292,6 +292,7 @@ class ProcessTransport:
             dist.destroy_process_group()
         if hasattr(os, "sched_setaffinity"):  # the next run of this process shares them out anew
             os.sched_setaffinity(0, self.cores)
+        torch.set_num_threads(self._threads_before)
 
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # which torch calls deprecated from 2.13 on
@@ -359,7 +360,7 @@ class ThreadTransport:
     def __init__(self, shared: _Exchange, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
         """Use `connect`."""
         self.rank, self.num_ranks, self.ranks_here = rank, num_ranks, num_ranks
-        self.num_threads = threads_of_rank(num_ranks)
+        self.num_threads, self._threads_before = threads_of_rank(num_ranks), torch.get_num_threads()
         self.cores: Sequence[int] = usable_cores()
         self._shared, self._timeout_s = shared, timeout_s
         self.pulse = Pulse()
@@ -474,3 +475,4 @@ class ThreadTransport:
         with self._shared.changed:
             self._shared.gone.add(self.rank)
             self._shared.changed.notify_all()
+        torch.set_num_threads(self._threads_before)  # MKL has one number for all threads of a process

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable
 
+from spindle.runtime.background import start_thread
+
 
 class Writing:
     """Work in a thread, one at a time; its error is raised by whoever asks for it."""
@@ -15,8 +17,7 @@ class Writing:
         """Begin, once what was begun before is done."""
         self.wait()
         self.check()
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name="checkpoint")
-        self._thread.start()
+        self._thread = start_thread(lambda: self._run(work), "checkpoint", end=lambda: None)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 
 from spindle.runtime.data import Feed
 from spindle.runtime.executor import Executor
@@ -28,6 +27,7 @@ from tests.random_scripts import (
     smaller,
 )
 from tests.script_runs import verdict_of
+from tests.threads import computing_with
 
 EXAMPLES = int(os.environ.get("SPINDLE_SCRIPT_EXAMPLES", "50"))
 PART = 5
@@ -201,6 +201,6 @@ def test_plain_scripts_run() -> None:
     """One process runs what chance brings: a case that it cannot run would test nothing."""
     from tests.script_runs import Plain
 
-    torch.set_num_threads(1)
-    for seed in range(60):
-        assert len(Plain(random_case(seed)).run().losses) == STEPS
+    with computing_with(1):
+        for seed in range(60):
+            assert len(Plain(random_case(seed)).run().losses) == STEPS

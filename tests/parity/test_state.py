@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
+from spindle.runtime.host import threads_of_rank
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, planned, sgd, stack, tasks_on, values
 from tests.parity.stateful_layers import LAYERS, REFUSED, Checkpointed, Normed, Spectral
 from tests.random_plans import random_plan
+from tests.threads import computing_with
 
 few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
@@ -81,20 +83,17 @@ def test_states_of_one_task_in_rounds(num_ranks: int, seed: int, glue: bool) -> 
 
 
 def test_one_rank_is_bitwise_one_process() -> None:
-    """Statistics and states of one task on one rank are left as they are: no rounding of ours, which would be there in
-    each of three tries. Kernels round by how their operands lie in memory, which is once in a while another way.
+    """Statistics and states of one task on one rank are left as they are: no rounding of ours. Kernels add up what each
+    thread has summed, so both compute with as many threads as a rank does.
     """
     make = blocks(LAYERS["batch norm"])
-
-    def is_equal() -> bool:
-        workload = make()
-        found = planned(workload, random_plan(spindle.make_metagraph(workload), 1, 0), 3)
+    workload = make()
+    found = planned(workload, random_plan(spindle.make_metagraph(workload), 1, 0), 3)
+    with computing_with(threads_of_rank(1)):
         wanted = one_process(make(), 3)
-        running = [name for name in wanted if "running" in name]
-        assert running
-        return all(torch.equal(found[name], wanted[name]) for name in running)
-
-    assert any(is_equal() for _ in range(3))
+    running = [name for name in wanted if "running" in name]
+    assert running
+    assert all(torch.equal(found[name], wanted[name]) for name in running)
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
