@@ -102,8 +102,9 @@ def check_trial_steps(
     *,
     saves: bool,
 ) -> None:
-    """Raise WorkloadError where optimizer or schedule draw random numbers; and, if the run `saves`, CheckpointError
-    where they keep what a checkpoint does not hold. Warns where they cannot be tried on small parameters.
+    """Raise WorkloadError where optimizer or schedule draw random numbers or step with a closure alone; and, if the run
+    `saves`, CheckpointError where they keep what a checkpoint does not hold. Warns where they cannot be tried on small
+    parameters.
     """
     with _generators_kept():
         try:
@@ -116,6 +117,7 @@ def check_trial_steps(
                 f"{error} draws random numbers in its step, and each device would draw others; use one that draws none"
             ) from None
         except Exception as error:
+            _refuse_without_closure(_Factories(every, settings, optimizer, scheduler, metric), error)
             if saves:
                 warnings.warn(
                     f"optimizer= could not be tried on small parameters ({type(error).__name__}: {error}), so whether "
@@ -133,6 +135,29 @@ def check_trial_steps(
         second = _made(every, settings, optimizer, scheduler, metric)
         _hand_over(first, second)
         _compare(first, second, draw)
+
+
+def _refuse_without_closure(factories: "_Factories", error: Exception) -> None:
+    """Refuse an optimizer whose step fails, with `error`, unless it is given a closure."""
+    f = factories
+    try:
+        optimizer = _made(f.every, f.settings, f.optimizer, None, None).optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+        def closure() -> Tensor:
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            return torch.ones(())
+
+        closure()
+        optimizer.step(closure)  # type: ignore[arg-type]
+    except Exception:  # it is not the closure that it lacks
+        return
+    raise WorkloadError(
+        f"{type(optimizer).__name__} steps with a closure alone ({type(error).__name__}: {error}), which computes "
+        "losses and gradients anew within a step; a planned step computes them once, so use an optimizer that takes "
+        "gradients as they are"
+    ) from error
 
 
 def check_steps_apart(

@@ -252,9 +252,19 @@ def _hooked(parameters: Any) -> Optimizer:
     return optimizer
 
 
+class Perturbed(torch.optim.SGD):
+    """As sharpness-aware minimization does, computes gradients twice in a step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None, "give a closure"
+        closure()
+        super().step()
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "no optimizer": (lambda p: None, None, "gave a NoneType"),
     "LBFGS": (lambda p: torch.optim.LBFGS(p), None, "LBFGS.step needs 'closure'"),
+    "a closure": (lambda p: Perturbed(p, lr=1.0), None, "Perturbed steps with a closure alone .AssertionError: give"),
     "SparseAdam": (lambda p: torch.optim.SparseAdam(p), None, "needs sparse gradients"),
     "another's parameter": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2, 7))], lr=1.0), None, r"\(2, 7\)"),
     "it raises": (lambda p: torch.optim.SGD([], lr=1.0), None, "optimizer= raised ValueError"),
