@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
 from spindle.loaders import deaf, persisting, reading, set_epoch
 from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.runtime.background import start_thread
+from spindle.runtime.background import END_S, start_thread
 from spindle.runtime.host import running_on
 from spindle.runtime.shared_batches import SharedReads
 from spindle.workload import Task
@@ -98,6 +98,7 @@ class Feed:
         self._pass_generators, self._pass_own = self._first_generators, self._first_own
         self._begun = False  # whether a pass was begun with this copy of the loader
         self._loader_state: Any = None
+        self._closed = False
         self._state = self._now()
 
     # -- what a worker calls --------------------------------------------------------------------------------------
@@ -173,6 +174,7 @@ class Feed:
 
     def close(self) -> None:
         """Read no more. What the loader started ends when what it is reading has come."""
+        self._closed = True
         if self._shared is not None:
             self._shared.leave()
         for future in self._ahead:
@@ -298,6 +300,8 @@ class Feed:
     @contextlib.contextmanager
     def _own_generators(self) -> Iterator[None]:
         with GLOBAL_GENERATORS:
+            if self._closed:
+                raise CancelledError
             outside = _Generators.now()
             self._generators.set()
             try:
@@ -305,6 +309,12 @@ class Feed:
             finally:
                 self._generators = _Generators.now()
                 outside.set()
+
+
+def wait_for_readers(timeout_s: float = END_S) -> None:
+    """Wait, at most `timeout_s`, until no closed feed reads: the generators of this process are the caller's again."""
+    if GLOBAL_GENERATORS.acquire(timeout=timeout_s):
+        GLOBAL_GENERATORS.release()
 
 
 _Work = tuple["Future[Any]", Callable[[], Any]]

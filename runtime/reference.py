@@ -20,7 +20,7 @@ from spindle.capture.codes import Captured, computing_in
 from spindle.capture.eager import drawing_as_planned
 from spindle.record.draws import Stream
 from spindle.runtime.averages import Averages, averaged
-from spindle.runtime.data import Feed
+from spindle.runtime.data import Feed, wait_for_readers
 from spindle.runtime.masters import Numbers, PlainMasters, master_tensors
 from spindle.runtime.optimizers import OptimizerFactory, make_optimizer
 from spindle.runtime.progress import optimizer_tensors
@@ -105,6 +105,7 @@ def run_reference(
         found.learning_rates.update(made.learning_rates())
     for feed in feeds.values():
         feed.close()
+    wait_for_readers()
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import cloudpickle
 
 from spindle.errors import LostPeerError, LostRankError, RunError, SpindleError, WorkloadError
+from spindle.runtime.data import wait_for_readers
 from spindle.runtime.launch.shipping import dumped
 from spindle.runtime.pulse import Lookout, Pulse, Sign, noted
 from spindle.runtime.rank_job import Job, separate
@@ -178,5 +179,6 @@ class ThreadCrew:
         for worker in self._workers:
             worker.close()
         concurrent.futures.wait(self._running, GRACE_S)
+        wait_for_readers()
         for thread, future in zip(self._threads, self._running, strict=True):
             thread.shutdown(wait=future.done())

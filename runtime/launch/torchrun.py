@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from spindle.errors import RunError, SpindleError
+from spindle.runtime.data import wait_for_readers
 from spindle.runtime.launch.agreement import agreement, refuse_differences
 from spindle.runtime.launch.crew import called, is_lost_peer
 from spindle.runtime.launch.meeting import Meeting
@@ -143,6 +144,7 @@ class _Member:
         """See Crew."""
         self._heart.close()
         self._worker.close()
+        wait_for_readers()
 
 
 class TorchrunCrew(_Member):

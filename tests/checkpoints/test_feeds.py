@@ -1,5 +1,6 @@
 """Loaders: the same batches everywhere, from wherever a feed goes on, until they end as the user chose."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,20 @@ from torch.utils.data import DataLoader
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.runtime.data import Feed
+from spindle.runtime.data import Feed, wait_for_readers
 from spindle.workload import Task
 from tests.checkpoints.test_resume import Rows
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import HandWritten
+
+
+@pytest.fixture(autouse=True)
+def no_readers_left() -> Iterator[None]:
+    """What a test leaves reading would draw beside the next one."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("data-"):
+            thread.join(20.0)
 
 
 def task(data: Any, **options: Any) -> Task:
@@ -65,6 +75,35 @@ def test_global_generators_are_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_closed_feed_leaves_the_generators_alone() -> None:
+    """A batch that is being read when a run ends is outwaited; one that would be read afterwards is not."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[dict[str, Tensor]]:
+        while True:
+            torch.rand(1)
+            begun.set()
+            goes_on.wait(20.0)
+            yield {"b": torch.zeros(6, 1)}
+
+    feeds = [Feed(task(lambda: slow()), seed) for seed in range(2)]  # the second waits until it may draw
+    state = torch.get_rng_state()
+    for feed in feeds:
+        feed.ask(2)
+    assert begun.wait(20.0)
+    for feed in feeds:
+        feed.close()
+    threading.Timer(0.2, goes_on.set).start()
+    wait_for_readers(20.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    for thread in threading.enumerate():
+        if thread.name.startswith("data-"):
+            thread.join(20.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_data_that_ends_with_an_error_says_when() -> None:
     """`on_end="error"` names the task and how many batches there were."""
     feed = Feed(task(numbers(3), on_end="error"), 0)
@@ -75,8 +114,6 @@ def test_data_that_ends_with_an_error_says_when() -> None:
 
 def test_a_loader_that_stalls_is_told() -> None:
     """Nobody waits for a loader longer than allowed."""
-    import threading
-
     release = threading.Event()
 
     def stalled() -> Iterator[dict[str, Tensor]]:
