@@ -46,7 +46,7 @@ def graph(
     from dataclasses import asdict
 
     from spindle.formats import write_text
-    from spindle.pictures import graph_mermaid, graph_of, graph_svg
+    from spindle.pictures import graph_mermaid, graph_of, graph_svg, write_picture
 
     if mermaid and as_json:
         raise click.UsageError("--mermaid and --json both print on stdout; give one of them.")
@@ -92,7 +92,7 @@ def curves(
     """
     from dataclasses import asdict
 
-    from spindle.pictures import curves_svg, panels_of
+    from spindle.pictures import curves_svg, panels_of, write_picture
 
     file = output or (None if as_json else "curves.svg")
     check_directory(file)
@@ -107,18 +107,6 @@ def curves(
         click.echo(json_text(shown))
     else:
         click.echo(f"written to {file}")
-
-
-def write_picture(svg: str, file: str) -> None:
-    """Write an SVG text as SVG, or as PNG where the file's name ends so."""
-    from spindle.formats import write_bytes, write_text
-    from spindle.timeline.png import to_png
-    from spindle.timeline.svg import FONT
-
-    if file.endswith(".png"):
-        write_bytes(to_png(svg, font=FONT), file)
-    else:
-        write_text(svg, file)
 
 
 def _priced(

@@ -9,7 +9,6 @@ from spindle.cli.bars import busy, progress
 from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, TASKS, cli, cluster_for, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
 from spindle.cli.options import at_least_one, check_directory, device_counts, picture_file, pins, positive
-from spindle.cli.pictures import write_picture
 from spindle.cli.terminal import cost_notes, folded, json_text
 from spindle.errors import PlanError
 
@@ -222,7 +221,7 @@ def whatif(
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
-    from spindle.pictures import sizes_svg
+    from spindle.pictures import sizes_svg, write_picture
     from spindle.planner.report.compare import enough, plan_sizes, render_sizes
     from spindle.profile import Profile
     from spindle.source import load_source

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from spindle.pictures.axes import Axis, device_axis, frame, log_ticks
-from spindle.pictures.canvas import MARGIN, heading, legend, svg
+from spindle.pictures.canvas import MARGIN, heading, legend, svg, width_of
 from spindle.planner.report.compare import Size, enough
 from spindle.timeline.svg import text_at
 from spindle.timeline.words import count, percent, seconds
@@ -59,7 +59,8 @@ def _efficiency(rows: Sequence[Size], across: Axis, bottom: float, most: int) ->
     free_x = 0.0
     for n, value in points:
         if across.at(n) >= free_x:
-            yield text_at(across.at(n), up.at(value) - 11, percent(value), anchor="middle", size=10)
+            x = min(across.at(n), across.end + MARGIN - 1 - width_of(percent(value), 10) / 2)
+            yield text_at(x, up.at(value) - 11, percent(value), anchor="middle", size=10)
             free_x = across.at(n) + LABEL
     yield from _crosses(rows, across, bottom)
 
@@ -87,10 +88,12 @@ def _crosses(rows: Sequence[Size], across: Axis, bottom: float) -> Iterator[str]
 
 def _entries(rows: Sequence[Size]) -> list[tuple[str, str]]:
     middle = '<g transform="translate(7 7)">{}</g>'
-    found = [(middle.format(ROUND.format(PLAN)), "this plan")]
+    found = []
+    if not all(row.reason for row in rows):
+        found.append((middle.format(ROUND.format(PLAN)), "this plan"))
+        found.append(('<path d="M0 2L14 12" stroke="currentColor" stroke-opacity="0.6"/>', "ideal: 1/n"))
     if any(row.usual_s for row in rows):
         found.append((middle.format(SQUARE.format(OTHER)), "best baseline"))
-    found.append(('<path d="M0 2L14 12" stroke="currentColor" stroke-opacity="0.6"/>', "ideal: 1/n"))
     if enough(rows) is not None:
         found.append((middle.format(RING), f"more than {count(enough(rows) or 0, 'device')} do not help"))
     if any(row.reason for row in rows):
