@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spindle.contract import meta_levels
+from spindle.errors import GraphError
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph, MetaOp
 
@@ -61,7 +62,10 @@ class Graph:
 
 
 def graph_of(metagraph: MetaGraph) -> Graph:
-    """The picture's values of a MetaGraph whose MetaOps have times."""
+    """The picture's values of a MetaGraph. Raises GraphError where a MetaOp has no times yet."""
+    bare = [metaop.name for metaop in metagraph if not metaop.layer_time_s]
+    if bare:
+        raise GraphError(f"MetaOp {bare[0]!r} has no times to draw; price the MetaGraph (spindle.source.priced_source)")
     tasks_by_parameters: dict[str, list[str]] = {}
     for metaop in metagraph:
         if metaop.parameters:

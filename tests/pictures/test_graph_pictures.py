@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spindle.errors import GraphError
 from spindle.metagraph import Flow, MetaGraph, MetaOp
 from spindle.pictures import graph_mermaid, graph_of, graph_svg
 from spindle.pictures.canvas import cut, folded, width_of
@@ -104,6 +105,11 @@ def test_what_mixes_samples(tmp_path: pytest.TempPathFactory) -> None:
     assert [node.name for node in found.nodes if node.one_device] == ["match.loss"]
     assert {node.batch for node in found.nodes} == {8}
     assert max(node.level for node in found.nodes) == found.levels - 1
+
+
+def test_a_graph_without_times() -> None:
+    with pytest.raises(GraphError, match="MetaOp 't.a' has no times to draw; price the MetaGraph"):
+        graph_of(MetaGraph((MetaOp(name="t.a", task="t", component="a", layers=1),)))
 
 
 MERMAID = """\
