@@ -13,6 +13,7 @@ INK = "#1b2027"
 WIDE = frozenset("mwMW@%")
 NARROW = frozenset("ijlt.,:;|!'()[]fI ")
 MARGIN = 12.0
+BOLD = 1.15  # width of bold letters over that of others
 
 
 def width_of(text: str, size: float) -> float:
@@ -52,7 +53,7 @@ def svg(parts: Iterable[str], *, width: float, height: float, title: str, descri
 
 def heading(title: str, notes: Sequence[str], *, width: float) -> tuple[list[str], float]:
     """A title with lines of notes below it, folded to `width`; and the y below them."""
-    parts = [text_at(MARGIN, 24, cut(title, width - 2 * MARGIN, 15), size=15, weight="600")]
+    parts = [text_at(MARGIN, 24, cut(title, width - 2 * MARGIN, 15 * BOLD), size=15, weight="600")]
     y = 24.0
     for note in notes:
         for line in folded(note, width - 2 * MARGIN, 11):

@@ -6,7 +6,7 @@ Curves of a panel differ in color, in the form of their points and in their dash
 from collections.abc import Iterator, Sequence
 
 from spindle.pictures.axes import Axis, device_axis, frame, log_ticks
-from spindle.pictures.canvas import MARGIN, cut, heading, legend, svg
+from spindle.pictures.canvas import BOLD, MARGIN, cut, heading, legend, svg
 from spindle.pictures.curves import Curve, Panel
 from spindle.timeline.colors import lines
 from spindle.timeline.svg import text_at
@@ -57,7 +57,7 @@ def _parts(panel: Panel) -> list[Panel]:
 def _panel(panel: Panel, x: float, y: float, num_devices: int) -> Iterator[str]:
     across = device_axis(num_devices, x + LEFT, x + WIDTH)
     up = _time_axis(panel, y + 24 + HEIGHT, y + 24)
-    yield text_at(x, y + 12, cut(panel.name, WIDTH, 12), size=12, weight="600")
+    yield text_at(x, y + 12, cut(panel.name, WIDTH, 12 * BOLD), size=12, weight="600")
     yield from frame(across, up, num_devices, [(at_s, seconds(at_s)) for at_s in log_ticks(up)])
     for place, curve in enumerate(panel.curves):
         yield from _band(curve, across, up, COLORS[place])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from spindle.pictures.canvas import MARGIN, cut, folded, heading, legend, svg
+from spindle.pictures.canvas import BOLD, MARGIN, cut, folded, heading, legend, svg
 from spindle.pictures.graph import Edge, Graph, Node
 from spindle.pictures.layout import Box, Places, place
 from spindle.timeline.colors import fills, text_on
@@ -82,7 +82,7 @@ def _cards(graph: Graph) -> dict[str, _Card]:
 
 
 def _lines(node: Node, share: float) -> Iterator[tuple[str, str]]:
-    yield "", cut(node.name.removeprefix(f"{node.task}."), INSIDE, 11)
+    yield "", cut(node.name.removeprefix(f"{node.task}."), INSIDE, 11 * BOLD)
     batch = f", batch {node.batch}" if node.batch else ""
     where = f" on {node.devices} devices" if node.devices > 1 else ""
     part = percent(share) if share >= 0.0005 else "< 0.1 %"
@@ -118,14 +118,19 @@ def _box(card: _Card, middle: float, fill: str) -> Iterator[str]:
 def _whole(node: Node) -> str:
     """All that is known of a MetaOp, for the pointer that rests on it."""
     shared = f"; parameters also used by {', '.join(node.shared_with)}" if node.shared_with else ""
-    alone = "; cannot be sharded over the batch" if node.one_device else ""
+    alone = f"; {_why_alone(node)}" if node.one_device else ""
     return f"{node.name}: {count(node.layers, 'layer')}, {seconds(node.time_s)}{shared}{alone}"
+
+
+def _why_alone(node: Node) -> str:
+    """A MetaGraph file says no batch, and only for which numbers of devices there are times."""
+    return "cannot be sharded over the batch" if node.batch else "has a time for one device only"
 
 
 def _lanes(graph: Graph, places: Places, width: float) -> Iterator[str]:
     for task, (top, _) in zip(graph.tasks, places.lanes, strict=True):
         yield f'<path d="M{MARGIN:g} {top:.1f}H{width - MARGIN:g}" stroke="currentColor" stroke-opacity="0.2"/>'
-        name = cut(task or "(no task)", width - 2 * MARGIN, 11)
+        name = cut(task or "(no task)", width - 2 * MARGIN, 11 * BOLD)
         yield text_at(MARGIN, top + 15, name, weight="600", opacity=0.8)
 
 
@@ -172,12 +177,12 @@ def _entries(graph: Graph, color_of: Mapping[str, str]) -> list[tuple[str, str]]
     swatch = '<rect y="1" width="14" height="12" rx="2" fill="{0}" stroke="currentColor"/>'
     found = [(swatch.format(color), name) for name, color in color_of.items()]
     bar = '<path d="M4 1H10M7 1V13M4 13H10" fill="none" stroke="currentColor" stroke-width="1.4"/>'
-    where = "one device" if all(node.devices == 1 for node in graph.nodes) else "as few devices as it can use"
-    found.append((bar, f"height, and % of all: forward and backward on {where}; no box is lower than its text"))
+    where = "one device" if all(node.devices == 1 for node in graph.nodes) else "the fewest devices"
+    found.append((bar, f"height and share: time on {where} (no box is lower than its text)"))
     if any(node.shared_with for node in graph.nodes):
         found.append((SHARED.format("currentColor"), "parameters are shared with these tasks"))
-    if any(node.one_device for node in graph.nodes):
-        found.append((ONE.format("currentColor"), "cannot be sharded over the batch: runs on one device"))
+    for why in dict.fromkeys(_why_alone(node) for node in graph.nodes if node.one_device):
+        found.append((ONE.format("currentColor"), why))
     if any(edge.num_bytes for edge in graph.edges):
         arrow = '<path d="M0 7H8" stroke="currentColor"/><path d="M14 7l-7 -3.5v7z" fill="currentColor"/>'
         found.append((arrow, "tensor of the whole batch"))

@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 
-from spindle.pictures.canvas import width_of
+from spindle.pictures.canvas import BOLD, width_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -46,7 +46,8 @@ def texts(svg: str) -> list[tuple[str, Area]]:
     found = []
     for element in root_of(svg).iter(f"{SVG}text"):
         text, size = element.text or "", float(element.get("font-size", 11))
-        x, y, wide = float(element.attrib["x"]), float(element.attrib["y"]), width_of(text, size)
+        x, y = float(element.attrib["x"]), float(element.attrib["y"])
+        wide = width_of(text, size * (BOLD if element.get("font-weight") else 1))
         left = {"start": x, "middle": x - wide / 2, "end": x - wide}[element.get("text-anchor", "start")]
         found.append((text, Area(left, y - 0.8 * size, left + wide, y + 0.2 * size)))
     return found

@@ -162,7 +162,9 @@ def test_the_kept_picture_is_fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     kept = DOCS / "graph.svg"
     drawn = kept if os.environ.get("UPDATE_GOLDEN") else tmp_path / "graph.svg"
     shell(f"spindle graph benchmarks/workloads/vla_cotrain.yaml --cluster 2x8:a100-80g -o {drawn}", "graph.svg")
-    assert drawn.read_text() == kept.read_text(), "the picture of the README is stale: run this test with UPDATE_GOLDEN=1"
+    assert drawn.read_text() == kept.read_text(), (
+        "the picture of the README is stale: run this test with UPDATE_GOLDEN=1"
+    )
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
