@@ -240,12 +240,13 @@ def whatif(
             return plan_source(loaded, some, measured, calibration=fitted, time_limit_s=time_limit_s)[0]
 
         rows = plan_sizes(solve, where, counts)
-    if output:
-        write_picture(sizes_svg(rows, title=source, notes=[_sizes_note(where)]), output)
     if as_json:
         click.echo(json_text({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
     else:
-        click.echo(render_sizes(rows) + (f"\nwritten to {output}" if output else ""))
+        click.echo(render_sizes(rows))
+    if output:  # last, so that a file that cannot be written does not cost what was searched
+        write_picture(sizes_svg(rows, title=source, notes=[_sizes_note(where)]), output)
+        click.echo(f"written to {output}", err=as_json)
 
 
 def _sizes_note(where: "Cluster") -> str:

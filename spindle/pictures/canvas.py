@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from spindle.harmless import harmless
 from spindle.timeline.svg import FONT, text_at
 
 INK = "#1b2027"
@@ -42,18 +43,22 @@ def cut(text: str, width: float, size: float) -> str:
 
 
 def svg(parts: Iterable[str], *, width: float, height: float, title: str, description: str) -> str:
-    """A file of its own on white; `title` and `description` are what a screen reader says."""
-    return (
+    """A file of its own on white; `title` and `description` are what a screen reader says.
+
+    Titles may be names of files: what XML or UTF-8 has no sign for is written out or becomes a question mark.
+    """
+    text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" color="{INK}" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" role="img" font-family="{FONT}" font-size="11">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+        f"<title>{escape(harmless(title))}</title><desc>{escape(description)}</desc>"
         f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
+    return text.encode("utf-8", "replace").decode()
 
 
 def heading(title: str, notes: Sequence[str], *, width: float) -> tuple[list[str], float]:
     """A title with lines of notes below it, folded to `width`; and the y below them."""
-    parts = [text_at(MARGIN, 24, cut(title, width - 2 * MARGIN, 15 * BOLD), size=15, weight="600")]
+    parts = [text_at(MARGIN, 24, cut(harmless(title), width - 2 * MARGIN, 15 * BOLD), size=15, weight="600")]
     y = 24.0
     for note in notes:
         for line in folded(note, width - 2 * MARGIN, 11):

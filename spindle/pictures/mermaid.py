@@ -10,6 +10,7 @@ def graph_mermaid(graph: Graph) -> str:
     index = {node.name: f"m{i}" for i, node in enumerate(graph.nodes)}
     for number, task in enumerate(graph.tasks):
         lines.append(f'  subgraph t{number}["{_safe(task or "(no task)")}"]')
+        lines.append("    direction LR")
         lines += [f"    {index[node.name]}{_shape(node)}" for node in graph.nodes if node.task == task]
         lines.append("  end")
     for edge in graph.edges:

@@ -108,6 +108,12 @@ def test_what_mixes_samples(tmp_path: Path) -> None:
     assert max(node.level for node in found.nodes) == found.levels - 1
 
 
+def test_a_title_that_xml_cannot_hold() -> None:
+    """Names of files may have control characters, and bytes that are no text."""
+    svg = graph_svg(graph_of(graph(metaop("t.a"))), title="a\x1b\udcff<.yaml")
+    assert words(svg)[0] == "a\\x1b?<.yaml"
+
+
 def test_a_graph_without_times() -> None:
     with pytest.raises(GraphError, match=r"MetaOp 't.a' has no times to draw; price the MetaGraph"):
         graph_of(MetaGraph((MetaOp(name="t.a", task="t", component="a", layers=1),)))
@@ -116,10 +122,12 @@ def test_a_graph_without_times() -> None:
 MERMAID = """\
 flowchart LR
   subgraph t0["a"]
+    direction LR
     m0("a.vision<br/>3 layers<br/>24 s<br/>parameters also in b")
     m2[["a.loss<br/>1 layer<br/>8 s<br/>one device only"]]
   end
   subgraph t1["b"]
+    direction LR
     m1("b.vision#quot;<br/>1 layer<br/>4 s on 2 devices<br/>parameters also in a")
   end
   m0 -->|1 MiB| m2
