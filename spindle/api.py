@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
-from spindle.calibration import Calibration, calibrated
+from spindle.calibration import Calibration
 from spindle.checkpoints import export as export
 from spindle.checkpoints import load_checkpoint as load_checkpoint
 from spindle.cluster import Cluster
@@ -108,15 +108,13 @@ def plan_source(
 
     The plan says so too, and a run of it does so.
     """
-    from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
-    from spindle.cost.style import style_of
-    from spindle.execution import as_run
     from spindle.planner.choose import solve_fitting
     from spindle.planner.report.rates import work_of
     from spindle.planner.sets import fitted_to_sets
     from spindle.planner.solve import solve, usual_ways_fit
     from spindle.planner.turns import solve_in_turns
+    from spindle.source import costs_on
 
     common = Common(method=method, time_limit_s=time_limit_s, aligned=aligned, start=start)
 
@@ -128,16 +126,7 @@ def plan_source(
         plan = solve_in_turns(priced.metagraph, where, turns, steps=priced.steps, share=share, **common)
         return laid_out(plan, priced.metagraph)
 
-    if profile is not None:
-        check_device(cluster, profile)
-        warn_of_gaps(source.metagraph, profile)
-        cluster = measured_links(cluster, profile)
-    pricing = source.pricing
-    if profile is not None:
-        pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
-    cluster = as_run(cluster, pricing.execution)
-    if calibration is not None:
-        cluster = calibrated(cluster, calibration)
+    cluster, pricing = costs_on(source, cluster, profile, calibration)
     plan, pricing = solve_fitting(
         source.metagraph,
         cluster,

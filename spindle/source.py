@@ -24,8 +24,9 @@ from spindle.presence import Presence
 from spindle.pricing import Optimizer, Pricing
 
 if TYPE_CHECKING:
-    from spindle.calibration import MeasuredStep
+    from spindle.calibration import Calibration, MeasuredStep
     from spindle.cluster import Cluster
+    from spindle.profile import Profile
     from spindle.spec.values import WorkloadSpec
     from spindle.workload import Workload
 
@@ -107,6 +108,38 @@ def spec_source(spec: "WorkloadSpec") -> Source:
     metagraph = contract(build_graph(spec))
     steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
     return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences)
+
+
+def costs_on(
+    source: Source, cluster: "Cluster", profile: "Profile | None" = None, calibration: "Calibration | None" = None
+) -> "tuple[Cluster, Pricing]":
+    """The cluster with links as the profile measured them and factors as the calibration fitted them, and how the
+    workload is trained. Raises ProfileError where the profile is of another device.
+    """
+    from spindle.calibration import calibrated
+    from spindle.cost.measured import check_device, measured_links, warn_of_gaps
+    from spindle.cost.style import style_of
+    from spindle.execution import as_run
+
+    pricing = source.pricing
+    if profile is not None:
+        check_device(cluster, profile)
+        warn_of_gaps(source.metagraph, profile)
+        cluster = measured_links(cluster, profile)
+        pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
+    cluster = as_run(cluster, pricing.execution)
+    return cluster if calibration is None else calibrated(cluster, calibration), pricing
+
+
+def priced_source(
+    source: Source, cluster: "Cluster", profile: "Profile | None" = None, calibration: "Calibration | None" = None
+) -> MetaGraph:
+    """The MetaGraph with the times that a plan on `cluster` starts from, before memory makes it choose otherwise."""
+    from spindle.cost.sampled import price_steps
+
+    where, pricing = costs_on(source, cluster, profile, calibration)
+    found = price_steps(source.metagraph, source.steps, where, profile, pricing, is_mean=source.is_mean)
+    return found.metagraph
 
 
 def scaled_source(source: Source, factor: Fraction) -> Source | None:

@@ -172,11 +172,14 @@ def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
 
 def enough(rows: Sequence[Size]) -> int | None:
     """The count after which more devices no longer help: the next step saves less than HELPS a doubling."""
-    there = [row for row in rows if not row.reason]
-    for row, following in pairwise(there):
-        doublings = (following.devices / row.devices - 1) if following.devices > row.devices else 1.0
-        if following.step_s > row.step_s * (1 - HELPS * min(1.0, doublings)):
-            return row.devices
+    return enough_of([(row.devices, row.step_s) for row in rows if not row.reason])
+
+
+def enough_of(points: Sequence[tuple[int, float]]) -> int | None:
+    """The same of (device count, seconds), counts rising; None where each next one helps."""
+    for (devices, seconds), (following, following_s) in pairwise(points):
+        if following_s > seconds * (1 - HELPS * min(1.0, following / devices - 1)):
+            return devices
     return None
 
 

@@ -7,6 +7,7 @@ import click
 
 from spindle.cli.kinds import CLUSTER_TEXT, JSON_FILE, SOURCE_FILE
 from spindle.cli.terminal import WIDTH
+from spindle.errors import FormatError
 
 if TYPE_CHECKING:
     from spindle.plan import Plan
@@ -67,6 +68,17 @@ LAUNCHER = click.option(
     show_default=True,
     help="What starts the workers.",
 )
+
+
+def cluster_for(source: str, cluster: str | None) -> str:
+    """The cluster that was typed, or this machine for a Python source. Raises FormatError for files without one."""
+    if cluster is None and source.endswith((".json", ".yaml", ".yml")):
+        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
+    if cluster is not None:
+        return cluster
+    from spindle.api import devices_at_hand
+
+    return devices_at_hand()
 
 
 def read_plan(path: str, *, as_it_is: bool = False) -> "Plan":

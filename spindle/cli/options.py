@@ -67,3 +67,20 @@ def check_directory(file: str | None) -> None:
     """Say so before the work is done when its result could not be written."""
     if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
         raise FormatError(f"{file}: its directory does not exist; make it first")
+
+
+def picture_file(_: click.Context, __: click.Parameter, file: str | None) -> str | None:
+    """A picture's file, whose name says what is written."""
+    return _ending(file, ".svg", ".png")
+
+
+def graph_file(_: click.Context, __: click.Parameter, file: str | None) -> str | None:
+    """The same where it may be a Mermaid flowchart too."""
+    return _ending(file, ".svg", ".png", ".mmd")
+
+
+def _ending(file: str | None, *suffixes: str) -> str | None:
+    if file is not None and not file.endswith(suffixes):
+        first, last = ", ".join(suffixes[:-1]), suffixes[-1]
+        raise click.BadParameter(f"{file!r} says no kind of picture; let it end in {first} or {last}.")
+    return file

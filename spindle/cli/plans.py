@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import click
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, TASKS, cli, read_plan
+from spindle.cli.group import CALIBRATION, CLUSTER, JSON, PLAN, PROFILE, SOURCE, TASKS, cli, cluster_for, read_plan
 from spindle.cli.kinds import FILE, JSON_FILE, METHOD
-from spindle.cli.options import at_least_one, check_directory, device_counts, pins, positive
+from spindle.cli.options import at_least_one, check_directory, device_counts, picture_file, pins, positive
 from spindle.cli.terminal import cost_notes, folded, json_text
-from spindle.errors import FormatError, PlanError
+from spindle.errors import PlanError
 
 if TYPE_CHECKING:
     from spindle.cluster import Cluster
@@ -81,9 +81,7 @@ def plan(
     if method not in METHODS:
         raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
     check_directory(output)
-    if cluster is None and source.endswith((".json", ".yaml", ".yml")):
-        raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
-    where = parse_cluster(named := cluster or _this_machine())
+    where = parse_cluster(named := cluster_for(source, cluster))
     where = replace(where, nodes=nodes or where.nodes)
     measured = read(profile, Profile) if profile else None
     fitted = read(calibration, Calibration) if calibration else None
@@ -114,12 +112,6 @@ def plan(
         click.echo(f"\n{table(found)}")
     if output:
         click.echo(f"\nwritten to {output}")
-
-
-def _this_machine() -> str:
-    from spindle.api import devices_at_hand
-
-    return devices_at_hand()
 
 
 @cli.command()
@@ -202,6 +194,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
     callback=positive,
     help="Seconds to search each.",
 )
+@click.option("--output", "-o", type=FILE, callback=picture_file, help="Draw step and efficiency: FILE.svg or .png.")
 @JSON
 def whatif(
     source: str,
@@ -211,6 +204,7 @@ def whatif(
     calibration: str | None,
     tasks: str | None,
     time_limit_s: float | None,
+    output: str | None,
     as_json: bool,
 ) -> None:
     """Plan SOURCE on clusters of several sizes: time, gap, efficiency, and where more devices stop helping.
@@ -219,6 +213,7 @@ def whatif(
 
     \b
     spindle whatif multitask_clip.yaml --devices 8,16,32,64 --cluster 1x8:a100-80g
+    spindle whatif multitask_clip.yaml --devices 8,16,32,64 -o sizes.svg
     """
     from dataclasses import asdict
 
@@ -226,10 +221,12 @@ def whatif(
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
+    from spindle.pictures import sizes_svg, write_picture
     from spindle.planner.report.compare import enough, plan_sizes, render_sizes
     from spindle.profile import Profile
     from spindle.source import load_source
 
+    check_directory(output)
     counts = device_counts(devices)
     where = parse_cluster(cluster or "1x8")
     measured = read(profile, Profile) if profile else None
@@ -247,6 +244,14 @@ def whatif(
         click.echo(json_text({"sizes": [asdict(row) for row in rows], "enough": enough(rows)}))
     else:
         click.echo(render_sizes(rows))
+    if output:  # last, so that a file that cannot be written does not cost what was searched
+        write_picture(sizes_svg(rows, title=source, notes=[_sizes_note(where)]), output)
+        click.echo(f"written to {output}", err=as_json)
+
+
+def _sizes_note(where: "Cluster") -> str:
+    device = f" of {where.device.name}" if where.device.name else ""
+    return f"Nodes of {where.devices_per_node} devices{device}. Efficiency is against the smallest size with a plan."
 
 
 @cli.command()

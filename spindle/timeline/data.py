@@ -81,15 +81,15 @@ def page_data(
 
 def task_names(views: Sequence[View]) -> list[str]:
     """Tasks in the order of the alphabet, so that a task keeps its color from plan to plan."""
-    return _sorted({item.what.task for view in views for row in view.shown.rows for item in row})
+    return sorted_names({item.what.task for view in views for row in view.shown.rows for item in row})
 
 
 def component_names(views: Sequence[View]) -> list[str]:
     """Components in the order of the alphabet, so that a component keeps its color from plan to plan."""
-    return _sorted({item.what.component for view in views for row in view.shown.rows for item in row})
+    return sorted_names({item.what.component for view in views for row in view.shown.rows for item in row})
 
 
-def _sorted(names: Iterable[str]) -> list[str]:
+def sorted_names(names: Iterable[str]) -> list[str]:
     """By the alphabet, but 9 before 10; without the empty name."""
     padded = {name: re.sub(r"\d+", lambda number: number[0].zfill(12), name) for name in names if name}
     return sorted(padded, key=lambda name: (padded[name], name))

@@ -11,12 +11,12 @@ def to_png(svg: str, *, font: str, zoom: float = ZOOM) -> bytes:
         from resvg_py import svg_to_bytes
     except ImportError:
         raise InputError(
-            "PNG needs the package resvg_py, which is not installed; pip install 'spindle[png]', or write --svg FILE"
+            "PNG needs the package resvg_py, which is not installed; pip install 'spindle[png]', or write an SVG file"
         ) from None
     if svg_to_bytes(svg_string=_probe(font, "a")) == svg_to_bytes(svg_string=_probe(font, "")):
         raise InputError(
             f"PNG needs one of the fonts {font}, and none is installed; install one (Debian: apt install "
-            "fonts-dejavu-core), or write --svg FILE"
+            "fonts-dejavu-core), or write an SVG file"
         )
     return bytes(svg_to_bytes(svg_string=svg, background="#ffffff", zoom=zoom))
 

@@ -77,7 +77,7 @@ def draw_svg(
         line_by_task=dict(zip(tasks, lines(len(tasks), dark=False), strict=True)),
     )
     y = 22.0 if title else 4.0
-    parts = [_text(LEFT, 14, title, size=14, weight="600")] if title else []
+    parts = [text_at(LEFT, 14, title, size=14, weight="600")] if title else []
     for view in views:
         drawn, y = _panel(view, groups, y, style, threshold=threshold)
         parts += drawn
@@ -136,8 +136,8 @@ def _panel(
     grouped = "" if all(len(group) == 1 for group in groups) else "; rows show the first of their devices"
     heading = f"{TITLES[view.source]}: {seconds(step.step_s)}{which}{grouped}"
     parts = [
-        _text(LEFT, y + 14, heading, weight="600"),
-        _text(LEFT - 6, y + 30, "device", anchor="end", size=10, opacity=0.7),
+        text_at(LEFT, y + 14, heading, weight="600"),
+        text_at(LEFT - 6, y + 30, "device", anchor="end", size=10, opacity=0.7),
     ]
     top = y + 46
     bottom = top + style.height * len(groups)
@@ -146,7 +146,7 @@ def _panel(
     for place, group in enumerate(groups):
         row_y = top + place * style.height
         if style.height >= LABELED or place % 2 == 0:
-            parts.append(_text(LEFT - 6, row_y + style.height / 2 + 3.5, ranges(group), anchor="end", size=10))
+            parts.append(text_at(LEFT - 6, row_y + style.height / 2 + 3.5, ranges(group), anchor="end", size=10))
         parts += _row(step.rows[group[0]], row_y, style)
     return parts, bottom + 14
 
@@ -156,7 +156,7 @@ def _axis(step_s: float, y: float, bottom: float, style: _Style) -> Iterator[str
         x = style.x(at_s)
         yield f'<path d="M{x:.1f} {y + 4:g}V{bottom:g}" stroke="currentColor" stroke-opacity="0.14"/>'
         anchor = "start" if at_s == 0 else "end" if x > WIDTH - RIGHT - 30 else "middle"
-        yield _text(x, y, seconds_on_axis(at_s, style.longest_s), anchor=anchor, size=10, opacity=0.7)
+        yield text_at(x, y, seconds_on_axis(at_s, style.longest_s), anchor=anchor, size=10, opacity=0.7)
 
 
 def nice_ticks(length: float, most: int) -> list[float]:
@@ -182,7 +182,7 @@ def _wave_marks(waves: Sequence[WaveTime], y: float, style: _Style) -> Iterator[
         yield f'<rect x="{x:.1f}" y="{y:g}" width="{max(following - x, 0.5):.1f}" height="10"{fill}/>'
         label = str(wave.wave)
         if following - x > CHARACTER * len(label) + 4 and x >= free_x:
-            yield _text(x + 3, y + 8.5, label, size=9, opacity=0.75)
+            yield text_at(x + 3, y + 8.5, label, size=9, opacity=0.75)
         if wave.miss:
             color = "#c62828" if wave.miss > 0 else "#1565c0"
             yield f'<path d="M{x:.1f} {y:g}h7l-7 7z" fill="{color}"/>'
@@ -297,7 +297,7 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
             highest[column] = max(highest[column], levels[at][1])
             mean[column] += levels[at][1] / len(step.rows)
     top, bottom, peak = y + 26, y + 26 + MEMORY_HEIGHT, max(highest) or 1.0
-    parts = [_text(LEFT, y + 14, "Memory of a device as planned: highest, and mean in gray", weight="600")]
+    parts = [text_at(LEFT, y + 14, "Memory of a device as planned: highest, and mean in gray", weight="600")]
     for values, color in ((mean, GRAY), (highest, "#1f6fb8")):
         points = (
             f"{style.x(step.step_s * column / (MEMORY_COLUMNS - 1)):.1f} {bottom - value / peak * MEMORY_HEIGHT:.1f}"
@@ -305,7 +305,7 @@ def _memory(view: View, memory: MemoryModel, y: float, style: _Style) -> tuple[l
         )
         parts.append(f'<path d="M{"L".join(points)}" fill="none" stroke="{color}" stroke-width="1.5"/>')
     for value, label_y in ((peak, top + 4), (0.0, bottom + 3)):
-        parts.append(_text(LEFT - 6, label_y, size(value) if value else "0", anchor="end", size=10))
+        parts.append(text_at(LEFT - 6, label_y, size(value) if value else "0", anchor="end", size=10))
     right = style.x(step.step_s)
     parts.append(f'<path d="M{LEFT} {bottom:g}H{right:.1f}" stroke="currentColor" stroke-opacity="0.3"/>')
     return parts, bottom + 14
@@ -344,7 +344,7 @@ def _kind_swatch(kind: Kind) -> str:
 
 
 def _legend_row(heading: str, entries: Sequence[tuple[str, str, str]], y: float) -> tuple[list[str], float]:
-    parts, x = [_text(LEFT - 6, y + 10, heading, anchor="end", size=10, opacity=0.7)], LEFT
+    parts, x = [text_at(LEFT - 6, y + 10, heading, anchor="end", size=10, opacity=0.7)], LEFT
     for name, paint, pattern in entries:
         width = 18 + CHARACTER * len(name) + 14
         if x + width > WIDTH - RIGHT and x > LEFT:
@@ -353,12 +353,12 @@ def _legend_row(heading: str, entries: Sequence[tuple[str, str, str]], y: float)
         parts.append(f'<rect x="{x + 1:.1f}" y="{top:g}" width="12" height="{height}" {paint}/>')
         if pattern:
             parts.append(f'<rect x="{x + 1:.1f}" y="{top:g}" width="12" height="{height}" fill="url(#{pattern})"/>')
-        parts.append(_text(x + 18, y + 10, name))
+        parts.append(text_at(x + 18, y + 10, name))
         x += width
     return parts, y + 20
 
 
-def _text(
+def text_at(
     x: float,
     y: float,
     text: str,
@@ -368,6 +368,7 @@ def _text(
     weight: str = "400",
     opacity: float = 1.0,
 ) -> str:
+    """A text of `size` pixels whose baseline is at y, escaped."""
     extra = "" if anchor == "start" else f' text-anchor="{anchor}"'
     extra += "" if size == 11 else f' font-size="{size:g}"'
     extra += "" if weight == "400" else f' font-weight="{weight}"'

@@ -46,7 +46,7 @@ def test_options_and_choices(folder: Path) -> None:
     assert plain("train", "model.py", "--launcher", "t") == ["threads", "torchrun"]
 
 
-@pytest.mark.parametrize("command", ["plan", "whatif", "verify", "train", "profile"])
+@pytest.mark.parametrize("command", ["plan", "whatif", "graph", "curves", "verify", "train", "profile"])
 def test_a_source_is_a_file_of_its_kinds(folder: Path, command: str) -> None:
     """Specs, MetaGraphs and Python files; no notes, nothing hidden; folders on the way."""
     assert plain(command, "") == ["clip.yaml", "model.py", "plan.json", "runs/"]

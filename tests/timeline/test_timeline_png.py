@@ -75,7 +75,7 @@ def test_text_is_drawn() -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(InputError, match=r"pip install 'spindle\[png\]', or write --svg"):
+    with pytest.raises(InputError, match=r"pip install 'spindle\[png\]', or write an SVG file"):
         render_png(planned(2)[0])
 
 

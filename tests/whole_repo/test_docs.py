@@ -156,6 +156,17 @@ def test_the_model_of_the_quickstart_is_the_example() -> None:
     assert block.text == (DOCS / "examples" / "quick" / "model.py").read_text(encoding="utf-8")
 
 
+def test_the_kept_picture_is_fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the README shows is what its command draws now; UPDATE_GOLDEN=1 draws it anew."""
+    monkeypatch.chdir(ROOT)
+    kept = DOCS / "graph.svg"
+    drawn = kept if os.environ.get("UPDATE_GOLDEN") else tmp_path / "graph.svg"
+    shell(f"spindle graph benchmarks/workloads/vla_cotrain.yaml --cluster 2x8:a100-80g -o {drawn}", "graph.svg")
+    assert drawn.read_text() == kept.read_text(), (
+        "the picture of the README is stale: run this test with UPDATE_GOLDEN=1"
+    )
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link to a page or heading that is not there is an error. Every command and public name is on it."""
     pytest.importorskip("mkdocs")
@@ -169,4 +180,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     commands, names = (tmp_path / "cli.html").read_text(), (tmp_path / "api.html").read_text()
     assert [name for name in cli.commands if f"Usage: spindle {name}" not in commands] == []
     assert [name for name in spindle.__all__ if not name.startswith("_") and f"spindle.{name}" not in names] == []
+    shown = {name for page in tmp_path.glob("*.html") for name in re.findall(r'src="([^"]+\.svg)"', page.read_text())}
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("pictures/*.svg")}
+    assert made == {name for name in shown if name.startswith("pictures/")}
     assert "<!-- " not in "".join(re.findall(r"<!-- (?:setup|not run|file)", commands + names))
