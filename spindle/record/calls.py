@@ -119,11 +119,19 @@ def _results(
         with attributes_kept(block.module.modules()):
             results = _found(skeleton, block, own, recorder, args, kwargs)
         recorder.block = ""
+        if torch.is_grad_enabled() and _may_learn(block.module, (args, kwargs)):
+            results = results.with_gradients()
         habit.learn(results, given)
         if len(skeleton.known) > MOST_KNOWN:
             skeleton.known.clear()
         skeleton.known[key] = results
     return results
+
+
+def _may_learn(module: nn.Module, given: Any) -> bool:
+    """Whether a block, or what it is given, is trained."""
+    with torch._C.DisableTorchFunction():
+        return any(tensor.requires_grad for tensor in (*module.parameters(), *tensors_in(given)))
 
 
 def _found(
