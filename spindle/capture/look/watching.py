@@ -79,8 +79,13 @@ class Watched:
             before = self._before[full]
             if value is None or before is None:
                 continue
-            if value is not was or value._version != before[0] or not _equal(value, before[1]):
+            if value is not was or value._version != before[0] or not _same_numbers(value, before[1]):
                 found[full] = value.detach().clone()
+        for path, module in self.modules:
+            names = statistics_of(path, module) if counts_batches(module) else []
+            if not found.keys().isdisjoint(names):  # a mean of zeros moves none, and those of other batches do
+                held = module._buffers.values()
+                found.update({n: b.detach().clone() for n, b in zip(names, held, strict=True) if b is not None})
         return found
 
     def written_parameters(self) -> list[str]:
@@ -315,6 +320,11 @@ def _joined(path: str, name: str) -> str:
 
 def _all_equal(one: list[Tensor], other: list[Tensor] | None) -> bool:
     return other is not None and len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the bit."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
