@@ -34,10 +34,21 @@ ARITHMETIC = frozenset(
 """Functions that change a tensor by what it was."""
 
 
-def writes_first(function: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument in place."""
+_INPLACE_FLAG: dict[Callable[..., Any], int] = {
+    function: list(parameters).index("inplace")
+    for function in vars(F).values()
+    if inspect.isfunction(function) and "inplace" in (parameters := inspect.signature(function).parameters)
+}
+"""Functions that change their first argument where `inplace` is true, and where that stands among the arguments."""
+
+
+def writes_first(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first argument in place."""
     if function is Tensor.__setitem__:
         return True
+    if function in _INPLACE_FLAG:
+        place = _INPLACE_FLAG[function]
+        return bool(args) and bool(args[place] if len(args) > place else kwargs.get("inplace", False))
     name = getattr(function, "__name__", "")
     return name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
 

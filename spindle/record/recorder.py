@@ -196,11 +196,11 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if writes_first(func) and args and isinstance(args[0], Tensor):
+        if writes_first(func, args, kwargs) and args and isinstance(args[0], Tensor):
             self.written.append(args[0])
             if self.kept and func in ARITHMETIC:
                 self._refuse_kept(args[0])
-        if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
+        if self.recording.aux and (writes_first(func, args, kwargs) or kwargs.get("out") is not None):
             self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
         result = func(*args, **kwargs)
         if not self.inside:
@@ -223,7 +223,7 @@ class Recorder(TorchFunctionMode):
         if func == SET_DATA:
             return self._set_data(*args)
         func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
-        if writes_first(func) and args and self._is_alias(args[0]):
+        if writes_first(func, args, kwargs) and args and self._is_alias(args[0]):
             return self._write_leaf(func, args, kwargs)
         out, plain = kwargs.pop("out", None), func
         if out is not None:
@@ -322,7 +322,7 @@ class Recorder(TorchFunctionMode):
         block is known to change.
         """
         writes = (*self._written_leaves(), *changes)
-        if writes or block or not writes_first(func):
+        if writes or block or not writes_first(func, args, encoded[1]):
             outs = [self._out(tensor) for tensor in tensors_in(result)]
             known = not writes and not block and all(not fresh for _, fresh in outs)
             if known or not (outs or writes or block):  # it gave what it got, or sizes and the like

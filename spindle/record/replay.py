@@ -101,7 +101,7 @@ class RealCalls:
                 tuple(tuple(t.shape) for t in made),
                 read,
                 reads,
-                writes_first(function) or "out" in kwargs,
+                writes_first(function, args, kwargs) or "out" in kwargs,
             )
         )
 

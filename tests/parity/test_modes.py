@@ -127,6 +127,24 @@ def noting(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     return {"t": step}
 
 
+ACTIVATIONS = ("relu6", "elu", "celu", "selu", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "mish")
+
+
+def in_place(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """Activations with `inplace=`, on values of the model, and on one of the batch that the model has read before."""
+
+    def step(b: Batch) -> Tensor:
+        x = b["x"].clone()
+        y = trunk(b["x"]) + x
+        F.relu(x, inplace=True)
+        F.leaky_relu(x, 0.1, True).mul_(2.0)
+        for name in ACTIVATIONS:
+            y = getattr(F, name)(1.5 * y + 0.1 * x, inplace=True)
+        return loss(head, nn.ReLU(inplace=True)(y + 0.1), b)
+
+    return {"t": step}
+
+
 def other_parameters(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     def step(b: Batch) -> Tensor:
         twice = {name: 2 * value for name, value in head.named_parameters()}
@@ -178,6 +196,7 @@ TASKS: dict[str, Callable[..., Tasks]] = {
     "eval() before each call": evaluated,
     "an attribute set before each call": scaled,
     "losses kept": noting,
+    "activations in place": in_place,
     "functional_call outside of layers": other_parameters,
     "a GradScaler that is off": unscaled,
     "autocast switched off": autocast(enabled=False),

@@ -422,7 +422,7 @@ class Centered(nn.Module):
 @quiet
 @pytest.mark.parametrize("times", [0.0, 1.0])
 def test_running_means_that_hardly_move(times: float) -> None:
-    """A norm's statistics change together, so none of them is taken for a constant that each rank may round by itself."""
+    """A norm's statistics change together: none is taken for a constant, which each rank would round by itself."""
     make = blocks(functools.partial(Centered, times), tasks=2)
     follows(make, 2, 11)
     assert capture(make()).graph.by_name["t0.trunk.0"].statistics == ("trunk.0.norm",)
