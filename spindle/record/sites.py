@@ -36,7 +36,7 @@ class Sites:
             texts = [f"{self._text(code)}:{_settled(code, at)}" for code, at in zip(codes, key[1::2], strict=True)]
             found = int.from_bytes(hashlib.blake2b("\n".join(texts).encode(), digest_size=7).digest())
             self._numbers[tuple(key)] = found
-            self.lines[found] = _innermost_line(start)
+            self.lines[found] = innermost_line(start)
         return found
 
     def _text(self, code: CodeType) -> str:
@@ -53,7 +53,8 @@ def _settled(code: CodeType, at: int) -> int:
     return at + 4 if code.co_code[at] == dis.opmap.get("PRECALL") else at
 
 
-def _innermost_line(start: CodeType) -> str:
+def innermost_line(start: CodeType | None = None) -> str:
+    """The innermost line under way that is neither torch's nor ours, up to the function whose code is `start`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not start:
         package = frame.f_globals.get("__name__", "").partition(".")[0]

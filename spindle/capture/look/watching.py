@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spindle.record.copies import Attributes
 from spindle.record.fingerprints import OF_MODULES, Leaves
-from spindle.record.functions import counts_batches
+from spindle.record.functions import counts_batches, writes_first
+from spindle.record.lazy import SET_DATA, memory_of
 from spindle.record.made_up import own_numbers
+from spindle.record.recording import tensors_in
+from spindle.record.sites import innermost_line
 from spindle.usercode import line_of
 
 Run = Callable[[], list[Tensor] | None]
@@ -203,7 +207,9 @@ def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) ->
     changed = watched.changed()
     written = watched.written_parameters()
     if written:
-        line = _line_that_writes(watched, written[0].rpartition(".")[2])
+        with _Writes(watched.module) as seen:
+            run()
+        line = seen.line or _line_that_writes(watched, written[0].rpartition(".")[2])
         raise WritesParameter(f"writes to its parameter {written[0]!r} in its forward{f' ({line})' if line else ''}")
     attributes, grown = watched.attributes(), watched.grown()
     if not changed and not attributes and not grown:
@@ -291,6 +297,22 @@ def own_state(owner: type, attribute: str) -> str:
         f"keeps a state of its own in attribute {attribute!r}{f' ({line})' if line else ''}, which changes from call "
         "to call and which no plan can follow; make it a buffer that __init__ registers, with its first value"
     )
+
+
+class _Writes(TorchFunctionMode):
+    """While open, `line` becomes that of the first call which writes to memory of a module's parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.line, self._memory = "", {memory_of(parameter) for parameter in module.parameters()}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Look and go on."""
+        kwargs = kwargs or {}
+        writes = func == SET_DATA or writes_first(func, args, kwargs)
+        if writes and not self.line and not self._memory.isdisjoint(map(memory_of, tensors_in(args[:1]))):
+            self.line = innermost_line()
+        return func(*args, **kwargs)
 
 
 def _line_that_writes(watched: Watched, attribute: str) -> str:
