@@ -76,7 +76,7 @@ class _Builder:
         self.modules = {
             f"{name}.{path}" if path else name: module
             for name, component in workload.components.items()
-            for path, module in component.module.named_modules()
+            for path, module in component.module.named_modules(remove_duplicate=False)
         }
         self.specs: dict[str, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.crossing: dict[str, Crossing] = {}  # what each tensor is

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spindle.record.recording import tree
+from spindle.record.lazy import SET_DATA
+from spindle.record.recording import tensors_in, tree
 
 IN_PLACE_OPERATORS = frozenset(
     f"__i{name}__"
@@ -51,6 +52,14 @@ def writes_first(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
         return bool(args) and bool(args[place] if len(args) > place else kwargs.get("inplace", False))
     name = getattr(function, "__name__", "")
     return name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
+
+
+def written_by(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors to which a call says that it writes: by its name, by `inplace=`, by `out=`, or as `tensor.data = ...`."""
+    into = kwargs.get("out")
+    if into is None and (function == SET_DATA or writes_first(function, args, kwargs)):
+        into = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init gives it by name
+    return tensors_in(into)
 
 
 _STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.record.averages import update_parameters
 from spindle.record.checkpoints import going
-from spindle.record.lazy import Forbidden, is_lazy
+from spindle.record.lazy import HALF_AUTOCAST, Forbidden, is_lazy
 from spindle.record.patching import Change, Shared, in_place
-from spindle.record.recorder import HALF_AUTOCAST, Recorder
+from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
 
 Watch = Callable[[nn.Module, str, Any], None]

@@ -6,6 +6,8 @@ import os
 import sys
 from types import CodeType, FrameType
 
+import torch
+
 _PACKAGE = __name__.rpartition(".")[0]
 _SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("patches", "recorder", "replay", "run", "sites", "skeleton"))
 """Modules that pass calls on. Modules that make calls of their own (functions, replacements) are places like others."""
@@ -62,3 +64,9 @@ def innermost_line(start: CodeType | None = None) -> str:
             return f"line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
         frame = frame.f_back
     return ""
+
+
+def under_checkpoint() -> bool:
+    """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__

@@ -153,6 +153,39 @@ def _out(m: nn.Module, b: Batch) -> Tensor:
     return loss
 
 
+def _new_data(x: Tensor) -> None:
+    x.data = 2 * x
+
+
+def _by_numpy(x: Tensor) -> None:
+    x.numpy()[0] = 5.0
+
+
+UNSEEN: dict[str, Callable[[Tensor], object]] = {
+    "by inplace=": lambda x: F.relu(x, inplace=True),
+    "as one of a list": lambda x: torch._foreach_mul_([x], 2.0),
+    "by one out= of two": lambda x: torch.sort(x.clone(), out=(x, torch.empty(0, dtype=torch.long))),
+    "through .data": lambda x: x.data.mul_(2),
+    "as new .data": _new_data,
+    "in numpy": _by_numpy,
+    "by name": lambda x: nn.init.constant_(tensor=x, val=1.0),
+}
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_call_has_read_what_a_real_tensor_held_then(how: str) -> None:
+    """However it changes afterwards, and is read once more."""
+
+    def task(m: nn.Module, b: Batch) -> Tensor:
+        x = b["x"].clone()
+        y = m(b["x"]) + x
+        UNSEEN[how](x)
+        found: Tensor = (y + 2 * x).square().mean()
+        return found
+
+    exact(task, linear(5), batch())
+
+
 WRITES: dict[str, Task] = {
     "in place": _in_place,
     "to views": _to_views,

@@ -170,7 +170,7 @@ TABLE: dict[str, Refusal] = {
         "delete it before",
     ),
     "synchronized": (
-        holding(lambda made: made.update(trunk=nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(WIDTH)))),
+        holding(lambda made: made.update(trunk=nn.SyncBatchNorm(WIDTH))),
         "component 'trunk' is a SyncBatchNorm",
         "waits for statistics of all processes",
         "leave out convert_sync_batchnorm",

@@ -203,6 +203,27 @@ TASKS: dict[str, Callable[..., Tasks]] = {
 }
 
 
+class Again(nn.Module):
+    """One layer that stands in a list of layers three times (ALBERT), and under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Block()
+        self.layers = nn.ModuleList([self.layer] * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_stands_in_a_list_several_times() -> None:
+    def made() -> Modules:
+        return {"stem": nn.Linear(WIDTH, WIDTH), "trunk": Again(), "head": nn.Linear(WIDTH, 3)}
+
+    assert_same(planned(workload(made, through)), looped(workload(made, through)))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_go_as_in_a_plain_loop(name: str) -> None:
     ours, theirs = (workload(modules, TASKS[name]) for _ in range(2))

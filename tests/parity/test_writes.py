@@ -238,6 +238,9 @@ def test_a_whole_component_that_writes_to_its_weights_is_refused() -> None:
 class Queue(nn.Module):
     """MoCo as it was published: the place in its queue is a number of Python."""
 
+    queue: Tensor
+    place: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.query, self.key = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
