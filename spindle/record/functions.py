@@ -267,6 +267,8 @@ def recordable(
         shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))  # type: ignore[no-untyped-call]
         (where,) = run(true_entries, args[1], shape)
         return select, (args[0], where, shape), {}
+    if function is Tensor.new and len(args) > 1 and all(type(size) in (int, torch.Size) for size in args[1:]):
+        return Tensor.new_empty, (args[0], tuple(args[1] if isinstance(args[1], torch.Size) else args[1:])), kwargs
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
         return function, args, _with_output_size(args, kwargs, is_lazy, run)
     return alignment if function is F.ctc_loss else function, args, kwargs

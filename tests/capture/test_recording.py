@@ -145,6 +145,11 @@ def _real_between_reads(m: nn.Module, b: Batch) -> Tensor:
     return (y * positions).square().sum()
 
 
+def _new_of_its_sizes(m: nn.Module, b: Batch) -> Tensor:
+    y: Tensor = m(b["x"])
+    return (y * y.new(y.shape).fill_(2.0)).sum()
+
+
 def _out(m: nn.Module, b: Batch) -> Tensor:
     y: Tensor = m(b["x"]).detach()
     held = torch.empty(0, dtype=y.dtype)
@@ -196,6 +201,7 @@ WRITES: dict[str, Task] = {
     "into a view of a changed tensor": _into_a_view_of_a_changed_tensor,
     "into a real tensor between two reads": _real_between_reads,
     "by out=": _out,
+    "into a new tensor of its sizes": _new_of_its_sizes,
 }
 
 

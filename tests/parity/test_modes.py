@@ -145,6 +145,23 @@ def in_place(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     return {"t": step}
 
 
+def likelihoods(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """Distributions of values of the model, whose checks of their arguments nothing can decide while it is recorded."""
+    made: Any = torch.distributions
+    normal, independent = made.Normal, made.Independent
+    prior = independent(normal(torch.zeros(WIDTH).double(), torch.ones(WIDTH).double()), 1)
+
+    def step(b: Batch) -> Tensor:
+        y = trunk(b["x"])
+        found = independent(normal(y, F.softplus(teacher(b["x"]))), 1)
+        near: Tensor = made.Categorical(logits=head(y)).log_prob(b["y"]) + 0.1 * prior.log_prob(y)
+        share: Tensor = made.Beta(y.square() + 1, 2.0).mean.sum(1)
+        result: Tensor = (0.1 * made.kl_divergence(found, prior) - near + share).mean()
+        return result
+
+    return {"t": step}
+
+
 def other_parameters(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     def step(b: Batch) -> Tensor:
         twice = {name: 2 * value for name, value in head.named_parameters()}
@@ -197,6 +214,7 @@ TASKS: dict[str, Callable[..., Tasks]] = {
     "an attribute set before each call": scaled,
     "losses kept": noting,
     "activations in place": in_place,
+    "distributions": likelihoods,
     "functional_call outside of layers": other_parameters,
     "a GradScaler that is off": unscaled,
     "autocast switched off": autocast(enabled=False),
