@@ -10,6 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from spindle.errors import WorkloadError
+from spindle.record.functions import SPARSE
 from spindle.workload import Component, Workload
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
@@ -22,7 +23,6 @@ SYNCHRONIZED = (
     "which waits for statistics of all processes, and in a planned run some compute something else; leave out "
     "convert_sync_batchnorm: a plain BatchNorm has the statistics of the whole batch here"
 )
-SPARSE = "by which its gradients are sparse, and planned runs add up dense ones; leave sparse out"
 _WRAPPERS: Mapping[str, str] = {
     "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned "
     "runs reduce gradients themselves",

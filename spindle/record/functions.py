@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spindle.record.lazy import SET_DATA
+from spindle.record.lazy import SET_DATA, Forbidden
 from spindle.record.recording import tensors_in, tree
 
 IN_PLACE_OPERATORS = frozenset(
@@ -224,6 +224,9 @@ def total(counts: Tensor) -> int:
     return int(counts.sum())
 
 
+SPARSE = "by which gradients are sparse, and planned runs add up dense ones; leave sparse out"
+"""Why embeddings must not ask for sparse gradients."""
+
 Run = Callable[..., Any]
 """Runs a function for real, so that it is known what it was run on."""
 
@@ -251,7 +254,11 @@ def recordable(
     is_lazy: Callable[[Any], bool],
     run: Run,
 ) -> Call:
-    """A call whose result has a size that no value of the model decides. `run` computes what follows from the batch."""
+    """A call whose result has a size that no value of the model decides. `run` computes what follows from the batch.
+    Raises Forbidden for sparse gradients.
+    """
+    if function is F.embedding and (args[6] if len(args) > 6 else kwargs.get("sparse")):
+        raise Forbidden(f"it looks up with sparse=True, {SPARSE}")
     if function in (Tensor.__getitem__, Tensor.__setitem__):
         return function, (args[0], _without_masks(args[1], is_lazy, run), *args[2:]), kwargs
     if function in (Tensor.index_put, Tensor.index_put_, torch.index_put, torch.index_put_):

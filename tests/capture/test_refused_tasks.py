@@ -62,6 +62,10 @@ def doing(before: Callable[..., Any], after: Callable[..., Any] = lambda **_: No
     return tasks
 
 
+def sparse(trunk: nn.Module, teacher: nn.Module, head: Any) -> Tasks:
+    return {"t": lambda b: loss(head, trunk(b["x"]) + F.embedding(b["y"], head.weight, sparse=True), b)}
+
+
 def transformed(transform: Callable[..., Any]) -> Callable[..., Tasks]:
     def tasks(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
         return {"t": lambda b: transform(lambda x: head(trunk(x)).sum(), b["x"]).square().mean()}
@@ -251,6 +255,7 @@ BATCH_ALONE = (
 REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "autograd.grad": (penalty, "it calls grad on a value of the model"),
     "backward": (backward, "it calls backward on a value of the model"),
+    "sparse gradients": (sparse, r"line \d+ of test_refused_tasks.py: it looks up with sparse=True.*leave sparse out"),
     "a hook on a tensor": (hooked, "it calls register_hook on a value of the model"),
     "torch.func.grad": (transformed(lambda f, x: torch.func.grad(f)(x)), r"inside of a transform of torch\.func"),
     "torch.func.vmap": (transformed(lambda f, x: torch.func.vmap(f)(x)), r"inside of a transform of torch\.func"),
