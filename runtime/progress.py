@@ -58,7 +58,14 @@ def optimizer_progress(
     `held` are settings of groups of which this rank has parameters: an optimizer may count in them. Raises
     CheckpointError for an optimizer that keeps more than states of parameters and groups.
     """
-    kept = optimizer.state_dict()
+    try:
+        kept = optimizer.state_dict()
+    except Exception as error:  # of an optimizer around others, say, whose __init__ does not call Optimizer's
+        raise CheckpointError(
+            f"{type(optimizer).__name__}.state_dict() raises {type(error).__name__} ({error}), so its states cannot be "
+            "saved: let its __init__ call super().__init__(params, defaults), train without checkpoints, or use "
+            "another optimizer"
+        ) from error
     more = [key for key in kept if key not in _KEPT] + [key for key in optimizer.state if not isinstance(key, Tensor)]
     more += [key for key, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
     if more:

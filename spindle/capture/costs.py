@@ -168,17 +168,24 @@ def measure_on_samples(
             if "saved tensor hooks" not in str(error):  # of torch.func, whose transforms take none
                 raise
             cost = _measured(module, part, state, arguments, live, precision, hooked=False)
-    return with_all_gradients(cost, module, inputs)
+    return with_all_gradients(cost, module, part, inputs, live)
 
 
-def with_all_gradients(cost: Cost, module: nn.Module, inputs: Sequence[ValueSpec]) -> Cost:
-    """The cost where all that can get a gradient counts as getting one, if anything does: other batches may take other
-    ways through a layer, by their shapes or by numbers that the layer is given.
+def with_all_gradients(
+    cost: Cost, module: nn.Module, part: OperatorPart, inputs: Sequence[ValueSpec], live: Sequence[bool] | None = None
+) -> Cost:
+    """The cost where all that can get a gradient counts as getting one: other batches may take other ways through a
+    layer, by their shapes or by numbers that the layer is given or draws. It stays where no result is `live`.
     """
-    if not cost.trained and not any(cost.input_grads):
-        return cost
     trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
-    return replace(cost, trained=trained, input_grads=tuple(spec.needs_grad for spec in inputs))
+    input_grads = tuple(spec.needs_grad for spec in inputs)
+    found = replace(cost, trained=trained, input_grads=input_grads)
+    if not part.block:
+        return found if cost.trained or any(cost.input_grads) else cost
+    if not part.nodes[-1].grad or not (trained or any(input_grads)) or (live is not None and not any(live)):
+        return cost
+    outputs = tuple(replace(spec, needs_grad=spec.dtype.is_floating_point) for spec in cost.outputs)
+    return replace(found, outputs=outputs)
 
 
 def scaled(cost: Cost, factor: float, shapes: Sequence[tuple[int, ...]]) -> Cost:

@@ -10,6 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from spindle.errors import WorkloadError
+from spindle.record.functions import SPARSE
 from spindle.workload import Component, Workload
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
@@ -17,6 +18,10 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 MAX_NORM = (
     "by which a lookup writes to its parameter, in the rows that the batch names; leave max_norm out and divide what "
     "is looked up by its norm, or clamp the rows in the step() of an optimizer of your own"
+)
+SYNCHRONIZED = (
+    "which waits for statistics of all processes, and in a planned run some compute something else; leave out "
+    "convert_sync_batchnorm: a plain BatchNorm has the statistics of the whole batch here"
 )
 _WRAPPERS: Mapping[str, str] = {
     "DistributedDataParallel": "adds 'module.' to the names of its parameters; register the plain module: planned "
@@ -67,6 +72,10 @@ def _check(component: Component, path: str, module: nn.Module) -> None:
         )
     if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
         raise WorkloadError(f"{where} has max_norm={module.max_norm}, {MAX_NORM}")
+    if isinstance(module, nn.SyncBatchNorm) and module.training:
+        raise WorkloadError(f"{where} is a SyncBatchNorm, {SYNCHRONIZED}")
+    if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise WorkloadError(f"{where} has sparse=True, {SPARSE}")
     for name, value in list(vars(module).items()):
         if isinstance(value, Tensor) and not value.is_leaf:
             if _is_made_anew(module, name):

@@ -76,7 +76,7 @@ class _Builder:
         self.modules = {
             f"{name}.{path}" if path else name: module
             for name, component in workload.components.items()
-            for path, module in component.module.named_modules()
+            for path, module in component.module.named_modules(remove_duplicate=False)
         }
         self.specs: dict[str, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.crossing: dict[str, Crossing] = {}  # what each tensor is
@@ -166,7 +166,7 @@ class _Builder:
             try:
                 cost = costs.measure(draft.module, draft.part, specs, live, self.precision)
                 if draft.part.block:
-                    cost = costs.with_all_gradients(cost, draft.module, specs)
+                    cost = costs.with_all_gradients(cost, draft.module, draft.part, specs, live)
             except Exception as error:  # whatever fake tensors cannot do: sizes, branches, types that only data tell
                 cost = self._cost_on_samples(draft, code, live, error)
             self.memo.costs[key] = cost

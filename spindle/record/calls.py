@@ -27,6 +27,23 @@ Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A module's `forward` in; what is called in its place out."""
 
 
+class _InPlace:
+    """What stands in place of a `forward`. A deep copy of the module would go on calling the module itself."""
+
+    def __init__(self, called: Callable[..., Any]) -> None:
+        self.called = called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        return self.called(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise Forbidden(
+            "it makes a deep copy of a module of the workload, whose parameters no plan knows; copy the module before "
+            "the workload is planned, register the copy as a component, and write to its parameters under no_grad"
+        )
+
+
 @contextlib.contextmanager
 def forwards_replaced(wanted: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
     """While open, other functions stand in place of the `forward` of modules; of a module named twice, the first."""
@@ -35,7 +52,7 @@ def forwards_replaced(wanted: Iterable[tuple[nn.Module, Around]]) -> Iterator[No
         for module, around in wanted:
             if id(module) not in replaced:
                 replaced[id(module)] = (module, "forward" in module.__dict__, module.forward)
-                module.forward = around(module.forward)
+                module.forward = _InPlace(around(module.forward))
         yield
     finally:
         for module, patched, own in replaced.values():
@@ -119,11 +136,19 @@ def _results(
         with attributes_kept(block.module.modules()):
             results = _found(skeleton, block, own, recorder, args, kwargs)
         recorder.block = ""
+        if torch.is_grad_enabled() and _may_learn(block.module, (args, kwargs)):
+            results = results.with_gradients()
         habit.learn(results, given)
         if len(skeleton.known) > MOST_KNOWN:
             skeleton.known.clear()
         skeleton.known[key] = results
     return results
+
+
+def _may_learn(module: nn.Module, given: Any) -> bool:
+    """Whether a block, or what it is given, is trained."""
+    with torch._C.DisableTorchFunction():
+        return any(tensor.requires_grad for tensor in (*module.parameters(), *tensors_in(given)))
 
 
 def _found(

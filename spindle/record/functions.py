@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spindle.record.recording import tree
+from spindle.record.lazy import SET_DATA, Forbidden
+from spindle.record.recording import tensors_in, tree
 
 IN_PLACE_OPERATORS = frozenset(
     f"__i{name}__"
@@ -34,12 +35,31 @@ ARITHMETIC = frozenset(
 """Functions that change a tensor by what it was."""
 
 
-def writes_first(function: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument in place."""
+_INPLACE_FLAG: dict[Callable[..., Any], int] = {
+    function: list(parameters).index("inplace")
+    for function in vars(F).values()
+    if inspect.isfunction(function) and "inplace" in (parameters := inspect.signature(function).parameters)
+}
+"""Functions that change their first argument where `inplace` is true, and where that stands among the arguments."""
+
+
+def writes_first(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first argument in place."""
     if function is Tensor.__setitem__:
         return True
+    if function in _INPLACE_FLAG:
+        place = _INPLACE_FLAG[function]
+        return bool(args) and bool(args[place] if len(args) > place else kwargs.get("inplace", False))
     name = getattr(function, "__name__", "")
     return name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
+
+
+def written_by(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors to which a call says that it writes: by its name, by `inplace=`, by `out=`, or as `tensor.data = ...`."""
+    into = kwargs.get("out")
+    if into is None and (function == SET_DATA or writes_first(function, args, kwargs)):
+        into = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init gives it by name
+    return tensors_in(into)
 
 
 _STATISTICS: dict[Callable[..., Any], tuple[int, int, int, str]] = {
@@ -204,6 +224,9 @@ def total(counts: Tensor) -> int:
     return int(counts.sum())
 
 
+SPARSE = "by which gradients are sparse, and planned runs add up dense ones; leave sparse out"
+"""Why embeddings must not ask for sparse gradients."""
+
 Run = Callable[..., Any]
 """Runs a function for real, so that it is known what it was run on."""
 
@@ -231,7 +254,11 @@ def recordable(
     is_lazy: Callable[[Any], bool],
     run: Run,
 ) -> Call:
-    """A call whose result has a size that no value of the model decides. `run` computes what follows from the batch."""
+    """A call whose result has a size that no value of the model decides. `run` computes what follows from the batch.
+    Raises Forbidden for sparse gradients.
+    """
+    if function is F.embedding and (args[6] if len(args) > 6 else kwargs.get("sparse")):
+        raise Forbidden(f"it looks up with sparse=True, {SPARSE}")
     if function in (Tensor.__getitem__, Tensor.__setitem__):
         return function, (args[0], _without_masks(args[1], is_lazy, run), *args[2:]), kwargs
     if function in (Tensor.index_put, Tensor.index_put_, torch.index_put, torch.index_put_):
@@ -247,6 +274,8 @@ def recordable(
         shape = tuple(torch.broadcast_shapes(args[0].shape, args[1].shape))  # type: ignore[no-untyped-call]
         (where,) = run(true_entries, args[1], shape)
         return select, (args[0], where, shape), {}
+    if function is Tensor.new and len(args) > 1 and all(type(size) in (int, torch.Size) for size in args[1:]):
+        return Tensor.new_empty, (args[0], tuple(args[1] if isinstance(args[1], torch.Size) else args[1:])), kwargs
     if function in (torch.repeat_interleave, Tensor.repeat_interleave):
         return function, args, _with_output_size(args, kwargs, is_lazy, run)
     return alignment if function is F.ctc_loss else function, args, kwargs

@@ -66,6 +66,23 @@ ATTRIBUTES: frozenset[Any] = frozenset(
 
 SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
+GIVES_MEMORY: frozenset[Any] = frozenset(
+    {
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.storage,
+        Tensor.__dlpack__,
+    }
+)
+"""Functions by which other code may read a tensor's memory, and write there, unseen."""
+
+HALF_AUTOCAST = (
+    "it computes under torch.autocast in float16, whose gradients need loss scaling, which planned runs have not; use "
+    "bfloat16, or precision='bf16' of the workload"
+)
+
 READS: frozenset[Any] = frozenset(
     {
         Tensor.item,

@@ -8,7 +8,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.record.averages import update_parameters
 from spindle.record.checkpoints import going
-from spindle.record.lazy import Forbidden, is_lazy
+from spindle.record.lazy import HALF_AUTOCAST, Forbidden, any_lazy, is_lazy
 from spindle.record.patching import Change, Shared, in_place
-from spindle.record.recorder import HALF_AUTOCAST, Recorder
+from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
 
 Watch = Callable[[nn.Module, str, Any], None]
@@ -85,6 +85,7 @@ def _uncompiled() -> contextlib.AbstractContextManager[object]:
 
 def _calls() -> list[Change]:
     from torch.amp import grad_scaler
+    from torch.distributions import Distribution
     from torch.optim.swa_utils import AveragedModel
 
     return [
@@ -93,6 +94,8 @@ def _calls() -> list[Change]:
         (grad_scaler.GradScaler, "scale", _scaler_patch(grad_scaler.GradScaler.scale)),
         (torch.random, "default_generator", _Generator(torch.default_generator)),
         (torch.amp.autocast_mode.autocast, "__enter__", _autocast_patch(torch.amp.autocast_mode.autocast.__enter__)),
+        (Distribution, "__init__", _distribution_patch(Distribution.__init__)),
+        (Distribution, "_validate_sample", _sample_patch(Distribution._validate_sample)),
         (torch._C, "_set_default_dtype", _dtype_patch(torch._C._set_default_dtype)),
     ]
 
@@ -274,6 +277,39 @@ def _scaler_patch(own: Callable[..., Any]) -> Callable[..., Any]:
         return own(scaler, outputs)
 
     return scale
+
+
+def _distribution_patch(own: Callable[..., None]) -> Callable[..., None]:
+    """By default distributions of torch check their arguments, and raise: of values of the model nothing can tell."""
+
+    def made(distribution: Any, *args: Any, validate_args: bool | None = None, **kwargs: Any) -> None:
+        if validate_args is None and _holds_lazy(_held(distribution)):
+            validate_args = False
+        own(distribution, *args, validate_args=validate_args, **kwargs)
+
+    return made
+
+
+def _held(distribution: torch.distributions.Distribution) -> Iterator[Any]:
+    """What a distribution, and those that it is made of, are given."""
+    for value in vars(distribution).values():
+        if isinstance(value, torch.distributions.Distribution):
+            yield from _held(value)
+        yield value
+
+
+def _sample_patch(own: Callable[..., None]) -> Callable[..., None]:
+    def checked(distribution: Any, value: Any) -> None:
+        if not _holds_lazy([value]):
+            own(distribution, value)
+
+    return checked
+
+
+def _holds_lazy(values: Iterable[Any]) -> bool:
+    """Whether code that a recorder sees has made values of the model among these."""
+    with torch._C.DisableTorchFunction():
+        return _RECORDER.get() is not None and any_lazy(values)
 
 
 def _dtype_patch(own: Callable[..., Any]) -> Callable[..., Any]:

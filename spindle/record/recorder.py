@@ -33,11 +33,14 @@ from spindle.record.functions import (
     updated,
     without_devices,
     writes_first,
+    written_by,
 )
 from spindle.record.lazy import (
     AS_OTHER,
     ATTRIBUTES,
+    GIVES_MEMORY,
     GRADIENTS,
+    HALF_AUTOCAST,
     OPENS_GRADIENTS,
     OTHER_DATA,
     PARTS_AT_ONCE,
@@ -62,15 +65,10 @@ from spindle.record.lazy import (
 )
 from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
 from spindle.record.replay import RealCalls
-from spindle.record.sites import Sites
+from spindle.record.sites import Sites, under_checkpoint
 
 _CPU = torch.device("cpu")
 _get_flag: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-
-HALF_AUTOCAST = (
-    "it computes under torch.autocast in float16, whose gradients need loss scaling, which planned runs have not; use "
-    "bfloat16, or precision='bf16' of the workload"
-)
 
 
 class ByRows(TorchFunctionMode):
@@ -124,6 +122,7 @@ class Recorder(TorchFunctionMode):
         self.read: set[str] = set()  # those of them that the task reads outside of blocks
         self.kept: Mapping[int, str] = {}  # memory of tensors that outlive the recording and are no buffers, and names
         self.written: list[Tensor] = []  # real tensors that something was written into
+        self._given: set[int] = set()  # memory of real tensors that other code may write to unseen
         self.changed: list[Tensor] = []  # real tensors that calls on values of the model changed in place
         self._stands_for: dict[int, Tensor] = {}  # the real tensor in whose place each meta tensor stands, by its id
         self._tainted: dict[int, set[int]] = {}  # memory that lazy values were written into: tensors known since
@@ -196,12 +195,14 @@ class Recorder(TorchFunctionMode):
             return self._real(func, args, {})
 
     def _real(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if writes_first(func) and args and isinstance(args[0], Tensor):
-            self.written.append(args[0])
+        for value in written_by(func, args, kwargs):
+            self.written.append(value)
             if self.kept and func in ARITHMETIC:
-                self._refuse_kept(args[0])
-        if self.recording.aux and (writes_first(func) or kwargs.get("out") is not None):
-            self._keep_as_read(kwargs["out"] if kwargs.get("out") is not None else args[0])
+                self._refuse_kept(value)
+            self._keep_as_read(value)
+        if func in GIVES_MEMORY:
+            self._keep_as_read(args[0])
+            self._given.add(memory_of(args[0]))
         result = func(*args, **kwargs)
         if not self.inside:
             if self._autocast_state() != self.autocast:
@@ -223,7 +224,7 @@ class Recorder(TorchFunctionMode):
         if func == SET_DATA:
             return self._set_data(*args)
         func, args, kwargs = recordable(func, args, kwargs, is_meta, self._run)
-        if writes_first(func) and args and self._is_alias(args[0]):
+        if writes_first(func, args, kwargs) and args and self._is_alias(args[0]):
             return self._write_leaf(func, args, kwargs)
         out, plain = kwargs.pop("out", None), func
         if out is not None:
@@ -322,7 +323,7 @@ class Recorder(TorchFunctionMode):
         block is known to change.
         """
         writes = (*self._written_leaves(), *changes)
-        if writes or block or not writes_first(func):
+        if writes or block or not writes_first(func, args, encoded[1]):
             outs = [self._out(tensor) for tensor in tensors_in(result)]
             known = not writes and not block and all(not fresh for _, fresh in outs)
             if known or not (outs or writes or block):  # it gave what it got, or sizes and the like
@@ -361,7 +362,7 @@ class Recorder(TorchFunctionMode):
         draws: bool = False,
         unnoticed: bool = False,
     ) -> None:
-        if writes and (self._in_checkpoint or _under_checkpoint()):
+        if writes and (self._in_checkpoint or under_checkpoint()):
             raise Refused(
                 f"{writes[0]!r} changes under a checkpoint of the model's own, which one process runs twice; switch "
                 "that off (gradient_checkpointing_disable()) and name the component in the workload's recompute="
@@ -474,9 +475,10 @@ class Recorder(TorchFunctionMode):
                 "(torch.jit.script, C++), or was kept from an earlier batch; let the layer return it, and keep what "
                 "later batches read in a buffer that __init__ registers with its first value"
             )
-        if id(value) not in self._aux:
+        if id(value) not in self._aux or memory_of(value) in self._given:
             self._aux[id(value)] = len(self.recording.aux)
-            self.recording.aux.append(value.detach())
+            given = memory_of(value) in self._given
+            self.recording.aux.append(value.detach().clone() if given else value.detach())
             self.sources.append(value)
             self._kept.append(value)
         return Aux(self._aux[id(value)])
@@ -535,9 +537,9 @@ class Recorder(TorchFunctionMode):
                 found |= self._touches_tainted(value)
         return found
 
-    def _keep_as_read(self, value: Any) -> None:
+    def _keep_as_read(self, value: Tensor) -> None:
         """Before a real tensor changes: what calls have read of its memory becomes a copy."""
-        memory = memory_of(value) if isinstance(value, Tensor) else 0
+        memory = memory_of(value)
         read = [n for n, tensor in enumerate(self.recording.aux) if memory and memory_of(tensor) == memory]
         for number in read:
             self.recording.aux[number] = self.recording.aux[number].clone()
@@ -592,9 +594,3 @@ class Recorder(TorchFunctionMode):
         for value in args:
             if isinstance(value, nn.Parameter) and value.requires_grad and not get_meta(value):
                 raise Stranger(" x ".join(map(str, value.shape)) or "one number")
-
-
-def _under_checkpoint() -> bool:
-    """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__

@@ -15,21 +15,11 @@ import torch
 from torch import Tensor
 
 from spindle.record.functions import writes_first
+from spindle.record.lazy import GIVES_MEMORY
 from spindle.record.recording import leaves_of, tensors_in, tree
 from spindle.record.slots import Mark
 
-_BYPASSES: frozenset[Any] = frozenset(
-    {
-        Tensor.numpy,
-        Tensor.__array__,
-        Tensor.data_ptr,
-        Tensor.untyped_storage,
-        Tensor.storage,
-        Tensor.__dlpack__,
-        torch.autograd.backward,
-        torch.autograd.grad,
-    }
-)
+_BYPASSES: frozenset[Any] = GIVES_MEMORY | {torch.autograd.backward, torch.autograd.grad}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +91,7 @@ class RealCalls:
                 tuple(tuple(t.shape) for t in made),
                 read,
                 reads,
-                writes_first(function) or "out" in kwargs,
+                writes_first(function, args, kwargs) or "out" in kwargs,
             )
         )
 

@@ -7,7 +7,7 @@ milliseconds.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -51,6 +51,16 @@ class Results:
 
     structure: Any
     drawn: Drawn
+
+    def with_gradients(self) -> "Results":
+        """The same where a gradient may come back for every floating point result: other batches, or draws, may take a
+        way through the block on which one does.
+        """
+        structure = tree(
+            lambda leaf: replace(leaf, needs_grad=leaf.dtype.is_floating_point) if isinstance(leaf, Made) else leaf,
+            self.structure,
+        )
+        return Results(structure, self.drawn)
 
 
 def results_of(structure: Any, drawn: Sequence[Shape], *, written_out: bool) -> Results:

@@ -6,6 +6,8 @@ import os
 import sys
 from types import CodeType, FrameType
 
+import torch
+
 _PACKAGE = __name__.rpartition(".")[0]
 _SKIPPED = frozenset(f"{_PACKAGE}.{module}" for module in ("patches", "recorder", "replay", "run", "sites", "skeleton"))
 """Modules that pass calls on. Modules that make calls of their own (functions, replacements) are places like others."""
@@ -36,7 +38,7 @@ class Sites:
             texts = [f"{self._text(code)}:{_settled(code, at)}" for code, at in zip(codes, key[1::2], strict=True)]
             found = int.from_bytes(hashlib.blake2b("\n".join(texts).encode(), digest_size=7).digest())
             self._numbers[tuple(key)] = found
-            self.lines[found] = _innermost_line(start)
+            self.lines[found] = innermost_line(start)
         return found
 
     def _text(self, code: CodeType) -> str:
@@ -53,7 +55,8 @@ def _settled(code: CodeType, at: int) -> int:
     return at + 4 if code.co_code[at] == dis.opmap.get("PRECALL") else at
 
 
-def _innermost_line(start: CodeType) -> str:
+def innermost_line(start: CodeType | None = None) -> str:
+    """The innermost line under way that is neither torch's nor ours, up to the function whose code is `start`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not start:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
@@ -61,3 +64,9 @@ def _innermost_line(start: CodeType) -> str:
             return f"line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
         frame = frame.f_back
     return ""
+
+
+def under_checkpoint() -> bool:
+    """Whether a checkpoint of torch runs the code at hand, which we did not see begin."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__

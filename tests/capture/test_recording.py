@@ -145,12 +145,50 @@ def _real_between_reads(m: nn.Module, b: Batch) -> Tensor:
     return (y * positions).square().sum()
 
 
+def _new_of_its_sizes(m: nn.Module, b: Batch) -> Tensor:
+    y: Tensor = m(b["x"])
+    return (y * y.new(y.shape).fill_(2.0)).sum()
+
+
 def _out(m: nn.Module, b: Batch) -> Tensor:
     y: Tensor = m(b["x"]).detach()
     held = torch.empty(0, dtype=y.dtype)
     torch.mul(y, 2, out=held)
     loss: Tensor = held.sum() * m(b["x"]).mean()
     return loss
+
+
+def _new_data(x: Tensor) -> None:
+    x.data = 2 * x
+
+
+def _by_numpy(x: Tensor) -> None:
+    x.numpy()[0] = 5.0
+
+
+UNSEEN: dict[str, Callable[[Tensor], object]] = {
+    "by inplace=": lambda x: F.relu(x, inplace=True),
+    "as one of a list": lambda x: torch._foreach_mul_([x], 2.0),
+    "by one out= of two": lambda x: torch.sort(x.clone(), out=(x, torch.empty(0, dtype=torch.long))),
+    "through .data": lambda x: x.data.mul_(2),
+    "as new .data": _new_data,
+    "in numpy": _by_numpy,
+    "by name": lambda x: nn.init.constant_(tensor=x, val=1.0),
+}
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_call_has_read_what_a_real_tensor_held_then(how: str) -> None:
+    """However it changes afterwards, and is read once more."""
+
+    def task(m: nn.Module, b: Batch) -> Tensor:
+        x = b["x"].clone()
+        y = m(b["x"]) + x
+        UNSEEN[how](x)
+        found: Tensor = (y + 2 * x).square().mean()
+        return found
+
+    exact(task, linear(5), batch())
 
 
 WRITES: dict[str, Task] = {
@@ -163,6 +201,7 @@ WRITES: dict[str, Task] = {
     "into a view of a changed tensor": _into_a_view_of_a_changed_tensor,
     "into a real tensor between two reads": _real_between_reads,
     "by out=": _out,
+    "into a new tensor of its sizes": _new_of_its_sizes,
 }
 
 

@@ -1,5 +1,6 @@
 """What a planned run would not follow: modes, seeds, counters, kept values are refused in a sentence naming them."""
 
+import copy
 import functools
 import itertools
 import random
@@ -60,6 +61,10 @@ def doing(before: Callable[..., Any], after: Callable[..., Any] = lambda **_: No
         return {"t": step}
 
     return tasks
+
+
+def sparse(trunk: nn.Module, teacher: nn.Module, head: Any) -> Tasks:
+    return {"t": lambda b: loss(head, trunk(b["x"]) + F.embedding(b["y"], head.weight, sparse=True), b)}
 
 
 def transformed(transform: Callable[..., Any]) -> Callable[..., Tasks]:
@@ -251,6 +256,11 @@ BATCH_ALONE = (
 REFUSED: dict[str, tuple[Callable[..., Tasks], str]] = {
     "autograd.grad": (penalty, "it calls grad on a value of the model"),
     "backward": (backward, "it calls backward on a value of the model"),
+    "a deep copy": (
+        doing(lambda **m: copy.deepcopy(m["head"])),
+        r"line \d+ of test_refused_tasks.py: it makes a deep copy of a module .*register the copy as a component",
+    ),
+    "sparse gradients": (sparse, r"line \d+ of test_refused_tasks.py: it looks up with sparse=True.*leave sparse out"),
     "a hook on a tensor": (hooked, "it calls register_hook on a value of the model"),
     "torch.func.grad": (transformed(lambda f, x: torch.func.grad(f)(x)), r"inside of a transform of torch\.func"),
     "torch.func.vmap": (transformed(lambda f, x: torch.func.vmap(f)(x)), r"inside of a transform of torch\.func"),

@@ -169,6 +169,18 @@ TABLE: dict[str, Refusal] = {
         "no copy of the module can have",
         "delete it before",
     ),
+    "synchronized": (
+        holding(lambda made: made.update(trunk=nn.SyncBatchNorm(WIDTH))),
+        "component 'trunk' is a SyncBatchNorm",
+        "waits for statistics of all processes",
+        "leave out convert_sync_batchnorm",
+    ),
+    "sparse": (
+        holding(lambda made: made.update(stem=nn.Sequential(nn.Embedding(3, WIDTH, sparse=True)))),
+        "component 'stem': module '0' has sparse=True",
+        "planned runs add up dense ones",
+        "leave sparse out",
+    ),
     "sharded": (holding(whole(sharded)), "FSDPModule", "holds parts of its parameters", "before it is sharded"),
     "float16": (
         holding(whole(halved)),

@@ -127,6 +127,41 @@ def noting(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     return {"t": step}
 
 
+ACTIVATIONS = ("relu6", "elu", "celu", "selu", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "mish")
+
+
+def in_place(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """Activations with `inplace=`, on values of the model, and on one of the batch that the model has read before."""
+
+    def step(b: Batch) -> Tensor:
+        x = b["x"].clone()
+        y = trunk(b["x"]) + x
+        F.relu(x, inplace=True)
+        F.leaky_relu(x, 0.1, True).mul_(2.0)
+        for name in ACTIVATIONS:
+            y = getattr(F, name)(1.5 * y + 0.1 * x, inplace=True)
+        return loss(head, nn.ReLU(inplace=True)(y + 0.1), b)
+
+    return {"t": step}
+
+
+def likelihoods(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
+    """Distributions of values of the model, whose checks of their arguments nothing can decide while it is recorded."""
+    made: Any = torch.distributions
+    normal, independent = made.Normal, made.Independent
+    prior = independent(normal(torch.zeros(WIDTH).double(), torch.ones(WIDTH).double()), 1)
+
+    def step(b: Batch) -> Tensor:
+        y = trunk(b["x"])
+        found = independent(normal(y, F.softplus(teacher(b["x"]))), 1)
+        near: Tensor = made.Categorical(logits=head(y)).log_prob(b["y"]) + 0.1 * prior.log_prob(y)
+        share: Tensor = made.Beta(y.square() + 1, 2.0).mean.sum(1)
+        result: Tensor = (0.1 * made.kl_divergence(found, prior) - near + share).mean()
+        return result
+
+    return {"t": step}
+
+
 def other_parameters(trunk: nn.Module, teacher: nn.Module, head: nn.Module) -> Tasks:
     def step(b: Batch) -> Tensor:
         twice = {name: 2 * value for name, value in head.named_parameters()}
@@ -178,10 +213,33 @@ TASKS: dict[str, Callable[..., Tasks]] = {
     "eval() before each call": evaluated,
     "an attribute set before each call": scaled,
     "losses kept": noting,
+    "activations in place": in_place,
+    "distributions": likelihoods,
     "functional_call outside of layers": other_parameters,
     "a GradScaler that is off": unscaled,
     "autocast switched off": autocast(enabled=False),
 }
+
+
+class Again(nn.Module):
+    """One layer that stands in a list of layers three times (ALBERT), and under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Block()
+        self.layers = nn.ModuleList([self.layer] * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_stands_in_a_list_several_times() -> None:
+    def made() -> Modules:
+        return {"stem": nn.Linear(WIDTH, WIDTH), "trunk": Again(), "head": nn.Linear(WIDTH, 3)}
+
+    assert_same(planned(workload(made, through)), looped(workload(made, through)))
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -503,6 +503,25 @@ def test_states_that_only_the_optimizer_knows_are_not_saved(tmp_path: Any, facto
         spindle.train(workload, apart(workload), checkpoints=tmp_path, **options)
 
 
+class Around(torch.optim.Optimizer):
+    """Steps another optimizer, and is one by name alone."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = torch.optim.SGD(parameters, lr=0.1)
+        self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+
+
+def test_an_optimizer_whose_states_cannot_be_asked_for_is_refused_with_checkpoints(tmp_path: Any) -> None:
+    workload = towers()
+    assert spindle.verify(workload, apart(workload), optimizer=Around, launcher="threads").ok
+    with pytest.raises(CheckpointError, match=r"Around\.state_dict\(\) raises AttributeError .*super\(\).__init__"):
+        spindle.train(workload, apart(workload), optimizer=Around, steps=1, launcher="threads", checkpoints=tmp_path)
+    assert not list(tmp_path.glob("step*"))
+
+
 def test_an_optimizer_over_all_parameters_needs_one_device() -> None:
     """Refused where ranks update different ones; the same as in one process where each has all."""
     with pytest.raises(WorkloadError, match="the update of a parameter from others"):

@@ -79,6 +79,43 @@ def test_parameters_without_gradients_rest(kind: str, options: dict[str, Any], n
         torch.testing.assert_close(parameter, alone[name], rtol=1e-9, atol=1e-12)
 
 
+class Skipped(nn.Module):
+    """Lets a batch through, or computes without gradients, by a flag; or lets it through by a draw."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, flag: bool) -> Tensor:
+        if self.how == "switch":
+            with torch.set_grad_enabled(flag):
+                return self.linear(x)  # type: ignore[no-any-return]
+        taken = flag if self.how == "flag" else torch.rand(1).item() < 0.5
+        return self.linear(x) if taken else x
+
+
+@pytest.mark.parametrize("how", ["flag", "switch", "draw"])
+def test_layers_that_the_first_batch_does_not_train_are_trained_by_later_ones(how: str) -> None:
+    """Layers that nothing trained stands before, so that what they give needs no gradient at capture."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("skipped")
+    body = workload.component("body", nn.ModuleList([Skipped(how), Skipped(how)]).double(), layers=["0", "1"])
+    head = workload.component("head", nn.Linear(4, 2).double())
+    data = [{"x": torch.randn(6, 4, dtype=torch.float64), "flag": torch.tensor(n > 0)} for n in range(4)]
+
+    @workload.task("t", batch_size=6, data=data)
+    def task(batch: Any) -> Tensor:
+        x: Tensor = batch["x"]
+        for layer in body:
+            x = layer(x, bool(batch["flag"]))
+        return head(x).square().mean()  # type: ignore[no-any-return]
+
+    report = spindle.verify(workload, num_workers=2, steps=6, optimizer=adamw, launcher="threads")
+    assert report.ok, str(report)
+    trained = {row.name for row in report.rows if row.quantity == "gradient"}
+    assert any("body.0" in name for name in trained)
+
+
 # -- sharded parameters -----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
+from spindle.capture import capture
 from spindle.runtime.host import threads_of_rank
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, planned, sgd, stack, tasks_on, values
 from tests.parity.stateful_layers import LAYERS, REFUSED, Checkpointed, Normed, Spectral
@@ -404,6 +405,27 @@ def test_a_module_under_several_names_whose_buffers_change_is_refused() -> None:
 
     with pytest.raises(spindle.SpindleError, match="is registered under several names in its component; register it"):
         spindle.make_metagraph(workload)
+
+
+class Centered(nn.Module):
+    """Norms a map of what it is given, less its mean: so a running mean moves by rounding alone, or by nothing."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.times, self.map, self.norm = times, nn.Linear(WIDTH, WIDTH, bias=False), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.times * self.map(x - x.mean(0))) + x
+        return found
+
+
+@quiet
+@pytest.mark.parametrize("times", [0.0, 1.0])
+def test_running_means_that_hardly_move(times: float) -> None:
+    """A norm's statistics change together: none is taken for a constant, which each rank would round by itself."""
+    make = blocks(functools.partial(Centered, times), tasks=2)
+    follows(make, 2, 11)
+    assert capture(make()).graph.by_name["t0.trunk.0"].statistics == ("trunk.0.norm",)
 
 
 class WithNorm(nn.Module):

@@ -193,3 +193,45 @@ def test_a_count_of_two_tasks_that_write_by_it(num_ranks: int, seed: int, every:
         return workload
 
     follows(make, num_ranks, seed, steps=4)
+
+
+class Queue(nn.Module):
+    """MoCo as it was published: the place in its queue is a number of Python."""
+
+    queue: Tensor
+    place: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+        self.key.requires_grad_(False)
+        self.register_buffer("queue", torch.randn(12, 3))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def move(self) -> None:
+        for q, k in zip(self.query.parameters(), self.key.parameters(), strict=True):
+            k.data = k.data * 0.9 + q.data * 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.move()
+            keys = self.key(x)
+            place = int(self.place)
+            self.queue[place : place + len(x)] = keys
+            self.place.add_(len(x)).remainder_(len(self.queue))
+        found: Tensor = self.query(x) @ self.queue.clone().T
+        return found
+
+
+@quiet
+def test_the_line_of_a_write_is_that_of_the_write() -> None:
+    """Not of what the class does with an attribute of the parameter's name."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("queue")
+    queue = workload.component("moco", Queue().double())
+    workload.task("t", batch_size=6, data=batches(1))(lambda batch: queue(batch["x"]).square().mean())
+    line = Queue.move.__code__.co_firstlineno + 2
+    with pytest.raises(
+        spindle.SpindleError, match=rf"writes to its parameter 'key\.\w+' .*\(line {line} of test_writes_in_turn"
+    ):
+        spindle.make_metagraph(workload)

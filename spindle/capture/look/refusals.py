@@ -231,7 +231,8 @@ def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
     for component in workload.components.values():
         for path, module in component.module.named_modules():
             if module not in inside and (module._backward_hooks or module._backward_pre_hooks):
+                where = f"component {component.name!r}" + (f": module {path!r}" if path else "")
                 raise WorkloadError(
-                    f"component {component.name!r}: module {path!r} has a backward hook outside of blocks, which a "
+                    f"{where} has a backward hook outside of blocks, which a "
                     "recording does not carry; remove it, or let layers= name a list of blocks that holds the module"
                 )

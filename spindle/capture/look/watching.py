@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spindle.record.copies import Attributes
 from spindle.record.fingerprints import OF_MODULES, Leaves
-from spindle.record.functions import counts_batches
+from spindle.record.functions import counts_batches, writes_first
+from spindle.record.lazy import SET_DATA, memory_of
 from spindle.record.made_up import own_numbers
+from spindle.record.recording import tensors_in
+from spindle.record.sites import innermost_line
 from spindle.usercode import line_of
 
 Run = Callable[[], list[Tensor] | None]
@@ -79,8 +83,13 @@ class Watched:
             before = self._before[full]
             if value is None or before is None:
                 continue
-            if value is not was or value._version != before[0] or not _equal(value, before[1]):
+            if value is not was or value._version != before[0] or not _same_numbers(value, before[1]):
                 found[full] = value.detach().clone()
+        for path, module in self.modules:
+            names = statistics_of(path, module) if counts_batches(module) else []
+            if not found.keys().isdisjoint(names):  # a mean of zeros moves none, and those of other batches do
+                held = module._buffers.values()
+                found.update({n: b.detach().clone() for n, b in zip(names, held, strict=True) if b is not None})
         return found
 
     def written_parameters(self) -> list[str]:
@@ -198,7 +207,9 @@ def examined(watched: Watched, first: list[Tensor], run: Run, run_other: Run) ->
     changed = watched.changed()
     written = watched.written_parameters()
     if written:
-        line = _line_that_writes(watched, written[0].rpartition(".")[2])
+        with _Writes(watched.module) as seen:
+            run()
+        line = seen.line or _line_that_writes(watched, written[0].rpartition(".")[2])
         raise WritesParameter(f"writes to its parameter {written[0]!r} in its forward{f' ({line})' if line else ''}")
     attributes, grown = watched.attributes(), watched.grown()
     if not changed and not attributes and not grown:
@@ -288,6 +299,22 @@ def own_state(owner: type, attribute: str) -> str:
     )
 
 
+class _Writes(TorchFunctionMode):
+    """While open, `line` becomes that of the first call which writes to memory of a module's parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.line, self._memory = "", {memory_of(parameter) for parameter in module.parameters()}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Look and go on."""
+        kwargs = kwargs or {}
+        writes = func == SET_DATA or writes_first(func, args, kwargs)
+        if writes and not self.line and not self._memory.isdisjoint(map(memory_of, tensors_in(args[:1]))):
+            self.line = innermost_line()
+        return func(*args, **kwargs)
+
+
 def _line_that_writes(watched: Watched, attribute: str) -> str:
     """Where code of the block, or of a module in it, that is not torch's writes to an attribute."""
     kinds = dict.fromkeys(type(module) for _, module in watched.modules)
@@ -315,6 +342,11 @@ def _joined(path: str, name: str) -> str:
 
 def _all_equal(one: list[Tensor], other: list[Tensor] | None) -> bool:
     return other is not None and len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the bit."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
