@@ -117,7 +117,6 @@ def test_tied_weights() -> None:
     exact(workload)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
 def test_adapters_of_peft() -> None:
     """LoRA on a frozen language model: adapters get gradients, the rest none, dropout of the adapters included."""
     peft = pytest.importorskip("peft")
