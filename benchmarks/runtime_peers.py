@@ -50,16 +50,23 @@ class AllTasks(nn.Module):
         return {task.name: task.function(batches[task.name]) * task.weight for task in self.tasks}
 
 
-class Peer:
-    """Processes that train a workload in one of the baselines."""
+Step = Callable[[], dict[str, Tensor]]
+Stepper = Callable[[str, int, int], Step]
+"""Kind, rank and number of ranks in; what makes a step of this rank, and returns its losses, out."""
 
-    def __init__(self, kind: str, workload: str, num_ranks: int, num_threads: int) -> None:
+
+class Peer:
+    """Processes that train a workload in one of the baselines, or what `stepper` makes, a function of a module."""
+
+    def __init__(
+        self, kind: str, workload: str, num_ranks: int, num_threads: int, stepper: Stepper | None = None
+    ) -> None:
         self.store = serve_store("127.0.0.1")
         context = get_context("spawn")
         self.pipes, self.children = [], []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            arguments = (theirs, kind, workload, rank, num_ranks, num_threads, self.store.port)
+            arguments = (theirs, kind, workload, rank, num_ranks, num_threads, self.store.port, stepper)
             child = context.Process(target=_serve, args=arguments, daemon=True)
             child.start()
             self.pipes.append(ours)
@@ -91,7 +98,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, num_threads: int, port: int) -> None:
+def _serve(
+    pipe: Connection,
+    kind: str,
+    name: str,
+    rank: int,
+    num_ranks: int,
+    num_threads: int,
+    port: int,
+    stepper: Stepper | None,
+) -> None:
     torch.set_num_threads(num_threads)
     if kind != "eager":
         keep_freed_memory()  # this and the next line as Spindle's ranks do it: the sides differ in the plan alone
@@ -99,15 +115,7 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
     if num_ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", store=join_store("127.0.0.1", port, 60.0), rank=rank, world_size=num_ranks)
-    large = functools.partial(two_towers, sizes=LARGE)
-    makers: dict[str, Callable[..., Workload]] = {
-        **WORKLOADS,
-        "one-task": one_task,
-        "packed, small": two_towers,
-        "packed, large": large,
-    }
-    workload = makers[name](_gathered if num_ranks > 1 else lambda x: x)
-    step = _stepper(kind, workload, rank, num_ranks)
+    step = stepper(kind, rank, num_ranks) if stepper else _stepper(kind, _workload(name, num_ranks), rank, num_ranks)
     pipe.send(True)
     while count := pipe.recv():
         losses: dict[str, Tensor] = {}
@@ -119,6 +127,17 @@ def _serve(pipe: Connection, kind: str, name: str, rank: int, num_ranks: int, nu
         dist.destroy_process_group()
 
 
+def _workload(name: str, num_ranks: int) -> Workload:
+    large = functools.partial(two_towers, sizes=LARGE)
+    makers: dict[str, Callable[..., Workload]] = {
+        **WORKLOADS,
+        "one-task": one_task,
+        "packed, small": two_towers,
+        "packed, large": large,
+    }
+    return makers[name](_gathered if num_ranks > 1 else lambda x: x)
+
+
 def _gathered(part: Tensor) -> Tensor:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 
@@ -127,7 +146,7 @@ def _gathered(part: Tensor) -> Tensor:
     return whole
 
 
-def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Callable[[], dict[str, Tensor]]:
+def _stepper(kind: str, workload: Workload, rank: int, num_ranks: int) -> Step:
     tuned = kind == "ddp, tuned"
     whole = AllTasks(workload, FUSED.get(workload.name) if tuned else None)
     used = _used(whole, workload)

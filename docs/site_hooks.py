@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = {
-    "Start": ("index", "quickstart", "concepts", "wrapping", "packed", "models"),
+    "Start": ("index", "quickstart", "concepts", "wrapping", "packed", "coming_from", "from_trainer", "models"),
     "Use": (
         "reading-a-plan",
         "timeline",

@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spindle.errors import CheckpointError
 from spindle.runtime.checkpoint import Checkpoints, begin, clear, finish, path_of, put_progress, unfinished_of
 from spindle.runtime.controller import Run
 from spindle.runtime.training import Saves
 from spindle.runtime.writing import Writing
+
+if TYPE_CHECKING:
+    from spindle.runtime.watch import Watch
 
 LOOK_S = 0.02
 
@@ -50,10 +53,17 @@ class LaterSaves(Saves):
     """Checkpoints of one crew that are written while it goes on."""
 
     def __init__(
-        self, run: Run, checkpoints: Checkpoints, seed: int, written: list[Path], *, patience_s: float
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        seed: int,
+        written: list[Path],
+        watch: "Watch | None",
+        *,
+        patience_s: float,
     ) -> None:
         """`patience_s`: how long one may take."""
-        super().__init__(run, checkpoints, seed, written)
+        super().__init__(run, checkpoints, seed, written, watch)
         self._crew, self._patience_s = run.crew, patience_s
         self._pending: _Pending | None = None
         self._finishing: Writing | None = None
@@ -90,7 +100,7 @@ class LaterSaves(Saves):
         told = self._crew.call("writing", finished)
         if told[0][1]:  # as the driver says that leads, where there are several
             self._pending = self._finishing = None
-            self.written.append(pending.path)
+            self.is_whole(pending.step, pending.path)
         elif self._crew.leads and self._finishing is None and all(done for done, _ in told):
             self._finishing = Writing()
             self._finishing.start(lambda: self._finish(pending))

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from spindle.errors import RunError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter, parse_piece
 from spindle.runtime.parallel.names import piece_of
+from spindle.usercode import PAIRS, arguments, takes_names
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 Settings = Mapping[str, Mapping[str, float]]
-
-PAIRS = "named_parameters"
-"""A factory whose first parameter has this name gets (name, parameter) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +66,8 @@ def make_optimizer(
     Raises WorkloadError when it gives no optimizer, takes a parameter that it was not given, cannot be stepped without
     more, or lacks a setting that a component asks for; RunError when it raises.
     """
-    pairs = next(iter(arguments(factory)), None) == PAIRS
     try:
-        optimizer = factory(list(parameters.items()) if pairs else list(parameters.values()))
+        optimizer = factory(list(parameters.items()) if takes_names(factory) else list(parameters.values()))
     except Exception as error:
         raise RunError.of(error, "optimizer=") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -188,14 +185,6 @@ def _split(
 def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group holds besides its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a function, as far as they are known."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some of C have none
-        return {}
 
 
 def is_required(parameter: inspect.Parameter) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.errors import CheckpointError, RunError, WorkloadError
-from spindle.runtime.optimizers import Optimization, arguments, is_required, without_parameters
+from spindle.runtime.optimizers import Optimization, is_required, without_parameters
+from spindle.usercode import arguments
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 Metric = Callable[[Mapping[str, float]], float]

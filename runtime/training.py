@@ -88,20 +88,24 @@ def run_steps(
 
     Raises PreemptedError, after another checkpoint, when the run was told to end.
     """
-    saving = Saves(run, checkpoints, seed, found.written) if checkpoints is not None else None
+    saving = Saves(run, checkpoints, seed, found.written, watch) if checkpoints is not None else None
     if checkpoints is not None and checkpoints.later:
         from spindle.runtime.later import LaterSaves
 
-        saving = LaterSaves(run, checkpoints, seed, found.written, patience_s=LONG * timeout_s)
+        saving = LaterSaves(run, checkpoints, seed, found.written, watch, patience_s=LONG * timeout_s)
     with saving.open() if saving is not None else contextlib.nullcontext():
         _run_steps(run, found, last, on_step, trace_steps, saving, watch, notice, evaluations)
 
 
 class Saves:
-    """Checkpoints of a run, each written before the next step; those that are whole are added to `written`."""
+    """Checkpoints of a run, each written before the next step; those that are whole are added to `written`, and told to
+    callbacks by `watch`.
+    """
 
-    def __init__(self, run: Run, checkpoints: "Checkpoints", seed: int, written: list[Path]) -> None:
-        self.run, self.checkpoints, self.seed, self.written = run, checkpoints, seed, written
+    def __init__(
+        self, run: Run, checkpoints: "Checkpoints", seed: int, written: list[Path], watch: "Watch | None"
+    ) -> None:
+        self.run, self.checkpoints, self.seed, self.written, self.watch = run, checkpoints, seed, written, watch
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -112,7 +116,13 @@ class Saves:
         """Write what ranks hold after `step` steps, or begin to, with `more` that the driver keeps. `best`: the
         checkpoint after so many steps stays.
         """
-        self.written.append(self.run.save(replace(self.checkpoints, best=best), step, self.seed, more))
+        self.is_whole(step, self.run.save(replace(self.checkpoints, best=best), step, self.seed, more))
+
+    def is_whole(self, step: int, path: Path) -> None:
+        """Take in that the checkpoint after `step` steps is written."""
+        self.written.append(path)
+        if self.watch is not None:
+            self.watch.saved(step, path)
 
     def look(self) -> None:
         """Go on with what is being written, without waiting for it."""

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,23 +84,28 @@ class Watch:
         """Begin, and end whatever happens."""
         try:
             for callback in self._callbacks:
-                callback.on_begin(self._plan, first_step)
+                callback.on_train_begin(self._plan, first_step)
             yield self
         finally:
             for callback in self._callbacks:
-                callback.on_end()
+                callback.on_train_end()
 
     def tell(self, first_step: int, losses: Sequence[Mapping[str, float]], reports: "Sequence[Report]") -> None:
         """Some steps are done, the first of which is `first_step`."""
         for index, values in enumerate(losses if self._callbacks else ()):
             metrics = self._metrics(first_step + index, index, values, reports)
             for callback in self._callbacks:
-                callback.on_step(metrics)
+                callback.on_step_end(metrics)
 
     def evaluated(self, metrics: EvaluationMetrics) -> None:
         """An evaluation is done."""
         for callback in self._callbacks:
-            callback.on_evaluation(metrics)
+            callback.on_evaluate(metrics)
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """The checkpoint after `step` steps is whole."""
+        for callback in self._callbacks:
+            callback.on_save(step, checkpoint)
 
     def _metrics(self, step: int, index: int, losses: Mapping[str, float], reports: "Sequence[Report]") -> StepMetrics:
         told = [report.told[index] for report in reports]

@@ -413,6 +413,7 @@ def train(
     SIGTERM.
     """
     from spindle.capture import capture
+    from spindle.metrics import check_callbacks
     from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
     from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.counts import Limits
@@ -434,6 +435,7 @@ def train(
     check_whole({"trace_steps": trace_steps}, least=0)
     check_whole({"seed": seed}, least=-(2**63))
     checked(not_finite)
+    check_callbacks(callbacks)
     check_every = steps_between(check_replicas_every)
     limits = Limits(samples=max_samples, tokens=max_tokens)
     evaluations = Evaluations.asked(

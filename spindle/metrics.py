@@ -8,7 +8,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -64,20 +64,41 @@ class EvaluationMetrics:
 class Callback:
     """What a run calls in the process that drives it (under torchrun: on rank 0). Override what you need.
 
-    Steps are told a few at a time and late, since ranks run several before they report.
+    Steps are reported a few at a time and late, since ranks run several before they report. The methods are named as
+    those of a `TrainerCallback` of transformers that are called at the same moments.
     """
 
-    def on_begin(self, plan: "Plan", first_step: int) -> None:
+    def on_train_begin(self, plan: "Plan", first_step: int) -> None:
         """The run starts; `first_step` steps were done before, by the run that is resumed."""
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
-    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
-        """An evaluation is done; steps up to its own have been told."""
+    def on_evaluate(self, metrics: EvaluationMetrics) -> None:
+        """An evaluation is done; steps up to its own have been reported."""
 
-    def on_end(self) -> None:
+    def on_save(self, step: int, checkpoint: Path) -> None:
+        """The checkpoint after `step` steps is written and whole."""
+
+    def on_train_end(self) -> None:
         """The run ended, by an error too."""
+
+
+def check_callbacks(callbacks: Sequence[object]) -> None:
+    """Raise InputError where a run would not call what one of them defines."""
+    called = [name for name in vars(Callback) if name.startswith("on_")]
+    for index, callback in enumerate(callbacks):
+        kind = type(callback).__name__
+        if not isinstance(callback, Callback):
+            raise InputError(
+                f"callbacks[{index}] is a {kind}, which a run cannot call; derive it from spindle.metrics.Callback "
+                "(one of transformers keeps the names of its methods and gets other arguments: docs/from_trainer.md)"
+            )
+        never = sorted(name for name in dir(callback) if name.startswith("on_") and name not in called)
+        if never:
+            raise InputError(
+                f"callbacks[{index}]: {kind}.{never[0]} would never be called; a run calls {', '.join(called)}"
+            )
 
 
 class JsonLines(Callback):
@@ -90,18 +111,18 @@ class JsonLines(Callback):
         self.path = Path(path)
         self._file: IO[str] | None = None
 
-    def on_begin(self, plan: "Plan", first_step: int) -> None:
+    def on_train_begin(self, plan: "Plan", first_step: int) -> None:
         """Open the file."""
         try:
             self._file = self.path.open("a" if first_step else "w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.path}: metrics cannot be written ({error.strerror}); check the path") from None
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         """Write a line."""
         self._write(asdict(metrics))
 
-    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+    def on_evaluate(self, metrics: EvaluationMetrics) -> None:
         """Write a line, which has `scores`."""
         self._write(asdict(metrics))
 
@@ -110,7 +131,7 @@ class JsonLines(Callback):
         self._file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         self._file.flush()
 
-    def on_end(self) -> None:
+    def on_train_end(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
@@ -131,22 +152,22 @@ class TensorBoard(Callback):
         self._directory = str(directory)
         self._writer: Any = None
 
-    def on_begin(self, plan: "Plan", first_step: int) -> None:
+    def on_train_begin(self, plan: "Plan", first_step: int) -> None:
         """Open the log; steps after `first_step` of an earlier run are purged from it."""
         self._writer = self._make(self._directory, purge_step=first_step + 1 if first_step else None)
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         """Write all numbers."""
         for name, value in scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics.step)
 
-    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+    def on_evaluate(self, metrics: EvaluationMetrics) -> None:
         """Write all scores, as `evaluation/TASK/METRIC`."""
         for task, scores in metrics.scores.items():
             for name, value in scores.items():
                 self._writer.add_scalar(f"evaluation/{task}/{name}", value, metrics.step)
 
-    def on_end(self) -> None:
+    def on_train_end(self) -> None:
         """Close the log."""
         if self._writer is not None:
             self._writer.close()

@@ -22,6 +22,7 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import SizeRange
 from spindle.presence import Presence
 from spindle.pricing import Optimizer, Pricing
+from spindle.usercode import takes_names
 
 if TYPE_CHECKING:
     from spindle.calibration import Calibration, MeasuredStep
@@ -248,7 +249,7 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
     fused = False
     if optimizer is not None:
         with _users_errors("optimizer"):
-            made = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])  # a matrix: some take nothing else
+            made = _tried(optimizer, workload)
         sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"
         fused = bool(made.defaults.get("fused"))
         kind = {**OPTIMIZERS, "SGD": sgd}.get(type(made).__name__, kind)
@@ -268,6 +269,18 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
             tf32=torch.get_float32_matmul_precision() != "highest",
         ),
     )
+
+
+def _tried(optimizer: "Callable[[Any], Any]", workload: "Workload") -> Any:
+    """What a function that makes an optimizer makes of parameters like the workload's, which take no memory."""
+    import torch
+
+    alike = {
+        name: torch.nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=p.requires_grad)
+        for name, p in workload.named_parameters()
+    }
+    alike = alike or {"none": torch.nn.Parameter(torch.zeros(1, 1))}  # optimizers refuse an empty list
+    return optimizer(list(alike.items()) if takes_names(optimizer) else list(alike.values()))
 
 
 def _reduces_wide(workload: "Workload") -> bool:

@@ -1,13 +1,19 @@
-"""User code: which files are the user's own, which names their functions use, and where classes set attributes."""
+"""User code: which files are the user's own, which names their functions use, what functions ask for, and where classes
+set attributes.
+"""
 
 import inspect
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
+from typing import Any
 
 _INSTALLED = ("site-packages", "dist-packages")
+
+PAIRS = "named_parameters"
+"""A function that makes an optimizer, and whose first argument has this name, gets (name, parameter) pairs."""
 
 
 def is_own_file(file: str) -> bool:
@@ -23,6 +29,19 @@ def names_used(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_used(constant)
+
+
+def arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function, as far as they are known."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some of C have none
+        return {}
+
+
+def takes_names(factory: Callable[..., Any]) -> bool:
+    """Whether a function that makes an optimizer wants names with the parameters."""
+    return next(iter(arguments(factory)), None) == PAIRS
 
 
 def line_of(owner: type, attribute: str) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from spindle.record.slots import Slot, mapped
 
-_NUMBERING = ("idx", "index", "layer_id")
+_NUMBERING = ("idx", "index", "layer_id", "target_name")  # the last: where peft has put an adapter
 _MARKS = ("_is_hf_initialized",)  # which tell how weights came to be
 _PLAIN = (bool, int, float, str, Enum, torch.dtype, torch.device, type(None))
 
@@ -31,9 +31,14 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
         for name, value in vars(module).items()
         if (isinstance(value, bool | int | float | str) or not name.startswith("_"))
         and name not in _MARKS
-        and not any(word in name for word in _NUMBERING)
+        and not _numbers(name)
     )
     return [*settings, *(("hook", _setting(hook)) for hook in hooks)]
+
+
+def _numbers(name: object) -> bool:
+    """Whether a setting of this name tells which of several equal layers one is."""
+    return isinstance(name, str) and any(word in name for word in _NUMBERING)
 
 
 def _setting(value: Any) -> Any:
@@ -41,7 +46,7 @@ def _setting(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, Mapping):
-        return [(repr(key), _setting(item)) for key, item in value.items()]
+        return [(repr(key), _setting(item)) for key, item in value.items() if not _numbers(key)]
     if isinstance(value, list | tuple):
         return [_setting(item) for item in value]
     if isinstance(value, functools.partial):

@@ -127,7 +127,7 @@ def telling() -> "Callback":
     from spindle.metrics import Callback
 
     class Telling(Callback):
-        def on_evaluation(self, metrics: "EvaluationMetrics") -> None:
+        def on_evaluate(self, metrics: "EvaluationMetrics") -> None:
             best = "  (best so far)" if metrics.is_best else ""
             click.echo(folded(f"evaluated after step {metrics.step}: {scores_text(metrics.scores)}{best}"), err=True)
 

@@ -17,6 +17,8 @@ from spindle.record.fingerprints import OF_MODULES
 
 CopiedT = TypeVar("CopiedT")
 
+HOOKS = frozenset(name for name in OF_MODULES if "hooks" in name)
+
 
 def copied(value: CopiedT, modules: Iterable[nn.Module]) -> CopiedT:
     """A deep copy of something that holds `modules`; tensors that they computed are copied as they are."""
@@ -32,8 +34,8 @@ def copied(value: CopiedT, modules: Iterable[nn.Module]) -> CopiedT:
 def attributes_kept(
     modules: Iterable[nn.Module], but: Callable[[nn.Module, str], bool] | None = None
 ) -> Iterator[None]:
-    """While open, code may set attributes of modules and put in other buffers; they are as before afterwards, `but` for
-    attributes of which this is true. So is what lists and the like among them hold.
+    """While open, code may set attributes of modules, put in other buffers and register hooks; they are as before
+    afterwards, `but` for attributes of which this is true. So is what lists and the like among them hold.
     """
     before = Attributes(modules)
     try:
@@ -43,7 +45,11 @@ def attributes_kept(
 
 
 class Attributes:
-    """Attributes and buffers of modules as they stand, and what lists and the like among them hold."""
+    """Attributes, buffers and hooks of modules as they stand, and what lists and the like among them hold.
+
+    Models of transformers register hooks in their first call, and note so in an attribute: both go back, or the next
+    call would register them once more.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
@@ -51,7 +57,7 @@ class Attributes:
             (value, copy.copy(value))
             for _, attributes, _ in self.before
             for name, value in attributes.items()
-            if name not in OF_MODULES and type(value) in (list, dict, set, deque)
+            if name in HOOKS or (name not in OF_MODULES and type(value) in (list, dict, set, deque))
         ]
 
     def put_back(self, but: Callable[[nn.Module, str], bool] | None = None) -> None:

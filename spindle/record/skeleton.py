@@ -32,6 +32,7 @@ from spindle.record.replay import RealCalls
 from spindle.record.shapes import Habit, Results, ShapeRule
 from spindle.record.sites import Sites
 from spindle.record.steady import Steady
+from spindle.record.travel import let_record, recordable_outputs
 
 
 @dataclass(slots=True)
@@ -91,9 +92,11 @@ class Skeleton:
             "stateful": self.stateful,
             "rules": self.rules,
             "learning": False,
+            "outputs": recordable_outputs(module for root in self.components.values() for module in root.modules()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        let_record(state.pop("outputs"))
         self.__init__(**state)  # type: ignore[misc]
 
     def set_stateful(self, names: set[str]) -> None:

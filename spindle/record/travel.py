@@ -2,11 +2,12 @@
 
 import contextlib
 import copyreg
+import importlib
 import inspect
 import io
 import marshal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import CodeType, ModuleType
 from typing import Any
@@ -98,6 +99,23 @@ class Wrapped(nn.Module):
 def meta_parameter(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
     """A parameter without numbers."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def recordable_outputs(modules: Iterable[nn.Module]) -> dict[str, Any]:
+    """What transformers notes when it makes a model: which outputs (hidden states, attentions) models of these classes
+    can give, by the class's name. A process that makes no model, and is sent one, does not know.
+    """
+    known = getattr(sys.modules.get(_CAPTURING), "_CAN_RECORD_REGISTRY", {})
+    return {name: known[name] for name in {str(type(module)) for module in modules} if dict.__contains__(known, name)}
+
+
+def let_record(outputs: Mapping[str, Any]) -> None:
+    """Let transformers know in this process what `recordable_outputs` told in another."""
+    if outputs:
+        dict.update(importlib.import_module(_CAPTURING)._CAN_RECORD_REGISTRY, outputs)
 
 
 def let_travel(modules: Iterable[nn.Module]) -> None:

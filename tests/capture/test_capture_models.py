@@ -1,5 +1,6 @@
 """Captured models: exact on random plans, split where they can be, and one operator where not."""
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -116,7 +117,6 @@ def test_tied_weights() -> None:
     exact(workload)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
 def test_adapters_of_peft() -> None:
     """LoRA on a frozen language model: adapters get gradients, the rest none, dropout of the adapters included."""
     peft = pytest.importorskip("peft")
@@ -138,9 +138,32 @@ def test_adapters_of_peft() -> None:
     captured = capture(workload)
     trained = {p.name for op in captured.graph for p in op.parameters if p.trainable}
     assert len(blocks(captured)) == 2
+    assert len({block.kind for block in captured.skeleton.blocks}) == 1  # peft notes in each layer where it stands
     assert len(trained) == 8
     assert all("lora" in name for name in trained)
     exact(workload)
+
+
+def test_hooks_of_a_first_call_regression() -> None:
+    """Models of transformers register hooks in their first call and note so in an attribute. Capture put the attribute
+    back and left the hooks, so the next call registered them again and collected each hidden state twice.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shape = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=4, patch_size=2)).double()
+    fresh = copy.deepcopy(model)
+
+    def penultimate(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = module(pixel_values=batch["x"], output_hidden_states=True).hidden_states[-2]
+        return found[:, 1:].square().mean()
+
+    batch = {"x": x(3, 4, 4)}
+    workload = wrapped(model, batch, lambda b: penultimate(model, b))
+    exact(workload)
+    torch.testing.assert_close(penultimate(model, batch), penultimate(fresh, batch))
+    assert {len(layer._forward_hooks) for layer in model.encoder.layers} == {1}
 
 
 # -- what cannot be split ---------------------------------------------------------------------------------------------

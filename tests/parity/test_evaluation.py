@@ -190,10 +190,10 @@ class Told(Callback):
     def __init__(self) -> None:
         self.found: list[EvaluationMetrics | int] = []
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         self.found.append(metrics.step)
 
-    def on_evaluation(self, metrics: EvaluationMetrics) -> None:
+    def on_evaluate(self, metrics: EvaluationMetrics) -> None:
         self.found.append(metrics)
 
 

@@ -210,7 +210,7 @@ def test_a_part_thawed_later_has_the_rate_of_its_schedule(tmp_path: Any) -> None
         rates: list[Mapping[str, float]] = []
 
         class Rates(spindle.metrics.Callback):
-            def on_step(self, metrics: spindle.metrics.StepMetrics) -> None:
+            def on_step_end(self, metrics: spindle.metrics.StepMetrics) -> None:
                 rates.append(metrics.learning_rates)
 
         spindle.train(

@@ -1,5 +1,6 @@
 """What a plan says it needs to fit is what a run of it does."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,21 @@ def test_what_does_not_fit_is_chosen_run_and_exact(workload: Workload) -> None:
     assert shared
     assert all(bucket.owner is not None for bucket in shared)
     assert spindle.verify(workload, both, launcher="threads", steps=1).ok
+
+
+def test_an_optimizer_is_priced_as_its_function_makes_it_regression() -> None:
+    """The function gets parameters like those of the workload, with names where it asks for them: planning from a file
+    gave it a single one without a name.
+    """
+    module = spindle.Workload("w")
+    module.component("a", torch.nn.Linear(2, 3, device="meta"))
+
+    def by_name(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        known = dict(named_parameters)
+        return torch.optim.SGD([{"params": [known["a.weight"]]}, {"params": [known["a.bias"]]}], momentum=0.9)
+
+    assert pricing_of(module, by_name).optimizer == "sgd_momentum"
+    assert pricing_of(module, lambda parameters: torch.optim.SGD(parameters[1:])).optimizer == "sgd"
 
 
 def test_a_workload_says_how_it_is_priced() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import output_capturing
 
 import spindle
+from spindle.capture import capture
 from spindle.record.travel import dumped
 from spindle.runtime import controller
 from spindle.runtime.controller import prepare
@@ -21,6 +23,7 @@ from spindle.runtime.launch.crew import packed_job
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import piece_of, put_piece
 from spindle.runtime.rank_job import Job, make_jobs, separate
+from spindle.runtime.recordings import Recipe
 from spindle.runtime.weights import fill
 from spindle.runtime.worker import Worker
 from tests.random_plans import random_plan
@@ -47,6 +50,18 @@ def workload(*, tensor_parallel: int = 1, tied: bool = False) -> spindle.Workloa
     data = [{"ids": tokens(6, 5, seed=0) % WORDS}]
     found.task("t", batch_size=6, data=data)(lambda b: model(input_ids=b["ids"], labels=b["ids"]).loss)
     return found
+
+
+def test_models_give_hidden_states_where_they_arrive_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers notes which outputs a class can give when it makes a model of it, which a rank's process never does:
+    hidden states were None there.
+    """
+    found = workload()
+    sent = cloudpickle.dumps(Recipe.of(found, capture(found)))
+    monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", type(output_capturing._CAN_RECORD_REGISTRY)())
+    model = cloudpickle.loads(sent).skeleton.components["m"].to_empty(device=CPU)
+    given = model(input_ids=torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
+    assert len(given.hidden_states) == 4
 
 
 def jobs_of(found: spindle.Workload, seed: int) -> list[Job]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from transformers import PrinterCallback
 
 import spindle
 from spindle.cli import cli
@@ -25,13 +26,13 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.told: list[str | StepMetrics] = []
 
-    def on_begin(self, plan: Plan, first_step: int) -> None:
+    def on_train_begin(self, plan: Plan, first_step: int) -> None:
         self.told.append(f"begin {plan.num_devices} {first_step}")
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def on_step_end(self, metrics: StepMetrics) -> None:
         self.told.append(metrics)
 
-    def on_end(self) -> None:
+    def on_train_end(self) -> None:
         self.told.append("end")
 
     @property
@@ -153,16 +154,16 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_json_has_no_nan(tmp_path: Path) -> None:
     """A loss that is not a number is null, which every reader takes."""
     lines = JsonLines(tmp_path / "run.jsonl")
-    lines.on_begin(None, 0)  # type: ignore[arg-type]
-    lines.on_step(StepMetrics(step=1, step_s=1.0, losses={"t": math.nan}, mfu=math.inf))
-    lines.on_end()
+    lines.on_train_begin(None, 0)  # type: ignore[arg-type]
+    lines.on_step_end(StepMetrics(step=1, step_s=1.0, losses={"t": math.nan}, mfu=math.inf))
+    lines.on_train_end()
     told = json.loads((tmp_path / "run.jsonl").read_text())
     assert (told["losses"], told["mfu"]) == ({"t": None}, None)
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="metrics cannot be written"):
-        JsonLines(tmp_path / "no" / "run.jsonl").on_begin(None, 0)  # type: ignore[arg-type]
+        JsonLines(tmp_path / "no" / "run.jsonl").on_train_begin(None, 0)  # type: ignore[arg-type]
 
 
 def test_flat_names() -> None:
@@ -189,13 +190,42 @@ def test_a_callback_that_raises_ends_the_run() -> None:
     """Its error is the user's own; the others are still closed."""
 
     class Breaks(Callback):
-        def on_step(self, metrics: StepMetrics) -> None:
+        def on_step_end(self, metrics: StepMetrics) -> None:
             raise RunError("enough")
 
     recorder = Recorder()
     with pytest.raises(RunError, match="enough"):
         trained(words(), 3, callbacks=[recorder, Breaks()])
     assert recorder.told[-1] == "end"
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_checkpoints_are_told_when_they_are_whole(tmp_path: Path, later: bool) -> None:
+    """In the order of the steps, those of `save_async` too; each is there when the callback hears of it."""
+
+    class Saved(Callback):
+        def __init__(self) -> None:
+            self.found: list[tuple[int, str, bool]] = []
+
+        def on_save(self, step: int, checkpoint: Path) -> None:
+            self.found.append((step, checkpoint.name, (checkpoint / "spindle.json").is_file()))
+
+    saved = Saved()
+    trained(words(), 3, callbacks=[saved], checkpoints=tmp_path / "runs", checkpoint_every=2, save_async=later)
+    assert saved.found == [(2, "step-00000002", True), (3, "step-00000003", True)]
+
+
+def test_a_callback_that_would_never_be_called_is_refused() -> None:
+    """A method that a run does not know, and a callback of transformers, whose methods get other arguments."""
+
+    class Epochs(Callback):
+        def on_epoch_end(self) -> None:
+            raise AssertionError
+
+    with pytest.raises(InputError, match=r"Epochs\.on_epoch_end would never be called; a run calls on_train_begin, "):
+        trained(words(), 1, callbacks=[Recorder(), Epochs()])
+    with pytest.raises(InputError, match=r"callbacks\[0\] is a PrinterCallback, which .* spindle\.metrics\.Callback"):
+        trained(words(), 1, callbacks=[PrinterCallback()])
 
 
 MODEL = Path(__file__).parents[2] / "docs" / "examples" / "quick" / "model.py"

@@ -153,7 +153,10 @@ def test_tasks_that_are_not_there(tmp_path: Path, tasks: str, message: str) -> N
 
 
 def test_optimizers_by_their_class(tmp_path: Path) -> None:
-    """Also one that takes nothing but matrices."""
+    """Also one that takes nothing but matrices; given vectors, as it would be in the run, its error is shown."""
     path = tmp_path / "model.py"
-    path.write_text(WORKLOAD + "def optimizer(parameters):\n    return torch.optim.Muon(parameters)\n")
+    path.write_text(WORKLOAD + "def optimizer(ps):\n    return torch.optim.Muon([p for p in ps if p.ndim == 2])\n")
     assert load_source(str(path)).pricing.optimizer == "muon"
+    path.write_text(WORKLOAD + "def optimizer(parameters):\n    return torch.optim.Muon(parameters)\n")
+    with pytest.raises(WorkloadError, match="optimizer raised ValueError: Muon only supports 2D parameters"):
+        load_source(str(path))

@@ -35,8 +35,8 @@ def test_a_resumed_run_takes_the_place_of_what_it_repeats(tmp_path: Path) -> Non
     """A run that got to step 3 is resumed after step 2: its step 3 is the one that stays."""
     for first, steps, loss in ((0, (1, 2, 3), 1.0), (2, (3, 4), 5.0)):
         board = TensorBoard(tmp_path)
-        board.on_begin(None, first)  # type: ignore[arg-type]
+        board.on_train_begin(None, first)  # type: ignore[arg-type]
         for step in steps:
-            board.on_step(StepMetrics(step=step, step_s=0.5, losses={"t": loss}))
-        board.on_end()
+            board.on_step_end(StepMetrics(step=step, step_s=0.5, losses={"t": loss}))
+        board.on_train_end()
     assert written(tmp_path)["loss/t"] == {1: 1.0, 2: 1.0, 3: 5.0, 4: 5.0}

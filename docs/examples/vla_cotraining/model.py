@@ -9,16 +9,18 @@
 
 True size: benchmarks/workloads/vla_cotrain.yaml.
 
+`loop.py` trains the same modules by StarVLA's own loop.
+
 Data: 16 things, each somewhere in a picture. Told its name, the hand moves there; asked where it is, the answer
 names the place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel, get_scheduler
 
 import spindle
 
@@ -106,7 +108,7 @@ class ActionHead(nn.Module):
 
 
 torch.manual_seed(0)
-workload = spindle.Workload("vla-cotraining")
+workload = spindle.Workload("vla-cotraining", max_grad_norm=1.0)
 vision = workload.component(
     "vision",
     SiglipVisionModel(
@@ -164,3 +166,21 @@ def questions(batch: Batch) -> Tensor:
     words = torch.cat([batch["name"], batch["answer"]], 1)
     logits = llm(inputs_embeds=prompt(batch["picture"], words)).logits
     return F.cross_entropy(logits[:, -3:-1].flatten(0, 1), batch["answer"].flatten())
+
+
+def optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW with rates by module: StarVLA's 1e-5 for the vision-language model, 1e-4 for the action head, times 50."""
+    head, rest = [], []
+    for name, parameter in named_parameters:
+        (head if name.startswith("action-head.") else rest).append((name, parameter))
+    groups = [
+        {"params": rest, "lr": 5e-4, "name": "qwen_vl_interface"},
+        {"params": head, "lr": 5e-3, "name": "action_model"},
+    ]
+    return torch.optim.AdamW(groups, lr=1.25e-3, betas=(0.9, 0.95), weight_decay=1e-8)
+
+
+def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up, then a cosine that ends at a 25th of the base rate."""
+    end = {"min_lr": 5e-5}
+    return get_scheduler("cosine_with_min_lr", optimizer, 5, 1000, scheduler_specific_kwargs=end)
