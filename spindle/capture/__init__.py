@@ -83,8 +83,20 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
+def _warn_of_nothing_to_compile(workload: Workload) -> None:
+    for component in workload.components.values():
+        if component.compilation and not find_blocks(component.name, component.module, component.layers):
+            warnings.warn(
+                f"component {component.name!r} has compile=, but no layers were found in it, and code between layers "
+                "stays uncompiled; name modules to compile by layers=",
+                SpindleWarning,
+                stacklevel=4,
+            )
+
+
 def _capture(workload: Workload, on_task: Callable[[str], object], changing: frozenset[str]) -> Captured:
     _warn_of_large_operators(workload)
+    _warn_of_nothing_to_compile(workload)
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     settled: set[str] = set()

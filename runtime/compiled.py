@@ -1,0 +1,179 @@
+"""Compiled: a rank's codes in; the layers of components with `compile=` run by `torch.compile`.
+
+- A layer's own `forward` is compiled, so hooks, checkpoints around the layer and recordings stay as they are.
+- Equal layers (one class, settings and shapes) share one compiled code: torch keeps what it compiles with a function,
+  and takes parameters as arguments. Each kind of layer has a function of its own, since torch compiles one for at most
+  eight cases (`recompile_limit`: sizes, gradients on and off, train and eval mode) and then runs it as it is.
+- Random numbers are drawn by an operator that compiled code calls, from the place of the draw in training, so they are
+  those of the layer that is not compiled.
+"""
+
+import contextlib
+import secrets
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+
+from spindle.capture.codes import OperatorCode
+from spindle.capture.signature import module_signature
+from spindle.errors import WorkloadError
+from spindle.record.draws import Draw, current, draw
+from spindle.record.randomness import Drawing, RowDraw
+from spindle.runtime.transport import ThreadTransport, Transport
+
+ALIGNED = 16  # bytes: compiled code of GPUs loads so many at once
+
+_DRAWING: ContextVar[Drawing | None] = ContextVar("spindle_compiled_drawing", default=None)
+
+
+def compile_layers(codes: Mapping[str, OperatorCode], transport: Transport) -> None:
+    """Let the layers of compiled components run compiled, from their first call on. Parameters stand in their places.
+
+    Raises WorkloadError where a GPU's compiled code could not load parameters that stand in a row with others.
+    """
+    among_threads = isinstance(transport, ThreadTransport) and transport.num_ranks > 1
+    functions: dict[tuple[str, str], Callable[..., Any]] = {}
+    for code in codes.values():
+        block = code.module.block
+        if code.compilation is None or block is None or isinstance(vars(block).get("forward"), CompiledForward):
+            continue
+        _check_alignment(code)
+        if "forward" in vars(block):  # of this layer alone
+            function = torch.compile(block.forward, **code.compilation.arguments)
+        else:
+            kind = module_signature(block), str(code.compilation)
+            if kind not in functions:
+                own = _own_function(type(block).forward)
+                functions[kind] = torch.compile(own, **code.compilation.arguments)
+            function = types.MethodType(functions[kind], block)
+        block.forward = CompiledForward(function, among_threads)
+
+
+class CompiledForward:
+    """The forward of one layer. `among_threads`: other ranks of this process may be compiling meanwhile."""
+
+    def __init__(self, function: Callable[..., Any], among_threads: bool) -> None:
+        self.function, self.among_threads = function, among_threads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives. Where it draws, the innermost mode is its Drawing."""
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        drawing = modes[-1] if modes and isinstance(modes[-1], Drawing) else None
+        with _beside_compiling() if self.among_threads else contextlib.nullcontext():
+            if drawing is None:
+                return self.function(*args, **kwargs)
+            with _pop_mode_temporarily(), _draws_of(drawing), CompiledDrawing(drawing) as compiled:
+                result = self.function(*args, **kwargs)
+            drawing.shapes += [()] * (compiled.next - len(drawing.shapes))
+            return result
+
+
+class CompiledDrawing(Drawing):
+    """What stands in place of a Drawing while compiled code is made and runs: draws become calls of `spindle::draw`."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        super().__init__("", None)
+        self.next, self.device = len(drawing.shapes), current().device
+
+    def draw(
+        self,
+        fill: str,
+        numbers: Sequence[float],
+        shape: Sequence[int],
+        *,
+        like: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> Tensor:
+        """See Drawing."""
+        where = like.device if like is not None else torch.device(device or self.device)
+        found = dtype or (like.dtype if like is not None else torch.get_default_dtype())
+        index = self.next
+        self.next += 1
+        values: Tensor = torch.ops.spindle.draw(fill, [float(n) for n in numbers], list(shape), index, found, where)
+        return values
+
+    def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
+        """See Drawing; such draws interrupt compiled code."""
+        torch._dynamo.graph_break()
+        drawing = _DRAWING.get()
+        assert drawing is not None, "draws of compiled layers are made where a Drawing is known"
+        index = self.next
+        self.next += 1
+        return RowDraw(function, args, drawing.scope, index, drawing.site(index, values.shape))(values)
+
+
+@torch.library.custom_op("spindle::draw", mutates_args=())
+def _draw(
+    fill: str, numbers: list[float], shape: list[int], index: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Draw number `index` of the layer that runs just now."""
+    drawing = _DRAWING.get()
+    if drawing is None:
+        raise WorkloadError(
+            "a compiled layer draws random numbers inside of a checkpoint of its own, which are not known again when "
+            "it is computed once more in backward; leave the checkpoint to recompute= of the workload, or leave out "
+            "compile= of the component"
+        )
+    what = Draw(fill, tuple(numbers), tuple(shape), dtype, device)
+    return draw(what, drawing.scope, index, drawing.site(index, what.shape))
+
+
+@_draw.register_fake
+def _(
+    fill: str, numbers: list[float], shape: list[int], index: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def _draws_of(drawing: Drawing) -> Iterator[None]:
+    token = _DRAWING.set(drawing)
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
+
+
+def _beside_compiling() -> contextlib.AbstractContextManager[object]:
+    """While open, a layer runs uncompiled, and does not fail, while another thread compiles."""
+    from torch._dynamo import config
+
+    patch: contextlib.AbstractContextManager[object] = config.patch(error_on_nested_fx_trace=False)
+    return patch
+
+
+def _own_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own; another name keeps torch from taking sizes that differ between kinds of
+    layers for sizes that change.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=f"{function.__name__}_{secrets.token_hex(4)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update({name: value for name, value in vars(function).items() if name != "__wrapped__"})
+    return own
+
+
+def _check_alignment(code: OperatorCode) -> None:
+    """Torch looks once, for all equal layers, at whether parameters stand where a GPU loads them quickest."""
+    for inner, name in code.parameters:
+        value = code.module.get_parameter(inner)
+        if value.device.type != "cpu" and not is_aligned(value):
+            raise WorkloadError(
+                f"component {name.partition('.')[0]!r} is compiled and its parameters are sharded, and {name!r} would "
+                f"stand {value.storage_offset() * value.itemsize} bytes after the first of its row, which is no "
+                f"multiple of {ALIGNED} as compiled code needs it; register it with shard='nothing' and plan again, or "
+                "leave out compile="
+            )
+
+
+def is_aligned(value: Tensor) -> bool:
+    """Whether a tensor begins at a multiple of ALIGNED bytes in its storage."""
+    return value.storage_offset() * value.itemsize % ALIGNED == 0
