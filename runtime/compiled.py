@@ -10,33 +10,36 @@
 
 import contextlib
 import secrets
+import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.utils.checkpoint import checkpoint
 
 from spindle.capture.codes import OperatorCode
 from spindle.capture.signature import module_signature
 from spindle.errors import WorkloadError
 from spindle.record.draws import Draw, current, draw
 from spindle.record.randomness import Drawing, RowDraw
-from spindle.runtime.transport import ThreadTransport, Transport
 
+CASES = 64
+"""Of one layer, torch's own limit is 8: gradients wanted for its input or not, kept or computed again, train or eval
+mode, a size that is fixed, one, or any."""
 ALIGNED = 16  # bytes: compiled code of GPUs loads so many at once
 
 _DRAWING: ContextVar[Drawing | None] = ContextVar("spindle_compiled_drawing", default=None)
 
 
-def compile_layers(codes: Mapping[str, OperatorCode], transport: Transport) -> None:
+def compile_layers(codes: Mapping[str, OperatorCode]) -> None:
     """Let the layers of compiled components run compiled, from their first call on. Parameters stand in their places.
 
     Raises WorkloadError where a GPU's compiled code could not load parameters that stand in a row with others.
     """
-    among_threads = isinstance(transport, ThreadTransport) and transport.num_ranks > 1
     functions: dict[tuple[str, str], Callable[..., Any]] = {}
     for code in codes.values():
         block = code.module.block
@@ -51,26 +54,26 @@ def compile_layers(codes: Mapping[str, OperatorCode], transport: Transport) -> N
                 own = _own_function(type(block).forward)
                 functions[kind] = torch.compile(own, **code.compilation.arguments)
             function = types.MethodType(functions[kind], block)
-        block.forward = CompiledForward(function, among_threads)
+        block.forward = CompiledForward(function)
 
 
 class CompiledForward:
-    """The forward of one layer. `among_threads`: other ranks of this process may be compiling meanwhile."""
+    """The forward of one layer, compiled."""
 
-    def __init__(self, function: Callable[..., Any], among_threads: bool) -> None:
-        self.function, self.among_threads = function, among_threads
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives. Where it draws, the innermost mode is its Drawing."""
         modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         drawing = modes[-1] if modes and isinstance(modes[-1], Drawing) else None
-        with _beside_compiling() if self.among_threads else contextlib.nullcontext():
-            if drawing is None:
-                return self.function(*args, **kwargs)
-            with _pop_mode_temporarily(), _draws_of(drawing), CompiledDrawing(drawing) as compiled:
-                result = self.function(*args, **kwargs)
-            drawing.shapes += [()] * (compiled.next - len(drawing.shapes))
-            return result
+        _among_others()
+        if drawing is None:
+            return self.function(*args, **kwargs)
+        with _pop_mode_temporarily(), _draws_of(drawing), CompiledDrawing(drawing) as compiled:
+            result = self.function(*args, **kwargs)
+        drawing.shapes[:] = compiled.shapes
+        return result
 
 
 class CompiledDrawing(Drawing):
@@ -78,7 +81,22 @@ class CompiledDrawing(Drawing):
 
     def __init__(self, drawing: Drawing) -> None:
         super().__init__("", None)
-        self.next, self.device = len(drawing.shapes), current().device
+        self.own, self.device = drawing, current().device
+        self.shapes = list(drawing.shapes)  # whose number is all that compiled code knows of them
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See Drawing. A checkpoint stays out of compiled code, where torch would draw in it by itself."""
+        if func is checkpoint:
+            torch._dynamo.graph_break()
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def again_from(self, number: int) -> Drawing:
+        """See Drawing; what is computed again is not compiled."""
+        again = Drawing(self.own.scope, self.own.sites)
+        again.shapes = self.shapes[:number]
+        return again
 
     def draw(
         self,
@@ -93,19 +111,17 @@ class CompiledDrawing(Drawing):
         """See Drawing."""
         where = like.device if like is not None else torch.device(device or self.device)
         found = dtype or (like.dtype if like is not None else torch.get_default_dtype())
-        index = self.next
-        self.next += 1
+        index = len(self.shapes)
+        self.shapes.append(())
         values: Tensor = torch.ops.spindle.draw(fill, [float(n) for n in numbers], list(shape), index, found, where)
         return values
 
     def rows(self, function: Callable[..., Tensor], values: Tensor, *args: Any) -> Tensor:
         """See Drawing; such draws interrupt compiled code."""
         torch._dynamo.graph_break()
-        drawing = _DRAWING.get()
-        assert drawing is not None, "draws of compiled layers are made where a Drawing is known"
-        index = self.next
-        self.next += 1
-        return RowDraw(function, args, drawing.scope, index, drawing.site(index, values.shape))(values)
+        index = len(self.shapes)
+        self.shapes.append(())
+        return RowDraw(function, args, self.own.scope, index, self.own.site(index, values.shape))(values)
 
 
 @torch.library.custom_op("spindle::draw", mutates_args=())
@@ -116,9 +132,8 @@ def _draw(
     drawing = _DRAWING.get()
     if drawing is None:
         raise WorkloadError(
-            "a compiled layer draws random numbers inside of a checkpoint of its own, which are not known again when "
-            "it is computed once more in backward; leave the checkpoint to recompute= of the workload, or leave out "
-            "compile= of the component"
+            "a compiled layer draws random numbers outside of its forward, where the place of the draw in training is "
+            "not known; leave out compile= of its component"
         )
     what = Draw(fill, tuple(numbers), tuple(shape), dtype, device)
     return draw(what, drawing.scope, index, drawing.site(index, what.shape))
@@ -140,12 +155,27 @@ def _draws_of(drawing: Drawing) -> Iterator[None]:
         _DRAWING.reset(token)
 
 
-def _beside_compiling() -> contextlib.AbstractContextManager[object]:
-    """While open, a layer runs uncompiled, and does not fail, while another thread compiles."""
-    from torch._dynamo import config
+def apart_from_compiling() -> contextlib.AbstractContextManager[object]:
+    """While open, no thread compiles: meanwhile torch puts functions of its own in place of those of nn.Module, which a
+    recording would take for the user's.
+    """
+    compiling = sys.modules.get("torch._dynamo.convert_frame")
+    return contextlib.nullcontext() if compiling is None else compiling.compile_lock
 
-    patch: contextlib.AbstractContextManager[object] = config.patch(error_on_nested_fx_trace=False)
-    return patch
+
+def _among_others() -> None:
+    """Of this thread: a layer runs uncompiled, and does not fail, while another thread compiles; backward is compiled
+    with forward, where `apart_from_compiling` holds; and a layer is compiled for CASES at least.
+    """
+    from torch._dynamo import config
+    from torch._functorch import config as backwards
+
+    if config.error_on_nested_fx_trace:
+        config.error_on_nested_fx_trace = False
+    if config.recompile_limit < CASES:
+        config.recompile_limit = CASES
+    if not backwards.force_non_lazy_backward_lowering:
+        backwards.force_non_lazy_backward_lowering = True
 
 
 def _own_function(function: Callable[..., Any]) -> Callable[..., Any]:

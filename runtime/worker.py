@@ -135,7 +135,7 @@ class Worker:
             code.module.to(transport.device)
         for row in rows.values():
             row.check()
-        compile_layers(self.codes, transport)
+        compile_layers(self.codes)
         self.store = ParameterStore(job.program, job.rank, self.codes.values(), rows, job.numbers)
         loads = {base_task(task) for task in job.program.loaded_by(job.rank)}
         self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)

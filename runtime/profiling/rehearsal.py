@@ -56,7 +56,7 @@ class Rehearsal:
         held = nn.ModuleList(code.module for code in self.codes.values())
         give_numbers(held, lambda value: torch.randn(value.shape, device=device).to(value.dtype) * SCALE)
         held.to(device)
-        compile_layers(self.codes, self.transport)
+        compile_layers(self.codes)
         self.store = ParameterStore(program, self.rank, self.codes.values(), numbers=numbers)
         self.trained = {n: self.store.stepped(n) for n, p in self.store.parameters.items() if p.requires_grad}
         each = [[name] for name in names]

@@ -59,6 +59,7 @@ def capture(
         assert isinstance(known, Captured)
         return known
     found = repeated(_capture(workload, on_task, changing), workload.in_flight)
+    _warn_of_nothing_to_compile(workload, found)
     workload.captured = ((changing, *_version(workload)), found)  # a task may have set the mode of its modules
     return found
 
@@ -83,12 +84,14 @@ def _warn_of_large_operators(workload: Workload) -> None:
             )
 
 
-def _warn_of_nothing_to_compile(workload: Workload) -> None:
+def _warn_of_nothing_to_compile(workload: Workload, found: Captured) -> None:
+    used = {operator.component for operator in found.graph}
+    compiled = {operator.component for operator in found.graph if found.codes[operator.name].compilation}
     for component in workload.components.values():
-        if component.compilation and not find_blocks(component.name, component.module, component.layers):
+        if component.compilation and component.name in used - compiled:
             warnings.warn(
-                f"component {component.name!r} has compile=, but no layers were found in it, and code between layers "
-                "stays uncompiled; name modules to compile by layers=",
+                f"component {component.name!r} has compile=, but none of its code is a layer, and only layers are "
+                "compiled; name modules of it by layers=",
                 SpindleWarning,
                 stacklevel=4,
             )
@@ -96,7 +99,6 @@ def _warn_of_nothing_to_compile(workload: Workload) -> None:
 
 def _capture(workload: Workload, on_task: Callable[[str], object], changing: frozenset[str]) -> Captured:
     _warn_of_large_operators(workload)
-    _warn_of_nothing_to_compile(workload)
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     settled: set[str] = set()
