@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from spindle.cost.price import price
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.patches import plain_modules
 from spindle.runtime.compiled import compile_layers
-from spindle.runtime.profiling.profiler import measure_profile
+from spindle.runtime.profiling.rehearsal import Rehearsal
+from spindle.runtime.recordings import Recipe
 from spindle.source import pricing_of
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned
 from tests.refusals import Refusal, check_refusal, each
@@ -40,7 +41,7 @@ class Graphs:
     def __init__(self) -> None:
         self.count = 0
 
-        def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
             self.count += 1
             return aot_eager(graph, inputs)
 
@@ -183,23 +184,27 @@ def test_compiled_layers_have_kinds_and_costs_of_their_own() -> None:
     assert compiled["head"] == plain["head"]
 
 
-def test_profiles_measure_them_compiled_and_apart() -> None:
+def test_profiles_know_them_apart_and_measure_them_compiled() -> None:
     """What is known of layers uncompiled tells nothing of compiled ones, nor do those of another backend."""
     graphs, kinds = Graphs(), []
     for compile in (False, {"backend": "eager"}, {"backend": graphs.backend}):
         made = workload(compile, depth=1, settings=ALONE)
-        kinds.append({op.kind for op in capture(made).graph if op.component == "tower"})
+        found, batch = capture(made), made.tasks["t"].sampled(made.tasks["t"].first_batch())
+        kinds.append({op.kind for op in found.graph if op.component == "tower"})
     assert len(set.union(*kinds)) == 3
-    found = measure_profile(made, capture(made), num_devices=1, seconds_per_entry=0.0)
-    assert kinds[2] <= found.by_kind.keys()
-    assert graphs.count == 2, "once with the results kept for backward, and once with the inputs alone"
+    layers = Rehearsal(found, Recipe.of(made, found), ["t.tower.0"], batch, 1, torch.device("cpu"))
+    for recompute in (False, True):
+        layers.begin(recompute=recompute)
+        layers.forward()
+        layers.backward()
+    assert graphs.count == 2, "once to keep what backward needs, and once to keep the input alone"
 
 
 # -- beside each other ------------------------------------------------------------------------------------------------
 
 
 def test_code_that_is_recorded_is_not_compiled_while_other_threads_compile() -> None:
-    graphs, ran = Graphs(), threading.Event()
+    graphs = Graphs()
 
     def plus(x: Tensor) -> Tensor:
         return x + 1
@@ -208,10 +213,9 @@ def test_code_that_is_recorded_is_not_compiled_while_other_threads_compile() -> 
     with plain_modules():
         compiled(torch.ones(2))
         assert graphs.count == 0
-        other = threading.Thread(target=lambda: (compiled(torch.ones(2)), ran.set()))
+        other = threading.Thread(target=compiled, args=(torch.ones(2),))
         other.start()
         other.join(30.0)
-    assert ran.is_set()
     assert graphs.count == 1
 
 
@@ -224,7 +228,8 @@ def test_a_component_without_layers_warns() -> None:
 
     @made.task("t", batch_size=2, data=[{"x": torch.ones(2, WIDTH)}])
     def task(batch: dict[str, Tensor]) -> Tensor:
-        return head(batch["x"]).mean()
+        loss: Tensor = head(batch["x"]).mean()
+        return loss
 
     with pytest.warns(SpindleWarning, match="'head' has compile=, but none of its code is a layer"):
         capture(made)
@@ -239,7 +244,7 @@ def misaligned() -> None:
     row = torch.empty(7, device="meta")
     layer = nn.Module()
     layer.first, layer.second = (nn.Parameter(row[low:high]) for low, high in ((0, 3), (3, 7)))
-    layer.forward = lambda x: x  # type: ignore[method-assign]
+    layer.forward = lambda x: x
     code = capture(workload(True)).codes["t.tower.0"]
     names = (("block.first", "tower.0.first"), ("block.second", "tower.0.second"))
     compile_layers({"t.tower.0": replace(code, module=OperatorModule(layer, {}), parameters=names)})
