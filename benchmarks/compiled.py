@@ -126,7 +126,7 @@ def turn(run: Run) -> tuple[float, list[float]]:
 
 def table(rows: list[str]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield "| workload | ranks | uncompiled ms | compiled ms | times faster | seconds longer in the first turn | loss error |"
+    yield "| workload | ranks | uncompiled ms | compiled ms | times faster | first turn, s longer | loss error |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     yield from rows
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spindle.capture.codes import OperatorCode
 from spindle.capture.signature import module_signature
+from spindle.compilation import Compilation
 from spindle.errors import WorkloadError
 from spindle.record.draws import Draw, current, draw
 from spindle.record.randomness import Drawing, RowDraw
@@ -46,28 +47,53 @@ def compile_layers(codes: Mapping[str, OperatorCode]) -> None:
         if code.compilation is None or block is None or isinstance(vars(block).get("forward"), CompiledForward):
             continue
         _check_alignment(code)
-        if "forward" in vars(block):  # of this layer alone
-            function = torch.compile(block.forward, **code.compilation.arguments)
-        else:
+        own = None if "forward" in vars(block) else type(block).forward
+        if isinstance(own, types.FunctionType):
             kind = module_signature(block), str(code.compilation)
             if kind not in functions:
-                own = _own_function(type(block).forward)
-                functions[kind] = torch.compile(own, **code.compilation.arguments)
-            function = types.MethodType(functions[kind], block)
-        block.forward = CompiledForward(function)
+                functions[kind] = _compiled(_own_function(own), code.compilation, code.name)
+            function: Callable[..., Any] = types.MethodType(functions[kind], block)
+        else:  # of this layer alone
+            function = _compiled(block.forward, code.compilation, code.name)
+        block.forward = CompiledForward(function, type(block).__name__)
+
+
+def _compiled(function: Callable[..., Any], compilation: Compilation, operator: str) -> Callable[..., Any]:
+    try:
+        return torch.compile(function, **compilation.arguments)
+    except Exception as error:  # each backend has its own
+        raise WorkloadError(
+            f"{operator!r}: torch.compile does not take what compile= of its component says: {_first(error)}; give "
+            "True, or what torch.compile is documented to take"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    """The first paragraph of an error in one line."""
+    return " ".join(str(error).partition("\n\n")[0].split())[:300] or type(error).__name__
 
 
 class CompiledForward:
-    """The forward of one layer, compiled."""
+    """The compiled forward of one layer, of class `layer`."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], layer: str) -> None:
+        self.function, self.layer = function, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives. Where it draws, the innermost mode is its Drawing."""
+        """What the layer gives. Raises WorkloadError where it cannot be compiled."""
+        _among_others()
+        try:
+            return self._called(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise WorkloadError(
+                f"a layer of class {self.layer} cannot be compiled: {_first(error)}; install what the backend needs, "
+                "give another backend, or leave out compile= of its component"
+            ) from error
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """Where the layer draws, the innermost mode is its Drawing."""
         modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         drawing = modes[-1] if modes and isinstance(modes[-1], Drawing) else None
-        _among_others()
         if drawing is None:
             return self.function(*args, **kwargs)
         with _pop_mode_temporarily(), _draws_of(drawing), CompiledDrawing(drawing) as compiled:
@@ -178,16 +204,14 @@ def _among_others() -> None:
         backwards.force_non_lazy_backward_lowering = True
 
 
-def _own_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_function(function: types.FunctionType) -> types.FunctionType:
     """The same function with code of its own; another name keeps torch from taking sizes that differ between kinds of
     layers for sizes that change.
     """
-    if not isinstance(function, types.FunctionType):
-        return function
     code = function.__code__.replace(co_name=f"{function.__name__}_{secrets.token_hex(4)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    own.__dict__.update({name: value for name, value in vars(function).items() if name != "__wrapped__"})
+    own.__dict__.update(vars(function))
     return own
 
 
@@ -197,10 +221,10 @@ def _check_alignment(code: OperatorCode) -> None:
         value = code.module.get_parameter(inner)
         if value.device.type != "cpu" and not is_aligned(value):
             raise WorkloadError(
-                f"component {name.partition('.')[0]!r} is compiled and its parameters are sharded, and {name!r} would "
-                f"stand {value.storage_offset() * value.itemsize} bytes after the first of its row, which is no "
-                f"multiple of {ALIGNED} as compiled code needs it; register it with shard='nothing' and plan again, or "
-                "leave out compile="
+                f"component {name.partition('.')[0]!r} is compiled, and {name!r} stands "
+                f"{value.storage_offset() * value.itemsize} bytes after the beginning of memory that it shares with "
+                f"others, as sharded parameters do, which is no multiple of {ALIGNED} as compiled code needs it; "
+                "register it with shard='nothing' and plan again, or leave out compile="
             )
 
 

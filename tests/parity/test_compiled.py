@@ -258,7 +258,7 @@ REFUSED: dict[str, Refusal] = {
     "both": (component({"mode": "default", "options": {"a": 1}}), "mode and options", "takes one of the two", ""),
     "CUDA graphs": (component({"mode": "max-autotune"}), "'max-autotune'", "replays CUDA graphs", "no-cudagraphs"),
     "the option": (component({"options": {"triton.cudagraphs": True}}), "cudagraphs", "overwrite", "leave it out"),
-    "misaligned": (misaligned, "'tower.0.second' would stand 12 bytes", "no multiple of 16", "shard='nothing'"),
+    "misaligned": (misaligned, "'tower.0.second' stands 12 bytes", "no multiple of 16", "shard='nothing'"),
 }
 
 
