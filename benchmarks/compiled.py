@@ -24,8 +24,8 @@ import spindle
 from spindle.runtime.controller import Run, launched, prepare
 from spindle.workload import Workload
 
-STEPS, TURNS = 5, 7
-WIDTH, WORDS, VOCABULARY, BATCH = 256, 64, 512, 8
+STEPS, TURNS = 4, 5
+WIDTH, WORDS, VOCABULARY, BATCH = 128, 32, 256, 8
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -36,7 +36,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 def language() -> nn.Module:
     """Layers of a Hugging Face language model: RMS norms, rotary embeddings and gates as operators of their own."""
     config = LlamaConfig(
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
         num_attention_heads=WIDTH // 32,
@@ -78,7 +78,7 @@ def dropout(compile: bool) -> Workload:
     """Layers that draw."""
     torch.manual_seed(0)
     made = Workload("dropout")
-    tower = made.component("tower", nn.Sequential(*(Dropping() for _ in range(8))), compile=compile)
+    tower = made.component("tower", nn.Sequential(*(Dropping() for _ in range(6))), compile=compile)
     batches = [{"x": torch.randn(BATCH, WORDS, WIDTH)} for _ in range(2)]
 
     @made.task("fit", batch_size=BATCH, data=batches)

@@ -1,9 +1,9 @@
 """Compiled: a rank's codes in; the layers of components with `compile=` run by `torch.compile`.
 
 - A layer's own `forward` is compiled, so hooks, checkpoints around the layer and recordings stay as they are.
-- Equal layers (one class, settings and shapes) share one compiled code: torch keeps what it compiles with a function,
-  and takes parameters as arguments. Each kind of layer has a function of its own, since torch compiles one for at most
-  eight cases (`recompile_limit`: sizes, gradients on and off, train and eval mode) and then runs it as it is.
+- Equal layers of a component (one class, settings and shapes) share one compiled code: torch keeps what it compiles
+  with a function, and takes parameters as arguments. Each kind of layer has a function of its own, since torch compiles
+  one for so many cases (sizes, gradients on and off, train and eval mode), and from then on runs it as it is.
 - Random numbers are drawn by an operator that compiled code calls, from the place of the draw in training, so they are
   those of the layer that is not compiled.
 """
@@ -41,7 +41,7 @@ def compile_layers(codes: Mapping[str, OperatorCode]) -> None:
 
     Raises WorkloadError where a GPU's compiled code could not load parameters that stand in a row with others.
     """
-    functions: dict[tuple[str, str], Callable[..., Any]] = {}
+    functions: dict[tuple[object, ...], Callable[..., Any]] = {}
     for code in codes.values():
         block = code.module.block
         if code.compilation is None or block is None or isinstance(vars(block).get("forward"), CompiledForward):
@@ -49,7 +49,7 @@ def compile_layers(codes: Mapping[str, OperatorCode]) -> None:
         _check_alignment(code)
         own = None if "forward" in vars(block) else type(block).forward
         if isinstance(own, types.FunctionType):
-            kind = module_signature(block), str(code.compilation)
+            kind = own, module_signature(block), id(code.compilation)
             if kind not in functions:
                 functions[kind] = _compiled(_own_function(own), code.compilation, code.name)
             function: Callable[..., Any] = types.MethodType(functions[kind], block)

@@ -135,6 +135,19 @@ def test_many_cases_of_a_layer_are_compiled() -> None:
     assert graphs.count == 12
 
 
+def test_layers_that_are_alike_but_for_their_code_keep_their_own() -> None:
+    """Classes of one name, with parameters alike."""
+    kinds = [type("Same", (Block,), {"forward": forward}) for forward in (Block.forward, lambda self, x: self.inner(x))]
+    code = capture(workload({"backend": "eager"})).codes["t.tower.0"]
+    layers = [kind().double() for kind in kinds]
+    expected = [layer(torch.ones(2, WIDTH, dtype=torch.float64)) for layer in layers]
+    compile_layers(
+        {str(n): replace(code, module=OperatorModule(each, {}), parameters=()) for n, each in enumerate(layers)}
+    )
+    found = [layer(torch.ones(2, WIDTH, dtype=torch.float64)) for layer in layers]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_as_in_a_plain_loop_that_compiles_its_layers() -> None:
     ours, theirs = workload({"backend": "aot_eager"}), workload(False)
     for layer in theirs.components["tower"].module.children():
