@@ -97,9 +97,7 @@ def compare(name: str, num_ranks: int) -> str:
     with ExitStack() as stack:
         runs: list[Run] = [
             stack.enter_context(
-                launched(
-                    prepare(WORKLOADS[name](compile), plan), optimizer=adam, launcher="processes", timeout_s=300.0
-                )
+                launched(prepare(WORKLOADS[name](compile), plan), optimizer=adam, launcher="processes", timeout_s=300.0)
             )
             for compile in (False, True)
         ]
