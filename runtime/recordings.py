@@ -26,6 +26,7 @@ from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.travel import dumped
+from spindle.runtime.compiled import apart_from_compiling
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Program
 from spindle.units import Bounds
@@ -168,14 +169,15 @@ class Recordings:
 
     def _recorded(self, task: str, fields: dict[str, Any], stream: Stream, where: str) -> Recorded:
         try:
-            found = record(
-                self.recipe.skeleton,
-                self.recipe.functions[base_task(task)],
-                fields,
-                stream=stream,
-                sites=self.recipe.codes[task].sites.get("", ()),
-                autocast=computing_in(self.recipe.precision, _CPU),
-            )
+            with apart_from_compiling():
+                found = record(
+                    self.recipe.skeleton,
+                    self.recipe.functions[base_task(task)],
+                    fields,
+                    stream=stream,
+                    sites=self.recipe.codes[task].sites.get("", ()),
+                    autocast=computing_in(self.recipe.precision, _CPU),
+                )
         except Failure as failure:
             raise _explained(where, failure.error) from failure.error
         if found.result is not None or found.recording.loss < 0:

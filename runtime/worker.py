@@ -24,6 +24,7 @@ from spindle.runtime.averages import PREFIX as AVERAGE
 from spindle.runtime.averages import Averages, averaged, brought
 from spindle.runtime.batches import Batches
 from spindle.runtime.clock import Clock
+from spindle.runtime.compiled import compile_layers
 from spindle.runtime.counts import Counts
 from spindle.runtime.data import Feed, is_listed
 from spindle.runtime.drift import Drift
@@ -134,6 +135,7 @@ class Worker:
             code.module.to(transport.device)
         for row in rows.values():
             row.check()
+        compile_layers(self.codes)
         self.store = ParameterStore(job.program, job.rank, self.codes.values(), rows, job.numbers)
         loads = {base_task(task) for task in job.program.loaded_by(job.rank)}
         self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)

@@ -8,7 +8,7 @@ and activation as kernels of their own, each of which waits for Python and moves
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from spindle.cluster import Cluster
+from spindle.cluster import Cluster, Device
 from spindle.errors import WorkloadError
 
 LayerStyle = Literal["fused", "eager", "compiled"]
@@ -16,6 +16,8 @@ Kernels = Literal["fused", "plain"]
 Attention = Literal["fused", "flash2", "fused_softmax", "plain"]
 GradientType = Literal["parameters", "float32"]
 
+COMPILED: LayerStyle = "compiled"
+"""The style of compiled layers, and the word in the kind of an operator whose component is compiled."""
 EAGER_TRAFFIC = 3.1
 """How many times the elementwise traffic of fused layers separate operators move: 15.7 passes over the products'
 operands beside 5, fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv."""
@@ -117,18 +119,10 @@ USUAL = Execution()
 
 
 def as_run(cluster: Cluster, execution: Execution) -> Cluster:
-    """The cluster with its device's constants as the program that runs on it finds them."""
+    """The cluster with its device's constants as the program that runs on it finds them, but for the style of its
+    layers, which may differ between components: `as_styled`.
+    """
     device = cluster.device
-    if execution.layers == "eager":
-        device = replace(
-            device,
-            elementwise_traffic=(device.eager_traffic or EAGER_TRAFFIC * device.elementwise_traffic)
-            * (FUSED_NORM_TRAFFIC if execution.norms == "fused" else 1.0),
-            kernels_per_matmul=EAGER_KERNELS,
-            launch_s=EAGER_LAUNCH * device.launch_s,
-        )
-    elif execution.layers == "compiled":
-        device = replace(device, launch_s=COMPILED_LAUNCH * device.launch_s)
     if execution.attention == "flash2":
         device = replace(device, attention_efficiency=max(device.attention_efficiency, FLASH2_ATTENTION))
     elif writes_scores(execution):
@@ -138,6 +132,22 @@ def as_run(cluster: Cluster, execution: Execution) -> Cluster:
     if not execution.overlap:
         device = replace(device, overlap_cost=max(device.overlap_cost, 1.0))
     return replace(cluster, device=device)
+
+
+def as_styled(device: Device, execution: Execution, kind: str) -> Device:
+    """The constants of a device of `as_run` as layers of a kind find them: compiled ones, and those of the program's
+    own style.
+    """
+    layers = COMPILED if COMPILED in kind.split() else execution.layers
+    if layers == "eager":
+        return replace(
+            device,
+            elementwise_traffic=(device.eager_traffic or EAGER_TRAFFIC * device.elementwise_traffic)
+            * (FUSED_NORM_TRAFFIC if execution.norms == "fused" else 1.0),
+            kernels_per_matmul=EAGER_KERNELS,
+            launch_s=EAGER_LAUNCH * device.launch_s,
+        )
+    return replace(device, launch_s=COMPILED_LAUNCH * device.launch_s) if layers == COMPILED else device
 
 
 def writes_scores(execution: Execution) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spindle.after_step import AfterStep
 from spindle.after_step import Function as AfterStepFunction
 from spindle.batch import SampledBatch, sampled
+from spindle.compilation import Compilation, Compile
 from spindle.ema import EMA
 from spindle.empty import built_empty
 from spindle.errors import WorkloadError
@@ -161,7 +162,7 @@ class Component:
     `optimizer` holds what its parameters get in place of the optimizer's defaults: learning rate, weight decay.
     `weights`: files that hold what its parameters are on the meta device for.
     `tensor_parallel` is the most devices that one copy of a block may be spread over, `tensor_plan` tells how. `shard`
-    tells what each device keeps a part of.
+    tells what each device keeps a part of, `compilation` how its layers are compiled.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Component:
     tensor_plan: Mapping[str, str] | None = None
     weights: Weights | None = None
     shard: Sharded | None = None
+    compilation: Compilation | None = None
 
 
 class Workload:
@@ -288,6 +290,7 @@ class Workload:
         tensor_parallel: int = 1,
         tensor_plan: Mapping[str, str] | None = None,
         shard: Sharded | None = None,
+        compile: Compile = False,
     ) -> ModuleT:
         """Register a part of the model and return it unchanged; call it in task functions as ever.
 
@@ -309,8 +312,12 @@ class Workload:
         gradients and optimizer states (as FSDP2 and ZeRO-3 do); a layer is gathered when it is computed. With None the
         planner does so where nothing else fits or where it is quicker, with "nothing" never.
 
-        Raises WorkloadError on a name taken or malformed, a module registered before, a layer that is not inside it, or
-        both tensor_parallel and shard.
+        `compile`: devices compile its layers by `torch.compile`, one code for all equal ones. True, or a dict of what
+        torch.compile takes: {"mode": "max-autotune-no-cudagraphs", "dynamic": True, "backend": "inductor"}. Code
+        between layers stays as it is.
+
+        Raises WorkloadError on a name taken or malformed, a module registered before, a layer that is not inside it,
+        both tensor_parallel and shard, or what `compile` cannot be.
         """
         _check_name("component", name, self.components)
         if not isinstance(module, nn.Module | type) and callable(module):
@@ -339,7 +346,15 @@ class Workload:
             )
         files = Weights(weights) if isinstance(weights, Path | str) else weights
         self.components[name] = Component(
-            name, plain, paths, dict(optimizer or {}), tensor_parallel, tensor_plan, files, shard
+            name,
+            plain,
+            paths,
+            dict(optimizer or {}),
+            tensor_parallel,
+            tensor_plan,
+            files,
+            shard,
+            Compilation.of(name, compile),
         )
         return cast("ModuleT", module)
 

@@ -66,14 +66,14 @@ def refuse_differences(found: Sequence[Mapping[str, str]]) -> None:
 
 
 def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
-    modules = {name: code.module for job in jobs for name, code in job.codes.items()}
+    codes = {name: code for job in jobs for name, code in job.codes.items()}
     classes: dict[type, None] = {}
-    for name, module in sorted(modules.items()):  # plans order operators otherwise
-        yield f"{name} {module_signature(module)}"
-        classes.update(dict.fromkeys(type(child) for child in module.modules()))
-    for task, code in sorted(jobs[0].recipe.codes.items()):
-        glue = sorted((site, frontier, component, name) for (site, frontier, component), name in code.glue.items())
-        yield f"{task} {glue} {sorted(code.blocks.items())} {sorted(code.sites.items())}"
+    for name, code in sorted(codes.items()):  # plans order operators otherwise
+        yield f"{name} {module_signature(code.module)} {code.compilation}"
+        classes.update(dict.fromkeys(type(child) for child in code.module.modules()))
+    for task, recorded in sorted(jobs[0].recipe.codes.items()):
+        glue = sorted((site, frontier, component, name) for (site, frontier, component), name in recorded.glue.items())
+        yield f"{task} {glue} {sorted(recorded.blocks.items())} {sorted(recorded.sites.items())}"
     yield from (_text(function) for _, function in sorted(jobs[0].recipe.functions.items()))
     if jobs[0].evaluation is not None:
         evaluation = jobs[0].evaluation

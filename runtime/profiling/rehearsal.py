@@ -12,6 +12,7 @@ from spindle.capture.parts import TaskPart
 from spindle.graph import TensorSpec
 from spindle.record.draws import Stream
 from spindle.record.made_up import SCALE, give_numbers
+from spindle.runtime.compiled import compile_layers
 from spindle.runtime.executor import Activations, Executor
 from spindle.runtime.masters import Numbers
 from spindle.runtime.parallel.layers import Switch, cut_codes
@@ -55,6 +56,7 @@ class Rehearsal:
         held = nn.ModuleList(code.module for code in self.codes.values())
         give_numbers(held, lambda value: torch.randn(value.shape, device=device).to(value.dtype) * SCALE)
         held.to(device)
+        compile_layers(self.codes)
         self.store = ParameterStore(program, self.rank, self.codes.values(), numbers=numbers)
         self.trained = {n: self.store.stepped(n) for n, p in self.store.parameters.items() if p.requires_grad}
         each = [[name] for name in names]

@@ -59,6 +59,7 @@ def capture(
         assert isinstance(known, Captured)
         return known
     found = repeated(_capture(workload, on_task, changing), workload.in_flight)
+    _warn_of_nothing_to_compile(workload, found)
     workload.captured = ((changing, *_version(workload)), found)  # a task may have set the mode of its modules
     return found
 
@@ -78,6 +79,19 @@ def _warn_of_large_operators(workload: Workload) -> None:
                 f"component {component.name!r} has {count / 1e6:.1f} million parameters but no repeated blocks "
                 "were found, so it cannot be cut into layers; name its list of blocks, "
                 "for instance layers='encoder.layers'",
+                SpindleWarning,
+                stacklevel=4,
+            )
+
+
+def _warn_of_nothing_to_compile(workload: Workload, found: Captured) -> None:
+    used = {operator.component for operator in found.graph}
+    compiled = {operator.component for operator in found.graph if found.codes[operator.name].compilation}
+    for component in workload.components.values():
+        if component.compilation and component.name in used - compiled:
+            warnings.warn(
+                f"component {component.name!r} has compile=, but none of its code is a layer, and only layers are "
+                "compiled; name modules of it by layers=",
                 SpindleWarning,
                 stacklevel=4,
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Frontier, Key
+from spindle.compilation import Compilation
 from spindle.graph import TaskGraph, base_task
 from spindle.record.caches import caches_off, caching_configs
 from spindle.record.checkpoints import Planned, going, resumed
@@ -130,7 +131,7 @@ class OperatorCode:
     """Code of one operator: `module(part, *inputs)` gives a tuple with a tensor for each of `outputs`.
 
     `parameters` maps names inside the module to the workload's names; `buffers` likewise. `mixes`: it mixes samples,
-    and runs on what was recorded of whole batches.
+    and runs on what was recorded of whole batches. `compilation`: how devices compile its layer, if they do.
     """
 
     name: str
@@ -140,6 +141,7 @@ class OperatorCode:
     parameters: tuple[tuple[str, str], ...]
     buffers: tuple[tuple[str, str], ...] = ()
     mixes: bool = False
+    compilation: Compilation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

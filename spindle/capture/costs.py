@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spindle.capture.codes import OperatorModule, OperatorPart, computing_in
 from spindle.capture.signature import module_signature
+from spindle.compilation import Compilation
 from spindle.record.copies import attributes_kept
 from spindle.record.draws import shapes_only
 from spindle.record.made_up import MadeUpProducts, made_up
@@ -274,20 +275,31 @@ def _saved_bytes(saved: dict[int, int], *, hooked: bool) -> Any:
 
 
 def kind_of(
-    label: str, module: OperatorModule, part: OperatorPart, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
+    label: str,
+    module: OperatorModule,
+    part: OperatorPart,
+    inputs: Sequence[ValueSpec],
+    precision: Precision = "fp32",
+    compilation: Compilation | None = None,
 ) -> str:
     """Operator kind: equal for operators that do the same work on the same shapes, in every process and session."""
     parts = [label, precision, *(f"{i.shape}{i.dtype}{i.needs_grad}" for i in inputs), module_signature(module)]
-    parts.append(_text(module, part))
+    parts += [_text(module, part), *([str(compilation)] if compilation else [])]
     return f"{label}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
 
 
 def family_of(
-    label: str, module: OperatorModule, part: OperatorPart, inputs: Sequence[ValueSpec], precision: Precision = "fp32"
+    label: str,
+    module: OperatorModule,
+    part: OperatorPart,
+    inputs: Sequence[ValueSpec],
+    precision: Precision = "fp32",
+    compilation: Compilation | None = None,
 ) -> str:
     """Operator family: equal for operators that do the same work on inputs of any sizes."""
     calls = ["block" if n.block else getattr(n.function, "__name__", type(n.function).__name__) for n in part.nodes]
     parts = [label, precision, *(f"{len(i.shape)}{i.dtype}" for i in inputs), module_signature(module), *calls]
+    parts += [str(compilation)] if compilation else []
     return f"{label}~{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:10]}"
 
 

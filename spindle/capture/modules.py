@@ -28,7 +28,7 @@ _WRAPPERS: Mapping[str, str] = {
     "runs reduce gradients themselves",
     "DataParallel": "spreads its batch over devices of its own, as plans do; register the plain module (its .module)",
     "OptimizedModule": "adds '_orig_mod.' to the names of its parameters (torch.compile); leave the layers as they "
-    "are: ranks run them uncompiled",
+    "are, and give component(compile=True) to have ranks compile them",
     "FullyShardedDataParallel": "holds parts of its parameters; register the plain module, before it is sharded, and "
     "plan with shard_optimizer=True or tensor_parallel=",
 }

@@ -17,7 +17,9 @@ from spindle.capture.naming import Namer
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.capture.parts import divide
 from spindle.capture.states import Buffers, Touch, touches
+from spindle.compilation import Compilation
 from spindle.errors import SpindleWarning, WorkloadError
+from spindle.execution import COMPILED
 from spindle.graph import Operator, Parameter, TensorSpec
 from spindle.record.functions import counts_batches
 from spindle.record.randomness import undrawn
@@ -142,8 +144,10 @@ class _Builder:
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
         label = type(block).__name__ if block is not None else name.rpartition(".")[2].partition("-")[0]
         inputs = self._input_specs(part, code, name)
-        kind = costs.kind_of(label, module, part, inputs, self.precision)
-        family = costs.family_of(label, module, part, inputs, self.precision)
+        compilation = self._compilation(part)
+        work = f"{COMPILED} {label}" if compilation else label
+        kind = costs.kind_of(work, module, part, inputs, self.precision, compilation)
+        family = costs.family_of(work, module, part, inputs, self.precision, compilation)
         draft = _Draft(name, component, module, part, kind, family, splittable, mixes)
         cost = self._cost(draft, code, None)
         if cost.undrawn:
@@ -157,6 +161,11 @@ class _Builder:
         for what, spec in zip(code.crossing.get(name, ()), cost.outputs, strict=True):
             self.specs[code.tensors[what]], self.crossing[code.tensors[what]] = spec, what
         self.drafts.append(draft)
+
+    def _compilation(self, part: OperatorPart) -> Compilation | None:
+        """How the layer of a part is compiled: as the component says that it stands in; code between layers never."""
+        component = part.block.partition("@")[0].partition(".")[0]
+        return self.workload.components[component].compilation if component else None
 
     def _cost(self, draft: _Draft, code: TaskCode, live: tuple[bool, ...] | None) -> Cost:
         """Cost of an operator, with a gradient for results that are `live` (None: all)."""
@@ -310,6 +319,7 @@ class _Builder:
             parameters=self._parameter_names(draft),
             buffers=tuple((inner, self.name_by_id[id(b)]) for inner, b in buffers if id(b) in self.name_by_id),
             mixes=draft.mixes or not draft.splittable,
+            compilation=self._compilation(draft.part),
         )
 
     def _parameter_names(self, draft: _Draft) -> tuple[tuple[str, str], ...]:

@@ -19,7 +19,7 @@ from spindle.cost.links import collective_s
 from spindle.cost.memory import gradient_bytes, layer_bytes, state_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
-from spindle.execution import STAGES, Parallel, norm_copies
+from spindle.execution import STAGES, Parallel, as_styled, norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
 from spindle.pricing import Pricing
 
@@ -149,7 +149,7 @@ class _TaskRun:
         rows = chain_rows([o for o in self.operators if o.component == operator.component])
         time = time_operator(
             operator_work(operator, rows, recompute=again, execution=self.pricing.execution),
-            cluster.device,
+            as_styled(cluster.device, self.pricing.execution, operator.kind),
             data_parallel=operator.batch_size / self.micro_batch,
             tensor_parallel=layout.tensor,
             sequence_parallel=layout.sequence_parallel,

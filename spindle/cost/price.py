@@ -33,6 +33,7 @@ from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
 from spindle.cost.shards import on_all_devices, shards, with_shards
 from spindle.errors import InfeasibleError
+from spindle.execution import as_styled
 from spindle.graph import Operator, Parameter, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
 from spindle.pricing import Pricing, imbalance, tail
@@ -229,13 +230,14 @@ def _predict(
         key = (operator.forward_flops, operator.backward_flops, operator.output_bytes)
         alike.setdefault(key, []).append(operator)
     works = [(_work(group[0], rows, pricing), group[0], len(group)) for group in alike.values()]
+    device = as_styled(cluster.device, pricing.execution, operators[0].kind)  # all of a MetaOp are of one kind
     times: dict[int, OperatorTime] = {}
     degrees: dict[int, int] = {}
     for n, options in layouts.items():
         for tp in options:
             forward = backward = 0.0
             for work, operator, count in works:
-                time = time_operator(work, cluster.device, data_parallel=n // tp, tensor_parallel=tp)
+                time = time_operator(work, device, data_parallel=n // tp, tensor_parallel=tp)
                 boundary = (operator.output_bytes or operator.input_bytes) / (n // tp)
                 traffic = tensor_parallel_s(boundary, cluster, tp)
                 forward += count * (time.forward_s + traffic)

@@ -58,7 +58,7 @@ def plain_modules() -> Iterator[None]:
     """
     token = _PLAINLY.set(True)
     try:
-        with _WRAPPERS, _UNCOMPILED:
+        with _WRAPPERS:
             yield
     finally:
         _PLAINLY.reset(token)
@@ -73,14 +73,6 @@ def watched_modules(watch: Watch) -> Iterator[None]:
             yield
     finally:
         _WATCH.reset(token)
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[object]:
-    """What `torch.compile` has wrapped runs as it is."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes a second
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def _calls() -> list[Change]:
@@ -113,8 +105,21 @@ def _wrappers() -> list[Change]:
     ]
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if frames is not None:
+        changes.append((frames, "_stance", _Stance(frames._stance)))
         changes.append((frames.OptimizedModule, "__call__", _plain_patch(frames.OptimizedModule.__call__, "_orig_mod")))
     return changes
+
+
+class _Stance:
+    """Stands in place of what `torch.compiler.set_stance` has set: code that runs plainly is not compiled, while other
+    threads run compiled layers.
+    """
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return "force_eager" if name == "stance" and _PLAINLY.get() else getattr(self.own, name)
 
 
 def _plain_patch(own: Callable[..., Any], inner: str) -> Callable[..., Any]:
@@ -139,7 +144,6 @@ def _writes() -> list[Change]:
 _CALLS = Shared(lambda: in_place(_calls()))
 _WRAPPERS = Shared(lambda: in_place(_wrappers()))
 _WRITES = Shared(lambda: in_place(_writes()))
-_UNCOMPILED = Shared(_uncompiled)
 
 
 def _average_patch(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,15 +81,19 @@ class Drawing(TorchFunctionMode):
         """Number and site of the next draw."""
         index = len(self.shapes)
         self.shapes.append(tuple(shape))
+        return index, self.site(index, shape)
+
+    def site(self, index: int, shape: Sequence[int]) -> Site:
+        """Where draw number `index` of this scope stands. Raises WorkloadError where it had none when captured."""
         if self.sites is None:
-            return index, Site(-1, 0, self.shapes[-1])
+            return Site(-1, 0, tuple(shape))
         if index >= len(self.sites):
             raise WorkloadError(
                 f"{self.scope or 'the task'} draws random numbers {index + 1} times, but did {len(self.sites)} times "
                 "when it was captured; draw alike in every step, and switch off checkpointing of the model's own "
                 "(recompute= of the workload does it)"
             )
-        return index, self.sites[index]
+        return self.sites[index]
 
 
 @dataclass(frozen=True, slots=True)
