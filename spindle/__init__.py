@@ -90,7 +90,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOME_BY_NAME.get(name)
     if home is None:
-        raise AttributeError(f"module 'spindle' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+        from spindle.nearest import did_you_mean
+
+        hint = did_you_mean(name, __all__)
+        raise AttributeError(f"module 'spindle' has no attribute {name!r}{hint}; it has {', '.join(sorted(__all__))}")
     return getattr(importlib.import_module(home), name)
 
 

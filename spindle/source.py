@@ -19,6 +19,7 @@ from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.execution import Execution
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
+from spindle.nearest import did_you_mean
 from spindle.plan import SizeRange
 from spindle.presence import Presence
 from spindle.pricing import Optimizer, Pricing
@@ -171,7 +172,10 @@ def chosen_tasks(text: str | None, names: Collection[str]) -> list[str]:
     wanted = [name.strip() for name in text.split(",")]
     unknown = [name for name in wanted if name not in names]
     if unknown:
-        raise FormatError(f"--tasks names {unknown[0]!r}, which is no task; the tasks are {', '.join(names)}")
+        raise FormatError(
+            f"--tasks names {unknown[0]!r}, which is no task{did_you_mean(unknown[0], names)}; "
+            f"the tasks are {', '.join(names)}"
+        )
     return [name for name in names if name in wanted]
 
 
@@ -277,7 +281,8 @@ def load_workload(source: str) -> "tuple[Workload, ModuleType]":
     value: Any = getattr(module, name, None)
     if value is None:
         known = [key for key, member in vars(module).items() if isinstance(member, Workload)]
-        raise WorkloadError(f"{path} has no {name!r}; it defines the workloads {', '.join(known) or '(none)'}")
+        hint = did_you_mean(name, known)
+        raise WorkloadError(f"{path} has no {name!r}{hint}; it defines the workloads {', '.join(known) or '(none)'}")
     workload = value
     if callable(value) and not isinstance(value, Workload):
         with _users_errors(path):

@@ -29,6 +29,7 @@ from spindle.empty import built_empty
 from spindle.errors import WorkloadError
 from spindle.loaders import check_apart, reading, set_epoch
 from spindle.mixtures import Mixture
+from spindle.nearest import did_you_mean
 from spindle.weighing import Weigh, check_weigh, counted
 from spindle.weights import Weights
 from spindle.whole_numbers import is_whole
@@ -241,7 +242,8 @@ class Workload:
         unknown = sorted(wanted - self.tasks.keys())
         if unknown or not wanted:
             raise WorkloadError(
-                f"workload {self.name!r} has no task {unknown[0] if unknown else ''!r}; "
+                f"workload {self.name!r} has no task {unknown[0] if unknown else ''!r}"
+                f"{did_you_mean(unknown[0], self.tasks) if unknown else ''}; "
                 f"its tasks are {', '.join(self.tasks)}"
             )
         found = copy.copy(self)
@@ -444,7 +446,8 @@ class Workload:
         unknown = sorted(self.recompute - self.components.keys())
         if unknown:
             raise WorkloadError(
-                f"workload {self.name!r}: recompute names {unknown[0]!r}, which is no component; "
+                f"workload {self.name!r}: recompute names {unknown[0]!r}, which is no component"
+                f"{did_you_mean(unknown[0], self.components)}; "
                 f"the components are {', '.join(self.components)}"
             )
 

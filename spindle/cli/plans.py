@@ -73,13 +73,15 @@ def plan(
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
+    from spindle.nearest import did_you_mean
     from spindle.planner.report.render import render, table
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
     from spindle.source import load_source
 
     if method not in METHODS:
-        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
+        hint = did_you_mean(method, METHODS)
+        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}{hint}.")
     check_directory(output)
     if cluster is None and source.endswith((".json", ".yaml", ".yml")):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
@@ -110,6 +112,9 @@ def plan(
         return
     click.echo(render(found, names=(source, named)))
     click.echo(cost_notes(loaded, found, measured, pricing, is_calibrated=fitted is not None))
+    if where.device.name != "cpu":
+        others = f"{where.num_devices},{2 * where.num_devices},{4 * where.num_devices}"
+        click.echo(f"more       spindle whatif {source} --cluster {named} --devices {others}")
     if with_table:
         click.echo(f"\n{table(found)}")
     if output:
@@ -163,7 +168,8 @@ def explain(plan_file: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from spindle.planner.report.explain import explain, render_explanation
+    from spindle.planner.report.explain import explain
+    from spindle.planner.report.explained import render_explanation
 
     found = explain(read_plan(plan_file))
     click.echo(json_text(asdict(found)) if as_json else render_explanation(found))
@@ -213,9 +219,9 @@ def whatif(
     time_limit_s: float | None,
     as_json: bool,
 ) -> None:
-    """Plan SOURCE on clusters of several sizes: time, gap, efficiency, and where more devices stop helping.
+    """Plan SOURCE on clusters of several sizes: time, speed, memory, and where more devices stop helping.
 
-    --cluster tells the type of devices and how many a node has.
+    --cluster gives the type of devices and how many a node has.
 
     \b
     spindle whatif multitask_clip.yaml --devices 8,16,32,64 --cluster 1x8:a100-80g
@@ -226,7 +232,7 @@ def whatif(
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
-    from spindle.planner.report.compare import enough, plan_sizes, render_sizes
+    from spindle.planner.report.sizes import enough, plan_sizes, render_sizes
     from spindle.profile import Profile
     from spindle.source import load_source
 
