@@ -46,7 +46,7 @@ def titled(title: str, text: str) -> list[str]:
     first, more = f"{title:<{INDENT}}", " " * INDENT
     return wrap(
         text,
-        WIDTH,
+        WIDTH - 2,  # a command goes on in a line that ends in a backslash
         initial_indent=first,
         subsequent_indent=more,
         break_long_words=False,

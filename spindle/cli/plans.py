@@ -74,6 +74,7 @@ def plan(
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
     from spindle.nearest import did_you_mean
+    from spindle.planner.report.figures import titled
     from spindle.planner.report.render import render, table
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
@@ -113,8 +114,9 @@ def plan(
     click.echo(render(found, names=(source, named)))
     click.echo(cost_notes(loaded, found, measured, pricing, is_calibrated=fitted is not None))
     if where.device.name != "cpu":
-        others = f"{where.num_devices},{2 * where.num_devices},{4 * where.num_devices}"
-        click.echo(f"more       spindle whatif {source} --cluster {named} --devices {others}")
+        counts = f"{where.num_devices},{2 * where.num_devices}"
+        lines = titled("sizes", f"spindle whatif {source} --cluster {named} --devices {counts}")
+        click.echo(" \\\n".join(lines))
     if with_table:
         click.echo(f"\n{table(found)}")
     if output:

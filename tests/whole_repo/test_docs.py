@@ -156,6 +156,14 @@ def test_the_model_of_the_quickstart_is_the_example() -> None:
     assert block.text == (DOCS / "examples" / "quick" / "model.py").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["api.md", "cli.md"])
+def test_reference_pages_are_those_of_the_code(name: str) -> None:
+    """`python docs/reference.py` writes them anew; they are read in the repository as they are."""
+    reference = source._import(DOCS / "reference.py")
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert page == reference.rendered(page, reference.PAGES[name]), "run python docs/reference.py"
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link to a page or heading that is not there is an error. Every command and public name is on it."""
     pytest.importorskip("mkdocs")
