@@ -11,5 +11,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     (" (did you mean 'hidden'?)", '')
     """
     by_lower = {each.lower(): each for each in known}
-    close = get_close_matches(name.lower(), by_lower, 1)
+    close = get_close_matches(name.lower(), by_lower, 1, 0.7)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

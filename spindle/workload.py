@@ -303,7 +303,7 @@ class Workload:
         {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters. Of a module that
         DistributedDataParallel or torch.compile wraps, the plain module is trained, under its own names.
 
-        `tensor_parallel`: plans may spread each block, embedding and head over this number of devices, or a divisor of it.
+        `tensor_parallel`: plans may spread blocks, embedding and head over this number of devices, or a divisor of it.
         `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
         None takes the model's own plan, as transformers' language models have one.
 
