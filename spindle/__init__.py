@@ -38,7 +38,8 @@ for _room in ("planner", "runtime"):
     if os.path.isfile(os.path.join(os.path.dirname(__file__), _room)):
         raise ImportError(
             f"spindle/{_room} of this checkout is a text file where git has a link: run "
-            "`git config core.symlinks true` and `git checkout -- spindle/planner spindle/runtime` (on Windows in developer mode)"
+            "`git config core.symlinks true` and `git checkout -- spindle/planner spindle/runtime` "
+            "(on Windows in developer mode)"
         )
 
 _HOME_BY_NAME = {
