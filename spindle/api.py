@@ -157,6 +157,7 @@ def plan_source(
         shard_parameters=pricing.shard_parameters,
         sizes=source.sizes,
         work=work_of(source.metagraph),
+        workload=source.name,
     )
     plan = fitted_to_sets(plan, source.presences, may_change=method == "auto" and not pins and not aligned)
     return with_fixed(plan, calibration.step_s) if calibration else plan, pricing

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.execution import Execution
 from spindle.graph import base_task
+from spindle.harmless import harmless
 from spindle.metagraph import MetaGraph
 from spindle.nearest import did_you_mean
 from spindle.plan import SizeRange
@@ -52,7 +53,7 @@ class Source:
     `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
     other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
     their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec. `presences`: how
-    often each task takes part in a step.
+    often each task takes part in a step. `name`: of the workload, "" for a MetaGraph.
     """
 
     metagraph: MetaGraph
@@ -63,6 +64,7 @@ class Source:
     is_mean: bool = False
     spec: "WorkloadSpec | None" = None
     presences: tuple[Presence, ...] = ()
+    name: str = ""
 
 
 def load_source(
@@ -107,7 +109,9 @@ def spec_source(spec: "WorkloadSpec") -> Source:
 
     metagraph = contract(build_graph(spec))
     steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
-    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences)
+    return Source(
+        metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences, name=spec.name
+    )
 
 
 def scaled_source(source: Source, factor: Fraction) -> Source | None:
@@ -208,7 +212,15 @@ def source_of(
     pricing = pricing_of(workload, optimizer)
     whole = written | {name.partition(".")[0] for name in workload.changed_whole()}
     pricing = replace(pricing, never_sharded=tuple(sorted({*pricing.never_sharded, *whole})))
-    return Source(metagraph, pricing, executable=True, steps=steps, sizes=found.ranges, presences=presences)
+    return Source(
+        metagraph,
+        pricing,
+        executable=True,
+        steps=steps,
+        sizes=found.ranges,
+        presences=presences,
+        name=harmless(workload.name),
+    )
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:

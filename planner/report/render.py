@@ -75,10 +75,11 @@ def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
 def _head(plan: Plan) -> list[str]:
     """What was planned for what."""
     devices = f"{plan.num_devices} x {plan.cluster.device.name}" if plan.cluster else f"{plan.num_devices} devices"
+    what = f"{clip(plan.workload, 40)} on " if plan.workload else ""
     nodes = -(-plan.num_devices // plan.devices_per_node)
     num_metaops = len({s.metaop for s in plan.slices})
     return [
-        f"plan       {devices} ({nodes} x {plan.devices_per_node}), method {plan.method}, "
+        f"plan       {what}{devices} ({nodes} x {plan.devices_per_node}), method {plan.method}, "
         f"planned in {plan.planner_s:.2f} s",
         f"           {num_metaops} MetaOps (runs of equal layers of a task), {len(plan.slices)} slices, "
         f"{len(plan.waves)} waves",

@@ -292,12 +292,13 @@ def show(
         loaded = read_plan(plan_file)
         predicted = simulate(loaded)
         measured = read(trace_file, Trace) if trace_file else None
+        title = loaded.workload or plan_file
         if html:
-            write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
+            write_text(render_page(loaded, predicted=predicted, measured=measured, title=title), html)
         if svg:
-            write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+            write_text(render_svg(loaded, predicted=predicted, measured=measured, title=title), svg)
         if png:
-            write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=plan_file), png)
+            write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=title), png)
         if chrome:
             write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
     written = [name for name in (html, svg, png, chrome) if name]
