@@ -1,10 +1,12 @@
 """Figures: numbers in, their text out, as all reports of the planner print them."""
 
+import re
 from math import floor, log10
 from textwrap import wrap
 
 WIDTH = 100
 INDENT = 11  # of what follows the title of a line
+_GLUE = "\x00"  # in place of a space at which no line ends
 
 
 def seconds(value_s: float) -> str:
@@ -42,13 +44,14 @@ def clip(text: str, width: int = WIDTH) -> str:
 
 
 def titled(title: str, text: str) -> list[str]:
-    """Lines of a text beside its title, folded at spaces."""
-    first, more = f"{title:<{INDENT}}", " " * INDENT
-    return wrap(
-        text,
+    """Lines of a text beside its title, folded at spaces, though not between a number and its unit."""
+    kept = re.sub(r"(?<=\d) (?=(?:s|ms|%|GiB|MiB|k|M|G)\b|%)", _GLUE, text)
+    lines = wrap(
+        kept,
         WIDTH - 2,  # a command goes on in a line that ends in a backslash
-        initial_indent=first,
-        subsequent_indent=more,
+        initial_indent=f"{title:<{INDENT}}",
+        subsequent_indent=" " * INDENT,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(_GLUE, " ") for line in lines]
