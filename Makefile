@@ -2,8 +2,12 @@
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
+QUICK := tests/spindle tests/exchange tests/printed tests/timeline tests/whole_repo/test_layout.py \
+	tests/whole_repo/test_wheel.py tests/capture/test_families.py tests/parity/test_modes.py tests/parity/test_weigh.py \
+	tests/runtime/test_lower.py tests/runtime/test_transport.py tests/runtime/test_processes.py
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test newest lint docs clean
 
 demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 	$(VENV)/bin/python docs/examples/digits/demo.py --out demo-out
@@ -11,6 +15,12 @@ demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 test: $(STAMP)  ## all tests, on two cores; those that start Ray last
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not ray"
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m ray
+
+newest:  ## a quick part of the tests with the newest release of every dependency, in a venv of its own
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade torch
+	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(NEWEST)/bin/python -m pytest -q -n 2 -m "not ray" $(QUICK)
 
 lint: $(STAMP)  ## formatting, lint, types, import contracts
 	$(VENV)/bin/ruff check .
@@ -22,7 +32,7 @@ docs: $(STAMP)  ## the pages as a site in build/site; a broken link is an error
 	$(VENV)/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # torch comes first: with a CPU build in place nothing pulls gigabytes of CUDA in.
 $(STAMP): pyproject.toml constraints.txt

@@ -37,7 +37,7 @@ from spindle.clusterfile import parse_cluster, parse_yaml
 from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
 from spindle.errors import SpindleWarning
 from spindle.plan import Plan
-from spindle.planner.report.compare import resized
+from spindle.planner.report.sizes import resized
 from spindle.pricing import Pricing
 from spindle.source import Source, spec_source
 from spindle.spec.batch import per_device

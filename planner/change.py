@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from spindle.errors import PlanError
+from spindle.nearest import did_you_mean
 from spindle.plan import Plan, Slice
 from spindle.planner.bound import Bound
 from spindle.planner.curves import Curve
@@ -76,7 +77,11 @@ def pinned(problem: Problem, pins: Pins) -> Problem:
     for name, wanted in pins.items():
         ops = [m for m, metaop in enumerate(problem.metaops) if name in (metaop.name, metaop.component)]
         if not ops:
-            raise PlanError(f"pin {name!r} names no MetaOp and no component of this workload; check the name")
+            known = {each for metaop in problem.metaops for each in (metaop.component, metaop.name)}
+            raise PlanError(
+                f"pin {name!r} names no component of this workload{did_you_mean(name, sorted(known))}; "
+                f"the components are {', '.join(sorted({metaop.component for metaop in problem.metaops}))}"
+            )
         devices = tuple(sorted(wanted))
         if not devices or len(set(devices)) != len(devices) or not 0 <= devices[0] <= devices[-1] < problem.num_devices:
             raise PlanError(

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
+from spindle.nearest import did_you_mean
 from spindle.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
@@ -95,7 +96,9 @@ def solve(
     """
     started_s = clock()
     if method not in METHODS:
-        raise PlanError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
+        raise PlanError(
+            f"method {method!r} is not known{did_you_mean(method, METHODS)}; choose one of {', '.join(METHODS)}"
+        )
     if time_limit_s is not None and not 0 <= time_limit_s < float("inf"):
         raise PlanError(f"the time limit is {time_limit_s!r}; give seconds, zero or more")
     if pins and (aligned or method not in ("auto", "lp")):
@@ -174,7 +177,7 @@ def searched(
     schedules = search(problem, bound.bound_s, work, seed=seed, starts=starts, is_warm=carried is not None)
     if work.braked:
         warnings.warn(
-            f"the search was stopped by the clock after {work.spent / work.total:.0%} of its work, on a machine too "
+            "the search was stopped by the clock before its work was done, on a machine too "
             "busy or slow for the limit; another run may give another plan. Give a larger --time-limit",
             SpindleWarning,
             stacklevel=2,

@@ -20,6 +20,7 @@ from spindle.contract import contract
 from spindle.errors import CheckpointError, RunError, SpindleWarning, WorkloadError
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
+from spindle.nearest import did_you_mean
 from spindle.plan import Plan
 from spindle.runtime.counts import Limits
 from spindle.runtime.evaluating import merged_scores
@@ -385,7 +386,10 @@ def place_among_drivers(launcher: Launcher) -> tuple[int, int]:
 def chosen(launcher: str) -> str:
     """The launcher that this name stands for here. Raises RunError for one that is not known."""
     if launcher not in get_args(Launcher):
-        raise RunError(f"launcher {launcher!r} is not known; choose one of {', '.join(get_args(Launcher))}")
+        raise RunError(
+            f"launcher {launcher!r} is not known{did_you_mean(launcher, get_args(Launcher))}; "
+            f"choose one of {', '.join(get_args(Launcher))}"
+        )
     if launcher != "auto":
         return launcher
     if under_torchrun():

@@ -153,7 +153,7 @@ def _end_in(file: Path) -> End | None:
     try:
         return End.model_validate_json(read_text(file, _MOST_END_BYTES))
     except ValidationError as error:
-        raise FormatError(f"{file}: {explain_validation(error)}") from None
+        raise FormatError(f"{file}: {explain_validation(error, End)}") from None
 
 
 def _rank_in(file: Path) -> RankRecord:

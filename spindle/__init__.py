@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
+
+for _room in ("planner", "runtime"):
+    if os.path.isfile(os.path.join(os.path.dirname(__file__), _room)):
+        raise ImportError(
+            f"spindle/{_room} of this checkout is a text file where git has a link: run "
+            "`git config core.symlinks true` and `git checkout -- spindle/planner spindle/runtime` "
+            "(on Windows in developer mode)"
+        )
 
 _HOME_BY_NAME = {
     "Calibration": "spindle.calibration",
@@ -90,7 +99,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOME_BY_NAME.get(name)
     if home is None:
-        raise AttributeError(f"module 'spindle' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+        from spindle.nearest import did_you_mean
+
+        hint = did_you_mean(name, __all__)
+        raise AttributeError(f"module 'spindle' has no attribute {name!r}{hint}; it has {', '.join(sorted(__all__))}")
     return getattr(importlib.import_module(home), name)
 
 

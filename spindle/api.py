@@ -146,6 +146,7 @@ def plan_source(
         shard_parameters=pricing.shard_parameters,
         sizes=source.sizes,
         work=work_of(source.metagraph),
+        workload=source.name,
     )
     plan = fitted_to_sets(plan, source.presences, may_change=method == "auto" and not pins and not aligned)
     return with_fixed(plan, calibration.step_s) if calibration else plan, pricing
@@ -394,7 +395,7 @@ def train(
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
     end; the newest `keep_checkpoints` stay, and of older ones one each `keep_checkpoints_every_s`. `save_async` writes
     them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
-    in the directory if there is one (True), that after so many steps (a number), or one by its path; plan and number of
+    in the directory if there is one (True), the one of a step (its number), or one by its path; plan and number of
     devices may have changed. `steps` counts from the first run on.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
     (docs/reliability.md); None: none. SIGTERM ends the run after the steps under way and a checkpoint. `not_finite`:
@@ -405,8 +406,8 @@ def train(
     `evaluation`: tasks that run forward only after each `evaluate_every` steps, where the weights are; training does
     not see it. `keep_best`: "task:metric:min" or "task:metric:max"; the checkpoint with the best number stays whatever
     `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
-    `max_samples`, `max_tokens`: no step follows once all tasks together have trained with so many, from the first run
-    on.
+    `max_samples`, `max_tokens`: training ends once all tasks together have seen this number of them, from the first
+    run on.
 
     Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls, the first one where there
     were several tries; CheckpointError for a checkpoint that is not whole or of another model; PreemptedError after

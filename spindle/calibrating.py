@@ -44,7 +44,7 @@ def make_calibration(
     from spindle.execution import as_run
     from spindle.planner.calibrate import Case, calibrate_cases
     from spindle.planner.recost import Costs
-    from spindle.planner.report.compare import resized
+    from spindle.planner.report.sizes import resized
     from spindle.source import on_batches
 
     rows = read_steps(steps).rows if isinstance(steps, Path | str) else steps

@@ -10,6 +10,7 @@ from spindle.errors import ClusterError, FormatError
 from spindle.filemodels import StrictModel
 from spindle.filetypes import MOST_YAML_BYTES, Count, Text
 from spindle.formats import explain_validation, read_text
+from spindle.nearest import did_you_mean
 
 DEFAULT_DEVICE = "a100-80g"
 _MOST_VALUES = 100_000
@@ -120,6 +121,8 @@ class _ClusterModel(StrictModel):
 def parse_cluster(text: str) -> Cluster:
     """Cluster from `4x8` (nodes x devices per node), `4x8:a100-80g`, `8` (one node), or the path of a YAML file.
 
+    A device type may leave its memory out where there is one of that name only: `h100` is `h100-80g`.
+
     Raises ClusterError when the text is none of these, FormatError when the file is malformed.
     """
     if text.endswith((".yaml", ".yml")):
@@ -202,10 +205,15 @@ def device_types() -> dict[str, Any]:
 
 def _device_type(name: str) -> _DeviceTypeModel:
     types = device_types()
-    found = types.get(name.lower())
-    if found is None:
-        raise ClusterError(f"device type {name!r} is not known; the types are {', '.join(sorted(types))}")
-    return _DeviceTypeModel.model_validate(found)
+    wanted = name.lower()
+    fitting = [wanted] if wanted in types else [each for each in types if each.startswith(f"{wanted}-")]
+    if len(fitting) > 1:
+        raise ClusterError(f"device type {name!r} has several sizes of memory; write {' or '.join(fitting)}")
+    if not fitting:
+        stems = (each.partition("-")[0] for each in types)
+        hint = did_you_mean(name, [*types, *stems])
+        raise ClusterError(f"device type {name!r} is not known{hint}; the types are {', '.join(sorted(types))}")
+    return _DeviceTypeModel.model_validate(types[fitting[0]])
 
 
 def _read_cluster(path: str) -> Cluster:
@@ -213,7 +221,7 @@ def _read_cluster(path: str) -> Cluster:
     try:
         model = _ClusterModel.model_validate(data)
     except ValidationError as error:
-        raise FormatError(f"{path}: {explain_validation(error)}") from None
+        raise FormatError(f"{path}: {explain_validation(error, _ClusterModel)}") from None
     if isinstance(model.device, str):
         kind = _device_type(model.device)
         device, intra, inter = kind.device, model.intra_node or kind.intra_node, model.inter_node or kind.inter_node

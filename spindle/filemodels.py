@@ -314,6 +314,7 @@ class PlanModel(_JsonModel):
     task_sets: tuple[_SetStepModel, ...] = ()
     turns: tuple[tuple[Text, ...], ...] = ()
     bucket_bytes: Amount = BUCKET_BYTES
+    workload: Text = ""
     metagraph: MetaGraphModel | None = None
 
     @classmethod

@@ -8,17 +8,18 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from spindle.calibration import Calibration
 from spindle.errors import FormatError, InputError
 from spindle.filemodels import CalibrationModel, MetaGraphModel, PlanModel, ProfileModel, TraceModel
 from spindle.filetypes import MOST_FILE_BYTES
 from spindle.metagraph import MetaGraph
+from spindle.nearest import did_you_mean
 from spindle.plan import Plan
 from spindle.profile import Profile
 from spindle.trace import Trace
@@ -55,7 +56,8 @@ def to_dict(value: Value) -> dict[str, Any]:
     try:
         return _MODEL_BY_TYPE[type(value)].of(value).model_dump(mode="json")  # type: ignore[arg-type]
     except ValidationError as error:
-        raise FormatError(f"this {type(value).__name__} cannot be written: {explain_validation(error)}") from None
+        found = explain_validation(error, _MODEL_BY_TYPE[type(value)])
+        raise FormatError(f"this {type(value).__name__} cannot be written: {found}") from None
 
 
 def dumps(value: Value) -> str:
@@ -97,19 +99,20 @@ def _checked(data: Any, source: str) -> Value:
     try:
         return model.model_validate_json(json.dumps(data)).value()
     except ValidationError as error:
-        raise FormatError(f"{source}: {explain_validation(error)}") from None
+        raise FormatError(f"{source}: {explain_validation(error, model)}") from None
     except InputError as error:
         raise type(error)(f"{source}: {error}") from None
 
 
-def explain_validation(error: ValidationError, limit: int = 2) -> str:
-    """Pydantic's findings in one line: where, what was found, and the rule."""
+def explain_validation(error: ValidationError, model: type[BaseModel], limit: int = 2) -> str:
+    """Pydantic's findings about a `model` in one line: where, what was found, and the rule."""
     found = []
-    for item in error.errors()[:limit]:
-        parts = [str(part) for part in item["loc"]]
-        where = ".".join(part for part in parts if not part.startswith("(")) or "the file"  # (kind): one of a choice
+    items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")  # a slip of the pen comes first
+    for item in items[:limit]:
+        parts, known = _place(model, item["loc"])
+        where = ".".join(parts) or "the file"
         if item["type"] == "extra_forbidden":
-            found.append(f"{where} is not a known field; remove it")
+            found.append(f"{where} is not a known field{did_you_mean(parts[-1], known) or '; remove it'}")
         elif item["type"] == "missing":
             found.append(f"{where} is missing; add it")
         elif item["type"] == "string_pattern_mismatch" and isinstance(item["input"], str):
@@ -118,6 +121,30 @@ def explain_validation(error: ValidationError, limit: int = 2) -> str:
             found.append(f"{where} is {str(item['input'])[:60]!r}: {item['msg'].lower()}")
     more = error.error_count() - limit
     return "; ".join(found) + (f"; and {more} more" if more > 0 else "")
+
+
+def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], set[str]]:
+    """The keys that lead to a finding, as the file has them, and the fields that are known in its last mapping."""
+    models: dict[str, type[BaseModel]] = {"": model}
+    keys = []
+    for index, part in enumerate(map(str, loc)):
+        if part in models or part.startswith("("):  # the tag of one of several kinds of value
+            models = {"": models[part]} if part in models else models
+            continue
+        keys.append(part)
+        fields = [each.model_fields[part] for each in models.values() if part in each.model_fields]
+        inside = {tag: each for field in fields for tag, each in _models(field.annotation)}
+        models = inside if inside and index < len(loc) - 1 else models
+    return keys, {name for each in models.values() for name in each.model_fields}
+
+
+def _models(kind: object, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """(tag, model) of each file model in an annotation."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield tag or kind.__name__, kind
+    for part in get_args(kind):
+        tags = [each.tag for each in get_args(kind) if isinstance(each, Tag)]
+        yield from _models(part, tags[0] if tags else tag)
 
 
 def read(path: str | Path, expect: type[ValueT]) -> ValueT:

@@ -267,6 +267,7 @@ class Plan:
     outlook           how sure the prediction is; None where nobody has asked
     task_sets         steps in which some tasks are absent; (): all tasks take part in every step
     bucket_bytes      of gradients that are reduced together: small buckets start earlier, large ones pay less latency
+    workload          name of what was planned, for people; "" where it has none
     turns             tasks by turn: each turn runs forward and backward before the next one begins, so that only its
                       activations are kept; gradients add up over the step. (): all tasks at once
     """
@@ -299,6 +300,7 @@ class Plan:
     task_sets: tuple[SetStep, ...] = ()
     turns: Turns = ()
     bucket_bytes: int = BUCKET_BYTES
+    workload: str = ""
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.devices_per_node < 1:

@@ -25,7 +25,7 @@ def evaluate(
 ) -> "Scores":
     """Run the tasks of an evaluation forward only, one pass over the data of each; by task its loss and its metrics.
 
-    `plan`: that which the workload is trained under, whose devices then evaluate what they hold; None plans the
+    `plan`: the one the workload is trained under, whose devices then evaluate what they hold; None plans the
     forward-only tasks for the devices at hand. `checkpoint`: its weights (the running average of them, of an Evaluation
     with ema=True), which are put into the user's modules first, where these are in memory. Modules are in eval mode
     meanwhile, and buffers as before afterwards.

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.execution import Execution
 from spindle.graph import base_task
+from spindle.harmless import harmless
 from spindle.metagraph import MetaGraph
+from spindle.nearest import did_you_mean
 from spindle.plan import SizeRange
 from spindle.presence import Presence
 from spindle.pricing import Optimizer, Pricing
@@ -53,7 +55,7 @@ class Source:
     `executable`: this Spindle can run it, so a plan may only use what the runtime does. `steps`: the same MetaGraph on
     other batches, where these differ, and `sizes` of the batches that were read. `is_mean`: `metagraph` stands for
     their mean already, as that of a spec does. `spec`: what it was made of, where that was a spec. `presences`: how
-    often each task takes part in a step.
+    often each task takes part in a step. `name`: of the workload, "" for a MetaGraph.
     """
 
     metagraph: MetaGraph
@@ -64,6 +66,7 @@ class Source:
     is_mean: bool = False
     spec: "WorkloadSpec | None" = None
     presences: tuple[Presence, ...] = ()
+    name: str = ""
 
 
 def load_source(
@@ -108,7 +111,9 @@ def spec_source(spec: "WorkloadSpec") -> Source:
 
     metagraph = contract(build_graph(spec))
     steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
-    return Source(metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences)
+    return Source(
+        metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences, name=spec.name
+    )
 
 
 def costs_on(
@@ -205,7 +210,10 @@ def chosen_tasks(text: str | None, names: Collection[str]) -> list[str]:
     wanted = [name.strip() for name in text.split(",")]
     unknown = [name for name in wanted if name not in names]
     if unknown:
-        raise FormatError(f"--tasks names {unknown[0]!r}, which is no task; the tasks are {', '.join(names)}")
+        raise FormatError(
+            f"--tasks names {unknown[0]!r}, which is no task{did_you_mean(unknown[0], names)}; "
+            f"the tasks are {', '.join(names)}"
+        )
     return [name for name in names if name in wanted]
 
 
@@ -238,7 +246,15 @@ def source_of(
     pricing = pricing_of(workload, optimizer)
     whole = written | {name.partition(".")[0] for name in workload.changed_whole()}
     pricing = replace(pricing, never_sharded=tuple(sorted({*pricing.never_sharded, *whole})))
-    return Source(metagraph, pricing, executable=True, steps=steps, sizes=found.ranges, presences=presences)
+    return Source(
+        metagraph,
+        pricing,
+        executable=True,
+        steps=steps,
+        sizes=found.ranges,
+        presences=presences,
+        name=harmless(workload.name),
+    )
 
 
 def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
@@ -323,7 +339,8 @@ def load_workload(source: str) -> "tuple[Workload, ModuleType]":
     value: Any = getattr(module, name, None)
     if value is None:
         known = [key for key, member in vars(module).items() if isinstance(member, Workload)]
-        raise WorkloadError(f"{path} has no {name!r}; it defines the workloads {', '.join(known) or '(none)'}")
+        hint = did_you_mean(name, known)
+        raise WorkloadError(f"{path} has no {name!r}{hint}; it defines the workloads {', '.join(known) or '(none)'}")
     workload = value
     if callable(value) and not isinstance(value, Workload):
         with _users_errors(path):

@@ -30,6 +30,7 @@ from spindle.empty import built_empty
 from spindle.errors import WorkloadError
 from spindle.loaders import check_apart, reading, set_epoch
 from spindle.mixtures import Mixture
+from spindle.nearest import did_you_mean
 from spindle.weighing import Weigh, check_weigh, counted
 from spindle.weights import Weights
 from spindle.whole_numbers import is_whole
@@ -195,8 +196,8 @@ class Workload:
     ) -> None:
         """An empty workload; add components, then tasks.
 
-        `accumulate`: a step takes so many batches of each task and uses the mean of their losses, weighted as `weigh`
-        of the task says. `in_flight`: so many of them are planned side by side, which fills gaps and takes memory; the
+        `accumulate`: gradient accumulation, batches of each task in a step; the loss is their mean, weighted as `weigh`
+        of the task says. `in_flight`: how many of them are planned side by side, which fills gaps and takes memory; the
         others follow in rounds. `precision`: "bf16" computes under `torch.autocast`; parameters, gradients and
         optimizer states keep their own types. `max_grad_norm`: gradients are scaled down when their norm over all
         parameters exceeds it. `recompute`: components that keep only the inputs of their slices and compute the rest
@@ -243,7 +244,8 @@ class Workload:
         unknown = sorted(wanted - self.tasks.keys())
         if unknown or not wanted:
             raise WorkloadError(
-                f"workload {self.name!r} has no task {unknown[0] if unknown else ''!r}; "
+                f"workload {self.name!r} has no task {unknown[0] if unknown else ''!r}"
+                f"{did_you_mean(unknown[0], self.tasks) if unknown else ''}; "
                 f"its tasks are {', '.join(self.tasks)}"
             )
         found = copy.copy(self)
@@ -304,7 +306,7 @@ class Workload:
         {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters. Of a module that
         DistributedDataParallel or torch.compile wraps, the plain module is trained, under its own names.
 
-        `tensor_parallel`: plans may spread each block, embedding and head over so many devices, or a divisor of that.
+        `tensor_parallel`: plans may spread blocks, embedding and head over this number of devices, or a divisor of it.
         `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
         None takes the model's own plan, as transformers' language models have one.
 
@@ -459,7 +461,8 @@ class Workload:
         unknown = sorted(self.recompute - self.components.keys())
         if unknown:
             raise WorkloadError(
-                f"workload {self.name!r}: recompute names {unknown[0]!r}, which is no component; "
+                f"workload {self.name!r}: recompute names {unknown[0]!r}, which is no component"
+                f"{did_you_mean(unknown[0], self.components)}; "
                 f"the components are {', '.join(self.components)}"
             )
 

@@ -125,7 +125,7 @@ def _devices(plan: Plan) -> Advice | None:
     enough = ceil(work / plan.makespan_s - 1e-9)
     path = " > ".join(chain) if len(chain) <= 3 else f"{chain[0]} > ... > {chain[-1]}"
     saved = max(0.0, 1 - chain_s / plan.makespan_s)
-    text = f"{path} take {_seconds(chain_s)} at their fastest: other counts save at most {saved:.0%}"
+    text = f"{path} take {_seconds(chain_s)} at their fastest: other numbers of devices save at most {saved:.0%}"
     if enough < plan.num_devices:
         text += f"; the work would fill {enough} of {plan.num_devices} devices, see spindle whatif"
     return Advice(about="devices", text=text)

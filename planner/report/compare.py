@@ -1,17 +1,9 @@
-"""Compare: two plans in, what changed out; plans for several device counts in, where more stop helping out."""
+"""Compare: two plans in, what changed out."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
-from spindle.cluster import Cluster
-from spindle.errors import ClusterError, InfeasibleError, PlanError
 from spindle.plan import Plan
-from spindle.planner.report.render import three_digits
-
-HELPS = 0.05
-"""More devices help while twice as many shorten the step by at least this share (others in proportion)."""
-WIDTH = 100
+from spindle.planner.report.figures import clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,116 +86,13 @@ def render_difference(found: Difference) -> str:
     lines += ["", f"{found.same} MetaOps run alike, {len(found.changes)} do not (layers x devices, start s, device-s):"]
     names = min(28, max(len(c.metaop) for c in found.changes))
     for c in found.changes:
-        row = f"{_clip(c.metaop, names):{names}}  {_cell(c.before)}  {_cell(c.after)}"
-        lines.append(_clip(row.rstrip(), WIDTH))
+        row = f"{clip(c.metaop, names):{names}}  {_cell(c.before)}  {_cell(c.after)}"
+        lines.append(clip(row.rstrip()))
     return "\n".join(lines)
 
 
 def _cell(runs: Runs | None) -> str:
     if runs is None:
         return f"{'-':34}"
-    counts = _clip("+".join(f"{layers}x{n}" for layers, n in runs.slices), 14)
+    counts = clip("+".join(f"{layers}x{n}" for layers, n in runs.slices), 14)
     return f"{counts:14} {runs.start_s:>9.4f} {runs.device_s:>9.4f}"
-
-
-# -------------------------------------------------------------------------------------------------------- what if
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """A plan for so many devices; efficiency against the smallest that has a plan; reason: why there is no plan."""
-
-    devices: int
-    makespan_s: float = 0.0
-    step_s: float = 0.0
-    gap: float = 0.0
-    idle: float = 0.0
-    efficiency: float = 0.0
-    usual_s: float = 0.0
-    reason: str = ""
-
-
-def plan_sizes(solve: Callable[[Cluster], Plan], cluster: Cluster, counts: Sequence[int]) -> tuple[Size, ...]:
-    """Plan on as many devices of `cluster`'s kind as each count says; where there is no plan the row says why."""
-    plans: list[tuple[int, Plan | str]] = []
-    for count in sorted(set(counts)):
-        try:
-            plans.append((count, solve(resized(cluster, count))))
-        except InfeasibleError as error:
-            plans.append((count, str(error)))
-    return sizes(plans)
-
-
-def resized(cluster: Cluster, count: int) -> Cluster:
-    """A cluster of `count` devices of the same kind: part of a node, or whole nodes."""
-    size = cluster.devices_per_node
-    if count <= size:
-        return replace(cluster, nodes=1, devices_per_node=count)
-    if count % size:
-        raise ClusterError(f"{count} devices are no whole number of nodes of {size}; give multiples of {size}")
-    return replace(cluster, nodes=count // size)
-
-
-def sizes(plans: Sequence[tuple[int, Plan | str]]) -> tuple[Size, ...]:
-    """One row for each device count; a string instead of a plan says why there is none."""
-    if not plans:
-        raise PlanError("no device counts are given; name some, for instance --devices 8,16,32")
-    base: float | None = None
-    found = []
-    for devices, plan in plans:
-        if isinstance(plan, str):
-            found.append(Size(devices=devices, reason=plan))
-            continue
-        worth = devices * plan.step_s
-        base = worth if base is None else base
-        found.append(
-            Size(
-                devices=devices,
-                makespan_s=plan.makespan_s,
-                step_s=plan.step_s,
-                gap=plan.gap,
-                idle=plan.idle_fraction,
-                efficiency=base / worth,
-                usual_s=min((s for name, s in plan.usual_ways if name != "paper"), default=0.0),
-            )
-        )
-    return tuple(found)
-
-
-def enough(rows: Sequence[Size]) -> int | None:
-    """The count after which more devices no longer help: the next step saves less than HELPS a doubling."""
-    return enough_of([(row.devices, row.step_s) for row in rows if not row.reason])
-
-
-def enough_of(points: Sequence[tuple[int, float]]) -> int | None:
-    """The same of (device count, seconds), counts rising; None where each next one helps."""
-    for (devices, seconds), (following, following_s) in pairwise(points):
-        if following_s > seconds * (1 - HELPS * min(1.0, following / devices - 1)):
-            return devices
-    return None
-
-
-def render_sizes(rows: Sequence[Size]) -> str:
-    """A table within 100 columns, and where more devices stop helping."""
-    head = f"{'devices':>7} {'step s':>12} {'makespan s':>12} {'gap %':>7} {'idle %':>7} {'efficiency %':>12} "
-    head += f"{'best other s':>13}"
-    lines = [head]
-    for row in rows:
-        if row.reason:
-            lines.append(_clip(f"{row.devices:>7} {row.reason}", WIDTH))
-        else:
-            usual = three_digits(row.usual_s)
-            lines.append(
-                f"{row.devices:>7} {three_digits(row.step_s):>12} {three_digits(row.makespan_s):>12} "
-                f"{100 * row.gap:>7.2f} {100 * row.idle:>7.1f} {100 * row.efficiency:>12.1f} {usual:>13}"
-            )
-    point = enough(rows)
-    if point is not None:
-        lines.append(f"more than {point} devices do not help: the next size saves less than {100 * HELPS:.0f} %")
-    elif sum(not row.reason for row in rows) > 1:
-        lines.append("more devices help up to the largest size asked for")
-    return "\n".join(lines)
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

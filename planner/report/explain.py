@@ -12,9 +12,7 @@ so the gap is split without rest. O(slices * devices).
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import wrap
 
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
@@ -22,7 +20,7 @@ from spindle.plan import Certificate, Plan, Slice
 from spindle.planner.bound import allot_certificate, certified_s
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.simulate import waits
-from spindle.turns import Turns, turns_in_words
+from spindle.turns import Turns
 
 MOST_WINDOWS = 5
 
@@ -32,7 +30,7 @@ class MetaOpReason:
     """Why a MetaOp runs on the devices it has.
 
     counts      (devices, layers) in order
-    cheapest    the count that the bound's prices ask for
+    cheapest    the number of devices that the bound's prices ask for
     chain_price share of its seconds' worth that lies in chains waiting for it, the rest being device time
     lost_s      what its counts add to the makespan over the bound
     """
@@ -151,8 +149,8 @@ def _gap(plan: Plan, prices: _Prices) -> tuple[tuple[str, float], ...]:
     return (
         ("idle devices", idle),
         ("waiting on chains", waiting),
-        ("counts too large", wide),
-        ("counts too small", narrow),
+        ("more devices than pays off", wide),
+        ("fewer devices than needed", narrow),
         ("transfers", transfers if abs(transfers) > 1e-12 * plan.makespan_s else 0.0),
     )
 
@@ -184,15 +182,15 @@ def _reason(plan: Plan, prices: _Prices, name: str) -> MetaOpReason:
 def _why(prices: _Prices, name: str, used: set[int], best: int, lost_s: float) -> str:
     valid = prices.problem.curves[prices.problem.index[name]].counts
     if len(valid) == 1:
-        return "its only useful count"
+        return "the only useful number"
     if used == {best}:
-        return "what its chain is worth" if prices.on_paths[name] else "least device time"
+        return "others wait for it" if prices.on_paths[name] else "least device time"
     if lost_s < 1e-6 * prices.bound_s / prices.problem.num_devices:
-        return "as good as the cheapest count"
+        return "as good as the cheapest"
     if min(used) >= best:
-        return "wider: devices were free"
+        return "more: devices were free"
     if max(used) <= best:
-        return "narrower: devices were taken"
+        return "fewer: devices were taken"
     return "as devices came free"
 
 
@@ -259,71 +257,3 @@ def _windows(plan: Plan, metagraph: MetaGraph) -> tuple[IdleWindow, ...]:
         for (start, end, until), n in gaps.items()
     ]
     return tuple(sorted(found, key=lambda w: (-w.device_s, w.start_s, w.until))[:MOST_WINDOWS])
-
-
-# ------------------------------------------------------------------------------------------------------------ text
-
-WIDTH = 100
-
-
-def render_explanation(found: Explanation) -> str:
-    """The explanation as text within 100 columns."""
-    return "\n\n".join(
-        "\n".join(part)
-        for part in (_bound_lines(found), _gap_lines(found), _metaop_lines(found.metaops), _idle_lines(found))
-    )
-
-
-def _bound_lines(found: Explanation) -> list[str]:
-    lines = [
-        *(wrap(turns_in_words(found.turns), WIDTH, break_on_hyphens=False) if found.turns else ()),
-        f"makespan   {found.makespan_s:.6f} s; no schedule is shorter than {found.lower_bound_s:.6f} s",
-        f"bounded by device time ({100 * found.device_share:.0f} %) and chains of MetaOps "
-        f"({100 * (1 - found.device_share):.0f} %)",
-    ]
-    lines += [_clip(f"  chain {100 * w:>4.1f} %  {' > '.join(names)}") for w, names in found.chains]
-    lines.append(f"critical   {len(found.critical)} slices that wait for each other, the last ones")
-    lines += [_clip(f"  {name}") for name in found.critical[-6:]]
-    return lines
-
-
-def _gap_lines(found: Explanation) -> list[str]:
-    gap_s = found.makespan_s - found.priced_bound_s
-    lines = [f"{'gap by the prices of the bound':32} {'seconds':>12} {'% of bound':>11}"]
-    for name, seconds in found.gap_s:
-        lines.append(f"{name:32} {seconds:>12.6f} {100 * seconds / found.priced_bound_s:>11.2f}")
-    lines.append(f"{'together':32} {gap_s:>12.6f} {100 * gap_s / found.priced_bound_s:>11.2f}")
-    if found.lower_bound_s > found.priced_bound_s * (1 + 1e-6):
-        rest_s = found.lower_bound_s - found.priced_bound_s
-        lines.append(
-            f"of that, no schedule can save {rest_s:.6f} s: these prices prove {found.priced_bound_s:.6f} s, "
-            f"{'those over time' if found.over_time else 'the plan'} the rest"
-        )
-    return lines
-
-
-def _metaop_lines(metaops: Sequence[MetaOpReason]) -> list[str]:
-    names = min(30, max(len("MetaOp"), *(len(m.name) for m in metaops)))
-    lines = [f"{'MetaOp':{names}} {'layers x devices':20} {'cheapest':>8} {'chain %':>7} {'lost ms':>8}  why"]
-    for m in sorted(metaops, key=lambda m: (-m.lost_s, m.start_s, m.name)):
-        counts = _clip(" + ".join(f"{layers}x{n}" for n, layers in m.counts), 20)
-        row = (
-            f"{_clip(m.name, names):{names}} {counts:20} {m.cheapest:>8} {100 * m.chain_price:>7.0f} "
-            f"{1e3 * m.lost_s:>8.3f}  {m.reason}"
-        )
-        lines.append(_clip(row))
-    return lines
-
-
-def _idle_lines(found: Explanation) -> list[str]:
-    lines = [f"{'idle device time':32} {'device-s':>12}"]
-    lines += [f"{name:32} {seconds:>12.6f}" for name, seconds in found.idle_s]
-    if found.windows:
-        lines.append(f"{'most of it':>12}  {'from s':>10} {'to s':>10} {'devices':>7}  until")
-    for w in found.windows:
-        lines.append(_clip(f"{w.device_s:>12.6f}  {w.start_s:>10.6f} {w.end_s:>10.6f} {w.devices:>7}  {w.until}"))
-    return lines
-
-
-def _clip(text: str, width: int = WIDTH) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

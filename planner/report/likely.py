@@ -1,79 +1,67 @@
 """Likely: the outlook of a plan in, the lines that say it out, at most 100 columns wide."""
 
-import textwrap
 from collections.abc import Mapping
 
-from spindle.outlook import Gain, Moves, Proof
+from spindle.outlook import Gain, Proof
 from spindle.plan import Plan
+from spindle.planner.report.figures import titled
 
-WIDTH = 100
-TITLES: Mapping[str, str] = {"host": "launch overhead", "network": "link time", "batch": "batch"}
+CHANGES: Mapping[str, tuple[str, str]] = {
+    "host": ("if launching kernels took half as long", "if twice as long"),
+    "network": ("if links were twice as fast", "if half as fast"),
+    "batch": ("with half of each batch", "with twice"),
+}
+"""In words what halves and what doubles, by the name of the move."""
 
 
-def outlook_lines(plan: Plan, source: str = "SOURCE", cluster: str = "C") -> list[str]:
-    """How long the step is likely to take, how much of it is likely gained, and how that moves; () when not asked for.
+def likely_lines(plan: Plan) -> list[str]:
+    """How long the step is likely to take; () when nobody asked."""
+    found = plan.outlook
+    if found is None or found.low_s >= found.high_s:
+        return []
+    ends = f"{_digits(found.low_s)} to {_digits(found.high_s)} s a step"
+    return titled("likely", f"{ends}: nine of ten measured steps lay so near to {found.source} costs")
+
+
+def gain_lines(plan: Plan, source: str = "SOURCE", cluster: str = "C") -> list[str]:
+    """How much of the step is likely gained, and how that changes with its causes; () when nobody asked.
 
     `source` and `cluster`: as the command line named them, for what would prove a gain.
     """
-    found = plan.outlook
-    if found is None:
+    if plan.outlook is None or plan.outlook.gain is None or plan.outlook.gain.share <= 0:
         return []
-    lines = []
-    if found.low_s < found.high_s:
-        ends = f"{_digits(found.low_s)} to {_digits(found.high_s)} s a step"
-        text = f"{ends} ({found.source} costs: nine of ten held-out steps lie in such a band)"
-        lines += _folded("likely", text)
-    if found.gain is not None and found.gain.share > 0:
-        lines += _folded("gain", _gain(found.gain, plan, source, cluster))
-        lines += _folded("", _moves(found.gain.moves))
+    gain = plan.outlook.gain
+    ends = f"likely {_percent(gain.low)} to {_percent(gain.high)} %"
+    text = f"a step {_percent(gain.share)} % shorter than with {gain.baseline}; {ends}"
+    if gain.proof:
+        text += f": unproven; {_proof(gain.proof, gain, plan, source, cluster)}"
+    lines = titled("gain", text)
+    for each in gain.moves:
+        half, double = CHANGES[each.name]
+        lines += titled("", f"{_moved(each.half)} {half}, {_moved(each.double)} {double}")
     return lines
 
 
-def _gain(gain: Gain, plan: Plan, source: str, cluster: str) -> str:
-    ends = f"{_percent(gain.low)} to {_percent(gain.high)} %"
-    text = f"{_percent(gain.share)} % of the step of {gain.baseline}, likely {ends}"
-    return f"{text}: unproven; {_proof(gain.proof, gain, plan, source, cluster)}" if gain.proof else text
+def _moved(share: float | None) -> str:
+    return "impossible" if share is None else f"{_percent(share)} %"
 
 
 def _proof(proof: Proof, gain: Gain, plan: Plan, source: str, cluster: str) -> str:
     devices = plan.num_devices
     fit = f"spindle calibrate {source} --cluster {cluster} --steps FILE"
     if proof == "profile":
-        return f"spindle profile {source} --cluster {cluster} -o profile.json would tell"
+        return f"spindle profile {source} --cluster {cluster} -o profile.json would show"
     if proof == "devices":
         fewer = f"{devices} and {max(plan.devices_per_node, devices // 2)}"
         few = fewer if devices > plan.devices_per_node else f"{devices} and more"
-        return f"measured steps of one batch on {few} GPUs would tell ({fit})"
+        return f"measured steps of one batch on {few} GPUs would show ({fit})"
     if proof == "batches":
-        return f"measured steps of two batches on {devices} GPUs would tell ({fit})"
-    return f"only runs would tell: spindle train --plan, of this plan and of --method {gain.baseline}"
+        return f"measured steps of two batches on {devices} GPUs would show ({fit})"
+    return f"only runs would show: spindle train --plan, of this plan and of --method {gain.baseline}"
 
 
-def _moves(moves: tuple[Moves, ...]) -> str:
-    if not moves:
-        return ""
-    rows = [
-        f"{TITLES[each.name]} {', '.join(_percent(value) for value in (each.half, each.as_is, each.double))} %"
-        for each in moves
-    ]
-    return f"with halved, same and doubled {'; '.join(rows)}"
-
-
-def _folded(title: str, text: str) -> list[str]:
-    if not text:
-        return []
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"{title:<11}",
-        subsequent_indent=" " * 11,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _digits(value: float) -> str:

@@ -19,7 +19,7 @@ from spindle.errors import InfeasibleError
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Alternative, Plan
 from spindle.planner.recost import Costs, Recosted
-from spindle.planner.report.render import LEAST_GAIN
+from spindle.planner.report.instead import LEAST_GAIN
 from spindle.planner.usual.alternatives import Choice, step_again_s
 
 HALF, DOUBLE = Fraction(1, 2), Fraction(2)

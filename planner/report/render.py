@@ -7,29 +7,19 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from math import floor, log10
 from string import ascii_lowercase, ascii_uppercase, digits
-from textwrap import wrap
 
 from spindle.metagraph import MetaGraph
-from spindle.plan import Alternative, Plan, Slice
-from spindle.planner.report.likely import outlook_lines
+from spindle.plan import Plan, Slice
+from spindle.planner.report.figures import WIDTH, clip, counted, seconds, size, titled
+from spindle.planner.report.instead import gain_text, instead_lines
+from spindle.planner.report.likely import gain_lines, likely_lines
 from spindle.planner.report.rates import rates
 from spindle.turns import turns_in_words
 
-WIDTH = 100
 MAX_ROWS = 40
-LEAST_GAIN = 1e-3  # below this share of the best alternative's step, waves are said to gain nothing
 MOST_SETS = 8  # sets of tasks that are printed
 SYMBOLS = ascii_uppercase + ascii_lowercase + digits
-BASELINE_TITLES = {
-    "sequential": "all devices, one after another",
-    "task_split": "devices split by task",
-    "component_split": "tasks in turn, split by component",
-    "paper": "the paper's planner",
-}
-PAPER_TITLE = "the paper's planner (Spindle)"
-NAME_WIDTH = 35
 
 
 def render(plan: Plan, *, width: int = WIDTH, names: tuple[str, str] = ("SOURCE", "C")) -> str:
@@ -65,58 +55,64 @@ def table(plan: Plan) -> str:
         for s in wave.slices:
             layers = f"{s.first_layer}..{s.last_layer}" if s.num_layers > 1 else str(s.first_layer)
             row = (
-                f"{wave.index:>5} {s.start_s:>10.6f} {s.end_s:>10.6f}  {_clip(s.metaop, names):{names}} {layers:>9} "
+                f"{wave.index:>5} {s.start_s:>10.6f} {s.end_s:>10.6f}  {clip(s.metaop, names):{names}} {layers:>9} "
                 f"{len(s.devices):>4}  {_ranges(s.devices)}"
             )
-            rows.append(_clip(row, WIDTH))
+            rows.append(clip(row, WIDTH))
     return "\n".join(rows)
 
 
 def summary(plan: Plan, *, names: tuple[str, str] = ("SOURCE", "C")) -> str:
-    """Makespan, bound, gap, idle share, memory, the gain over each baseline, and how sure all that is."""
-    nodes = -(-plan.num_devices // plan.devices_per_node)
-    num_slices = len(plan.slices)
-    num_metaops = len({s.metaop for s in plan.slices})
-    lines = [
-        f"plan       {plan.method} on {plan.num_devices} devices ({nodes} x {plan.devices_per_node}): "
-        f"{num_metaops} MetaOps, {len(plan.waves)} waves, {num_slices} slices, planned in {plan.planner_s:.2f} s",
-        f"makespan   {seconds(plan.makespan_s)}, idle {100 * plan.idle_fraction:.1f} % of device time",
-    ]
-    if plan.lower_bound_s:
-        lines.append(f"bound      {seconds(plan.lower_bound_s)} for any schedule: gap {100 * plan.gap:.2f} %")
-    if plan.step_s:
-        both_s = plan.step_s - plan.reduction_s - plan.update_s - plan.fixed_s
-        update = f", optimizer {seconds(plan.update_s)}" if plan.update_s else ""
-        fixed = f",\n{'':11}fixed part by calibration {seconds(plan.fixed_s)}" if plan.fixed_s else ""
-        lines.append(
-            f"step       {seconds(plan.step_s)}: forward and backward {seconds(both_s)}, "
-            f"gradient reduction {seconds(plan.reduction_s)}{update}{fixed}"
-        )
-    lines += _rates(plan)
-    lines += _spread(plan)
-    lines += _task_sets(plan)
-    lines += _turns(plan)
-    lines += _tensor_parallel(plan)
-    lines += _memory(plan)
-    lines += _baselines(plan)
-    lines += outlook_lines(plan, *names)
+    """What one asks before buying devices: how long a step takes, how fast that is, whether it fits and how, what else
+    would do, how sure that is, and how far from the best.
+    """
+    lines = [*_head(plan), *_step(plan), *_rates(plan), *_spread(plan), *likely_lines(plan), *_task_sets(plan)]
+    lines += [*_turns(plan), *_tensor_parallel(plan), *_memory(plan), *_choices(plan)]
+    lines += [*instead_lines(plan), *gain_lines(plan, *names), *_makespan(plan)]
     return "\n".join(lines)
 
 
-def seconds(value_s: float) -> str:
-    """Three significant digits.
+def _head(plan: Plan) -> list[str]:
+    """What was planned for what."""
+    devices = f"{plan.num_devices} x {plan.cluster.device.name}" if plan.cluster else f"{plan.num_devices} devices"
+    what = f"{clip(plan.workload, 40)} on " if plan.workload else ""
+    nodes = -(-plan.num_devices // plan.devices_per_node)
+    num_metaops = len({s.metaop for s in plan.slices})
+    return [
+        f"plan       {what}{devices} ({nodes} x {plan.devices_per_node}), method {plan.method}, "
+        f"planned in {plan.planner_s:.2f} s",
+        f"           {num_metaops} MetaOps (runs of equal layers of a task), {len(plan.slices)} slices, "
+        f"{len(plan.waves)} waves",
+    ]
 
-    >>> seconds(0.41234), seconds(12.0), seconds(1234.5), seconds(0.0)
-    ('0.412 s', '12.0 s', '1234 s', '0 s')
-    """
-    return f"{three_digits(value_s)} s"
+
+def _step(plan: Plan) -> list[str]:
+    """Seconds of a step and of its parts."""
+    if not plan.step_s:
+        return []
+    update = f", optimizer {seconds(plan.update_s)}" if plan.update_s else ""
+    fixed = f", fixed part by calibration {seconds(plan.fixed_s)}" if plan.fixed_s else ""
+    what = (
+        f"{seconds(plan.step_s)}: forward and backward {seconds(_both_s(plan))}, "
+        f"gradient reduction {seconds(plan.reduction_s)}{update}{fixed}"
+    )
+    return titled("step", what)
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits, or all before the point."""
-    if not value:
-        return "0"
-    return f"{value:.{max(0, 2 - floor(log10(abs(value))))}f}"
+def _both_s(plan: Plan) -> float:
+    return plan.step_s - plan.reduction_s - plan.update_s - plan.fixed_s
+
+
+def _makespan(plan: Plan) -> list[str]:
+    """The time that the chart shows, and how far it is from the best."""
+    what = f"{seconds(plan.makespan_s)}: forward and backward as drawn, devices idle {100 * plan.idle_fraction:.1f} %"
+    if plan.step_s and seconds(_both_s(plan)) != seconds(plan.makespan_s):
+        what += f"; {seconds(_both_s(plan))} in a step, which runs all forward before all backward"
+    lines = titled("makespan", what)
+    if plan.lower_bound_s:
+        what = f"no schedule of these layers takes less; the makespan is {100 * plan.gap:.2f} % above (gap)"
+        lines += titled("bound", f"{seconds(plan.lower_bound_s)}: {what}")
+    return lines
 
 
 def _rates(plan: Plan) -> list[str]:
@@ -125,15 +121,7 @@ def _rates(plan: Plan) -> list[str]:
     if found is None:
         return []
     mfu = f"MFU {100 * found.mfu:.1f} %, " if found.mfu else ""
-    return [f"rate       {mfu}{_counted(found.samples_per_s)} samples/s, {_counted(found.tokens_per_s)} tokens/s"]
-
-
-def _counted(value: float) -> str:
-    """Three significant digits, with thousands and millions in letters."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if value >= size:
-            return f"{three_digits(value / (1e3 if size == 1e4 else size))}{letter}"
-    return three_digits(value)
+    return [f"speed      {mfu}{counted(found.samples_per_s)} samples/s, {counted(found.tokens_per_s)} tokens/s"]
 
 
 def _spread(plan: Plan) -> list[str]:
@@ -141,11 +129,11 @@ def _spread(plan: Plan) -> list[str]:
     found = plan.spread
     if found is None:
         return []
-    return [
-        f"batches    differ in size: over {found.steps} steps a step takes {seconds(found.mean_s)} on average, "
-        f"{seconds(found.p10_s)}\n{'':11}(P10) to {seconds(found.p90_s)} (P90); planned for the mean, memory for the "
-        "largest"
-    ]
+    what = (
+        f"differ in size: over {found.steps} steps a step takes {seconds(found.mean_s)} on average, "
+        f"{seconds(found.p10_s)} (P10) to {seconds(found.p90_s)} (P90); planned for the mean, memory for the largest"
+    )
+    return titled("batches", what)
 
 
 def _task_sets(plan: Plan) -> list[str]:
@@ -159,11 +147,11 @@ def _task_sets(plan: Plan) -> list[str]:
     if all(each.sequential_s for each in found if each.tasks):
         usual_s = sum(each.share * each.sequential_s for each in found)
         what += f" Sequential {seconds(usual_s)}"
-        what += f": {_gain(usual_s, mean_s).strip()}" if plan.method != "sequential" else ", which is this plan"
-    lines = wrap(what, WIDTH, initial_indent="expected   ", subsequent_indent=" " * 11)
+        what += f": {gain_text(usual_s, mean_s).strip()}" if plan.method != "sequential" else ", which is this plan"
+    lines = titled("expected", what)
     for each in found[:MOST_SETS]:
         tasks = ", ".join(each.tasks) or "no task"
-        lines.append(_clip(f"  {100 * each.share:>5.1f} % of steps {seconds(each.step_s):>9}  {tasks}", WIDTH))
+        lines.append(clip(f"  {100 * each.share:>5.1f} % of steps {seconds(each.step_s):>9}  {tasks}", WIDTH))
     rest = found[MOST_SETS:]
     if rest:
         share, rest_s = sum(each.share for each in rest), sum(each.share * each.step_s for each in rest)
@@ -177,8 +165,7 @@ def _turns(plan: Plan) -> list[str]:
     """Where tasks run in turns: which do together."""
     if not plan.turns:
         return []
-    words = turns_in_words(plan.turns)
-    return wrap(words, WIDTH, initial_indent="turns      ", subsequent_indent=" " * 11, break_on_hyphens=False)
+    return titled("turns", turns_in_words(plan.turns))
 
 
 def _tensor_parallel(plan: Plan) -> list[str]:
@@ -190,8 +177,7 @@ def _tensor_parallel(plan: Plan) -> list[str]:
     spread = [f"{name} {' or '.join(map(str, sorted(found)))}" for name, found in degrees.items() if max(found) > 1]
     if not spread:
         return []
-    what = f"devices that share each layer: {', '.join(spread)}"
-    return wrap(what, WIDTH, initial_indent="tensor     ", subsequent_indent=" " * 11, break_on_hyphens=False)
+    return titled("tensor", f"parallel, number of devices that share each layer: {', '.join(spread)}")
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -199,78 +185,32 @@ def _memory(plan: Plan) -> list[str]:
     if not peaks or not max(peaks):
         return []
     worst = max(range(len(peaks)), key=peaks.__getitem__)
-    verdict = "fits" if plan.memory.fits else "DOES NOT FIT"
-    room = f" of {_size(plan.cluster.device.memory_bytes)}" if plan.cluster else ""
-    average = sum(peaks) / len(peaks)
-    return [f"memory     {verdict}: at most {_size(peaks[worst])}{room} (device {worst}), {_size(average)} on average"]
+    what = f"{'fits' if plan.memory.fits else 'DOES NOT FIT'}: at most {size(peaks[worst])}"
+    if plan.cluster:
+        room = plan.cluster.device.memory_bytes
+        free = f", {size(room - peaks[worst])} free" if plan.memory.fits else ""
+        what += f" of {size(room)} (device {worst}){free}"
+    return titled("memory", f"{what}; {size(sum(peaks) / len(peaks))} on average")
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 0.1 * 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _baselines(plan: Plan) -> list[str]:
-    """What people would use instead, with its memory choice; where that was not costed, the other methods."""
-    if plan.alternatives and plan.compared != "makespan":
-        return [*_alternatives(plan), *_verdict(plan)]
-    if not plan.baselines_s:
+def _choices(plan: Plan) -> list[str]:
+    """Memory choices that a run of the plan makes."""
+    if not plan.memory.peak_bytes_per_device:
         return []
-    ways, own_s = plan.usual_ways, plan.compared_s
-    what = {"mean step": "    mean steps of other methods", "step": "    whole steps of other methods", "makespan": ""}
-    lines = [f"against{what[plan.compared]}"]
-    for name, value_s in sorted(ways, key=lambda pair: -pair[1]):
-        lines.append(f"  {name:<16} {seconds(value_s):>10}  {_gain(value_s, own_s)}  {_title(name)}".rstrip())
-    lines += _verdict(plan)
-    missing = [name for name in BASELINE_TITLES if name not in dict(plan.baselines_s)]
-    if missing:
-        lines.append(f"  does not fit in memory: {', '.join(missing)}")
-    return lines
+    chosen = ", ".join(words for words, _ in memory_choices(plan))
+    return titled("choices", chosen or "none for memory: nothing is sharded or recomputed but what the workload says")
 
 
-def _alternatives(plan: Plan) -> list[str]:
-    what = "mean" if plan.compared == "mean step" else "whole"
-    lines = [f"instead    {what} steps, each with the memory choice that is fastest for it"]
-    by_name = {other.name: other for other in plan.alternatives}
-    for name, value_s in sorted(plan.usual_ways, key=lambda pair: -pair[1]):
-        other = by_name.get(name)
-        title, choice = (PAPER_TITLE, "as this plan") if other is None else (name, other.choice)
-        gain = _gain(value_s, plan.compared_s)
-        lines.append(f"  {title:<{NAME_WIDTH}} {seconds(value_s):>9}  {gain}  {choice}".rstrip())
-    lines += [f"  {other.name:<{NAME_WIDTH}} {_no_fit(other, plan)}" for other in plan.alternatives if not other.fits]
-    if plan.baselines_s and "paper" not in dict(plan.baselines_s):
-        lines.append(f"  {PAPER_TITLE:<{NAME_WIDTH}} does not fit in memory")
-    return [_clip(line, WIDTH) for line in lines]
-
-
-def _no_fit(other: Alternative, plan: Plan) -> str:
-    if not other.peak_bytes or plan.cluster is None:
-        return "does not fit in memory"
-    how = f", {other.choice}" if other.choice else ""
-    return f"does not fit: {_size(other.peak_bytes)} of {_size(plan.cluster.device.memory_bytes)}{how}"
-
-
-def _verdict(plan: Plan) -> list[str]:
-    """When waves do not help."""
-    usual = [(value_s, name) for name, value_s in plan.usual_ways if name != "paper"]
-    if not usual:
-        return []
-    (best_s, name), own_s = min(usual), plan.compared_s
-    if own_s > best_s * (1 + LEAST_GAIN):
-        remedy = ": consider that instead" if plan.alternatives else "; method auto never is"
-        return [f"this plan is {100 * (own_s / best_s - 1):.1f} % slower than {name}{remedy}"]
-    return [f"waves gain nothing here: {name} is as fast"] if own_s >= best_s * (1 - LEAST_GAIN) else []
-
-
-def _gain(other_s: float, own_s: float) -> str:
-    return (
-        f"{100 * (1 - own_s / other_s):>5.1f} % shorter"
-        if own_s <= other_s
-        else f"{100 * (own_s / other_s - 1):>5.1f} % longer "
+def memory_choices(plan: Plan) -> list[tuple[str, str]]:
+    """Memory choices of a plan, each in words and in short."""
+    parts = ", ".join(plan.shard_parameters)
+    choices = (
+        (plan.shard_optimizer, "optimizer states sharded (ZeRO-1)", "ZeRO-1"),
+        (bool(plan.shard_parameters), f"parameters of {parts} sharded (ZeRO-3)", "ZeRO-3"),
+        (plan.recompute, "activations recomputed in backward", "recompute"),
+        (bool(plan.turns), f"tasks in {len(plan.turns)} turns", f"{len(plan.turns)} turns"),
     )
-
-
-def _title(name: str) -> str:
-    return BASELINE_TITLES.get(name, "")
+    return [(words, short) for is_chosen, words, short in choices if is_chosen]
 
 
 # ------------------------------------------------------------------------------------------------- pieces of Gantt
@@ -345,15 +285,11 @@ def _scale(makespan_s: float, columns: int) -> str:
 def _wrapped(words: Iterable[str], width: int) -> list[str]:
     lines = [""]
     for word in words:
-        word = _clip(word, width - 2)
+        word = clip(word, width - 2)
         if len(lines[-1]) + len(word) + 2 > width:
             lines.append("")
         lines[-1] += ("   " if lines[-1] else " ") + word
     return [line for line in lines if line]
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _range(devices: Sequence[int]) -> str:

@@ -51,12 +51,14 @@ def calibrate(
     from spindle.calibrating import make_calibration
     from spindle.calibrationfile import read_steps
     from spindle.formats import dumps, read, write
+    from spindle.nearest import did_you_mean
     from spindle.planner.solve import METHODS
     from spindle.profile import Profile
     from spindle.source import is_python
 
     if method not in METHODS:
-        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
+        hint = did_you_mean(method, METHODS)
+        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}{hint}.")
     if cluster is None and not is_python(source):
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     check_directory(output)

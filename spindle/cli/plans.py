@@ -73,13 +73,16 @@ def plan(
     from spindle.calibration import Calibration
     from spindle.clusterfile import parse_cluster
     from spindle.formats import dumps, read, write
+    from spindle.nearest import did_you_mean
+    from spindle.planner.report.figures import titled
     from spindle.planner.report.render import render, table
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.profile import Profile
     from spindle.source import load_source
 
     if method not in METHODS:
-        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}.")
+        hint = did_you_mean(method, METHODS)
+        raise click.UsageError(f"Invalid value for '--method': {method!r} is not one of {', '.join(METHODS)}{hint}.")
     check_directory(output)
     where = parse_cluster(named := cluster_for(source, cluster))
     where = replace(where, nodes=nodes or where.nodes)
@@ -108,6 +111,10 @@ def plan(
         return
     click.echo(render(found, names=(source, named)))
     click.echo(cost_notes(loaded, found, measured, pricing, is_calibrated=fitted is not None))
+    if where.device.name != "cpu":
+        counts = f"{where.num_devices},{2 * where.num_devices}"
+        lines = titled("sizes", f"spindle whatif {source} --cluster {named} --devices {counts}")
+        click.echo(" \\\n".join(lines))
     if with_table:
         click.echo(f"\n{table(found)}")
     if output:
@@ -155,7 +162,8 @@ def explain(plan_file: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from spindle.planner.report.explain import explain, render_explanation
+    from spindle.planner.report.explain import explain
+    from spindle.planner.report.explained import render_explanation
 
     found = explain(read_plan(plan_file))
     click.echo(json_text(asdict(found)) if as_json else render_explanation(found))
@@ -207,9 +215,9 @@ def whatif(
     output: str | None,
     as_json: bool,
 ) -> None:
-    """Plan SOURCE on clusters of several sizes: time, gap, efficiency, and where more devices stop helping.
+    """Plan SOURCE on clusters of several sizes: time, speed, memory, and where more devices stop helping.
 
-    --cluster tells the type of devices and how many a node has.
+    --cluster gives the type of devices and how many a node has.
 
     \b
     spindle whatif multitask_clip.yaml --devices 8,16,32,64 --cluster 1x8:a100-80g
@@ -222,7 +230,7 @@ def whatif(
     from spindle.clusterfile import parse_cluster
     from spindle.formats import read
     from spindle.pictures import sizes_svg, write_picture
-    from spindle.planner.report.compare import enough, plan_sizes, render_sizes
+    from spindle.planner.report.sizes import enough, plan_sizes, render_sizes
     from spindle.profile import Profile
     from spindle.source import load_source
 
@@ -289,12 +297,13 @@ def show(
         loaded = read_plan(plan_file)
         predicted = simulate(loaded)
         measured = read(trace_file, Trace) if trace_file else None
+        title = loaded.workload or plan_file
         if html:
-            write_text(render_page(loaded, predicted=predicted, measured=measured, title=plan_file), html)
+            write_text(render_page(loaded, predicted=predicted, measured=measured, title=title), html)
         if svg:
-            write_text(render_svg(loaded, predicted=predicted, measured=measured, title=plan_file), svg)
+            write_text(render_svg(loaded, predicted=predicted, measured=measured, title=title), svg)
         if png:
-            write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=plan_file), png)
+            write_bytes(render_png(loaded, predicted=predicted, measured=measured, title=title), png)
         if chrome:
             write_text(json.dumps(chrome_trace(measured or predicted, plan=loaded)), chrome)
     written = [name for name in (html, svg, png, chrome) if name]

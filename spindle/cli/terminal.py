@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from spindle.workload import Workload
 
 WIDTH = 100
+COST_SOURCES = {
+    "given": "given in the file",
+    "predicted": "predicted from shapes",
+    "calibrated": "predicted, and calibrated on measured steps",
+    "measured": "measured in the profile",
+    "interpolated": "interpolated between measured sizes",
+    "scaled": "scaled from measured layers",
+}
+"""In words where the times of MetaOps come from."""
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -77,7 +86,7 @@ def cost_notes(
     *,
     is_calibrated: bool = False,
 ) -> str:
-    """Where the times come from; what the workload must do to fit; advice."""
+    """Where the times come from; what else a run must do to fit; advice."""
     from collections import Counter
 
     from spindle.cost.sources import cost_sources, priced_like
@@ -86,37 +95,12 @@ def cost_notes(
 
     metagraph = source.metagraph
     sources = cost_sources(priced_like(metagraph, plan), measured, is_calibrated=is_calibrated)
-    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(str(s.source) for s in sources).most_common())
-    lines = [f"costs      {counts}"]
-    wanted = [
-        text
-        for text, chosen, given in (
-            (
-                "optimizer states sharded over each parameter's devices",
-                pricing.shard_optimizer,
-                source.pricing.shard_optimizer,
-            ),
-            (
-                f"parameters of {', '.join(pricing.shard_parameters)} sharded over all devices",
-                pricing.shard_parameters,
-                source.pricing.shard_parameters == pricing.shard_parameters,
-            ),
-            ("activations recomputed in backward", pricing.recompute, source.pricing.recompute),
-            (
-                f"tensor parallelism of {pricing.min_tensor_parallel} devices or more",
-                pricing.min_tensor_parallel > 1,
-                source.pricing.min_tensor_parallel == pricing.min_tensor_parallel,
-            ),
-            (
-                "optimizer states in the memory of the host",
-                pricing.offload_optimizer,
-                source.pricing.offload_optimizer,
-            ),
-        )
-        if chosen and not given
-    ]
-    if wanted:
-        lines.append(f"to fit     {' and '.join(wanted)}")
+    counts = Counter(str(each.source) for each in sources).most_common()
+    lines = [f"costs      of {', '.join(f'{n} MetaOps {COST_SOURCES[kind]}' for kind, n in counts)}"]
+    if pricing.min_tensor_parallel > 1 and source.pricing.min_tensor_parallel != pricing.min_tensor_parallel:
+        lines.append(f"to fit     tensor parallelism of {pricing.min_tensor_parallel} devices or more")
+    if pricing.offload_optimizer and not source.pricing.offload_optimizer:
+        lines.append("to fit     optimizer states in the memory of the host")
     batches = {base_task(operator.task): operator.batch_size for m in metagraph for operator in m.operators}
     if measured is not None and {str(s.source) for s in sources} <= {"predicted", "calibrated"}:
         lines.append("profile    holds no times of these operators; measure them (spindle profile)")

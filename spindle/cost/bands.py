@@ -94,7 +94,9 @@ def held_out_of(data: object, source: str) -> HeldOut:
     try:
         return HeldOut.model_validate(data)
     except ValidationError as error:
-        raise FormatError(f"{source}: {explain_validation(error)}; make it again (benchmarks.held_out)") from None
+        raise FormatError(
+            f"{source}: {explain_validation(error, HeldOut)}; make it again (benchmarks.held_out)"
+        ) from None
 
 
 def band_of(ratios: Sequence[tuple[str, float]]) -> Band:

@@ -73,7 +73,7 @@ def read_galvatron(path: str | Path) -> MetaGraph:
     try:
         mapping = _Mapping.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise FormatError(f"{path}: {explain_validation(error)}") from None
+        raise FormatError(f"{path}: {explain_validation(error, _Mapping)}") from None
     pieces = {name: _pieces(name, c, Path(path).parent) for name, c in mapping.components.items()}
     metaops: list[MetaOp] = []
     flows: list[Flow] = []

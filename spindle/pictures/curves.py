@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spindle.cost.sources import CostSource
 from spindle.metagraph import MetaGraph, MetaOp, Points
 from spindle.planner.curves import clean_curve
-from spindle.planner.report.compare import enough_of
+from spindle.planner.report.sizes import enough_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

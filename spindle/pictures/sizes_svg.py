@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from spindle.pictures.axes import Axis, device_axis, frame, log_ticks
 from spindle.pictures.canvas import MARGIN, heading, legend, svg, width_of
-from spindle.planner.report.compare import Size, enough
+from spindle.planner.report.sizes import Size, enough
 from spindle.timeline.svg import text_at
 from spindle.timeline.words import count, percent, seconds
 

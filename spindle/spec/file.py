@@ -317,6 +317,6 @@ def _checked(data: Any, source: str) -> WorkloadSpec:
     try:
         return _WorkloadModel.model_validate(data).value()
     except ValidationError as error:
-        raise FormatError(f"{source}: {explain_validation(error)}") from None
+        raise FormatError(f"{source}: {explain_validation(error, _WorkloadModel)}") from None
     except InputError as error:
         raise type(error)(f"{source}: {error}") from None

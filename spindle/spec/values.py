@@ -11,6 +11,7 @@ from typing import Literal
 
 from spindle.errors import WorkloadError
 from spindle.execution import USUAL, Execution, Parallel
+from spindle.nearest import did_you_mean
 from spindle.presence import Presence, task_sets
 from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
 from spindle.spec.blocks import Component, Transformer, check_dtype
@@ -154,13 +155,14 @@ class WorkloadSpec:
             for name in task.components:
                 if name not in known:
                     raise WorkloadError(
-                        f"task {task.name!r} runs component {name!r}, which is not given; "
+                        f"task {task.name!r} runs component {name!r}, which is not given{did_you_mean(name, known)}; "
                         f"the components are {', '.join(sorted(known))}"
                     )
         for name in self.shard_parameters:
             if name not in known:
                 raise WorkloadError(
-                    f"shard_parameters names {name!r}, which is no component; they are {', '.join(sorted(known))}"
+                    f"shard_parameters names {name!r}, which is no component{did_you_mean(name, known)}; "
+                    f"the components are {', '.join(sorted(known))}"
                 )
         check_dtype(f"workload {self.name!r}", self.dtype)
         for component in self.components:
@@ -286,11 +288,12 @@ class WorkloadSpec:
     def only(self, tasks: Iterable[str]) -> "WorkloadSpec":
         """The same workload with some of its tasks, in the order of the spec; WorkloadError on an unknown one."""
         wanted = set(tasks)
-        unknown = wanted - {task.name for task in self.tasks}
+        known = [task.name for task in self.tasks]
+        unknown = sorted(wanted - set(known))
         if unknown:
             raise WorkloadError(
-                f"task {sorted(unknown)[0]!r} is not in workload {self.name!r}; "
-                f"its tasks are {', '.join(task.name for task in self.tasks)}"
+                f"task {unknown[0]!r} is not in workload {self.name!r}{did_you_mean(unknown[0], known)}; "
+                f"its tasks are {', '.join(known)}"
             )
         return replace(self, tasks=tuple(task for task in self.tasks if task.name in wanted))
 

@@ -91,8 +91,8 @@ def _gain(plan: Plan) -> Tile | None:
     if abs(share) < LEAST_GAIN:
         return "Gain", "none", f"as fast as {way}"
     if share < 0:
-        return "Loss", f"{percent(-share)} slower", f"than {way}"
-    return "Gain", f"{percent(share)} faster", f"than {way}"
+        return "Loss", f"{percent(-share)} longer", f"steps than with {way}"
+    return "Gain", f"{percent(share)} shorter", f"steps than with {way}"
 
 
 def _idle(plan: Plan, views: Sequence[View]) -> Tile:

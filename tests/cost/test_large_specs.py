@@ -70,7 +70,7 @@ def test_degrees_are_printed() -> None:
     cluster = parse_cluster("1x8:h200-141g")
     pricing = memory_choices(spec.pricing)[-1]
     made = solve(price(contract(build_graph(spec)), cluster, pricing=pricing), cluster, method="sequential")
-    assert "\ntensor     devices that share each layer: video.vision 8" in summary(made)
+    assert "\ntensor     parallel, number of devices that share each layer: video.vision 8" in summary(made)
     plain = load_source(str(FOLDER / "workloads" / "pi0.yaml"))
     made = solve(price(plain.metagraph, cluster, pricing=plain.pricing), cluster, method="sequential")
     assert "\ntensor " not in summary(made)

@@ -14,7 +14,8 @@ from spindle.plan import Plan
 from spindle.planner.check import check_plan
 from spindle.planner.curves import clean_curve
 from spindle.planner.problem import make_problem
-from spindle.planner.report.render import WIDTH, render
+from spindle.planner.report.figures import WIDTH
+from spindle.planner.report.render import render
 from spindle.planner.solve import evaluate, solve
 from spindle.planner.turns import smallest_turns, solve_in_turns
 from spindle.planner.usual.allocate import allocate, optimum_by_bisection, optimum_by_lp

@@ -9,7 +9,7 @@ from spindle.cost.bands import Band
 from spindle.cost.sources import CostSource, cost_sources
 from spindle.pictures import curves_svg, panels_of, sizes_svg
 from spindle.pictures.axes import Axis, device_ticks, log_ticks
-from spindle.planner.report.compare import Size
+from spindle.planner.report.sizes import Size
 from tests.pictures.picture_marks import page, texts, words
 from tests.planner.planner_graphs import graph, metaop
 

@@ -91,8 +91,8 @@ def test_devices_that_a_chain_leaves_without_use() -> None:
     lines = advise(plan(*slices, metagraph=metagraph))
     assert [line.about for line in lines] == ["devices"]
     assert lines[0].text == (
-        "t.a > t.b take 5 s at their fastest: other counts save at most 0%; the work would fill 2 of 4 devices, "
-        "see spindle whatif"
+        "t.a > t.b take 5 s at their fastest: other numbers of devices save at most 0%; the work would fill 2 of 4 "
+        "devices, see spindle whatif"
     )
 
 

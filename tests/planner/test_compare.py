@@ -1,17 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
 from spindle.cluster import Cluster
 from spindle.errors import ClusterError
 from spindle.plan import Plan
-from spindle.planner.report.compare import (
-    WIDTH,
-    compare,
-    enough,
-    plan_sizes,
-    render_difference,
-    render_sizes,
-    resized,
-)
+from spindle.planner.report.compare import compare, render_difference
+from spindle.planner.report.figures import WIDTH
+from spindle.planner.report.sizes import enough, plan_sizes, render_sizes, resized, sizes
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 from tests.planner.planner_graphs import plan as by_hand
@@ -52,7 +48,7 @@ def test_sizes_say_where_devices_stop_helping() -> None:
     assert [round(row.step_s, 6) for row in rows] == [4.0, 2.0, 1.2, 1.2, 1.2]
     assert rows[2].efficiency == pytest.approx(4.0 / (4 * 1.2))
     assert enough(rows) == 4
-    assert "more than 4 devices do not help" in render_sizes(rows)
+    assert "More than 4 devices do not help" in render_sizes(rows)
     assert max(map(len, render_sizes(rows).splitlines())) <= WIDTH
 
 
@@ -69,3 +65,18 @@ def test_clusters_grow_by_whole_nodes() -> None:
     assert resized(cluster(2, 4), 12).nodes == 3
     with pytest.raises(ClusterError, match="6 devices are no whole number of nodes of 4"):
         resized(cluster(2, 4), 6)
+
+
+def test_an_efficiency_over_100_percent_is_explained() -> None:
+    """On one device the plan recomputes; on two it need not, and takes less than half as long."""
+    one = replace(by_hand(piece("t.a", range(1), (0,), 0, 4)), step_s=4.0, recompute=True)
+    two = replace(by_hand(piece("t.a", range(1), (0, 1), 0, 1.5)), step_s=1.5)
+    rows = sizes(((1, one), (2, two)))
+    assert [round(row.efficiency, 3) for row in rows] == [1.0, 1.333]
+    text = render_sizes(rows)
+    assert "recompute\n" in text
+    says = (
+        "Efficiency counts from 1 device. It is over 100 % on 2 devices, because the smaller size must save memory at "
+        "the cost of time: recompute there, none here."
+    )
+    assert says in " ".join(text.split())

@@ -15,7 +15,7 @@ from spindle.cost.bands import BandSource, band, factor_bands
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.plan import Plan
 from spindle.planner.recost import Costs
-from spindle.planner.report.likely import outlook_lines
+from spindle.planner.report.likely import gain_lines, likely_lines
 from spindle.pricing import Pricing
 from spindle.source import Source, load_source, scaled_source, spec_source
 from spindle.spec.file import parse_workload
@@ -132,25 +132,25 @@ def test_unproven_gains_say_what_would_tell(source: Source) -> None:
     assert found.outlook is not None
     assert found.outlook.gain is not None
     texts = {
-        "batches": "measured steps of two batches on 8 GPUs would tell (spindle calibrate w.yaml --cluster 2x4",
-        "devices": "measured steps of one batch on 8 and 4 GPUs would tell",
-        "profile": "spindle profile w.yaml --cluster 2x4 -o profile.json would tell",
-        "runs": "only runs would tell: spindle train --plan",
+        "batches": "measured steps of two batches on 8 GPUs would show (spindle calibrate w.yaml --cluster 2x4",
+        "devices": "measured steps of one batch on 8 and 4 GPUs would show",
+        "profile": "spindle profile w.yaml --cluster 2x4 -o profile.json would show",
+        "runs": "only runs would show: spindle train --plan",
     }
     for proof, text in texts.items():
         gain = replace(found.outlook.gain, share=0.05, low=-0.01, high=0.1, proof=proof)  # type: ignore[arg-type]
-        lines = outlook_lines(replace(found, outlook=replace(found.outlook, gain=gain)), "w.yaml", "2x4")
+        lines = gain_lines(replace(found, outlook=replace(found.outlook, gain=gain)), "w.yaml", "2x4")
         assert max(map(len, lines)) <= 100
-        assert f"5.0 % of the step of {gain.baseline}, likely -1.0 to 10.0 %: unproven; {text}" in " ".join(
-            " ".join(lines).split()
-        )
+        shown = " ".join(" ".join(lines).split())
+        assert f"5.0 % shorter than with {gain.baseline}; likely -1.0 to 10.0 %: unproven; {text}" in shown
     proven = replace(found.outlook.gain, share=0.05, low=0.02, high=0.1, proof="")
-    text = " ".join(outlook_lines(replace(found, outlook=replace(found.outlook, gain=proven))))
+    text = " ".join(gain_lines(replace(found, outlook=replace(found.outlook, gain=proven))))
     assert "unproven" not in text
 
 
 def test_nothing_is_told_that_was_not_asked_for(source: Source) -> None:
-    assert outlook_lines(plan_source(source, CLUSTER, method="sequential")[0]) == []
+    found = plan_source(source, CLUSTER, method="sequential")[0]
+    assert [*likely_lines(found), *gain_lines(found)] == []
 
 
 # -- calibration by plans --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 from dataclasses import replace
 
 from spindle.plan import Alternative, Memory, StepWork, make_waves
-from spindle.planner.report.render import WIDTH, gantt, render, seconds, summary, table
+from spindle.planner.report.figures import WIDTH, seconds
+from spindle.planner.report.render import gantt, render, summary, table
 from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
@@ -43,15 +44,17 @@ def test_summary_text() -> None:
         cluster=cluster(memory_bytes=2.0**32),
     )
     assert summary(made) == (
-        "plan       hand on 4 devices (1 x 4): 3 MetaOps, 2 waves, 3 slices, planned in 0.00 s\n"
-        "makespan   2.50 s, idle 10.0 % of device time\n"
-        "bound      2.00 s for any schedule: gap 25.00 %\n"
+        "plan       4 x toy (1 x 4), method hand, planned in 0.00 s\n"
+        "           3 MetaOps (runs of equal layers of a task), 3 slices, 2 waves\n"
         "step       2.75 s: forward and backward 2.50 s, gradient reduction 0.250 s\n"
-        "memory     fits: at most 2.00 GiB of 4.00 GiB (device 1), 1.50 GiB on average\n"
-        "against\n"
+        "memory     fits: at most 2.00 GiB of 4.00 GiB (device 1), 2.00 GiB free; 1.50 GiB on average\n"
+        "choices    none for memory: nothing is sharded or recomputed but what the workload says\n"
+        "baselines  makespans\n"
         "  sequential           5.00 s   50.0 % shorter  all devices, one after another\n"
         "  paper                2.50 s    0.0 % shorter  the paper's planner\n"
-        "  does not fit in memory: task_split, component_split"
+        "  does not fit in memory: task_split, component_split\n"
+        "makespan   2.50 s: forward and backward as drawn, devices idle 10.0 %\n"
+        "bound      2.00 s: no schedule of these layers takes less; the makespan is 25.00 % above (gap)"
     )
 
 
@@ -72,10 +75,10 @@ STEP = replace(
 
 def test_what_is_used_instead_is_told_with_its_memory_choice() -> None:
     """Model FLOPs 2.2e12 in 2.75 s of four devices of 1e12: 20 %."""
-    assert summary(STEP).splitlines()[2:] == [
+    assert summary(STEP).splitlines()[2:-2] == [
         "step       2.75 s: forward and backward 2.75 s, gradient reduction 0 s",
-        "rate       MFU 20.0 %, 364 samples/s, 1.82 M tokens/s",
-        "instead    whole steps, each with the memory choice that is fastest for it",
+        "speed      MFU 20.0 %, 364 samples/s, 1.82 M tokens/s",
+        "baselines                                  step  this plan is    fastest memory choice",
         "  DDP, one all-reduce a step             5.50 s   50.0 % shorter  no_sync, recompute",
         "  the paper's planner (Spindle)          3.00 s    8.3 % shorter  as this plan",
         "  DDP, one all-reduce a task          does not fit: 8.00 GiB of 4.00 GiB, recompute",
@@ -83,10 +86,29 @@ def test_what_is_used_instead_is_told_with_its_memory_choice() -> None:
     ]
 
 
+def test_the_chart_and_the_step_are_told_apart() -> None:
+    """The chart has forward and backward of a slice together, a step all forward before all backward."""
+    *_, line, more = summary(STEP).splitlines()
+    assert f"{line} {more.strip()}" == (
+        "makespan   2.50 s: forward and backward as drawn, devices idle 10.0 %; 2.75 s in a step, which runs all "
+        "forward before all backward"
+    )
+
+
+def test_memory_choices_are_printed() -> None:
+    memory = Memory(peak_bytes_per_device=(2.0**30,) * 4, fits=True)
+    made = replace(MADE, memory=memory, recompute=True, shard_optimizer=True, shard_parameters=("a", "b"))
+    assert (
+        "\nchoices    optimizer states sharded (ZeRO-1), parameters of a, b sharded (ZeRO-3), activations"
+        in summary(made)
+    )
+
+
 def test_an_alternative_that_is_faster_is_said_to_be() -> None:
     faster = Alternative(name="FSDP2 / ZeRO-3, parameters sharded", step_s=2.5)
-    assert summary(replace(STEP, alternatives=(faster,))).endswith(
+    assert (
         "this plan is 10.0 % slower than FSDP2 / ZeRO-3, parameters sharded: consider that instead"
+        in summary(replace(STEP, alternatives=(faster,))).splitlines()
     )
 
 
@@ -117,7 +139,7 @@ def test_memory_of_small_models_is_told_in_mebibytes() -> None:
         memory=Memory(peak_bytes_per_device=(3 * 2.0**20, 2.0**20), fits=True),
         cluster=cluster(memory_bytes=2.0**32),
     )
-    assert "at most 3.0 MiB of 4.00 GiB (device 0), 2.0 MiB on average" in summary(made)
+    assert "at most 3.0 MiB of 4.00 GiB (device 0), 4.00 GiB free; 2.0 MiB on average" in summary(made)
 
 
 def test_the_legend_has_what_the_chart_shows() -> None:

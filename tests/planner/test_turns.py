@@ -10,7 +10,8 @@ from spindle.metagraph import MetaGraph
 from spindle.plan import BUCKET_BYTES, Plan
 from spindle.planner.check import check_plan
 from spindle.planner.memory import peak_bytes
-from spindle.planner.report.explain import explain, render_explanation
+from spindle.planner.report.explain import explain
+from spindle.planner.report.explained import render_explanation
 from spindle.planner.report.render import render
 from spindle.planner.sets import fitted_to_sets
 from spindle.planner.simulate import simulate

@@ -7,7 +7,7 @@ import pytest
 
 from spindle.calibration import Calibration
 from spindle.formats import read
-from spindle.planner.report.render import three_digits
+from spindle.planner.report.figures import three_digits
 from tests.printed.conftest import Spindle
 from tests.printed.samples import METAGRAPH, MODEL, SPEC
 
@@ -45,7 +45,7 @@ def test_calibrate_then_plan(folder: Path, spindle_command: Spindle) -> None:
     text = spindle_command(*options, "--calibration", "calibrated.json").out
     assert f"step       {three_digits(told_s)} s: " in text
     assert f"fixed part by calibration {three_digits(plan['fixed_s'])} s" in text
-    assert "costs      3 calibrated" in text
+    assert "costs      of 3 MetaOps predicted, and calibrated on measured steps" in text
 
 
 def test_as_json(folder: Path, spindle_command: Spindle) -> None:

@@ -156,7 +156,7 @@ def test_a_spec_is_planned(folder: Path, spindle_command: Spindle) -> None:
     done = spindle_command("plan", "small.yaml", "--cluster", "1x2:a100-80g")
     assert done.code == 0
     assert "costs " in done.out
-    assert "s a step (predicted costs: nine of ten held-out steps lie in such a band)" in " ".join(done.out.split())
+    assert "s a step: nine of ten measured steps lay so near to predicted costs" in " ".join(done.out.split())
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ def test_in_bash(folder: Path) -> None:
         pytest.skip("needs bash")
     program = folder / "bin" / "spindle"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nfrom spindle.cli import main\n\nmain()\n")
+    code = "import sys; sys.argv[0] = 'spindle'; from spindle.cli import main; main()"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')  # its path may hold spaces
     program.chmod(0o755)
     script = (
         'eval "$(spindle completion bash)"; COMP_WORDS=(spindle plan m.py --cluster 4x8 : a100-80); COMP_CWORD=6; '

@@ -25,6 +25,8 @@ inter_node: {bandwidth_gbps: 10, latency_us: 20}
         ("2x4:h100-80g", 2, 4, "h100-80g"),
         ("2x4:H100-80G", 2, 4, "h100-80g"),
         ("1x2:cpu", 1, 2, "cpu"),
+        ("1x8:h100", 1, 8, "h100-80g"),
+        ("1x8:MI250X", 1, 8, "mi250x-128g"),
     ],
 )
 def test_short_forms(text: str, nodes: int, per_node: int, device: str) -> None:
@@ -43,7 +45,8 @@ def test_short_forms(text: str, nodes: int, per_node: int, device: str) -> None:
         ("0x8", "nodes is 0; a cluster needs at least one"),
         ("4x0", "devices_per_node is 0; a cluster needs at least one"),
         ("-1x8", "nodes is -1; a cluster needs at least one"),
-        ("4x8:a1000", "device type 'a1000' is not known; the types are a100-40g"),
+        ("4x8:a1000", r"device type 'a1000' is not known \(did you mean 'a100'\?\); the types are a100-40g"),
+        ("4x8:a100", "several sizes of memory; write a100-40g or a100-80g"),
     ],
 )
 def test_short_forms_that_are_none(text: str, words: str) -> None:

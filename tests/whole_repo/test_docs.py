@@ -167,6 +167,14 @@ def test_the_kept_picture_is_fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("name", ["api.md", "cli.md"])
+def test_reference_pages_are_those_of_the_code(name: str) -> None:
+    """`python docs/reference.py` writes them anew; they are read in the repository as they are."""
+    reference = source._import(DOCS / "reference.py")
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert page == reference.rendered(page, reference.PAGES[name]), "run python docs/reference.py"
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link to a page or heading that is not there is an error. Every command and public name is on it."""
     pytest.importorskip("mkdocs")

@@ -104,3 +104,12 @@ def test_rooms_never_import_each_other(room: str) -> None:
     done = python(f"{code}print(json.dumps(sorted(sys.modules)))")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)).isdisjoint(barred)
+
+
+def test_links_that_came_as_text_are_named(tmp_path: Path) -> None:
+    """As git checks them out with core.symlinks=false."""
+    (tmp_path / "spindle").mkdir()
+    (tmp_path / "spindle" / "__init__.py").write_bytes((ROOT / "spindle" / "__init__.py").read_bytes())
+    (tmp_path / "spindle" / "planner").write_text("../planner")
+    last = python("import sys; sys.path.insert(0, '.'); import spindle", cwd=tmp_path).stderr.splitlines()[-1]
+    assert last.startswith("ImportError: spindle/planner of this checkout is a text file where git has a link: run")

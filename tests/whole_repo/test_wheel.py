@@ -1,4 +1,4 @@
-"""Wheel: what `pip install` gives is whole, and works away from the repository."""
+"""Wheel and sdist: what `pip install` gives is whole, and works away from the repository."""
 
 import json
 import os
@@ -24,7 +24,9 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from what git tracks, links included, in a folder of its own: nothing stale, nothing left behind."""
+    """Built from an sdist, which is built from what git tracks, links included, in a folder of its own: nothing stale,
+    nothing left behind. What the wheel holds was in the sdist.
+    """
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("wheel")
@@ -37,8 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 copy.symlink_to(path.readlink())
             elif path.is_file():
                 copy.write_bytes(path.read_bytes())
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(target))
-    run(sys.executable, "-m", "pip", "wheel", "-q", *options, str(source), cwd=folder)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), str(source), cwd=folder)
     (found,) = target.glob("spindle-*.whl")
     return found
 

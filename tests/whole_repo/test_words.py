@@ -40,10 +40,9 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def pages() -> list[Path]:
-    """What users read beside messages: help texts and docs, without the diary."""
+    """What users read beside messages: docs, help texts among them, without the diary."""
     found = [p for p in tracked() if p.suffix == ".md" and p.name != "log.md" and p.is_relative_to(ROOT / "docs")]
-    helps = [p for p in tracked() if p.name.endswith(".help.txt")]
-    return [ROOT / "README.md", *found, *helps]
+    return [ROOT / "README.md", *found]
 
 
 @pytest.mark.parametrize("phrase", BANNED)
