@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from spindle.evaluation import EarlyStop, Evaluation
     from spindle.metrics import Callback, Scores
-    from spindle.runtime.controller import Launcher
+    from spindle.runtime.controller import Launcher, Prepared
+    from spindle.runtime.evaluation import PreparedEvaluation
     from spindle.runtime.finite import NotFinite
     from spindle.runtime.optimizers import OptimizerFactory
     from spindle.runtime.parity import ParityReport
@@ -103,10 +104,12 @@ def plan_source(
     aligned: bool = False,
     start: Plan | None = None,
     pins: Mapping[str, Sequence[int]] | None = None,
+    is_as_run: bool = False,
 ) -> tuple[Plan, Pricing]:
     """The plan of a loaded source, and how it wants the workload trained so that it fits.
 
-    The plan says so too, and a run of it does so.
+    The plan says so too, and a run of it does so. `is_as_run`: the constants of the cluster's device are those of
+    layers as they are run already, as in the cluster of a plan.
     """
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
     from spindle.cost.sampled import Priced
@@ -135,7 +138,7 @@ def plan_source(
     pricing = source.pricing
     if profile is not None:
         pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
-    cluster = as_run(cluster, pricing.execution)
+    cluster = cluster if is_as_run else as_run(cluster, pricing.execution)
     if calibration is not None:
         cluster = calibrated(cluster, calibration)
     plan, pricing = solve_fitting(
@@ -363,7 +366,7 @@ class TrainResult:
 
 def train(
     workload: "Workload",
-    plan: Plan | None = None,
+    plan: Plan | Callable[[str], Plan] | None = None,
     *,
     optimizer: "OptimizerFactory",
     scheduler: "SchedulerFactory | None" = None,
@@ -398,8 +401,10 @@ def train(
     them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
     optimizer to its schedule. `metric`: the number that a schedule such as ReduceLROnPlateau watches, from a step's
     losses by task.
-    `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
-    steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are returned.
+    `plan` None plans for the devices at hand; a function makes the plan for a number of devices such as "2x4" (nodes x
+    devices of each), also where an elastic run plans anew. `on_step(step, losses)` is called in this process for every
+    step, a few steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are
+    returned.
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
@@ -408,11 +413,11 @@ def train(
     in the directory if there is one (True), that after so many steps (a number), or one by its path; plan and number of
     devices may have changed. `steps` counts from the first run on.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
-    (docs/reliability.md); None: none. SIGTERM ends the run after the steps under way and a checkpoint. `not_finite`:
-    what a step does when a loss or a gradient is no finite number: "stop" raises NotFiniteError before the optimizer
-    has stepped with it, "skip" lets the optimizer rest on all devices, "ignore" goes on. `check_replicas_every`: steps
-    between two comparisons of what several ranks should hold alike (None: 100; 0: none), which also come before each
-    checkpoint; ReplicaError names what differs.
+    (docs/reliability.md), and whether the run plans anew for other devices (docs/elastic.md); None: none. SIGTERM ends
+    the run after the steps under way and a checkpoint. `not_finite`: what a step does when a loss or a gradient is no
+    finite number: "stop" raises NotFiniteError before the optimizer has stepped with it, "skip" lets the optimizer rest
+    on all devices, "ignore" goes on. `check_replicas_every`: steps between two comparisons of what several ranks should
+    hold alike (None: 100; 0: none), which also come before each checkpoint; ReplicaError names what differs.
     `evaluation`: tasks that run forward only after each `evaluate_every` steps, where the weights are; training does
     not see it. `keep_best`: "task:metric:min" or "task:metric:max"; the checkpoint with the best number stays whatever
     `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
@@ -427,6 +432,7 @@ def train(
     from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
     from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.counts import Limits
+    from spindle.runtime.elastic import Elastic
     from spindle.runtime.evaluation import prepare_beside
     from spindle.runtime.evaluations import Evaluations
     from spindle.runtime.finite import checked
@@ -471,20 +477,44 @@ def train(
         saves = kept is not None
         weights_of_run(workload, before.path if before else None, saves=saves)
         phases = Phases.begun()
-        if plan is None:
+        planner = plan if callable(plan) else None
+        if not isinstance(plan, Plan):
+            there = devices_at_hand(launcher)
             with phases("capture"):
                 capture(workload)
             with phases("plan"):
-                plan = make_plan(workload, devices_at_hand(launcher))
-        prepared = prepare(workload, plan, phases)
-        check_steps(prepared, optimizer, scheduler, metric, saves=saves or before is not None)
-        evaluated = prepare_beside(evaluation, prepared) if evaluation is not None else None
-        crew = partial(launched, prepared, optimizer=optimizer, scheduler=scheduler, metric=metric, launcher=launcher)
+                plan = planner(there.partition(":")[0]) if planner else make_plan(workload, there)
+        elastic = Elastic(failures, launcher, plan, partial(plan_again, workload, planner, optimizer))
+        attempts = Attempts(
+            failures,
+            partial(load_weights, workload, share=place),
+            before,
+            elastic if failures.elastic else None,
+            leads=place[0] == 0,
+        )
+        with phases("plan"):
+            attempts.begin()
+
+        def prepared_for(plan: Plan) -> "tuple[Prepared, PreparedEvaluation | None]":
+            prepared = prepare(workload, plan, phases)
+            check_steps(prepared, optimizer, scheduler, metric, saves=saves or before is not None)
+            return prepared, prepare_beside(evaluation, prepared) if evaluation is not None else None
+
+        prepared, evaluated = prepared_for(elastic.plan)
+        averages: dict[str, Tensor] = {}
 
         def attempt(again: Checkpoint | None) -> None:
+            nonlocal prepared, evaluated
+            if elastic.plan is not prepared.plan:
+                prepared, evaluated = prepared_for(elastic.plan)
             sources = weights_of_run(workload, again.path if again else None, saves=saves)
             made = partial(
-                crew,
+                launched,
+                prepared,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                metric=metric,
+                launcher=launcher,
                 seed=seed,
                 timeout_s=timeout_s,
                 weights=sources,
@@ -493,6 +523,7 @@ def train(
                 check_replicas_every=check_every,
                 evaluated=evaluated,
                 limits=limits,
+                lost_gpus=elastic.lost_gpus,
             )
             directory = kept.directory if kept else None
             with (
@@ -522,8 +553,6 @@ def train(
                     load_trained(workload, run)
                     averages.update({} if workload.ema is None or saves else run.ema_state())
 
-        averages: dict[str, Tensor] = {}
-        attempts = Attempts(failures, partial(load_weights, workload, share=place), before)
         with Notice(grace_s=failures.grace_s, saves=saves).heeded() as notice:
             attempts.run(attempt, found, notice)
     best = evaluations.best_of(found.scores) if evaluations else None
@@ -544,6 +573,36 @@ def train(
         path_of(kept.directory, best) if kept and best else None,
         found.stopped,
     )
+
+
+def plan_again(
+    workload: "Workload",
+    planner: Callable[[str], Plan] | None,
+    optimizer: "OptimizerFactory",
+    former: Plan,
+    shape: tuple[int, int],
+) -> Plan:
+    """A plan like a former one for another number of devices of the same kind: `shape` nodes of so many each. `planner`
+    makes it where there is one; else its links, its memory limit and what a calibration says of them are taken over,
+    and the search begins from it, in a quarter of the time. Raises InfeasibleError when nothing fits.
+    """
+    import torch
+
+    from spindle.clusterfile import parse_cluster
+    from spindle.runtime.optimizers import described, make_optimizer, stand_in
+    from spindle.source import source_of
+
+    nodes, devices_per_node = shape
+    if planner is not None:
+        return planner(f"{nodes}x{devices_per_node}")
+    parameters = {p.name: stand_in(p, torch.device("cpu")) for p in described(workload.named_parameters())}
+    made = make_optimizer(optimizer, parameters, {}).optimizer  # its class tells what its states take
+    source, known = source_of(workload, lambda _: made), former.cluster
+    kind = devices_at_hand().partition(":")[2]
+    where = known or parse_cluster(f"1x1:{kind}" if kind else "1x1")
+    where = replace(where, nodes=nodes, devices_per_node=devices_per_node)
+    plan, _ = plan_source(source, where, start=former, is_as_run=known is not None)
+    return with_fixed(plan, former.fixed_s) if former.fixed_s else plan
 
 
 def devices_at_hand(launcher: "Launcher" = "processes") -> str:

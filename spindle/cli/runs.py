@@ -205,6 +205,14 @@ def _plan_or_count(text: str) -> "Plan | int":
     help="Failures of ranks after which the run goes on from its newest checkpoint.",
 )
 @click.option(
+    "--elastic",
+    is_flag=True,
+    help="With fewer or more devices than the plan's, plan anew for those that are there, and go on.",
+)
+@click.option(
+    "--min-devices", type=click.IntRange(1), default=1, show_default=True, help="With fewer an elastic run ends."
+)
+@click.option(
     "--not-finite",
     type=click.Choice(["stop", "skip", "ignore"]),
     default="stop",
@@ -247,6 +255,8 @@ def train(
     save_async: bool,
     resume: str | None,
     max_failures: int,
+    elastic: bool,
+    min_devices: int,
     not_finite: Any,
     check_replicas_every: int,
     grace: float,
@@ -280,6 +290,8 @@ def train(
         raise click.UsageError("--resume needs --checkpoints DIR, where the checkpoints of the run lie.")
     if keep_every and not keep:
         raise click.UsageError("--keep-every needs --keep N: how many of the newest stay besides.")
+    if min_devices > 1 and not elastic:
+        raise click.UsageError("--min-devices is for a run that may change its devices; add --elastic.")
     if resume not in (None, "newest") and not resume.isdigit():
         raise click.UsageError(f"--resume {resume}: give the number of steps after which a checkpoint was written.")
     check_directory(trace_file)
@@ -316,7 +328,7 @@ def train(
             keep_checkpoints_every_s=keep_every,
             save_async=save_async,
             resume=again,
-            failures=Failures(max_failures=max_failures, grace_s=grace),
+            failures=Failures(max_failures=max_failures, grace_s=grace, elastic=elastic, min_devices=min_devices),
             not_finite=not_finite,
             check_replicas_every=check_replicas_every,
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
