@@ -21,6 +21,7 @@ from spindle.errors import CheckpointError, RunError, SpindleWarning, WorkloadEr
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
+from spindle.runtime.changes import KEY, facts_of
 from spindle.runtime.counts import Limits
 from spindle.runtime.evaluating import merged_scores
 from spindle.runtime.finite import NotFinite
@@ -207,7 +208,7 @@ class Run:
 
     def progress(self, told: Sequence[Progress], more: Mapping[str, Any] | None = None) -> Progress:
         """What a checkpoint holds beside tensors: what each rank told, and `more` that the driver keeps."""
-        progress = merged(told) | dict(more or {})
+        progress = merged(told) | dict(more or {}) | {KEY: facts_of(self.prepared.workload)}
         progress["feeds"] = {**self._feeds, **progress["feeds"]}
         return progress
 

@@ -382,6 +382,7 @@ def train(
     checkpoint_every: int = 1000,
     keep_checkpoints: int | None = None,
     resume: bool | int | Path | str = False,
+    allow_changes: bool = False,
     failures: Failures | None = None,
     not_finite: "NotFinite" = "stop",
     check_replicas_every: int | None = None,
@@ -411,7 +412,9 @@ def train(
     end; the newest `keep_checkpoints` stay, and of older ones one each `keep_checkpoints_every_s`. `save_async` writes
     them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
     in the directory if there is one (True), that after so many steps (a number), or one by its path; plan and number of
-    devices may have changed. `steps` counts from the first run on.
+    devices may have changed. `steps` counts from the first run on. What the workload has changed since (tasks, weights,
+    batch sizes, frozen parts) holds, and is told in a warning each. `allow_changes`: components that the checkpoint
+    does not have begin at their own values (docs/elastic.md); else they are refused.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
     (docs/reliability.md), and whether the run plans anew for other devices (docs/elastic.md); None: none. SIGTERM ends
     the run after the steps under way and a checkpoint. `not_finite`: what a step does when a loss or a gradient is no
@@ -429,6 +432,7 @@ def train(
     SIGTERM.
     """
     from spindle.capture import capture
+    from spindle.runtime.changes import changes
     from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
     from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.counts import Limits
@@ -464,8 +468,11 @@ def train(
     failures = left_to_torchrun(launcher, failures or Failures())
     if kept is not None and resume is False:  # unless torchrun started the ranks anew
         resume = newest_of_this_job(launcher, kept.directory) or False
-    with opened(workload, kept, resume, place) as start:
+    initial: dict[str, Tensor] | None = {} if allow_changes else None
+    with opened(workload, kept, resume, place, initial) as start:
         before, kept = start.before, start.checkpoints
+        for sentence in changes(before, workload) if before is not None and place[0] == 0 else ():
+            warnings.warn(SpindleWarning(sentence), stacklevel=2)
         if before is not None and seed not in (0, before.seed):
             warnings.warn(SpindleWarning(f"the run goes on with its seed {before.seed}, not with {seed}"), stacklevel=2)
         found, seed = (Steps(before.step), before.seed) if before else (Steps(), seed)
@@ -487,7 +494,7 @@ def train(
         elastic = Elastic(failures, launcher, plan, partial(plan_again, workload, planner, optimizer))
         attempts = Attempts(
             failures,
-            partial(load_weights, workload, share=place),
+            partial(load_weights, workload, share=place, initial=initial),
             before,
             elastic if failures.elastic else None,
             leads=place[0] == 0,

@@ -198,6 +198,11 @@ def _plan_or_count(text: str) -> "Plan | int":
     help="Go on from the newest checkpoint, if there is one, or from the one after this number of steps.",
 )
 @click.option(
+    "--allow-changes",
+    is_flag=True,
+    help="Of --resume: components that the checkpoint does not have begin at their own values.",
+)
+@click.option(
     "--max-failures",
     type=click.IntRange(0),
     default=0,
@@ -254,6 +259,7 @@ def train(
     keep_every: float | None,
     save_async: bool,
     resume: str | None,
+    allow_changes: bool,
     max_failures: int,
     elastic: bool,
     min_devices: int,
@@ -328,6 +334,7 @@ def train(
             keep_checkpoints_every_s=keep_every,
             save_async=save_async,
             resume=again,
+            allow_changes=allow_changes,
             failures=Failures(max_failures=max_failures, grace_s=grace, elastic=elastic, min_devices=min_devices),
             not_finite=not_finite,
             check_replicas_every=check_replicas_every,

@@ -34,7 +34,12 @@ def trained(
 ) -> tuple["spindle.TrainResult", dict[str, Tensor]]:
     """A run with a checkpoint every second step, and its weights."""
     workload = workload_of(fault)
-    given = {"launcher": "threads", "timeout_s": 30.0, "checkpoint_every": EVERY, "checkpoints": folder} | more
+    given: dict[str, Any] = {
+        "launcher": "threads",
+        "timeout_s": 30.0,
+        "checkpoint_every": EVERY,
+        "checkpoints": folder,
+    } | more
     result = spindle.train(workload, plan, optimizer=optimizer_of(fault), steps=steps, **given)
     return result, {name: value.detach().clone() for name, value in workload.named_parameters()}
 
