@@ -20,6 +20,7 @@ SECTIONS = {
         "metrics",
         "cluster",
         "reliability",
+        "elastic",
         "interop",
     ),
     "Examples": ("gallery/index",),

@@ -19,9 +19,8 @@ from spindle.errors import InfeasibleError, InputError, RunError, SpindleWarning
 from spindle.failures import Failures
 from spindle.plan import Plan
 from spindle.runtime.elastic import shape_of
-from tests.faults.injected import RELEASE, Fault, optimizer_of, workload_of
-
-STEPS, EVERY = 8, 2
+from tests.faults import injected
+from tests.faults.injected import RELEASE, Fault, workload_of
 
 
 def planned(count: int, fault: Fault) -> Plan:
@@ -30,18 +29,11 @@ def planned(count: int, fault: Fault) -> Plan:
 
 
 def trained(
-    fault: Fault, folder: Path, plan: "Plan | Callable[[str], Plan]", steps: int = STEPS, **more: Any
+    fault: Fault, folder: Path, plan: "Plan | Callable[[str], Plan]", steps: int = 8, **more: Any
 ) -> tuple["spindle.TrainResult", dict[str, Tensor]]:
     """A run with a checkpoint every second step, and its weights."""
-    workload = workload_of(fault)
-    given: dict[str, Any] = {
-        "launcher": "threads",
-        "timeout_s": 30.0,
-        "checkpoint_every": EVERY,
-        "checkpoints": folder,
-    } | more
-    result = spindle.train(workload, plan, optimizer=optimizer_of(fault), steps=steps, **given)
-    return result, {name: value.detach().clone() for name, value in workload.named_parameters()}
+    given: dict[str, Any] = {"launcher": "threads", "timeout_s": 30.0} | more
+    return injected.trained(fault, plan=plan, steps=steps, checkpoints=folder, **given)
 
 
 def arming(fault: Fault, times: int) -> Callable[[int, dict[str, float]], None]:
@@ -133,6 +125,22 @@ def test_a_run_that_is_resumed_takes_the_devices_that_came(tmp_path: Path) -> No
     expected, other = trained(fault, tmp_path / "other", result.plan, resume=True)
     assert result.losses == expected.losses
     assert all(torch.equal(weights[name], other[name]) for name in other)
+
+
+def test_each_stage_follows_the_devices(tmp_path: Path) -> None:
+    """Its plan is made for the cluster that is named, and made anew for the devices that are there."""
+    fault = Fault("raises", "forward", tmp_path / "faults")
+    result = spindle.train_stages(
+        workload_of(fault),
+        [spindle.Stage(until=1), spindle.Stage(until=2)],
+        cluster="1x1:cpu",
+        checkpoints=tmp_path / "c",
+        optimizer=injected.optimizer_of(fault),
+        launcher="threads",
+        failures=Failures(elastic=True, devices=lambda: "2"),
+    )
+    assert [told.partition(":")[0] for told in result.recovered] == ["planned anew for 2 devices (1x2), not 1"] * 2
+    assert result.plan.num_devices == 2
 
 
 def test_a_plan_keeps_the_memory_limit_of_the_first(tmp_path: Path) -> None:
