@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spindle.runtime.progress import Progress
+from spindle.whole_numbers import is_whole
 from spindle.workload import Task, Workload
 
 if TYPE_CHECKING:
@@ -27,14 +28,21 @@ def facts_of(workload: Workload) -> Facts:
         "stage": workload.stage,
         "tasks": {name: _facts_of_task(task) for name, task in workload.tasks.items()},
         "frozen": [name for name, parameter in workload.named_parameters() if not parameter.requires_grad],
-        "settings": {name: getattr(workload, name) for name in _SETTINGS},
+        "settings": {name: _plain(getattr(workload, name)) for name in _SETTINGS},
     }
 
 
 def _facts_of_task(task: Task) -> Facts:
-    mixture = task.mixture
-    drawn = {"with": list(mixture.tasks), "weights": list(mixture.weights), "count": mixture.count} if mixture else None
-    return {name: getattr(task, name) for name in _TASK} | {"mixture": drawn}
+    mixed = task.mixture
+    drawn = [list(mixed.tasks), list(map(float, mixed.weights)), int(mixed.count)] if mixed else None
+    return {name: _plain(getattr(task, name)) for name in _TASK} | {"mixture": drawn}
+
+
+def _plain(value: object) -> int | float | str | None:
+    """The same as a value of Python: a checkpoint that held one of NumPy could not be read."""
+    if value is None or isinstance(value, str):
+        return value
+    return int(value) if is_whole(value, 0) else float(value)  # type: ignore[call-overload,arg-type]
 
 
 def changes(checkpoint: "Checkpoint", workload: Workload) -> list[str]:
@@ -75,10 +83,10 @@ def _of_values(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
                 yield f"the mixture of {what} is another from here on"
                 continue
             more = "; its data go on after as many batches as were read" if name == "batch_size" else ""
-            yield f"{name} of {what} was {_plain(before[name])} and is {_plain(now[name])} from here on{more}"
+            yield f"{name} of {what} was {_told(before[name])} and is {_told(now[name])} from here on{more}"
 
 
-def _plain(value: object) -> str:
+def _told(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

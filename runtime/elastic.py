@@ -59,7 +59,8 @@ class Elastic:
             return self._change(self._there(), error)
         if chosen(self.launcher) == "ray":
             found = self._there()
-            return self._back() if found and _count(found) >= self.first.num_devices > self.plan.num_devices else ""
+            is_back = found is not None and _count(found) >= self.first.num_devices > self.plan.num_devices
+            return self._back() if is_back else ""
         rank = error.rank if isinstance(error, LostRankError) else None
         is_gone = stuck and rank is not None and rank == self._lost
         self._lost = None if is_gone else rank
@@ -94,7 +95,7 @@ class Elastic:
     def _change(self, found: Shape | None, error: SpindleError | None) -> str:
         """Plan for so many devices, unless that is what the plan is for."""
         count, before = _count(found) if found else 0, self.plan
-        if count == before.num_devices:
+        if found and self._is_for(before, found):
             return ""
         why = f"{str(error).splitlines()[0]}; " if error else ""
         if count < self.failures.min_devices or not found:
@@ -103,7 +104,7 @@ class Elastic:
                 "it again with resume=True (--resume) when there are more",
                 error,
             )
-        if count == self.first.num_devices:
+        if self._is_for(self.first, found):
             return self._back()
         began_s = time.perf_counter()
         try:
@@ -113,6 +114,11 @@ class Elastic:
                 f"{why}planned anew for {_named(found)}, not {before.num_devices}, and found no plan: {cause}"
             ) from cause
         return _told(before, self.plan, found, time.perf_counter() - began_s)
+
+    def _is_for(self, plan: Plan, found: Shape) -> bool:
+        """Whether a plan is for so many devices; Ray wants those of a plan's node on one of its own."""
+        fits = chosen(self.launcher) != "ray" or found[1] >= min(plan.devices_per_node, plan.num_devices)
+        return fits and _count(found) == plan.num_devices
 
     def _back(self) -> str:
         before, self.plan = self.plan, self.first
@@ -155,7 +161,12 @@ def _told(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
         if now.expected_s and before.expected_s
         else ""
     )
-    return f"planned anew for {_named(shape)}, not {before.num_devices}: {predicted}planning took {took_s:.2g} s"
+    was_measured = before.outlook is not None and "profiled" in before.outlook.source and now.outlook is None
+    more = "; with predicted times, not those of a profile, which a function in place of the plan can give"
+    return (
+        f"planned anew for {_named(shape)}, not {before.num_devices}: {predicted}planning took {took_s:.2g} s"
+        f"{more if was_measured else ''}"
+    )
 
 
 def _ended(text: str, error: SpindleError | None) -> RunError:

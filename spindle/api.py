@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
+from spindle.at_hand import Anew
+from spindle.at_hand import devices_at_hand as devices_at_hand
 from spindle.calibration import Calibration, calibrated
 from spindle.checkpoints import export as export
 from spindle.checkpoints import load_checkpoint as load_checkpoint
@@ -336,10 +338,10 @@ class TrainResult:
     that stopped the training early. `startup`: what came before the second step, in seconds by phase, in a sentence.
     `checkpoint`: the last one written, which holds the trained weights; `spindle.load_checkpoint` puts them into
     modules, `spindle.export` writes them as `save_pretrained` does. `recovered`: failures after which the run went on,
-    a sentence each. `skipped`: steps in which the optimizer rested, and what was not finite in them. `ema`: running
-    averages of the weights by name, of a workload that keeps some and a run that wrote no checkpoint with them.
-    `scores`: of each evaluation, by the steps done, earlier runs' too. `best`: the checkpoint that `keep_best` keeps.
-    `stopped`: why training stopped early, where it did and no data ended, in a sentence.
+    and plans for other devices, a sentence each. `skipped`: steps in which the optimizer rested, and what was not
+    finite in them. `ema`: running averages of the weights by name, of a workload that keeps some and a run that wrote
+    no checkpoint with them. `scores`: of each evaluation, by the steps done, earlier runs' too. `best`: the checkpoint
+    that `keep_best` keeps. `stopped`: why training stopped early, where it did and no data ended, in a sentence.
     """
 
     losses: tuple[dict[str, float], ...]
@@ -484,14 +486,14 @@ def train(
         saves = kept is not None
         weights_of_run(workload, before.path if before else None, saves=saves)
         phases = Phases.begun()
-        planner = plan if callable(plan) else None
+        anew = Anew(workload, optimizer, plan_source, plan if callable(plan) else None)
         if not isinstance(plan, Plan):
-            there = devices_at_hand(launcher)
             with phases("capture"):
                 capture(workload)
             with phases("plan"):
-                plan = planner(there.partition(":")[0]) if planner else make_plan(workload, there)
-        elastic = Elastic(failures, launcher, plan, partial(plan_again, workload, planner, optimizer))
+                there = devices_at_hand(launcher)
+                plan = anew.asked(there.partition(":")[0]) if plan else make_plan(workload, there)
+        elastic = Elastic(failures, launcher, plan, anew)
         attempts = Attempts(
             failures,
             partial(load_weights, workload, share=place, initial=initial),
@@ -580,53 +582,3 @@ def train(
         path_of(kept.directory, best) if kept and best else None,
         found.stopped,
     )
-
-
-def plan_again(
-    workload: "Workload",
-    planner: Callable[[str], Plan] | None,
-    optimizer: "OptimizerFactory",
-    former: Plan,
-    shape: tuple[int, int],
-) -> Plan:
-    """A plan like a former one for another number of devices of the same kind: `shape` nodes of so many each. `planner`
-    makes it where there is one; else its links, its memory limit and what a calibration says of them are taken over,
-    and the search begins from it, in a quarter of the time. Raises InfeasibleError when nothing fits.
-    """
-    import torch
-
-    from spindle.clusterfile import parse_cluster
-    from spindle.runtime.optimizers import described, make_optimizer, stand_in
-    from spindle.source import source_of
-
-    nodes, devices_per_node = shape
-    if planner is not None:
-        return planner(f"{nodes}x{devices_per_node}")
-    parameters = {p.name: stand_in(p, torch.device("cpu")) for p in described(workload.named_parameters())}
-    made = make_optimizer(optimizer, parameters, {}).optimizer  # its class tells what its states take
-    source, known = source_of(workload, lambda _: made), former.cluster
-    kind = devices_at_hand().partition(":")[2]
-    where = known or parse_cluster(f"1x1:{kind}" if kind else "1x1")
-    where = replace(where, nodes=nodes, devices_per_node=devices_per_node)
-    plan, _ = plan_source(source, where, start=former, is_as_run=known is not None)
-    return with_fixed(plan, former.fixed_s) if former.fixed_s else plan
-
-
-def devices_at_hand(launcher: "Launcher" = "processes") -> str:
-    """This machine as a cluster: its GPUs, or its cores. Under torchrun a device for each rank that it has started; for
-    Ray, where RAY_ADDRESS names a cluster, that one.
-    """
-    import torch
-
-    from spindle.runtime.host import usable_cores
-    from spindle.runtime.launch.torchrun import nodes_of_job, under_torchrun
-
-    gpus = torch.cuda.device_count()
-    if launcher in ("auto", "torchrun") and under_torchrun():
-        nodes, ranks = nodes_of_job()
-        return f"{nodes}x{ranks}" if ranks <= gpus else f"{nodes}x{ranks}:cpu"
-    if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS"):
-        from spindle.runtime.launch.ray_crew import devices_of_cluster
-
-        return devices_of_cluster()
-    return f"1x{gpus}" if gpus else f"1x{len(usable_cores())}:cpu"

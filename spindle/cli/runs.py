@@ -296,6 +296,8 @@ def train(
         raise click.UsageError("--resume needs --checkpoints DIR, where the checkpoints of the run lie.")
     if keep_every and not keep:
         raise click.UsageError("--keep-every needs --keep N: how many of the newest stay besides.")
+    if allow_changes and not resume:
+        raise click.UsageError("--allow-changes is of a run that goes on from a checkpoint; add --resume.")
     if min_devices > 1 and not elastic:
         raise click.UsageError("--min-devices is for a run that may change its devices; add --elastic.")
     if resume not in (None, "newest") and not resume.isdigit():

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +223,15 @@ def test_what_else_changes_is_told(tmp_path: Path) -> None:
     assert "task 'b' joins from step 4 on; its data begin where they stood when it left" in [
         str(warning.message) for warning in told
     ]
+
+
+def test_numbers_of_numpy_do_no_harm(tmp_path: Path) -> None:
+    """A checkpoint holds what Python itself can read."""
+    made = workload("a", "b")
+    made.tasks["a"] = dataclasses.replace(made.tasks["a"], weight=np.float64(0.5))
+    trained(tmp_path, 2, sgd, made=made)
+    with pytest.warns(SpindleWarning, match="weight of task 'a' was 0.5 and is 1 from here on"):
+        trained(tmp_path, 3, sgd)
 
 
 def test_between_stages_nothing_is_told(tmp_path: Path) -> None:

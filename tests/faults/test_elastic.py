@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import spindle
-from spindle.errors import InfeasibleError, InputError, RunError, SpindleWarning
+from spindle.errors import InfeasibleError, InputError, NoRoomError, PlanError, RunError, SpindleWarning
 from spindle.failures import Failures
 from spindle.plan import Plan
-from spindle.runtime.elastic import shape_of
+from spindle.runtime.elastic import Elastic, shape_of
 from tests.faults import injected
 from tests.faults.injected import RELEASE, Fault, workload_of
 
@@ -111,6 +111,8 @@ def test_a_function_plans_anew(tmp_path: Path) -> None:
     result, _ = trained(fault, tmp_path / "c", plan, 2, failures=Failures(elastic=True, devices=lambda: "3"))
     assert asked[-1] == "1x3"
     assert result.plan.num_devices == 3
+    with pytest.raises(PlanError, match=r"plan= was asked for a plan for 1x\d+ devices and gave one for 99"):
+        trained(fault, tmp_path / "c", lambda shape: replace(plan(shape), num_devices=99), 4, resume=True)
 
 
 def test_a_run_that_is_resumed_takes_the_devices_that_came(tmp_path: Path) -> None:
@@ -205,6 +207,23 @@ def test_an_answer_that_is_none(answer: str | None, words: str, tmp_path: Path) 
     failures = Failures(elastic=True, devices=lambda: answer or str(1 / 0))
     with pytest.raises(spindle.SpindleError, match=words):
         trained(fault, tmp_path / "c", planned(2, fault), failures=failures)
+
+
+def test_nodes_of_another_size(tmp_path: Path) -> None:
+    """As many devices as the plan has, and none of its nodes fits on one of Ray's: another plan for these."""
+    fault = Fault("raises", "forward", tmp_path / "faults")
+    plan, asked = planned(4, fault), list[tuple[int, int]]()
+
+    def replan(former: Plan, shape: tuple[int, int]) -> Plan:
+        asked.append(shape)
+        return replace(former, devices_per_node=shape[1])
+
+    elastic = Elastic(Failures(elastic=True), "ray", plan, replan)
+    error = NoRoomError("no room for an island of 4 ranks")
+    error.free = (2, 2)
+    assert elastic.after(error, stuck=False).startswith("planned anew for 4 devices (2x2), not 4")
+    assert asked == [(2, 2)]
+    assert elastic.after(error, stuck=False) == ""  # the same again: this is a failure
 
 
 @given(st.lists(st.integers(0, 9), max_size=6))
