@@ -8,8 +8,8 @@ The workload is that of the tests: two ranks, eight steps of some milliseconds, 
 wait two seconds for each other. Rank 1 does to itself what the row says, in the fourth step. Every run must end with
 the weights of the run without a fault, bit for bit; otherwise the command ends with an error.
 
-A rank that is gone for good is killed whenever it computes. An elastic run does without its device; its weights are
-those of a run that had one device from the checkpoint on.
+A rank that is gone for good is killed again as soon as it computes. An elastic run does without its device; its
+weights are those of a run that had one device from the checkpoint on.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def watched(fault: Fault, launcher: Launcher, folder: Path, *, elastic: bool = F
     def show(message: Any, *more: Any) -> None:
         if any(words in str(message) for words in ("going on from", "planned anew")):
             told_s.append(time.monotonic())
-            at_s.append(float((fault.folder / "at").read_text()))
+            at_s.append(float((fault.folder / "at").read_text()))  # the next fault writes its own time there
             stepped_s.clear()
 
     with warnings.catch_warnings():

@@ -15,12 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import spindle
-from spindle.errors import InfeasibleError, InputError, NoRoomError, PlanError, RunError, SpindleWarning
+from spindle.errors import InfeasibleError, InputError, LostRankError, NoRoomError, PlanError, RunError, SpindleWarning
 from spindle.failures import Failures
+from spindle.outlook import Outlook
 from spindle.plan import Plan
+from spindle.runtime.checkpoint import read
 from spindle.runtime.elastic import Elastic, shape_of
+from spindle.runtime.preemption import Notice
+from spindle.runtime.recovery import Attempts
+from spindle.runtime.training import Steps
 from tests.faults import injected
-from tests.faults.injected import RELEASE, Fault, workload_of
+from tests.faults.injected import Fault, workload_of
 
 
 def planned(count: int, fault: Fault) -> Plan:
@@ -155,8 +160,10 @@ def test_a_plan_keeps_the_memory_limit_of_the_first(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleError, match=r"planned anew for 1 device \(1x1\), not 2, and found no plan: .*GiB"):
         trained(fault, tmp_path / "c", replace(plan, cluster=small), failures=failures)
     roomy = replace(plan.cluster, device=replace(plan.cluster.device, memory_bytes=123456789.0))
-    result, _ = trained(fault, tmp_path / "c", replace(plan, cluster=roomy), 2, failures=failures)
+    measured = replace(plan, cluster=roomy, outlook=Outlook(source="profiled", low_s=0.0, high_s=1.0))
+    result, _ = trained(fault, tmp_path / "c", measured, 2, failures=failures)
     assert result.plan.cluster == replace(roomy, devices_per_node=1)
+    assert "; with predicted times, not those of a profile" in result.recovered[0]
 
 
 def test_too_few_devices_end_the_run(tmp_path: Path) -> None:
@@ -171,20 +178,15 @@ def test_too_few_devices_end_the_run(tmp_path: Path) -> None:
         trained(fault, tmp_path / "c", planned(2, fault), on_step=arming(fault, 1), failures=failures)
 
 
-def test_without_elastic_a_rank_that_is_lost_again_ends_the_run(tmp_path: Path) -> None:
+def test_without_elastic_a_rank_that_is_lost_again_ends_the_run() -> None:
     """As ever; the error says what would go on."""
-    RELEASE.clear()
-    fault = Fault("hangs", "forward", tmp_path / "faults", call=1)
+
+    def attempt(start: object) -> None:
+        raise LostRankError.at(1, "rank 1 died")
+
+    attempts = Attempts(Failures(max_failures=1, backoff_s=0.0), read)
     with pytest.raises(RunError, match=r"rank 1 was lost again: elastic=True \(--elastic\) would go on without"):
-        trained(
-            fault,
-            tmp_path / "c",
-            planned(2, fault),
-            on_step=arming(fault, 2),
-            failures=Failures(max_failures=1, backoff_s=0.0),
-            timeout_s=0.5,
-        )
-    RELEASE.set()
+        attempts.run(attempt, Steps(), Notice(grace_s=1.0, saves=False))
 
 
 @pytest.mark.parametrize(
@@ -209,21 +211,39 @@ def test_an_answer_that_is_none(answer: str | None, words: str, tmp_path: Path) 
         trained(fault, tmp_path / "c", planned(2, fault), failures=failures)
 
 
+def resized(former: Plan, shape: tuple[int, int]) -> Plan:
+    """Stands for a plan of another number of devices where no run follows."""
+    return replace(former, num_devices=shape[0] * shape[1], devices_per_node=shape[1])
+
+
 def test_nodes_of_another_size(tmp_path: Path) -> None:
     """As many devices as the plan has, and none of its nodes fits on one of Ray's: another plan for these."""
-    fault = Fault("raises", "forward", tmp_path / "faults")
-    plan, asked = planned(4, fault), list[tuple[int, int]]()
-
-    def replan(former: Plan, shape: tuple[int, int]) -> Plan:
-        asked.append(shape)
-        return replace(former, devices_per_node=shape[1])
-
-    elastic = Elastic(Failures(elastic=True), "ray", plan, replan)
+    plan = planned(4, Fault("raises", "forward", tmp_path / "faults"))
+    elastic = Elastic(Failures(elastic=True), "ray", plan, resized)
     error = NoRoomError("no room for an island of 4 ranks")
     error.free = (2, 2)
     assert elastic.after(error, stuck=False).startswith("planned anew for 4 devices (2x2), not 4")
-    assert asked == [(2, 2)]
+    assert elastic.plan.devices_per_node == 2
     assert elastic.after(error, stuck=False) == ""  # the same again: this is a failure
+
+
+def test_gpus_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begins with those that are there, and leaves out those whose ranks were lost twice, whatever ranks the
+    others have by then.
+    """
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    plan = planned(4, Fault("raises", "forward", tmp_path / "faults"))
+    elastic = Elastic(Failures(elastic=True), "processes", plan, resized)
+    assert elastic.begin().startswith("planned anew for 3 devices (1x3), not 4")
+    for lost, gone, left in ((1, {1}, 2), (1, {1, 2}, 1)):
+        error = LostRankError.at(lost, f"rank {lost} died")
+        assert elastic.after(error, stuck=False) == ""
+        assert elastic.after(error, stuck=True).startswith(f"planned anew for {left} device")
+        assert elastic.lost_gpus == gone
+    error = LostRankError.at(0, "rank 0 died")
+    elastic.after(error, stuck=False)
+    with pytest.raises(RunError, match="rank 0 died; 0 devices are there, and min_devices is 1: the run ends"):
+        elastic.after(error, stuck=True)
 
 
 @given(st.lists(st.integers(0, 9), max_size=6))
