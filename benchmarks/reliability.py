@@ -7,6 +7,9 @@
 The workload is that of the tests: two ranks, eight steps of some milliseconds, a checkpoint every second step, ranks
 wait two seconds for each other. Rank 1 does to itself what the row says, in the fourth step. Every run must end with
 the weights of the run without a fault, bit for bit; otherwise the command ends with an error.
+
+A rank that is gone for good is killed again as soon as it computes. An elastic run does without its device; its
+weights are those of a run that had one device from the checkpoint on.
 """
 
 import argparse
@@ -19,13 +22,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 
+from spindle.api import TrainResult
 from spindle.failures import Failures
 from tests.faults.injected import KINDS, PHASES, Fault, trained, undisturbed
 
@@ -34,6 +38,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: python -m benchmarks.reliability --write -->", "<!-- end of the table -->"
 TIMEOUT_S = 2.0
 Launcher = Literal["processes", "ray", "torchrun"]
+GONE = "gone for good"
 
 CASES: dict[Launcher, list[tuple[str, str]]] = {
     "processes": [
@@ -44,6 +49,7 @@ CASES: dict[Launcher, list[tuple[str, str]]] = {
         ("out of memory", "optimizer"),
         ("hangs", "reduction"),
         ("exits", "checkpoint"),
+        (GONE, "forward"),
     ],
     "ray": [
         ("killed", "start"),
@@ -120,23 +126,35 @@ def steps_lost(fault: Fault, text: str) -> int:
     return max(0, done - int(start[1])) if start else 0
 
 
-def row_of(launcher: Launcher, kind: str, phase: str, folder: Path) -> Row:
-    """Train with a fault, and look at what became of it."""
-    fault = Fault(kind, phase, folder / "faults")
-    expected = undisturbed(fault)
-    memory = names_in_memory()
-    fault.armed()
-    if launcher == "torchrun":
-        return by_torchrun(fault, folder, expected, memory)
+@dataclass(slots=True)
+class Watched:
+    """A run with a fault: when it happened first, when sentences about it were told, and when steps were done after the
+    last of these.
+    """
+
+    result: TrainResult
+    weights: dict[str, torch.Tensor]
+    at_s: float
+    told_s: list[float]
+    stepped_s: list[float]
+
+
+def watched(fault: Fault, launcher: Launcher, folder: Path, *, elastic: bool = False) -> Watched:
+    """Train with a fault that is armed; an elastic run arms one that happens twice, from the fourth step on."""
+    at_s: list[float] = []
     told_s: list[float] = []
     stepped_s: list[float] = []
 
     def on_step(step: int, losses: dict[str, float]) -> None:
         stepped_s.append(time.monotonic())
+        if elastic and step == 3 and not fault.folder.exists():
+            fault.armed(2)
 
     def show(message: Any, *more: Any) -> None:
-        if "going on from" in str(message):
+        if any(words in str(message) for words in ("going on from", "planned anew")):
             told_s.append(time.monotonic())
+            at_s.append(float((fault.folder / "at").read_text()))  # the next fault writes its own time there
+            stepped_s.clear()
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -146,15 +164,47 @@ def row_of(launcher: Launcher, kind: str, phase: str, folder: Path) -> Row:
             launcher=launcher,
             timeout_s=TIMEOUT_S,
             checkpoints=folder / "c",
-            failures=Failures(max_failures=3, backoff_s=0.0),
+            failures=Failures(max_failures=3, backoff_s=0.0, elastic=elastic),
             on_step=on_step,
         )
-    check_equal(weights, expected, fault)
-    at_s = float((fault.folder / "at").read_text())
-    text = result.recovered[0]
-    again_s = next(moment for moment in stepped_s if moment > told_s[0]) - at_s
+    return Watched(result, weights, at_s[0], told_s, stepped_s)
+
+
+def row_of(launcher: Launcher, kind: str, phase: str, folder: Path) -> Row:
+    """Train with a fault, and look at what became of it."""
+    if kind == GONE:
+        return row_of_gone(launcher, phase, folder)
+    fault = Fault(kind, phase, folder / "faults")
+    expected = undisturbed(fault)
+    memory = names_in_memory()
+    fault.armed()
+    if launcher == "torchrun":
+        return by_torchrun(fault, folder, expected, memory)
+    run = watched(fault, launcher, folder)
+    check_equal(run.weights, expected, fault)
+    text = run.result.recovered[0]
+    found_s, again_s = run.told_s[0] - run.at_s, run.stepped_s[0] - run.at_s
     lost = steps_lost(fault, text)
-    return Row(launcher, kind, phase, told_s[0] - at_s, again_s, lost, named(text), left_behind(folder, memory))
+    return Row(launcher, kind, phase, found_s, again_s, lost, named(text), left_behind(folder, memory))
+
+
+def row_of_gone(launcher: Launcher, phase: str, folder: Path) -> Row:
+    """Lose a rank at each start, and look at the run that plans anew for the device that is left."""
+    fault = Fault("killed", phase, folder / "faults", call=1)
+    memory = names_in_memory()
+    run = watched(fault, launcher, folder, elastic=True)
+    text, *_, anew = run.result.recovered
+    at = int(text.rpartition("went on from step ")[2])
+    calm = replace(fault, folder=folder / "none")
+    given: dict[str, Any] = {"launcher": "threads", "timeout_s": 30.0, "checkpoints": folder / "calm"}
+    trained(calm, steps=at, **given)
+    _, expected = trained(calm, plan=run.result.plan, resume=True, **given)
+    check_equal(run.weights, expected, fault)
+    found_s, again_s = run.told_s[-1] - run.at_s, run.stepped_s[0] - run.at_s
+    in_step = re.search(r"in step (\d+)", text)
+    lost = int(in_step[1]) - at if in_step else 0
+    said = f"{named(text)}; {anew.partition(':')[0]}"
+    return Row(launcher, GONE, phase, found_s, again_s, lost, said, left_behind(folder, memory))
 
 
 SCRIPT = """

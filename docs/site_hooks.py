@@ -18,6 +18,7 @@ SECTIONS = {
         "metrics",
         "cluster",
         "reliability",
+        "elastic",
         "interop",
     ),
     "Examples": ("gallery/index",),

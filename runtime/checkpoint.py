@@ -327,22 +327,51 @@ def fill(path: Path, places: Mapping[str, Tensor]) -> None:
             place.copy_(held[name])
 
 
-def put_weights(workload: Workload, checkpoint: Checkpoint, *, ema: bool = False) -> None:
+def put_weights(
+    workload: Workload, checkpoint: Checkpoint, *, ema: bool = False, initial: dict[str, Tensor] | None = None
+) -> None:
     """Put the parameters and buffers of a checkpoint into the user's modules; ranks read those that are on the meta
-    device themselves. `ema`: the running average of them, where it has one.
+    device themselves. `ema`: the running average of them, where it has one. `initial`: let components that the
+    checkpoint does not have begin at their own values, which it keeps for a second call; None refuses them.
     """
-    every = (*workload.named_parameters(), *workload.named_buffers())
-    _check_names(workload, checkpoint.path, {name for name, _ in every})
+    every: dict[str, Tensor] = dict((*workload.named_parameters(), *workload.named_buffers()))
+    _check_names(workload, checkpoint.path, set(every))
+    new = new_components(workload, checkpoint.path)
+    if new and initial is None:
+        name = next(name for name in every if name.partition(".")[0] == new[0])
+        raise CheckpointError(
+            f"{checkpoint.path} has no {name!r}, nor anything else of component {new[0]!r}; where that is new, a "
+            "training goes on with allow_changes=True (--allow-changes), else make the model as it was"
+        )
     held = averages_in(checkpoint) if ema else ()
-    places = {AVERAGE + name if name in held else name: tensor for name, tensor in every if not tensor.is_meta}
-    fill(checkpoint.path, places)
+    real = {name: tensor for name, tensor in every.items() if not tensor.is_meta}
+    added = {name: tensor for name, tensor in real.items() if name.partition(".")[0] in new}
+    fill(checkpoint.path, {AVERAGE + n if n in held else n: tensor for n, tensor in real.items() if n not in added})
+    with torch.no_grad():
+        for name, tensor in added.items():
+            assert initial is not None
+            tensor.copy_(initial.setdefault(name, tensor.detach().clone()))
     sources_of(workload, checkpoint.path)
 
 
-def load_weights(workload: Workload, path: Path, share: Share = (0, 1), *, ema: bool = False) -> Checkpoint:
+def new_components(workload: Workload, path: Path) -> list[str]:
+    """Components of a workload with parameters or buffers of which a checkpoint has none."""
+    held = {name.partition(".")[0] for name in sources_in(path) if ":" not in name}
+    own = {name.partition(".")[0] for name, _ in (*workload.named_parameters(), *workload.named_buffers())}
+    return [name for name in workload.components if name in own - held]
+
+
+def load_weights(
+    workload: Workload,
+    path: Path,
+    share: Share = (0, 1),
+    *,
+    ema: bool = False,
+    initial: dict[str, Tensor] | None = None,
+) -> Checkpoint:
     """Read a checkpoint, and put its weights where `put_weights` does."""
     checkpoint = read(path, share)
-    put_weights(workload, checkpoint, ema=ema)
+    put_weights(workload, checkpoint, ema=ema, initial=initial)
     return checkpoint
 
 

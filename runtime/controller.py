@@ -22,6 +22,7 @@ from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.nearest import did_you_mean
 from spindle.plan import Plan
+from spindle.runtime.changes import KEY, facts_of
 from spindle.runtime.counts import Limits
 from spindle.runtime.evaluating import merged_scores
 from spindle.runtime.finite import NotFinite
@@ -208,7 +209,7 @@ class Run:
 
     def progress(self, told: Sequence[Progress], more: Mapping[str, Any] | None = None) -> Progress:
         """What a checkpoint holds beside tensors: what each rank told, and `more` that the driver keeps."""
-        progress = merged(told) | dict(more or {})
+        progress = merged(told) | dict(more or {}) | {KEY: facts_of(self.prepared.workload)}
         progress["feeds"] = {**self._feeds, **progress["feeds"]}
         return progress
 
@@ -279,12 +280,13 @@ def launched(
     check_replicas_every: int = 0,
     evaluated: "PreparedEvaluation | None" = None,
     limits: Limits | None = None,
+    lost_gpus: frozenset[int] = frozenset(),
 ) -> Iterator[Run]:
     """Start a crew for a prepared workload, and end it whatever happens. `saves`: it will write or read checkpoints.
     `weights`: where the parameters lie that are on the meta device. `checked`: `check_steps` was called already.
     `on_broken`: what a step does with losses and gradients that are not finite. `flight`: of the ranks' records.
     `check_replicas_every`: steps between two comparisons of what ranks hold alike; 0 makes none. `evaluated`: what it
-    evaluates; `limits`: on what it trains with.
+    evaluates; `limits`: on what it trains with. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
 
     Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process, and
     CheckpointError for one of which a checkpoint would not hold all.
@@ -320,7 +322,7 @@ def launched(
             narrow[0],
         )
     with prepared.phases("ranks"):
-        crew = _make_crew(chosen(launcher), prepared, jobs, timeout_s)
+        crew = _make_crew(chosen(launcher), prepared, jobs, timeout_s, lost_gpus)
     try:
         prepared.phases.slowest(crew.call("started"))
         yield Run(prepared, crew)
@@ -397,7 +399,9 @@ def chosen(launcher: str) -> str:
     return "ray" if find_spec("ray") else "processes"
 
 
-def _make_crew(launcher: str, prepared: Prepared, jobs: Sequence[Job], timeout_s: float) -> Crew:
+def _make_crew(
+    launcher: str, prepared: Prepared, jobs: Sequence[Job], timeout_s: float, lost_gpus: frozenset[int]
+) -> Crew:
     if launcher == "ray":
         from spindle.runtime.launch.ray_crew import RayCrew
 
@@ -405,7 +409,7 @@ def _make_crew(launcher: str, prepared: Prepared, jobs: Sequence[Job], timeout_s
     if launcher == "processes":
         from spindle.runtime.launch.processes import ProcessCrew
 
-        return ProcessCrew(jobs, timeout_s=timeout_s)
+        return ProcessCrew(jobs, timeout_s=timeout_s, lost_gpus=lost_gpus)
     if launcher == "torchrun":
         return TorchrunCrew(prepared.program, jobs, timeout_s=timeout_s)
     return ThreadCrew(jobs, timeout_s=timeout_s)

@@ -17,6 +17,7 @@ from spindle.errors import (
     CheckpointError,
     LostPeerError,
     LostRankError,
+    NoRoomError,
     PreemptedError,
     RunError,
     SpindleError,
@@ -26,6 +27,7 @@ from spindle.errors import (
 from spindle.failures import Failures
 from spindle.runtime.checkpoint import checkpoints_in
 from spindle.runtime.controller import chosen
+from spindle.runtime.elastic import Elastic
 from spindle.runtime.startup import age_of_process
 
 if TYPE_CHECKING:
@@ -40,16 +42,20 @@ _RECOVERABLE = (RunError, WorkloadError)  # of ranks; what is wrong before they 
 @dataclass
 class Attempts:
     """The attempts of a run so far. `read` makes of a checkpoint's path what a run resumes from, its weights in the
-    user's modules.
+    user's modules. `elastic`: the plan of a run that may change it between two attempts. Of several drivers the one
+    that `leads` warns.
     """
 
     failures: Failures
     read: Callable[[Path], "Checkpoint"]
     before: "Checkpoint | None" = None  # where the run begins
+    elastic: Elastic | None = None
+    leads: bool = True
     failed: list[SpindleError] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     _loaded: bool = False
     _saved: int = 0  # checkpoints that were written when it failed last
+    _stuck: bool = False  # whether no checkpoint was written between the last two failures
 
     def run(self, attempt: "Callable[[Checkpoint | None], None]", steps: "Steps", notice: "Notice") -> None:
         """Attempt until one gets through. Raises the first failure after the last try; at once one of the user's own
@@ -63,6 +69,8 @@ class Attempts:
             except _RECOVERABLE as error:
                 if notice.came.is_set() and notice.alone:  # else torchrun ends all ranks, since one has failed
                     raise _interrupted(error, steps) from error
+                if isinstance(error, NoRoomError) and self._adapt(error):
+                    continue  # no failure of a rank; the modules hold what they held
                 self._note(error, steps)
             except PreemptedError as error:
                 if notice.came.is_set() or len(self.failed) >= self.failures.max_failures:
@@ -70,13 +78,31 @@ class Attempts:
                 self._note(error, steps)  # a rank alone was told to end
             start = self._restart(steps)
             self._tell(start, notice)
+            self._adapt(self.failed[-1])
+
+    def begin(self) -> None:
+        """Before the first attempt: have an elastic run plan for the devices that are there."""
+        self._say(self.elastic.begin() if self.elastic else "")
+
+    def _adapt(self, error: SpindleError) -> bool:
+        """Have an elastic run plan for the devices that a failure has left; whether that changed its plan."""
+        changed = self._say(self.elastic.after(error, stuck=self._stuck) if self.elastic else "")
+        self._saved = -1 if changed else self._saved  # what fails under another plan fails for the first time
+        return changed
+
+    def _say(self, told: str) -> bool:
+        if told:
+            self.told.append(told)
+            if self.leads:
+                warnings.warn(told, SpindleWarning, stacklevel=3)
+        return bool(told)
 
     def _note(self, error: SpindleError, steps: "Steps") -> None:
         """Take a failure in; raises the first one when there is no other try."""
         self.failed.append(error)
-        again = len(self.failed) > 1 and _is_own(error) and str(error) == str(self.failed[-2])
-        repeats = again and len(steps.written) == self._saved
+        self._stuck = len(self.failed) > 1 and len(steps.written) == self._saved
         self._saved = len(steps.written)
+        repeats = self._stuck and _is_own(error) and str(error) == str(self.failed[-2])
         if repeats or len(self.failed) > self.failures.max_failures:
             raise self._first(repeats=repeats)
 
@@ -90,6 +116,8 @@ class Attempts:
         told = type(first).__new__(type(first))
         told.__dict__.update(first.__dict__)
         more = "" if str(last) == str(first) else f"; the last one: {str(last).splitlines()[0]}"
+        if self.elastic is None and self._stuck and len({_lost(error) for error in self.failed[-2:]} - {None}) == 1:
+            more += f"; rank {_lost(last)} was lost again: elastic=True (--elastic) would go on without its device"
         told.args = (f"{first}\n({why}; the run was started again {count - 1} times{more})",)
         return told
 
@@ -131,6 +159,11 @@ class Attempts:
 def _is_own(error: SpindleError) -> bool:
     """Whether the user's code raised it, rather than the machine."""
     return not isinstance(error, LostRankError | LostPeerError | PreemptedError)
+
+
+def _lost(error: SpindleError) -> int | None:
+    """The rank that was lost, where it is known."""
+    return error.rank if isinstance(error, LostRankError) else None
 
 
 def _interrupted(error: SpindleError, steps: "Steps") -> PreemptedError:

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from torch import Tensor
 
 from spindle.errors import CheckpointError, SpindleWarning
 from spindle.runtime.checkpoint import (
@@ -52,10 +53,15 @@ class Start:
 
 @contextlib.contextmanager
 def opened(
-    workload: Workload, checkpoints: Checkpoints | None, resume: Resume, share: Share = (0, 1)
+    workload: Workload,
+    checkpoints: Checkpoints | None,
+    resume: Resume,
+    share: Share = (0, 1),
+    initial: dict[str, Tensor] | None = None,
 ) -> Iterator[Start]:
     """Hold the folder of a run while it is at work. The weights of the checkpoint to go on from are in the user's
     modules then. `share`: which of how many processes that drive the run this is; the first holds the folder.
+    `initial`: see `put_weights`.
 
     Raises CheckpointError for a folder that cannot be written, that another run works in, or, without `resume`, that
     holds checkpoints; and for a checkpoint that is damaged, missing or of another model.
@@ -64,7 +70,7 @@ def opened(
     with _held(checkpoints.directory) if checkpoints and leads else contextlib.nullcontext():
         before = _to_resume(checkpoints, resume, share)
         if before is not None:
-            put_weights(workload, before)
+            put_weights(workload, before, initial=initial)
         if checkpoints is not None:
             goes_on = before is not None and before.path.parent.resolve() == checkpoints.directory.resolve()
             if before is not None and leads:

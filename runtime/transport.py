@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -106,10 +106,10 @@ class Transport(Protocol):
         """Leave; peers that still wait for this rank fail soon."""
 
 
-def own_gpu(place: tuple[int, int], num_gpus: int) -> torch.device | None:
-    """The GPU that a rank has to itself, of `num_gpus` that it sees; None where they are too few for one each."""
+def own_gpu(place: tuple[int, int], gpus: Sequence[int]) -> torch.device | None:
+    """The GPU that a rank has to itself, of those with these numbers; None where they are too few for one each."""
     number, num_ranks = place
-    return torch.device("cuda", number) if num_ranks <= num_gpus else None
+    return torch.device("cuda", gpus[number]) if num_ranks <= len(gpus) else None
 
 
 class ProcessTransport:
@@ -125,6 +125,7 @@ class ProcessTransport:
         device: torch.device | None = None,
         place: tuple[int, int] | None = None,
         sees_own_gpu: bool = False,
+        lost_gpus: Collection[int] = (),
         pulse: Pulse | None = None,
     ) -> None:
         """Join the process group through `store` (None: from the environment, as torchrun sets it up).
@@ -132,6 +133,7 @@ class ProcessTransport:
         `device`: where to compute, when ranks are to share one; None takes a GPU each where there are enough, or the
         CPU. `place`: this rank's number among those of this machine, and how many these are; None: all are here, where
         the store is on loopback. `sees_own_gpu`: of the machine's GPUs this rank sees one, which no other does.
+        `lost_gpus`: numbers of GPUs that no rank takes.
         """
         self.rank, self.num_ranks = rank, num_ranks
         self.pulse = pulse or Pulse()
@@ -139,7 +141,7 @@ class ProcessTransport:
         backend = "gloo"
         if device is None and torch.cuda.is_available():
             among = (0, 1) if sees_own_gpu else place or (rank, num_ranks)
-            device = own_gpu(among, torch.cuda.device_count())
+            device = own_gpu(among, [n for n in range(torch.cuda.device_count()) if n not in lost_gpus])
             backend = "nccl" if device is not None else backend
         self.device = device or torch.device("cpu")
         if self.device.type == "cuda":

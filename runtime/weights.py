@@ -38,10 +38,13 @@ def sources_of(workload: Workload, checkpoint: Path | None = None) -> dict[str, 
     another model.
     """
     empty = {name: value for name, value in workload.named_parameters() if value.is_meta}
-    if checkpoint is not None and empty:
-        return _in_checkpoint(checkpoint, empty)
-    names = {id(value): name for name, value in empty.items()}
     found: dict[str, Source] = {}
+    if checkpoint is not None and empty:
+        held = {name.partition(".")[0] for name in sources_in(checkpoint)}
+        known = {name: value for name, value in empty.items() if name.partition(".")[0] in held}
+        found = _in_checkpoint(checkpoint, known)
+        empty = {name: value for name, value in empty.items() if name not in known}  # of components that are new
+    names = {id(value): name for name, value in empty.items()}
     for component in workload.components.values():
         own = [name for name in empty if name.partition(".")[0] == component.name]
         if component.weights is None:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
+from spindle.at_hand import Anew
+from spindle.at_hand import devices_at_hand as devices_at_hand
 from spindle.calibration import Calibration
 from spindle.checkpoints import export as export
 from spindle.checkpoints import load_checkpoint as load_checkpoint
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
     from spindle.evaluation import EarlyStop, Evaluation
     from spindle.metrics import Callback, Scores
-    from spindle.runtime.controller import Launcher
+    from spindle.runtime.controller import Launcher, Prepared
+    from spindle.runtime.evaluation import PreparedEvaluation
     from spindle.runtime.finite import NotFinite
     from spindle.runtime.optimizers import OptimizerFactory
     from spindle.runtime.parity import ParityReport
@@ -103,10 +106,12 @@ def plan_source(
     aligned: bool = False,
     start: Plan | None = None,
     pins: Mapping[str, Sequence[int]] | None = None,
+    is_as_run: bool = False,
 ) -> tuple[Plan, Pricing]:
     """The plan of a loaded source, and how it wants the workload trained so that it fits.
 
-    The plan says so too, and a run of it does so.
+    The plan says so too, and a run of it does so. `is_as_run`: the constants of the cluster's device are those of
+    layers as they are run already, as in the cluster of a plan.
     """
     from spindle.cost.sampled import Priced
     from spindle.planner.choose import solve_fitting
@@ -126,7 +131,7 @@ def plan_source(
         plan = solve_in_turns(priced.metagraph, where, turns, steps=priced.steps, share=share, **common)
         return laid_out(plan, priced.metagraph)
 
-    cluster, pricing = costs_on(source, cluster, profile, calibration)
+    cluster, pricing = costs_on(source, cluster, profile, calibration, is_as_run=is_as_run)
     plan, pricing = solve_fitting(
         source.metagraph,
         cluster,
@@ -323,10 +328,10 @@ class TrainResult:
     that stopped the training early. `startup`: what came before the second step, in seconds by phase, in a sentence.
     `checkpoint`: the last one written, which holds the trained weights; `spindle.load_checkpoint` puts them into
     modules, `spindle.export` writes them as `save_pretrained` does. `recovered`: failures after which the run went on,
-    a sentence each. `skipped`: steps in which the optimizer rested, and what was not finite in them. `ema`: running
-    averages of the weights by name, of a workload that keeps some and a run that wrote no checkpoint with them.
-    `scores`: of each evaluation, by the steps done, earlier runs' too. `best`: the checkpoint that `keep_best` keeps.
-    `stopped`: why training stopped early, where it did and no data ended, in a sentence.
+    and plans for other devices, a sentence each. `skipped`: steps in which the optimizer rested, and what was not
+    finite in them. `ema`: running averages of the weights by name, of a workload that keeps some and a run that wrote
+    no checkpoint with them. `scores`: of each evaluation, by the steps done, earlier runs' too. `best`: the checkpoint
+    that `keep_best` keeps. `stopped`: why training stopped early, where it did and no data ended, in a sentence.
     """
 
     losses: tuple[dict[str, float], ...]
@@ -353,7 +358,7 @@ class TrainResult:
 
 def train(
     workload: "Workload",
-    plan: Plan | None = None,
+    plan: Plan | Callable[[str], Plan] | None = None,
     *,
     optimizer: "OptimizerFactory",
     scheduler: "SchedulerFactory | None" = None,
@@ -369,6 +374,7 @@ def train(
     checkpoint_every: int = 1000,
     keep_checkpoints: int | None = None,
     resume: bool | int | Path | str = False,
+    allow_changes: bool = False,
     failures: Failures | None = None,
     not_finite: "NotFinite" = "stop",
     check_replicas_every: int | None = None,
@@ -388,21 +394,25 @@ def train(
     them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
     optimizer to its schedule. `metric`: the number that a schedule such as ReduceLROnPlateau watches, from a step's
     losses by task.
-    `plan` None plans for the devices at hand. `on_step(step, losses)` is called in this process for every step, a few
-    steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are returned.
+    `plan` None plans for the devices at hand; a function makes the plan for a number of devices such as "2x4" (nodes x
+    devices of each), also where an elastic run plans anew. `on_step(step, losses)` is called in this process for every
+    step, a few steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are
+    returned.
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
     `checkpoints`: a directory, which all machines share, for a checkpoint every `checkpoint_every` steps and at the
     end; the newest `keep_checkpoints` stay, and of older ones one each `keep_checkpoints_every_s`. `save_async` writes
     them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
     in the directory if there is one (True), the one of a step (its number), or one by its path; plan and number of
-    devices may have changed. `steps` counts from the first run on.
+    devices may have changed. `steps` counts from the first run on. What the workload has changed since (tasks, weights,
+    batch sizes, frozen parts) holds, and is told in a warning each. `allow_changes`: components that the checkpoint
+    does not have begin at their own values (docs/elastic.md); else they are refused.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
-    (docs/reliability.md); None: none. SIGTERM ends the run after the steps under way and a checkpoint. `not_finite`:
-    what a step does when a loss or a gradient is no finite number: "stop" raises NotFiniteError before the optimizer
-    has stepped with it, "skip" lets the optimizer rest on all devices, "ignore" goes on. `check_replicas_every`: steps
-    between two comparisons of what several ranks should hold alike (None: 100; 0: none), which also come before each
-    checkpoint; ReplicaError names what differs.
+    (docs/reliability.md), and whether the run plans anew for other devices (docs/elastic.md); None: none. SIGTERM ends
+    the run after the steps under way and a checkpoint. `not_finite`: what a step does when a loss or a gradient is no
+    finite number: "stop" raises NotFiniteError before the optimizer has stepped with it, "skip" lets the optimizer rest
+    on all devices, "ignore" goes on. `check_replicas_every`: steps between two comparisons of what several ranks should
+    hold alike (None: 100; 0: none), which also come before each checkpoint; ReplicaError names what differs.
     `evaluation`: tasks that run forward only after each `evaluate_every` steps, where the weights are; training does
     not see it. `keep_best`: "task:metric:min" or "task:metric:max"; the checkpoint with the best number stays whatever
     `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
@@ -415,9 +425,11 @@ def train(
     """
     from spindle.capture import capture
     from spindle.metrics import check_callbacks
+    from spindle.runtime.changes import changes
     from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
     from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.counts import Limits
+    from spindle.runtime.elastic import Elastic
     from spindle.runtime.evaluation import prepare_beside
     from spindle.runtime.evaluations import Evaluations
     from spindle.runtime.finite import checked
@@ -450,8 +462,11 @@ def train(
     failures = left_to_torchrun(launcher, failures or Failures())
     if kept is not None and resume is False:  # unless torchrun started the ranks anew
         resume = newest_of_this_job(launcher, kept.directory) or False
-    with opened(workload, kept, resume, place) as start:
+    initial: dict[str, Tensor] | None = {} if allow_changes else None
+    with opened(workload, kept, resume, place, initial) as start:
         before, kept = start.before, start.checkpoints
+        for sentence in changes(before, workload) if before is not None and place[0] == 0 else ():
+            warnings.warn(SpindleWarning(sentence), stacklevel=2)
         if before is not None and seed not in (0, before.seed):
             warnings.warn(SpindleWarning(f"the run goes on with its seed {before.seed}, not with {seed}"), stacklevel=2)
         found, seed = (Steps(before.step), before.seed) if before else (Steps(), seed)
@@ -463,20 +478,44 @@ def train(
         saves = kept is not None
         weights_of_run(workload, before.path if before else None, saves=saves)
         phases = Phases.begun()
-        if plan is None:
+        anew = Anew(workload, optimizer, plan_source, plan if callable(plan) else None)
+        if not isinstance(plan, Plan):
             with phases("capture"):
                 capture(workload)
             with phases("plan"):
-                plan = make_plan(workload, devices_at_hand(launcher))
-        prepared = prepare(workload, plan, phases)
-        check_steps(prepared, optimizer, scheduler, metric, saves=saves or before is not None)
-        evaluated = prepare_beside(evaluation, prepared) if evaluation is not None else None
-        crew = partial(launched, prepared, optimizer=optimizer, scheduler=scheduler, metric=metric, launcher=launcher)
+                there = devices_at_hand(launcher)
+                plan = anew.asked(there.partition(":")[0]) if plan else make_plan(workload, there)
+        elastic = Elastic(failures, launcher, plan, anew)
+        attempts = Attempts(
+            failures,
+            partial(load_weights, workload, share=place, initial=initial),
+            before,
+            elastic if failures.elastic else None,
+            leads=place[0] == 0,
+        )
+        with phases("plan"):
+            attempts.begin()
+
+        def prepared_for(plan: Plan) -> "tuple[Prepared, PreparedEvaluation | None]":
+            prepared = prepare(workload, plan, phases)
+            check_steps(prepared, optimizer, scheduler, metric, saves=saves or before is not None)
+            return prepared, prepare_beside(evaluation, prepared) if evaluation is not None else None
+
+        prepared, evaluated = prepared_for(elastic.plan)
+        averages: dict[str, Tensor] = {}
 
         def attempt(again: Checkpoint | None) -> None:
+            nonlocal prepared, evaluated
+            if elastic.plan is not prepared.plan:
+                prepared, evaluated = prepared_for(elastic.plan)
             sources = weights_of_run(workload, again.path if again else None, saves=saves)
             made = partial(
-                crew,
+                launched,
+                prepared,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                metric=metric,
+                launcher=launcher,
                 seed=seed,
                 timeout_s=timeout_s,
                 weights=sources,
@@ -485,6 +524,7 @@ def train(
                 check_replicas_every=check_every,
                 evaluated=evaluated,
                 limits=limits,
+                lost_gpus=elastic.lost_gpus,
             )
             directory = kept.directory if kept else None
             with (
@@ -514,8 +554,6 @@ def train(
                     load_trained(workload, run)
                     averages.update({} if workload.ema is None or saves else run.ema_state())
 
-        averages: dict[str, Tensor] = {}
-        attempts = Attempts(failures, partial(load_weights, workload, share=place), before)
         with Notice(grace_s=failures.grace_s, saves=saves).heeded() as notice:
             attempts.run(attempt, found, notice)
     best = evaluations.best_of(found.scores) if evaluations else None
@@ -536,23 +574,3 @@ def train(
         path_of(kept.directory, best) if kept and best else None,
         found.stopped,
     )
-
-
-def devices_at_hand(launcher: "Launcher" = "processes") -> str:
-    """This machine as a cluster: its GPUs, or its cores. Under torchrun a device for each rank that it has started; for
-    Ray, where RAY_ADDRESS names a cluster, that one.
-    """
-    import torch
-
-    from spindle.runtime.host import usable_cores
-    from spindle.runtime.launch.torchrun import nodes_of_job, under_torchrun
-
-    gpus = torch.cuda.device_count()
-    if launcher in ("auto", "torchrun") and under_torchrun():
-        nodes, ranks = nodes_of_job()
-        return f"{nodes}x{ranks}" if ranks <= gpus else f"{nodes}x{ranks}:cpu"
-    if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS"):
-        from spindle.runtime.launch.ray_crew import devices_of_cluster
-
-        return devices_of_cluster()
-    return f"1x{gpus}" if gpus else f"1x{len(usable_cores())}:cpu"

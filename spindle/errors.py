@@ -142,6 +142,12 @@ class LostRankError(RunError):
         return told
 
 
+class NoRoomError(LostRankError):
+    """A cluster had no room for the devices of a plan. `free`: devices that each of its nodes has free."""
+
+    free: tuple[int, ...] = ()
+
+
 class LostPeerError(RunError):
     """A rank waited for another in vain; what happened to the other is the cause."""
 

@@ -117,10 +117,17 @@ def spec_source(spec: "WorkloadSpec") -> Source:
 
 
 def costs_on(
-    source: Source, cluster: "Cluster", profile: "Profile | None" = None, calibration: "Calibration | None" = None
+    source: Source,
+    cluster: "Cluster",
+    profile: "Profile | None" = None,
+    calibration: "Calibration | None" = None,
+    *,
+    is_as_run: bool = False,
 ) -> "tuple[Cluster, Pricing]":
     """The cluster with links as the profile measured them and factors as the calibration fitted them, and how the
-    workload is trained. Raises ProfileError where the profile is of another device.
+    workload is trained. `is_as_run`: the cluster's device has the constants of layers as they are run already.
+
+    Raises ProfileError where the profile is of another device.
     """
     from spindle.calibration import calibrated
     from spindle.cost.measured import check_device, measured_links, warn_of_gaps
@@ -133,7 +140,7 @@ def costs_on(
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
         pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
-    cluster = as_run(cluster, pricing.execution)
+    cluster = cluster if is_as_run else as_run(cluster, pricing.execution)
     return cluster if calibration is None else calibrated(cluster, calibration), pricing
 
 

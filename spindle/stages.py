@@ -33,6 +33,7 @@ class Stage:
     def of(self, workload: "Workload") -> "Workload":
         """The workload as this stage trains it. Raises WorkloadError for tasks or weights that do not fit it."""
         found = workload.only(workload.tasks if self.weights is None else self.weights)
+        found.stage = self.until
         if self.mixture is not None:
             found.tasks = {name: replace(task, mixture=None) for name, task in found.tasks.items()}
         for name, weight in (self.weights or {}).items():

@@ -236,6 +236,7 @@ class Workload:
         self.components: dict[str, Component] = {}
         self.tasks: dict[str, Task] = {}
         self.filled: set[str] = set()  # components whose buffers have been read from their files
+        self.stage: int | None = None  # of a training in stages: the step at which its stage ends
         self.captured: tuple[object, object] | None = None  # kept by `spindle.capture.capture`
 
     def only(self, tasks: Iterable[str]) -> "Workload":

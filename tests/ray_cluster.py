@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, on loopback, in a process of its own that ends when its input does.
 
 Tells `READY DASHBOARD ADDRESS`, then takes orders, a line each: `kill NODE` kills the node of that id, without a word
-to it, and puts a new one in its place. Answers each with `DONE`.
+to it, and puts a new one in its place; `lose NODE` puts none there, and `add` adds one. Answers each with `DONE`.
 """
 
 import os
@@ -38,9 +38,11 @@ def serve() -> None:
             add_node(cluster, num_cpus)
         print("READY", f"http://{cluster.webui_url}", cluster.address, flush=True)
         for order in sys.stdin:
-            (victim,) = (node for node in cluster.worker_nodes if node.node_id == order.split()[1])
-            cluster.remove_node(victim, allow_graceful=False)
-            add_node(cluster, CPUS[-1])
+            what, *names = order.split()
+            for victim in [node for node in cluster.worker_nodes if node.node_id in names]:
+                cluster.remove_node(victim, allow_graceful=False)
+            if what != "lose":
+                add_node(cluster, CPUS[-1])
             print("DONE", flush=True)
     finally:
         cluster.shutdown()

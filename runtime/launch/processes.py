@@ -56,9 +56,16 @@ class ProcessCrew:
     leads = alone = True
 
     def __init__(
-        self, jobs: Sequence[Any], *, timeout_s: float = 60.0, worker: Callable[[Any, Transport], Any] = Worker
+        self,
+        jobs: Sequence[Any],
+        *,
+        timeout_s: float = 60.0,
+        worker: Callable[[Any, Transport], Any] = Worker,
+        lost_gpus: frozenset[int] = frozenset(),
     ) -> None:
-        """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls."""
+        """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls.
+        `lost_gpus`: numbers of this machine's GPUs that no rank takes.
+        """
         self._store = serve_store(HOST)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(jobs)])
@@ -75,7 +82,7 @@ class ProcessCrew:
                     ours, theirs = context.Pipe()
                     place = rank, len(jobs), self._store.port
                     payload = packed_job(worker, job, left)
-                    arguments = (theirs, payload, place, timeout_s, _start_method(), memory)
+                    arguments = (theirs, payload, place, timeout_s, _start_method(), memory, lost_gpus)
                     child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
                     with _main_hidden():
                         child.start()
@@ -193,7 +200,13 @@ def _start_method() -> str:
 
 
 def _child(
-    pipe: Connection, payload: bytes, place: tuple[int, int, int], timeout_s: float, start_method: str, memory: Any
+    pipe: Connection,
+    payload: bytes,
+    place: tuple[int, int, int],
+    timeout_s: float,
+    start_method: str,
+    memory: Any,
+    lost_gpus: frozenset[int],
 ) -> None:
     """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it, and is
     told of SIGTERM, which schedulers send to all processes too.
@@ -212,7 +225,7 @@ def _child(
         phases = Phases()
         with phases("join"):
             store = join_store(HOST, port, timeout_s)
-            transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s, pulse=pulse)
+            transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s, lost_gpus=lost_gpus, pulse=pulse)
         with phases("import and load"):
             make, job = cloudpickle.loads(payload)
         worker = made_worker(make, job, transport, phases)

@@ -22,10 +22,11 @@ import cloudpickle
 import ray
 from ray._private import ray_constants as constants
 from ray._private import services
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spindle.errors import LostRankError, RunError, SpindleError
+from spindle.errors import LostRankError, NoRoomError, RunError, SpindleError
 from spindle.runtime.launch.crew import called, is_lost_peer, looks_s, made_worker, packed_job, too_late
 from spindle.runtime.launch.shipping import carrying
 from spindle.runtime.pulse import Heart, Lookout, Pulse, StoreSigns
@@ -125,7 +126,7 @@ class RayCrew:
         """Join the cluster, or start a Ray, unless this process did; then start an actor for each job, in islands, and
         have `worker` make of each job what serves calls. `apart`: no two islands on one Ray node.
 
-        Raises RunError when the cluster has no room for an island within `timeout_s`.
+        Raises NoRoomError when the cluster has no room for an island within `timeout_s`.
         """
         self._owns_ray = not ray.is_initialized()
         joined = not self._owns_ray or join_cluster()
@@ -353,6 +354,20 @@ def _counts(resource: str) -> list[int]:
     return sorted(count for count in counts if count)
 
 
+def free_devices() -> list[int]:
+    """Devices that each node of the cluster that this process runs in has free, without nodes that have none; none
+    where it runs in none.
+    """
+    return _free(_devices_of_nodes()[0]) if ray.is_initialized() or join_cluster() else []
+
+
+def _free(resource: str) -> list[int]:
+    """What of it is free on each node that is alive."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    found = available_resources_per_node()
+    return sorted(count for node in alive & found.keys() if (count := int(found[node].get(resource, 0))))
+
+
 def _gpus_of_rank(num_ranks: int, *, joined: bool) -> int:
     """A GPU each where there are enough. In a cluster with too few, waiting for room says so; here the CPU will do."""
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -363,16 +378,20 @@ def _room(num_ranks: int, num_gpus: int) -> dict[str, float]:
     return {"CPU": float(num_ranks)} | ({"GPU": float(num_ranks)} if num_gpus else {})
 
 
-def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> LostRankError:
+def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> NoRoomError:
     """What to say when islands do not fit: what is wanted, what nodes have, what of it is free."""
     resource = "GPU" if num_gpus else "CPU"
-    counts, free = _counts(resource), int(ray.available_resources().get(resource, 0))
+    counts, free = _counts(resource), _free(resource)
     islands = f"{len(sizes)} islands of {sizes[0]} ranks" if len(sizes) > 1 else f"an island of {sizes[0]} ranks"
-    return LostRankError(
+    error = NoRoomError(
         f"the Ray cluster had no room for {islands} within {timeout_s:g} s: an island needs a {resource} for each of "
-        f"its ranks on one node; its nodes have {', '.join(map(str, counts)) or 'none'}, of which {free} are free\n"
-        f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, or add nodes"
+        f"its ranks on one node; its nodes have {', '.join(map(str, counts)) or 'none'}, of which {sum(free)} are "
+        "free\n"
+        f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, add nodes, or "
+        "let the run plan anew for what is free: Failures(elastic=True), --elastic"
     )
+    error.free = tuple(free)
+    return error
 
 
 def _stay_on_loopback() -> None:

@@ -162,7 +162,8 @@ class TorchrunCrew(_Member):
             if num_ranks != len(jobs):
                 raise RunError(
                     f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
-                    f"use --nproc-per-node and --nnodes that make {len(jobs)}, or plan for {num_ranks}"
+                    f"use --nproc-per-node and --nnodes that make {len(jobs)}, plan for {num_ranks}, or let the "
+                    "run plan anew for the processes that are there: Failures(elastic=True), --elastic"
                 )
         except Exception:
             self._transport.close()

@@ -198,11 +198,24 @@ def _plan_or_count(text: str) -> "Plan | int":
     help="Go on from the newest checkpoint, if there is one, or from the one after this number of steps.",
 )
 @click.option(
+    "--allow-changes",
+    is_flag=True,
+    help="Of --resume: components that the checkpoint does not have begin at their own values.",
+)
+@click.option(
     "--max-failures",
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Failures of ranks after which the run goes on from its newest checkpoint.",
+)
+@click.option(
+    "--elastic",
+    is_flag=True,
+    help="With fewer or more devices than the plan's, plan anew for those that are there, and go on.",
+)
+@click.option(
+    "--min-devices", type=click.IntRange(1), default=1, show_default=True, help="With fewer an elastic run ends."
 )
 @click.option(
     "--not-finite",
@@ -246,7 +259,10 @@ def train(
     keep_every: float | None,
     save_async: bool,
     resume: str | None,
+    allow_changes: bool,
     max_failures: int,
+    elastic: bool,
+    min_devices: int,
     not_finite: Any,
     check_replicas_every: int,
     grace: float,
@@ -280,6 +296,10 @@ def train(
         raise click.UsageError("--resume needs --checkpoints DIR, where the checkpoints of the run lie.")
     if keep_every and not keep:
         raise click.UsageError("--keep-every needs --keep N: how many of the newest stay besides.")
+    if allow_changes and not resume:
+        raise click.UsageError("--allow-changes is of a run that goes on from a checkpoint; add --resume.")
+    if min_devices > 1 and not elastic:
+        raise click.UsageError("--min-devices is for a run that may change its devices; add --elastic.")
     if resume not in (None, "newest") and not resume.isdigit():
         raise click.UsageError(f"--resume {resume}: give the number of steps after which a checkpoint was written.")
     check_directory(trace_file)
@@ -316,7 +336,8 @@ def train(
             keep_checkpoints_every_s=keep_every,
             save_async=save_async,
             resume=again,
-            failures=Failures(max_failures=max_failures, grace_s=grace),
+            allow_changes=allow_changes,
+            failures=Failures(max_failures=max_failures, grace_s=grace, elastic=elastic, min_devices=min_devices),
             not_finite=not_finite,
             check_replicas_every=check_replicas_every,
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),

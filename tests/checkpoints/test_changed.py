@@ -1,10 +1,13 @@
 """What a user changes between a run and its resume holds, or is refused; nothing of it is ignored without a word."""
 
+import dataclasses
 import functools
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import spindle
 from spindle.errors import CheckpointError, SpindleWarning
+from spindle.runtime.checkpoint import load_weights
 from tests.random_plans import random_plan
 
 BATCHES = [{"x": torch.arange(12.0).reshape(4, 3).sin() * n} for n in (1, 2, 3)]
@@ -148,6 +152,98 @@ def test_components_that_are_gone_are_told(tmp_path: Path) -> None:
         trained(tmp_path, 4, sgd, made=workload("a", "z"))
     with pytest.raises(CheckpointError, match=r"has 'a.1.bias', which the model has no longer"):
         trained(tmp_path, 4, sgd, made=workload("a", "b", layers=1))
+
+
+def by_hand(made: spindle.Workload, steps: int, since: int) -> dict[str, Tensor]:
+    """A loop of one process in which task c joins, and a weighs half, after `since` steps."""
+    optimizer = adam([parameter for _, parameter in made.named_parameters()])
+    for step in range(steps):
+        optimizer.zero_grad()
+        for name, task in made.tasks.items():
+            if name != "c" or step >= since:
+                batch = dict(BATCHES[(step - since * (name == "c")) % 3])
+                torch.autograd.backward(task.function(batch) * (0.5 if name == "a" and step >= since else 1.0))
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in made.named_parameters()}
+
+
+def test_a_task_joins_with_a_component_of_its_own(tmp_path: Path) -> None:
+    """Where that is asked for: it begins at its own values, and the states of the others stay. All ends as in a loop
+    that has the task from that step on, and each change is told.
+    """
+    trained(tmp_path, 2, adam)
+    with pytest.raises(CheckpointError, match=r"has no 'c.0.weight', nor .* 'c'; .* allow_changes=True"):
+        trained(tmp_path, 5, adam, made=workload("a", "b", "c"))
+    made = workload("a", "b", "c")
+    made.tasks["a"] = dataclasses.replace(made.tasks["a"], weight=0.5)
+    with pytest.warns(SpindleWarning) as told:
+        found = trained(tmp_path, 5, adam, made=made, allow_changes=True)
+    assert sorted(str(warning.message) for warning in told) == [
+        "component 'c' is new: it begins at its own values from step 3 on, without states of the optimizer",
+        "task 'c' joins from step 3 on; its data begin at their start",
+        "weight of task 'a' was 1 and is 0.5 from here on",
+    ]
+    for name, value in by_hand(workload("a", "b", "c"), 5, 2).items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(tmp_path, 6, adam, made=made)
+
+
+def test_a_new_component_begins_at_its_own_values_each_time(tmp_path: Path) -> None:
+    """Also where a run that was resumed with it fails, and begins again from the checkpoint that does not have it."""
+    trained(tmp_path, 2, sgd)
+    made, initial = workload("a", "b", "c"), dict[str, Tensor]()
+    path = tmp_path / "step-00000002"
+    load_weights(made, path, initial=initial)
+    own = {name: value.detach().clone() for name, value in made.named_parameters()}
+    for _, value in made.named_parameters():
+        value.data.zero_()
+    load_weights(made, path, initial=initial)
+    assert all(torch.equal(value, own[name]) for name, value in made.named_parameters())
+
+
+def test_what_else_changes_is_told(tmp_path: Path) -> None:
+    trained(tmp_path, 2, sgd, made=workload("a", "b"))
+    made = workload("a", "b").only(["a"])
+    made.accumulate = 2
+    made.components["a"].module[0].requires_grad_(False)  # type: ignore[index]
+    made.tasks["a"] = dataclasses.replace(made.tasks["a"], every=2)
+    with pytest.warns(SpindleWarning) as told:
+        trained(tmp_path, 3, sgd, made=made)
+    assert sorted(str(warning.message) for warning in told) == [
+        "2 parameters of component 'a' are frozen from here on; states of the optimizer are kept",
+        "accumulate of the workload was 1 and is 2 from here on",
+        "every of task 'a' was 1 and is 2 from here on",
+        "task 'b' has left; where its data stand is kept, for when it joins again",
+    ]
+    with pytest.warns(SpindleWarning) as told:
+        trained(tmp_path, 4, sgd, made=workload("a", "b"))
+    assert "component 'a' are trained from here on" in " ".join(str(warning.message) for warning in told)
+    assert "task 'b' joins from step 4 on; its data begin where they stood when it left" in [
+        str(warning.message) for warning in told
+    ]
+
+
+def test_numbers_of_numpy_do_no_harm(tmp_path: Path) -> None:
+    """A checkpoint holds what Python itself can read."""
+    made = workload("a", "b")
+    made.tasks["a"] = dataclasses.replace(made.tasks["a"], weight=np.float64(0.5))
+    trained(tmp_path, 2, sgd, made=made)
+    with pytest.warns(SpindleWarning, match="weight of task 'a' was 0.5 and is 1 from here on"):
+        trained(tmp_path, 3, sgd)
+
+
+def test_between_stages_nothing_is_told(tmp_path: Path) -> None:
+    """What a stage says is no change; what is changed of a stage is one."""
+    stages = [spindle.Stage(until=1), spindle.Stage(until=3, weights={"b": 1.0})]
+    given: dict[str, Any] = {"optimizer": sgd, "launcher": "threads", "checkpoints": tmp_path, "cluster": "1x1:cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spindle.train_stages(workload(), stages, steps=2, **given)
+    stages[1] = spindle.Stage(until=3, weights={"b": 2.0})
+    with pytest.warns(SpindleWarning, match="weight of task 'b' was 1 and is 2 from here on"):
+        spindle.train_stages(workload(), stages, resume=True, **given)
 
 
 def test_another_seed_is_told(tmp_path: Path) -> None:

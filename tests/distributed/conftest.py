@@ -47,9 +47,19 @@ class RayCluster:
 
     def kill(self, node: str) -> None:
         """Kill the node of this id as a power cut would; another takes its place."""
+        self._order("kill", node)
+
+    @contextlib.contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """Kill it for as long as this is open."""
+        self._order("lose", node)
+        yield
+        self._order("add")
+
+    def _order(self, *words: str) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print("kill", node, file=self.process.stdin, flush=True)
+        print(*words, file=self.process.stdin, flush=True)
         assert self.process.stdout.readline().split()[:1] == ["DONE"]
 
 

@@ -67,6 +67,15 @@ def told(process: "subprocess.Popen[str]") -> dict[str, str]:
     return {key: rest for key, _, rest in (line.partition(" ") for line in out.splitlines())}
 
 
+def alone(steps: int) -> str:
+    """Losses of the two towers on a single rank, as drivers print them."""
+    workload = two_towers(torch.float64)
+    prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 1))
+    with launched(prepared, optimizer=torch.optim.SGD, launcher="threads") as run:
+        losses, _ = run.steps(steps)
+    return " ".join(f"{loss:.9f}" for step in losses for loss in step.values())
+
+
 def test_islands_are_the_nodes_of_the_plan() -> None:
     """The last one may have fewer devices; without nodes all is one."""
     assert islands_of(8, 4) == [4, 4]
@@ -80,11 +89,7 @@ def test_ranks_of_an_island_are_on_one_node_in_order(ray_cluster: RayCluster) ->
     found = told(driver(ray_cluster.address, 4, 2, 2, 60))
     first, second, third, fourth = found["PLACES"].split()
     assert first == second != third == fourth
-    workload = two_towers(torch.float64)
-    prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 1))
-    with launched(prepared, optimizer=torch.optim.SGD, launcher="threads") as run:
-        losses, _ = run.steps(2)
-    assert found["LOSSES"] == " ".join(f"{loss:.9f}" for step in losses for loss in step.values())
+    assert found["LOSSES"] == alone(2)
 
 
 def test_an_island_that_no_node_has_room_for(ray_cluster: RayCluster) -> None:
@@ -153,9 +158,11 @@ def on_step(step, losses):
 
 workload = two_towers(torch.float64)
 plan = replace(widest_plan(spindle.make_metagraph(workload), 4), devices_per_node=2)
+elastic = len(sys.argv) > 2
 result = spindle.train(
     workload, plan, optimizer=torch.optim.SGD, steps=6, launcher="ray", on_step=on_step, checkpoints=sys.argv[1],
-    checkpoint_every=2, failures=spindle.Failures(max_failures=3, backoff_s=1.0),
+    checkpoint_every=2, failures=spindle.Failures(max_failures=3, backoff_s=1.0, elastic=elastic),
+    timeout_s=8.0 if elastic else 60.0,
 )
 print("LOSSES", *(f"{loss:.9f}" for step in result.losses for loss in step.values()))
 print("RECOVERED", *result.recovered)
@@ -177,11 +184,25 @@ def test_a_run_goes_on_after_a_lost_node(ray_cluster: RayCluster, tmp_path: Path
     found = told(process)
     assert f"on node 127.0.0.1 ({nodes[1][:8]}) died" in found["RECOVERED"]
     assert "went on from step 2" in found["RECOVERED"]
-    workload = two_towers(torch.float64)
-    prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 1))
-    with launched(prepared, optimizer=torch.optim.SGD, launcher="threads") as run:
-        losses, _ = run.steps(6)
-    assert found["LOSSES"] == " ".join(f"{loss:.9f}" for step in losses for loss in step.values())
+    assert found["LOSSES"] == alone(6)
+
+
+def test_an_elastic_run_goes_on_without_a_lost_node(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """It waits for another one as long as `timeout_s`, and plans anew for the devices of the node that is left."""
+    command = [sys.executable, "-c", RECOVERING, str(tmp_path / "c"), "elastic"]
+    environment, pipe = inside(ray_cluster.address), subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    nodes = process.stdout.readline().split()[1:]
+    assert len(nodes) == 2, "the driver did not start to train"
+    with ray_cluster.without(nodes[1]):
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        found = told(process)
+    assert "planned anew for 2 devices (1x2), not 4" in found["RECOVERED"]
+    assert "went on from step 2" in found["RECOVERED"]
+    assert found["LOSSES"] == alone(6)
 
 
 def test_an_address_where_no_cluster_is() -> None:

@@ -190,8 +190,8 @@ def plan_of(workload: Workload, *, split: bool) -> Plan:
 def trained(fault: Fault, **options: Any) -> tuple["spindle.api.TrainResult", dict[str, Tensor]]:
     """A run of eight steps with the fault, a checkpoint every second one: what it gives, and its weights."""
     workload = workload_of(fault)
-    plan = plan_of(workload, split=fault.phase == "transfer")
     given = {"steps": 8, "checkpoint_every": 2, "timeout_s": 3.0} | options
+    plan = given.pop("plan", None) or plan_of(workload, split=fault.phase == "transfer")
     result = spindle.train(workload, plan, optimizer=optimizer_of(fault), **given)
     return result, {name: value.detach().clone() for name, value in workload.named_parameters()}
 

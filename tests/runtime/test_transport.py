@@ -162,7 +162,12 @@ def test_a_gpu_for_each_rank_regression(place: tuple[int, int], num_gpus: int, g
     """One each where there are enough for those that see them: eight of sixteen ranks on each of two machines, or one
     rank in a Ray actor that sees one GPU; else all compute on the CPU.
     """
-    assert own_gpu(place, num_gpus) == (None if gpu is None else torch.device("cuda", gpu))
+    assert own_gpu(place, range(num_gpus)) == (None if gpu is None else torch.device("cuda", gpu))
+
+
+def test_a_gpu_that_was_lost_is_left_out() -> None:
+    """The ranks that are left take the others, in order."""
+    assert [own_gpu((number, 3), [0, 2, 3]) for number in range(3)] == [torch.device("cuda", n) for n in (0, 2, 3)]
 
 
 def test_torchrun_tells_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
