@@ -37,7 +37,6 @@ def imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
         sys.modules.pop(name, None)
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # of the Trainer, without a GPU
 def test_both_scripts_train_alike(imported: Callable[[str], Any], tmp_path: Path) -> None:
     """In float64: the summed loss of each step, all weights, and adapters that load and merge as ever."""
     from peft import PeftModel

@@ -44,6 +44,7 @@ def train(model: PeftModel, processor: transformers.LlavaProcessor, folder: str)
         report_to="none",
         remove_unused_columns=False,  # the collator reads the pictures
         use_cpu=True,
+        dataloader_pin_memory=False,
     )
     trainer = CaptionAndMatch(model, arguments, data_collator=Collator(processor), train_dataset=pictures())
     trainer.train()
