@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from spindle.cli.terminal import WIDTH
+from spindle.cli.terminal import WIDTH, is_silent
 
 PATIENCE_S = 2.0  # what takes longer shows a bar
 
@@ -22,7 +22,7 @@ class progress:  # noqa: N801 - used like a function
         self.told_s = time.monotonic()
 
     def __enter__(self) -> Callable[..., None]:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -35,7 +35,7 @@ class progress:  # noqa: N801 - used like a function
         """So much is done; `text` stands behind the bar."""
         if self.bar is not None:
             self.bar.update(0, completed=done, total=total, description=text[: WIDTH // 2])
-        elif time.monotonic() - self.told_s > 10.0:
+        elif time.monotonic() - self.told_s > 10.0 and not is_silent():
             self.told_s = time.monotonic()
             click.echo(f"{self.title} {done}/{total}  {text}".rstrip()[:WIDTH], err=True)
 
@@ -65,7 +65,7 @@ class busy:  # noqa: N801 - used like a function
         self.began_s = time.monotonic()
 
     def __enter__(self) -> Callable[..., None]:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent():
             # Here, not when the bar is shown: importing rich draws random numbers, which a trace would take for the
             # model's; and what redirects stderr for a while would hold ours if another thread put it there meanwhile.
             from rich.file_proxy import FileProxy

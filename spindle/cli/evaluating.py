@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spindle.cli.terminal import folded
+from spindle.cli.terminal import folded, is_silent
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -128,6 +128,8 @@ def telling() -> "Callback":
 
     class Telling(Callback):
         def on_evaluate(self, metrics: "EvaluationMetrics") -> None:
+            if is_silent():
+                return
             best = "  (best so far)" if metrics.is_best else ""
             click.echo(folded(f"evaluated after step {metrics.step}: {scores_text(metrics.scores)}{best}"), err=True)
 

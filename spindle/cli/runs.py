@@ -135,6 +135,7 @@ def verify(
     from dataclasses import asdict
 
     from spindle import api
+    from spindle.runtime.controller import place_among_drivers
     from spindle.source import load_workload
 
     with busy("verifying"):
@@ -152,7 +153,9 @@ def verify(
             atol=atol,
             launcher=launcher,
         )
-    if as_json:
+    if place_among_drivers(launcher)[0]:
+        pass  # rank 0 of a torchrun job reports
+    elif as_json:
         values = {"ok": report.ok, "max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
         losses = {"losses": report.losses, "reference_losses": report.reference_losses}
         click.echo(json_text(values | losses | {"rows": [asdict(row) for row in report.rows]}))
@@ -289,6 +292,7 @@ def train(
     from spindle.failures import Failures
     from spindle.formats import write
     from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.runtime.controller import place_among_drivers
     from spindle.runtime.run_folder import rate_before
     from spindle.source import load_workload
 
@@ -344,6 +348,8 @@ def train(
             callbacks=callbacks,
             **evaluation,
         )
+    if place_among_drivers(launcher)[0]:
+        return  # rank 0 of a torchrun job reports, for all have the same result
     warn_of_losses(result)
     if trace_file:
         write(result.trace, trace_file)

@@ -65,6 +65,12 @@ def painted(text: str, color: str | None) -> str:
     return text if color is None or os.environ.get("NO_COLOR") else click.style(text, fg=color)
 
 
+def is_silent() -> bool:
+    """Whether this is a rank of a torchrun job other than 0, which does the talking."""
+    job = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in job) and os.environ["RANK"] != "0"
+
+
 def say(text: str) -> None:
     """On stderr; folded on a terminal, while logs keep a line a message, which is what one searches them for."""
     seen = sys.stderr.isatty()
@@ -75,6 +81,8 @@ def warn(text: str) -> None:
     """A line on stderr of what the user may want to change."""
     from spindle.harmless import harmless  # which help does not need
 
+    if is_silent():
+        return
     say(f"{painted('spindle: warning:', 'yellow')} {harmless(text)}")
 
 

@@ -57,7 +57,7 @@ def test_what_no_schedule_can_save_is_told_apart() -> None:
     inputs = (metaop(name, 1, {1: 1.0}) for name in ("a.in", "b.in"))
     outputs = (metaop(name, 4, {1: 2.0, 2: 1.0, 4: 0.5}) for name in ("a.out", "b.out"))
     metagraph = graph(*inputs, *outputs, flows="a.in>a.out b.in>b.out")
-    found = explain(solve(metagraph, cluster(), time_limit_s=10.0))
+    found = explain(solve(metagraph, cluster()))
     assert found.over_time
     assert found.priced_bound_s == pytest.approx(4.5)
     rest_ms = 1e3 * (found.lower_bound_s - 4.5)

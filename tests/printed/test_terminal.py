@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from spindle.cli.bars import busy, progress
-from spindle.cli.terminal import WIDTH, folded, show_warning
+from spindle.cli.terminal import WIDTH, folded, show_warning, warn
 from spindle.errors import SpindleWarning
 from tests.printed.conftest import Outcome, Spindle
 
@@ -253,3 +253,14 @@ def test_lines_of_progress_fit(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("training 3/12  a task")
     assert len(line) == WIDTH
+
+
+def test_rank_0_of_a_torchrun_job_does_the_talking(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        warn(f"of rank {rank}")
+    assert capsys.readouterr().err == "spindle: warning: of rank 0\n"

@@ -179,7 +179,7 @@ def test_the_summary_says_what_matters() -> None:
         f"predicted {predicted.step_s() * 1e3:.4g} ms (+",
         "median of 3",
         "above the best possible: bound",
-        "than the best baseline",
+        "steps than with the best baseline",
         "of device time in the measured step; predicted",
         "GiB of 80 GiB on device",
         "devices split by task",
