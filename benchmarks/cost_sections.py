@@ -12,8 +12,8 @@ from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.links import collective_s
-from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.price import price
+from spindle.cost.segments import fit_segments, held_out_error
 from spindle.execution import Parallel
 from spindle.spec.graph import build_graph
 
@@ -43,7 +43,7 @@ def both(name: str, found: Errors, mean: float | None, largest: float | None, fi
 
 
 def collectives() -> Section:
-    """All-reduce by the shipped protocols, all-to-all by fitted pieces, sub-groups with in-network reduction."""
+    """All-reduce by the shipped protocols, all-to-all by fitted segments, sub-groups with in-network reduction."""
     h200, a100 = parse_cluster("1x8:h200-141g"), parse_cluster("4x8:a100-80g")
     sweep = read_table("nccl_allreduce_h200_stas00")
     one_node = [(_all_reduce(h200, row, (8,)), _seconds(row)) for row in sweep if row["ranks"] == "8"]
@@ -53,7 +53,7 @@ def collectives() -> Section:
     reduces = [
         (collective_s("all_reduce", _bytes(row), a100, (int(row["ranks"]),)), _milliseconds(row)) for row in reduce_rows
     ]
-    exchange, held, pieces = _all_to_all(nvlink)
+    exchange, held, segments = _all_to_all(nvlink)
     groups = [
         (busbw, float(row["busbw_gbps"]))
         for row in read_table("nccl_nvls_ranks_h200_b200")
@@ -62,13 +62,13 @@ def collectives() -> Section:
     figures = (
         *both("H200 sweep, all-reduce", errors(one_node), 0.05, 0.15, "4 constants, all rows given"),
         *both("NVLink, all-reduce of 2, 4, 8", errors(reduces), 0.05, 0.15, "6 constants for all three, all rows"),
-        *both("NVLink, all-to-all of 2, 4, 8", exchange, 0.05, 0.15, f"{pieces} pieces, all rows"),
+        *both("NVLink, all-to-all of 2, 4, 8", exchange, 0.05, 0.15, f"{segments} segments, all rows"),
         *both("4 nodes x 8, all-reduce", errors(four_nodes), None, None, "6 constants, all rows given"),
         *both("H200 and B200, groups of 4 to 8", errors(groups), None, None, "only the groups of 8 and rings"),
     )
     lines = (
         "all-reduce: the fastest of the device type's protocols, alpha + hops + bytes / rate each (devices.yaml)",
-        f"all-to-all: fewest alpha-beta pieces within 8 %; held-out points of every curve: mean {held.mean:.1%}, "
+        f"all-to-all: fewest alpha-beta segments within 8 %; held-out points of every curve: mean {held.mean:.1%}, "
         f"largest {held.largest:.1%}",
     )
     return Section("Collectives", lines, figures)
@@ -91,16 +91,16 @@ def _all_reduce(cluster: Cluster, row: Row, per_node: tuple[int, ...]) -> float:
 
 
 def _all_to_all(rows: list[Row]) -> tuple[Errors, Errors, int]:
-    """Errors of pieces fitted on all points, errors of held-out points, and the number of pieces."""
+    """Errors of segments fitted on all points, errors of held-out points, and the number of segments."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row["op"] == "all2all":
             curves[row["ranks"]].append((_bytes(row), _milliseconds(row)))
-    fitted = {ranks: fit_pieces(points) for ranks, points in curves.items()}
+    fitted = {ranks: fit_segments(points) for ranks, points in curves.items()}
     inside = errors((fitted[ranks].time_s(size), time) for ranks, points in curves.items() for size, time in points)
     held = [held_out_error(points) for points in curves.values()]
     outside = Errors(sum(mean for mean, _ in held) / len(held), max(largest for _, largest in held), 5 * len(held))
-    return inside, outside, sum(len(found.pieces) for found in fitted.values())
+    return inside, outside, sum(len(found.segments) for found in fitted.values())
 
 
 def _bus_bandwidth(row: Row) -> float:
@@ -114,13 +114,13 @@ def _bus_bandwidth(row: Row) -> float:
 
 
 def llama_layers() -> Section:
-    """One LLaMA layer by micro-batch: pieces through three of the points, and the roofline without any."""
+    """One LLaMA layer by micro-batch: segments through three of the points, and the roofline without any."""
     rows = {(row["quantity"], row["layers"], int(row["micro_batch"])): float(row["ms"]) * 1e-3 for row in _layer_rows()}
     layer = {b: (rows["forward_total_ms", "4", b] - rows["forward_total_ms", "2", b]) / 2 for b in range(1, 13)}
     known = [1, 4, 12]
     predicted: dict[int, float] = {}
     for low, high in pairwise(known):
-        line = fit_pieces([(low, layer[low]), (high, layer[high])])
+        line = fit_segments([(low, layer[low]), (high, layer[high])])
         predicted |= {b: line.time_s(b) for b in range(low, high + 1)}
     held = errors((predicted[b], layer[b]) for b in layer if b not in known)
     roofline = errors((_layer_s(b), layer[b]) for b in layer)

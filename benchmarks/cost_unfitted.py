@@ -11,7 +11,7 @@ from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
 from spindle.execution import Execution, Parallel
 from spindle.plan import Plan
-from spindle.planner.usual.alternatives import DDP, ZERO
+from spindle.planner.baselines.alternatives import DDP, ZERO
 from spindle.source import spec_source
 from spindle.spec.blocks import Mlp, Transformer
 from spindle.spec.file import read_workload

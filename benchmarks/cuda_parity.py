@@ -24,12 +24,12 @@ from torch.multiprocessing.spawn import spawn
 import spindle
 from spindle.contract import contract
 from spindle.runtime import parity
+from spindle.runtime.comms.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.parity import Tolerance
-from spindle.runtime.rank_job import make_jobs
+from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.reference import Outcome
-from spindle.runtime.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.worker import Worker, merge_losses
 from spindle.workload import Workload
 
@@ -170,7 +170,7 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
     torch.backends.cuda.matmul.allow_tf32 = False
     case = CASES[number]
     prepared = prepared_for(case, num_ranks)
-    job = make_jobs(
+    spec = make_rank_specs(
         prepared.program,
         prepared.captured,
         prepared.workload,
@@ -179,7 +179,7 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
     )[rank]
     share = None if device == "cuda" and num_ranks == 1 else torch.device(device)  # None: NCCL
     transport = ProcessTransport(join_store("127.0.0.1", port, 60.0), rank, num_ranks, device=share)
-    worker = Worker(job, transport)
+    worker = Worker(spec, transport)
     report = worker.run(STEPS, keep_gradients=True, keep_spans=False)
     torch.save((report, worker.state(), worker.optimizer_state()), f"{folder}/{rank}.pt")
     worker.close()

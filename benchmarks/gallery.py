@@ -33,7 +33,7 @@ import spindle
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
 from spindle.errors import InfeasibleError
-from spindle.planner.usual.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
+from spindle.planner.baselines.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.runtime.controller import Run, launched, prepare
 from spindle.source import load_workload, spec_source
 from spindle.spec.file import read_workload

@@ -19,9 +19,9 @@ from spindle.calibrationfile import read_steps
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
 from spindle.plan import Plan, make_waves
+from spindle.planner.baselines.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import default_limit_s
-from spindle.planner.usual.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.source import Source, load_source, spec_source
 from spindle.spec.file import read_workload
 

@@ -31,16 +31,16 @@ from spindle.cluster import Cluster
 from spindle.formats import write
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
+from spindle.planner.baselines.paper import paper_slices
+from spindle.planner.baselines.waves import level_optimum_s
 from spindle.planner.check import check_plan
 from spindle.planner.problem import make_problem
 from spindle.planner.search.decode import draft_of
-from spindle.planner.search.floor import Floor, make_floor
+from spindle.planner.search.device_pool import DevicePool, make_device_pool
+from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.track import Run
 from spindle.planner.solve import solve
-from spindle.planner.usual.paper import paper_slices
-from spindle.planner.usual.waves import level_optimum_s
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.optimal.test_optimal import tiny
 from tests.planner.planner_graphs import cluster as toy_cluster
@@ -140,7 +140,7 @@ def islands(instances: Sequence[Instance]) -> None:
 def charged(blind: Plan, metagraph: MetaGraph, cluster: Cluster) -> tuple[float, float]:
     """Makespan of a plan's slices on compact sets with switch costs: in the plan's order, and with overtaking."""
     problem = make_problem(metagraph, cluster)
-    model, floor = make_model(problem, blind.lower_bound_s), make_floor(problem)
+    model, floor = make_model(problem, blind.lower_bound_s), make_device_pool(problem)
     runs = []
     for s in sorted(blind.slices, key=lambda s: (s.start_s, s.metaop)):
         m = problem.index[s.metaop]
@@ -153,7 +153,7 @@ def charged(blind: Plan, metagraph: MetaGraph, cluster: Cluster) -> tuple[float,
     return strict_s, decoded[0]
 
 
-def in_order_s(predecessors: Sequence[Sequence[int]], model: Model, floor: Floor, runs: Sequence[Run]) -> float:
+def in_order_s(predecessors: Sequence[Sequence[int]], model: Model, floor: DevicePool, runs: Sequence[Run]) -> float:
     """Makespan when each slice waits until a compact set is free, none overtaking another."""
     running: list[tuple[float, int]] = []
     free, now = floor.all_devices, 0.0

@@ -2,10 +2,10 @@
 
     python -m benchmarks.prediction [-o benchmarks/results/prediction.md]
 
-One profile, then all plans' crews take turns of a few steps, so that what else the machine does falls on all alike. A
-step is the median over turns, the first of each turn left out, since it finds the caches as another crew left them; the
-quickest turn stands beside it. Memory is counted, not sampled: tensors that live between steps, and the most that
-torch's allocator holds beside them at one time in a step.
+One profile, then all plans' worker groups take turns of a few steps, so that what else the machine does falls on all
+alike. A step is the median over turns, the first of each turn left out, since it finds the caches as another worker
+group left them; the quickest turn stands beside it. Memory is counted, not sampled: tensors that live between steps,
+and the most that torch's allocator holds beside them at one time in a step.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from spindle.clusterfile import parse_cluster
 from spindle.planner.simulate import simulate
 from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, merge_traces, prepare
-from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.rank_job import make_jobs
+from spindle.runtime.launch.processes import ProcessWorkers
+from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.worker import Worker
 from spindle.source import Source
 from spindle.trace import SpanKind, Trace
@@ -106,19 +106,19 @@ def load(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def started(module: ModuleType, plan: spindle.Plan) -> Iterator[Run]:
-    """A crew of counted workers."""
+    """A worker group of counted workers."""
     prepared = prepare(module.workload, plan)
-    jobs = make_jobs(
+    specs = make_rank_specs(
         prepared.program,
         prepared.captured,
         module.workload,
         optimizer=module.optimizer,
     )
-    crew = ProcessCrew(jobs, worker=Counted)
+    workers = ProcessWorkers(specs, worker=Counted)
     try:
-        yield Run(prepared, crew)
+        yield Run(prepared, workers)
     finally:
-        crew.close()
+        workers.close()
 
 
 def planned(module: ModuleType, profile: spindle.Profile, cluster: str) -> Iterator[tuple[str, spindle.Plan]]:
@@ -164,7 +164,7 @@ def measure(num_ranks: int) -> tuple[list[Row], str]:
                 run.steps(STEPS, keep_spans=False)
                 turns[method].append((time.perf_counter() - began) / STEPS)
                 kinds[method].append(by_kind(merge_traces(run.steps(2)[1], num_ranks)))
-        peaks = {method: [sum(p) for p in run.crew.call("peak_bytes")] for method, run in runs.items()}
+        peaks = {method: [sum(p) for p in run.workers.call("peak_bytes")] for method, run in runs.items()}
     return [
         Row(
             method=f"{method} ({plan.method})" if method == "auto" else method,

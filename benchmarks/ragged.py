@@ -32,8 +32,8 @@ from spindle.capture import capture
 from spindle.plan import Plan, StepSpread
 from spindle.record.draws import Stream
 from spindle.runtime.controller import launched, prepare
+from spindle.runtime.loading.recordings import Recipe, Recordings
 from spindle.runtime.programs.messages import StepLayout
-from spindle.runtime.recordings import Recipe, Recordings
 from spindle.units import SAMPLES as BY_COUNT
 from spindle.units import shares
 from spindle.workload import Workload

@@ -277,7 +277,7 @@ def rows(launchers: Sequence[Launcher]) -> Iterator[Row]:
     """All cases of some launchers."""
     for launcher in launchers:
         if launcher == "ray":
-            from spindle.runtime.launch.ray_crew import start_local_ray
+            from spindle.runtime.launch.ray_workers import start_local_ray
 
             start_local_ray(4)
         for kind, phase in CASES[launcher]:

@@ -25,8 +25,8 @@ from runtime_models import WORKLOADS, one_task
 from torch import Tensor, nn
 
 from spindle.capture.blocks import find_blocks
-from spindle.runtime.host import keep_freed_memory, own_cores
-from spindle.runtime.transport import join_store, serve_store
+from spindle.runtime.comms.host import keep_freed_memory, own_cores
+from spindle.runtime.comms.transport import join_store, serve_store
 from spindle.workload import Workload
 
 

@@ -112,9 +112,9 @@ class Torchrun:
     def __call__(self, *arguments: str) -> Mapping[str, Any]:
         """What the first host's `spindle` says."""
         first = self.hosts[0]
-        job = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": first.address}
-        job["MASTER_PORT"] = str(_free_port())
-        started = [host.start(*_spindle(*arguments), RANK=str(host.number), **job) for host in self.hosts]
+        spec = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": first.address}
+        spec["MASTER_PORT"] = str(_free_port())
+        started = [host.start(*_spindle(*arguments), RANK=str(host.number), **spec) for host in self.hosts]
         found = [_output(process) for process in started]
         return dict(json.loads(found[0]))
 

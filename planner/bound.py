@@ -6,7 +6,8 @@
   bound C. It relaxes only when things run. Its duals are a Certificate, which any (area price, paths) would be: the
   bound is evaluated from the prices, not taken from the solver, so an inexact solve costs strength and not validity.
 - headtail: what `m` waits for, then `m` at its fastest, then what waits for `m`. Stronger where the graph is narrow.
-- tix (`spindle.planner.tix`): prices over time, of up to a tenth of the search's time, where a plan's gap is worth it.
+- tix (`spindle.planner.timed_bound`): prices over time, of up to a tenth of the search's time, where a plan's gap is
+  worth it.
 
 Transfers, reductions and memory only lengthen schedules, so the bound holds with them too.
 """
@@ -49,7 +50,7 @@ def lower_bound(problem: Problem) -> Bound:
 
 def tightened(problem: Problem, bound: Bound, makespan_s: float, limit_s: float) -> Bound:
     """`bound`, or a stronger one by prices over time when a plan of `makespan_s` made in `limit_s` leaves a gap."""
-    from spindle.planner.tix import timed_bound
+    from spindle.planner.timed_bound import timed_bound
 
     if makespan_s <= bound.bound_s * (1 + TIX_GAP):
         return bound

@@ -3,7 +3,7 @@
 - A layer's gradients are ready when the last slice that uses it has computed its backward; inside a slice, layers
   follow each other from the last to the first, but tensor parallel ones are ready when the slice ends. Ready gradients
   of the same devices fill a bucket, and a full bucket is one collective, which starts at once. So PyTorch's
-  DistributedDataParallel does it, and so do our own plans (`spindle.runtime.reductions`).
+  DistributedDataParallel does it, and so do our own plans (`spindle.runtime.steps.reductions`).
 - Devices reduce one bucket after another. Each second beside backward takes `Device.overlap_cost` seconds from it;
   where that is 1 or more nothing is gained by overlap, and buckets are charged after backward.
 """

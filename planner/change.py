@@ -16,8 +16,8 @@ from spindle.planner.bound import Bound
 from spindle.planner.curves import Curve
 from spindle.planner.problem import Problem
 from spindle.planner.search.decode import Draft, FlatDecoder, Part
+from spindle.planner.search.device_pool import make_device_pool
 from spindle.planner.search.finish import finish, runs_of_draft
-from spindle.planner.search.floor import make_floor
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
 
@@ -27,7 +27,7 @@ Pins = Mapping[str, Sequence[int]]
 
 def carry_over(problem: Problem, bound: Bound, former: Plan) -> tuple[Slice, ...] | None:
     """The former plan's slices as a schedule of `problem`; None when memory does not let it be one."""
-    model, floor = make_model(problem, bound.bound_s), make_floor(problem)
+    model, pool = make_model(problem, bound.bound_s), make_device_pool(problem)
     slices_by_name: dict[str, list[Slice]] = {}
     for s in former.slices:
         slices_by_name.setdefault(s.metaop, []).append(s)
@@ -45,7 +45,7 @@ def carry_over(problem: Problem, bound: Bound, former: Plan) -> tuple[Slice, ...
             draft[m] = [_new_part(model, m, price, weight[m], earliest)]
         c, layers, rank, _, _ = draft[m][-1]
         ends[m] = rank + layers * model.times[m][c]
-    decoder = PlacedDecoder(model, floor) if floor.matters else FlatDecoder(model)
+    decoder = PlacedDecoder(model, pool) if pool.matters else FlatDecoder(model)
     decoded = decoder.decode(draft, float("inf"))
     return finish(problem, model, runs_of_draft(model, draft, decoded)) if decoded else None
 

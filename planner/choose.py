@@ -19,8 +19,8 @@ from spindle.cost.shards import shardable
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan
+from spindle.planner.baselines.alternatives import FSDP, Choice, alternatives, own_layout
 from spindle.planner.turns import turns_to_try
-from spindle.planner.usual.alternatives import FSDP, Choice, alternatives, own_layout
 from spindle.pricing import Pricing, memory_choices, sharded_choices
 from spindle.profile import Profile
 from spindle.turns import Turns

@@ -28,7 +28,7 @@ from spindle.plan import BUCKET_BYTES, Slice
 from spindle.planner.traffic import Devices
 
 T = TypeVar("T")
-Piece = tuple[int, int, T]
+Interval = tuple[int, int, T]
 """(first layer, layer behind the last one, what runs them)."""
 
 
@@ -70,15 +70,15 @@ class Reduction:
 
 def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...]:
     """The shares of all parameters that are trained. MetaOps with the same `parameters` hold the same layers."""
-    by_key: dict[str, list[Piece[int]]] = defaultdict(list)
+    by_key: dict[str, list[Interval[int]]] = defaultdict(list)
     for i, s in enumerate(slices):
         metaop = metagraph[s.metaop]
         if metaop.layer_param_bytes or metaop.layer_update_s:
             key = metaop.parameters or f"{metaop.name} (alone)"
             by_key[key].append((s.first_layer, s.first_layer + s.num_layers, i))
     found = []
-    for pieces in by_key.values():
-        for low, high, held in stretches(pieces):
+    for intervals in by_key.values():
+        for low, high, held in stretches(intervals):
             metaops = [metagraph[slices[i].metaop] for i in held]
             devices = tuple(sorted({d for i in held for d in slices[i].devices}))
             owners = len(devices) if metagraph.shard_optimizer or metaops[0].is_sharded else 1
@@ -93,10 +93,10 @@ def shares_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> tuple[Share, ...
     return tuple(found)
 
 
-def stretches(pieces: Sequence[Piece[T]]) -> Iterator[tuple[int, int, list[T]]]:
-    """Layers that the same pieces cover: the first, the one behind the last, and the pieces."""
-    for low, high in pairwise(sorted({edge for begin, end, _ in pieces for edge in (begin, end)})):
-        covering = [value for begin, end, value in pieces if begin <= low and high <= end]
+def stretches(intervals: Sequence[Interval[T]]) -> Iterator[tuple[int, int, list[T]]]:
+    """Layers that the same intervals cover: the first, the one behind the last, and the intervals."""
+    for low, high in pairwise(sorted({edge for begin, end, _ in intervals for edge in (begin, end)})):
+        covering = [value for begin, end, value in intervals if begin <= low and high <= end]
         if covering:
             yield low, high, covering
 

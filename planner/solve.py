@@ -21,6 +21,9 @@ from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.metagraph import MetaGraph
 from spindle.nearest import did_you_mean
 from spindle.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
+from spindle.planner.baselines.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
+from spindle.planner.baselines.paper import paper_slices
+from spindle.planner.baselines.place import place
 from spindle.planner.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.islands import is_slow_between_nodes, island_pins
@@ -30,9 +33,6 @@ from spindle.planner.search.run import search
 from spindle.planner.search.work import Work
 from spindle.planner.simulate import best_buckets
 from spindle.planner.spread import spread_of, steps_s
-from spindle.planner.usual.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
-from spindle.planner.usual.paper import paper_slices
-from spindle.planner.usual.place import place
 from spindle.turns import numbered
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]

@@ -16,6 +16,7 @@ from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan, Slice
+from spindle.planner.baselines.baselines import WAVES_BY_BASELINE
 from spindle.planner.bound import lower_bound, tightened
 from spindle.planner.memory import kept_bytes, layer_memory_bytes
 from spindle.planner.problem import Problem, make_problem
@@ -32,7 +33,6 @@ from spindle.planner.solve import (
     searched,
     usual_candidates,
 )
-from spindle.planner.usual.baselines import WAVES_BY_BASELINE
 from spindle.turns import Turns
 
 MOST_SWAPPED = 4  # schedules of each turn that are tried beside those of the others

@@ -1,4 +1,4 @@
-"""Controller: a workload and a plan in, a crew running its program out. What `train` and `verify` share.
+"""Controller: a workload and a plan in, a worker group running its program out. What `train` and `verify` share.
 
 Before anything starts the program is checked against the laws, and the ranks' first batches are compared.
 """
@@ -22,35 +22,35 @@ from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.nearest import did_you_mean
 from spindle.plan import Plan
-from spindle.runtime.changes import KEY, facts_of
-from spindle.runtime.counts import Limits
-from spindle.runtime.evaluating import merged_scores
-from spindle.runtime.finite import NotFinite
-from spindle.runtime.launch.crew import Crew, ThreadCrew
-from spindle.runtime.launch.torchrun import TorchrunCrew, place_among_all, under_torchrun
+from spindle.runtime.checkpoints.changes import KEY, facts_of
+from spindle.runtime.checkpoints.tensor_files import Source
+from spindle.runtime.evaluation.evaluator import merged_scores
+from spindle.runtime.faults.stragglers import Stragglers
+from spindle.runtime.launch.torchrun import TorchrunWorkers, place_among_all, under_torchrun
+from spindle.runtime.launch.worker_group import ThreadWorkers, WorkerGroup
 from spindle.runtime.laws import check_program
-from spindle.runtime.masters import Numbers
-from spindle.runtime.optimizers import OptimizerFactory, check_optimizer, described, make_optimizer, stand_in
+from spindle.runtime.loading.counts import Limits
 from spindle.runtime.parallel.names import joined_pieces, whole_name
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
 from spindle.runtime.programs.sequences import in_words, sequences, turns_of, whole_step
-from spindle.runtime.progress import Progress, merged
-from spindle.runtime.rank_job import Job, make_jobs
-from spindle.runtime.schedules import Metric, SchedulerFactory, make_schedule
+from spindle.runtime.rank_spec import RankSpec, make_rank_specs
 from spindle.runtime.startup import Links, Phases
-from spindle.runtime.stragglers import Stragglers
-from spindle.runtime.tensor_files import Source
-from spindle.runtime.trial_steps import check_steps_apart, check_trial_steps
+from spindle.runtime.steps.finite import NotFinite
+from spindle.runtime.updates.masters import Numbers
+from spindle.runtime.updates.optimizers import OptimizerFactory, check_optimizer, described, make_optimizer, stand_in
+from spindle.runtime.updates.progress import Progress, merged
+from spindle.runtime.updates.schedules import Metric, SchedulerFactory, make_schedule
+from spindle.runtime.updates.trial_steps import check_steps_apart, check_trial_steps
 from spindle.runtime.worker import Report, merge_losses
 from spindle.trace import Trace
 from spindle.workload import Workload
 
 if TYPE_CHECKING:
     from spindle.metrics import Scores
-    from spindle.runtime.checkpoint import Checkpoint, Checkpoints
-    from spindle.runtime.evaluation import PreparedEvaluation
-    from spindle.runtime.preemption import Notice
+    from spindle.runtime.checkpoints.checkpoint import Checkpoint, Checkpoints
+    from spindle.runtime.evaluation.prepare import PreparedEvaluation
+    from spindle.runtime.faults.preemption import Notice
 
 logger = logging.getLogger(__name__)
 STREAMED_BYTES = 8 * 2**20  # of weights that ranks hand over at a time
@@ -111,17 +111,17 @@ def prepare(workload: Workload, plan: Plan, phases: Phases | None = None) -> Pre
 
 
 class Run:
-    """A crew at work on a prepared workload."""
+    """A worker group at work on a prepared workload."""
 
-    def __init__(self, prepared: Prepared, crew: Crew) -> None:
+    def __init__(self, prepared: Prepared, workers: WorkerGroup) -> None:
         """Compares the first batches that the ranks read; raises WorkloadError when loaders disagree."""
-        self.prepared, self.crew = prepared, crew
+        self.prepared, self.workers = prepared, workers
         self.drifted: set[str] = set()
         self.stragglers = Stragglers(prepared.program, prepared.plan)
         self._feeds: Mapping[str, Any] = {}  # where the data stand of tasks of earlier runs that this one may not have
         self._stepped = False
         with prepared.phases("first batches"):
-            self._check_batches(crew.call("digests"))
+            self._check_batches(workers.call("digests"))
 
     @staticmethod
     def _check_batches(digests: Sequence[Mapping[str, str]]) -> None:
@@ -138,8 +138,8 @@ class Run:
     def steps(self, count: int, **options: Any) -> tuple[list[dict[str, float]], list[Report]]:
         """Run `count` steps on all ranks; losses by step, and the reports. The first ones end the start-up."""
         with contextlib.nullcontext() if self._stepped else self.prepared.phases("first step"):
-            reports = self.crew.call("run", count, **options)
-        if not self._stepped and self.crew.leads:
+            reports = self.workers.call("run", count, **options)
+        if not self._stepped and self.workers.leads:
             logger.info(self.prepared.told)
         self._stepped = True
         self._warn_of_drift(reports)
@@ -148,58 +148,58 @@ class Run:
     def warn_of_stragglers(self, first_step: int, reports: Sequence[Report]) -> None:
         """Of ranks that are slow for long, once some steps are done, of which the first is `first_step`."""
         for sentence in self.stragglers.take(first_step, reports):
-            if self.crew.leads:
+            if self.workers.leads:
                 warnings.warn(sentence, SpindleWarning, stacklevel=4)
 
     def evaluate(self) -> "Scores":
         """Scores of the tasks that are evaluated, with the weights as they are."""
-        return merged_scores(self.crew.call("evaluate"))
+        return merged_scores(self.workers.call("evaluate"))
 
     def _warn_of_drift(self, reports: Sequence[Report]) -> None:
         """Once a task."""
         for task, sentence in ((t, s) for report in reports for t, s in report.drift.items()):
-            if task not in self.drifted and self.crew.leads:
+            if task not in self.drifted and self.workers.leads:
                 self.drifted.add(task)
                 warnings.warn(sentence, SpindleWarning, stacklevel=4)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the whole run, each from the rank that answers for it."""
-        return joined_pieces({name: tensor for held in self.crew.call("state") for name, tensor in held.items()})
+        return joined_pieces({name: tensor for held in self.workers.call("state") for name, tensor in held.items()})
 
     def streamed_state(self, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and buffers of some names, or the pieces that ranks hold of them, one after the other. Ranks hand
         over STREAMED_BYTES at a time, and no process holds more than these and one tensor.
         """
-        sizes = {name: told for held in self.crew.call("sizes") for name, told in held.items()}
+        sizes = {name: told for held in self.workers.call("sizes") for name, told in held.items()}
         found: dict[str, list[torch.Tensor]] = {}
         for ranges in _in_groups({name: told for name, told in sizes.items() if whole_name(name) in wanted}):
-            for name, values in (pair for held in self.crew.call("ranges", ranges) for pair in held):
+            for name, values in (pair for held in self.workers.call("ranges", ranges) for pair in held):
                 found.setdefault(name, []).append(values)
                 if sum(map(len, found[name])) == sizes[name][0].numel():
                     yield name, torch.cat(found.pop(name)).reshape(sizes[name][0])
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """States of the whole run's optimizer as `optimizer:NAME:KEY`."""
-        held = self.crew.call("optimizer_state")
+        held = self.workers.call("optimizer_state")
         return joined_pieces({name: tensor for states in held for name, tensor in states.items()})
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """Running averages of the whole run as `ema:NAME`; none before the first step that counts."""
-        held = self.crew.call("ema_state")
+        held = self.workers.call("ema_state")
         return joined_pieces({name: tensor for averages in held for name, tensor in averages.items()})
 
     def stops(self, reports: Sequence[Report], notice: "Notice | None" = None) -> bool:
         """Whether the run was told to end, after some steps; where several processes drive it, all say the same."""
-        told = self.crew.alone and notice is not None and notice.came.is_set()
+        told = self.workers.alone and notice is not None and notice.came.is_set()
         return told or any(report.stops for report in reports)
 
     def check_directory(self, checkpoints: "Checkpoints") -> None:
         """Raises CheckpointError, before the first step, where a rank cannot write checkpoints into the directory that
         the driver holds (`run_folder.opened`).
         """
-        from spindle.runtime.run_folder import OWNER
+        from spindle.runtime.checkpoints.run_folder import OWNER
 
-        seen = self.crew.call("sees", str(checkpoints.directory / OWNER))
+        seen = self.workers.call("sees", str(checkpoints.directory / OWNER))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
@@ -217,18 +217,18 @@ class Run:
         """Write a checkpoint after `step` steps; its path. Where that fails nothing of it is left. `more`: what the
         driver adds to the progress of the ranks.
         """
-        from spindle.runtime.checkpoint import begin, finish, path_of, put_progress, unfinished_of
+        from spindle.runtime.checkpoints.checkpoint import begin, finish, path_of, put_progress, unfinished_of
 
         path = path_of(checkpoints.directory, step)
-        unfinished = begin(path) if self.crew.leads else unfinished_of(path)
+        unfinished = begin(path) if self.workers.leads else unfinished_of(path)
         try:
-            self.crew.call("sync")
-            progress = self.progress(self.crew.call("save", str(unfinished)), more)
-            if self.crew.leads:
+            self.workers.call("sync")
+            progress = self.progress(self.workers.call("save", str(unfinished)), more)
+            if self.workers.leads:
                 put_progress(unfinished, progress)
                 finish(unfinished, checkpoints, step=step, seed=seed)
         except BaseException as error:
-            if self.crew.leads:
+            if self.workers.leads:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, OSError | RuntimeError):  # torch tells of a full disk by the latter
                 raise CheckpointError(f"{path} cannot be written ({error}); make room there") from error
@@ -239,7 +239,7 @@ class Run:
         """Go on where a checkpoint ended; its weights are in the user's modules already. Warns of settings that have
         changed since.
         """
-        told, *_ = self.crew.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
+        told, *_ = self.workers.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
         self._feeds = checkpoint.progress["feeds"]
         for sentence in told:
             warnings.warn(SpindleWarning(sentence), stacklevel=2)
@@ -282,11 +282,11 @@ def launched(
     limits: Limits | None = None,
     lost_gpus: frozenset[int] = frozenset(),
 ) -> Iterator[Run]:
-    """Start a crew for a prepared workload, and end it whatever happens. `saves`: it will write or read checkpoints.
-    `weights`: where the parameters lie that are on the meta device. `checked`: `check_steps` was called already.
-    `on_broken`: what a step does with losses and gradients that are not finite. `flight`: of the ranks' records.
-    `check_replicas_every`: steps between two comparisons of what ranks hold alike; 0 makes none. `evaluated`: what it
-    evaluates; `limits`: on what it trains with. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
+    """Start a worker group for a prepared workload, and end it whatever happens. `saves`: it will write or read
+    checkpoints. `weights`: where the parameters lie that are on the meta device. `checked`: `check_steps` was called
+    already. `on_broken`: what a step does with losses and gradients that are not finite. `flight`: of the ranks'
+    records. `check_replicas_every`: steps between two comparisons of what ranks hold alike; 0 makes none. `evaluated`:
+    what it evaluates; `limits`: on what it trains with. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
 
     Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process, and
     CheckpointError for one of which a checkpoint would not hold all.
@@ -294,8 +294,8 @@ def launched(
     program = prepared.program
     if optimizer is not None and not checked:
         check_steps(prepared, optimizer, scheduler, metric, saves=saves)
-    with prepared.phases("jobs"):
-        jobs = make_jobs(
+    with prepared.phases("rank specs"):
+        specs = make_rank_specs(
             program,
             prepared.captured,
             prepared.workload,
@@ -311,9 +311,9 @@ def launched(
             check_replicas_every=check_replicas_every,
         )
         if limits is not None:
-            jobs = [replace(job, limits=limits) for job in jobs]
+            specs = [replace(spec, limits=limits) for spec in specs]
         if evaluated is not None:
-            jobs = evaluated.added(jobs, weights)
+            specs = evaluated.added(specs, weights)
     if narrow := Numbers.of(prepared.workload).narrow(prepared.workload):
         logger.info(
             "%d bfloat16 parameters (%s ...) have float32 masters, which the optimizer steps; master_weights='none' "
@@ -322,12 +322,12 @@ def launched(
             narrow[0],
         )
     with prepared.phases("ranks"):
-        crew = _make_crew(chosen(launcher), prepared, jobs, timeout_s, lost_gpus)
+        workers = _start_workers(chosen(launcher), prepared, specs, timeout_s, lost_gpus)
     try:
-        prepared.phases.slowest(crew.call("started"))
-        yield Run(prepared, crew)
+        prepared.phases.slowest(workers.call("started"))
+        yield Run(prepared, workers)
     finally:
-        crew.close()
+        workers.close()
 
 
 def check_steps(
@@ -399,20 +399,20 @@ def chosen(launcher: str) -> str:
     return "ray" if find_spec("ray") else "processes"
 
 
-def _make_crew(
-    launcher: str, prepared: Prepared, jobs: Sequence[Job], timeout_s: float, lost_gpus: frozenset[int]
-) -> Crew:
+def _start_workers(
+    launcher: str, prepared: Prepared, specs: Sequence[RankSpec], timeout_s: float, lost_gpus: frozenset[int]
+) -> WorkerGroup:
     if launcher == "ray":
-        from spindle.runtime.launch.ray_crew import RayCrew
+        from spindle.runtime.launch.ray_workers import RayWorkers
 
-        return RayCrew(jobs, devices_per_node=prepared.plan.devices_per_node, timeout_s=timeout_s)
+        return RayWorkers(specs, devices_per_node=prepared.plan.devices_per_node, timeout_s=timeout_s)
     if launcher == "processes":
-        from spindle.runtime.launch.processes import ProcessCrew
+        from spindle.runtime.launch.processes import ProcessWorkers
 
-        return ProcessCrew(jobs, timeout_s=timeout_s, lost_gpus=lost_gpus)
+        return ProcessWorkers(specs, timeout_s=timeout_s, lost_gpus=lost_gpus)
     if launcher == "torchrun":
-        return TorchrunCrew(prepared.program, jobs, timeout_s=timeout_s)
-    return ThreadCrew(jobs, timeout_s=timeout_s)
+        return TorchrunWorkers(prepared.program, specs, timeout_s=timeout_s)
+    return ThreadWorkers(specs, timeout_s=timeout_s)
 
 
 def merge_traces(reports: Sequence[Report], num_ranks: int) -> Trace:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from spindle.errors import PlanError
 from spindle.graph import parse_piece
-from spindle.runtime.averages import PREFIX as AVERAGE
-from spindle.runtime.checkpoint import Checkpoints
+from spindle.runtime.checkpoints.checkpoint import Checkpoints
+from spindle.runtime.checkpoints.run_folder import opened
 from spindle.runtime.controller import Launcher, Prepared, Run, launched
 from spindle.runtime.launch.torchrun import under_torchrun
-from spindle.runtime.masters import Numbers, PlainMasters, master_tensors
-from spindle.runtime.optimizers import OptimizerFactory
 from spindle.runtime.parallel.names import joined_pieces, piece_of
 from spindle.runtime.reference import Gradients, Outcome, restored, run_reference
-from spindle.runtime.run_folder import opened
-from spindle.runtime.schedules import Metric, SchedulerFactory
+from spindle.runtime.updates.averages import PREFIX as AVERAGE
+from spindle.runtime.updates.masters import Numbers, PlainMasters, master_tensors
+from spindle.runtime.updates.optimizers import OptimizerFactory
+from spindle.runtime.updates.schedules import Metric, SchedulerFactory
 from spindle.workload import Precision, Workload
 
 __all__ = ["compare", "default_optimizer", "default_tolerance", "observed", "run_planned", "run_reference"]

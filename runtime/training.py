@@ -12,16 +12,16 @@ import torch
 
 from spindle.errors import PreemptedError, SpindleWarning
 from spindle.metrics import EvaluationMetrics, Scores
+from spindle.runtime.comms.pulse import LONG
 from spindle.runtime.controller import Run
 from spindle.runtime.parallel.names import put_piece, whole_name
-from spindle.runtime.pulse import LONG
 from spindle.runtime.worker import Report
 from spindle.workload import Workload
 
 if TYPE_CHECKING:
-    from spindle.runtime.checkpoint import Checkpoints
-    from spindle.runtime.evaluations import Evaluations
-    from spindle.runtime.preemption import Notice
+    from spindle.runtime.checkpoints.checkpoint import Checkpoints
+    from spindle.runtime.evaluation.scores import Evaluations
+    from spindle.runtime.faults.preemption import Notice
     from spindle.runtime.watch import Watch
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -90,7 +90,7 @@ def run_steps(
     """
     saving = Saves(run, checkpoints, seed, found.written, watch) if checkpoints is not None else None
     if checkpoints is not None and checkpoints.later:
-        from spindle.runtime.later import LaterSaves
+        from spindle.runtime.checkpoints.later import LaterSaves
 
         saving = LaterSaves(run, checkpoints, seed, found.written, watch, patience_s=LONG * timeout_s)
     with saving.open() if saving is not None else contextlib.nullcontext():

@@ -20,19 +20,34 @@ from spindle.errors import CheckpointError
 from spindle.graph import base_task, num_micro_batches, parse_piece
 from spindle.record.recording import LeafWrite
 from spindle.record.writes import OwnWrite
-from spindle.runtime.averages import PREFIX as AVERAGE
-from spindle.runtime.averages import Averages, averaged, brought
-from spindle.runtime.batches import Batches
-from spindle.runtime.clock import Clock
-from spindle.runtime.compiled import compile_layers
-from spindle.runtime.counts import Counts
-from spindle.runtime.data import Feed, is_listed
+from spindle.runtime.checkpoints.tensor_files import Entry, write_tensors
+from spindle.runtime.checkpoints.weights import fill
+from spindle.runtime.checkpoints.writing import Writing
+from spindle.runtime.comms.flight import Flight, file_of
+from spindle.runtime.comms.pulse import noted
+from spindle.runtime.comms.transport import Transport, sum_over_all
 from spindle.runtime.drift import Drift
-from spindle.runtime.evaluating import Evaluator, Scored, beside
-from spindle.runtime.executor import Executor, Fetch, Observe
-from spindle.runtime.flats import make_rows
-from spindle.runtime.flight import Flight, file_of
-from spindle.runtime.made import (
+from spindle.runtime.evaluation.evaluator import Evaluator, Scored, beside
+from spindle.runtime.faults.replicas import Replicas
+from spindle.runtime.loading.batches import Batches
+from spindle.runtime.loading.counts import Counts
+from spindle.runtime.loading.data import Feed, is_listed
+from spindle.runtime.loading.recordings import Recordings
+from spindle.runtime.loading.shared_batches import shared_reads
+from spindle.runtime.parallel.layers import Switch, cut_codes
+from spindle.runtime.programs.passes import restricted
+from spindle.runtime.rank_spec import RankSpec
+from spindle.runtime.startup import Phases
+from spindle.runtime.steps.clock import Clock
+from spindle.runtime.steps.compiled import compile_layers
+from spindle.runtime.steps.executor import Executor, Fetch, Observe
+from spindle.runtime.steps.flats import make_rows
+from spindle.runtime.steps.record import StepRecord
+from spindle.runtime.steps.state import momenta
+from spindle.runtime.steps.store import ParameterStore
+from spindle.runtime.updates.averages import PREFIX as AVERAGE
+from spindle.runtime.updates.averages import Averages, averaged, brought
+from spindle.runtime.updates.made import (
     Made,
     changed_settings,
     check_schedule,
@@ -40,32 +55,17 @@ from spindle.runtime.made import (
     made_schedule,
     told_settings,
 )
-from spindle.runtime.masters import master_tensors, split_masters, states_for
-from spindle.runtime.optimizers import Optimization, rank_optimizer
-from spindle.runtime.parallel.layers import Switch, cut_codes
-from spindle.runtime.programs.passes import restricted
-from spindle.runtime.progress import (
+from spindle.runtime.updates.masters import master_tensors, split_masters, states_for
+from spindle.runtime.updates.optimizers import Optimization, rank_optimizer
+from spindle.runtime.updates.progress import (
     PREFIX,
     Progress,
     load_optimizer,
     optimizer_progress,
     optimizer_tensors,
 )
-from spindle.runtime.pulse import noted
-from spindle.runtime.rank_job import Job
-from spindle.runtime.record import StepRecord
-from spindle.runtime.recordings import Recordings
-from spindle.runtime.replicas import Replicas
-from spindle.runtime.schedules import make_schedule, step_schedule
-from spindle.runtime.shared_batches import shared_reads
-from spindle.runtime.startup import Phases
-from spindle.runtime.state import momenta
-from spindle.runtime.store import ParameterStore
-from spindle.runtime.tensor_files import Entry, write_tensors
-from spindle.runtime.transport import Transport, sum_over_all
+from spindle.runtime.updates.schedules import make_schedule, step_schedule
 from spindle.runtime.watch import StepTold, peak_memory, step_told
-from spindle.runtime.weights import fill
-from spindle.runtime.writing import Writing
 from spindle.trace import Span
 from spindle.workload import Task
 
@@ -91,15 +91,15 @@ class Report:
     full: str = ""  # which limit on samples or tokens is reached
 
 
-def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[str, Feed]:
+def _feeds(tasks: Mapping[str, Task], spec: RankSpec, transport: Transport) -> dict[str, Feed]:
     """Feeds of the tasks that a rank loads. All ranks come here together, since ranks of a machine share batches."""
     read = [name for name, task in tasks.items() if not is_listed(task)]
-    in_flight = num_micro_batches(task for task, _ in job.program.losses)
-    if any(task.weigh != "micro-batches" for task in job.tasks.values()):
-        in_flight *= job.rounds  # which are looked at before the first
-    shared = shared_reads(transport, read, in_flight=in_flight, timeout_s=job.timeout_s)
+    in_flight = num_micro_batches(task for task, _ in spec.program.losses)
+    if any(task.weigh != "micro-batches" for task in spec.tasks.values()):
+        in_flight *= spec.rounds  # which are looked at before the first
+    shared = shared_reads(transport, read, in_flight=in_flight, timeout_s=spec.timeout_s)
     return {
-        name: Feed(task, job.seed, timeout_s=job.timeout_s, shared=shared.get(name), cores=transport.cores)
+        name: Feed(task, spec.seed, timeout_s=spec.timeout_s, shared=shared.get(name), cores=transport.cores)
         for name, task in tasks.items()
     }
 
@@ -107,81 +107,81 @@ def _feeds(tasks: Mapping[str, Task], job: Job, transport: Transport) -> dict[st
 class Worker:
     """One rank, ready to run."""
 
-    def __init__(self, job: Job, transport: Transport) -> None:
-        """Takes over the codes of `job`, moves them to the transport's device, and makes the program's groups; on a CPU
-        also the rank's share of the cores.
+    def __init__(self, spec: RankSpec, transport: Transport) -> None:
+        """Takes over the codes of `spec`, moves them to the transport's device, and makes the program's groups; on a
+        CPU also the rank's share of the cores.
         """
         self.phases = Phases()
-        if job.flight is not None:
-            transport.pulse.flight = Flight(file_of(job.flight, job.rank), job.rank, transport.num_ranks)
+        if spec.flight is not None:
+            transport.pulse.flight = Flight(file_of(spec.flight, spec.rank), spec.rank, transport.num_ranks)
         with noted(transport.pulse):
             transport.pulse.at("start, model")
             with self.phases("model"):
-                self._make(job, transport)
+                self._make(spec, transport)
             transport.pulse.at("start, groups")
             with self.phases("groups"):
-                transport.make_groups(job.groups)
+                transport.make_groups(spec.groups)
 
-    def _make(self, job: Job, transport: Transport) -> None:
+    def _make(self, spec: RankSpec, transport: Transport) -> None:
         if transport.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
         self.switch = Switch()
-        self.codes = cut_codes(beside(job.codes, job.evaluation), job.cuts, self.switch)
-        rows = make_rows(job.program, job.rank, self.codes.values(), job.weights, transport.device, job.numbers)
-        fill(self.codes.values(), job.weights, transport.device)
-        job = replace(job, weights={})  # which may hold numbers that are on the device now
-        self.job, self.transport, self.clock = job, transport, Clock()
+        self.codes = cut_codes(beside(spec.codes, spec.evaluation), spec.cuts, self.switch)
+        rows = make_rows(spec.program, spec.rank, self.codes.values(), spec.weights, transport.device, spec.numbers)
+        fill(self.codes.values(), spec.weights, transport.device)
+        spec = replace(spec, weights={})  # which may hold numbers that are on the device now
+        self.spec, self.transport, self.clock = spec, transport, Clock()
         for code in self.codes.values():
             code.module.to(transport.device)
         for row in rows.values():
             row.check()
         compile_layers(self.codes)
-        self.store = ParameterStore(job.program, job.rank, self.codes.values(), rows, job.numbers)
-        loads = {base_task(task) for task in job.program.loaded_by(job.rank)}
-        self.feeds = _feeds({name: job.tasks[name] for name in sorted(loads)}, job, transport)
+        self.store = ParameterStore(spec.program, spec.rank, self.codes.values(), rows, spec.numbers)
+        loads = {base_task(task) for task in spec.program.loaded_by(spec.rank)}
+        self.feeds = _feeds({name: spec.tasks[name] for name in sorted(loads)}, spec, transport)
         self.optimization: Optimization | None = None
-        if job.optimizer is not None:
+        if spec.optimizer is not None:
             own = self._stepped(self.store.updated).items()
-            self.optimization = rank_optimizer(job.optimizer, job.parameters, own, job.settings, transport.device)
+            self.optimization = rank_optimizer(spec.optimizer, spec.parameters, own, spec.settings, transport.device)
         self.optimizer = self.optimization.optimizer if self.optimization else None
         self.made: Made | None = made_optimizer(self.optimizer) if self.optimizer else None
-        self.scheduler = make_schedule(job.scheduler, self.optimization, job.metric) if self.optimization else None
+        self.scheduler = make_schedule(spec.scheduler, self.optimization, spec.metric) if self.optimization else None
         self.made_schedule = made_schedule(self.scheduler)
-        self.recordings = Recordings(job.recipe, transport.device)
+        self.recordings = Recordings(spec.recipe, transport.device)
         self.batches = Batches(
-            job.program,
-            job.rank,
+            spec.program,
+            spec.rank,
             self.feeds,
             self.recordings,
-            seed=job.seed,
-            rounds=job.rounds,
+            seed=spec.seed,
+            rounds=spec.rounds,
             takes_part=self._taking_part,
             ahead=transport.device.type != "cpu",
-            drift=Drift(job.sizes),
+            drift=Drift(spec.sizes),
         )
-        layers = [layer for tally in job.program.tallies for layer in tally.layers]
-        self.momenta = momenta(job.recipe.skeleton.components, layers)
+        layers = [layer for tally in spec.program.tallies for layer in tally.layers]
+        self.momenta = momenta(spec.recipe.skeleton.components, layers)
         self.clocks: dict[str, dict[str, Tensor]] = {}  # by parameter that is written by them
         self.writes = {
             (base_task(task), w.target): self._own_clocks(w)
-            for task, code in job.recipe.codes.items()
+            for task, code in spec.recipe.codes.items()
             for w in code.writes
         }
-        trained = [name for name, task in job.tasks.items() if task.weight]
-        self.counts = Counts(trained, self.feeds, job.limits, transport)
+        trained = [name for name, task in spec.tasks.items() if task.weight]
+        self.counts = Counts(trained, self.feeds, spec.limits, transport)
         self.executors: dict[frozenset[str], Executor] = {}
-        self.evaluator = Evaluator(job.evaluation, self, self._evaluated_feeds()) if job.evaluation else None
+        self.evaluator = Evaluator(spec.evaluation, self, self._evaluated_feeds()) if spec.evaluation else None
         self.resting: dict[str, Tensor] = {}  # optimizer states of parameters that nobody steps in this run; on rank 0
         self.numbers: dict[str, str] = {}  # which optimizer states of the checkpoint are numbers
         self.steps_done, self.saving = 0, Writing()
-        self.replicas = Replicas(job.replicas, transport, self.store, self.optimizer, job.check_replicas_every)
-        self.averages = Averages(job.ema) if job.ema is not None else None
+        self.replicas = Replicas(spec.replicas, transport, self.store, self.optimizer, spec.check_replicas_every)
+        self.averages = Averages(spec.ema) if spec.ema is not None else None
 
     def _evaluated_feeds(self) -> dict[str, Feed]:
-        assert self.job.evaluation is not None
-        found = self.job.evaluation
-        loads = sorted(found.program.loaded_by(self.job.rank))
-        return _feeds({name: found.tasks[name] for name in loads}, self.job, self.transport)
+        assert self.spec.evaluation is not None
+        found = self.spec.evaluation
+        loads = sorted(found.program.loaded_by(self.spec.rank))
+        return _feeds({name: found.tasks[name] for name in loads}, self.spec, self.transport)
 
     def evaluate(self) -> Scored:
         """Evaluate; the scores of the tasks whose outputs come together on this rank. Training is as it was then."""
@@ -194,7 +194,7 @@ class Worker:
         own = self.clocks.setdefault(write.target, {})
         for name in write.clocks:
             if name not in own:
-                own[name] = self.job.clocks[name].to(self.transport.device).clone()
+                own[name] = self.spec.clocks[name].to(self.transport.device).clone()
         return OwnWrite(write, own)
 
     def started(self) -> dict[str, float]:
@@ -213,7 +213,7 @@ class Worker:
 
         Spans tell moments on the first rank's clock, which all agree on first.
         """
-        report = Report(self.job.rank)
+        report = Report(self.spec.rank)
         if keep_spans and self.transport.num_ranks > 1:
             self.clock.agree(self.transport, tuple(range(self.transport.num_ranks)))
         observe = report.gradients.append if keep_gradients else None
@@ -247,11 +247,11 @@ class Worker:
 
     def _ended(self) -> str | None:
         """A task that is to stop the training and lacks a batch for the next step. All ranks give the same answer."""
-        stopping = [name for name in self._tasks() if self.job.tasks[name].on_end == "stop"]
+        stopping = [name for name in self._tasks() if self.spec.tasks[name].on_end == "stop"]
         if not stopping:
             return None
         self.batches.wait()
-        count = self.job.rounds * self.batches.in_flight
+        count = self.spec.rounds * self.batches.in_flight
         lacking = [name in self.feeds and not self.feeds[name].holds(count) for name in stopping]
         flags = torch.tensor(lacking, dtype=torch.float32, device=self.transport.device)
         sum_over_all(flags, self.transport)
@@ -259,24 +259,26 @@ class Worker:
 
     def _trained(self, counted: Mapping[str, int]) -> dict[str, int]:
         """What was counted of tasks that have a backward."""
-        return {name: count for name, count in counted.items() if self.job.tasks[name].weight}
+        return {name: count for name, count in counted.items() if self.spec.tasks[name].weight}
 
     def _tasks(self) -> list[str]:
         """Tasks that take part in the next step."""
         return self._taking_part(self.steps_done)
 
     def _taking_part(self, step: int) -> list[str]:
-        return [name for name, task in self.job.tasks.items() if task.takes_part(step, self.job.seed)]
+        return [name for name, task in self.spec.tasks.items() if task.takes_part(step, self.spec.seed)]
 
     def _step(self, observe: Observe | None) -> StepRecord:
-        job, tasks = self.job, frozenset(self._tasks())
+        spec, tasks = self.spec, frozenset(self._tasks())
         executor = self._executor(tasks)
-        record = executor.step(self._rounds(), observe=observe, step=self.steps_done, rounds=job.rounds, seed=job.seed)
+        record = executor.step(
+            self._rounds(), observe=observe, step=self.steps_done, rounds=spec.rounds, seed=spec.seed
+        )
         if self.optimizer is not None and (self.store.updated or self.scheduler) and not executor.updated:
             with self.store.without_gradients(self.store.updated):
                 self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
-            step_schedule(self.scheduler, job.metric, lambda: self._losses_of_all(record.losses))
+            step_schedule(self.scheduler, spec.metric, lambda: self._losses_of_all(record.losses))
         self.steps_done += 1
         if self.averages is not None and record.skipped is None:
             self.averages.update(self.steps_done, self._averaged)
@@ -299,52 +301,52 @@ class Worker:
     def _executor(self, tasks: frozenset[str]) -> Executor:
         """The program of the tasks that take part in a step; all ranks restrict it alike."""
         if tasks not in self.executors:
-            job = self.job
-            parts = [task for task, _ in job.program.losses if base_task(task) in tasks]
-            program = job.program if len(parts) == len(job.program.losses) else restricted(job.program, parts)
+            spec = self.spec
+            parts = [task for task, _ in spec.program.losses if base_task(task) in tasks]
+            program = spec.program if len(parts) == len(spec.program.losses) else restricted(spec.program, parts)
             self.executors[tasks] = Executor(
                 program,
                 self.transport,
                 self.codes,
                 self.store,
                 self.optimizer,
-                job.precision,
+                spec.precision,
                 self.switch,
-                job.partial,
+                spec.partial,
                 self.momenta,
                 self.writes,
-                job.on_broken,
-                job.after_steps,
+                spec.on_broken,
+                spec.after_steps,
             )
         return self.executors[tasks]
 
     def sizes(self) -> dict[str, tuple[torch.Size, int]]:
         """Shape of each parameter and buffer that this rank answers for, and bytes of a number."""
-        held = self.store.held(self.job.owned)
+        held = self.store.held(self.spec.owned)
         return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in held.items()}
 
     def ranges(self, wanted: Iterable[tuple[str, int, int]]) -> list[tuple[str, Tensor]]:
         """Copies of some numbers of what this rank answers for, by name: from one place to another."""
-        own = set(self.job.owned)
+        own = set(self.spec.owned)
         held = self.store.held(name for name, _, _ in wanted if name in own)
         return [(n, held[n].reshape(-1)[low:high].cpu().clone()) for n, low, high in wanted if n in held]
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the parameters and buffers that this rank answers for."""
-        return self.store.state(self.job.owned)
+        return self.store.state(self.spec.owned)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Copies of the optimizer's states of what this rank answers for; only tensors and numbers."""
         if self.optimizer is None:
             return {}
-        states = optimizer_tensors(self.optimizer, self._stepped(self.job.owned), strict=False)
-        return states | master_tensors(self.store.masters, self.job.owned)
+        states = optimizer_tensors(self.optimizer, self._stepped(self.spec.owned), strict=False)
+        return states | master_tensors(self.store.masters, self.spec.owned)
 
     def _averaged(self) -> dict[str, Tensor]:
         """What this rank averages: of what it answers for all that a step may change."""
         assert self.averages is not None
-        own, changed = set(self.job.owned), {*self.store.updated, *self.job.program.written}
-        names = [name for name in self.job.owned if name in changed]
+        own, changed = set(self.spec.owned), {*self.store.updated, *self.spec.program.written}
+        names = [name for name in self.spec.owned if name in changed]
         buffers = {name: value for name, value in self.store.buffers.items() if name in own}
         return averaged(self.averages.ema, names, buffers, self.store.stepped)
 
@@ -352,8 +354,8 @@ class Worker:
         """The averages of what this rank holds; none before the first step that counts. All ranks call together."""
         if self.averages is None or not self.averages.count:
             return {}
-        held = self.store.held(row.name for row in self.job.averages)
-        return brought(self.averages, self.job.averages, held, self.transport)
+        held = self.store.held(row.name for row in self.spec.averages)
+        return brought(self.averages, self.spec.averages, held, self.transport)
 
     def ema_state(self) -> dict[str, Tensor]:
         """Copies of the averages that this rank keeps, as `ema:NAME`."""
@@ -364,9 +366,9 @@ class Worker:
         """Write what this rank answers for into the checkpoint at `path`, or `later` copy it and write it in a thread;
         what is not a tensor comes back.
         """
-        tensors = {**self.store.held(self.job.owned), **self.job.unused}
+        tensors = {**self.store.held(self.spec.owned), **self.spec.unused}
         if self.optimizer is not None:
-            own = self._stepped(self.job.owned)
+            own = self._stepped(self.spec.owned)
             tensors |= self.resting | optimizer_tensors(self.optimizer, own, copies=False)
             tensors |= master_tensors(self.store.masters, own, copies=False)
         if self.averages is not None:
@@ -374,9 +376,9 @@ class Worker:
         if later:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
-        entries |= {name: Entry.read_from(source, name) for name, source in self.job.unread.items()}
-        file = Path(path) / f"shard-{self.job.rank + 1:05}.safetensors"
-        write = functools.partial(_write, self.job.rank, file, entries)
+        entries |= {name: Entry.read_from(source, name) for name, source in self.spec.unread.items()}
+        file = Path(path) / f"shard-{self.spec.rank + 1:05}.safetensors"
+        write = functools.partial(_write, self.spec.rank, file, entries)
         if later:
             self.saving.start(write)
         else:
@@ -424,7 +426,7 @@ class Worker:
         if self.averages is None:
             return [] if saved is None else ["the checkpoint holds an average of the weights, which this run (no ema=) "
                                              "does not go on with, and does not save"]  # fmt: skip
-        from spindle.runtime.checkpoint import tensors
+        from spindle.runtime.checkpoints.checkpoint import tensors
 
         now = self._averaged()
         wanted = {AVERAGE + parse_piece(name).whole for name in now}
@@ -434,7 +436,7 @@ class Worker:
     def _load_optimizer(self, path: Path, progress: Progress, changed: Mapping[tuple[int, str], Any]) -> None:
         """States and settings of a checkpoint. Those of parameters that are frozen now are kept for the next one."""
         assert self.optimizer is not None
-        from spindle.runtime.checkpoint import tensors  # needs pydantic, which a worker else does without
+        from spindle.runtime.checkpoints.checkpoint import tensors  # needs pydantic, which a worker else does without
 
         stepped = self._stepped(self.store.updated)
         own, self.numbers = {parse_piece(name).whole for name in stepped}, progress["numbers"]
@@ -442,8 +444,8 @@ class Worker:
         types = {parse_piece(name).whole: parameter.dtype for name, parameter in stepped.items()}
         load_optimizer(self.optimizer, stepped, progress, states_for(held, masters, types), changed)
         self.store.load_masters(masters)
-        if self.job.rank == 0:
-            everyones = {None, *self.job.stepped}
+        if self.spec.rank == 0:
+            everyones = {None, *self.spec.stepped}
             self.resting = tensors(path, lambda name: _of_parameter(name) not in everyones)
 
     def sees(self, file: str) -> bool:

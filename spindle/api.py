@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from spindle.evaluation import EarlyStop, Evaluation
     from spindle.metrics import Callback, Scores
     from spindle.runtime.controller import Launcher, Prepared
-    from spindle.runtime.evaluation import PreparedEvaluation
-    from spindle.runtime.finite import NotFinite
-    from spindle.runtime.optimizers import OptimizerFactory
+    from spindle.runtime.evaluation.prepare import PreparedEvaluation
     from spindle.runtime.parity import ParityReport
-    from spindle.runtime.profiling.site import SiteLauncher
-    from spindle.runtime.schedules import Metric, SchedulerFactory
+    from spindle.runtime.profiling.bench_target import BenchLauncher
+    from spindle.runtime.steps.finite import NotFinite
+    from spindle.runtime.updates.optimizers import OptimizerFactory
+    from spindle.runtime.updates.schedules import Metric, SchedulerFactory
     from spindle.source import Source
     from spindle.workload import Workload
 
@@ -224,10 +224,10 @@ def make_profile(
     from spindle.capture import capture
     from spindle.clusterfile import parse_cluster
     from spindle.runtime.launch.torchrun import under_torchrun
+    from spindle.runtime.profiling.bench_target import bench_target_for
     from spindle.runtime.profiling.profiler import measure_profile
-    from spindle.runtime.profiling.site import site_for
 
-    usual: SiteLauncher = "torchrun" if under_torchrun() else "ray" if os.environ.get("RAY_ADDRESS") else "processes"
+    usual: BenchLauncher = "torchrun" if under_torchrun() else "ray" if os.environ.get("RAY_ADDRESS") else "processes"
     chosen = usual if launcher == "auto" else launcher
     where = parse_cluster(cluster or devices_at_hand(chosen)) if not isinstance(cluster, Cluster) else cluster
     num_devices = num_devices or where.num_devices
@@ -235,7 +235,7 @@ def make_profile(
         workload,
         capture(workload),
         num_devices=num_devices,
-        site=site_for(where, num_devices, chosen),
+        target=bench_target_for(where, num_devices, chosen),
         cluster=where if cluster is not None else None,
         most_devices=max(num_devices, VALIDATED) if validate else None,
         known=known,
@@ -285,8 +285,8 @@ def verify(
     compared from the same parameters.
     """
     from spindle.runtime import parity
+    from spindle.runtime.checkpoints.weights import require_values
     from spindle.runtime.controller import prepare
-    from spindle.runtime.weights import require_values
 
     require_values(workload)
     plans = [make_plan(workload, f"1x{num_workers}:cpu") if plan is None else plan]
@@ -425,24 +425,24 @@ def train(
     """
     from spindle.capture import capture
     from spindle.metrics import check_callbacks
-    from spindle.runtime.changes import changes
-    from spindle.runtime.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
+    from spindle.runtime.checkpoints.changes import changes
+    from spindle.runtime.checkpoints.checkpoint import Checkpoint, Checkpoints, load_weights, path_of
+    from spindle.runtime.checkpoints.later import cleared
+    from spindle.runtime.checkpoints.run_folder import opened
+    from spindle.runtime.checkpoints.weights import weights_of_run
+    from spindle.runtime.comms.flight import recorded
     from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
-    from spindle.runtime.counts import Limits
-    from spindle.runtime.elastic import Elastic
-    from spindle.runtime.evaluation import prepare_beside
-    from spindle.runtime.evaluations import Evaluations
-    from spindle.runtime.finite import checked
-    from spindle.runtime.flight import recorded
-    from spindle.runtime.later import cleared
-    from spindle.runtime.preemption import Notice
-    from spindle.runtime.recovery import Attempts, left_to_torchrun, newest_of_this_job
-    from spindle.runtime.replicas import steps_between
-    from spindle.runtime.run_folder import opened
+    from spindle.runtime.evaluation.prepare import prepare_beside
+    from spindle.runtime.evaluation.scores import Evaluations
+    from spindle.runtime.faults.elastic import Elastic
+    from spindle.runtime.faults.preemption import Notice
+    from spindle.runtime.faults.recovery import Attempts, left_to_torchrun, newest_of_this_job
+    from spindle.runtime.faults.replicas import steps_between
+    from spindle.runtime.loading.counts import Limits
     from spindle.runtime.startup import Phases
+    from spindle.runtime.steps.finite import checked
     from spindle.runtime.training import Steps, load_trained, run_steps
     from spindle.runtime.watch import Watch
-    from spindle.runtime.weights import weights_of_run
 
     check_whole({"steps": steps}, error=PlanError)
     check_whole({"trace_steps": trace_steps}, least=0)
@@ -531,13 +531,13 @@ def train(
                 recorded(directory, leads=place[0] == 0) as flight,
                 cleared(kept, leads=place[0] == 0),
                 made(flight=flight) as run,
-                notice.driving(run.crew),
+                notice.driving(run.workers),
             ):
                 if kept is not None:
                     run.check_directory(kept)
                 if again is not None:
                     run.resume(again)
-                with notice.steps(), Watch(prepared, callbacks, leads=run.crew.leads).running(found.done) as watch:
+                with notice.steps(), Watch(prepared, callbacks, leads=run.workers.leads).running(found.done) as watch:
                     run_steps(
                         run,
                         found,

@@ -12,7 +12,7 @@ from spindle.pricing import Pricing
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Launcher
-    from spindle.runtime.optimizers import OptimizerFactory
+    from spindle.runtime.updates.optimizers import OptimizerFactory
     from spindle.source import Source
     from spindle.workload import Workload
 
@@ -44,7 +44,7 @@ class Anew:
         import torch
 
         from spindle.clusterfile import parse_cluster
-        from spindle.runtime.optimizers import described, make_optimizer, stand_in
+        from spindle.runtime.updates.optimizers import described, make_optimizer, stand_in
         from spindle.source import source_of
 
         nodes, devices_per_node = shape
@@ -75,7 +75,7 @@ def devices_at_hand(launcher: "Launcher" = "processes") -> str:
     """
     import torch
 
-    from spindle.runtime.host import usable_cores
+    from spindle.runtime.comms.host import usable_cores
     from spindle.runtime.launch.torchrun import nodes_of_job, under_torchrun
 
     gpus = torch.cuda.device_count()
@@ -83,7 +83,7 @@ def devices_at_hand(launcher: "Launcher" = "processes") -> str:
         nodes, ranks = nodes_of_job()
         return f"{nodes}x{ranks}" if ranks <= gpus else f"{nodes}x{ranks}:cpu"
     if launcher in ("auto", "ray") and os.environ.get("RAY_ADDRESS"):
-        from spindle.runtime.launch.ray_crew import devices_of_cluster
+        from spindle.runtime.launch.ray_workers import devices_of_cluster
 
         return devices_of_cluster()
     return f"1x{gpus}" if gpus else f"1x{len(usable_cores())}:cpu"

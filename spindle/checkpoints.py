@@ -15,7 +15,7 @@ def load_checkpoint(workload: "Workload", path: Path | str, *, ema: bool = False
 
     Raises CheckpointError when it is not whole or of another model, or holds no average.
     """
-    from spindle.runtime.checkpoint import load_weights
+    from spindle.runtime.checkpoints.checkpoint import load_weights
 
     return load_weights(workload, Path(path), ema=ema).step
 
@@ -30,7 +30,7 @@ def export(
 
     Raises CheckpointError as `load_checkpoint` does, and where it lacks weights that no module holds.
     """
-    from spindle.runtime.export import export as export_components
+    from spindle.runtime.checkpoints.export import export as export_components
 
     if checkpoint is not None:
         load_checkpoint(workload, checkpoint, ema=ema)

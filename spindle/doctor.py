@@ -147,7 +147,7 @@ def gpus(count: int, cuda: str | None, driver: bool) -> Finding:
     if driver:
         remedy = "look at CUDA_VISIBLE_DEVICES and at whether the driver is new enough (nvidia-smi)"
         return warn("gpus", f"a driver, but torch (CUDA {cuda}) sees no device", remedy)
-    from spindle.runtime.host import usable_cores
+    from spindle.runtime.comms.host import usable_cores
 
     return ok("gpus", f"none; runs use {len(usable_cores())} cores")
 
@@ -225,7 +225,7 @@ def interface(chosen: str | None, outward: str | None, known: Sequence[str]) -> 
 
 
 def _interface() -> Finding:
-    from spindle.runtime.host import interface_to
+    from spindle.runtime.comms.host import interface_to
 
     known = [name for _, name in socket.if_nameindex()]
     return interface(os.environ.get("GLOO_SOCKET_IFNAME"), interface_to(ELSEWHERE), known)

@@ -12,7 +12,7 @@ Random = torch.Generator | np.random.Generator | np.random.RandomState | random.
 
 
 def everyones() -> tuple[Any, ...]:
-    """The generators of the process, of which each reader has states of its own: see runtime/data.py."""
+    """The generators of the process, of which each reader has states of its own: see runtime/loading/data.py."""
     python: Any = random.shuffle
     return python.__self__, torch.default_generator, np.random.mtrand._rand
 

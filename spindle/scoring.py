@@ -34,9 +34,9 @@ def evaluate(
     `load_checkpoint` does.
     """
     from spindle.evaluation import check_evaluation, evaluation_mode
+    from spindle.runtime.checkpoints.weights import sources_of
     from spindle.runtime.controller import launched, prepare
-    from spindle.runtime.evaluation import prepare_alone, prepare_beside
-    from spindle.runtime.weights import sources_of
+    from spindle.runtime.evaluation.prepare import prepare_alone, prepare_beside
 
     check_evaluation(evaluation)
     workload = evaluation.workload

@@ -71,7 +71,7 @@ def train_stages(
 
     Raises WorkloadError for stages that are none, whose steps do not rise, or that do not fit the workload.
     """
-    from spindle.runtime.checkpoint import checkpoints_in, step_of
+    from spindle.runtime.checkpoints.checkpoint import checkpoints_in, step_of
 
     _check(stages)
     workloads = [stage.of(workload) for stage in stages]

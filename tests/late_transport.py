@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spindle.errors import RunError
-from spindle.runtime.launch import crew
-from spindle.runtime.transport import Post, ThreadTransport, Wait
+from spindle.runtime.comms.transport import Post, ThreadTransport, Wait
+from spindle.runtime.launch import worker_group as workers
 
 
 class LateTransport(ThreadTransport):
@@ -72,5 +72,5 @@ def spoil(tensor: Tensor) -> None:
 @contextlib.contextmanager
 def late() -> Iterator[None]:
     """While open, ranks that are threads talk through late transports."""
-    with mock.patch.object(crew, "ThreadTransport", LateTransport):
+    with mock.patch.object(workers, "ThreadTransport", LateTransport):
         yield

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import InfeasibleError, InputError, ProgramError
-from spindle.runtime import checkpoint
+from spindle.runtime.checkpoints import checkpoint
 from tests.random_plans import random_plan, widest_plan
 from tests.random_scripts import BATCH_SIZE, SAVED_AFTER, STEPS, Case
 from tests.script_pieces import BY_NAME, OF_USER, SCHEDULES, Scheduler, data_of, factory_of, passes

@@ -13,7 +13,7 @@ from math import ceil
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan
-from spindle.planner.usual.alternatives import DDP
+from spindle.planner.baselines.alternatives import DDP
 
 PLAIN = ("sequential", DDP)
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good

@@ -18,9 +18,9 @@ from spindle.cost.sources import CostSource, cost_sources, priced_like, step_ban
 from spindle.errors import InfeasibleError
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Alternative, Plan
+from spindle.planner.baselines.alternatives import Choice, step_again_s
 from spindle.planner.recost import Costs, Recosted
 from spindle.planner.report.instead import LEAST_GAIN
-from spindle.planner.usual.alternatives import Choice, step_again_s
 
 HALF, DOUBLE = Fraction(1, 2), Fraction(2)
 

@@ -6,6 +6,6 @@ track      simulation of a cluster, layer by layer, that follows these targets
 beam       many such simulations side by side, the promising ones kept
 decode     lists of slices into schedules
 improve    simulated annealing of lists of slices
-floor      which devices a slice takes, and what bringing its input costs
+pool      which devices a slice takes, and what bringing its input costs
 run        all of it within a budget of work
 """

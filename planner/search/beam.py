@@ -1,18 +1,18 @@
 """Beam: a model and an order of waves in, finished schedules out.
 
-Start with the wave LP's targets. In each of `epochs` steps of time, run several styles from every kept state, solve the
-wave LP of what is left, and keep the states whose projected makespan, time passed plus LP, is shortest. In the second
-half each state is also run to its end, twice: the LP does not see how coarse the last layers are.
+Start with the wave LP's targets. In each of `epochs` steps of time, run several heuristics from every kept state, solve
+the wave LP of what is left, and keep the states whose projected makespan, time passed plus LP, is shortest. In the
+second half each state is also run to its end, twice: the LP does not see how coarse the last layers are.
 """
 
 import random
 from dataclasses import dataclass
 
-from spindle.planner.search.floor import Floor
-from spindle.planner.search.fluid import Targets, WaveLp, residual_waves
+from spindle.planner.search.device_pool import DevicePool
+from spindle.planner.search.heuristics import Heuristics, draw_heuristics
+from spindle.planner.search.list_scheduler import Run, State, Stuck, Tracker, runs_of, start_state
 from spindle.planner.search.model import Model
-from spindle.planner.search.style import Style, draw_style
-from spindle.planner.search.track import Run, State, Stuck, Tracker, runs_of, start_state
+from spindle.planner.search.wave_lp import Targets, WaveLp, residual_waves
 from spindle.planner.search.work import Work
 
 ROLLOUTS = 2
@@ -20,10 +20,10 @@ ROLLOUTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """How much a beam tries: states kept, styles run from each, steps of time."""
+    """How much a beam tries: states kept, heuristics run from each, steps of time."""
 
     states: int
-    styles: int
+    heuristics: int
     epochs: int
 
 
@@ -39,18 +39,18 @@ class Found:
 class Beam:
     """Beam searches of one model; `best` holds the shortest schedules met, shortest first."""
 
-    def __init__(self, model: Model, floor: Floor | None, work: Work, keep: int = 6) -> None:
+    def __init__(self, model: Model, pool: DevicePool | None, work: Work, keep: int = 6) -> None:
         self.model, self.work = model, work
         self.lp = WaveLp(model, work)
-        self.tracker = Tracker(model, floor, work)
-        self.floor = floor
+        self.tracker = Tracker(model, pool, work)
+        self.pool = pool
         self.keep = keep
         self.best: list[Found] = []
 
     def search(self, first: list[int], width: Width, seed: int, share: float = 1.0) -> None:
         """One beam search; stops when the first `share` of the work is done."""
         rng = random.Random(seed)
-        start = start_state(self.model, self.floor)
+        start = start_state(self.model, self.pool)
         projected = self._project(start, first)
         if projected is None:
             return
@@ -61,12 +61,12 @@ class Beam:
             followers: list[tuple[float, int, State, Targets]] = []
             seen: set[tuple[float, tuple[int, ...]]] = set()
             for _, state, targets in states:
-                for j in range(width.styles):
+                for j in range(width.heuristics):
                     if not self.work.left(share):
-                        self._roll_out(state, targets, Style(), rng)
+                        self._roll_out(state, targets, Heuristics(), rng)
                         return
-                    style = draw_style(rng) if j else Style()
-                    found = self._follow(state, targets, style, rng, state.t + step_s, first, estimate_s, seen)
+                    heuristics = draw_heuristics(rng) if j else Heuristics()
+                    found = self._follow(state, targets, heuristics, rng, state.t + step_s, first, estimate_s, seen)
                     if found is not None:
                         followers.append((found[0], len(followers), found[1], found[2]))
             followers.sort(key=lambda f: f[:2])
@@ -76,7 +76,7 @@ class Beam:
         self,
         state: State,
         targets: Targets,
-        style: Style,
+        heuristics: Heuristics,
         rng: random.Random,
         until_s: float,
         first: list[int],
@@ -86,7 +86,7 @@ class Beam:
         """Run a copy of `state`; its value and targets, or None when it ended, was met before, or cannot win."""
         base_s, state = state.t, state.copy()
         try:
-            self.tracker.advance(state, targets, base_s, style, rng, until_s)
+            self.tracker.advance(state, targets, base_s, heuristics, rng, until_s)
         except Stuck:
             return None
         if state.is_done:
@@ -103,7 +103,9 @@ class Beam:
         if self.best and value_s >= self.best[0].makespan_s:
             return None
         if state.t > 0.5 * estimate_s:
-            best_s = min(self._roll_out(state, targets, draw_style(rng) if i else style, rng) for i in range(ROLLOUTS))
+            best_s = min(
+                self._roll_out(state, targets, draw_heuristics(rng) if i else heuristics, rng) for i in range(ROLLOUTS)
+            )
             value_s = (value_s + best_s) / 2
         return value_s, state, targets
 
@@ -124,11 +126,11 @@ class Beam:
             return None
         return max(state.t + targets.ends_s[-1], tail_s), targets
 
-    def _roll_out(self, state: State, targets: Targets, style: Style, rng: random.Random) -> float:
+    def _roll_out(self, state: State, targets: Targets, heuristics: Heuristics, rng: random.Random) -> float:
         """Run a copy of `state` to its end; the makespan."""
         base_s, state = state.t, state.copy()
         try:
-            self.tracker.advance(state, targets, base_s, style, rng, float("inf"))
+            self.tracker.advance(state, targets, base_s, heuristics, rng, float("inf"))
         except Stuck:
             return float("inf")
         return self._finished(state)

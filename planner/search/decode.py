@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
+from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model
-from spindle.planner.search.track import Run
 
 SLICE_UNITS = 0.75
 
@@ -26,7 +26,7 @@ Draft = list[list[Part]]
 
 
 Decoded = tuple[float, float, list[list[float]], list[list[int]]]
-"""(makespan, device-seconds beyond the bound, starts by MetaOp, devices by MetaOp where there is a floor)."""
+"""(makespan, device-seconds beyond the bound, starts by MetaOp, devices by MetaOp where there is a pool)."""
 
 HOLDING_PASSES = 12
 MOMENTS = 8  # kept of a schedule: more save little decoding, and each takes time
@@ -50,7 +50,7 @@ class Moment:
     placed: list[list[int]]
     ready: list[Any]
     running: list[tuple[float, int, int]]
-    floor: Any = None  # what a decoder on a floor wants to know besides
+    pool: Any = None  # what a decoder on a pool wants to know besides
 
     @property
     def num_begun(self) -> int:

@@ -1,6 +1,6 @@
 """Finish: the slices of a search in, slices on numbered devices at exact times out.
 
-- Without a floor devices are given out by a sweep over time: the ones the MetaOp had, else the tightest node, else any.
+- Without a pool devices are given out by a sweep over time: the ones the MetaOp had, else the tightest node, else any.
 - Then every slice starts when its data and its devices are there, in the order of the search: what rounding or reversed
   time left open closes, and the simulator finds the same times. Slices that follow each other on the same devices
   become one.
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from spindle.plan import Slice
+from spindle.planner.baselines.place import join
 from spindle.planner.problem import Problem
 from spindle.planner.search.decode import Decoded, Draft
-from spindle.planner.search.floor import Floor, bits_of, make_floor
+from spindle.planner.search.device_pool import DevicePool, bits_of, make_device_pool
+from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model
-from spindle.planner.search.track import Run
-from spindle.planner.usual.place import join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +55,18 @@ def forward_runs(model: Model, runs: list[Run]) -> list[Run]:
 def finish(problem: Problem, model: Model, runs: list[Run]) -> tuple[Slice, ...]:
     """Slices of a Plan."""
     steps = _steps(model, forward_runs(model, runs))
-    floor = make_floor(problem)
+    pool = make_device_pool(problem)
     if any(not step.devices for step in steps):
-        devices = _sweep(problem, floor, steps)
+        devices = _sweep(problem, pool, steps)
     else:
         devices = [step.devices for step in steps]
-    return join(_retimed(problem, floor, steps, devices))
+    return join(_retimed(problem, pool, steps, devices))
 
 
-def forward_on_floor(problem: Problem, floor: Floor, model: Model, runs: list[Run]) -> list[Run]:
+def forward_on_pool(problem: Problem, pool: DevicePool, model: Model, runs: list[Run]) -> list[Run]:
     """Placed runs of either direction with forward times: order and devices stay, transfers go to who receives."""
     steps = _steps(model, forward_runs(model, runs))
-    slices = _retimed(problem, floor, steps, [step.devices for step in steps])
+    slices = _retimed(problem, pool, steps, [step.devices for step in steps])
     timed = [
         (step.op, model.counts[step.op].index(step.count), step.num_layers, s.start_s, s.end_s, step.devices)
         for step, s in zip(steps, slices, strict=True)
@@ -86,22 +86,22 @@ def _steps(model: Model, runs: list[Run]) -> list[Step]:
     return steps
 
 
-def _sweep(problem: Problem, floor: Floor, steps: list[Step]) -> list[int]:
+def _sweep(problem: Problem, pool: DevicePool, steps: list[Step]) -> list[int]:
     """Devices for each step: enough are free at each start, whatever was chosen before."""
-    free = floor.all_devices
+    free = pool.all_devices
     running: list[tuple[float, int]] = []
-    last, kin = [0] * len(problem), floor.start_kin()
+    last, shared = [0] * len(problem), pool.start_shared()
     given = []
     slack_s = 1e-9 * max(step.end_s for step in steps)
     for step in steps:
         while running and (running[0][0] <= step.start_s + slack_s or free.bit_count() < step.count):
             free |= heappop(running)[1]
         near = [(last[step.op], 0.0)] if last[step.op] else [(last[p], 0.0) for p in problem.predecessors[step.op]]
-        group = floor.kin[step.op]
-        found = floor.choose(step.op, step.count, free, near, kin=kin[group])
+        group = pool.shared[step.op]
+        found = pool.choose(step.op, step.count, free, near, shared=shared[group])
         devices = found[0] if found else _any(free, step.count)
         if group >= 0:
-            kin[group] |= devices
+            shared[group] |= devices
         free &= ~devices
         last[step.op] = devices
         given.append(devices)
@@ -118,7 +118,7 @@ def _any(free: int, count: int) -> int:
     return chosen
 
 
-def _retimed(problem: Problem, floor: Floor, steps: list[Step], devices: list[int]) -> list[Slice]:
+def _retimed(problem: Problem, pool: DevicePool, steps: list[Step], devices: list[int]) -> list[Slice]:
     """Each step as early as the ones before it on its devices and of its data allow."""
     free_s = [0.0] * problem.num_devices
     ended_s = [0.0] * len(problem)
@@ -128,7 +128,7 @@ def _retimed(problem: Problem, floor: Floor, steps: list[Step], devices: list[in
         op, numbers = step.op, bits_of(mask)
         data_s = ended_s[op] if step.first_layer else max((ended_s[p] for p in problem.predecessors[op]), default=0.0)
         start_s = max(data_s, max(free_s[d] for d in numbers))
-        cost_s = floor.cost_s(mask, step.count, floor.sources(op, not step.first_layer, where))
+        cost_s = pool.cost_s(mask, step.count, pool.sources(op, not step.first_layer, where))
         end_s = start_s + cost_s + step.num_layers * problem.time(op, step.count)
         ended_s[op], where[op] = end_s, mask
         for d in numbers:

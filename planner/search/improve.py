@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf, log
 
 from spindle.planner.search.decode import Decoded, Decoder, Draft, Moment, Part
-from spindle.planner.search.track import Stuck
+from spindle.planner.search.list_scheduler import Stuck
 from spindle.planner.search.work import Work
 
 CROWD = 400  # MetaOps from which on decoding a slice takes longer by the square, since so many wait
@@ -32,7 +32,7 @@ class Result:
     draft: Draft
 
 
-class Climber:
+class Annealer:
     """Anneals one draft; `run` may be called again and goes on from the best."""
 
     def __init__(self, decoder: Decoder, draft: Draft, work: Work, seed: int) -> None:

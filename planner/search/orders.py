@@ -1,7 +1,7 @@
 """Orders: a model in, first waves of its MetaOps out: which MetaOp may start in which wave of the wave LP.
 
 - By level: as many waves as the longest chain has MetaOps (the paper's MetaLevels, but slices may stay longer).
-- By fluid search: more waves, moved about at random while the wave LP gets no longer.
+- By search of the wave LP: more waves, moved about at random while the wave LP gets no longer.
 - By schedule: the starts of a finished schedule, cut into waves of equal numbers.
 """
 
@@ -9,9 +9,9 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from spindle.planner.search.fluid import WaveLp
+from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model
-from spindle.planner.search.track import Run
+from spindle.planner.search.wave_lp import WaveLp
 from spindle.planner.search.work import Work
 
 MOST_LEVELS = 8

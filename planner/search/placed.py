@@ -1,6 +1,6 @@
 """Placed: a draft in, a schedule with devices out: `decode` with islands, switch costs and memory, and reductions.
 
-The same list scheduling; a slice starts when a compact set of devices is free for it (`floor`), lasts as long as its
+The same list scheduling; a slice starts when a compact set of devices is free for it (`pool`), lasts as long as its
 layers and bringing its input take, and fills the memory of its devices.
 """
 
@@ -8,9 +8,9 @@ from bisect import insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from spindle.planner.reduction import Piece, Wanted, reduced_by_device, schedule, stretches
+from spindle.planner.reduction import Interval, Wanted, reduced_by_device, schedule, stretches
 from spindle.planner.search.decode import MOMENTS, Decoded, Draft, Moment
-from spindle.planner.search.floor import Floor, bits_of
+from spindle.planner.search.device_pool import DevicePool, bits_of
 from spindle.planner.search.model import Model
 
 _Placed = tuple[int, float, float]
@@ -20,29 +20,29 @@ REDUCTION_UNITS, DEVICE_UNITS = 3.0, 0.02  # for each slice, and for each slice 
 
 @dataclass(frozen=True)
 class PlacedDecoder:
-    """Makes schedules on a floor, forward in time."""
+    """Makes schedules on a pool, forward in time."""
 
     model: Model
-    floor: Floor
+    pool: DevicePool
 
     @property
     def slice_units(self) -> float:
         """See Decoder."""
-        return self.floor.slice_units
+        return self.pool.slice_units
 
     @property
     def reduction_units(self) -> float:
         """See Decoder."""
         each = REDUCTION_UNITS + DEVICE_UNITS * self.model.num_devices
-        return each if self.floor.sharing else 0.0
+        return each if self.pool.sharing else 0.0
 
     def decode(
         self, draft: Draft, limit_s: float, since: Moment | None = None, keep: list[Moment] | None = None
     ) -> Decoded | None:
         """See Decoder."""
-        model, floor = self.model, self.floor
+        model, pool = self.model, self.pool
         counts, times, after, tails, bound_s = model.counts, model.times, model.after, model.tail_s, model.bound_s
-        kin_of, arriving = floor.kin, list[int]()
+        group_of, arriving = pool.shared, list[int]()
         ready: list[tuple[float, int, int]] = []
         running: list[tuple[float, int, int]] = []
         starts: list[list[float]]
@@ -53,13 +53,13 @@ class PlacedDecoder:
             starts = [of[:begun] for of, begun in zip(since.starts, since.begun, strict=True)]
             placed = [of[:begun] for of, begun in zip(since.placed, since.begun, strict=True)]
             ready, running = since.ready[:], since.running[:]
-            done, where, kin = (values[:] for values in since.floor[:3])
-            memory = since.floor[3].copy() if since.floor[3] is not None else None
+            done, where, shared = (values[:] for values in since.pool[:3])
+            memory = since.pool[3].copy() if since.pool[3] is not None else None
         else:
-            now, free, beyond = 0.0, floor.all_devices, 0.0
+            now, free, beyond = 0.0, pool.all_devices, 0.0
             missing, at = list(map(len, model.before)), [0] * len(draft)
             starts, placed = [[] for _ in draft], [[] for _ in draft]
-            done, where, kin, memory = [0] * len(draft), [0] * len(draft), floor.start_kin(), floor.start_memory()
+            done, where, shared, memory = [0] * len(draft), [0] * len(draft), pool.start_shared(), pool.start_memory()
             arriving = [m for m in range(len(draft)) if not missing[m]]
         turn, every = 0, max(1, sum(map(len, draft)) // MOMENTS)
         while True:
@@ -73,7 +73,7 @@ class PlacedDecoder:
                 turn += 1
                 if turn % every == 0:
                     begun = list(map(len, starts))
-                    there = (done[:], where[:], kin[:], memory.copy() if memory is not None else None)
+                    there = (done[:], where[:], shared[:], memory.copy() if memory is not None else None)
                     keep.append(
                         Moment(now, free, beyond, missing[:], at[:], begun, starts, placed, ready[:], running[:], there)
                     )
@@ -82,17 +82,25 @@ class PlacedDecoder:
             fails_from = room + 1
             for entry in ready:
                 _, m, count = entry
-                if count >= fails_from and m not in floor.pins:
+                if count >= fails_from and m not in pool.pins:
                     kept.append(entry)
                     continue
                 c, layers, _, _, hint = draft[m][at[m]]
-                sources = floor.sources(m, not done[m], where)
-                found = floor.choose(
-                    m, count, free, sources, hint=hint, kin=kin[kin_of[m]], memory=memory, first=done[m], layers=layers
+                sources = pool.sources(m, not done[m], where)
+                found = pool.choose(
+                    m,
+                    count,
+                    free,
+                    sources,
+                    hint=hint,
+                    shared=shared[group_of[m]],
+                    memory=memory,
+                    first=done[m],
+                    layers=layers,
                 )
                 if found is None:
                     kept.append(entry)
-                    if memory is None and m not in floor.pins:
+                    if memory is None and m not in pool.pins:
                         fails_from = count
                     continue
                 devices, cost_s = found
@@ -102,9 +110,9 @@ class PlacedDecoder:
                 if end > bound_s:
                     beyond += count * (end - bound_s)
                 if memory is not None:
-                    floor.occupy(m, count, devices, memory, done[m], layers)
-                if kin_of[m] >= 0:
-                    kin[kin_of[m]] |= devices
+                    pool.occupy(m, count, devices, memory, done[m], layers)
+                if group_of[m] >= 0:
+                    shared[group_of[m]] |= devices
                 free &= ~devices
                 room -= count
                 fails_from = min(fails_from, room + 1)
@@ -140,11 +148,11 @@ class PlacedDecoder:
 
         Backward runs the same slices in reverse: when those that started first run, all other gradients are ready.
         """
-        problem = self.floor.problem
+        problem = self.pool.problem
         _, _, starts, devices = decoded
         wanted: list[Wanted] = []
-        for members in self.floor.sharing:
-            pieces: list[Piece[_Placed]] = []
+        for members in self.pool.sharing:
+            intervals: list[Interval[_Placed]] = []
             most = 0.0
             for m in members:
                 metaop = problem.metaops[m]
@@ -154,9 +162,9 @@ class PlacedDecoder:
                 for part, where, start_s in zip(draft[m], devices[m], starts[m], strict=True):
                     is_cut = metaop.degree_on(self.model.counts[m][part[0]]) > 1
                     layer_s = 0.0 if is_cut else backward * self.model.times[m][part[0]]
-                    pieces.append((first, first + part[1], (where, -backward * start_s + layer_s * first, layer_s)))
+                    intervals.append((first, first + part[1], (where, -backward * start_s + layer_s * first, layer_s)))
                     first += part[1]
-            for low, high, held in stretches(pieces):
+            for low, high, held in stretches(intervals):
                 holders = 0
                 for where, _, _ in held:
                     holders |= where

@@ -16,14 +16,14 @@ from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
 from spindle.planner.search.decode import HOLDING_PASSES, SLICE_UNITS, Decoder, Draft, FlatDecoder, draft_of
-from spindle.planner.search.finish import finish, forward_on_floor, forward_runs, runs_of_draft
-from spindle.planner.search.floor import Floor, make_floor
-from spindle.planner.search.fluid import COLUMN_UNITS, LP_UNITS
-from spindle.planner.search.improve import Climber
+from spindle.planner.search.device_pool import DevicePool, make_device_pool
+from spindle.planner.search.finish import finish, forward_on_pool, forward_runs, runs_of_draft
+from spindle.planner.search.improve import Annealer
+from spindle.planner.search.list_scheduler import DECISION_UNITS, EVENT_UNITS, MOST_DECIDING, Run, Stuck
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule, by_search
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.track import DECISION_UNITS, EVENT_UNITS, MOST_DECIDING, Run, Stuck
+from spindle.planner.search.wave_lp import COLUMN_UNITS, LP_UNITS
 from spindle.planner.search.work import Work
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
@@ -50,13 +50,13 @@ class _Side:
     guide: Sequence[Run] = ()  # a schedule expected to be good, whose order the first beam takes
 
     def search(self, first: list[int], width: Width, seed: int, share: float) -> None:
-        """One more beam; on a floor, what runs backwards counts for what it takes forwards."""
+        """One more beam; on a pool, what runs backwards counts for what it takes forwards."""
         self.beam.search(first, width, seed, share)
         self.rounds += 1
         self.found = list(self.beam.best)
-        if self.beam.floor and self.model.is_reversed:
-            floor = self.beam.floor.reversed
-            self.turned = {id(f): self.turned.get(id(f)) or (f, _turned(floor, f)) for f in self.found}
+        if self.beam.pool and self.model.is_reversed:
+            pool = self.beam.pool.reversed
+            self.turned = {id(f): self.turned.get(id(f)) or (f, _turned(pool, f)) for f in self.found}
             self.found = [turned for _, turned in self.turned.values()]
 
     @property
@@ -64,9 +64,9 @@ class _Side:
         return min((f.makespan_s for f in self.found), default=inf)
 
 
-def _turned(floor: Floor, f: Found) -> Found:
+def _turned(pool: DevicePool, f: Found) -> Found:
     """A schedule of the reversed model with forward times, transfers charged to who receives."""
-    runs = forward_on_floor(floor.problem, floor, f.model, f.runs)
+    runs = forward_on_pool(pool.problem, pool, f.model, f.runs)
     return Found(max(end for _, _, _, _, end, _ in runs), runs, f.model.reversed)
 
 
@@ -86,59 +86,59 @@ def search(
     """
     model = make_model(problem, bound_s)
     work.spend(OUTSIDE_UNITS * max(0, len(model) - SMALL))
-    floor: Floor | None = make_floor(problem)
-    floor = floor if floor and floor.matters else None
+    pool: DevicePool | None = make_device_pool(problem)
+    pool = pool if pool and pool.matters else None
     share = BEAM_SHARE if len(model) <= SMALL else BEAM_SHARE_LARGE
     found = given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
     guide = given[-1].runs if is_warm else ()
-    if floor is None:
+    if pool is None:
         found = found + _beams(_sides(model, None, work, guide), work, seed, share)
     else:
-        found = found + _placed_starts(model, floor, work, seed, share, guide)
-    found.sort(key=lambda f: f.makespan_s + _reduction_s(model, floor, f))
-    climbers = _climb(model, floor, found, work, seed)
-    finished = [finish(problem, c.model, _runs_of_climber(c)) for c in climbers]
+        found = found + _placed_starts(model, pool, work, seed, share, guide)
+    found.sort(key=lambda f: f.makespan_s + _reduction_s(model, pool, f))
+    annealers = _climb(model, pool, found, work, seed)
+    finished = [finish(problem, c.model, _runs_of_annealer(c)) for c in annealers]
     own = [f for f in found if f not in given]
     others = own[:STARTS] + given if len(model) <= SMALL else found[:STARTS_LARGE]
     return finished + [finish(problem, f.model, f.runs) for f in others]
 
 
-def _sides(model: Model, floor: Floor | None, work: Work, guide: Sequence[Run]) -> list[_Side]:
+def _sides(model: Model, pool: DevicePool | None, work: Work, guide: Sequence[Run]) -> list[_Side]:
     """Forward and backward."""
-    back, backward = model.reversed, floor.reversed if floor else None
+    back, backward = model.reversed, pool.reversed if pool else None
     return [
-        _Side(model, Beam(model, floor, work), guide=guide),
+        _Side(model, Beam(model, pool, work), guide=guide),
         _Side(back, Beam(back, backward, work), guide=forward_runs(back, list(guide)) if guide else ()),
     ]
 
 
 def _placed_starts(
-    model: Model, floor: Floor, work: Work, seed: int, share: float, guide: Sequence[Run]
+    model: Model, pool: DevicePool, work: Work, seed: int, share: float, guide: Sequence[Run]
 ) -> list[Found]:
     """Schedules on devices: of beams that know them, and of a search that only counts them and is charged afterwards.
 
     Both begin; what does better goes on. With few nodes that is often the second, which makes many more moves.
     """
-    counting, placing = _sides(model, None, work, guide), _sides(model, floor, work, guide)
-    blind = _charged(model, floor, work, _beams(counting, work, seed, BLIND_SHARE * share))
+    counting, placing = _sides(model, None, work, guide), _sides(model, pool, work, guide)
+    blind = _charged(model, pool, work, _beams(counting, work, seed, BLIND_SHARE * share))
     found = _beams(placing, work, seed, 2 * BLIND_SHARE * share)
-    if work.left(share) < 2 * beam_units(model, ROLL_OUT, floor.simulation_factor):
+    if work.left(share) < 2 * beam_units(model, ROLL_OUT, pool.simulation_factor):
         return blind + found
     if min((f.makespan_s for f in blind), default=inf) > min((f.makespan_s for f in found), default=inf) * CLOSE_CALL:
         return blind + _beams(placing, work, seed + 50, share)
     schedules = _beams(counting, work, seed + 50, 0.75 * share)
-    climbers = _climb(model, None, sorted(schedules, key=lambda f: f.makespan_s), work, seed, 1.2 * share)
-    schedules += [Found(c.best.total_s, _runs_of_climber(c), c.model) for c in climbers]
-    return blind + found + _charged(model, floor, work, schedules)
+    annealers = _climb(model, None, sorted(schedules, key=lambda f: f.makespan_s), work, seed, 1.2 * share)
+    schedules += [Found(c.best.total_s, _runs_of_annealer(c), c.model) for c in annealers]
+    return blind + found + _charged(model, pool, work, schedules)
 
 
-def _charged(model: Model, floor: Floor, work: Work, blind: Sequence[Found]) -> list[Found]:
+def _charged(model: Model, pool: DevicePool, work: Work, blind: Sequence[Found]) -> list[Found]:
     """Schedules that know no devices, with devices and transfers: now and then better than what knew them."""
-    decoder, found = PlacedDecoder(model, floor), []
+    decoder, found = PlacedDecoder(model, pool), []
     most = len(blind) if len(model) <= SMALL else STARTS_LARGE
     for f in sorted(blind, key=lambda f: f.makespan_s)[:most]:
         forward = forward_runs(f.model, f.runs)
-        work.spend(2 * len(forward) * (floor.slice_units + HOLDING_PASSES / 2 * SLICE_UNITS))
+        work.spend(2 * len(forward) * (pool.slice_units + HOLDING_PASSES / 2 * SLICE_UNITS))
         for draft in (_plain_draft(model, forward), draft_of(FlatDecoder(model), forward)):
             decoded = decoder.decode(draft, inf)
             if decoded is not None:
@@ -154,9 +154,9 @@ def _plain_draft(model: Model, runs: list[Run]) -> Draft:
     return draft
 
 
-def _reduction_s(model: Model, floor: Floor | None, f: Found) -> float:
+def _reduction_s(model: Model, pool: DevicePool | None, f: Found) -> float:
     """Seconds of gradient reductions after a placed schedule."""
-    if floor is None or not floor.sharing:
+    if pool is None or not pool.sharing:
         return 0.0
     forward = forward_runs(f.model, f.runs)
     starts: list[list[float]] = [[] for _ in range(len(model))]
@@ -165,7 +165,7 @@ def _reduction_s(model: Model, floor: Floor | None, f: Found) -> float:
         starts[m].append(start_s)
         devices[m].append(mask)
     decoded = (f.makespan_s, 0.0, starts, devices)
-    return PlacedDecoder(model, floor).reduction_s(_plain_draft(model, forward), decoded)
+    return PlacedDecoder(model, pool).reduction_s(_plain_draft(model, forward), decoded)
 
 
 def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:
@@ -177,11 +177,11 @@ def _runs(problem: Problem, model: Model, slices: Sequence[Slice]) -> list[Run]:
     return sorted(runs, key=lambda run: (run[3], run[0]))
 
 
-def _runs_of_climber(climber: Climber) -> list[Run]:
-    decoded = climber.decoder.decode(climber.best.draft, float("inf"))
+def _runs_of_annealer(annealer: Annealer) -> list[Run]:
+    decoded = annealer.decoder.decode(annealer.best.draft, float("inf"))
     if decoded is None:
         raise AssertionError("the best draft does not decode any more")
-    return runs_of_draft(climber.model, climber.best.draft, decoded)
+    return runs_of_draft(annealer.model, annealer.best.draft, decoded)
 
 
 def _close(model: Model, makespan_s: float) -> bool:
@@ -193,7 +193,7 @@ def beam_units(model: Model, width: Width, factor: float) -> float:
     lp = LP_UNITS + COLUMN_UNITS * 0.6 * sum(map(len, model.hull))
     waiting = MOST_DECIDING // 2 if len(model) > HUGE else 1
     whole_run = (DECISION_UNITS * waiting + EVENT_UNITS) * model.total_layers * factor
-    return width.states * width.styles * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
+    return width.states * width.heuristics * (width.epochs * lp + whole_run * (1 + width.epochs / 4))
 
 
 def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> list[Found]:
@@ -206,7 +206,7 @@ def _beams(sides: list[_Side], work: Work, seed: int, share: float) -> list[Foun
         left = work.left(share)
         if turn > 1 and (not left or _close(side.model, min(s.best_s for s in sides))):
             break
-        factor = side.beam.floor.simulation_factor if side.beam.floor else 1.0
+        factor = side.beam.pool.simulation_factor if side.beam.pool else 1.0
         affordable = [w for w in LADDER if beam_units(side.model, w, factor) <= left / 1.5]
         if turn > 0 and not affordable:
             break
@@ -233,30 +233,30 @@ def _order(side: _Side, work: Work, seed: int) -> list[int]:
 
 
 def _climb(
-    model: Model, floor: Floor | None, found: list[Found], work: Work, seed: int, share: float = 1.0
-) -> list[Climber]:
-    """Successive halving over climbers from the best schedules; best first."""
-    most = 1 if len(model) > HUGE else STARTS if len(model) <= SMALL and floor is None else STARTS_LARGE
-    climbers: list[Climber] = []
+    model: Model, pool: DevicePool | None, found: list[Found], work: Work, seed: int, share: float = 1.0
+) -> list[Annealer]:
+    """Successive halving over annealers from the best schedules; best first."""
+    most = 1 if len(model) > HUGE else STARTS if len(model) <= SMALL and pool is None else STARTS_LARGE
+    annealers: list[Annealer] = []
     for i, f in enumerate(found[:most]):
         decoder: Decoder = FlatDecoder(f.model)
         runs = f.runs
-        if floor is not None:
-            decoder, runs = PlacedDecoder(model, floor), forward_on_floor(floor.problem, floor, f.model, f.runs)
+        if pool is not None:
+            decoder, runs = PlacedDecoder(model, pool), forward_on_pool(pool.problem, pool, f.model, f.runs)
         try:
-            climbers.append(Climber(decoder, draft_of(decoder, runs), work, seed + i))
+            annealers.append(Annealer(decoder, draft_of(decoder, runs), work, seed + i))
         except Stuck:
             continue
-    while climbers:
-        climbers.sort(key=lambda c: c.best.total_s)
+    while annealers:
+        annealers.sort(key=lambda c: c.best.total_s)
         left = work.left(share)
-        if not left or _close(model, climbers[0].best.total_s):
+        if not left or _close(model, annealers[0].best.total_s):
             break
-        if len(climbers) == 1:
-            climbers[0].run(left, share)
+        if len(annealers) == 1:
+            annealers[0].run(left, share)
             break
-        for climber in climbers:
-            climber.run(0.35 * left / len(climbers), share)
-        climbers.sort(key=lambda c: c.best.total_s)
-        del climbers[(len(climbers) + 1) // 2 :]
-    return climbers
+        for annealer in annealers:
+            annealer.run(0.35 * left / len(annealers), share)
+        annealers.sort(key=lambda c: c.best.total_s)
+        del annealers[(len(annealers) + 1) // 2 :]
+    return annealers

@@ -1,7 +1,7 @@
-"""Agreement: ranks that each made a job of their own, as under torchrun, find out whether all made the same.
+"""Agreement: ranks that each made a rank spec of their own, as under torchrun, find out whether all made the same.
 
-Nobody sends jobs around there, so a rank with another plan, other code or another seed would hang the others in the
-first collective that it does not come to, or train something else beside them.
+Nobody sends rank specs around there, so a rank with another plan, other code or another seed would hang the others in
+the first collective that it does not come to, or train something else beside them.
 """
 
 import functools
@@ -20,7 +20,7 @@ from spindle.capture.signature import module_signature
 from spindle.errors import RunError
 from spindle.runtime.programs.program import Program
 from spindle.runtime.programs.text import dumps
-from spindle.runtime.rank_job import Job
+from spindle.runtime.rank_spec import RankSpec
 
 SAMPLED = 16  # numbers of each weight that are compared: a model's weights take seconds to read through
 
@@ -34,18 +34,18 @@ _REMEDY = {
 }
 
 
-def agreement(program: Program, jobs: Sequence[Job]) -> dict[str, str]:
-    """Digests of what all ranks must have alike, by what they are of. `jobs`: those of all ranks, as made here of the
+def agreement(program: Program, specs: Sequence[RankSpec]) -> dict[str, str]:
+    """Digests of what all ranks must have alike, by what they are of. `specs`: those of all ranks, as made here of the
     whole program.
     """
     slices = [(run.metaop, run.operators, run.ranks, run.tensor_parallel, run.recompute) for run in program.slices]
     parts: dict[str, Iterable[str]] = {
         "versions of Python or torch": (platform.python_version(), torch.__version__),
         "plan": (str(program.num_ranks), *map(str, slices)),
-        "program": (dumps(program), str(jobs[0].rounds), jobs[0].precision, str(jobs[0].settings)),
-        "code": _code_texts(jobs),
-        "weights": _weight_texts(jobs),
-        "seed": (str(jobs[0].seed),),
+        "program": (dumps(program), str(specs[0].rounds), specs[0].precision, str(specs[0].settings)),
+        "code": _code_texts(specs),
+        "weights": _weight_texts(specs),
+        "seed": (str(specs[0].seed),),
     }
     return {what: hashlib.sha256("\n".join(texts).encode()).hexdigest() for what, texts in parts.items()}
 
@@ -65,18 +65,18 @@ def refuse_differences(found: Sequence[Mapping[str, str]]) -> None:
         )
 
 
-def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
-    codes = {name: code for job in jobs for name, code in job.codes.items()}
+def _code_texts(specs: Sequence[RankSpec]) -> Iterator[str]:
+    codes = {name: code for spec in specs for name, code in spec.codes.items()}
     classes: dict[type, None] = {}
     for name, code in sorted(codes.items()):  # plans order operators otherwise
         yield f"{name} {module_signature(code.module)} {code.compilation}"
         classes.update(dict.fromkeys(type(child) for child in code.module.modules()))
-    for task, recorded in sorted(jobs[0].recipe.codes.items()):
+    for task, recorded in sorted(specs[0].recipe.codes.items()):
         glue = sorted((site, frontier, component, name) for (site, frontier, component), name in recorded.glue.items())
         yield f"{task} {glue} {sorted(recorded.blocks.items())} {sorted(recorded.sites.items())}"
-    yield from (_text(function) for _, function in sorted(jobs[0].recipe.functions.items()))
-    if jobs[0].evaluation is not None:
-        evaluation = jobs[0].evaluation
+    yield from (_text(function) for _, function in sorted(specs[0].recipe.functions.items()))
+    if specs[0].evaluation is not None:
+        evaluation = specs[0].evaluation
         yield from (_text(inspect.unwrap(function)) for _, function in sorted(evaluation.recipe.functions.items()))
         for task, measures in sorted(evaluation.scoring.measures.items()):
             yield f"{task} {_text(measures.metrics)} {_text(measures.over_all)}"
@@ -84,7 +84,7 @@ def _code_texts(jobs: Sequence[Job]) -> Iterator[str]:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             if not base.__module__.startswith("torch."):
                 yield from (f"{base.__qualname__}.{n} {_text(f)}" for n, f in vars(base).items())
-    yield from (_text(maker) for maker in (jobs[0].optimizer, jobs[0].scheduler, jobs[0].metric))
+    yield from (_text(maker) for maker in (specs[0].optimizer, specs[0].scheduler, specs[0].metric))
 
 
 def _text(value: Any) -> str:
@@ -109,10 +109,10 @@ def _text(value: Any) -> str:
     return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
 
 
-def _weight_texts(jobs: Sequence[Job]) -> Iterator[str]:
+def _weight_texts(specs: Sequence[RankSpec]) -> Iterator[str]:
     seen: set[str] = set()
-    sources = {name: source for job in jobs for name, source in job.weights.items()}
-    codes = {name: code for job in jobs for name, code in job.codes.items()}
+    sources = {name: source for spec in specs for name, source in spec.weights.items()}
+    codes = {name: code for spec in specs for name, code in spec.codes.items()}
     for _, code in sorted(codes.items()):
         for names, get in ((code.parameters, code.module.get_parameter), (code.buffers, code.module.get_buffer)):
             for inner, name in names:

@@ -12,7 +12,7 @@ import uuid
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from spindle.errors import LostRankError
-from spindle.runtime.transport import join_store
+from spindle.runtime.comms.transport import join_store
 
 LOOK_S = 0.02
 

@@ -1,6 +1,6 @@
-"""Processes: a crew of spawned processes on this machine. No Ray needed; what most distributed tests run on.
+"""Processes: a worker group of spawned processes on this machine. No Ray needed; what most distributed tests run on.
 
-- Jobs travel as cloudpickle, so task functions, loaders and optimizer factories may be local functions.
+- Rank specs travel as cloudpickle, so task functions, loaders and optimizer factories may be local functions.
 - A child ends when its parent does, however the parent ends; and with a child all that it started ends, such as the
   worker processes of a loader: they are of its process group.
 """
@@ -21,12 +21,12 @@ from typing import Any
 import cloudpickle
 
 from spindle.errors import LostRankError, RunError, SpindleError
-from spindle.runtime.launch.crew import called, is_lost_peer, looks_s, made_worker, packed_job, too_late
+from spindle.runtime.comms.pulse import SIZE, Heart, Lookout, Pulse
+from spindle.runtime.comms.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.launch.shipping import on_this_machine
-from spindle.runtime.pulse import SIZE, Heart, Lookout, Pulse
-from spindle.runtime.rank_job import Job
+from spindle.runtime.launch.worker_group import called, is_lost_peer, looks_s, made_worker, packed_spec, too_late
+from spindle.runtime.rank_spec import RankSpec
 from spindle.runtime.startup import Phases
-from spindle.runtime.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.worker import Worker
 
 HOST = "127.0.0.1"
@@ -50,38 +50,38 @@ class RankProcess(ForkServerProcess):
         super().kill()
 
 
-class ProcessCrew:
+class ProcessWorkers:
     """Workers as processes of this machine, over gloo (or NCCL when each can have a GPU)."""
 
     leads = alone = True
 
     def __init__(
         self,
-        jobs: Sequence[Any],
+        specs: Sequence[Any],
         *,
         timeout_s: float = 60.0,
         worker: Callable[[Any, Transport], Any] = Worker,
         lost_gpus: frozenset[int] = frozenset(),
     ) -> None:
-        """Start a process for each job and wait until all are ready; `worker` makes of each job what serves calls.
-        `lost_gpus`: numbers of this machine's GPUs that no rank takes.
+        """Start a process for each rank spec and wait until all are ready; `worker` makes of each rank spec what serves
+        calls. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
         """
         self._store = serve_store(HOST)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(jobs)])
+        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(specs)])
         self._pipes: list[Connection] = []
         self._children: list[RankProcess] = []
         self._timeout_s = timeout_s
-        memory = context.RawArray(ctypes.c_ubyte, SIZE * len(jobs))  # without a name: nothing of it is left behind
-        self._pulses = [Pulse(memory, SIZE * rank) for rank in range(len(jobs))]
+        memory = context.RawArray(ctypes.c_ubyte, SIZE * len(specs))  # without a name: nothing of it is left behind
+        self._pulses = [Pulse(memory, SIZE * rank) for rank in range(len(specs))]
         signs = [pulse.sign for pulse in self._pulses]
         self._lookout = Lookout(lambda: [sign() for sign in signs], timeout_s, moves=worker is Worker)
-        with on_this_machine(jobs) as light:
+        with on_this_machine(specs) as light:
             try:
-                for rank, (job, left) in enumerate(light):
+                for rank, (spec, left) in enumerate(light):
                     ours, theirs = context.Pipe()
-                    place = rank, len(jobs), self._store.port
-                    payload = packed_job(worker, job, left)
+                    place = rank, len(specs), self._store.port
+                    payload = packed_spec(worker, spec, left)
                     arguments = (theirs, payload, place, timeout_s, _start_method(), memory, lost_gpus)
                     child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
                     with _main_hidden():
@@ -95,7 +95,7 @@ class ProcessCrew:
             self._results(timeout_s + 60.0)
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """See Crew."""
+        """See WorkerGroup."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # a dead child is noticed below
                 pipe.send_bytes(cloudpickle.dumps((method, args, kwargs)))
@@ -158,7 +158,7 @@ class ProcessCrew:
         return self._lookout.blamed(waiting.values(), first) or error
 
     def close(self) -> None:
-        """See Crew."""
+        """See WorkerGroup."""
         for child in self._children:
             child.kill()
             child.join(10.0)
@@ -166,22 +166,24 @@ class ProcessCrew:
             pipe.close()
 
 
-def _needed(jobs: Sequence[Any]) -> list[str]:
+def _needed(specs: Sequence[Any]) -> list[str]:
     """Modules that every rank would import by itself: what optimizers import when the first is made, and installed
-    packages that define layers. The server of the first crew of this process imports them once, for all ranks.
+    packages that define layers. The server of the first worker group of this process imports them once, for all ranks.
     """
-    if not jobs or not isinstance(jobs[0], Job):
+    if not specs or not isinstance(specs[0], RankSpec):
         return []
-    components = jobs[0].recipe.skeleton.components.values()
+    components = specs[0].recipe.skeleton.components.values()
     names = dict.fromkeys(type(part).__module__ for component in components for part in component.modules())
     files = {name: getattr(sys.modules.get(name), "__file__", None) or "" for name in names}
     installed = [name for name, file in files.items() if "site-packages" in file and not name.startswith("torch.")]
-    return ["torch._dynamo"] * (jobs[0].optimizer is not None) + installed
+    return ["torch._dynamo"] * (specs[0].optimizer is not None) + installed
 
 
 @contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Children would run the user's script again to have its `__main__`; jobs bring what they need of it by value."""
+    """Children would run the user's script again to have its `__main__`; rank specs bring what they need of
+    it by value.
+    """
     names = vars(sys.modules["__main__"])
     hidden: dict[str, Any] = {name: names.pop(name) for name in ("__file__", "__spec__") if name in names}
     names["__spec__"] = None
@@ -227,8 +229,8 @@ def _child(
             store = join_store(HOST, port, timeout_s)
             transport = ProcessTransport(store, rank, num_ranks, timeout_s=timeout_s, lost_gpus=lost_gpus, pulse=pulse)
         with phases("import and load"):
-            make, job = cloudpickle.loads(payload)
-        worker = made_worker(make, job, transport, phases)
+            make, spec = cloudpickle.loads(payload)
+        worker = made_worker(make, spec, transport, phases)
         pipe.send_bytes(cloudpickle.dumps((True, None)))
     while True:
         try:

@@ -1,7 +1,8 @@
-"""torchrun: crews in which this process is one of the workers. Every rank runs one script, and gets all results.
+"""torchrun: worker groups in which this process is one of the workers. Every rank runs one script, and gets all
+results.
 
-- TorchrunCrew: all ranks drive, each by itself; so all must do the same.
-- ServedCrew: the first drives, and the others do as it says; for work that goes by the time it takes.
+- TorchrunWorkers: all ranks drive, each by itself; so all must do the same.
+- ServedWorkers: the first drives, and the others do as it says; for work that goes by the time it takes.
 - A rank ends when torchrun does: without it nobody would end the others when one fails, or start them again.
 """
 
@@ -16,14 +17,14 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from spindle.errors import RunError, SpindleError
-from spindle.runtime.data import wait_for_readers
+from spindle.runtime.comms.pulse import SILENT_S, Heart, Lookout, Pulse, StoreSigns
+from spindle.runtime.comms.transport import ProcessTransport, Transport
 from spindle.runtime.launch.agreement import agreement, refuse_differences
-from spindle.runtime.launch.crew import called, is_lost_peer
 from spindle.runtime.launch.meeting import Meeting
+from spindle.runtime.launch.worker_group import called, is_lost_peer
+from spindle.runtime.loading.data import wait_for_readers
 from spindle.runtime.programs.program import Program
-from spindle.runtime.pulse import SILENT_S, Heart, Lookout, Pulse, StoreSigns
-from spindle.runtime.rank_job import Job, separate
-from spindle.runtime.transport import ProcessTransport, Transport
+from spindle.runtime.rank_spec import RankSpec, separate
 from spindle.runtime.worker import Worker
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def place_here() -> tuple[int, int] | None:
+def local_rank_and_size() -> tuple[int, int] | None:
     """This rank's number on its machine, and how many ranks run there, as torchrun tells; None where nobody does."""
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return (int(os.environ[names[0]]), int(os.environ[names[1]])) if all(n in os.environ for n in names) else None
@@ -53,7 +54,7 @@ def place_among_all() -> tuple[int, int]:
 def nodes_of_job() -> tuple[int, int]:
     """Machines of a torchrun job, and ranks on each. Raises RunError where machines have different numbers of ranks."""
     rank, num_ranks = place_among_all()
-    _, per_node = place_here() or (rank, num_ranks)
+    _, per_node = local_rank_and_size() or (rank, num_ranks)
     if num_ranks % per_node:
         raise RunError(
             f"torchrun started {num_ranks} processes, {per_node} of them here; give all machines the same "
@@ -77,7 +78,7 @@ class _Member:
         self._heart = Heart(self.pulse, on_beat=self._look)
         meeting = Meeting(timeout_s)
         self._transport = ProcessTransport(
-            meeting.store, rank, num_ranks, timeout_s=timeout_s, place=place_here(), pulse=self.pulse
+            meeting.store, rank, num_ranks, timeout_s=timeout_s, place=local_rank_and_size(), pulse=self.pulse
         )
         self._heart.close()
         own, others = meeting.connection(), meeting.connection()
@@ -141,51 +142,51 @@ class _Member:
         self.pulse.stop()
 
     def close(self) -> None:
-        """See Crew."""
+        """See WorkerGroup."""
         self._heart.close()
         self._worker.close()
         wait_for_readers()
 
 
-class TorchrunCrew(_Member):
+class TorchrunWorkers(_Member):
     """The ranks of a torchrun job, each of which drives by itself."""
 
-    def __init__(self, program: Program, jobs: Sequence[Job], *, timeout_s: float = 60.0) -> None:
-        """Join with the others, and compare jobs with them: each rank made its own, of the whole program.
+    def __init__(self, program: Program, specs: Sequence[RankSpec], *, timeout_s: float = 60.0) -> None:
+        """Join with the others, and compare rank specs with them: each rank made its own, of the whole program.
 
         Raises RunError when they differ, or when torchrun started another number of processes than planned for.
         """
         super().__init__(timeout_s, moves=True)
         rank, num_ranks = place_among_all()
         try:
-            refuse_differences(self._gathered(agreement(program, jobs)))
-            if num_ranks != len(jobs):
+            refuse_differences(self._gathered(agreement(program, specs)))
+            if num_ranks != len(specs):
                 raise RunError(
-                    f"torchrun started {num_ranks} processes but the plan is for {len(jobs)} devices; "
-                    f"use --nproc-per-node and --nnodes that make {len(jobs)}, plan for {num_ranks}, or let the "
+                    f"torchrun started {num_ranks} processes but the plan is for {len(specs)} devices; "
+                    f"use --nproc-per-node and --nnodes that make {len(specs)}, plan for {num_ranks}, or let the "
                     "run plan anew for the processes that are there: Failures(elastic=True), --elastic"
                 )
         except Exception:
             self._transport.close()
             raise
-        self._worker = Worker(separate(jobs[rank]), self._transport)
+        self._worker = Worker(separate(specs[rank]), self._transport)
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """See Crew; patience is that of the process group."""
+        """See WorkerGroup; patience is that of the process group."""
         del patience_s
         return self._done(method, args, kwargs)
 
 
-class ServedCrew(_Member):
+class ServedWorkers(_Member):
     """The ranks of a torchrun job, driven by the first: `drive` on all of them, and `call` in what it works on."""
 
-    def __init__(self, job: Any, *, timeout_s: float, worker: Callable[[Any, Transport], Any]) -> None:
-        """Join with the others; `worker` makes of the job what serves calls.
+    def __init__(self, spec: Any, *, timeout_s: float, worker: Callable[[Any, Transport], Any]) -> None:
+        """Join with the others; `worker` makes of the rank spec what serves calls.
 
         Between two calls no more than `timeout_s` may go by.
         """
         super().__init__(timeout_s, moves=False)
-        self._worker = worker(job, self._transport)
+        self._worker = worker(spec, self._transport)
 
     def drive(self, work: Callable[[], T]) -> T:
         """Do some work on the first rank; all return its result, or raise its SpindleError."""
@@ -201,7 +202,7 @@ class ServedCrew(_Member):
         return result
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """See Crew; patience is that of the process group."""
+        """See WorkerGroup; patience is that of the process group."""
         del patience_s
         self._told((method, args, kwargs))
         return self._done(method, args, kwargs)

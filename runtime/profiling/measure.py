@@ -27,15 +27,15 @@ from spindle.capture.codes import Captured
 from spindle.graph import Parameter, base_task
 from spindle.profile import LinkLevel
 from spindle.record.draws import Stream
-from spindle.runtime.clock import Clock
-from spindle.runtime.data import Feed, keeps_state
-from spindle.runtime.masters import Numbers
-from spindle.runtime.optimizers import OptimizerFactory, rank_optimizer
+from spindle.runtime.comms.transport import Transport, Wait
+from spindle.runtime.loading.data import Feed, keeps_state
+from spindle.runtime.loading.recordings import Recipe, Recordings
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
-from spindle.runtime.profiling.rehearsal import Rehearsal
+from spindle.runtime.profiling.layer_bench import LayerBench
 from spindle.runtime.programs.messages import StepLayout
-from spindle.runtime.recordings import Recipe, Recordings
-from spindle.runtime.transport import Transport, Wait
+from spindle.runtime.steps.clock import Clock
+from spindle.runtime.updates.masters import Numbers
+from spindle.runtime.updates.optimizers import OptimizerFactory, rank_optimizer
 from spindle.units import SAMPLES
 from spindle.workload import Task
 
@@ -59,7 +59,7 @@ Moments = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchJob:
+class BenchSpec:
     """What one rank needs to measure: a captured workload, its tasks without their functions, a batch and operators in
     a chain for each kind, and how ranks stand on nodes.
     """
@@ -80,20 +80,20 @@ class BenchJob:
 class Bench:
     """One rank, ready to measure."""
 
-    def __init__(self, job: BenchJob, transport: Transport) -> None:
+    def __init__(self, spec: BenchSpec, transport: Transport) -> None:
         """Takes the rank's share of the cores."""
-        self.job, self.transport, self.clock = job, transport, Clock()
+        self.spec, self.transport, self.clock = spec, transport, Clock()
         self.num_ranks, self.device = transport.num_ranks, transport.device
         if self.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
-        self.layers: dict[str, Rehearsal] = {}
-        self.recordings = Recordings(job.recipe, self.device)
+        self.layers: dict[str, LayerBench] = {}
+        self.recordings = Recordings(spec.recipe, self.device)
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
         self.everyone = tuple(range(self.num_ranks))
-        groups = [ranks for level in link_groups(self.num_ranks, job.ranks_per_node).values() for ranks in level]
+        groups = [ranks for level in link_groups(self.num_ranks, spec.ranks_per_node).values() for ranks in level]
         transport.make_groups(
-            [*groups, *(copy for parts in degrees(job.ranks_per_node) for copy in copies(self.num_ranks, parts))]
+            [*groups, *(copy for parts in degrees(spec.ranks_per_node) for copy in copies(self.num_ranks, parts))]
         )
 
     def hardware(self) -> Hardware:
@@ -108,16 +108,16 @@ class Bench:
 
         `rest_bytes`: what a step touches beside them.
         """
-        captured = self.job.captured
+        captured = self.spec.captured
         self.layers, self.optimizer = {}, None  # before others take their memory
         for kind, (count, parts) in layouts.items():
-            names = self.job.chains[kind]
-            batch = self.job.batches[kind]
+            names = self.spec.chains[kind]
+            batch = self.spec.batches[kind]
             copy_on = (
                 (self.transport, copies(self.num_ranks, parts)[self.transport.rank // parts]) if parts > 1 else None
             )
-            own = (names, batch, count, self.device, copy_on, self.job.numbers)
-            self.layers[kind] = Rehearsal(captured, self.job.recipe, *own)
+            own = (names, batch, count, self.device, copy_on, self.spec.numbers)
+            self.layers[kind] = LayerBench(captured, self.spec.recipe, *own)
         self.optimizer = self._optimizer(self.layers.values())
         self.rest = torch.zeros(rest_bytes if self.device.type == "cpu" else 0, dtype=torch.uint8)
 
@@ -143,12 +143,12 @@ class Bench:
         ]
         return times, _seconds(*step)
 
-    def _optimizer(self, layers: Iterable[Rehearsal]) -> torch.optim.Optimizer | None:
+    def _optimizer(self, layers: Iterable[LayerBench]) -> torch.optim.Optimizer | None:
         """The user's optimizer over what these layers train."""
-        job, trained = self.job, [item for each in layers for item in each.trained.items()]
-        if job.optimizer is None or not trained:
+        spec, trained = self.spec, [item for each in layers for item in each.trained.items()]
+        if spec.optimizer is None or not trained:
             return None
-        return rank_optimizer(job.optimizer, job.parameters, trained, job.settings, self.device).optimizer
+        return rank_optimizer(spec.optimizer, spec.parameters, trained, spec.settings, self.device).optimizer
 
     def _step(self) -> None:
         if self.optimizer is not None:
@@ -165,7 +165,7 @@ class Bench:
         total_s = sum(alone_s) or 1.0
         return [seconds / total_s / each.size for seconds, each in zip(alone_s, self.layers.values(), strict=True)]
 
-    def _update_s(self, layers: Rehearsal) -> float:
+    def _update_s(self, layers: LayerBench) -> float:
         optimizer = self._optimizer([layers])
         if optimizer is None:
             return 0.0
@@ -270,12 +270,12 @@ class Bench:
 
         Its data starts over where it ends, and a loader that has a state keeps it.
         """
-        task = replace(self.job.tasks[name], on_end="restart")
+        task = replace(self.spec.tasks[name], on_end="restart")
         feed = Feed(replace(task, data=copy.deepcopy(task.data)) if keeps_state(task) else task, seed=0)
         took: list[float] = []
         started = time.perf_counter()
         try:
-            while len(took) < MIN_REPEATS + 1 or time.perf_counter() - started < self.job.seconds:
+            while len(took) < MIN_REPEATS + 1 or time.perf_counter() - started < self.spec.seconds:
                 self._work()
                 start = time.perf_counter()
                 batch = feed.next()
@@ -291,7 +291,7 @@ class Bench:
     def _record(self, task: Task, batch: SampledBatch) -> None:
         """Record a rank's share of the samples, as each step does when it has loaded a batch."""
         bounds = batch.units.first_share(SAMPLES, min(self.num_ranks, batch.units.num_samples))
-        name = next(name for name in self.job.captured.tasks if base_task(name) == task.name)
+        name = next(name for name in self.spec.captured.tasks if base_task(name) == task.name)
         layout = StepLayout(batch.units, {}, {})
         self.recordings.loaded(name, batch, layout, Stream(task=task.name)).part(bounds)
 

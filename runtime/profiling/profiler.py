@@ -23,14 +23,14 @@ from spindle.errors import ProfileError, SpindleWarning
 from spindle.graph import base_task
 from spindle.metagraph import MetaGraph
 from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
-from spindle.runtime.launch.crew import Crew
-from spindle.runtime.masters import Numbers
-from spindle.runtime.optimizers import OptimizerFactory, described, rank_optimizer
+from spindle.runtime.launch.worker_group import WorkerGroup
+from spindle.runtime.loading.recordings import Recipe
+from spindle.runtime.profiling.bench_target import BenchTarget
 from spindle.runtime.profiling.hardware import Hardware
-from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchJob, Moments, link_groups, spread, steady
+from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchSpec, Moments, link_groups, spread, steady
 from spindle.runtime.profiling.rounds import Round, kinds_of, other_work, rounds_of
-from spindle.runtime.profiling.site import Site
-from spindle.runtime.recordings import Recipe
+from spindle.runtime.updates.masters import Numbers
+from spindle.runtime.updates.optimizers import OptimizerFactory, described, rank_optimizer
 from spindle.workload import Batch, Task, Workload
 
 MESSAGE_BYTES = tuple(4 << shift for shift in range(10, 24, 2))  # 4 KiB to 16 MiB
@@ -48,9 +48,9 @@ class Load:
     task: str
     samples: int
 
-    def added_to(self, profile: Profile, crew: Crew) -> Profile:
+    def added_to(self, profile: Profile, workers: WorkerGroup) -> Profile:
         """The profile with one more entry: the mean of the ranks."""
-        timings = crew.call("load", self.task)
+        timings = workers.call("load", self.task)
         entry = LoadEntry(
             task=self.task,
             batch_size=self.samples,
@@ -74,9 +74,9 @@ class Message:
         """As profiles know it."""
         return self.operation, self.level, len(self.ranks), self.num_bytes
 
-    def added_to(self, profile: Profile, crew: Crew) -> Profile:
+    def added_to(self, profile: Profile, workers: WorkerGroup) -> Profile:
         """The profile with one more entry."""
-        moments = crew.call(self.operation, self.ranks, self.num_bytes, self.repeats(profile))
+        moments = workers.call(self.operation, self.ranks, self.num_bytes, self.repeats(profile))
         return replace(profile, links=(*profile.links, self.entry(moments)))
 
     def repeats(self, profile: Profile) -> int:
@@ -110,7 +110,7 @@ def measure_profile(
     captured: Captured,
     *,
     num_devices: int,
-    site: Site | None = None,
+    target: BenchTarget | None = None,
     cluster: Cluster | None = None,
     most_devices: int | None = None,
     known: Profile | None = None,
@@ -120,14 +120,14 @@ def measure_profile(
     keep: Keep | None = None,
 ) -> Profile:
     """`known` and what it lacks: each operator kind on counts up to `num_devices` that divide its batch, a batch of
-    each task, and messages between the ranks of `site` (None: one rank here).
+    each task, and messages between the ranks of `target` (None: one rank here).
 
     All ranks measure at once. `most_devices`: counts go up to there instead, as smaller local batches. `progress(done,
     total)` tells of entries; `keep(profile)` is called between rounds of layers, later about once a second, and at the
-    end. Raises ProfileError when `known` is of another device or measured otherwise, when devices of the site differ,
+    end. Raises ProfileError when `known` is of another device or measured otherwise, when devices of the target differ,
     or are of another sort than those of `cluster`.
     """
-    site = site or Site()
+    target = target or BenchTarget()
     graphs = _graphs(workload, captured)
     kinds = {name: kind for metagraph, _ in reversed(graphs) for name, kind in kinds_of(metagraph).items()}
     batch_by_kind = {
@@ -136,13 +136,13 @@ def measure_profile(
         for name, kind in kinds_of(metagraph).items()
     }
     numbers = Numbers.of(workload)
-    job = BenchJob(
+    spec = BenchSpec(
         captured=captured,
         recipe=Recipe.of(workload, captured),
         tasks={name: replace(task, function=_stayed_behind) for name, task in workload.tasks.items()},
         batches=batch_by_kind,
         chains={name: kind.names for name, kind in kinds.items()},
-        ranks_per_node=site.ranks_per_node,
+        ranks_per_node=target.ranks_per_node,
         parameters=numbers.stepped(described(workload.named_parameters())),
         numbers=numbers,
         settings=workload.optimizer_settings,
@@ -150,8 +150,8 @@ def measure_profile(
         seconds=seconds_per_entry,
     )
 
-    def work(hardware: Hardware, started: Callable[[], Crew]) -> Profile:
-        here = _conditions(captured, hardware, job)
+    def work(hardware: Hardware, started: Callable[[], WorkerGroup]) -> Profile:
+        here = _conditions(captured, hardware, spec)
         if cluster is not None:
             check_device(cluster, here)
         found = _merged(known, here)
@@ -160,24 +160,24 @@ def measure_profile(
         for metagraph, _ in graphs:
             known_kinds = {name for item in rounds for name in item.kinds}
             own, room_bytes = kinds_of(metagraph), hardware.room_bytes
-            rounds += rounds_of(metagraph, own, found, most, site.ranks_per_node, room_bytes, known_kinds)
-        others: list[Load | Message] = [*_loads(workload.tasks.values(), found), *_messages(site, found)]
+            rounds += rounds_of(metagraph, own, found, most, target.ranks_per_node, room_bytes, known_kinds)
+        others: list[Load | Message] = [*_loads(workload.tasks.values(), found), *_messages(target, found)]
         steps = _Steps(sum(len(item.new) for item in rounds) + len(others), progress, keep)
         if not steps.total:
             return found
-        crew = started()
+        workers = started()
         for item in rounds:
             told = functools.partial(steps.within, len(item.new))
-            entries = item.measured(crew, seconds_per_entry * len(item.new), told)
+            entries = item.measured(workers, seconds_per_entry * len(item.new), told)
             found = replace(found, entries=(*found.entries, *entries))
             steps.done(found, len(item.new))
-        crew.call("prepare", other_work(kinds, site.num_ranks), 0)
+        workers.call("prepare", other_work(kinds, target.num_ranks), 0)
         for one in others:
-            found = one.added_to(found, crew)
+            found = one.added_to(found, workers)
             steps.done(found, 1)
         return found
 
-    return site.measured(job, work)
+    return target.measured(spec, work)
 
 
 def _graphs(workload: Workload, captured: Captured) -> list[tuple[MetaGraph, Mapping[str, SampledBatch]]]:
@@ -214,7 +214,7 @@ class _Steps:
             self.progress(self.count, self.total)
 
 
-def _conditions(captured: Captured, hardware: Hardware, job: BenchJob) -> Profile:
+def _conditions(captured: Captured, hardware: Hardware, spec: BenchSpec) -> Profile:
     """An empty profile that names the hardware, the versions and how it will be measured."""
     versions = {
         "dtype": captured.precision,
@@ -224,8 +224,8 @@ def _conditions(captured: Captured, hardware: Hardware, job: BenchJob) -> Profil
     }
     if hardware.threads is not None:
         versions["threads"] = str(hardware.threads)
-    if job.optimizer is not None:
-        made = rank_optimizer(job.optimizer, job.parameters, (), job.settings, torch.device("cpu"))
+    if spec.optimizer is not None:
+        made = rank_optimizer(spec.optimizer, spec.parameters, (), spec.settings, torch.device("cpu"))
         versions["optimizer"] = type(made.optimizer).__name__
     return Profile(hardware.device, tuple(sorted(versions.items())))
 
@@ -261,8 +261,8 @@ def _loads(tasks: Iterable[Task], known: Profile) -> Iterator[Load]:
             yield Load(task.name, task.batch_size)
 
 
-def _messages(site: Site, known: Profile) -> Iterator[Message]:
-    for level, groups in link_groups(site.num_ranks, site.ranks_per_node).items():
+def _messages(target: BenchTarget, known: Profile) -> Iterator[Message]:
+    for level, groups in link_groups(target.num_ranks, target.ranks_per_node).items():
         for num_bytes in MESSAGE_BYTES:
             wanted = [Message(operation, level, ranks, num_bytes) for operation in COLLECTIVES for ranks in groups]
             wanted += [Message("transfer", level, ranks, num_bytes) for ranks in groups[:1]]

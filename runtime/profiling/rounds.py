@@ -13,7 +13,7 @@ from typing import Any
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph
 from spindle.profile import Profile, ProfileEntry
-from spindle.runtime.launch.crew import Crew
+from spindle.runtime.launch.worker_group import WorkerGroup
 from spindle.runtime.profiling.measure import MIN_REPEATS, degrees, spread, steady
 
 CHAIN = 4  # layers of a kind that run one after the other
@@ -50,14 +50,14 @@ class Round:
     kinds: Mapping[str, "Kind"]
     rest_bytes: int = 0
 
-    def measured(self, crew: Crew, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
+    def measured(self, workers: WorkerGroup, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
         """An entry of each new kind, from repeats for about so many seconds; `told` gets the share that is done."""
-        crew.call("prepare", self.layouts, self.rest_bytes)
-        kept = _repeated(crew, KEEPING * seconds, lambda share: told(KEEPING * share), recompute=False)
+        workers.call("prepare", self.layouts, self.rest_bytes)
+        kept = _repeated(workers, KEEPING * seconds, lambda share: told(KEEPING * share), recompute=False)
         bare = _repeated(
-            crew, (1 - KEEPING) * seconds, lambda share: told(KEEPING + (1 - KEEPING) * share), recompute=True
+            workers, (1 - KEEPING) * seconds, lambda share: told(KEEPING + (1 - KEEPING) * share), recompute=True
         )
-        shares = [statistics.fmean(of_ranks) for of_ranks in zip(*crew.call("shares"), strict=True)]
+        shares = [statistics.fmean(of_ranks) for of_ranks in zip(*workers.call("shares"), strict=True)]
         step_s = statistics.fmean(steady([step_s for _, step_s in rank]) for rank in kept)
         found = []
         for index, (kind, (count, parts)) in enumerate(self.layouts.items()):
@@ -89,13 +89,13 @@ def _means(repeats: Repeats, index: int) -> tuple[float, float]:
     return forward_s, backward_s
 
 
-def _repeated(crew: Crew, seconds: float, told: Callable[[float], None], *, recompute: bool) -> Repeats:
+def _repeated(workers: WorkerGroup, seconds: float, told: Callable[[float], None], *, recompute: bool) -> Repeats:
     """Small steps for so many seconds, after one that warms up."""
-    crew.call("rehearse", recompute=recompute)
+    workers.call("rehearse", recompute=recompute)
     started = time.perf_counter()
     found: list[list[Any]] = []
     while len(found) < MIN_REPEATS or time.perf_counter() - started < seconds:
-        found.append(crew.call("rehearse", recompute=recompute))
+        found.append(workers.call("rehearse", recompute=recompute))
         told(min(1.0, (time.perf_counter() - started) / seconds) if seconds else 1.0)
     return [list(rank) for rank in zip(*found, strict=True)]
 

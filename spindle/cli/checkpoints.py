@@ -31,7 +31,7 @@ def checkpoints(folder: str, other: str | None, verify: bool, as_json: bool) -> 
 
 
 def _list(folder: Path, *, verify: bool, as_json: bool) -> None:
-    from spindle.runtime.checkpoint_report import rows_of
+    from spindle.runtime.checkpoints.checkpoint_report import rows_of
 
     rows = rows_of(folder, verify=verify)
     if as_json:
@@ -58,7 +58,7 @@ def _list(folder: Path, *, verify: bool, as_json: bool) -> None:
 
 
 def _compare(first: Path, second: Path, *, as_json: bool) -> None:
-    from spindle.runtime.checkpoint_report import count_tensors, differences
+    from spindle.runtime.checkpoints.checkpoint_report import count_tensors, differences
 
     found = list(differences(first, second))
     count = count_tensors(first)

@@ -27,7 +27,7 @@ def flight(folder: str, last: int, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from spindle.runtime.flight_report import first_stopped, read_flight, rows, sentences
+    from spindle.runtime.faults.flight_report import first_stopped, read_flight, rows, sentences
 
     record = read_flight(Path(folder))
     events = record.events()[-last:]

@@ -292,8 +292,8 @@ def train(
     from spindle.failures import Failures
     from spindle.formats import write
     from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.runtime.checkpoints.run_folder import rate_before
     from spindle.runtime.controller import place_among_drivers
-    from spindle.runtime.run_folder import rate_before
     from spindle.source import load_workload
 
     if resume and not checkpoints:

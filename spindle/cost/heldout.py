@@ -1,7 +1,7 @@
 """Held out: a profile in; how wrong its curves are at points that they do not use, out.
 
 Each measured point between two others is left out in turn and told from its neighbors: an operator's time by
-a + b / n through both counts, or by a + b * size through both sizes; a message's by alpha-beta pieces through every
+a + b / n through both counts, or by a + b * size through both sizes; a message's by alpha-beta segments through every
 second size.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spindle.cost.family import Curve, curves_of
-from spindle.cost.pieces import fit_pieces
+from spindle.cost.segments import fit_segments
 from spindle.profile import LinkEntry, Profile, ProfileEntry
 
 
@@ -78,9 +78,9 @@ def held_out(profile: Profile) -> tuple[HeldOut, ...]:
         ordered = sorted(entries_, key=lambda e: e.num_bytes)
         held = [e for i, e in enumerate(ordered) if i % 2 == 1 and i < len(ordered) - 1]
         if held:
-            pieces = fit_pieces([(float(e.num_bytes), e.seconds) for e in ordered if e not in held])
+            segments = fit_segments([(float(e.num_bytes), e.seconds) for e in ordered if e not in held])
             rows += [
-                HeldOut(what=what, at=e.num_bytes, measured_s=e.seconds, predicted_s=pieces.time_s(e.num_bytes))
+                HeldOut(what=what, at=e.num_bytes, measured_s=e.seconds, predicted_s=segments.time_s(e.num_bytes))
                 for e in held
             ]
     return tuple(rows)

@@ -33,7 +33,7 @@ Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Segment:
     """A line, from so many bytes that each member sends; the slope in seconds per byte."""
 
     latency_s: float
@@ -90,10 +90,10 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
     entries = [entry for entry in profile.links if entry.level == level]
     transfers = [_Row(0, float(e.num_bytes), e.seconds) for e in entries if e.operation == "transfer"]
     if len(transfers) >= 2:
-        piece = _fit(transfers)
-        _warn_when_far("transfer", level, [piece], transfers)
-        if piece.slope > 0:
-            link = replace(link, latency_s=piece.latency_s, bytes_per_s=1 / piece.slope)
+        segment = _fit(transfers)
+        _warn_when_far("transfer", level, [segment], transfers)
+        if segment.slope > 0:
+            link = replace(link, latency_s=segment.latency_s, bytes_per_s=1 / segment.slope)
     found = [protocol for operation in COLLECTIVES for protocol in _protocols(operation, level, entries)]
     return replace(link, protocols=tuple(found)) if found else link
 
@@ -102,25 +102,25 @@ def _protocols(operation: LinkCollective, level: LinkLevel, entries: Sequence[Li
     """Of one collective; the all-reduce's serve those that have none."""
     rows = [_row(operation, entry) for entry in entries if entry.operation == operation]
     if len(rows) >= 3:
-        pieces = _pieces(rows)
-        _warn_when_far(operation, level, pieces, rows)
-        for piece in pieces:
-            if piece.slope > 0:
+        segments = _segments(rows)
+        _warn_when_far(operation, level, segments, rows)
+        for segment in segments:
+            if segment.slope > 0:
                 yield Protocol(
-                    latency_s=piece.latency_s,
-                    hop_s=piece.hop_s,
-                    bytes_per_s=1 / piece.slope,
+                    latency_s=segment.latency_s,
+                    hop_s=segment.hop_s,
+                    bytes_per_s=1 / segment.slope,
                     operation=None if operation == "all_reduce" else operation,
-                    from_bytes=piece.from_bytes,
+                    from_bytes=segment.from_bytes,
                 )
 
 
-def _warn_when_far(operation: str, level: LinkLevel, pieces: Sequence[_Piece], rows: Sequence[_Row]) -> None:
-    far = max(rows, key=lambda row: abs(_miss(pieces, row)))
-    if abs(_miss(pieces, far)) > log(FAR):
+def _warn_when_far(operation: str, level: LinkLevel, segments: Sequence[_Segment], rows: Sequence[_Row]) -> None:
+    far = max(rows, key=lambda row: abs(_miss(segments, row)))
+    if abs(_miss(segments, far)) > log(FAR):
         warnings.warn(
             f"measured times of {operation} over {level} links do not lie on a line: {far.sent:.0f} bytes took "
-            f"{far.seconds:.2g} s, where it has {far.seconds * exp(_miss(pieces, far)):.2g} s, so plans over these "
+            f"{far.seconds:.2g} s, where it has {far.seconds * exp(_miss(segments, far)):.2g} s, so plans over these "
             "links are doubtful; see whether the network is shaped or busy, and measure again into a new file",
             SpindleWarning,
             stacklevel=5,
@@ -131,7 +131,7 @@ def _row(operation: LinkCollective, entry: LinkEntry) -> _Row:
     return _Row(entry.members - 1, times_sent(operation, entry.members) * entry.num_bytes, entry.seconds)
 
 
-def _pieces(rows: Sequence[_Row]) -> list[_Piece]:
+def _segments(rows: Sequence[_Row]) -> list[_Segment]:
     """One line for all rows, or one for the small and one for the large; of two the quicker, or that for the size."""
     best = [_fit(rows)]
     squares = _squares(best, rows)
@@ -147,17 +147,17 @@ def _pieces(rows: Sequence[_Row]) -> list[_Piece]:
     return best
 
 
-def _fit(rows: Sequence[_Row]) -> _Piece:
+def _fit(rows: Sequence[_Row]) -> _Segment:
     """The non-negative line with the least squares of logarithms."""
     terms, seconds = np.array([[1.0, row.hops, row.sent] for row in rows]), np.array([row.seconds for row in rows])
-    best, least = _Piece(0.0, 0.0, 0.0), inf
+    best, least = _Segment(0.0, 0.0, 0.0), inf
     for count in (1, 2, 3):
         for columns in combinations(np.flatnonzero(terms.any(0)).tolist(), count):
             found = _least_squares(terms[:, columns], seconds)
             values = dict(zip(columns, found.tolist(), strict=True))
-            piece = _Piece(values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0))
-            if (found >= 0).all() and (squares := _squares([piece], rows)) < least * (1 - 1e-9):
-                best, least = piece, squares
+            segment = _Segment(values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0))
+            if (found >= 0).all() and (squares := _squares([segment], rows)) < least * (1 - 1e-9):
+                best, least = segment, squares
     return best
 
 
@@ -183,12 +183,12 @@ def _least_squares(terms: Array, seconds: Array) -> Array:
     return found
 
 
-def _squares(pieces: Sequence[_Piece], rows: Sequence[_Row]) -> float:
-    return sum(_miss(pieces, row) ** 2 for row in rows)
+def _squares(segments: Sequence[_Segment], rows: Sequence[_Row]) -> float:
+    return sum(_miss(segments, row) ** 2 for row in rows)
 
 
-def _miss(pieces: Sequence[_Piece], row: _Row) -> float:
+def _miss(segments: Sequence[_Segment], row: _Row) -> float:
     """Logarithm of what they say over what was measured, as protocols are taken."""
-    begin = max(piece.from_bytes for piece in pieces if piece.from_bytes <= row.sent)
-    told = min(p.latency_s + p.hop_s * row.hops + p.slope * row.sent for p in pieces if p.from_bytes == begin)
+    begin = max(segment.from_bytes for segment in segments if segment.from_bytes <= row.sent)
+    told = min(p.latency_s + p.hop_s * row.hops + p.slope * row.sent for p in segments if p.from_bytes == begin)
     return log(told / row.seconds) if told > 0 else -inf

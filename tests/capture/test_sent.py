@@ -12,7 +12,7 @@ from spindle.capture import Captured, capture
 from spindle.capture.parts import TaskPart, divide
 from spindle.record.draws import Stream
 from spindle.record.run import record
-from spindle.runtime.recordings import Recipe
+from spindle.runtime.loading.recordings import Recipe
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import spindle
 from spindle.errors import CheckpointError, SpindleWarning
-from spindle.runtime.checkpoint import load_weights
+from spindle.runtime.checkpoints.checkpoint import load_weights
 from tests.random_plans import random_plan
 
 BATCHES = [{"x": torch.arange(12.0).reshape(4, 3).sin() * n} for n in (1, 2, 3)]

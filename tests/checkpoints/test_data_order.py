@@ -27,7 +27,7 @@ from torch.utils.data import (
 import spindle
 from spindle.errors import WorkloadError
 from spindle.loaders import set_epoch
-from spindle.runtime.data import Feed
+from spindle.runtime.loading.data import Feed
 from spindle.workload import Task
 
 ROWS, SIZE, PASSES = 12, 3, 3

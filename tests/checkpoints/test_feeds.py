@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.runtime.data import Feed, wait_for_readers
+from spindle.runtime.loading.data import Feed, wait_for_readers
 from spindle.workload import Task
 from tests.checkpoints.test_resume import Rows
 from tests.random_plans import widest_plan

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 
 import spindle
 from spindle.errors import CheckpointError
-from spindle.runtime.checkpoint import read
+from spindle.runtime.checkpoints.checkpoint import read
 from tests.checkpoints.test_resume import towers, trained, weights
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import HandWritten, clip_vision

@@ -13,11 +13,12 @@ import torch
 import spindle
 from spindle.errors import CheckpointError, PreemptedError
 from spindle.failures import Failures
-from spindle.runtime import checkpoint, later, worker
-from spindle.runtime.checkpoint import Checkpoints, begin, checkpoints_in, finish, put_progress
-from spindle.runtime.checkpoint_report import differences
-from spindle.runtime.tensor_files import ABOUT, Entry, write_tensors
-from spindle.runtime.writing import Writing
+from spindle.runtime import worker
+from spindle.runtime.checkpoints import checkpoint, later
+from spindle.runtime.checkpoints.checkpoint import Checkpoints, begin, checkpoints_in, finish, put_progress
+from spindle.runtime.checkpoints.checkpoint_report import differences
+from spindle.runtime.checkpoints.tensor_files import ABOUT, Entry, write_tensors
+from spindle.runtime.checkpoints.writing import Writing
 from tests.checkpoints.test_resume import left_in, towers, trained, weights
 from tests.faults.injected import Fault, undisturbed
 from tests.faults.injected import trained as injected

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import spindle
 from spindle.plan import Plan
-from spindle.runtime.checkpoint import latest
+from spindle.runtime.checkpoints.checkpoint import latest
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, contrastive
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import spindle
 from spindle.errors import CheckpointError, SpindleWarning
-from spindle.runtime import checkpoint
-from spindle.runtime.run_folder import opened
+from spindle.runtime.checkpoints import checkpoint
+from spindle.runtime.checkpoints.run_folder import opened
 from tests.checkpoints.test_resume import left_in, towers, trained, weights
 from tests.random_plans import widest_plan
 
@@ -75,8 +75,8 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
 HOLDS = """
 import sys
 from pathlib import Path
-from spindle.runtime.checkpoint import Checkpoints
-from spindle.runtime.run_folder import opened
+from spindle.runtime.checkpoints.checkpoint import Checkpoints
+from spindle.runtime.checkpoints.run_folder import opened
 from spindle import Workload
 with opened(Workload("other"), Checkpoints(directory=Path(sys.argv[1]), every=1), False):
     print("held", flush=True)

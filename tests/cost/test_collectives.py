@@ -1,4 +1,4 @@
-"""Collectives by protocol, pieces through points, and what tensor parallelism and sharding add."""
+"""Collectives by protocol, segments through points, and what tensor parallelism and sharding add."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from spindle.clusterfile import parse_cluster
 from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s, spread_over_nodes
 from spindle.cost.optimizers import moved_bytes
-from spindle.cost.pieces import fit_pieces, held_out_error
 from spindle.cost.roofline import OperatorTime
+from spindle.cost.segments import fit_segments, held_out_error
 
 PLAIN = replace(
     parse_cluster("2x4:a100-80g"),
@@ -83,11 +83,11 @@ def test_groups_fill_nodes_one_after_another() -> None:
 
 
 def test_pieces_find_the_switch() -> None:
-    """Two exact lines: two pieces, exact at every point."""
+    """Two exact lines: two segments, exact at every point."""
     points = [(float(x), 10.0 + x) for x in (1, 2, 4, 8)] + [(float(x), 100.0 + 0.1 * x) for x in (400, 800, 1600)]
-    fitted = fit_pieces(points, tolerance=0.01)
-    assert len(fitted.pieces) == 2
-    assert fitted.pieces[1].start == pytest.approx((8 * 400) ** 0.5)
+    fitted = fit_segments(points, tolerance=0.01)
+    assert len(fitted.segments) == 2
+    assert fitted.segments[1].start == pytest.approx((8 * 400) ** 0.5)
     for size, time in points:
         assert fitted.time_s(size) == pytest.approx(time)
 
@@ -95,8 +95,8 @@ def test_pieces_find_the_switch() -> None:
 def test_pieces_keep_a_spike() -> None:
     """An irregular point is kept, not smeared over its neighbors."""
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, 9.0), (4.0, 4.0), (5.0, 5.0)]
-    assert fit_pieces(points, tolerance=0.05).time_s(3.0) == pytest.approx(9.0)
-    assert fit_pieces(points, tolerance=0.05).time_s(2.0) == pytest.approx(2.0)
+    assert fit_segments(points, tolerance=0.05).time_s(3.0) == pytest.approx(9.0)
+    assert fit_segments(points, tolerance=0.05).time_s(2.0) == pytest.approx(2.0)
 
 
 def test_held_out_error_is_that_of_points_not_fitted() -> None:
@@ -110,7 +110,7 @@ def test_held_out_error_is_that_of_points_not_fitted() -> None:
 def test_bad_points_are_refused() -> None:
     for points in ([], [(1.0, 0.0)], [(2.0, 1.0), (1.0, 1.0)]):
         with pytest.raises(ValueError, match="rising sizes"):
-            fit_pieces(points)
+            fit_segments(points)
 
 
 def test_overlap_has_its_price() -> None:

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import spindle
 from spindle.errors import RunError, WorkloadError
+from spindle.runtime.comms.transport import Transport
 from spindle.runtime.controller import Launcher, prepare
-from spindle.runtime.launch.processes import ProcessCrew, RankProcess
+from spindle.runtime.launch.processes import ProcessWorkers, RankProcess
 from spindle.runtime.programs.program import Op
-from spindle.runtime.transport import Transport
 from spindle.workload import Workload
 from tests.distributed.conftest import ROOT
 from tests.random_plans import random_plan, widest_plan
@@ -305,9 +305,9 @@ def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
 class Forking:
     """Starts a process, which holds what it inherits, and is then killed."""
 
-    def __init__(self, job: Path, transport: Transport) -> None:
+    def __init__(self, spec: Path, transport: Transport) -> None:
         del transport
-        self.path = job
+        self.path = spec
 
     def vanish(self) -> None:
         child = os.fork()
@@ -319,9 +319,9 @@ class Forking:
 
 def test_the_death_of_a_rank_is_noticed_though_its_children_live(tmp_path: Path) -> None:
     """Its pipe closes at once, and they are ended with the run."""
-    crew = ProcessCrew([tmp_path / "child"], worker=Forking)
+    workers = ProcessWorkers([tmp_path / "child"], worker=Forking)
     with pytest.raises(RunError, match=re.escape("rank 0 died (exit code -9)")):
-        crew.call("vanish", patience_s=WAIT_S)
+        workers.call("vanish", patience_s=WAIT_S)
     assert running({int((tmp_path / "child").read_text())}) == []
 
 

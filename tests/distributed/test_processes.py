@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import spindle
-from spindle.runtime.host import SocketThreads, keep_freed_memory
-from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.transport import Transport
+from spindle.runtime.comms.host import SocketThreads, keep_freed_memory
+from spindle.runtime.comms.transport import Transport
+from spindle.runtime.launch.processes import ProcessWorkers
 from tests.distributed.conftest import ROOT, heeding_ctrl_c
 from tests.random_plans import by_task, random_plan, widest_plan
 from tests.tiny_workloads import encoder_decoder, two_towers
@@ -52,18 +52,18 @@ def test_ranks_have_cores_of_their_own(num_ranks: int) -> None:
     """Where there is a core for each, no two ranks share one; where there are fewer, all share all."""
 
     class Where:
-        def __init__(self, job: object, transport: Transport) -> None:
-            del job, transport
+        def __init__(self, spec: object, transport: Transport) -> None:
+            del spec, transport
 
         def cores(self) -> set[int]:
             return os.sched_getaffinity(0)
 
     cores = os.sched_getaffinity(0)
-    crew = ProcessCrew([None] * num_ranks, worker=Where)
+    workers = ProcessWorkers([None] * num_ranks, worker=Where)
     try:
-        found = crew.call("cores")
+        found = workers.call("cores")
     finally:
-        crew.close()
+        workers.close()
     if num_ranks > len(cores):
         assert found == [cores] * num_ranks
     else:
@@ -76,8 +76,8 @@ def test_a_step_takes_no_pages_that_another_gave_back() -> None:
     """64 MiB of tensors made for the third time need hardly a new page of their 16384."""
 
     class Faulting:
-        def __init__(self, job: object, transport: Transport) -> None:
-            del job, transport
+        def __init__(self, spec: object, transport: Transport) -> None:
+            del spec, transport
 
         def faults(self) -> int:
             for _ in range(3):
@@ -86,11 +86,11 @@ def test_a_step_takes_no_pages_that_another_gave_back() -> None:
                 del made
             return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
-    crew = ProcessCrew([None], worker=Faulting)
+    workers = ProcessWorkers([None], worker=Faulting)
     try:
-        assert crew.call("faults")[0] < 1638
+        assert workers.call("faults")[0] < 1638
     finally:
-        crew.close()
+        workers.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policies")
@@ -98,8 +98,8 @@ def test_socket_threads_leave_the_core_to_a_rank_that_posts() -> None:
     """Each group's threads are found; they are held back inside, and only there."""
 
     class Watching:
-        def __init__(self, job: object, transport: Transport) -> None:
-            del job
+        def __init__(self, spec: object, transport: Transport) -> None:
+            del spec
             self.transport = transport
 
         def policies(self) -> list[set[int]]:
@@ -114,11 +114,11 @@ def test_socket_threads_leave_the_core_to_a_rank_that_posts() -> None:
             found.append({os.sched_getscheduler(thread) for thread in threads})
             return found
 
-    crew = ProcessCrew([None, None], worker=Watching)
+    workers = ProcessWorkers([None, None], worker=Watching)
     try:
-        assert crew.call("policies") == [[{os.SCHED_OTHER}, {os.SCHED_BATCH}, {os.SCHED_OTHER}]] * 2
+        assert workers.call("policies") == [[{os.SCHED_OTHER}, {os.SCHED_BATCH}, {os.SCHED_OTHER}]] * 2
     finally:
-        crew.close()
+        workers.close()
 
 
 def test_rows_in_the_second_dimension_travel() -> None:
@@ -165,10 +165,10 @@ WAITS = """
 import os
 import threading
 
-from spindle.runtime.launch.processes import ProcessCrew
+from spindle.runtime.launch.processes import ProcessWorkers
 
 class Waits:
-    def __init__(self, job, transport):
+    def __init__(self, spec, transport):
         self.transport = transport
     def wait(self):
         os.write(1, b"waits\\n")  # at once, so that ranks cannot mix their lines
@@ -176,13 +176,13 @@ class Waits:
     def close(self):
         self.transport.close()
 
-crew = ProcessCrew([None, None], worker=Waits)
+workers = ProcessWorkers([None, None], worker=Waits)
 try:
-    crew.call("wait")
+    workers.call("wait")
 except KeyboardInterrupt:
     print("heard", flush=True)
 finally:
-    crew.close()
+    workers.close()
 """
 
 

@@ -16,7 +16,7 @@ from spindle.cost.measured import measured_links
 from spindle.formats import read
 from spindle.profile import Profile
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.launch.ray_crew import islands_of
+from spindle.runtime.launch.ray_workers import islands_of
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES
 from tests.distributed.conftest import ROOT, RayCluster
 from tests.random_plans import widest_plan
@@ -40,7 +40,7 @@ workload = two_towers(torch.float64)
 plan = replace(widest_plan(spindle.make_metagraph(workload), num_ranks), devices_per_node=devices_per_node)
 try:
     with launched(prepare(workload, plan), optimizer=torch.optim.SGD, launcher="ray", timeout_s=timeout_s) as run:
-        print("PLACES", *(place.node for place in run.crew.places), flush=True)
+        print("PLACES", *(place.node for place in run.workers.places), flush=True)
         losses, _ = run.steps(steps)
     print("LOSSES", *(f"{loss:.9f}" for step in losses for loss in step.values()))
 except spindle.errors.SpindleError as error:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from spindle.errors import PreemptedError, RunError
-from spindle.runtime.flight import FLIGHT
-from spindle.runtime.flight_report import first_stopped, read_flight, sentences
+from spindle.runtime.comms.flight import FLIGHT
+from spindle.runtime.faults.flight_report import first_stopped, read_flight, sentences
 from tests.checkpoints.test_resume import left_in
 from tests.faults.injected import Fault, trained, undisturbed
 from tests.faults.recovering import FOUND_S, ROOT, SAID, begun, environment, recovered
@@ -65,7 +65,7 @@ def run_by_torchrun(folder: Path, kind: str) -> "subprocess.CompletedProcess[str
 
 @pytest.mark.gloo
 def test_ranks_that_torchrun_starts_again_resume(tmp_path: Path) -> None:
-    """Without resume=, from what this very job has written."""
+    """Without resume=, from what this very rank spec has written."""
     fault = Fault("killed", "forward", tmp_path / "faults").armed()
     done = run_by_torchrun(tmp_path, "killed")
     assert "FIRST 2" in done.stdout, done.stdout + done.stderr

@@ -28,7 +28,7 @@ import torch
 
 import spindle
 from spindle.errors import RunError
-from spindle.runtime.host import usable_cores
+from spindle.runtime.comms.host import usable_cores
 from tests.faults.breaking import marked, workload_of
 from tests.random_plans import random_plan, widest_plan
 
@@ -65,32 +65,32 @@ import os, sys
 from pathlib import Path
 
 from spindle.errors import ProfileError, RunError, SpindleError
-from spindle.runtime.launch.torchrun import ServedCrew
+from spindle.runtime.launch.torchrun import ServedWorkers
 
 class Bench:
-    def __init__(self, job, transport):
-        self.job, self.rank, self.close = job, transport.rank, transport.close
+    def __init__(self, spec, transport):
+        self.spec, self.rank, self.close = spec, transport.rank, transport.close
 
     def add(self, number, *, doubled):
-        if number == self.job["breaks at"] and self.rank == 1:
+        if number == self.spec["breaks at"] and self.rank == 1:
             raise RunError("too hot")
         return (number + self.rank) * (2 if doubled else 1)
 
 def work():
-    found = [crew.call("add", number, doubled=number > 0) for number in range(3)]
+    found = [workers.call("add", number, doubled=number > 0) for number in range(3)]
     if sys.argv[1] == "leader":
         raise ProfileError("profiles differ")
     return found
 
-crew = ServedCrew({"breaks at": 1 if sys.argv[1] == "worker" else None}, timeout_s=30.0, worker=Bench)
+workers = ServedWorkers({"breaks at": 1 if sys.argv[1] == "worker" else None}, timeout_s=30.0, worker=Bench)
 try:
-    told = repr(crew.drive(work))
+    told = repr(workers.drive(work))
 except SpindleError as error:
     told = f"{type(error).__name__} {error}"
 except Exception as error:
     told = "a lost peer"
 finally:
-    crew.close()
+    workers.close()
 sys.stdout.write(f"TOLD {told}\\n")
 """
 
@@ -174,8 +174,8 @@ def test_a_rank_that_fails_as_it_serves_ends_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "here", "nodes"), [("8", "4", (2, 4)), ("2", "2", (1, 2)), ("3", "1", (3, 1))])
 def test_machines_of_a_job(monkeypatch: pytest.MonkeyPatch, ranks: str, here: str, nodes: tuple[int, int]) -> None:
-    job = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": here}
-    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+    spec = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": here}
+    for name, value in (spec | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     assert nodes_of_job() == nodes
     assert devices_at_hand("auto").partition(":")[0] == f"{nodes[0]}x{nodes[1]}"
@@ -183,8 +183,8 @@ def test_machines_of_a_job(monkeypatch: pytest.MonkeyPatch, ranks: str, here: st
 
 
 def test_machines_with_different_numbers_of_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+    spec = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (spec | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="5 processes, 2 of them here; give all machines the same --nproc-per-node"):
         nodes_of_job()

@@ -18,7 +18,7 @@ from spindle.capture import capture
 from spindle.capture.eager import drawing_as_planned
 from spindle.metrics import Callback, StepMetrics
 from spindle.record.draws import Stream
-from spindle.runtime.data import Feed
+from spindle.runtime.loading.data import Feed
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "vla_cotraining"
 NAMES = ("model", "loop")

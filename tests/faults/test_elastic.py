@@ -19,10 +19,10 @@ from spindle.errors import InfeasibleError, InputError, LostRankError, NoRoomErr
 from spindle.failures import Failures
 from spindle.outlook import Outlook
 from spindle.plan import Plan
-from spindle.runtime.checkpoint import read
-from spindle.runtime.elastic import Elastic, shape_of
-from spindle.runtime.preemption import Notice
-from spindle.runtime.recovery import Attempts
+from spindle.runtime.checkpoints.checkpoint import read
+from spindle.runtime.faults.elastic import Elastic, shape_of
+from spindle.runtime.faults.preemption import Notice
+from spindle.runtime.faults.recovery import Attempts
 from spindle.runtime.training import Steps
 from tests.faults import injected
 from tests.faults.injected import Fault, workload_of

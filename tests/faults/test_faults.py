@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.errors import LostRankError, RunError, SpindleError, WorkloadError
 from spindle.runtime.controller import Launcher
-from spindle.runtime.data import Feed
+from spindle.runtime.loading.data import Feed
 from spindle.workload import Workload
 from tests.faults.breaking import (
     RELEASE,

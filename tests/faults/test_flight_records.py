@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from spindle.errors import RunError
-from spindle.runtime.flight import FLIGHT, EventKind
-from spindle.runtime.flight_report import first_stopped, read_flight, rows, sentences
+from spindle.runtime.comms.flight import FLIGHT, EventKind
+from spindle.runtime.faults.flight_report import first_stopped, read_flight, rows, sentences
 from tests.faults.injected import RELEASE, Fault, trained
 from tests.faults.recovering import PATIENCE_S
 

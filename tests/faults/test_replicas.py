@@ -57,7 +57,7 @@ def flip(value: Tensor) -> None:
 
 
 def worker_of(run: Run, rank: int) -> Any:
-    return run.crew._workers[rank]  # type: ignore[attr-defined]
+    return run.workers._workers[rank]  # type: ignore[attr-defined]
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -121,7 +121,7 @@ def test_of_what_is_cut_each_piece_is_compared_with_the_same_piece() -> None:
     with launched(prepared, optimizer=adam, **options) as run:
         run.steps(2)
         worker = worker_of(run, 1)
-        sets = [each for each in worker.job.replicas if len(each.ranks) < len(run.crew._workers) and each.items]  # type: ignore[attr-defined]
+        sets = [each for each in worker.spec.replicas if len(each.ranks) < len(run.workers._workers) and each.items]  # type: ignore[attr-defined]
         name, ranks = next((n, e.ranks) for e in sets for kind, n in e.items if "@" in n and kind == "parameter")
         flip(worker.store.parameters[name])
         with pytest.raises(ReplicaError, match=re.escape(f"{name!r} differs between ranks {ranks[0]}, {ranks[1]}")):

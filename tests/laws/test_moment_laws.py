@@ -11,11 +11,11 @@ from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.planner.problem import make_problem
 from spindle.planner.search.decode import Decoded, Decoder, Draft, FlatDecoder, Moment
-from spindle.planner.search.floor import make_floor
-from spindle.planner.search.improve import Climber
+from spindle.planner.search.device_pool import make_device_pool
+from spindle.planner.search.improve import Annealer
+from spindle.planner.search.list_scheduler import Stuck
 from spindle.planner.search.model import make_model
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.track import Stuck
 from spindle.planner.search.work import Work
 from tests.laws.planner_strategies import clusters, metagraphs
 
@@ -56,13 +56,13 @@ def test_resumed_schedules_are_whole_ones(on_floor: bool) -> None:
         except InfeasibleError:
             return
         model = make_model(problem, 1.0)
-        decoder = Compared(PlacedDecoder(model, make_floor(problem)) if on_floor else FlatDecoder(model))
+        decoder = Compared(PlacedDecoder(model, make_device_pool(problem)) if on_floor else FlatDecoder(model))
         draft: Draft = [[(0, layers, float(i), 0.0, 0)] for i, layers in enumerate(model.layers)]
         try:
-            climber = Climber(decoder, draft, Work(1.0, lambda: 0.0), seed)
+            annealer = Annealer(decoder, draft, Work(1.0, lambda: 0.0), seed)
         except Stuck:
             return
-        climber.run(3000.0)
+        annealer.run(3000.0)
         resumed += decoder.resumed
 
     holds()

@@ -20,7 +20,7 @@ from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.parts import parts_of
 from spindle.runtime.programs.passes import accumulating, restricted, run_passes
 from spindle.runtime.programs.program import Instruction, Message, Op, Program, Transfer
-from spindle.runtime.tally import TallyOrder
+from spindle.runtime.steps.tally import TallyOrder
 from spindle.units import SAMPLES, Units
 from tests.laws.abstract import Abstract, random_program
 from tests.random_plans import random_plan

@@ -9,7 +9,7 @@ from spindle.metagraph import Flow, MetaGraph
 from spindle.planner.bound import lower_bound
 from spindle.planner.problem import make_problem
 from spindle.planner.solve import solve
-from spindle.planner.tix import timed_bound
+from spindle.planner.timed_bound import timed_bound
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.planner.planner_graphs import cluster, graph, metaop
 

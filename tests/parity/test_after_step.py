@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import spindle
 from spindle.errors import CheckpointError, InputError, SpindleWarning, WorkloadError
 from spindle.plan import Plan
-from spindle.runtime.checkpoint import path_of
+from spindle.runtime.checkpoints.checkpoint import path_of
 from tests.parity.test_masters import shifts
 from tests.parity.test_tensor_parallel import OWN_PLAN, Encoder, laid_out
 from tests.random_plans import random_plan, widest_plan

@@ -22,9 +22,9 @@ from spindle.contract import contract
 from spindle.cost.price import price
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.patches import plain_modules
-from spindle.runtime.compiled import compile_layers
-from spindle.runtime.profiling.rehearsal import Rehearsal
-from spindle.runtime.recordings import Recipe
+from spindle.runtime.loading.recordings import Recipe
+from spindle.runtime.profiling.layer_bench import LayerBench
+from spindle.runtime.steps.compiled import compile_layers
 from spindle.source import pricing_of
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned
 from tests.refusals import Refusal, check_refusal, each
@@ -205,7 +205,7 @@ def test_profiles_know_them_apart_and_measure_them_compiled() -> None:
         found, batch = capture(made), made.tasks["t"].sampled(made.tasks["t"].first_batch())
         kinds.append({op.kind for op in found.graph if op.component == "tower"})
     assert len(set.union(*kinds)) == 3
-    layers = Rehearsal(found, Recipe.of(made, found), ["t.tower.0"], batch, 1, torch.device("cpu"))
+    layers = LayerBench(found, Recipe.of(made, found), ["t.tower.0"], batch, 1, torch.device("cpu"))
     for recompute in (False, True):
         layers.begin(recompute=recompute)
         layers.forward()

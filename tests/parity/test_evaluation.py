@@ -15,7 +15,7 @@ import spindle
 from spindle.errors import PlanError
 from spindle.metrics import Callback, EvaluationMetrics, Scores, StepMetrics
 from spindle.runtime.controller import Launcher, prepare
-from spindle.runtime.evaluation import prepare_beside
+from spindle.runtime.evaluation.prepare import prepare_beside
 from tests.parity.test_tensor_parallel import workload as spread
 from tests.plain_loops import WIDTH, Block, tower
 from tests.random_plans import random_plan, widest_plan

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.runtime import averages
+from spindle.runtime.updates import averages
 from tests.late_transport import late
 from tests.parity.test_evaluation import assert_scores, by_hand, evaluation_of, towers, trained
 from tests.plain_loops import WIDTH, Block

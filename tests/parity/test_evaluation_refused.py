@@ -12,7 +12,7 @@ import spindle
 from spindle.errors import RunError, WorkloadError
 from spindle.evaluation import packed, unpacked
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.evaluation import prepare_beside
+from spindle.runtime.evaluation.prepare import prepare_beside
 from tests.parity.test_evaluation import Batch, Stateful, batches, evaluation_of, mean, sgd, towers, trained
 from tests.random_plans import widest_plan
 

@@ -11,10 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import spindle
-from spindle.runtime import reductions
-from spindle.runtime.executor import Executor
-from spindle.runtime.reductions import Reductions
-from spindle.runtime.transport import Post, Wait
+from spindle.runtime.comms.transport import Post, Wait
+from spindle.runtime.steps import reductions
+from spindle.runtime.steps.executor import Executor
+from spindle.runtime.steps.reductions import Reductions
 from tests.late_transport import LateTransport, late
 from tests.parity.stateful import planned, stack, tasks_on
 from tests.parity.stateful_layers import LAYERS

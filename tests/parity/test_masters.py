@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import spindle
 from spindle.errors import CheckpointError, WorkloadError
 from spindle.plan import Plan
-from spindle.runtime.checkpoint import path_of, tensors
+from spindle.runtime.checkpoints.checkpoint import path_of, tensors
+from spindle.runtime.comms.transport import ThreadTransport
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport
-from spindle.runtime.transport import ThreadTransport
 from tests.parity.test_tensor_parallel import OWN_PLAN, Encoder, laid_out
 from tests.parity.test_tensor_parallel import workload as spread
 from tests.random_plans import random_plan, widest_plan

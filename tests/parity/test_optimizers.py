@@ -15,8 +15,8 @@ from torch.optim import Optimizer, lr_scheduler
 import spindle
 from spindle.errors import CheckpointError, SpindleError, SpindleWarning, WorkloadError
 from spindle.graph import Parameter
-from spindle.runtime import checkpoint
-from spindle.runtime.optimizers import (
+from spindle.runtime.checkpoints import checkpoint
+from spindle.runtime.updates.optimizers import (
     Optimization,
     Reach,
     described,
@@ -25,7 +25,7 @@ from spindle.runtime.optimizers import (
     reach_of,
     without_parameters,
 )
-from spindle.runtime.schedules import SplitSchedule, make_schedule, step_schedule
+from spindle.runtime.updates.schedules import SplitSchedule, make_schedule, step_schedule
 from tests.parity.test_tensor_parallel import workload as cut_towers
 from tests.random_plans import random_plan, widest_plan
 

@@ -22,8 +22,8 @@ from spindle.batch import SampledBatch
 from spindle.capture import operators
 from spindle.errors import SpindleError, WorkloadError
 from spindle.graph import TensorSpec
-from spindle.runtime import executor, pieces
 from spindle.runtime.programs.messages import Layouts, StepLayout
+from spindle.runtime.steps import batch_shards, executor
 from spindle.units import SAMPLES, Bounds, Units
 from spindle.workload import Batch, Workload
 from tests.ragged_tasks import Case, Stack, TaskCase, TowerCase, plan_of, random_case, verdict_of, workload_of
@@ -135,7 +135,7 @@ def test_a_part_padded_in_its_own_way_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_in_another_order_in_a_message_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message whose samples are the wrong way round."""
-    own = pieces.cut
+    own = batch_shards.cut
 
     def swapped(value: Tensor, spec: TensorSpec, units: Units, held: Bounds, low: int, high: int) -> Tensor:
         piece = own(value, spec, units, held, low, high)

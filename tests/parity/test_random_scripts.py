@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.runtime.data import Feed
-from spindle.runtime.executor import Executor
-from spindle.runtime.rank_job import Job
-from spindle.runtime.transport import Transport
+from spindle.runtime.comms.transport import Transport
+from spindle.runtime.loading.data import Feed
+from spindle.runtime.rank_spec import RankSpec
+from spindle.runtime.steps.executor import Executor
 from spindle.runtime.worker import Worker
 from tests.random_scripts import (
     STEPS,
@@ -121,8 +121,8 @@ def test_swapped_groups_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each group with the learning rate of the other."""
     own = Worker.__init__
 
-    def swapping(self: Worker, job: Job, transport: Transport) -> None:
-        own(self, job, transport)
+    def swapping(self: Worker, spec: RankSpec, transport: Transport) -> None:
+        own(self, spec, transport)
         if self.optimizer is not None:
             groups = self.optimizer.param_groups
             for group, rate in zip(groups, [group["lr"] for group in reversed(groups)], strict=True):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.runtime import executor
-from spindle.runtime.reductions import Reductions
+from spindle.runtime.steps import executor
+from spindle.runtime.steps.reductions import Reductions
 from spindle.workload import Workload
 from tests.late_transport import late
 from tests.random_plans import random_plan

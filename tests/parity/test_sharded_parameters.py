@@ -17,14 +17,15 @@ from torch import Tensor, nn
 import spindle
 from spindle.errors import PlanError, WorkloadError
 from spindle.plan import Plan
-from spindle.runtime import parity, tensor_files
-from spindle.runtime.checkpoint import Checkpoints, load_weights, path_of
+from spindle.runtime import parity
+from spindle.runtime.checkpoints import tensor_files
+from spindle.runtime.checkpoints.checkpoint import Checkpoints, load_weights, path_of
+from spindle.runtime.checkpoints.tensor_files import sources_in
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.executor import Executor
-from spindle.runtime.flats import Flats, Row
 from spindle.runtime.programs.program import Instruction
 from spindle.runtime.reference import Outcome, restored
-from spindle.runtime.tensor_files import sources_in
+from spindle.runtime.steps.executor import Executor
+from spindle.runtime.steps.flats import Flats, Row
 from spindle.trace import Span
 from tests.late_transport import late
 from tests.parity.test_tensor_parallel import EXACT, compared, halving, language, momentum, next_word, spread

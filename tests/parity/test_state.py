@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.capture import capture
-from spindle.runtime.host import threads_of_rank
+from spindle.runtime.comms.host import threads_of_rank
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, planned, sgd, stack, tasks_on, values
 from tests.parity.stateful_layers import LAYERS, REFUSED, Checkpointed, Normed, Spectral
 from tests.random_plans import random_plan

@@ -14,8 +14,8 @@ from torch.optim import Optimizer, lr_scheduler
 import spindle
 from spindle.errors import CheckpointError, SpindleWarning, WorkloadError
 from spindle.record.fingerprints import fingerprint
-from spindle.runtime.optimizers import described
-from spindle.runtime.trial_steps import check_trial_steps
+from spindle.runtime.updates.optimizers import described
+from spindle.runtime.updates.trial_steps import check_trial_steps
 from tests.parity.test_optimizers import OPTIMIZERS, Elsewhere, apart, towers
 
 Make = Callable[[Any], Any]

@@ -12,8 +12,8 @@ from spindle.clusterfile import parse_cluster
 from spindle.plan import Plan
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
-from spindle.runtime.executor import Activations, Executor
 from spindle.runtime.programs.program import Instruction
+from spindle.runtime.steps.executor import Activations, Executor
 from spindle.trace import Span
 from tests.random_plans import by_task, widest_plan
 from tests.tiny_workloads import five_families, two_towers

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spindle
 from spindle.errors import CheckpointError, WorkloadError
 from spindle.plan import Plan
-from spindle.runtime.tensor_files import Entry, read_tensor, write_tensors
+from spindle.runtime.checkpoints.tensor_files import Entry, read_tensor, write_tensors
 from spindle.weights import Weights, header_of, stored_in
 from tests.random_plans import random_plan, widest_plan
 from tests.refusals import Refusal, check_refusal
@@ -169,7 +169,7 @@ def test_processes_read_their_own(tmp_path: Path) -> None:
 
 def test_exported_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From files to files: what transformers loads is what was trained, though this process held none of it."""
-    monkeypatch.setattr("spindle.runtime.export.FILE_BYTES", 8_000)
+    monkeypatch.setattr("spindle.runtime.checkpoints.export.FILE_BYTES", 8_000)
     model = llama(tie_word_embeddings=True)
     saved(model, tmp_path / "files")
     there = workload_of(lambda: llama(tie_word_embeddings=True), weights=tmp_path / "files")

@@ -1,7 +1,6 @@
 import pytest
 
-from spindle.planner.curves import Curve
-from spindle.planner.usual.allocate import (
+from spindle.planner.baselines.allocate import (
     Tuple,
     allocate,
     discretise,
@@ -9,6 +8,7 @@ from spindle.planner.usual.allocate import (
     optimum_by_lp,
     round_tuples,
 )
+from spindle.planner.curves import Curve
 
 
 def hyperbola(a: float, b: float) -> Curve:

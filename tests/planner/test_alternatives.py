@@ -13,11 +13,7 @@ from spindle.execution import Parallel
 from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph
 from spindle.plan import BUCKET_BYTES, Alternative
-from spindle.planner.check import check_plan
-from spindle.planner.choose import solve_fitting
-from spindle.planner.report.rates import rates, work_of
-from spindle.planner.solve import solve
-from spindle.planner.usual.alternatives import (
+from spindle.planner.baselines.alternatives import (
     COMPONENT_GROUPS,
     DDP,
     DDP_BY_TASK,
@@ -31,7 +27,11 @@ from spindle.planner.usual.alternatives import (
     alternatives,
     own_layout,
 )
-from spindle.planner.usual.overlap import bucketed_step_s
+from spindle.planner.baselines.overlap import bucketed_step_s
+from spindle.planner.check import check_plan
+from spindle.planner.choose import solve_fitting
+from spindle.planner.report.rates import rates, work_of
+from spindle.planner.solve import solve
 from spindle.pricing import Pricing
 from spindle.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop, piece

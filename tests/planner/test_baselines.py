@@ -1,12 +1,12 @@
-from spindle.planner.problem import Problem, make_problem
-from spindle.planner.solve import solve
-from spindle.planner.usual.baselines import (
+from spindle.planner.baselines.baselines import (
     component_group_waves,
     component_split_waves,
     sequential_waves,
     task_split_waves,
 )
-from spindle.planner.usual.waves import Waves
+from spindle.planner.baselines.waves import Waves
+from spindle.planner.problem import Problem, make_problem
+from spindle.planner.solve import solve
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 

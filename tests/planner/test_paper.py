@@ -11,11 +11,11 @@ from spindle.cost.price import price
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
+from spindle.planner.baselines.levels import meta_levels
+from spindle.planner.baselines.paper import paper_slices
+from spindle.planner.baselines.waves import PRINTED, READINGS, Reading, level_optimum_s, paper_waves
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.solve import solve
-from spindle.planner.usual.levels import meta_levels
-from spindle.planner.usual.paper import paper_slices
-from spindle.planner.usual.waves import PRINTED, READINGS, Reading, level_optimum_s, paper_waves
 from spindle.pricing import memory_choices
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph

@@ -3,15 +3,15 @@ import pytest
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
+from spindle.planner.baselines.place import place
+from spindle.planner.baselines.waves import WaveSlice
 from spindle.planner.problem import make_problem
-from spindle.planner.usual.place import place
-from spindle.planner.usual.waves import Piece
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 
 def run(
     metagraph: MetaGraph,
-    waves: list[list[Piece]],
+    waves: list[list[WaveSlice]],
     *,
     aligned: bool = False,
     nodes: int = 2,
@@ -21,12 +21,12 @@ def run(
     return place(problem, tuple(map(tuple, waves)), aligned=aligned)
 
 
-def whole(op: int, layers: int, count: int) -> Piece:
-    return Piece(op=op, first_layer=0, num_layers=layers, count=count)
+def whole(op: int, layers: int, count: int) -> WaveSlice:
+    return WaveSlice(op=op, first_layer=0, num_layers=layers, count=count)
 
 
 def test_a_slice_stays_in_one_node() -> None:
-    """Three devices are left in node 0 after the first piece takes one; four go to node 1."""
+    """Three devices are left in node 0 after the first item takes one; four go to node 1."""
     metagraph = graph(metaop("a"), metaop("b"))
     slices = run(metagraph, [[whole(0, 1, 1), whole(1, 1, 4)]])
     assert {s.metaop: s.devices for s in slices} == {"a": (0,), "b": (4, 5, 6, 7)}
@@ -108,7 +108,7 @@ def test_without_barrier_a_piece_starts_when_its_data_is_there() -> None:
 
 def test_slices_that_go_on_are_joined() -> None:
     metagraph = graph(metaop("a", 3, times={4: 1.0}))
-    waves = [[Piece(op=0, first_layer=i, num_layers=1, count=4)] for i in range(3)]
+    waves = [[WaveSlice(op=0, first_layer=i, num_layers=1, count=4)] for i in range(3)]
     (only,) = run(metagraph, waves, nodes=1)
     assert (only.first_layer, only.num_layers, only.end_s) == (0, 3, 3.0)
     assert len(run(metagraph, waves, nodes=1, aligned=True)) == 3
@@ -124,5 +124,5 @@ def test_strict_waves_may_spill_over_nodes() -> None:
 
 def test_a_piece_with_named_devices_runs_there() -> None:
     metagraph = graph(metaop("a"))
-    (only,) = run(metagraph, [[Piece(op=0, first_layer=0, num_layers=1, count=2, devices=(5, 7))]])
+    (only,) = run(metagraph, [[WaveSlice(op=0, first_layer=0, num_layers=1, count=2, devices=(5, 7))]])
     assert only.devices == (5, 7)

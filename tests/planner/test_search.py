@@ -12,13 +12,13 @@ from spindle.metagraph import MetaGraph
 from spindle.planner.check import check_plan
 from spindle.planner.problem import make_problem
 from spindle.planner.search.decode import Draft, FlatDecoder, draft_of
-from spindle.planner.search.floor import bits_of, make_floor
-from spindle.planner.search.fluid import WaveLp, residual_waves
+from spindle.planner.search.device_pool import bits_of, make_device_pool
+from spindle.planner.search.heuristics import Heuristics
+from spindle.planner.search.list_scheduler import Tracker, runs_of, start_state
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.style import Style
-from spindle.planner.search.track import Tracker, runs_of, start_state
+from spindle.planner.search.wave_lp import WaveLp, residual_waves
 from spindle.planner.search.work import UNITS_PER_S, Work
 from spindle.planner.solve import solve
 from spindle.planner.traffic import transfer_s
@@ -60,7 +60,7 @@ def test_tracking_keeps_layers_whole_and_counts_valid() -> None:
     targets = WaveLp(model, work).solve([4.0, 4.0, 2.0], by_level(model))
     assert targets is not None
     state = start_state(model, None)
-    Tracker(model, None, work).advance(state, targets, 0.0, Style(), random.Random(0), float("inf"))
+    Tracker(model, None, work).advance(state, targets, 0.0, Heuristics(), random.Random(0), float("inf"))
     runs = runs_of(state.chain)
     assert state.is_done
     assert [sum(run[2] for run in runs if run[0] == m) for m in range(3)] == [4, 4, 2]
@@ -101,30 +101,30 @@ TRAFFIC = graph(
 @pytest.mark.parametrize(("source", "target"), [(0b1, 0b1), (0b1, 0b10), (0b11, 0b1111), (0b1, 0b10000), (0b110, 0b11)])
 def test_the_search_charges_what_the_simulator_charges(source: int, target: int) -> None:
     where = cluster(2, 4)
-    floor = make_floor(make_problem(TRAFFIC, where))
+    pool = make_device_pool(make_problem(TRAFFIC, where))
     expected = 2 * transfer_s(where, 8.0, bits_of(source), bits_of(target))
-    assert floor.cost_s(target, target.bit_count(), [(source, 8.0)]) == pytest.approx(expected)
+    assert pool.cost_s(target, target.bit_count(), [(source, 8.0)]) == pytest.approx(expected)
 
 
 def test_a_slice_takes_few_nodes_near_its_input() -> None:
     """Two nodes of four: the same devices if free, else the same node, else the tightest; never a split pair."""
-    floor = make_floor(make_problem(TRAFFIC, cluster(2, 4)))
-    assert floor.choose(1, 2, 0b11111111, [(0b1100, 8.0)]) == (0b1100, 0.0)
-    assert floor.choose(1, 2, 0b11110011, [(0b1100, 8.0)]) == (0b0011, 8.0)
-    assert floor.choose(1, 2, 0b01110001, []) == (0b00110000, 0.0)
-    assert floor.choose(1, 2, 0b00010001, []) is None
-    assert floor.choose(1, 4, 0b11110111, []) == (0b11110000, 0.0)
-    assert floor.choose(1, 6, 0b11111111, []) == (0b00111111, 0.0)
+    pool = make_device_pool(make_problem(TRAFFIC, cluster(2, 4)))
+    assert pool.choose(1, 2, 0b11111111, [(0b1100, 8.0)]) == (0b1100, 0.0)
+    assert pool.choose(1, 2, 0b11110011, [(0b1100, 8.0)]) == (0b0011, 8.0)
+    assert pool.choose(1, 2, 0b01110001, []) == (0b00110000, 0.0)
+    assert pool.choose(1, 2, 0b00010001, []) is None
+    assert pool.choose(1, 4, 0b11110111, []) == (0b11110000, 0.0)
+    assert pool.choose(1, 6, 0b11111111, []) == (0b00111111, 0.0)
 
 
 def test_layers_of_the_same_parameters_share_devices_where_their_input_lies_anywhere() -> None:
     """So their gradients are reduced over few devices; the input comes first, and what is free."""
-    floor = make_floor(make_problem(TRAFFIC, cluster(2, 4)))
-    assert floor.choose(1, 2, 0b11111111, [], kin=0b11000000) == (0b11000000, 0.0)
-    assert floor.choose(1, 2, 0b01110111, [], kin=0b11000000) == (0b01010000, 0.0)
-    assert floor.choose(1, 4, 0b11111111, [], kin=0b11000000) == (0b11110000, 0.0)
-    assert floor.choose(1, 2, 0b11111101, [(0b10, 8.0)], kin=0b1100) == (0b1100, 4.0 * 4)
-    assert floor.choose(1, 1, 0b11111101, [(0b10, 8.0)], kin=0b11000000) == (0b1, 16.0)
+    pool = make_device_pool(make_problem(TRAFFIC, cluster(2, 4)))
+    assert pool.choose(1, 2, 0b11111111, [], shared=0b11000000) == (0b11000000, 0.0)
+    assert pool.choose(1, 2, 0b01110111, [], shared=0b11000000) == (0b01010000, 0.0)
+    assert pool.choose(1, 4, 0b11111111, [], shared=0b11000000) == (0b11110000, 0.0)
+    assert pool.choose(1, 2, 0b11111101, [(0b10, 8.0)], shared=0b1100) == (0b1100, 4.0 * 4)
+    assert pool.choose(1, 1, 0b11111101, [(0b10, 8.0)], shared=0b11000000) == (0b1, 16.0)
 
 
 def test_a_schedule_knows_where_parameters_are() -> None:
@@ -135,9 +135,9 @@ def test_a_schedule_knows_where_parameters_are() -> None:
         metaop("v.a", 1, {1: 1.0}, layer_param_bytes=1.0, parameters="s"),
     )
     problem = make_problem(metagraph, cluster(2, 1))
-    model, floor = make_model(problem, 0.0), make_floor(problem)
+    model, pool = make_model(problem, 0.0), make_device_pool(problem)
     draft: Draft = [[(0, 1, float(m), 3.0 if m == 2 else 0.0, 0)] for m in range(3)]
-    decoded = PlacedDecoder(model, floor).decode(draft, float("inf"))
+    decoded = PlacedDecoder(model, pool).decode(draft, float("inf"))
     assert decoded is not None
     assert decoded[3] == [[0b01], [0b10], [0b10]]
 
@@ -145,12 +145,12 @@ def test_a_schedule_knows_where_parameters_are() -> None:
 def test_full_devices_are_not_taken() -> None:
     """Device 0 holds 60 of 100 bytes; 50 more do not fit there."""
     metagraph = graph(metaop("t.a", 1, {1: 1.0}, memory={1: 60.0}), metaop("t.b", 1, {1: 1.0}, memory={1: 50.0}))
-    floor = make_floor(make_problem(metagraph, cluster(1, 2, memory_bytes=100)))
-    memory = floor.start_memory()
+    pool = make_device_pool(make_problem(metagraph, cluster(1, 2, memory_bytes=100)))
+    memory = pool.start_memory()
     assert memory is not None
-    floor.occupy(0, 1, 0b01, memory, 0, 1)
-    assert floor.choose(1, 1, 0b11, [], memory=memory) == (0b10, 0.0)
-    assert floor.choose(1, 1, 0b01, [], memory=memory) is None
+    pool.occupy(0, 1, 0b01, memory, 0, 1)
+    assert pool.choose(1, 1, 0b11, [], memory=memory) == (0b10, 0.0)
+    assert pool.choose(1, 1, 0b01, [], memory=memory) is None
 
 
 def test_memory_is_part_of_the_search() -> None:

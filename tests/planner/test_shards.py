@@ -18,11 +18,11 @@ from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Alternative, Plan
 from spindle.planner import choose
+from spindle.planner.baselines.alternatives import FSDP, Choice, alternatives
 from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve, usual_ways_fit
 from spindle.planner.turns import solve_in_turns
-from spindle.planner.usual.alternatives import FSDP, Choice, alternatives
 from spindle.pricing import Pricing, memory_choices, sharded_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph

@@ -1,9 +1,9 @@
 import pytest
 
+from spindle.planner.baselines.allocate import Tuple
+from spindle.planner.baselines.waves import Waves, level_optimum_s, paper_waves, slice_waves
 from spindle.planner.curves import Curve
 from spindle.planner.problem import make_problem
-from spindle.planner.usual.allocate import Tuple
-from spindle.planner.usual.waves import Waves, level_optimum_s, paper_waves, slice_waves
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 # MetaOps 1, 2, 4, 5, 6 of the paper's Fig. 5b, with times under which its trace is the right one

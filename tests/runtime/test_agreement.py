@@ -1,4 +1,4 @@
-"""Agreement: what ranks that made their own jobs compare, and what is said of those that differ."""
+"""Agreement: what ranks that made their own rank specs compare, and what is said of those that differ."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from spindle.errors import RunError
 from spindle.plan import Plan
 from spindle.runtime.controller import prepare
 from spindle.runtime.launch.agreement import agreement, refuse_differences
-from spindle.runtime.rank_job import make_jobs
+from spindle.runtime.rank_spec import make_rank_specs
 from tests.faults.breaking import Plain, rows
 from tests.random_plans import random_plan, widest_plan
 
@@ -43,7 +43,7 @@ def digests(
     seed: int = 0,
     lr: float = 0.1,
 ) -> dict[str, str]:
-    """What a rank that made its job so would compare."""
+    """What a rank that made its rank spec so would compare."""
     torch.manual_seed(model_seed)
     workload = spindle.Workload("compared")
     net = workload.component("net", nn.Sequential(layer(), layer()))
@@ -54,8 +54,8 @@ def digests(
 
     prepared = prepare(workload, planned(spindle.make_metagraph(workload)))
     optimizer = functools.partial(torch.optim.SGD, lr=lr)
-    jobs = make_jobs(prepared.program, prepared.captured, workload, optimizer=optimizer, seed=seed)
-    return agreement(prepared.program, jobs)
+    specs = make_rank_specs(prepared.program, prepared.captured, workload, optimizer=optimizer, seed=seed)
+    return agreement(prepared.program, specs)
 
 
 @pytest.mark.parametrize(

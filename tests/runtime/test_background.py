@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from spindle.runtime.host import threads_of_rank
-from spindle.runtime.transport import ThreadTransport
+from spindle.runtime.comms.host import threads_of_rank
+from spindle.runtime.comms.transport import ThreadTransport
 from tests.threads import computing_with
 
 SCRIPT = """
 import sys, threading
 from torch._C._distributed_c10d import TCPStore
-from spindle.runtime.background import start_thread
+from spindle.runtime.comms.background import start_thread
 
 server = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
 store = TCPStore("127.0.0.1", server.port, None, is_master=False)
@@ -45,7 +45,7 @@ def test_the_end_of_python(how: str, fails: bool) -> None:
 def test_threads_that_do_not_return_are_left() -> None:
     """The end of Python waits for a while."""
     script = (
-        "import threading; from spindle.runtime.background import start_thread\n"
+        "import threading; from spindle.runtime.comms.background import start_thread\n"
         "start_thread(threading.Event().wait, 'stuck', end=lambda: None, patience_s=0.1)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import spindle
-from spindle.runtime.batches import Batches
-from spindle.runtime.recordings import LoadedBatch, Recordings
+from spindle.runtime.loading.batches import Batches
+from spindle.runtime.loading.recordings import LoadedBatch, Recordings
 from spindle.units import Bounds
 from tests.random_plans import random_plan
 from tests.tiny_workloads import WIDTH, Residual, floats

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from spindle.runtime.clock import Clock
-from spindle.runtime.transport import ThreadTransport
+from spindle.runtime.comms.transport import ThreadTransport
+from spindle.runtime.steps.clock import Clock
 
 
 def agreed(ahead_s: Sequence[float], ranks: tuple[int, ...]) -> list[Clock]:

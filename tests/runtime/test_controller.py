@@ -35,7 +35,7 @@ def test_a_broken_program_is_never_started(monkeypatch: pytest.MonkeyPatch) -> N
         return replace(program, instructions=lists)
 
     monkeypatch.setattr(controller, "lower", without_reductions)
-    monkeypatch.setattr(controller, "_make_crew", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(controller, "_start_workers", lambda *_: pytest.fail("a worker was started"))
     with pytest.raises(ProgramError, match=r"so it was not started(.|\n)*rank 0 does REDUCE b\d 0 times, not 1"):
         spindle.train(workload, plan, optimizer=sgd, steps=1, launcher="threads")
 
@@ -72,7 +72,7 @@ def test_the_launcher_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch
     assert controller.chosen("threads") == "threads"
 
 
-class FakeCrew:
+class FakeWorkers:
     """Answers for two ranks, and remembers what it was asked."""
 
     leads = alone = True
@@ -89,9 +89,9 @@ class FakeCrew:
         """Nothing to end."""
 
 
-def run_on(crew: FakeCrew) -> Run:
+def run_on(workers: FakeWorkers) -> Run:
     workload = workload_of(marked)
-    return Run(prepare(workload, widest_plan(spindle.make_metagraph(workload), 2)), crew)
+    return Run(prepare(workload, widest_plan(spindle.make_metagraph(workload), 2)), workers)
 
 
 @pytest.mark.parametrize(
@@ -104,22 +104,22 @@ def run_on(crew: FakeCrew) -> Run:
 def test_ranks_that_read_different_batches(digests: list[Mapping[str, str]], ranks: str) -> None:
     """Found before the first step; the task and the two ranks are named."""
     with pytest.raises(WorkloadError, match=f"task 't': ranks {ranks} read different batches"):
-        run_on(FakeCrew(digests=digests))
+        run_on(FakeWorkers(digests=digests))
 
 
 def test_ranks_that_agree_start() -> None:
-    crew = FakeCrew(digests=[{"t": "aa", "u": "x"}, {"t": "aa"}])
-    run_on(crew)
-    assert crew.asked == ["digests"]
+    workers = FakeWorkers(digests=[{"t": "aa", "u": "x"}, {"t": "aa"}])
+    run_on(workers)
+    assert workers.asked == ["digests"]
 
 
 def test_a_chunk_of_steps_is_one_call() -> None:
     """The driver is not in the data path: so many steps, one call."""
     reports = [Report(0, losses=[{"t": 1.0}, {"t": 2.0}]), Report(1, losses=[{}, {}])]
-    crew = FakeCrew(digests=[{}, {}], run=reports)
-    losses, _ = run_on(crew).steps(2)
+    workers = FakeWorkers(digests=[{}, {}], run=reports)
+    losses, _ = run_on(workers).steps(2)
     assert losses == [{"t": 1.0}, {"t": 2.0}]
-    assert crew.asked == ["digests", "run"]
+    assert workers.asked == ["digests", "run"]
 
 
 def test_losses_of_all_ranks_by_step() -> None:

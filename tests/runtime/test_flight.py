@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spindle.errors import FormatError, LostRankError, PreemptedError, RunError
-from spindle.runtime.flight import (
+from spindle.runtime.comms.flight import (
     END,
     EVENT,
     EVENTS,
@@ -32,8 +32,8 @@ from spindle.runtime.flight import (
     numbered_in,
     recorded,
 )
-from spindle.runtime.flight_report import first_stopped, read_flight, rows, sentences
-from spindle.runtime.pulse import Pulse, noted
+from spindle.runtime.comms.pulse import Pulse, noted
+from spindle.runtime.faults.flight_report import first_stopped, read_flight, rows, sentences
 
 FORWARD, AWAIT = "wave 0, FORWARD s0 (t.net.0)", "AWAIT b0 (with ranks 0, 1)"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import InputError, NotFiniteError, SpindleWarning
-from spindle.runtime.executor import Executor
-from spindle.runtime.finite import not_finite
+from spindle.runtime.steps.executor import Executor
+from spindle.runtime.steps.finite import not_finite
 from tests.random_plans import random_plan, widest_plan
 
 GOOD = {"x": torch.arange(24.0).reshape(8, 3).sin()}

@@ -8,8 +8,8 @@ import cloudpickle
 import pytest
 
 from spindle.errors import LostPeerError, RunError, WorkloadError
-from spindle.runtime.launch.processes import ProcessCrew
-from spindle.runtime.pulse import Lookout
+from spindle.runtime.comms.pulse import Lookout
+from spindle.runtime.launch.processes import ProcessWorkers
 
 LOST = LostPeerError("rank 1, AWAIT s0>s1 raised RuntimeError: Connection closed by peer")
 
@@ -31,9 +31,9 @@ class FakeChild:
         self.killed = True
 
 
-def crew(*answers: Any) -> tuple[ProcessCrew, list[FakeChild], list[Connection]]:
-    """A crew whose ranks have answered so already: a result, an error, or None for a rank that died."""
-    made = object.__new__(ProcessCrew)
+def workers(*answers: Any) -> tuple[ProcessWorkers, list[FakeChild], list[Connection]]:
+    """A worker group whose ranks have answered so already: a result, an error, or None for a rank that died."""
+    made = object.__new__(ProcessWorkers)
     made._pipes, theirs, children = [], [], []
     made._timeout_s, made._lookout = 5.0, Lookout(lambda: [], 5.0)
     for answer in answers:
@@ -50,7 +50,7 @@ def crew(*answers: Any) -> tuple[ProcessCrew, list[FakeChild], list[Connection]]
 
 
 def test_results_come_by_rank() -> None:
-    made, children, theirs = crew("a", "b")
+    made, children, theirs = workers("a", "b")
     assert made._results(5.0) == ["a", "b"]
     assert not any(child.killed for child in children)
     made.close()
@@ -70,7 +70,7 @@ def test_results_come_by_rank() -> None:
 )
 def test_the_cause_is_told_not_what_follows_from_it_regression(answers: tuple[Any, ...], told: str) -> None:
     """A rank that lost its peer often reports before the death of that peer is seen; then nobody may wait on."""
-    made, children, theirs = crew(*answers)
+    made, children, theirs = workers(*answers)
     with pytest.raises((RunError, WorkloadError)) as caught:
         made._results(5.0)
     assert told in str(caught.value)
@@ -80,7 +80,7 @@ def test_the_cause_is_told_not_what_follows_from_it_regression(answers: tuple[An
 
 def test_ranks_that_do_not_answer_are_named() -> None:
     """After the time for starting up; then all are ended."""
-    made, children, theirs = crew("fine", "fine")
+    made, children, theirs = workers("fine", "fine")
     assert made._results(5.0) == ["fine", "fine"]
     with pytest.raises(RunError, match=r"ranks \[0, 1\] did not answer within 0\.01 s; .* raise timeout_s"):
         made._results(0.01)

@@ -12,10 +12,10 @@ import spindle
 from spindle.capture import Captured, capture
 from spindle.errors import ProfileError
 from spindle.profile import Profile
+from spindle.runtime.profiling.bench_target import BenchTarget
 from spindle.runtime.profiling.measure import MIN_REPEATS
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES, measure_profile
 from spindle.runtime.profiling.rounds import counts_to_measure
-from spindle.runtime.profiling.site import Site
 from spindle.workload import Batch, Workload
 from tests.capture.test_sizes import text, texts
 from tests.parity.test_lacking import IMAGE, Parts
@@ -42,7 +42,7 @@ def profile(known: Profile | None = None, *, num_devices: int = 2, num_ranks: in
     found = measure_profile(
         *captured(),
         num_devices=num_devices,
-        site=Site(1, num_ranks),
+        target=BenchTarget(1, num_ranks),
         known=known,
         optimizer=torch.optim.AdamW,
         seconds_per_entry=0.0,
@@ -193,7 +193,7 @@ def test_layers_that_may_be_cut_are_measured_so() -> None:
     """Two ranks hold one copy between them: gradients cross, and each steps half of the weights."""
     workload = cut_language_model(torch.float32)
     captured = capture(workload)
-    found = measure_profile(workload, captured, num_devices=2, site=Site(1, 2), seconds_per_entry=0.0)
+    found = measure_profile(workload, captured, num_devices=2, target=BenchTarget(1, 2), seconds_per_entry=0.0)
     for operator in captured.graph:
         layouts = {(1, 1), (2, 1)} if operator.splittable else {(1, 1)}
         if operator.tensor_parallel == 2:
@@ -201,7 +201,7 @@ def test_layers_that_may_be_cut_are_measured_so() -> None:
             assert found.by_layout[operator.kind][2, 2].backward_s > 0
         assert found.by_layout[operator.kind].keys() == layouts
     assert any(entry.tensor_parallel == 2 for entry in found.entries)
-    assert measure_profile(workload, captured, num_devices=2, site=Site(1, 2), known=found) == found
+    assert measure_profile(workload, captured, num_devices=2, target=BenchTarget(1, 2), known=found) == found
 
 
 def test_two_ranks_also_measure_messages() -> None:

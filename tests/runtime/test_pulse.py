@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from spindle.runtime.pulse import SIZE, Heart, Lookout, Pulse, Sign, StoreSigns, sent
+from spindle.runtime.comms.pulse import SIZE, Heart, Lookout, Pulse, Sign, StoreSigns, sent
 
 FORWARD, AWAIT = "wave 0, FORWARD s0 (t.net.0)", "AWAIT b0 (with ranks 0, 1)"
 

@@ -9,11 +9,11 @@ from torch import nn
 
 import spindle
 from spindle.errors import RunError
+from spindle.runtime.comms.transport import ThreadTransport
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.program import Instruction, Op, Program
-from spindle.runtime.reductions import Reductions, completed_buckets
-from spindle.runtime.store import ParameterStore
-from spindle.runtime.transport import ThreadTransport
+from spindle.runtime.steps.reductions import Reductions, completed_buckets
+from spindle.runtime.steps.store import ParameterStore
 from spindle.trace import Span
 from tests.faults.breaking import Plain, marked, workload_of
 from tests.random_plans import widest_plan

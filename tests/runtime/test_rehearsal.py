@@ -1,4 +1,4 @@
-"""Rehearsal: layers taken out of a step compute what they compute in it, whatever they keep."""
+"""LayerBench: layers taken out of a step compute what they compute in it, whatever they keep."""
 
 import copy
 import functools
@@ -13,12 +13,12 @@ from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
 from spindle.contract import contract
 from spindle.record.draws import Stream, drawing_from
+from spindle.runtime.comms.transport import ThreadTransport
+from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.parallel.names import joined_pieces
-from spindle.runtime.profiling.rehearsal import Rehearsal
+from spindle.runtime.profiling.layer_bench import LayerBench
 from spindle.runtime.profiling.rounds import counts_to_measure, kinds_of
 from spindle.runtime.programs.text import dumps, loads
-from spindle.runtime.recordings import Recipe
-from spindle.runtime.transport import ThreadTransport
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, encoder_decoder, five_families, frozen_tower, in_place, two_towers
 
@@ -37,7 +37,7 @@ def captured(make: Callable[[], Workload]) -> tuple[Workload, Captured]:
     return workload, capture(workload)
 
 
-def rehearsals(make: Callable[[], Workload]) -> Iterator[tuple[Rehearsal, dict[str, OperatorCode]]]:
+def rehearsals(make: Callable[[], Workload]) -> Iterator[tuple[LayerBench, dict[str, OperatorCode]]]:
     """Layers of each kind on each count up to three, and their codes as they were."""
     workload, found = captured(make)
     for kind in kinds_of(contract(found.graph)).values():
@@ -45,10 +45,10 @@ def rehearsals(make: Callable[[], Workload]) -> Iterator[tuple[Rehearsal, dict[s
         batch, recipe = task.sampled(task.first_batch()), Recipe.of(workload, found)
         for count in counts_to_measure(kind.limit, 3):
             codes = copy.deepcopy({name: found.codes[name] for name in kind.names})
-            yield Rehearsal(found, recipe, kind.names, batch, count, torch.device("cpu")), codes
+            yield LayerBench(found, recipe, kind.names, batch, count, torch.device("cpu")), codes
 
 
-def plain_gradients(layers: Rehearsal, codes: dict[str, OperatorCode]) -> dict[str, Tensor]:
+def plain_gradients(layers: LayerBench, codes: dict[str, OperatorCode]) -> dict[str, Tensor]:
     """Gradients of the layers' parameters by torch alone, from the same inputs and gradients."""
     specs = layers.executors[False].program.tensor_by_name
     values = {name: v.clone().requires_grad_(specs[name].needs_grad) for name, v in layers.given.items()}
@@ -99,12 +99,12 @@ def test_two_ranks_that_hold_a_copy_between_them_have_its_gradients(count: int, 
         task = workload.tasks["t"]
         batch, recipe = task.sampled(task.first_batch()), Recipe.of(workload, found)
         ranks = [
-            Rehearsal(found, recipe, kind.names, batch, count, torch.device("cpu"), (transport, (0, 1)))
+            LayerBench(found, recipe, kind.names, batch, count, torch.device("cpu"), (transport, (0, 1)))
             for transport in ThreadTransport.connect(2, timeout_s=20.0)
         ]
         ranks[1].given, ranks[1].wanted = ranks[0].given, ranks[0].wanted
 
-        def run(layers: Rehearsal) -> dict[str, Tensor]:
+        def run(layers: LayerBench) -> dict[str, Tensor]:
             layers.begin(recompute=recompute)
             layers.forward()
             layers.backward()

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import spindle
 from spindle.runtime.controller import prepare
-from spindle.runtime.rank_job import make_jobs
-from spindle.runtime.replicas import checksum, replica_sets, sets_of
+from spindle.runtime.faults.replicas import checksum, replica_sets, sets_of
+from spindle.runtime.rank_spec import make_rank_specs
 from tests.parity.test_sharded_parameters import light
 from tests.random_plans import random_plan, widest_plan
 
@@ -63,24 +63,24 @@ def test_what_ranks_hold_alike(seed: int) -> None:
     sharded = seed % 2 == 0
     plan = random_plan(spindle.make_metagraph(made), 3, seed, on_all=("lm",) if sharded else ())
     found = prepare(made, plan)
-    jobs = make_jobs(found.program, found.captured, made, check_replicas_every=1)
+    specs = make_rank_specs(found.program, found.captured, made, check_replicas_every=1)
     holders: dict[str, set[int]] = {}
-    for job in jobs:
-        for code in job.codes.values():
+    for spec in specs:
+        for code in spec.codes.values():
             for _, name in (*code.parameters, *code.buffers):
-                holders.setdefault(name, set()).add(job.rank)
+                holders.setdefault(name, set()).add(spec.rank)
     expected = {
         (name, tuple(sorted(ranks)))
         for name, ranks in holders.items()
         if len(ranks) > 1 and not (sharded and name.startswith("lm."))
     }
-    items = [(name, each.ranks) for job in jobs for each in job.replicas for kind, name in each.items
-             if kind == "parameter" and job.rank == each.ranks[0]]  # fmt: skip
+    items = [(name, each.ranks) for spec in specs for each in spec.replicas for kind, name in each.items
+             if kind == "parameter" and spec.rank == each.ranks[0]]  # fmt: skip
     assert len(items) == len(set(items))
     assert set(items) == expected
-    for job in jobs:
-        assert [(s.ranks, s.count) for s in job.replicas] == [(s.ranks, s.count) for s in jobs[0].replicas]
-        assert all(len(s.items) == (s.count if job.rank in s.ranks else 0) for s in job.replicas)
+    for spec in specs:
+        assert [(s.ranks, s.count) for s in spec.replicas] == [(s.ranks, s.count) for s in specs[0].replicas]
+        assert all(len(s.items) == (s.count if spec.rank in s.ranks else 0) for s in spec.replicas)
 
 
 def test_states_are_alike_where_all_holders_step() -> None:

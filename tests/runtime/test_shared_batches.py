@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from spindle.errors import RunError, WorkloadError
-from spindle.runtime import shared_batches
-from spindle.runtime.data import Feed
-from spindle.runtime.machines import Door, called, machine
-from spindle.runtime.shared_batches import Dropped, Reader, Receiver, Seat, readers
+from spindle.runtime.loading import shared_batches
+from spindle.runtime.loading.data import Feed
+from spindle.runtime.loading.machines import Door, called, machine
+from spindle.runtime.loading.shared_batches import Dropped, Reader, Receiver, Seat, readers
 from spindle.workload import Task
 
 ROOT = Path(__file__).parents[2]
@@ -387,8 +387,8 @@ def test_a_reader_that_closes_is_noticed_at_once(sharing: Callable[..., Sharing]
 
 KILLED = """
 import os, signal, socket, sys, torch
-from spindle.runtime.data import Feed
-from spindle.runtime.shared_batches import Reader
+from spindle.runtime.loading.data import Feed
+from spindle.runtime.loading.shared_batches import Reader
 from spindle.workload import Task
 
 data = lambda: ({"b": torch.full((2, 50_000), float(i))} for i in range(9))
@@ -465,7 +465,7 @@ def test_a_long_path_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_one_rank_shares_with_nobody() -> None:
     """Nor do threads of one process."""
-    from spindle.runtime.transport import ThreadTransport
+    from spindle.runtime.comms.transport import ThreadTransport
 
     for transport in (*ThreadTransport.connect(1), *ThreadTransport.connect(2)):
         assert shared_batches.shared_reads(transport, ["t"], in_flight=1, timeout_s=WAIT_S) == {}

@@ -17,14 +17,14 @@ import spindle
 from spindle.capture import capture
 from spindle.record.travel import dumped
 from spindle.runtime import controller
+from spindle.runtime.checkpoints.weights import fill
 from spindle.runtime.controller import prepare
 from spindle.runtime.launch import shipping
-from spindle.runtime.launch.crew import packed_job
+from spindle.runtime.launch.worker_group import packed_spec
+from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import piece_of, put_piece
-from spindle.runtime.rank_job import Job, make_jobs, separate
-from spindle.runtime.recordings import Recipe
-from spindle.runtime.weights import fill
+from spindle.runtime.rank_spec import RankSpec, make_rank_specs, separate
 from spindle.runtime.worker import Worker
 from tests.random_plans import random_plan
 from tests.tiny_workloads import tokens
@@ -64,52 +64,52 @@ def test_models_give_hidden_states_where_they_arrive_regression(monkeypatch: pyt
     assert len(given.hidden_states) == 4
 
 
-def jobs_of(found: spindle.Workload, seed: int) -> list[Job]:
+def specs_of(found: spindle.Workload, seed: int) -> list[RankSpec]:
     prepared = prepare(found, random_plan(spindle.make_metagraph(found), 3, seed))
-    return make_jobs(prepared.program, prepared.captured, found)
+    return make_rank_specs(prepared.program, prepared.captured, found)
 
 
-def by_file(jobs: list[Job]) -> AbstractContextManager[Any]:
-    return shipping.on_this_machine(jobs)
+def by_file(specs: list[RankSpec]) -> AbstractContextManager[Any]:
+    return shipping.on_this_machine(specs)
 
 
-def in_jobs(jobs: list[Job]) -> AbstractContextManager[Any]:
-    return nullcontext([shipping.carrying(job) for job in jobs])
+def in_specs(specs: list[RankSpec]) -> AbstractContextManager[Any]:
+    return nullcontext([shipping.carrying(spec) for spec in specs])
 
 
-def held(job: Job) -> dict[str, Tensor]:
+def held(spec: RankSpec) -> dict[str, Tensor]:
     """What a rank has once it has started."""
-    codes = cut_codes(job.codes, job.cuts, Switch())
-    fill(codes.values(), job.weights, CPU)
+    codes = cut_codes(spec.codes, spec.cuts, Switch())
+    fill(codes.values(), spec.weights, CPU)
     return {n: code.module.get_parameter(inner).detach() for code in codes.values() for inner, n in code.parameters}
 
 
-@pytest.mark.parametrize("way", [by_file, in_jobs])
+@pytest.mark.parametrize("way", [by_file, in_specs])
 @pytest.mark.parametrize(("tensor_parallel", "tied"), [(1, False), (2, False), (1, True)])
 def test_ranks_hold_the_same_by_every_way(
-    way: Callable[[list[Job]], AbstractContextManager[Any]],
+    way: Callable[[list[RankSpec]], AbstractContextManager[Any]],
     tensor_parallel: int,
     tied: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same tensors as without shipping; in the bytes that are sent no numbers but those that a rank holds."""
     monkeypatch.setattr(shipping, "SMALL_BYTES", 0)
-    jobs = jobs_of(workload(tensor_parallel=tensor_parallel, tied=tied), seed=tensor_parallel)
-    with way(jobs) as shipped:
-        for job, (light, left) in zip(jobs, shipped, strict=True):
-            payload = packed_job(Worker, light, left)
+    specs = specs_of(workload(tensor_parallel=tensor_parallel, tied=tied), seed=tensor_parallel)
+    with way(specs) as shipped:
+        for spec, (light, left) in zip(specs, shipped, strict=True):
+            payload = packed_spec(Worker, light, left)
             _, arrived = cloudpickle.loads(payload)
-            expected, found = held(separate(job)), held(arrived)
+            expected, found = held(separate(spec)), held(arrived)
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
             assert len({value.data_ptr() for value in found.values()}) == len(found)
-            own = sum(value.nbytes for value in expected.values()) if way is in_jobs else 0
-            rest = len(packed_job(Worker, job, frozenset(map(id, shipping.parameters_of(job).values()))))
+            own = sum(value.nbytes for value in expected.values()) if way is in_specs else 0
+            rest = len(packed_spec(Worker, spec, frozenset(map(id, shipping.parameters_of(spec).values()))))
             assert len(payload) < rest + own + 3000 * len(expected)
 
 
 def test_no_room_for_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Then weights travel in the jobs; nothing stays behind in the folder for temporary files."""
+    """Then weights travel in the rank specs; nothing stays behind in the folder for temporary files."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -117,9 +117,9 @@ def test_no_room_for_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(shipping, "SMALL_BYTES", 0)
     monkeypatch.setattr(shipping, "write_tensors", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    jobs = jobs_of(workload(), seed=0)
-    with shipping.on_this_machine(jobs) as shipped:
-        assert [job for job, _ in shipped] == jobs
+    specs = specs_of(workload(), seed=0)
+    with shipping.on_this_machine(specs) as shipped:
+        assert [spec for spec, _ in shipped] == specs
         assert not any(left for _, left in shipped)
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +170,7 @@ def test_code_arrives_with_the_name_of_its_file(monkeypatch: pytest.MonkeyPatch)
     """Places of calls, which recordings are told apart by, and messages name it; cloudpickle from 3.1.3 on leaves it
     out.
     """
-    function = jobs_of(workload(), 1)[0].recipe.functions["t"]
+    function = specs_of(workload(), 1)[0].recipe.functions["t"]
     # as the newest does it, whichever is installed
     nameless = cloudpickle.Pickler._dispatch_table[CodeType]
     monkeypatch.setitem(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.launch import processes
-from spindle.runtime.rank_job import make_jobs
+from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.startup import MANY_GROUPS, Links, Phases
 from tests.faults.breaking import Plain, rows
 from tests.random_plans import widest_plan
@@ -68,7 +68,7 @@ def test_a_run_logs_its_start_up_once(caplog: pytest.LogCaptureFixture) -> None:
         run.steps(1)
         run.steps(1)
     (line,) = caplog.messages
-    told = ("capture", "lower", "laws", "jobs", "ranks", "first batches", "first step")
+    told = ("capture", "lower", "laws", "specs", "ranks", "first batches", "first step")
     assert tuple(prepared.phases.seconds) == told
     assert list(prepared.phases.of_ranks) == ["model", "groups"]
     assert line.startswith("start-up ")
@@ -86,8 +86,8 @@ def test_what_ranks_need_is_imported_once_for_all() -> None:
     """Packages that define layers, and what the first optimizer imports; not torch's layers, nor the user's files."""
     workload = workload_of()
     prepared = prepare(workload, widest_plan(spindle.make_metagraph(workload), 1))
-    jobs = make_jobs(prepared.program, prepared.captured, workload, optimizer=sgd)
-    assert processes._needed(jobs) == ["torch._dynamo"]
-    assert processes._needed([replace(jobs[0], optimizer=None)]) == []
+    specs = make_rank_specs(prepared.program, prepared.captured, workload, optimizer=sgd)
+    assert processes._needed(specs) == ["torch._dynamo"]
+    assert processes._needed([replace(specs[0], optimizer=None)]) == []
     assert processes._needed([]) == processes._needed(["something else"]) == []
     assert "torch" in sys.modules

@@ -8,7 +8,7 @@ from torch import nn
 
 from spindle.capture.codes import OperatorCode, OperatorModule
 from spindle.runtime.programs.program import Bucket, Program
-from spindle.runtime.store import ParameterStore
+from spindle.runtime.steps.store import ParameterStore
 from tests.runtime.hand_program import lowered
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import spindle
 from spindle.plan import Plan, SizeRange, make_waves
-from spindle.runtime.busy import Busy
 from spindle.runtime.controller import Prepared, prepare
-from spindle.runtime.stragglers import PATIENCE, WINDOW, Stragglers
+from spindle.runtime.faults.stragglers import PATIENCE, WINDOW, Stragglers
+from spindle.runtime.steps.busy import Busy
 from spindle.runtime.watch import StepTold
 from spindle.runtime.worker import Report
 from spindle.workload import Workload

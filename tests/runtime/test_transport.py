@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from spindle.errors import RunError
-from spindle.runtime.launch.crew import is_lost_peer
-from spindle.runtime.launch.torchrun import place_here
-from spindle.runtime.transport import ThreadTransport, is_loopback, join_store, own_gpu, serve_store
+from spindle.runtime.comms.transport import ThreadTransport, is_loopback, join_store, own_gpu, serve_store
+from spindle.runtime.launch.torchrun import local_rank_and_size
+from spindle.runtime.launch.worker_group import is_lost_peer
 
 
 def filled(value: float, *shape: int) -> Tensor:
@@ -174,6 +174,6 @@ def test_torchrun_tells_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 9 of 16 is number 1 of 8 on its machine; whoever sets up ranks by hand need not say."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert place_here() == (1, 8)
+    assert local_rank_and_size() == (1, 8)
     monkeypatch.delenv("LOCAL_RANK")
-    assert place_here() is None
+    assert local_rank_and_size() is None

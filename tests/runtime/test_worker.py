@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import spindle
 from spindle.plan import Plan, Slice, make_waves
 from spindle.record import travel
-from spindle.runtime import recordings
 from spindle.runtime.controller import Prepared, prepare
+from spindle.runtime.loading import recordings
 from spindle.runtime.parallel.names import held_names
 from spindle.runtime.programs.program import SliceRun
-from spindle.runtime.rank_job import Job, make_jobs, owners, separate
+from spindle.runtime.rank_spec import RankSpec, make_rank_specs, owners, separate
 from spindle.workload import Workload
 from tests.faults.breaking import Plain, rows, workload_of
 from tests.random_plans import widest_plan
@@ -46,8 +46,8 @@ def prepared() -> Prepared:
     return prepare(workload, layers_then_loss(workload))
 
 
-def jobs(found: Prepared) -> list[Job]:
-    return make_jobs(found.program, found.captured, found.workload)
+def specs(found: Prepared) -> list[RankSpec]:
+    return make_rank_specs(found.program, found.captured, found.workload)
 
 
 def test_a_rank_is_sent_what_it_runs() -> None:
@@ -55,7 +55,7 @@ def test_a_rank_is_sent_what_it_runs() -> None:
     which all share.
     """
     found = prepared()
-    first, second, third = jobs(found)
+    first, second, third = specs(found)
     assert set(first.codes).isdisjoint(second.codes)
     assert set(second.codes) == {"t.loss"}
     assert not third.codes
@@ -69,7 +69,7 @@ def test_a_rank_is_sent_what_it_runs() -> None:
 
 
 class Heavy(Plain):
-    """A block whose weights are far larger than the code of a job."""
+    """A block whose weights are far larger than the code of a rank spec."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_a_job_travels() -> None:
     """Closures and lambdas of the user go with it; a rank without layers is sent no weights."""
     heavy = workload_of(lambda: iter([rows()]), Heavy(), Heavy())
     found = prepare(heavy, layers_then_loss(heavy))
-    first, second, _ = jobs(found)
+    first, second, _ = specs(found)
     assert set(cloudpickle.loads(cloudpickle.dumps(first)).codes) == set(first.codes)
     assert [name for code in second.codes.values() for _, name in code.parameters] == []
     weights = sum(p.nbytes for _, p in heavy.named_parameters())
@@ -109,10 +109,10 @@ def test_only_ranks_that_have_runs_run_the_loader() -> None:
 def test_ranks_of_one_process_share_no_parameters() -> None:
     """Nor with the user's modules; ties inside a rank stay ties."""
     found = prepared()
-    job = jobs(found)[0]
-    copies = [separate(job), separate(job)]
+    spec = specs(found)[0]
+    copies = [separate(spec), separate(spec)]
     pointers = [
-        {p.data_ptr() for code in one.codes.values() for p in code.module.parameters()} for one in (job, *copies)
+        {p.data_ptr() for code in one.codes.values() for p in code.module.parameters()} for one in (spec, *copies)
     ]
     assert len(set.union(*pointers)) == sum(map(len, pointers))
     assert len(pointers[0]) == len(pointers[1]) == len(pointers[2]) > 0
@@ -121,7 +121,7 @@ def test_ranks_of_one_process_share_no_parameters() -> None:
 def test_every_parameter_has_one_owner() -> None:
     """All that any rank holds, once."""
     found = prepared()
-    held = [held_names(job.codes.values(), job.cuts, {}) for job in jobs(found)]
+    held = [held_names(spec.codes.values(), spec.cuts, {}) for spec in specs(found)]
     by_rank = owners(found.program, held)
     names = [name for owned in by_rank for name in owned]
     assert sorted(names) == sorted(name for name, _ in found.workload.named_parameters())
@@ -157,13 +157,13 @@ class CountedSlices(tuple[SliceRun, ...]):
 
 
 def counts(workload: Workload, num_ranks: int) -> tuple[int, int, int]:
-    """Codes looked up, slices visited and slices there are, to make the jobs of all ranks."""
+    """Codes looked up, slices visited and slices there are, to make the rank specs of all ranks."""
     found = prepare(workload, widest_plan(spindle.make_metagraph(workload), num_ranks))
     codes = Counted(found.captured.codes)
     program = replace(found.program, slices=CountedSlices(found.program.slices))
     CountedSlices.visits = 0
-    made = make_jobs(program, replace(found.captured, codes=codes), workload)
-    assert [job.rank for job in made] == list(range(num_ranks))
+    made = make_rank_specs(program, replace(found.captured, codes=codes), workload)
+    assert [spec.rank for spec in made] == list(range(num_ranks))
     return codes.count, CountedSlices.visits, len(found.program.slices)
 
 
@@ -177,9 +177,9 @@ def test_what_records_tasks_is_packed_once_for_all_ranks(monkeypatch: pytest.Mon
         return packed(content, functions)
 
     monkeypatch.setattr(recordings, "dumped", counted)
-    made = jobs(prepared())
-    for job in made:
-        assert cloudpickle.loads(cloudpickle.dumps(job.recipe)).functions.keys() == job.recipe.functions.keys()
+    made = specs(prepared())
+    for spec in made:
+        assert cloudpickle.loads(cloudpickle.dumps(spec.recipe)).functions.keys() == spec.recipe.functions.keys()
     assert (len(made), len(calls)) == (3, 1)
 
 

@@ -98,7 +98,7 @@ def test_a_name_that_is_not_public() -> None:
 def test_rooms_never_import_each_other(room: str) -> None:
     """The planner decides without torch, the runtime acts without a solver; only a Plan passes between them."""
     barred = {"planner": ["torch", "ray", "spindle.runtime"], "runtime": ["pulp", "highspy", "spindle.planner"]}[room]
-    files = [path for path in (ROOT / room).rglob("*.py") if path.stem not in ("__init__", "ray_crew")]
+    files = [path for path in (ROOT / room).rglob("*.py") if path.stem not in ("__init__", "ray_workers")]
     modules = [".".join(("spindle", *path.relative_to(ROOT).with_suffix("").parts)) for path in files]
     code = f"import importlib, json, sys\n[importlib.import_module(m) for m in {sorted(modules)!r}]\n"
     done = python(f"{code}print(json.dumps(sorted(sys.modules)))")

@@ -1,0 +1,1 @@
+"""Checkpoints: weights and the state of a run, from and to files."""

@@ -1,0 +1,1 @@
+"""Evaluation: forward-only tasks on the ranks of a run."""

@@ -1,0 +1,1 @@
+"""Loading: batches from the user's loaders, read once on each machine and given to its ranks."""

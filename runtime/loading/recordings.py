@@ -1,0 +1,224 @@
+"""Recordings: batches of tasks in; what each rank computes of them out, recorded anew or known from before.
+
+- A Recipe holds what recording needs: task functions, and the modules without weights. It travels to other processes.
+- Each rank records the samples that its runs hold, and from that knows the shapes of all that it receives.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from spindle.batch import SampledBatch, with_own_tensors
+from spindle.capture.codes import Captured, TaskCode, computing_in
+from spindle.capture.parts import TaskPart, divide
+from spindle.errors import RunError, SpindleError, WorkloadError
+from spindle.graph import base_task
+from spindle.record.draws import Stream, drawing_from
+from spindle.record.lazy import LazyRead
+from spindle.record.replay import signature
+from spindle.record.run import Failure, Recorded, record
+from spindle.record.skeleton import Skeleton
+from spindle.record.travel import dumped
+from spindle.runtime.programs.messages import StepLayout
+from spindle.runtime.programs.program import Program
+from spindle.runtime.steps.compiled import apart_from_compiling
+from spindle.units import Bounds
+from spindle.workload import Precision, Workload
+
+_CPU = torch.device("cpu")
+MOST_KNOWN = 64  # recordings kept; batches of other shapes are recorded anew
+
+OTHER_LAYERS = (
+    "for some samples of a batch that lacks a modality the task calls other layers than for others; decide by the "
+    "fields of the whole batch, not by their values"
+)
+"""What is wrong where parts of one batch call other layers."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to record the tasks of a workload: their functions, the modules as recordings need them, and how recordings
+    fall into operators. Weights stay behind when it is sent.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+    codes: Mapping[str, TaskCode]
+    skeleton: Skeleton
+    precision: Precision = "fp32"
+
+    @classmethod
+    def of(cls, workload: Workload, captured: Captured) -> "Recipe":
+        """That of a captured workload."""
+        functions = {name: task.function for name, task in workload.tasks.items()}
+        return cls(functions, captured.tasks, captured.skeleton, captured.precision)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self._dumped,)
+
+    @cached_property
+    def _dumped(self) -> bytes:
+        """Made once for the rank specs of all ranks."""
+        content = (self.functions, self.codes, self.skeleton, self.precision)
+        return dumped(content, self.functions.values())
+
+    def apart(self) -> "Recipe":
+        """A copy with modules of its own."""
+        found: Recipe = _received(self._dumped)
+        return found
+
+
+def _received(payload: bytes) -> Recipe:
+    return Recipe(*cloudpickle.loads(payload))
+
+
+@dataclass
+class LoadedBatch:
+    """One batch of a task on this rank: its samples, how ranks share them, and recordings by samples."""
+
+    recordings: "Recordings"
+    task: str
+    batch: SampledBatch
+    layout: StepLayout
+    stream: Stream
+    parts: dict[Bounds, TaskPart] = field(default_factory=dict)
+    share: float = 1.0  # what its loss is multiplied by, among those of the step's batches of its task
+
+    def prepare(self, program: Program, rank: int) -> None:
+        """Record the samples that the runs of a rank hold."""
+        for run in program.runs_by_task.get(self.task, ()):
+            if rank in run.ranks:
+                low, high = self.layout.bounds[run.name][run.ranks.index(rank)]
+                if low < high:
+                    self.part((low, high))
+
+    def part(self, bounds: Bounds) -> TaskPart:
+        """What was recorded of samples `bounds`."""
+        if bounds not in self.parts:
+            found = self.recordings.record(self, bounds)
+            if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
+                raise WorkloadError(f"task {base_task(self.task)!r}, step {self.stream.step}: {OTHER_LAYERS}")
+            self.parts[bounds] = found
+        return self.parts[bounds]
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Tensors that operators do not send of this batch, since it lacks a modality: the same on all ranks."""
+        return next((part.absent for part in self.parts.values()), frozenset())
+
+    def digests(self) -> tuple[int, int]:
+        """A number that is equal for batches of equal shapes and rows, and one that is equal where the same operators
+        compute and send something; 0 where nothing is recorded.
+        """
+        ways = {_digest((sorted(part.absent), sorted(part.idle))) for part in self.parts.values()}
+        return _digest(self.batch.shapes), max(ways, default=0)
+
+
+class Recordings:
+    """Records batches of the tasks of one rank."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.checking = False  # whether what is known from before is compared with a new recording
+        self._known: OrderedDict[object, tuple[Recorded, TaskPart]] = OrderedDict()
+
+    def loaded(self, task: str, batch: SampledBatch, layout: StepLayout, stream: Stream) -> LoadedBatch:
+        """A batch of a task (or of a micro-batch of it) ready to be recorded. `stream`: where its draws stand."""
+        return LoadedBatch(self, task, batch, layout, stream)
+
+    def record(self, loaded: LoadedBatch, bounds: Bounds) -> TaskPart:
+        """Samples `bounds` recorded, or gone through anew as a recording of the same shapes did.
+
+        Raises WorkloadError that names the task and the step.
+        """
+        code = self.recipe.codes[loaded.task]
+        where = f"task {base_task(loaded.task)!r}, step {loaded.stream.step}"
+        stream = Stream(
+            seed=loaded.stream.seed,
+            step=loaded.stream.step,
+            batch=loaded.stream.batch,
+            task=base_task(loaded.task),
+            low=bounds[0],
+            high=bounds[1],
+            units=loaded.batch.units,
+        )
+        fields = loaded.batch.part(*bounds)
+        if code.copies_batch:
+            fields = with_own_tensors(fields)
+        key = (loaded.task, signature(fields))
+        known = self._known.get(key)
+        if known is not None:
+            found = self._replayed(known, fields, stream, where)
+            if found is not None:
+                self._known.move_to_end(key)
+                return known[1].of_others(code, known[0], found, bounds, loaded.batch.units)
+        recorded = self._recorded(loaded.task, fields, stream, where)
+        lacks = sorted(code.held - loaded.batch.held)
+        part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
+        if key[1] is not None and recorded.replay is not None:
+            self._known[key] = recorded, part
+            if len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+        return part
+
+    def _recorded(self, task: str, fields: dict[str, Any], stream: Stream, where: str) -> Recorded:
+        try:
+            with apart_from_compiling():
+                found = record(
+                    self.recipe.skeleton,
+                    self.recipe.functions[base_task(task)],
+                    fields,
+                    stream=stream,
+                    sites=self.recipe.codes[task].sites.get("", ()),
+                    autocast=computing_in(self.recipe.precision, _CPU),
+                )
+        except Failure as failure:
+            raise _explained(where, failure.error) from failure.error
+        if found.result is not None or found.recording.loss < 0:
+            raise WorkloadError(f"{where}: its function returned no loss that depends on parameters")
+        return found
+
+    def _replayed(
+        self, known: tuple[Recorded, TaskPart], fields: dict[str, Any], stream: Stream, where: str
+    ) -> list[Tensor] | None:
+        replay = known[0].replay
+        assert replay is not None
+        unread = with_own_tensors(fields) if self.checking else fields  # the replay may change its fields in place
+        with computing_in(self.recipe.precision, _CPU), drawing_from(stream):
+            found = replay.run(fields)
+        if found is not None and self.checking:
+            again = self._recorded(known[1].task, unread, stream, where).recording
+            same = len(again.aux) == len(found) and len(again.nodes) == len(known[0].recording.nodes)
+            if not same or not all(map(_equal, again.aux, found)):
+                raise WorkloadError(
+                    f"{where}: its function computes something else of the same fields than before (a counter, a "
+                    "global, a number from outside of torch); let it depend on its batch alone"
+                )
+        return found
+
+
+def _digest(value: object) -> int:
+    """A number of 20 bits, at least 1: squares of it are exact in float64."""
+    return 1 + (int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=4).digest()) >> 12)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        torch.nan_to_num(a) if a.is_floating_point() else a, torch.nan_to_num(b) if b.is_floating_point() else b
+    )
+
+
+def _explained(where: str, error: Exception) -> Exception:
+    if isinstance(error, LazyRead):
+        return WorkloadError(
+            f"{where}: {error.what} (if, while, int(), .item()), which it did not when it was captured; {error.instead}"
+        )
+    if isinstance(error, SpindleError):
+        return type(error)(f"{where}: {error}")
+    return RunError.of(error, where)

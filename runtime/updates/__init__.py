@@ -1,0 +1,1 @@
+"""Updates: what changes parameters after a backward pass: optimizers, schedules, masters, averages."""
