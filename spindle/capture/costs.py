@@ -239,7 +239,7 @@ def _measured(
         activation_bytes=kept if ends else 0,
         input_grads=tuple(argument.grad is not None for argument in arguments),
         trained=frozenset(trained),
-        undrawn=frozenset(undrawn.names),
+        undrawn=frozenset(undrawn.lines),
         hidden=next((name for name in trained if id(state[name]) not in seen), ""),
     )
 

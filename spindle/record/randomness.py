@@ -20,6 +20,7 @@ from spindle.record.draws import Draw, Site, current, draw, draw_rows, is_drawin
 from spindle.record.lazy import is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.replacements import COMPOSITES, REPLACED, Numbers
+from spindle.record.sites import innermost_line
 
 
 class Drawing(TorchFunctionMode):
@@ -193,11 +194,11 @@ class NotingShapes(Drawing):
 
 
 class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, random operations that no stream knows of are noted by name."""
+    """While open, random operations that no stream knows of are noted by name, each with the line that came first."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
+        self.lines: dict[str, str] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -205,7 +206,7 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note and go on."""
         kwargs = kwargs or {}
         if not is_drawing() and draws(func, args, kwargs):
-            self.names.add(func._schema.name.partition("::")[2])
+            self.lines.setdefault(func._schema.name.partition("::")[2], innermost_line())
         with torch._C.DisableTorchFunction():  # else code that no mode saw (torch.jit) is seen here, below autograd
             return func(*args, **kwargs)
 

@@ -229,13 +229,22 @@ def test_an_order_drawn_at_random_is_the_same_under_every_plan(as_block: bool) -
 
 OWN = torch.Generator()
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "recurrent dropout": (Recurrent, "draws random numbers by bernoulli_.*put nn.Dropout between"),
+    "recurrent dropout": (
+        Recurrent,
+        r"draws random numbers by bernoulli_.*\(.*line \d+ of test_dropout.py\).*put nn.Dropout between",
+    ),
     "a generator of one's own": (
         lambda: Drawing(lambda x: x * torch.rand(1, generator=OWN, dtype=x.dtype)),
         "draws random numbers by rand.*without a generator of your own",
     ),
-    "Python's generator": (lambda: Drawing(lambda x: x * random.random()), "draws from random in"),
-    "numpy's generator": (lambda: Drawing(lambda x: x * float(np.random.rand())), "draws from numpy.random in"),
+    "Python's generator": (
+        lambda: Drawing(lambda x: x * random.random()),
+        r"draws from random in its function or model \(line \d+ of test_dropout.py\)",
+    ),
+    "numpy's generator": (
+        lambda: Drawing(lambda x: x * float(np.random.rand())),
+        r"draws from numpy.random in its function or model \(line \d+ of",
+    ),
 }
 
 

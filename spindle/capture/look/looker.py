@@ -351,8 +351,8 @@ class Looker:
                 )
         except Failure as failure:
             raise explained(self.task, failure, self.whole) from failure.error
-        if noted.names:
-            raise undrawn(f"task {self.task.name!r}", noted.names)
+        if noted.lines:
+            raise undrawn(f"task {self.task.name!r}", [f"{name} ({line})" for name, line in noted.lines.items()])
         return found
 
     def _refuse_unlike(self, batch: SampledBatch, kept: Sequence[Kept]) -> None:
@@ -420,13 +420,13 @@ class Looker:
 
     def _find_changing_buffers(self, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""
-        bounds = self.few[0][0]
+        bounds, drawn = self.few[0][0], None
         for attempt in range(10):
             buffers = self.skeleton.buffers()
             before = {name: (buffer._version, buffer.clone()) for name, buffer in buffers.items()}
-            drawn = None
+            by_line, drawn = drawn is not None, None
             try:
-                with no_other_generators(self.task):
+                with no_other_generators(self.task, by_line=by_line):
                     self._record(batch, bounds)
             except Moved as error:
                 drawn = error

@@ -3,9 +3,12 @@
 import inspect
 import os
 import random
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,26 +195,58 @@ def _place(error: BaseException, task: Task) -> str:
 
 
 class Moved(WorkloadError):
-    """A generator that is not ours has drawn."""
+    """A generator of another library has drawn in a task."""
+
+
+def _states() -> dict[str, object]:
+    """Of Python's and numpy's generators what tells that they have drawn."""
+    state: Any = np.random.get_state()
+    return {"random": random.getstate(), "numpy.random": (state[1].tobytes(), *state[2:])}
 
 
 @contextmanager
-def no_other_generators(task: Task) -> Iterator[None]:
-    """Numbers of Python's or numpy's generators would differ between ranks."""
+def no_other_generators(task: Task, *, by_line: bool = False) -> Iterator[None]:
+    """Numbers of Python's or numpy's generators would differ between ranks: raise Moved where one has drawn. `by_line`:
+    the error names the line, for which code runs slowly.
+    """
     alone = GLOBAL_GENERATORS.acquire(timeout=5.0)  # a loader of another run moves them too; one that hangs we outwait
     try:
-        before = random.getstate(), np.random.get_state()
-        yield
-        after = random.getstate(), np.random.get_state()
+        before = _states()
+        with _tracing(before) if by_line else nullcontext([""]) as lines:
+            yield
+        after = _states()
     finally:
         if alone:
             GLOBAL_GENERATORS.release()
-    for name, old, new in zip(("random", "numpy.random"), map(repr, before), map(repr, after), strict=True):
-        if old != new:
+    for name, state in before.items():
+        if state != after[name]:
+            at = f" ({lines[0]})" if lines[0] else ""
             raise Moved(
-                f"task {task.name!r} draws from {name} in its function or model, which would give every rank other "
+                f"task {task.name!r} draws from {name} in its function or model{at}, which would give every rank other "
                 "numbers; draw with torch, or in the loader"
             )
+
+
+@contextmanager
+def _tracing(before: dict[str, object]) -> Iterator[list[str]]:
+    """While open, the one entry becomes the line of user code that runs, until generators have moved from `before`."""
+    lines, found, outer = [""], False, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal found
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if found or package in ("torch", "spindle", "random", "numpy"):
+            return None
+        found = _states() != before
+        if not found:
+            lines[0] = f"line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(outer)
 
 
 def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
