@@ -127,6 +127,8 @@ def allot_certificate(problem: Problem, ops: Collection[int]) -> Certificate:
     """
     import pulp
 
+    from spindle.planner.highs import THREADS
+
     ops = sorted(ops)
     lp = pulp.LpProblem("allot", pulp.LpMinimize)
     makespan = lp.add_variable("C", lowBound=0)
@@ -136,7 +138,7 @@ def allot_certificate(problem: Problem, ops: Collection[int]) -> Certificate:
     add_all_layers(lp, problem, layers)
     area = add_area(lp, problem, layers, makespan)
     flows = add_precedence(lp, problem, layers, ends, makespan)
-    lp.solve(pulp.HiGHS(msg=False))
+    lp.solve(pulp.HiGHS(msg=False, threads=THREADS))
     if lp.status != pulp.LpStatusOptimal:
         raise AssertionError(f"the allot LP of {len(ops)} MetaOps ended {pulp.LpStatus[lp.status]}")
     price = _price(lp, area)

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spindle.plan import TimePrices
+from spindle.planner.highs import is_solved, make_highs
 from spindle.planner.problem import Problem
 
 Array = npt.NDArray[np.float64]
@@ -277,9 +278,7 @@ class _TimedLp:
         )
 
     def _solve(self) -> Array | None:
-        highs = highspy.Highs()
-        for option, value in (("output_flag", False), ("threads", 1), ("solver", "simplex")):
-            highs.setOptionValue(option, value)
+        highs = make_highs(solver="simplex")
         terms = [term for _, row in self.rows for term in row]
         cost = np.zeros(len(self.bounds))
         cost[self.nu] = 1.0
@@ -301,8 +300,7 @@ class _TimedLp:
             np.array([value for _, value in terms]),
             np.zeros(len(self.bounds), dtype=np.int32),  # all continuous
         )
-        highs.run()
-        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if not is_solved(highs):
             return None
         return np.array(highs.getSolution().row_dual)
 

@@ -95,6 +95,8 @@ def optimum_by_lp(curves: Sequence[Curve], layers: Sequence[int], num_devices: i
     """C* as a linear programme over seconds y[m, n] that MetaOp m spends on n devices."""
     import pulp
 
+    from spindle.planner.highs import THREADS
+
     problem = pulp.LpProblem("allocation", pulp.LpMinimize)
     optimum = problem.add_variable("C", lowBound=0)
     seconds = [
@@ -104,7 +106,7 @@ def optimum_by_lp(curves: Sequence[Curve], layers: Sequence[int], num_devices: i
     add_one_at_a_time(problem, seconds, optimum)
     add_capacity(problem, seconds, optimum, num_devices)
     add_all_layers(problem, seconds, curves, layers)
-    problem.solve(pulp.HiGHS(msg=False))
+    problem.solve(pulp.HiGHS(msg=False, threads=THREADS))
     if problem.status != pulp.LpStatusOptimal:
         raise AssertionError(f"the allocation LP of {len(curves)} MetaOps ended {pulp.LpStatus[problem.status]}")
     return float(optimum.value())

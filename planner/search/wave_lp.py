@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
+from spindle.planner.highs import is_solved, make_highs
 from spindle.planner.search.model import Model
 from spindle.planner.search.work import Work
 
@@ -44,9 +45,7 @@ class WaveLp:
     def __init__(self, model: Model, work: Work) -> None:
         self.model = model
         self.work = work
-        self.highs = highspy.Highs()
-        for option, value in (("output_flag", False), ("threads", 1), ("presolve", "off"), ("solver", "simplex")):
-            self.highs.setOptionValue(option, value)
+        self.highs = make_highs(presolve="off", solver="simplex")
 
     def solve(self, left: Sequence[float], first: Sequence[int]) -> Targets | None:
         """Targets for `left` layers of each MetaOp with first waves `first`; None when the solver finds none."""
@@ -115,10 +114,10 @@ class WaveLp:
             np.concatenate([value, np.array(d_value)]),
             np.zeros(num_cols, dtype=np.int32),  # all continuous
         )
-        self.highs.run()
+        solved = is_solved(self.highs)
         if len(self.model) > LARGE:
             self.work.spend(max(0.0, ITERATION_UNITS * self.highs.getInfo().simplex_iteration_count - units))
-        if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if not solved:
             return None
         return [scale * v for v in self.highs.getSolution().col_value]
 
