@@ -58,7 +58,7 @@ def test_a_pin_by_metaop_wins_no_devices_for_others() -> None:
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
-        ({"nothing": (0,)}, "pin 'nothing' names no MetaOp and no component"),
+        ({"nothing": (0,)}, "pin 'nothing' names no component of this workload; the components are"),
         ({"x.enc": (0, 9)}, r"pin 'x.enc' wants devices \[0, 9\]; name each once, from 0 to 3"),
         ({"x.enc": (1, 1)}, "name each once"),
         ({"x.enc": ()}, "name each once"),

@@ -68,7 +68,7 @@ def test_a_run_logs_its_start_up_once(caplog: pytest.LogCaptureFixture) -> None:
         run.steps(1)
         run.steps(1)
     (line,) = caplog.messages
-    told = ("capture", "lower", "laws", "specs", "ranks", "first batches", "first step")
+    told = ("capture", "lower", "laws", "rank specs", "ranks", "first batches", "first step")
     assert tuple(prepared.phases.seconds) == told
     assert list(prepared.phases.of_ranks) == ["model", "groups"]
     assert line.startswith("start-up ")
