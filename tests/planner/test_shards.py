@@ -152,7 +152,7 @@ def test_a_spec_says_so() -> None:
     text = SPEC.replace("name: vl\n", "name: vl\nshard_parameters: [lm]\n")
     assert parse_workload(text).pricing.shard_parameters == ("lm",)
     with pytest.raises(
-        WorkloadError, match=r"shard_parameters names 'llm', which is no component \(did you mean 'lm'\?\); the components are lm, vision"
+        WorkloadError, match=r"'llm', which is no component \(did you mean 'lm'\?\); the components are lm, vision"
     ):
         parse_workload(text.replace("[lm]", "[llm]"))
 
