@@ -123,7 +123,7 @@ def _warn_when_far(operation: str, level: LinkLevel, segments: Sequence[_Segment
             f"{far.seconds:.2g} s, where it has {far.seconds * exp(_miss(segments, far)):.2g} s, so plans over these "
             "links are doubtful; see whether the network is shaped or busy, and measure again into a new file",
             SpindleWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -31,6 +31,7 @@ from spindle.capture.look.samples import (
     few_of,
     first_batches,
     modalities,
+    one_apart,
     other_few,
     shortened,
     singly,
@@ -281,6 +282,10 @@ class Looker:
         units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
         if len(parts) > 1:
             self._look_at_other(SampledBatch(fields, units, batch.places), whole, parts, prober)
+            own = batch.part(*whole)
+            apart = {name: one_apart(own[name], dim) for name, (_, dim) in batch.places.items()}
+            if any(value is not own[name] for name, value in apart.items()):
+                self._look_at_other(SampledBatch({**own, **apart}, units, batch.places), whole, parts, prober)
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
             doubled = twice(batch, whole, step)

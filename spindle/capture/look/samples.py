@@ -181,3 +181,19 @@ def disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> 
         lengths = torch.randint(1, value.shape[-1] + 1, value.shape[:-1], generator=generator)
         return value * (torch.arange(value.shape[-1]) < lengths[..., None]).to(value.dtype)
     return value
+
+
+def one_apart(value: Any, dim: int) -> Any:
+    """A field in which all samples are alike, with other numbers in the first one, so that what code asks of a whole
+    batch (is a mask full, how long is the longest, how many kinds are there) differs between its parts.
+    """
+    if not isinstance(value, Tensor) or not value.numel() or value.is_floating_point() or value.is_complex():
+        return value
+    first = value.narrow(dim, 0, 1)
+    if not bool((value == first).all()):
+        return value
+    other = ~first if value.dtype == torch.bool else first + 1
+    if value.ndim > 1 and bool((first == 1).all()):  # a mask, whose first position stays
+        other = first.clone()
+        other.select(-1, -1).zero_()
+    return torch.cat([other, value.narrow(dim, 1, value.shape[dim] - 1)], dim)
