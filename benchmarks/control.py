@@ -68,7 +68,7 @@ HEAD = (
 
 
 def spec_of(name: str, num_devices: int) -> WorkloadSpec:
-    """A spec for so many devices, its tasks several times over where the table of workloads says so."""
+    """A spec for a number of devices, its tasks repeated where the table of workloads says so."""
     times = WORKLOADS[name]
     spec = read_workload(FOLDER / ("multitask_clip.yaml" if times > 1 else f"{name}.yaml"))
     if times > 1:

@@ -1,4 +1,4 @@
-"""Tix: a Problem, a bound and the makespan of a plan in, a stronger bound with prices over time that prove it out.
+"""Timed bound: a Problem, a bound and the makespan of a plan in, a stronger bound, proved by prices over time, out.
 
 The allot bound forgets when things run. Here [0, C] is cut into K intervals of d_k seconds. p_k >= 0 is the price of a
 device-second in interval k; q_k >= 0, of a flow m -> s, the price of each second of k after s has started less each

@@ -15,7 +15,7 @@ class EMA:
 
     `decay`: after a step the average is decay times itself and 1 - decay times the weights. `start`: steps before the
     first one that counts, which the average is a copy of; until then it is the weights. `every`: only every `every`-th
-    step after that. `buffers`: "copy" takes them as they stand, "average" averages those that are floating point.
+    step after that. `buffers`: "copy" takes them as they stand, "average" averages the floating point ones.
 
     >>> EMA(0.999, start=100).counts(100), EMA(0.999, start=100).counts(101), EMA(0.9, every=2).counts(2)
     (False, True, False)

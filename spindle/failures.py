@@ -19,7 +19,7 @@ class Failures:
     once, whether or not its checkpoint is written.
 
     `elastic`: where there are fewer or more devices than the plan has, at the start or after a failure, the run plans
-    anew for those that are there, and goes on (docs/elastic.md). `min_devices`: with fewer than these it ends.
+    anew for what is there, and goes on (docs/elastic.md). `min_devices`: with fewer than these it ends.
     `devices`: what says which devices are there, as "3" or "2x4" (nodes x devices of each); None: the launcher knows.
 
     >>> [Failures(max_failures=3, backoff_s=1.0).pause_s(failure) for failure in (1, 2, 3)]

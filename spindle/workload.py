@@ -483,7 +483,7 @@ class Workload:
 
     @property
     def optimizer_settings(self) -> dict[str, Mapping[str, float]]:
-        """Settings of the optimizer by component, of those that have some."""
+        """Settings of the optimizer, by the components that have some."""
         return {c.name: c.optimizer for c in self.components.values() if c.optimizer}
 
     def tasks_of(self, step: int, seed: int) -> tuple[str, ...]:

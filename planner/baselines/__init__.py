@@ -1,4 +1,4 @@
-"""Usual: the ways in which people train several tasks today, and the paper's planner, as placed slices.
+"""Baselines: the ways in which people train several tasks today, and the paper's planner, as placed slices.
 
 baselines     waves of each way that this runtime can run
 levels        MetaLevels, in which tiny MetaOps take none

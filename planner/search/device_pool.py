@@ -1,4 +1,4 @@
-"""DevicePool: a wanted count in, the devices to take and what bringing the input there costs out.
+"""Device pool: a wanted count in, the devices to take and what bringing the input there costs out.
 
 - Sets of devices are the bits of an int.
 - A slice takes as few nodes as its count allows: one node, or whole nodes and the rest on one more. If no such set is

@@ -1,9 +1,9 @@
-"""Track: a half-run cluster and targets in, the cluster some time later out. Each MetaOp runs layer by layer.
+"""List scheduler: a half-run cluster and targets in, the cluster some time later out. Each MetaOp runs layer by layer.
 
-- Whoever reaches the end of a layer, and whoever waits, decide together: each wants the smallest count that brings it
-  to its target in time, the most urgent choose first, and what is left over goes to whoever gains most by it.
-- So layers stay whole and counts valid by construction. Growing never waits: who cannot grow runs one more layer as it
-  is. Shrinking frees devices at once.
+- At each layer boundary all idle MetaOps choose their numbers of devices jointly: each wants the smallest that brings
+  it to its target in time, the most urgent choose first, and devices left over go to the MetaOp that gains most.
+- So layers stay whole and numbers of devices valid by construction. Growing never waits: a MetaOp that cannot grow runs
+  one more layer as it is. Shrinking frees devices at once.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Fluid: layers left and an order of waves in, the shortest fractional schedule in that order out (the wave LP).
+"""Wave LP: layers left and an order of waves in, the shortest fractional schedule in that order out (the wave LP).
 
     minimize    sum_k d_k
     subject to  sum_n y[m, n, k] <= d_k                        a MetaOp runs at most all of a wave

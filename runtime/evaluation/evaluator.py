@@ -1,4 +1,4 @@
-"""Evaluating: forward-only tasks on the ranks that hold the weights; what each rank runs, and what comes of it.
+"""Evaluator: forward-only tasks on the ranks that hold the weights; what each rank runs, and what comes of it.
 
 - The tasks have a program of their own, whose layers are those of the training program. It is run by the same executor
   on the same parameters, under no gradients, with the modules that it runs in eval mode.

@@ -1,4 +1,4 @@
-"""Evaluations: the scores of a run by step in; when it evaluates next, its best checkpoint, and whether it stops, out.
+"""Scores: the scores of a run by step in; when it evaluates next, its best checkpoint, and whether it stops, out.
 
 All of it is a function of the scores, which checkpoints hold, so that a resumed run decides as one that never stopped.
 """

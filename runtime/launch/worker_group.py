@@ -1,4 +1,4 @@
-"""WorkerGroup: all workers of a run behind one call. What is launched where is the launcher's business; here are
+"""Worker group: all workers of a run behind one call. What is launched where is the launcher's business; here are
 threads.
 
 `call` runs one method on every worker at once and returns the results by rank. The first failure ends the worker group:

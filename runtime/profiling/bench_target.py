@@ -1,4 +1,4 @@
-"""BenchTarget: where a profile is measured: on this machine, on the nodes of a Ray cluster, by the ranks of
+"""Bench target: where a profile is measured: on this machine, on the nodes of a Ray cluster, by the ranks of
 a torchrun job.
 """
 

@@ -1,4 +1,4 @@
-"""LayerBench: a few layers of one rank, run as a step runs them, again and again, without the rest of the step."""
+"""Layer bench: a few layers of one rank, run as a step runs them, again and again, without the rest of the step."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Excerpt: some layers as a program of their own, between neighbors that stand for the rest of a step.
+"""Subprogram: some layers as a program of their own, between neighbors that stand for the rest of a step.
 
 Run `BEFORE` has made what the layers read, run `AFTER` reads what they make; neither has operators. Who executes an
 excerpt puts the outputs of the one and the gradients of the other where a step would have left them.

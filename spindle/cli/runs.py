@@ -215,7 +215,7 @@ def _plan_or_count(text: str) -> "Plan | int":
 @click.option(
     "--elastic",
     is_flag=True,
-    help="With fewer or more devices than the plan's, plan anew for those that are there, and go on.",
+    help="With fewer or more devices than the plan's, plan anew for the devices that are there, and go on.",
 )
 @click.option(
     "--min-devices", type=click.IntRange(1), default=1, show_default=True, help="With fewer an elastic run ends."

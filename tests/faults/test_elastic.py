@@ -1,4 +1,4 @@
-"""Elastic runs: devices are lost or come, the run plans anew for those that are there, and its losses are those of a
+"""Elastic runs: devices are lost or come, the run plans anew for what is there, and its losses are those of a
 run that had them from the checkpoint on.
 """
 

@@ -277,12 +277,11 @@ class Looker:
         """Batches whose numbers were moved about count in code that all their parts run: the few samples,
         and these twice as drawn in other steps, since few are in order by chance.
         """
-        generator = torch.Generator().manual_seed(0)
-        fields = {name: disturbed(value, generator) for name, value in batch.part(*whole).items()}
+        generator, own = torch.Generator().manual_seed(0), batch.part(*whole)
+        fields = {name: disturbed(value, generator) for name, value in own.items()}
         units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
         if len(parts) > 1:
             self._look_at_other(SampledBatch(fields, units, batch.places), whole, parts, prober)
-            own = batch.part(*whole)
             apart = {name: one_apart(own[name], dim) for name, (_, dim) in batch.places.items()}
             if any(value is not own[name] for name, value in apart.items()):
                 self._look_at_other(SampledBatch({**own, **apart}, units, batch.places), whole, parts, prober)
