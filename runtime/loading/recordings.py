@@ -17,11 +17,13 @@ from torch import Tensor
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import Captured, TaskCode, computing_in
+from spindle.capture.facts import Fact, Samples, facts
 from spindle.capture.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.graph import base_task
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.lazy import LazyRead
+from spindle.record.recording import Recording
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
@@ -40,6 +42,12 @@ OTHER_LAYERS = (
     "fields of the whole batch, not by their values"
 )
 """What is wrong where parts of one batch call other layers."""
+
+OTHER_FACT = (
+    "Compute it in the loader, of the whole batch, and give each sample its value in a field; or begin with a batch, "
+    "or give a list of batches, in which samples differ in it"
+)
+"""What to do where a part of a batch asks something else of its samples than the whole batch does."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,18 @@ class LoadedBatch:
     share: float = 1.0  # what its loss is multiplied by, among those of the step's batches of its task
 
     def prepare(self, program: Program, rank: int) -> None:
-        """Record the samples that the runs of a rank hold."""
+        """Record the samples that the runs of a rank hold, and see that they ask of the batch what the whole asks."""
+        operators: dict[Bounds, list[str]] = {}
         for run in program.runs_by_task.get(self.task, ()):
             if rank in run.ranks:
                 low, high = self.layout.bounds[run.name][run.ranks.index(rank)]
                 if low < high:
                     self.part((low, high))
+                    operators.setdefault((low, high), []).extend(run.operators)
+        whole = (0, self.batch.units.num_samples)
+        for bounds, names in operators.items():
+            if bounds != whole and not self.parts[bounds].is_plain:
+                self.recordings.compare(self, self.part(whole), self.parts[bounds], tuple(names))
 
     def part(self, bounds: Bounds) -> TaskPart:
         """What was recorded of samples `bounds`."""
@@ -127,6 +141,7 @@ class Recordings:
         self.recipe, self.device = recipe, device
         self.checking = False  # whether what is known from before is compared with a new recording
         self._known: OrderedDict[object, tuple[Recorded, TaskPart]] = OrderedDict()
+        self._compared: OrderedDict[object, tuple[Recording, Recording, list[Fact]]] = OrderedDict()
 
     def loaded(self, task: str, batch: SampledBatch, layout: StepLayout, stream: Stream) -> LoadedBatch:
         """A batch of a task (or of a micro-batch of it) ready to be recorded. `stream`: where its draws stand."""
@@ -166,6 +181,37 @@ class Recordings:
             if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
         return part
+
+    def compare(self, loaded: LoadedBatch, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> None:
+        """See that what the calls of these operators take of a part of a batch is what they take of the whole, as far
+        as it was at capture. Raises WorkloadError that names the task, the step and the line.
+        """
+        key = (id(whole.recording), id(part.recording), operators)
+        if key not in self._compared:
+            self._compared[key] = whole.recording, part.recording, self._to_compare(whole, part, operators)
+            if len(self._compared) > MOST_KNOWN:
+                self._compared.popitem(last=False)
+        units = loaded.batch.units
+        of_whole, of_part = Samples(whole.aux, units, whole.bounds), Samples(part.aux, units, part.bounds)
+        for fact in self._compared[key][2]:
+            if not fact.is_alike(of_whole, of_part):
+                raise WorkloadError(
+                    f"task {base_task(loaded.task)!r}, step {loaded.stream.step}: {fact.told(of_whole, of_part)}; at "
+                    f"capture both were alike in all that was looked at, so nothing shows whether a device may use its "
+                    f"own. {OTHER_FACT}"
+                )
+
+    def _to_compare(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> list[Fact]:
+        """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
+        known = self.recipe.codes[part.task].apart
+        found = (
+            fact
+            for name in operators
+            if name in part.operators and name in whole.operators
+            for fact in facts(whole.operators[name].nodes, part.operators[name].nodes)
+            if fact.slot not in known
+        )
+        return list(found)
 
     def _recorded(self, task: str, fields: dict[str, Any], stream: Stream, where: str) -> Recorded:
         try:

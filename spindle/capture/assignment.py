@@ -173,6 +173,7 @@ class _Assignment:
             stateful=self.seen.stateful,
             copies_batch=self.seen.copies_batch,
             writes=tuple(self.recording.writes),
+            apart=self.seen.apart,
             lines={self.nodes[n].block or self.wired.key(n): self.nodes[n].line for n in names if self.nodes[n].line},
         )
 

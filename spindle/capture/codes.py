@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spindle.capture.facts import Slot
 from spindle.capture.grouping import Frontier, Key
 from spindle.compilation import Compilation
 from spindle.graph import TaskGraph, base_task
@@ -154,7 +155,7 @@ class TaskCode:
     last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
     the task trains, `graded`: keys and block calls that it differentiates through; `learning`: tensors that a gradient
     comes back for; `writes`: what it writes to parameters. `lines`: where keys and block calls stand in the code, as
-    far as that is known.
+    far as that is known. `apart`: where calls took something else for parts of a batch than for the whole at capture.
     """
 
     task: str
@@ -175,6 +176,7 @@ class TaskCode:
     copies_batch: bool = False
     writes: tuple[LeafWrite, ...] = ()
     lines: Mapping[Key | str, str] = field(default_factory=dict)
+    apart: frozenset[Slot] = frozenset()
 
     def sent(self, operator: str) -> list[str]:
         """Tensors that an operator sends to others."""

@@ -41,6 +41,10 @@ class Wired:
         node = self.recording.nodes[number]
         return node.site, self.frontier[number], node.component
 
+    def live_nodes(self) -> list[Node]:
+        """The live nodes, in order."""
+        return [self.recording.nodes[number] for number in self.live]
+
     def glue(self) -> Iterator[int]:
         """Live nodes that are neither blocks nor repeated."""
         return (n for n in self.live if not self.recording.nodes[n].block and n not in self.repeated)

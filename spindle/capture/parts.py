@@ -13,6 +13,7 @@ from spindle.capture.grouping import Wired, wire
 from spindle.capture.lacking import Lacking
 from spindle.errors import WorkloadError
 from spindle.record.draws import Site
+from spindle.record.recording import Recording
 from spindle.record.run import Recorded
 from spindle.record.shapes import Drawn
 from spindle.record.writes import CLOCK, differing
@@ -23,13 +24,17 @@ from spindle.units import Bounds, Units
 class TaskPart:
     """A recording of samples `bounds`, divided into operators. `shapes`: shapes of the tensors that pass between
     operators. Of a batch that lacks a modality, `absent` are tensors that do not, and `idle` operators that compute
-    nothing.
+    nothing. `recording`, with the tensors `aux` computed from these samples. `is_plain`: it takes fields as they are,
+    of which a part has the rows of its samples, and nothing that is computed from them.
     """
 
     task: str
     bounds: Bounds
     operators: Mapping[str, OperatorPart]
     shapes: Mapping[str, tuple[int, ...]]
+    recording: Recording
+    aux: Sequence[Tensor]
+    is_plain: bool = False
     absent: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
 
@@ -47,7 +52,7 @@ class TaskPart:
             return OperatorPart(part.recording, part.nodes, part.inputs, part.outputs, values, part.block, found)
 
         operators = {name: own(part) for name, part in self.operators.items()}
-        return replace(self, bounds=bounds, operators=operators)
+        return replace(self, bounds=bounds, operators=operators, aux=aux)
 
 
 def divide(
@@ -101,7 +106,17 @@ def divide(
             )
     shapes = {tensor: recorded.recording.shapes[number] for tensor, number in numbers.items()}
     absent = frozenset(tensor for name in code.crossing for tensor in code.sent(name)) - shapes.keys()
-    return TaskPart(code.task, bounds, operators, shapes, absent, frozenset(code.reads.keys() - members_by_name.keys()))
+    return TaskPart(
+        code.task,
+        bounds,
+        operators,
+        shapes,
+        recorded.recording,
+        recorded.recording.aux,
+        is_plain=recorded.is_plain,
+        absent=absent,
+        idle=frozenset(code.reads.keys() - members_by_name.keys()),
+    )
 
 
 INSTEAD = (

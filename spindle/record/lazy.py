@@ -64,6 +64,15 @@ ATTRIBUTES: frozenset[Any] = frozenset(
 )
 """What can be asked of a lazy value: nothing that depends on its numbers."""
 
+SIZES: frozenset[Any] = frozenset(
+    {
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+        *(Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride, torch.numel, torch.is_same_size),
+    }
+)
+"""Those of them that tell sizes, which may depend on the numbers of a batch (`unique`, an index by a mask)."""
+
 SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 GIVES_MEMORY: frozenset[Any] = frozenset(

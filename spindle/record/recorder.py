@@ -48,6 +48,7 @@ from spindle.record.lazy import (
     SET_DATA,
     SETS_GRADIENTS,
     SHOWS,
+    SIZES,
     Forbidden,
     LazyRead,
     Refused,
@@ -144,6 +145,8 @@ class Recorder(TorchFunctionMode):
         if func == get_meta:
             return False
         if func in ATTRIBUTES:
+            if func in SIZES and not self.inside:
+                self.real_calls.measured(args)
             return func(*args, **kwargs)
         if func in GRADIENTS and isinstance(args[0], nn.Parameter):
             self._refuse_gradient_of(args[0])

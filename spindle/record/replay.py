@@ -52,6 +52,7 @@ class RealCalls:
     _tensors: list[Tensor] = field(default_factory=list)
     _number: dict[int, int] = field(default_factory=dict)
     _made: set[int] = field(default_factory=set)
+    _measured: set[int] = field(default_factory=set)
 
     def number(self, value: Tensor) -> int:
         """The number of a real tensor."""
@@ -95,6 +96,11 @@ class RealCalls:
             )
         )
 
+    def measured(self, values: Sequence[Any]) -> None:
+        """Note that code has asked for sizes: a replay must find the same."""
+        known = (self._number.get(id(value)) for value in values if isinstance(value, Tensor))
+        self._measured.update(number for number in known if number in self._made)
+
     def _encoded(self, value: Any) -> Any:
         return Real(self.number(value)) if isinstance(value, Tensor) else value
 
@@ -109,7 +115,7 @@ class RealCalls:
 
     def _needed(self, wanted: Sequence[int | None]) -> list[_Call]:
         """Calls that what is wanted, or a guard, depends on; writes in place are all kept."""
-        needed = {number for number in wanted if number is not None}
+        needed = self._measured | {number for number in wanted if number is not None}
         kept: list[_Call] = []
         for call in reversed(self.calls):
             if call.reads or call.writes or needed & set(call.outs):

@@ -26,13 +26,15 @@ class Recorded:
     """One call of a task function: what was recorded, and draws by scope, "" for the glue.
 
     `result` is what the function returned, where that is no value of the model. `replay` gives what the recording read
-    of the batch for other batches of the same shapes, where that is sure.
+    of the batch for other batches of the same shapes, where that is sure. `is_plain`: it read tensors of the batch as
+    they are, and computed nothing from them.
     """
 
     recording: Recording
     drawn: Mapping[str, Drawn]
     result: Any = None
     replay: Replay | None = None
+    is_plain: bool = False
 
 
 class Failure(Exception):
@@ -81,7 +83,8 @@ def record(
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         # a task that writes to parameters is recorded anew each time: its momentum may follow a schedule of its own
         replay = None if recording.writes else recorder.real_calls.replay(fields, recorder.sources)
-        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay)
+        plain = replay is not None and not replay.calls and all(isinstance(v, Tensor) for v in fields.values())
+        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay, plain)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
+from spindle.capture.facts import Samples, Slot, apart
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import (
@@ -75,6 +76,7 @@ class Looker:
         ] = []  # samples that are looked at, and parts of them, by batch
         self.on_meta = any(parameter.is_meta for _, parameter in workload.named_parameters())
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
+        self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
 
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
@@ -111,6 +113,7 @@ class Looker:
 
     def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
         self.sites, self.writes = None, None
+        self.apart.clear()
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         with attributes_kept(modules, self.skeleton.steady.is_settled):
             held = Held(modules)
@@ -163,7 +166,7 @@ class Looker:
         findings = Findings(places_of(telling or trials))
         prober = self._prober(findings)
         for trial in telling:
-            prober.look(self._short(trial))
+            self._compare(trial, prober)
         if not telling:
             prober.look_at_changes(self._short(trials[0]))
         if not telling and batches[0].units.num_samples > 1:
@@ -184,8 +187,21 @@ class Looker:
             stateful=frozenset(self.skeleton.stateful),
             copies_batch=bool(self.copies_batch),
             read=frozenset(self.skeleton.read),
+            apart=frozenset(self.apart),
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
+
+    def _compare(self, trial: Trial, prober: Prober, only: Set[Key] | None = None) -> None:
+        """See what a trial shows, of some keys alone if these are given."""
+        prober.look(self._short(trial), only)
+        whole, parts = self._samples(trial, trial.whole), [(part, self._samples(trial, part)) for part in trial.parts]
+        nodes = trial.whole.wired.live_nodes()
+        for part, of_part in parts:
+            self.apart.update(apart(nodes, part.wired.live_nodes(), whole, of_part))
+
+    @staticmethod
+    def _samples(trial: Trial, part: Part) -> Samples:
+        return Samples(part.wired.recording.aux, trial.units, part.bounds)
 
     def _take_as_mixing(self, trials: Sequence[Trial], findings: Findings) -> None:
         """No batch seen shows how its samples are cut: all that the task computes exists whole only."""
@@ -269,7 +285,7 @@ class Looker:
             if trial is not None:
                 new = _keys(trial.whole.wired) - places.keys()
                 places.update((key, slots) for key, slots in places_of([trial]).items() if key in new)
-                prober.look(self._short(trial), new)
+                self._compare(trial, prober, new)
                 found.append(trial)
         return found
 
@@ -307,7 +323,7 @@ class Looker:
             if isinstance(key, str) and found[key] != slots:  # a block: its results are not cut in another way
                 return
         known.update((key, slots) for key, slots in found.items() if key in same)
-        prober.look(self._short(trial), same)
+        self._compare(trial, prober, same)
 
     # -- one recording --------------------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spindle.batch import SampledBatch
+from spindle.capture.facts import Slot
 from spindle.capture.grouping import Key, Wired
+from spindle.capture.look.asking import Question
 from spindle.capture.look.watching import Changes
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
@@ -58,20 +60,23 @@ class Findings:
 
     `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along
     which it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys
-    that mix samples, `mixing_blocks` block calls that do; `changes`: what block calls change besides their results.
+    that mix samples, `mixing_blocks` block calls that do; `changes`: what block calls change besides their results;
+    `asks`: what block calls ask of all samples together.
     """
 
     places: dict[object, list[tuple[Place, ...]]] = field(default_factory=dict)
     constant: set[object] = field(default_factory=set)
     mixing: set[Key] = field(default_factory=set)
     mixing_blocks: set[str] = field(default_factory=set)
+    asks: dict[str, Question] = field(default_factory=dict)
     changes: dict[str, Changes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Seen:
     """What capture saw of a task: the recording of its first batch, and of some samples of it. `others`: recordings of
-    other samples, which may run other code. `read`: buffers that it reads as constants outside of blocks.
+    other samples, which may run other code. `read`: buffers that it reads as constants outside of blocks; `apart`:
+    where calls took something else for a part of a batch than for the whole.
     """
 
     batch: SampledBatch
@@ -84,6 +89,7 @@ class Seen:
     copies_batch: bool
     others: tuple[Wired, ...] = ()
     read: frozenset[str] = frozenset()
+    apart: frozenset[Slot] = frozenset()
 
 
 def places_of(trials: Sequence[Trial]) -> dict[object, list[tuple[Place, ...]]]:
