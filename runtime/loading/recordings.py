@@ -173,7 +173,10 @@ class Recordings:
             if found is not None:
                 self._known.move_to_end(key)
                 return known[1].of_others(code, known[0], found, bounds, loaded.batch.units)
-        recorded = self._recorded(loaded.task, fields, stream, where)
+        try:
+            recorded = self._recorded(loaded.task, fields, stream, where)
+        except RunError as error:
+            raise self._of_a_part(error, loaded, bounds) from error
         lacks = sorted(code.held - loaded.batch.held)
         part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
         if key[1] is not None and recorded.replay is not None:
@@ -181,6 +184,24 @@ class Recordings:
             if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
         return part
+
+    def _of_a_part(self, error: RunError, loaded: LoadedBatch, bounds: Bounds) -> Exception:
+        """What a task raised of a part of a batch: another error, where it takes the whole."""
+        size = loaded.batch.units.num_samples
+        if bounds == (0, size):
+            return error
+        try:
+            self.record(loaded, (0, size))
+        except Exception:  # it takes this batch neither whole nor in parts
+            return error
+        told = WorkloadError(
+            f"{error}\nIt was called with {bounds[1] - bounds[0]} of the batch's {size} samples, which all together it "
+            "takes: plans give parts of a batch to devices, so let it take any number of samples, or plan for fewer "
+            "devices"
+        )
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        return told
 
     def compare(self, loaded: LoadedBatch, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> None:
         """See that what the calls of these operators take of a part of a batch is what they take of the whole, as far

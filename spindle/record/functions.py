@@ -431,8 +431,17 @@ def _normed(
     return torch.batch_norm(twice, weight, bias, running_mean, running_var, training, momentum, eps, False)[: len(x)]
 
 
-UNCHECKED: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _normed}
-"""Functions that refuse some sizes which only parts of batches have, and what gives their results' shapes."""
+def _covariances(input: Tensor, **kwargs: Any) -> Tensor:
+    """What has the shape of `torch.cov(input)`, which compares numbers, and so has no shape on the meta device."""
+    return input @ input.mT if input.ndim == 2 else input.sum()
+
+
+UNCHECKED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: _normed,
+    **dict.fromkeys((torch.cov, Tensor.cov, torch.corrcoef, Tensor.corrcoef), _covariances),
+}
+"""Functions that refuse some sizes which only parts of batches have, or that the meta device does not know, and what
+gives their results' shapes."""
 
 # -- devices ----------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from spindle.record.lazy import INSTEAD, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
 from spindle.record.writes import INSTEAD as DO_INSTEAD
 from spindle.workload import Task, Workload
+
+PASSES_ON = ("_on_meta", "_real", "__torch_function__")
+"""Functions of the recorder that make the user's calls."""
 
 
 class Raised(WorkloadError):
@@ -88,10 +92,7 @@ def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
     if component and component not in whole and not _is_users(error):
         return TakeWhole(component, _whole_warning(task, component, error))
     if isinstance(error, NotImplementedError):
-        return WorkloadError(
-            f"task {task.name!r}{place}: it takes as many rows as a value computed from parameters tells (y[y > "
-            f"0], nonzero(), unique()); {INSTEAD}"
-        )
+        return WorkloadError(f"task {task.name!r}{place}: {_without_shape(error)}; {INSTEAD}")
     if isinstance(error, LazyRead):
         return WorkloadError(f"task {task.name!r}{place}: {error.what} (if, while, int(), .item()); {error.instead}")
     if isinstance(error, Refused):
@@ -166,10 +167,21 @@ def _whole_warning(task: Task, component: str, error: Exception) -> str:
     )
 
 
+def _without_shape(error: NotImplementedError) -> str:
+    """What to say of a call whose result has no shape that torch can tell without numbers."""
+    known = re.search(r"aten::(\w+)", str(error))
+    name = known[1].strip("_") if known else ""
+    if known and not name.startswith(("nonzero", "unique", "masked_select", "argwhere")):
+        return f"torch cannot tell without numbers what {name!r} gives of a value computed from parameters"
+    return "it takes as many rows as a value computed from parameters tells (y[y > 0], nonzero(), unique())"
+
+
 def _is_ours(error: Exception) -> bool:
-    """Whether a check of ours raised."""
+    """Whether a check of ours raised, and no call of the user's that we passed on."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, SpindleError) or (bool(frames) and f"{os.sep}spindle{os.sep}" in frames[-1].filename)
+    if isinstance(error, SpindleError) or not frames:
+        return isinstance(error, SpindleError)
+    return f"{os.sep}spindle{os.sep}" in frames[-1].filename and frames[-1].name not in PASSES_ON
 
 
 def _innermost(error: Exception) -> str:
