@@ -32,6 +32,12 @@ EXACT: dict[str, Forward] = {
     "numbers from the least one on": lambda batch, model: model(
         batch["x"] * (1.0 + batch["kind"] - batch["kind"].min())[:, None]
     ),
+    "values of the model, none of which is large": lambda batch, model: (
+        model(batch["x"]) * torch.where(((model(batch["x"]) * batch["x"]).abs() < 100.0).all(), 1.0, 0.5)
+    ),
+    "the largest of values with a limit": lambda batch, model: (
+        model(batch["x"]) * (model(batch["x"]) * batch["x"]).abs().clamp(min=100.0).amax()
+    ),
     "a count of what is in no sample": lambda batch, model: model(batch["x"]) * (1.0 + (~batch["flag"]).sum()),
 }
 
@@ -118,6 +124,7 @@ def batches() -> list[Batch]:
         batch["mask"][0, 1], batch["flag"][0], batch["flag"][5] = False, False, False
         batch["kind"][0], batch["kind"][4] = 2, 1
         batch["length"][0], batch["length"][4] = 600, 4
+        batch["x"][0] *= 1000
     return found
 
 

@@ -46,7 +46,12 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, to
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits
 _JITTERED = 10_000_000  # numbers of a parameter; larger ones are no zeros
 
-_ZEROS = ("new_zeros", "zeros_like", "zeros", "full", "full_like", "new_full", "zero_")
+_FILLED = frozenset(
+    f"{before}{name}{after}"
+    for name in ("zeros", "ones", "full", "empty", "tensor")
+    for before, after in (("", ""), ("new_", ""), ("", "_like"))
+) | {"zero_", "fill_", "to", "type_as"}
+"""Functions that may read of a value its shape and type alone."""
 
 _CPU = torch.device("cpu")
 OTHERS = 9  # numbers on which a block that branches is looked at
@@ -102,10 +107,10 @@ class Prober:
         whole = self._values(trial, trial.whole, made)
         parts = [self._values(trial, part, made) for part in trial.parts]
         nodes = trial.whole.wired.recording.nodes
-        zeros = {
+        filled = {
             trial.whole.wired.key(n)
             for n in trial.whole.wired.glue()
-            if getattr(nodes[n].function, "__name__", "") in _ZEROS
+            if getattr(nodes[n].function, "__name__", "") in _FILLED
         }
         writing = {trial.whole.wired.key(n) for n in trial.whole.wired.glue() if nodes[n].writes}
         for key, calls in whole.items():
@@ -113,8 +118,12 @@ class Prober:
                 continue
             others = [part.get(key, []) for part in parts]
             verdict = "mixes" if key in writing else self._compared(key, calls, others)
-            if verdict == "constant" and key not in zeros and all(_is_zero(v) for call in calls for v in call):
-                verdict = "mixes"  # a sum over samples none of which counts (all are masked): others may
+            if verdict == "constant" and key not in filled:
+                zeros = all(_is_zero(value) for call in calls for value in call)
+                if zeros or self._reads_rows(
+                    key, trial.whole.wired
+                ):  # a sum of what is masked, or all() of a condition: alike by chance
+                    verdict = "mixes"
             if verdict == "mixes":
                 self.findings.mixing.add(key)
             elif verdict == "constant" and key not in self.varying:
@@ -122,6 +131,15 @@ class Prober:
             else:
                 self.varying.add(key)
                 self.findings.constant.discard(key)
+
+    def _reads_rows(self, key: Key, wired: Wired) -> bool:
+        """Whether calls of a key read values that go by sample."""
+        nodes = wired.recording.nodes
+        read = {s for n in wired.glue() if wired.key(n) == key for s in wired.sources[n] if s in wired.frontier}
+        return any(
+            any(self.findings.places.get(nodes[s].block, ())) if nodes[s].block else wired.key(s) in self.varying
+            for s in read
+        )
 
     def _compared(self, key: Key, calls: list[list[Any]], others: list[list[list[Any]]]) -> str:
         """ "rows" when the parts put together are the whole, "constant" when all are the same, "unknown" when their
