@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.errors import WorkloadError
+from spindle.errors import RunError, WorkloadError
 from spindle.runtime.steps import executor
 from spindle.runtime.steps.reductions import Reductions
 from spindle.workload import Workload
 from tests.late_transport import late
+from tests.parity.test_tensor_parallel import laid_out
 from tests.random_plans import random_plan
 
 
@@ -330,3 +331,54 @@ def test_gradients_switched_off_for_some_batches(first: bool) -> None:
             WorkloadError, match=r"'body\.0' \(line \d+ of test_resting\.py\) gets a gradient, and got none"
         ):
             verify()
+
+
+class Queries(nn.Module):
+    """A layer on learned queries, so that what it gives exists whole only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 4))
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))])
+
+    def forward(self) -> Tensor:
+        y: Tensor = self.layers[0](self.queries)
+        return y
+
+
+class MayUse(nn.Module):
+    """Uses what the queries give for some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, given: Tensor, flag: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + given.sum(0) if flag else y
+
+
+def test_tensor_parallel_layers_whose_result_is_left_out_in_a_step_are_refused() -> None:
+    """The result exists whole, so that one of two ranks alone knows that nothing leads back to it."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("left out")
+    body: Any = workload.component(
+        "body",
+        Queries().double(),
+        layers="layers",
+        tensor_parallel=2,
+        tensor_plan={"layers.0.0": "colwise", "layers.0.1": "rowwise"},
+    )
+    head: Any = workload.component("head", nn.ModuleList([MayUse()]).double(), layers=["0"])
+    data = [{"x": torch.ones(6, 4, dtype=torch.float64), "flag": torch.tensor(n != 1)} for n in range(3)]
+
+    @workload.task("t", batch_size=6, data=data)
+    def task(batch: Any) -> Tensor:
+        loss: Tensor = head[0](batch["x"], body(), batch["flag"]).square().mean()
+        return loss
+
+    plan = laid_out(workload, 2, lambda _: (1, 2))
+    with pytest.raises(
+        RunError, match=r"BACKWARD .*nothing leads back to t/body.layers.0:0.*choose between values by torch.where"
+    ):
+        spindle.train(workload, plan, optimizer=partial(torch.optim.SGD, lr=0.1), steps=3, launcher="threads")
