@@ -1,10 +1,12 @@
 """Facts of a whole batch, alike in all parts of the first one: what uses them runs whole, or is refused by its line."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import spindle
 from spindle.errors import SpindleWarning, WorkloadError
@@ -169,14 +171,14 @@ def alone(workload: spindle.Workload) -> list[float]:
     return losses
 
 
-def planned(workload: spindle.Workload, num_ranks: int) -> list[float]:
+def planned(workload: spindle.Workload, num_ranks: int, steps: int = 3) -> list[float]:
     """Losses of a run on several ranks."""
     plan = widest_plan(spindle.make_metagraph(workload), num_ranks)
     result = spindle.train(
         workload,
         plan,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        steps=3,
+        steps=steps,
         launcher="threads",
         timeout_s=30.0,
     )
@@ -217,3 +219,38 @@ def test_layers_whose_results_do_not_depend_on_the_answer_are_sharded(fact: str)
     assert layers
     assert all(operator.splittable for metaop in layers for operator in metaop.operators)
     assert planned(workload, 2) == pytest.approx(alone(layered(HARMLESS[fact])), rel=1e-9)
+
+
+@pytest.mark.parametrize("first", ["all texts full", "some texts full"])
+def test_masks_that_transformers_leaves_out_where_all_texts_are_full(first: str) -> None:
+    """A part may give layers no mask where the whole gives one; capture sees that this is the same."""
+
+    def make() -> spindle.Workload:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=30,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+        workload = spindle.Workload("masks")
+        model: Any = workload.component("lm", LlamaForCausalLM(config).double())
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for lengths in [(6, 6, 6, 6), (6, 4, 6, 6), (3, 6, 2, 6)][first == "some texts full" :]:
+            ids = torch.randint(1, 30, (4, 6), generator=generator)
+            mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
+            found.append({"ids": ids, "mask": mask})
+
+        @workload.task("task", batch_size=4, data=lambda: iter(found))
+        def task(batch: Batch) -> Tensor:
+            logits: Tensor = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
+            return (logits.logsumexp(-1) * batch["mask"]).sum(1).mean()
+
+        return workload
+
+    wanted = alone(make())
+    assert planned(make(), 3, len(wanted)) == pytest.approx(wanted, rel=1e-9)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
-from spindle.capture.facts import Samples, Slot, apart
+from spindle.capture.facts import Slot
 from spindle.capture.grouping import Key, Wired, wire
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import (
@@ -194,14 +194,7 @@ class Looker:
     def _compare(self, trial: Trial, prober: Prober, only: Set[Key] | None = None) -> None:
         """See what a trial shows, of some keys alone if these are given."""
         prober.look(self._short(trial), only)
-        whole, parts = self._samples(trial, trial.whole), [(part, self._samples(trial, part)) for part in trial.parts]
-        nodes = trial.whole.wired.live_nodes()
-        for part, of_part in parts:
-            self.apart.update(apart(nodes, part.wired.live_nodes(), whole, of_part))
-
-    @staticmethod
-    def _samples(trial: Trial, part: Part) -> Samples:
-        return Samples(part.wired.recording.aux, trial.units, part.bounds)
+        self.apart |= trial.apart
 
     def _take_as_mixing(self, trials: Sequence[Trial], findings: Findings) -> None:
         """No batch seen shows how its samples are cut: all that the task computes exists whole only."""
@@ -296,11 +289,16 @@ class Looker:
         generator, own = torch.Generator().manual_seed(0), batch.part(*whole)
         fields = {name: disturbed(value, generator) for name, value in own.items()}
         units = Units({unit: counts[: whole[1]] for unit, counts in batch.units.counts.items()})
-        if len(parts) > 1:
-            self._look_at_other(SampledBatch(fields, units, batch.places), whole, parts, prober)
-            apart = {name: one_apart(own[name], dim) for name, (_, dim) in batch.places.items()}
-            if any(value is not own[name] for name, value in apart.items()):
-                self._look_at_other(SampledBatch({**own, **apart}, units, batch.places), whole, parts, prober)
+        others = [fields]
+        apart = {name: one_apart(own[name], dim) for name, (_, dim) in batch.places.items()}
+        if any(value is not own[name] for name, value in apart.items()):
+            others.append({**own, **apart})
+        looked_at = [batch, *(SampledBatch(other, units, batch.places) for other in others)]
+        for other in looked_at if len(parts) > 1 else ():
+            if other is not batch:
+                self._look_at_other(other, whole, parts, prober)
+            for low in range(whole[1]):  # a text that is full may need no mask where it is alone
+                self._look_at_other(other, whole, ((low, low + 1),), prober)
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
             doubled = twice(batch, whole, step)
@@ -313,6 +311,8 @@ class Looker:
         try:
             trial = self._trial(batch, whole, parts, step)
         except Exception:
+            return
+        if trial.apart <= self.apart and not trial.covers:
             return
         same = set.intersection(*(_keys(part.wired) for part in (trial.whole, *trial.parts)))
         places, known = places_of([trial]), prober.findings.places

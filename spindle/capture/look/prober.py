@@ -117,7 +117,7 @@ class Prober:
             if only is not None and key not in only:
                 continue
             others = [part.get(key, []) for part in parts]
-            verdict = "mixes" if key in writing else self._compared(key, calls, others)
+            verdict = "mixes" if key in writing else self._compared(trial, key, calls, others)
             if verdict == "constant" and key not in filled:
                 zeros = all(_is_zero(value) for call in calls for value in call)
                 if zeros or self._reads_rows(
@@ -141,7 +141,7 @@ class Prober:
             for s in read
         )
 
-    def _compared(self, key: Key, calls: list[list[Any]], others: list[list[list[Any]]]) -> str:
+    def _compared(self, trial: Trial, key: Key, calls: list[list[Any]], others: list[list[list[Any]]]) -> str:
         """ "rows" when the parts put together are the whole, "constant" when all are the same, "unknown" when their
         shapes do not compare (what is computed from them tells), else "mixes".
         """
@@ -149,11 +149,15 @@ class Prober:
         widths = [len(call) for call in calls]
         if all([len(call) for call in other] == widths for other in others):
             verdicts = {
-                self._result(value, [other[n][index] if index < len(other[n]) else None for other in others], place)
+                self._result(
+                    trial, value, [other[n][index] if index < len(other[n]) else None for other in others], place
+                )
                 for n, call in enumerate(calls)
                 for index, (value, place) in enumerate(zip(call, places, strict=False))
             }
             return next((verdict for verdict in ("mixes", "unknown", "rows") if verdict in verdicts), "constant")
+        if not trial.covers:
+            return "unknown"
         flat = [value for call in calls for value in call]  # called once a sample, say: all in order must be the same
         joined = [value for other in others for call in other for value in call]
         if any(value is None for value in (*flat, *joined)):
@@ -163,11 +167,16 @@ class Prober:
         return "rows" if all(_close(a, b) for a, b in zip(joined, flat, strict=True)) else "mixes"
 
     @staticmethod
-    def _result(whole: Any, parts: list[Any], places: tuple[Place, ...]) -> str:
+    def _result(trial: Trial, whole: Any, parts: list[Any], places: tuple[Place, ...]) -> str:
         if whole is None or any(part is None for part in parts) or _is_endless(whole):
             return "mixes"  # what is NaN in the whole is NaN in the parts, too, however it was computed
-        for _, dim in places:
-            if all(p.ndim == whole.ndim for p in parts) and _close(torch.cat(parts, dim), whole):
+        for place in places if all(part.ndim == whole.ndim for part in parts) else ():
+            if trial.covers:
+                same = _close(torch.cat(parts, place[1]), whole)
+            else:
+                cut = [trial.cut(whole, part, place) for part in trial.parts]
+                same = all(own is not None and _close(part, own) for part, own in zip(parts, cut, strict=True))
+            if same:
                 return "rows"
         if not places and (not whole.numel() or any(part.shape != whole.shape for part in parts)):
             return "unknown"  # nothing without entries is a constant, either
@@ -264,9 +273,13 @@ class Prober:
 
     def _probe_block(self, trial: Trial, part: Part, node: Node, values: dict[int, Tensor]) -> None:
         """See once for each kind of block, and each way in which it is called, whether it mixes samples: it runs on the
-        whole's arguments, cut. The same layer keeps padded texts apart, and not packed ones without a mask.
+        whole's arguments, cut. The same layer keeps padded texts apart, and not packed ones without a mask; and parts
+        of a batch may give it something else than the whole does, such as no mask where all their texts are full.
         """
-        kind = (self._block(node).kind, self._way(node, values))
+        unlike = sorted(
+            leaf for name, component, leaf in trial.apart if (name, component) == (node.block, node.component)
+        )
+        kind = (self._block(node).kind, self._way(node, values), tuple(unlike))
         if kind not in self.known_blocks and part is trial.whole:
             self.known_blocks[kind] = self._examined_block(trial, node, values)
         known = self.known_blocks.get(kind)
@@ -330,7 +343,7 @@ class Prober:
             mine = watched.changed() if changes.buffers else {}
             if any(not _close(mine.get(name, value.new_empty(0)), after[name]) for name, value in after.items()):
                 return _Block(True, changes)  # what it leaves behind is of all samples
-        mixes = self._mixes(node, whole, parts)
+        mixes = self._mixes(trial, node, whole, parts)
         if not mixes and not changes and self._block(node).kind in self.branching:
             mixes = any(self._mixes_other(trial, node, values, module, number) for number in range(1, OTHERS))
         asks = None if mixes or changes else self._asked_of_all(trial, node, values, module, whole)
@@ -361,11 +374,11 @@ class Prober:
                     return question
         return None
 
-    def _mixes(self, node: Node, whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> bool:
+    def _mixes(self, trial: Trial, node: Node, whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> bool:
         """Whether what a block gives of parts is not, put together, what it gives of the whole."""
         places = self.findings.places.get(node.block, [])
         verdicts = {
-            self._result(value, [part[index] for part in parts], place)
+            self._result(trial, value, [part[index] for part in parts], place)
             for index, (value, place) in enumerate(zip(whole, places, strict=False))
             if parts
         }
@@ -379,7 +392,7 @@ class Prober:
             return False
         if any(part is None for part in parts):
             return True
-        return self._mixes(node, whole, [part for part in parts if part is not None])
+        return self._mixes(trial, node, whole, [part for part in parts if part is not None])
 
     def _part_results(
         self,

@@ -3,9 +3,12 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
 
 from spindle.batch import SampledBatch
-from spindle.capture.facts import Slot
+from spindle.capture.facts import Samples, Slot, apart
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.asking import Question
 from spindle.capture.look.watching import Changes
@@ -38,6 +41,32 @@ class Trial:
     def units(self) -> Units:
         """How many rows of each unit each sample has."""
         return self.batch.units
+
+    @cached_property
+    def apart(self) -> frozenset[Slot]:
+        """Where calls take something else for a part of the samples than for all of them."""
+        nodes, whole = self.whole.wired.live_nodes(), self._samples(self.whole)
+        return frozenset(
+            slot for part in self.parts for slot in apart(nodes, part.wired.live_nodes(), whole, self._samples(part))
+        )
+
+    @property
+    def covers(self) -> bool:
+        """Whether the parts together are all the samples."""
+        return (
+            sum(part.bounds[1] - part.bounds[0] for part in self.parts) == self.whole.bounds[1] - self.whole.bounds[0]
+        )
+
+    def cut(self, value: Tensor, part: Part, place: Place) -> Tensor | None:
+        """The rows of a part in a value of all samples; None where it does not go by this place."""
+        unit, dim = place
+        try:
+            return value.narrow(dim, *self.units.span(unit, value.shape[dim], self.whole.bounds, part.bounds))
+        except (ValueError, IndexError, RuntimeError):
+            return None
+
+    def _samples(self, part: Part) -> Samples:
+        return Samples(part.wired.recording.aux, self.units, part.bounds)
 
     def goes_the_same_way(self, other: "Trial") -> bool:
         """Whether the same code runs in another trial, on tensors of the same types and numbers of dimensions."""
