@@ -110,6 +110,8 @@ def wrong(code: int, out: str, err: str) -> str:
     said = [line for line in err.splitlines() if not line.startswith("spindle: warning:")]
     if code in (2, 3) and not 1 <= len(said) <= 3:
         return f"{len(said)} lines"
+    if any(len(line) > 99 for line in said):
+        return "a line of 100 columns or more"
     if code in (2, 3) and (len(err) > 2000 or "Traceback" in err):
         return f"{len(err)} characters"
     if harmless(out + err) != out + err:

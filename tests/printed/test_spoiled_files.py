@@ -73,7 +73,8 @@ def test_rules_are_rules() -> None:
     assert spoiled.wrong(70, "", "spindle: a bug") == "exit code 70"
     assert spoiled.wrong(2, "", "") == "0 lines"
     assert spoiled.wrong(2, "", "a\nb\nc\nd\n") == "4 lines"
-    assert spoiled.wrong(2, "", "x" * 3000) == "3000 characters"
+    assert spoiled.wrong(2, "", "x" * 100) == "a line of 100 columns or more"
+    assert spoiled.wrong(2, "", f"spindle: warning: {'x' * 3000}\na") == "3020 characters"
     assert spoiled.wrong(0, "\x1b[31mred", "") == "control characters"
     assert spoiled.wrong(1, "found", "") == ""
 
