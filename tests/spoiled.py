@@ -166,15 +166,22 @@ def case(draw: random.Random) -> Case:
 
 
 def varied(old: Case, draw: random.Random) -> Case:
-    """The case with one edit more, one less, or another command that reads the same file."""
+    """The case with one edit more, one less, or another command that reads the same file; mostly a quick one."""
     kind = draw.random()
     if old.edits and (kind < 0.15 or len(old.edits) >= MOST_EDITS):
         gone = draw.randrange(len(old.edits))
         return replace(old, edits=old.edits[:gone] + old.edits[gone + 1 :])
     if kind < 0.25:
-        every = COMMANDS.get(old.name, []) + (SLOW.get(old.name, []) if draw.random() < SLOW_SHARE else [])
-        return replace(old, command=draw.choice(every or [old.command]))
+        return replace(old, command=draw.choice(COMMANDS.get(old.name) or SLOW[old.name]))
     sample = _sample(old.name)
     if kind < 0.35 or old.name.endswith(".pt"):
         return replace(old, edits=(*old.edits, random_bytes_edit(len(sample), draw)))
     return replace(old, edits=(*old.edits, random_edit(edited(value_of(old.name, sample), old.edits), draw)))
+
+
+def quick(old: Case, draw: random.Random) -> Case:
+    """The case with a quick command that reads the same file, or another case; slow ones now and then."""
+    if old.command in COMMANDS.get(old.name, ()) or draw.random() < SLOW_SHARE:
+        return old
+    commands = COMMANDS.get(old.name)
+    return replace(old, command=draw.choice(commands)) if commands else case(draw)

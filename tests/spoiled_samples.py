@@ -118,8 +118,10 @@ COMMANDS: Commands = {
     "words": [("WORDS",)],
 }  # fmt: skip
 SLOW: Commands = {
-    "spec.yaml": [("plan", "FILE", *QUICKLY), ("plan", "FILE", *QUICKLY, *NEVER), ("whatif", "FILE", "--devices", "1,2", "--time-limit", "0.01"),
-                  ("curves", "FILE", "-c", "1x2", "-o", "out.svg"), ("graph", "FILE", "-c", "1x2", "-o", "out.svg")],
+    "spec.yaml": [("plan", "FILE", *QUICKLY), ("plan", "FILE", *QUICKLY, *NEVER),
+                  ("whatif", "FILE", "--devices", "1,2", "--time-limit", "0.01"),
+                  ("curves", "FILE", "-c", "1x2", "-o", "out.svg"),
+                  ("graph", "FILE", "-c", "1x2", "-o", "out.svg")],
     "cluster.yaml": [("plan", "tiny.yaml", "-c", "FILE", "--time-limit", "0.01")],
     "graph.json": [("plan", "FILE", *QUICKLY)],
     "plan.json": [("plan", "tiny.yaml", "--start", "FILE", *QUICKLY)],
