@@ -92,7 +92,7 @@ NEVER = ("--start", "gone.json")  # all files are read before it, and it is not 
 
 Commands = dict[str, list[tuple[str, ...]]]
 COMMANDS: Commands = {
-    "spec.yaml": [("plan", "FILE", "-c", "1x2", "-p", "gone.json")],
+    "spec.yaml": [("plan", "FILE", "-c", "1x2", "--tasks", "gone"), ("plan", "FILE", *QUICKLY, *NEVER)],
     "cluster.yaml": [("plan", "tiny.yaml", "-c", "FILE", "-p", "gone.json")],
     "graph.json": [("check", "plan.json", "-g", "FILE"), ("plan", "FILE", *QUICKLY, *NEVER)],
     "plan.json": [("check", "FILE"), ("explain", "FILE"), ("show", "FILE"), ("show", "FILE", "--json"),
@@ -118,7 +118,7 @@ COMMANDS: Commands = {
     "words": [("WORDS",)],
 }  # fmt: skip
 SLOW: Commands = {
-    "spec.yaml": [("plan", "FILE", *QUICKLY), ("plan", "FILE", *QUICKLY, *NEVER),
+    "spec.yaml": [("plan", "FILE", *QUICKLY),
                   ("whatif", "FILE", "--devices", "1,2", "--time-limit", "0.01"),
                   ("curves", "FILE", "-c", "1x2", "-o", "out.svg"),
                   ("graph", "FILE", "-c", "1x2", "-o", "out.svg")],
