@@ -7,7 +7,7 @@ QUICK := tests/spindle tests/exchange tests/printed tests/timeline tests/whole_r
 	tests/whole_repo/test_wheel.py tests/capture/test_families.py tests/parity/test_modes.py tests/parity/test_weigh.py \
 	tests/runtime/test_lower.py tests/runtime/test_transport.py tests/runtime/test_processes.py
 
-.PHONY: demo test newest lint docs clean
+.PHONY: demo test newest lint audit docs clean
 
 demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 	$(VENV)/bin/python docs/examples/digits/demo.py --out demo-out
@@ -28,15 +28,20 @@ lint: $(STAMP)  ## formatting, lint, types, import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
+audit: $(STAMP)  ## pinned packages: advisories, releases that were taken back, what is installed and not pinned
+	$(VENV)/bin/python -m tests.whole_repo.audit
+
 docs: $(STAMP)  ## the pages as a site in build/site; a broken link is an error
 	$(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-# torch comes first: with a CPU build in place nothing pulls gigabytes of CUDA in.
+# torch comes first: with a CPU build in place nothing pulls gigabytes of CUDA in. The reports are for `make audit`.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --upgrade pip
+	mkdir -p $(VENV)/reports
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --report $(VENV)/reports/torch.json torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --report $(VENV)/reports/rest.json -e '.[dev]'
 	touch $(STAMP)

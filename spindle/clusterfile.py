@@ -1,5 +1,6 @@
 """Clusters as users write them: `4x8`, `4x8:a100-80g`, or a YAML file, in; a checked Cluster out."""
 
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from spindle.nearest import did_you_mean
 
 DEFAULT_DEVICE = "a100-80g"
 _MOST_VALUES = 100_000
+_DEEPEST, _LONGEST = 100, 10_000
 
 
 def _as_tuple(value: Any) -> Any:
@@ -151,33 +153,63 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, *, source: str = "text") -> Any:
-    """Parse YAML with the safe loader; raises FormatError when it is not YAML or gives one key twice."""
+    """Parse YAML with the safe loader; raises FormatError when it is not YAML, gives one key twice, or would take long:
+    libraries need the square of the depth, of the keys of one mapping, and of the digits of a number.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):  # type: ignore[misc, valid-type]
         pass
 
-    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if twice:  # YAML would keep the last value and say nothing
-            raise FormatError(f"{source}: key {twice[0]!r} stands twice {_place(node)}; keep one")
-        return loader.construct_mapping(node, deep=True)
+    def mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag.endswith(":merge"):  # a few lines of them make a mapping that takes all memory
+                raise FormatError(f"{source}: '<<' stands {_place(node)}; write out what it would merge")
+            key = loader.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):  # others are refused below
+                if key in seen:  # YAML would keep the last value and say nothing
+                    raise FormatError(f"{source}: key {key!r} stands twice {_place(node)}; keep one")
+                seen.add(key)
+        return dict(loader.construct_mapping(node, deep=True))
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
+        _check_size(yaml.parse(text, base), source)
         value = yaml.load(text, Loader)  # Loader is a SafeLoader
     except FormatError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # numbers of thousands of digits, dates of no calendar
         raise FormatError(f"{source}: not YAML ({' '.join(str(error).split())}); mend that line") from None
-    except RecursionError:
-        raise FormatError(f"{source}: not YAML that can be read (nested too deep); make it flatter") from None
     if not _is_small(value):
-        raise FormatError(
-            f"{source}: holds more than {_MOST_VALUES} values, with those that `*` repeats; write out what is meant"
-        )
+        raise _too_many(source)
     return value
+
+
+def _check_size(events: Iterable[Any], source: str) -> None:
+    """Raises FormatError as soon as a YAML text has too many values, one that is too long, or is nested too deep."""
+    import yaml
+
+    depth = values = 0
+    for event in events:
+        values += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if values > _MOST_VALUES:
+            raise _too_many(source)
+        if depth > _DEEPEST:
+            raise FormatError(f"{source}: not YAML that can be read (nested deeper than {_DEEPEST}); make it flatter")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
+            raise FormatError(
+                f"{source}: a value that begins {event.value[:40]!r} has more than {_LONGEST} characters; shorten it"
+            )
+
+
+def _too_many(source: str) -> FormatError:
+    return FormatError(
+        f"{source}: holds more than {_MOST_VALUES} values, with those that `*` repeats; write out what is meant"
+    )
 
 
 def _is_small(value: Any) -> bool:

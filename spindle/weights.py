@@ -30,6 +30,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """Types as the headers of safetensors call them."""
 
+_MOST = 2**60  # numbers in a shape, multiplied: torch counts them in 64 bits
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself takes
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
@@ -86,7 +87,7 @@ def header_of(file: Path) -> dict[str, Stored]:
         found = {key: _stored(str(file), key, entry, 8 + length) for key, entry in header.items() if key[:2] != "__"}
     except OSError as error:
         raise WorkloadError(f"{file}: cannot be read ({error.strerror}); give a folder of safetensors") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WorkloadError(f"{file}: is no safetensors file ({error}); write it again with save_pretrained") from None
     end = max((stored.offset + stored.num_bytes for stored in found.values()), default=0)
     if end > size:
@@ -98,8 +99,12 @@ def _stored(file: str, key: str, entry: Mapping[str, Any], start: int) -> Stored
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{key!r} is of type {entry['dtype']}")
     low, high = entry["data_offsets"]
-    found = Stored(file, key, tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]], start + int(low))
-    if found.num_bytes != high - low or low < 0:
+    shape = entry["shape"]
+    whole = all(type(number) is int and number >= 0 for number in (*shape, low, high))
+    if not whole or math.prod(filter(None, shape)) >= _MOST:
+        raise ValueError(f"{key!r} has shape {shape} and lies at {low} to {high}, which no tensor does")
+    found = Stored(file, key, tuple(shape), DTYPES[entry["dtype"]], start + low)
+    if found.num_bytes != high - low:
         raise ValueError(f"{key!r} has {high - low} bytes, and {found.num_bytes} by its shape")
     return found
 

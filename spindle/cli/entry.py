@@ -4,16 +4,16 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from spindle.cli.group import cli
-from spindle.cli.terminal import painted, say, show_warning
+from spindle.cli.terminal import WIDTH, painted, show_warning, tell
 from spindle.errors import SpindleError
 
 BUG = 70
-_MOST = 1500
 
 
 def main() -> None:
@@ -26,47 +26,46 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        hint = f"\nTry '{context.command_path} --help'." if context else ""
-        say(f"{_name()} {_short(error.format_message())}{hint}")
+        _refuse(error.format_message(), f"Try '{context.command_path} --help'." if context else "")
         sys.exit(2)
     except SpindleError as error:
-        say("\n".join((f"{_name()} {_short(str(error))}", *_more(error))))
+        _refuse(str(error), _hints(error), getattr(error, "__notes__", ()))
         sys.exit(error.exit_code)
     except SystemExit as error:  # commands end by click's exit; this one would pass for ours
         if "click" in traceback.extract_tb(error.__traceback__)[-1].filename:  # who read our output has gone
             raise
-        say(f"{_name()} the workload's own code ended the process (SystemExit {error.code}); mend it")
+        _refuse(f"the workload's own code ended the process (SystemExit {error.code}); mend it")
         sys.exit(SpindleError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"{_name()} interrupted", err=True)
+        _refuse("interrupted")
         sys.exit(130)
     except Exception as error:
         if os.environ.get("SPINDLE_DEBUG"):
             raise
-        say(
-            f"{_name()} a bug of Spindle: {type(error).__name__}: {_short(str(error))}\n"
-            "Set SPINDLE_DEBUG=1 to see where, and please report it."
-        )
+        hint = "Set SPINDLE_DEBUG=1 to see where, and please report it."
+        _refuse(f"a bug of Spindle: {type(error).__name__}: {error}", hint)
         sys.exit(BUG)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _more(error: SpindleError) -> list[str]:
-    """The traceback of a worker, or how to see it."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    flight = [f"`spindle flight {error.flight}` shows what each rank did last."] if error.flight else []
+def _hints(error: SpindleError) -> str:
+    """Where to read more about a run that failed, on one line if it fits, or ""."""
+    hints = [f"`spindle flight {error.flight}` shows what each rank did last."] if error.flight else []
+    if getattr(error, "__notes__", ()) and not os.environ.get("SPINDLE_DEBUG"):
+        hints.append("Set SPINDLE_DEBUG=1 to see the traceback.")
+    line = " ".join(hints)
+    return line if len(line) < WIDTH else "\n".join(hints)
+
+
+def _refuse(text: str, hint: str = "", notes: Sequence[str] = ()) -> None:
+    """One to three lines on stderr, without what a terminal would obey; SPINDLE_DEBUG shows all, with the notes."""
+    from spindle.cli.brief import ROWS, brief  # which help does not need
+    from spindle.harmless import harmless
+
+    text, hint = harmless(f"spindle: {text}"), harmless(hint)
     if os.environ.get("SPINDLE_DEBUG"):
-        return flight + notes
-    hints = flight + ["Set SPINDLE_DEBUG=1 to see the traceback."] * bool(notes)
-    return [" ".join(hints)] if hints else []
-
-
-def _short(text: str) -> str:
-    """A message without what a terminal would obey, cut where a long name would fill the screen."""
-    from spindle.harmless import harmless  # which help does not need
-
-    return harmless(text if len(text) <= _MOST else f"{text[: _MOST - 3]}...")
-
-
-def _name() -> str:
-    return painted("spindle:", "red")
+        lines = [text, hint, *notes]
+    else:
+        after = brief(hint, rows=ROWS - 1) if hint else []
+        lines = [*brief(text, rows=ROWS - len(after)), *after]
+    tell("\n".join(filter(None, lines)).replace("spindle:", painted("spindle:", "red"), 1))

@@ -14,6 +14,7 @@ from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, duration, not_negative
 from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
+from spindle.cli.uploads import uploads_of, with_upload
 
 if TYPE_CHECKING:
     from spindle.plan import Plan
@@ -244,6 +245,7 @@ def _plan_or_count(text: str) -> "Plan | int":
     callback=not_negative,
     help="From SIGTERM until the run ends at once, its checkpoint written or not.",
 )
+@with_upload
 @with_evaluation
 @LAUNCHER
 @JSON
@@ -269,6 +271,8 @@ def train(
     not_finite: Any,
     check_replicas_every: int,
     grace: float,
+    upload: str | None,
+    upload_wait: float,
     launcher: Any,
     as_json: bool,
     **evaluating: Any,
@@ -315,6 +319,7 @@ def train(
     evaluation = asked(source, workload, module, **evaluating)
     callbacks += [telling()] if "evaluation" in evaluation else []
     again = int(resume) if resume and resume.isdigit() else bool(resume)
+    uploads = uploads_of(upload, upload_wait, checkpoints, resume=resume, launcher=launcher, in_stages=bool(in_stages))
     optimizer = getattr(module, "optimizer", None)
     if optimizer and lr is not None:
         raise click.UsageError(f"--lr {lr:g} is of AdamW, and {source} has an `optimizer`: give the rate there.")
@@ -326,7 +331,7 @@ def train(
         run = staged(source, workload, module, plan_file=plan_file, checkpoints=checkpoints)
     else:
         run = functools.partial(api.train, workload, read_plan(plan_file) if plan_file else None)
-    with progress("training") as update:
+    with uploads, progress("training") as update:
         result = run(
             optimizer=optimizer,
             scheduler=getattr(module, "scheduler", None),

@@ -73,8 +73,12 @@ def is_silent() -> bool:
 
 def say(text: str) -> None:
     """On stderr; folded on a terminal, while logs keep a line a message, which is what one searches them for."""
-    seen = sys.stderr.isatty()
-    print(folded(text) if seen else click.unstyle(text), file=sys.stderr)  # click would write past a bar
+    tell(folded(text) if sys.stderr.isatty() else text)
+
+
+def tell(text: str) -> None:
+    """On stderr as it is, with colors on a terminal only."""
+    print(text if sys.stderr.isatty() else click.unstyle(text), file=sys.stderr)  # click would write past a bar
 
 
 def warn(text: str) -> None:

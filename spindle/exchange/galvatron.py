@@ -11,7 +11,6 @@ Galvatron (PKU-DAIR/Hetu-Galvatron) writes two JSON files for each model:
 Times on several devices are those of data parallelism: each device computes its share of the batch.
 """
 
-import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from spindle.clusterfile import read_yaml
 from spindle.errors import FormatError
 from spindle.filemodels import StrictModel
+from spindle.filetypes import Text
 from spindle.formats import explain_validation, parse_json, read_text
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
 from spindle.spec.values import stages_to_edges
@@ -32,7 +32,8 @@ from spindle.spec.values import stages_to_edges
 MIB = 2.0**20
 STATE_COPIES = 4.0  # Galvatron: weights, gradients, optimizer states are four times parameter_size
 PARAMETER_BYTES = 4.0  # and parameter_size has four bytes for a parameter
-_TIME = re.compile(r"layertype_(?P<layertype>\d+|other)_bsz(?P<batch>\d+)_seq(?P<seq>\d+)")
+_MOST = 1e12  # milliseconds, or MiB
+_TIME = re.compile(r"layertype_(?P<layertype>\d{1,9}|other)_bsz(?P<batch>\d{1,9})_seq(?P<seq>\d{1,12})")
 
 
 def _tuple(value: Any) -> Any:
@@ -42,27 +43,27 @@ def _tuple(value: Any) -> Any:
 class _Component(StrictModel):
     """layers of one type: which files measured them, and what the files do not say."""
 
-    computation: str
-    memory: str | None = None
-    layertype: int = Field(0, ge=0)
-    layers: int = Field(ge=1)
-    seq: int = Field(ge=1)
-    hidden: int = Field(0, ge=0)
+    computation: Text
+    memory: Text | None = None
+    layertype: int = Field(0, ge=0, le=10**7)
+    layers: int = Field(ge=1, le=10**7)
+    seq: int = Field(ge=1, le=2**40)
+    hidden: int = Field(0, ge=0, le=2**40)
     other: Literal["before", "after", "none"] = "after"
 
 
 class _Task(StrictModel):
     batch_size: int = Field(ge=1, le=2**20)
-    flow: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_tuple), Field(min_length=1)]
+    flow: Annotated[tuple[tuple[Text, ...], ...], BeforeValidator(_tuple), Field(min_length=1)]
 
 
 class _Mapping(StrictModel):
     format: Literal["spindle.galvatron"]
     version: Literal[1]
-    backward_over_forward: float = Field(2.0, gt=0, allow_inf_nan=False)
-    value_bytes: int = Field(2, ge=1)
-    components: dict[str, _Component] = Field(min_length=1)
-    tasks: dict[str, _Task] = Field(min_length=1)
+    backward_over_forward: float = Field(2.0, gt=0, le=1e6)
+    value_bytes: int = Field(2, ge=1, le=64)
+    components: dict[Text, _Component] = Field(min_length=1)
+    tasks: dict[Text, _Task] = Field(min_length=1)
 
 
 def read_galvatron(path: str | Path) -> MetaGraph:
@@ -218,6 +219,6 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 
 def _number(value: Any, path: Path, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise FormatError(f"{path}: {key} is {value!r}; it must be a number from 0 up, measure it again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        raise FormatError(f"{path}: {key} is {value!r}; it must be a number from 0 to {_MOST:g}, measure it again")
     return float(value)

@@ -182,7 +182,7 @@ def test_what_is_refused(folder: Path, spindle_command: Spindle, case: tuple[Cal
     change, words = case
     change(folder)
     done = spindle_command("import-galvatron", MAPPING, "-o", "graph.json")
-    assert (done.code, words in done.err, done.out) == (2, True, ""), done.err
+    assert (done.code, words in done.said, done.out) == (2, True, ""), done.err
     assert 1 <= len(done.err.splitlines()) <= 3
     assert not (folder / "graph.json").exists()
 

@@ -19,6 +19,11 @@ class Outcome:
     out: str
     err: str
 
+    @property
+    def said(self) -> str:
+        """Stderr, as if its lines were not wrapped."""
+        return " ".join(self.err.split())
+
 
 Spindle = Callable[..., Outcome]
 

@@ -33,9 +33,10 @@ def folder(tmp_path: Path) -> Path:
 
 def check(spindle: Spindle, code: int, words: str, *arguments: str) -> None:
     done = spindle(*arguments)
-    assert (done.code, words in done.err) == (code, True), (done.code, done.err)
+    assert (done.code, words in done.said) == (code, True), (done.code, done.err)
     lines = done.err.splitlines()
     assert 1 <= len(lines) <= 3, done.err
+    assert max(map(len, lines)) < 100, done.err
     assert lines[0].startswith("spindle: ")
     assert "Traceback" not in done.err
     assert "bug of Spindle" not in done.err

@@ -58,7 +58,9 @@ def test_other_columns_are_named(folder: Path, spindle_command: Spindle) -> None
     (folder / "measured.csv").write_text(f"{HEAD},precision\n8,4,0.0101,bf16\n8,64,0.0113,bf16\n")
     done = spindle_command(*CALIBRATE)
     assert done.code == 0
-    assert "warning: measured.csv: columns precision are not read; put rows that differ in them into tables" in done.err
+    assert (
+        "warning: measured.csv: columns precision are not read; put rows that differ in them into tables" in done.said
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,21 +77,21 @@ def test_other_columns_are_named(folder: Path, spindle_command: Spindle) -> None
 def test_what_is_refused(folder: Path, spindle_command: Spindle, arguments: tuple[str, ...], sentence: str) -> None:
     done = spindle_command(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert sentence in done.err
+    assert sentence in done.said
 
 
 def test_a_calibration_of_another_device_type(folder: Path, spindle_command: Spindle) -> None:
     spindle_command(*CALIBRATE, "-o", "calibrated.json")
     done = spindle_command("plan", "small.yaml", "-c", "1x8:h100-80g", "--calibration", "calibrated.json")
     assert done.code == 2
-    assert "the calibration is of 'a100-80g' and the cluster has 'h100-80g'" in done.err
+    assert "the calibration is of 'a100-80g' and the cluster has 'h100-80g'" in done.said
 
 
 def test_rows_on_devices_that_are_no_nodes(folder: Path, spindle_command: Spindle) -> None:
     (folder / "measured.csv").write_text(f"{HEAD}\n12,4,0.01\n")
     done = spindle_command(*CALIBRATE)
     assert done.code == 2
-    assert "the row of 12 GPUs, batch 4 each: 12 devices are no whole number of nodes of 8; give multiples" in done.err
+    assert "the row of 12 GPUs, batch 4 each: 12 devices are no whole number of nodes of 8; give multiples" in done.said
 
 
 @pytest.mark.filterwarnings("always::spindle.errors.SpindleWarning")
@@ -100,7 +102,7 @@ def test_tasks_of_some_steps_are_named(folder: Path, spindle_command: Spindle) -
     (folder / "small.yaml").write_text(spec.replace("batch_size:", "probability: 0.5, batch_size:", 1))
     done = spindle_command(*CALIBRATE)
     assert done.code == 0
-    assert "rows are taken for steps with all tasks" in done.err
+    assert "rows are taken for steps with all tasks" in done.said
 
 
 def test_milliseconds_for_seconds_are_doubted(folder: Path, spindle_command: Spindle) -> None:
@@ -114,7 +116,9 @@ def test_milliseconds_for_seconds_are_doubted(folder: Path, spindle_command: Spi
 def test_only_specs_are_scaled(folder: Path, spindle_command: Spindle, source: str) -> None:
     done = spindle_command("plan", source, "--cluster", "1x2", "--per-device-batch", "4")
     assert done.code == 2
-    assert f"{source}: its batches cannot be scaled to 4 samples a device, only those of a spec (.yaml) can" in done.err
+    assert (
+        f"{source}: its batches cannot be scaled to 4 samples a device, only those of a spec (.yaml) can" in done.said
+    )
 
 
 def test_a_model_is_scaled_too(folder: Path, spindle_command: Spindle) -> None:
@@ -129,7 +133,7 @@ def test_a_model_is_scaled_too(folder: Path, spindle_command: Spindle) -> None:
     assert all(abs(row["predicted_s"] / row["seconds"] - 1) < 0.05 for row in found["rows"])
     done = spindle_command("calibrate", "graph.json", "-c", "1x2:cpu", "--steps", "measured.csv")
     assert done.code == 2
-    assert "graph.json: a MetaGraph tells times and no batch, so measured steps cannot be set beside it" in done.err
+    assert "graph.json: a MetaGraph tells times and no batch, so measured steps cannot be set beside it" in done.said
 
 
 TWO = SPEC.replace("contrastive}", "mse}\n  other: {batch_size: 4, flow: [ear]}")
@@ -150,6 +154,6 @@ def test_batches_that_do_not_come_out_whole(folder: Path, spindle_command: Spind
     options = ("plan", "two.yaml", "--cluster", "1x8", "--method", "sequential", "--per-device-batch")
     done = spindle_command(*options, "4")
     assert done.code == 2
-    assert "4 samples on each of 8 devices are 32 a step, of which task 'match' would have 21.3333" in done.err
-    assert "give a multiple of 3, so that each task has whole samples" in done.err
+    assert "4 samples on each of 8 devices are 32 a step, of which task 'match' would have 21.3333" in done.said
+    assert "give a multiple of 3, so that each task has whole samples" in done.said
     assert spindle_command(*options, "3").code == 0

@@ -83,7 +83,7 @@ def test_what_cannot_be_drawn(folder: Path, spindle_command: Spindle, case: tupl
     code, words, (command, *options) = case
     done = spindle_command(command, *ON, *options)
     assert (done.code, done.out) == (code, "")
-    assert words in done.err
+    assert words in done.said
     assert len(done.err.splitlines()) <= 3
     assert sorted(path.name for path in folder.iterdir() if path.suffix in (".svg", ".mmd")) == ["folder.svg"]
 

@@ -154,7 +154,8 @@ def test_what_a_worker_raises_is_three_lines(folder: Path) -> None:
     assert first.startswith("spindle: rank ")
     # batches are read ahead, so either layer may be the first to find it hot
     assert re.fullmatch(r"spindle: rank 0, wave \d, FORWARD s\d \(t\.net\.\d\) raised ValueError: too hot", first)
-    assert second == f'{folder / "breaks.py"}:14 in forward: raise ValueError("too hot\\nand more of it")'
+    assert second.startswith("/")  # of a long path the middle is left out
+    assert second.endswith('/breaks.py:14 in forward: raise ValueError("too hot\\nand more of it")')
     assert third == "Set SPINDLE_DEBUG=1 to see the traceback."
     (folder / "hot").unlink()
     done = run(*command, cwd=folder, SPINDLE_DEBUG="1")

@@ -1,6 +1,7 @@
 """Files that are spoiled, or meant to do harm: every command that reads them ends in time, and says why."""
 
 import contextlib
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from spindle.clusterfile import parse_yaml
+from spindle.errors import FormatError
 from tests import spoiled
+from tests.edits import edited, edited_bytes
 from tests.spoiled import Case
+from tests.spoiled_samples import COMMANDS, SLOW
 
 HOSTILE = Path(__file__).with_name("hostile")
+CORPUS = Path(__file__).with_name("corpus.jsonl")
 KINDS = {
     "plan": "plan.json",
     "trace": "trace.json",
@@ -49,12 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("file", sorted(HOSTILE.iterdir()), ids=lambda file: file.stem)
 def test_hostile_files(file: Path) -> None:
     """Files that once crashed a command, or kept it busy for ever: all commands of their kind say what is wrong."""
-    kind = KINDS[file.stem.split("-")[1]]
-    for command in spoiled.COMMANDS[kind]:
-        case = Case(kind, file.read_bytes(), command)
-        code, broken = case.verdict()
-        assert not broken, command
-        _, out, err = spoiled.run(*(f"spoiled{file.suffix}" if part == "FILE" else part for part in command))
+    kind, name = KINDS[file.stem.split("-")[1]], f"spoiled{file.suffix}"
+    Path(name).write_bytes(file.read_bytes())
+    for command in COMMANDS[kind] + SLOW.get(kind, []):
+        code, out, err = spoiled.run(*(name if part == "FILE" else part for part in command))
+        assert spoiled.wrong(code, out, err) == "", command
         assert code in (1, 2), command
         assert SAID[file.stem[:3]] in " ".join((out + err).split()), command
 
@@ -63,9 +68,31 @@ def test_hostile_files(file: Path) -> None:
 def test_random_changes(first: int) -> None:
     """Twenty seeds each; benchmarks/input_fuzz.py runs as many as one likes."""
     for seed in range(first, first + 20):
-        case = spoiled.case(seed)
+        case = spoiled.case(random.Random(seed))
         _, broken = case.verdict()
-        assert not broken, (seed, case.command)
+        assert not broken, (seed, case.text)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_the_corpus(part: int) -> None:
+    """Cases that reached new branches when the fuzzer was guided by them, and those that broke a rule once."""
+    for line in CORPUS.read_text().splitlines()[part::4]:
+        _, broken = Case.of(line).verdict()
+        assert not broken, line
+
+
+def test_edits() -> None:
+    """Changes that are data: of the structure in their order, where their place is there; then of bytes."""
+    value = {"a": [1, 2], "b": "x"}
+    for edits, expected in (
+        ([["set", ["a", 0], None], ["drop", ["b"]]], {"a": [None, 2]}),
+        ([["copy", ["a", 1], ["b"]], ["times", ["b"], 2.5]], {"a": [1, 2], "b": 5.0}),
+        ([["double", ["a", 0], 2], ["name", ["b"], "c"]], {"a": [1, 2, 1], "c": "x"}),
+        ([["long", ["b"], 3], ["many", ["a", 0], 2], ["nest", ["a", 1], 2]], {"a": [[1, 1], [[2]]], "b": "xxx"}),
+        ([["drop", ["gone"]], ["set", ["b", "c", 0], 1], ["cut", 0, 1]], value),
+    ):
+        assert edited(value, edits) == expected
+    assert edited_bytes(b"abcd", [["cut", 0, 1], ["put", 1, "x"], ["flip", 0, 1], ["repeat", 0, 2]]) == b"cxcxcd"
 
 
 def test_rules_are_rules() -> None:
@@ -73,7 +100,8 @@ def test_rules_are_rules() -> None:
     assert spoiled.wrong(70, "", "spindle: a bug") == "exit code 70"
     assert spoiled.wrong(2, "", "") == "0 lines"
     assert spoiled.wrong(2, "", "a\nb\nc\nd\n") == "4 lines"
-    assert spoiled.wrong(2, "", "x" * 3000) == "3000 characters"
+    assert spoiled.wrong(2, "", "x" * 100) == "a line of 100 columns or more"
+    assert spoiled.wrong(2, "", f"spindle: warning: {'x' * 3000}\na") == "3020 characters"
     assert spoiled.wrong(0, "\x1b[31mred", "") == "control characters"
     assert spoiled.wrong(1, "found", "") == ""
 
@@ -89,10 +117,36 @@ def test_what_has_no_end_is_not_read() -> None:
         assert (code, said in err) == (2, True), err
 
 
-def test_a_value_that_unfolds_is_not_gone_through() -> None:
-    """Eight lines of YAML that stand for a hundred million values."""
-    lines = ["format: spindle.workload", "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8)]
-    Path("unfolds.yaml").write_text("\n".join(lines))
-    code, _, err = spoiled.run("plan", "unfolds.yaml", "-c", "1x2")
-    assert (code, "holds more than 100000 values" in err) == (2, True), err
+LONG_WAYS = {
+    "unfolds": (
+        "\n".join(["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+                  + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8)]),
+        "holds more than 100000 values",
+    ),
+    "merges": (
+        "\n".join(["a0: &a0 {k: 1}"]
+                  + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)]),
+        "'<<' stands in the mapping that begins at line 2; write out",
+    ),
+    "is deep": ("a: " + "[" * 100_000, "nested deeper than 100"),
+    "is deep in many places": (f"a: [{', '.join(['[' * 60 + ']' * 60] * 5000)}]", "holds more than 100000 values"),
+    "has many keys": ("\n".join(f"k{n}: 1" for n in range(60_000)), "holds more than 100000 values"),
+    "has one long number": ("a: 1" + ":1" * 1_000_000, "has more than 10000 characters"),
+}  # fmt: skip
+"""YAML of a few lines or megabytes that would take minutes, or all memory: each is told within a second or so."""
+
+
+@pytest.mark.parametrize("name", LONG_WAYS)
+def test_yaml_that_would_take_long(name: str) -> None:
+    text, words = LONG_WAYS[name]
+    Path("long.yaml").write_text(text)
+    code, _, err = spoiled.run("plan", "long.yaml", "-c", "1x2")
+    assert (code, words in " ".join(err.split())) == (2, True), err
+
+
+def test_many_keys_are_read() -> None:
+    """As many as a file may have; the last one is there twice."""
+    text = "\n".join(f"k{n}: 1" for n in range(9_000))
+    assert len(parse_yaml(text)) == 9_000
+    with pytest.raises(FormatError, match="key 'k8999' stands twice"):
+        parse_yaml(f"{text}\nk8999: 2")

@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bad_input(folder: Path, spindle_command: Spindle, case: tuple[tuple[str, ...], str]) -> None:
     arguments, words = case
     done = spindle_command("submit", *arguments)
-    assert (done.code, words in done.err) == (2, True), done.err
+    assert (done.code, words in done.said) == (2, True), done.err
     lines = done.err.splitlines()
     assert 1 <= len(lines) <= 3, done.err
     assert lines[0].startswith("spindle: ")

@@ -1,0 +1,183 @@
+"""Uploads: the checkpoints of a folder, copied to object storage in a thread beside the training, and fetched back.
+
+- A checkpoint gets its name when it is whole, so the folder says what is ready; the training knows of no upload.
+- `spindle.json` goes last: what lies at the URL without it is no checkpoint yet. The newest checkpoint goes first.
+- What fails is told in a sentence, once a checkpoint, and tried again; it never ends a training.
+- What was fetched is checked against its checksums before it gets its name.
+"""
+
+import contextlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spindle.errors import CheckpointError, InputError
+from spindle.runtime.checkpoints.checkpoint import about_of, begin, checkpoints_in, read, step_of
+from spindle.runtime.checkpoints.tensor_files import ABOUT
+
+LOOK_S = 1.0
+PAUSE_S = 10.0  # after an upload that failed
+
+Warn = Callable[[str], None]
+
+
+class Remote:
+    """A folder of checkpoints at a URL of fsspec: file://, s3://, gs://, memory:// and so on."""
+
+    def __init__(self, url: str) -> None:
+        """Raises InputError for a URL whose kind is not known, or whose package is not installed."""
+        from fsspec.core import url_to_fs
+
+        self.told = re.sub(r"//[^/@]*@", "//", url)  # without a password
+        try:
+            found: tuple[Any, str] = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{self.told} is no place for uploads ({error}); give s3://BUCKET/FOLDER") from None
+        self._files, self._root = found[0], found[1].rstrip("/")
+
+    def steps(self) -> list[str]:
+        """Names of the checkpoints there, whole or not, the newest first."""
+        self._files.invalidate_cache()
+        if not self._files.exists(self._root):
+            return []
+        names = [str(each).rstrip("/").rpartition("/")[2] for each in self._files.ls(self._root, detail=False)]
+        return sorted((name for name in names if re.fullmatch(r"step-\d{8,15}", name)), reverse=True)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the whole checkpoint at `path` is there."""
+        there = f"{self._root}/{path.name}/{ABOUT}"
+        return bool(self._files.exists(there)) and self._files.cat_file(there) == (path / ABOUT).read_bytes()
+
+    def put(self, path: Path) -> None:
+        """Copy a checkpoint there, what says of itself that it is whole last."""
+        names = sorted(about_of(path).files)
+        there = f"{self._root}/{path.name}"
+        self._files.makedirs(there, exist_ok=True)
+        if self._files.exists(f"{there}/{ABOUT}"):  # of another run: from now on it is none
+            self._files.rm_file(f"{there}/{ABOUT}")
+        for name in (*names, ABOUT):
+            self._files.put_file(str(path / name), f"{there}/{name}")
+
+    def get(self, name: str, directory: Path) -> Path:
+        """Fetch a checkpoint into a directory. Raises CheckpointError when it is not whole, not as it was written, or
+        there already.
+        """
+        path, there = directory / name, f"{self._root}/{name}"
+        if path.exists():
+            raise CheckpointError(f"{path} is there already; give another folder, or move it away")
+        unfinished = begin(path)
+        try:
+            self._files.get_file(f"{there}/{ABOUT}", str(unfinished / ABOUT))
+            for file, (num_bytes, _) in about_of(unfinished).files.items():
+                if self._files.size(f"{there}/{file}") != num_bytes:
+                    raise CheckpointError(f"{self.told}/{name}/{file} is not as it was written; take an older one")
+                self._files.get_file(f"{there}/{file}", str(unfinished / file))
+            read(unfinished)
+            unfinished.rename(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return path
+
+
+def fetch(url: str, directory: Path, warn: Warn) -> Path | None:
+    """The newest whole checkpoint at a URL, copied into a directory that has none of as many steps; None where there is
+    nothing newer. Damaged ones are told and left out. Raises CheckpointError where the URL cannot be read.
+    """
+    remote = Remote(url)
+    newest = max((step_of(path) for path in checkpoints_in(directory)), default=-1)
+    try:
+        names = [name for name in remote.steps() if step_of(Path(name)) > newest]
+    except Exception as error:  # each library has errors of its own
+        raise CheckpointError(f"{remote.told} cannot be read ({_told(error)}); check the URL and its rights") from None
+    for name in names:
+        try:
+            return remote.get(name, directory)
+        except Exception as error:
+            warn(f"{remote.told}/{name} cannot be fetched ({_told(error)}); an older one is tried")
+    return None
+
+
+class Uploads:
+    """Copies checkpoints to a URL, from `begin` on until `end`."""
+
+    def __init__(self, url: str, directory: Path, warn: Warn) -> None:
+        """Raises InputError as Remote does."""
+        self._remote, self._directory, self._warn = Remote(url), directory, warn
+        self._stopped = threading.Event()
+        self._done: dict[str, int] = {}  # when the checkpoint that was uploaded under this name was written
+        self._failed: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, which a process that ends does not wait for."""
+        self._thread.start()
+
+    def end(self, deadline_s: float) -> list[str]:
+        """Wait for what is not there yet, at most so many seconds; the names of checkpoints that are still missing."""
+        until_s = time.monotonic() + deadline_s
+        while self._missing() and self._thread.is_alive() and time.monotonic() < until_s:
+            self._thread.join(min(LOOK_S, deadline_s) / 10)
+        self._stopped.set()
+        return [path.name for path in self._missing()]
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            failed = False
+            for path in reversed(self._missing()):
+                failed = not self._uploaded(path)
+                if failed or self._stopped.is_set():
+                    break
+            self._stopped.wait(PAUSE_S if failed else LOOK_S)
+
+    def _missing(self) -> list[Path]:
+        return [path for path in checkpoints_in(self._directory) if self._done.get(path.name) != _written_ns(path)]
+
+    def _uploaded(self, path: Path) -> bool:
+        """Whether a checkpoint is there now, or is no longer here; what went wrong is told once."""
+        written_ns = _written_ns(path)
+        try:
+            if not self._remote.holds(path):
+                self._remote.put(path)
+        except Exception as error:  # each library has errors of its own, and none of them may end a training
+            if not path.exists():  # newer ones took its place meanwhile
+                return True
+            if path.name not in self._failed:
+                self._failed.add(path.name)
+                self._warn(f"{path.name} was not uploaded to {self._remote.told} ({_told(error)}); it is tried again")
+            return False
+        self._done[path.name] = written_ns
+        return True
+
+
+@contextlib.contextmanager
+def uploading(url: str, directory: Path, warn: Warn, *, deadline_s: float) -> Iterator[None]:
+    """Upload what is written into a directory meanwhile, and at the end, good or bad, what is left; what is not there
+    after `deadline_s` seconds is told.
+    """
+    uploads = Uploads(url, directory, warn)
+    uploads.begin()
+    try:
+        yield
+    finally:
+        missing = uploads.end(deadline_s)
+        if missing:
+            warn(
+                f"{', '.join(missing[-3:])} {'is' if len(missing) == 1 else 'are'} not at {uploads._remote.told} after "
+                f"{deadline_s:g} s; copy from {directory} what you need"
+            )
+
+
+def _written_ns(path: Path) -> int:
+    try:
+        return (path / ABOUT).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
