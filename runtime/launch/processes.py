@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import cloudpickle
+from torch.distributed import TCPStore
 
 from spindle.errors import LostRankError, RunError, SpindleError
 from spindle.runtime.comms.pulse import SIZE, Heart, Lookout, Pulse
@@ -66,7 +67,8 @@ class ProcessWorkers:
         """Start a process for each rank spec and wait until all are ready; `worker` makes of each rank spec what serves
         calls. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
         """
-        self._store = serve_store(HOST)
+        store = serve_store(HOST)
+        self._store: TCPStore | None = store
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(specs)])
         self._pipes: list[Connection] = []
@@ -80,7 +82,7 @@ class ProcessWorkers:
             try:
                 for rank, (spec, left) in enumerate(light):
                     ours, theirs = context.Pipe()
-                    place = rank, len(specs), self._store.port
+                    place = rank, len(specs), store.port
                     payload = packed_spec(worker, spec, left)
                     arguments = (theirs, payload, place, timeout_s, _start_method(), memory, lost_gpus)
                     child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
@@ -158,12 +160,15 @@ class ProcessWorkers:
         return self._lookout.blamed(waiting.values(), first) or error
 
     def close(self) -> None:
-        """See WorkerGroup."""
+        """See WorkerGroup. What is open goes at once, though an error that is kept may hold this group."""
         for child in self._children:
             child.kill()
             child.join(10.0)
+            if child.exitcode is not None:
+                child.close()
         for pipe in self._pipes:
             pipe.close()
+        self._children, self._store = [], None
 
 
 def _needed(specs: Sequence[Any]) -> list[str]:
