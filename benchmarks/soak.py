@@ -1,8 +1,8 @@
 """Soak: thousands of steps with random faults and changes of tasks and devices; nothing may grow, no weight may differ.
 
-    python -m benchmarks.soak                          10,000 steps; some twenty minutes
-    python -m benchmarks.soak --steps 600 --seed 1     a short one
-    python -m benchmarks.soak --write                  writes benchmarks/results/soak.md too
+    python benchmarks/soak.py                          10,000 steps; some twenty minutes
+    python benchmarks/soak.py --steps 600 --seed 1     a short one
+    python benchmarks/soak.py --write                  writes benchmarks/results/soak.md too
 
 - The first part consists of legs: runs of `spindle.train` that each resume the one before, with other tasks and another
   plan for one to three devices. In each of them ranks fail, the newest checkpoint is damaged, a device is lost for
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -32,12 +33,11 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from a fresh clone as well
 
-import spindle
-from benchmarks.soak_growth import Usage, grown, table_of, usage
-from benchmarks.soak_parts import (
+import torch
+from soak_growth import Usage, grown, table_of, usage
+from soak_parts import (
     KINDS,
     PLACES,
     TASKS,
@@ -48,6 +48,9 @@ from benchmarks.soak_parts import (
     plan_of,
     workload_of,
 )
+from torch import Tensor
+
+import spindle
 from spindle.errors import PreemptedError
 from spindle.failures import Failures
 from spindle.metrics import Callback, JsonLines, StepMetrics
@@ -84,6 +87,7 @@ class Soak:
     segments: list[Segment] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
     happened: Counter[str] = field(default_factory=Counter)
+    recovered: list[str] = field(default_factory=list)
     attempts: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
@@ -126,10 +130,8 @@ class Soak:
                     save_async=self.rng.random() < 0.5,
                     failures=Failures(max_failures=12, backoff_s=0.0, elastic=elastic),
                 )
-                for sentence in result.recovered:
-                    self.say(f"  {sentence}")
-            self.faults.device_is_back()
-            self.say(f"  {sorted(str(f) for f in (self.folder / 'temporary').rglob('*'))}")
+                self.recovered += [sentence.splitlines()[0][:200] for sentence in result.recovered]
+        self.happened.subtract(self.faults.forget())
         self.say(f"{self.done} steps, {len(tasks)} tasks, plan for {num_devices}: {dict(self.happened)}")
         if not calm and self.rng.random() < 0.2:
             self.damage_newest()
@@ -194,7 +196,7 @@ class Watching(Callback):
             soak.faults.ask(place, kind)
 
 
-def train(workload: Any, plan: Plan, soak: Soak, until: int, **options: Any) -> spindle.api.TrainResult:
+def train(workload: Any, plan: Plan, soak: Soak, until: int, **options: Any) -> spindle.TrainResult:
     """What all runs share: optimizer, schedule, checkpoints."""
     faults = soak.faults
 
@@ -281,10 +283,12 @@ def soaked(steps: int, seed: int, say: Callable[[str], None]) -> tuple[str, list
     if not error <= TOLERANCE:
         wrong.append(f"weights differ from those of one device by {error:.2g}, tolerated are {TOLERANCE:g}")
     wrong += grown(soak.usages)
-    counts = ", ".join(f"{count} x {what}" for what, count in sorted(soak.happened.items()))
+    counts = ", ".join(f"{count} x {what}" for what, count in sorted(soak.happened.items()) if count)
     told = (
+        f"# Soak\n\n`python benchmarks/soak.py --steps {steps} --seed {seed}` on {platform.machine()}, {os.cpu_count()} "
+        f"cores, Python {platform.python_version()}, torch {torch.__version__}, ranks on CPU.\n\n"
         f"{steps} steps in {took_s:.0f} s, {soak.attempts} starts, {len(soak.segments)} changes of tasks or plan.\n"
-        f"What happened: {counts or 'nothing'}.\n"
+        f"What happened: {counts or 'nothing'}. Ranks were started again {len(soak.recovered)} times.\n"
         f"Against the undisturbed run of the same schedule: {len(found)} tensors of weights, states and averages, "
         f"{'all equal bit for bit' if not any('undisturbed' in each for each in wrong) else 'NOT equal'}.\n"
         f"Against a run on one device in float64: they differ by at most {error:.1e} of a tensor's largest value.\n"
@@ -300,8 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else a product's last bit follows where its operands lie
     report, wrong = soaked(given.steps, given.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    report += "\n" + ("\n".join(wrong) or "Nothing grew, and no weight differs.") + "\n"
     print(report)
-    print("\n".join(wrong) or "Nothing grew, and no weight differs.")
     if given.write:
         RESULTS.write_text(report)
     return 1 if wrong else 0

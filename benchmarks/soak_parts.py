@@ -55,12 +55,16 @@ class Faults:
         act(kind)
 
     def lose_device(self) -> None:
-        """From now on rank 1 of several dies wherever it starts, until `device_is_back`."""
+        """From now on rank 1 of several dies wherever it starts, until `forget`."""
         Path(self.folder, GONE).touch()
 
-    def device_is_back(self) -> None:
-        """The device that was lost works again."""
-        Path(self.folder, GONE).unlink(missing_ok=True)
+    def forget(self) -> list[str]:
+        """A lost device works again, and what was asked for does not happen any more; kinds of this."""
+        files = [file for file in Path(self.folder).iterdir() if file.is_file()]
+        kinds = [file.read_text() for file in files if file.name != GONE]
+        for file in files:
+            file.unlink()
+        return kinds
 
     def start(self) -> None:
         """A rank starts."""
@@ -143,7 +147,8 @@ def workload_of(faults: Faults, tasks: tuple[str, ...] = TASKS) -> Workload:
 
     @workload.task("dense", batch_size=BATCH, data=DataLoader(Pictures(), batch_size=None, num_workers=1))
     def dense(batch: Batch) -> Tensor:
-        return F.mse_loss(head(trunk(scale(batch["x"]))), batch["y"])
+        y: Tensor = head(trunk(scale(batch["x"])))
+        return F.mse_loss(y, batch["y"])
 
     @workload.task("text", batch_size=BATCH, data=Texts(faults))
     def text(batch: Batch) -> Tensor:

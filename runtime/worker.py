@@ -233,7 +233,7 @@ class Worker:
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if (flight := self.transport.pulse.flight) is not None:
-                flight.done(self.steps_done - 1, record.losses, record.grad_norm, self.transport.device)
+                flight.done(self.steps_done, record.losses, record.grad_norm, self.transport.device)
             if record.skipped is not None:
                 report.skipped[self.steps_done] = record.skipped
             if keep_spans:

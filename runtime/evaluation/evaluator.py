@@ -169,7 +169,7 @@ class _Forward(Executor):
         self.reductions.begin(early=False)
         spans: list[Span] = []
         for instruction in self.instructions:
-            self.carry_out(instruction, spans, step)
+            self.carry_out(instruction, spans, step + 1)
         self._end()
         return self.losses
 

@@ -103,9 +103,14 @@ class LoadedBatch:
         if bounds not in self.parts:
             found = self.recordings.record(self, bounds)
             if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
-                raise WorkloadError(f"task {base_task(self.task)!r}, step {self.stream.step}: {OTHER_LAYERS}")
+                raise WorkloadError(f"{self.where}: {OTHER_LAYERS}")
             self.parts[bounds] = found
         return self.parts[bounds]
+
+    @property
+    def where(self) -> str:
+        """Task and step, counted from 1, for messages."""
+        return f"task {base_task(self.task)!r}, step {self.stream.step + 1}"
 
     @property
     def absent(self) -> frozenset[str]:
@@ -138,7 +143,7 @@ class Recordings:
         Raises WorkloadError that names the task and the step.
         """
         code = self.recipe.codes[loaded.task]
-        where = f"task {base_task(loaded.task)!r}, step {loaded.stream.step}"
+        where = loaded.where
         stream = Stream(
             seed=loaded.stream.seed,
             step=loaded.stream.step,

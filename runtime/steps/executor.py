@@ -162,7 +162,7 @@ class Executor:
             self.begin()
             self.reductions.begin(early=not left)
             for instruction in self.adding if left else self.instructions:
-                self.carry_out(instruction, record.spans, step)
+                self.carry_out(instruction, record.spans, step + 1)
             self._end()
             losses.append(self.losses)
         record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
@@ -180,7 +180,7 @@ class Executor:
         self.losses: dict[str, Tensor] = {}
 
     def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
-        """Perform one instruction, and add its span."""
+        """Perform one instruction, and add its span. `step`: counted from 1, as users read it."""
         start_s = time.perf_counter()
         target = instruction.target
         self.pulse.at(self._place(instruction), step, self.traffic.get(target, 0) or self.sizes.get(target, 0))
@@ -227,7 +227,7 @@ class Executor:
 
     def _agree(self, target: str) -> None:
         del target
-        check_alike([task for task, _ in self.program.losses], self.loaded, self.transport, self.stream.step)
+        check_alike([task for task, _ in self.program.losses], self.loaded, self.transport, self.stream.step + 1)
 
     def _bounds(self, run: SliceRun, rank: int) -> Bounds:
         """Samples that a rank holds in a run, in this step."""

@@ -49,8 +49,8 @@ def span_of(
     step: int,
     moved_bytes: int,
 ) -> Span:
-    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets, flats and flags that the rank holds;
-    `moved_bytes`: what a transfer has sent and received here.
+    """An instruction that a rank has carried out in a step, counted from 1. `bucket_bytes`: of the buckets, flats and
+    flags that the rank holds; `moved_bytes`: what a transfer has sent and received here.
     """
     transfer = program.transfer_by_name.get(instruction.target)
     run = program.slice_by_name.get(transfer.target if transfer else instruction.target)
