@@ -60,7 +60,7 @@ from spindle.runtime.checkpoints.checkpoint import latest, tensors
 EVERY = 20  # steps between two checkpoints
 SAMPLE_EVERY = 100  # steps between two counts of what the run holds
 DISTURBED = 0.6  # the part of all steps in which something happens
-LEG_STEPS = 200
+LEG_STEPS = 300
 TIMEOUT_S = 5.0
 TOLERANCE = 1e-9  # of the largest value of a tensor: what rounding may make of it in a run on one device
 RESULTS = Path(__file__).parent / "results" / "soak.md"
@@ -285,8 +285,8 @@ def soaked(steps: int, seed: int, say: Callable[[str], None]) -> tuple[str, list
     wrong += grown(soak.usages)
     counts = ", ".join(f"{count} x {what}" for what, count in sorted(soak.happened.items()) if count)
     told = (
-        f"# Soak\n\n`python benchmarks/soak.py --steps {steps} --seed {seed}` on {platform.machine()}, {os.cpu_count()} "
-        f"cores, Python {platform.python_version()}, torch {torch.__version__}, ranks on CPU.\n\n"
+        f"# Soak\n\n`python benchmarks/soak.py --steps {steps} --seed {seed}` on {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, ranks on CPU.\n\n"
         f"{steps} steps in {took_s:.0f} s, {soak.attempts} starts, {len(soak.segments)} changes of tasks or plan.\n"
         f"What happened: {counts or 'nothing'}. Ranks were started again {len(soak.recovered)} times.\n"
         f"Against the undisturbed run of the same schedule: {len(found)} tensors of weights, states and averages, "

@@ -9,6 +9,7 @@
 import os
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def workload_of(faults: Faults, tasks: tuple[str, ...] = TASKS) -> Workload:
 
     @workload.task("drawn", batch_size=BATCH, data=DataLoader(Pictures(), batch_size=None), probability=0.5)
     def drawn(batch: Batch) -> Tensor:
-        y: Tensor = head(batch["x"])
-        return (y - batch["y"]).abs().mean()
+        error: Tensor = head(batch["x"]) - batch["y"]
+        return error.abs().mean()
 
     return workload.only(tasks)
 
@@ -168,10 +169,10 @@ def evaluation_of(workload: Workload) -> spindle.Evaluation:
     evaluation = spindle.Evaluation(workload, ema=True)
     modules = {name: component.module for name, component in workload.components.items()}
 
-    @evaluation.task("held_out", batch_size=BATCH, data=[Pictures()[PASS_BATCHES + index] for index in range(4)])
+    @evaluation.task("held_out", batch_size=BATCH, data=list(islice(Texts(Faults(Path())), 4)))
     def held_out(batch: Batch) -> Tensor:
-        found = modules["head"](modules["trunk"](modules["scale"](batch["x"])))
-        return F.mse_loss(found, batch["y"])
+        y: Tensor = modules["trunk"](modules["words"](batch["ids"]))
+        return (y.mean(1) - 1.0).square().mean()
 
     return evaluation
 

@@ -229,7 +229,7 @@ class Worker:
             record = self._step(observe)
             self.counts.take(self._trained(self.batches.samples), self._trained(self.batches.tokens))
             took_s = time.perf_counter() - began
-            report.told.append(step_told(took_s, record.spans, self.batches.tokens, record.busy_s))
+            report.told.append(step_told(took_s, record, self.batches.tokens))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if (flight := self.transport.pulse.flight) is not None:

@@ -28,7 +28,7 @@ import torch
 from spindle.errors import LostRankError, PreemptedError, SpindleError
 
 FLIGHT, NOW, END = "flight", "now", "end.json"
-MAGIC, VERSION = b"SPNFLGHT", 1
+MAGIC, VERSION = b"SPNFLGHT", 2  # 1 counted steps from 0
 EVENTS = 512  # of a step with some dozens of instructions the last ten or so
 KEPT = 4  # records of attempts that ended badly
 

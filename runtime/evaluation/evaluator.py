@@ -171,6 +171,8 @@ class _Forward(Executor):
         for instruction in self.instructions:
             self.carry_out(instruction, spans, step + 1)
         self._end()
+        self.busy.taken()  # which nobody asks for
+        self.together.taken()
         return self.losses
 
 

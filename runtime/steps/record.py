@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spindle.runtime.programs.program import Instruction, Op, Program
+from spindle.runtime.steps.busy import Meeting
 from spindle.trace import Span, SpanKind
 
 _KIND_BY_OP = {
@@ -37,6 +38,7 @@ class StepRecord:
     skipped: str | None = None
     spans: list[Span] = field(default_factory=list)
     busy_s: dict[str, float] = field(default_factory=dict)  # by slice run
+    together_s: dict[Meeting, tuple[float, float]] = field(default_factory=dict)  # waited, and since the start
 
 
 def span_of(
