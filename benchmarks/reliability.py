@@ -202,7 +202,7 @@ def row_of_gone(launcher: Launcher, phase: str, folder: Path) -> Row:
     check_equal(run.weights, expected, fault)
     found_s, again_s = run.told_s[-1] - run.at_s, run.stepped_s[0] - run.at_s
     in_step = re.search(r"in step (\d+)", text)
-    lost = int(in_step[1]) - at if in_step else 0
+    lost = int(in_step[1]) - 1 - at if in_step else 0
     said = f"{named(text)}; {anew.partition(':')[0]}"
     return Row(launcher, GONE, phase, found_s, again_s, lost, said, left_behind(folder, memory))
 

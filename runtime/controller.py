@@ -25,6 +25,7 @@ from spindle.plan import Plan
 from spindle.runtime.checkpoints.changes import KEY, facts_of
 from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.evaluation.evaluator import merged_scores
+from spindle.runtime.faults.slow_links import SlowLinks
 from spindle.runtime.faults.stragglers import Stragglers
 from spindle.runtime.launch.torchrun import TorchrunWorkers, place_among_all, under_torchrun
 from spindle.runtime.launch.worker_group import ThreadWorkers, WorkerGroup
@@ -118,6 +119,7 @@ class Run:
         self.prepared, self.workers = prepared, workers
         self.drifted: set[str] = set()
         self.stragglers = Stragglers(prepared.program, prepared.plan)
+        self.slow_links = SlowLinks(prepared.plan)
         self._feeds: Mapping[str, Any] = {}  # where the data stand of tasks of earlier runs that this one may not have
         self._stepped = False
         with prepared.phases("first batches"):
@@ -146,8 +148,10 @@ class Run:
         return merge_losses(reports), reports
 
     def warn_of_stragglers(self, first_step: int, reports: Sequence[Report]) -> None:
-        """Of ranks that are slow for long, once some steps are done, of which the first is `first_step`."""
-        for sentence in self.stragglers.take(first_step, reports):
+        """Of ranks, and links between them, that are slow for long, once some steps are done, of which the first is
+        `first_step`.
+        """
+        for sentence in (*self.stragglers.take(first_step, reports), *self.slow_links.take(first_step, reports)):
             if self.workers.leads:
                 warnings.warn(sentence, SpindleWarning, stacklevel=4)
 

@@ -19,8 +19,8 @@ class Drift:
             self._sizes.setdefault(size.task, []).append(size)
 
     def look(self, task: str, step: int, batch: SampledBatch) -> None:
-        """Note whether the batch of a task lies outside. Fields that it lacks count as inside, and so does a last batch
-        that is not full.
+        """Note whether the batch of a task in a step, counted from 1, lies outside. Fields that it lacks count as
+        inside, and so does a last batch that is not full.
         """
         if task in self.found or task not in self._sizes:
             return

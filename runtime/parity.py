@@ -40,7 +40,7 @@ QUANTITIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityRow:
-    """One comparison of a quantity (QUANTITIES) in one step."""
+    """One comparison of a quantity (QUANTITIES) in one step, counted from 1."""
 
     quantity: str
     name: str
@@ -109,7 +109,8 @@ class ParityReport:
             f"  {row.quantity:9} step {row.step}  {row.max_abs_error:9.2e} {row.max_rel_error:9.2e}  {row.name}"
             for row in first
         ]
-        endless = [(n, t) for n, losses in enumerate(self.reference_losses) for t in losses if not isfinite(losses[t])]
+        losses = enumerate(self.reference_losses, 1)
+        endless = [(step, task) for step, own in losses for task in own if not isfinite(own[task])]
         lines += [
             f"  one process itself has no finite loss of {task!r} in step {step}; mend the task's data or loss first"
             for step, task in endless[:1]
@@ -219,15 +220,16 @@ def compare(reference: Outcome, planned: Outcome, *, tolerance: Tolerance) -> Pa
     momentum or weight decay moves a parameter with zeros. A state that only one side has is compared with zeros.
     """
     rows: list[ParityRow] = []
-    for step, (ours, theirs) in enumerate(zip(planned.losses, reference.losses, strict=True)):
+    for step, (ours, theirs) in enumerate(zip(planned.losses, reference.losses, strict=True), 1):
         for task, loss in theirs.items():
             got = torch.tensor(ours.get(task, float("nan")), dtype=torch.float64)
             expected = torch.tensor(loss, dtype=reference.loss_dtypes.get(task, torch.float64))
             rows.append(_row("loss", task, step, got, expected, tolerance))
-    for step, (held_by_rank, expected_by_rank) in enumerate(zip(planned.gradients, reference.gradients, strict=True)):
+    by_step = zip(planned.gradients, reference.gradients, strict=True)
+    for step, (held_by_rank, expected_by_rank) in enumerate(by_step, 1):
         (alone,) = expected_by_rank.values()
         rows += _gradient_rows(step, held_by_rank, alone, tolerance)
-    last = len(reference.losses) - 1
+    last = len(reference.losses)
     for name, value in planned.values.items():
         quantity = "buffer" if name in reference.buffers else "parameter"
         rows.append(_row(quantity, name, last, value, reference.values[name], tolerance))

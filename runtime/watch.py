@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ import torch
 
 from spindle.graph import base_task, num_micro_batches
 from spindle.metrics import Callback, EvaluationMetrics, StepMetrics
-from spindle.trace import Span, SpanKind
+from spindle.runtime.steps.busy import Meeting
+from spindle.runtime.steps.record import StepRecord
+from spindle.trace import SpanKind
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Prepared
@@ -36,14 +38,15 @@ class StepTold:
     shares_s: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     busy_s: dict[str, float] = field(default_factory=dict)  # that it computed, by slice run
+    together_s: dict[Meeting, tuple[float, float]] = field(default_factory=dict)  # see `Together.taken`
 
 
-def step_told(step_s: float, spans: Iterable[Span], tokens: Mapping[str, int], busy_s: Mapping[str, float]) -> StepTold:
-    """Add up the spans of one step."""
+def step_told(step_s: float, record: StepRecord, tokens: Mapping[str, int]) -> StepTold:
+    """Add up the spans of what a step left behind."""
     shares_s = dict.fromkeys(_SHARE_BY_KIND.values(), 0.0)
-    for span in spans:
+    for span in record.spans:
         shares_s[_SHARE_BY_KIND[span.kind]] += span.end_s - span.start_s
-    return StepTold(step_s, shares_s, dict(tokens), dict(busy_s))
+    return StepTold(step_s, shares_s, dict(tokens), dict(record.busy_s), dict(record.together_s))
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:

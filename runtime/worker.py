@@ -229,11 +229,11 @@ class Worker:
             record = self._step(observe)
             self.counts.take(self._trained(self.batches.samples), self._trained(self.batches.tokens))
             took_s = time.perf_counter() - began
-            report.told.append(step_told(took_s, record.spans, self.batches.tokens, record.busy_s))
+            report.told.append(step_told(took_s, record, self.batches.tokens))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if (flight := self.transport.pulse.flight) is not None:
-                flight.done(self.steps_done - 1, record.losses, record.grad_norm, self.transport.device)
+                flight.done(self.steps_done, record.losses, record.grad_norm, self.transport.device)
             if record.skipped is not None:
                 report.skipped[self.steps_done] = record.skipped
             if keep_spans:

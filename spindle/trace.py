@@ -35,7 +35,7 @@ class Span:
     metaop: str = ""
     wave: int = -1
     num_bytes: int = 0
-    step: int = 0
+    step: int = 0  # of a run, counted from 1; 0: predicted
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.end_s < self.start_s:
@@ -76,7 +76,7 @@ class Trace:
     @property
     def num_steps(self) -> int:
         """Steps that the trace covers."""
-        return max((span.step for span in self.spans), default=-1) + 1
+        return len({span.step for span in self.spans})
 
     def step_s(self, step: int = 0) -> float:
         """Seconds from the first to the last moment of one step."""

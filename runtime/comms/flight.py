@@ -28,13 +28,13 @@ import torch
 from spindle.errors import LostRankError, PreemptedError, SpindleError
 
 FLIGHT, NOW, END = "flight", "now", "end.json"
-MAGIC, VERSION = b"SPNFLGHT", 1
+MAGIC, VERSION = b"SPNFLGHT", 2  # 1 counted steps from 0
 EVENTS = 512  # of a step with some dozens of instructions the last ten or so
 KEPT = 4  # records of attempts that ended badly
 
 HEAD = struct.Struct("=8sIIIId64s")  # MAGIC, VERSION, rank, number of ranks, EVENTS, begun at, host
 STATE = struct.Struct("=QdBBB")  # number of events so far, last beat; whether it waits, beats, was told to end
-EVENT = struct.Struct("=dqdB103s")  # at, step (-1: none), number, kind, text
+EVENT = struct.Struct("=dqdB103s")  # at, step from 1 on (-1: none), number, kind, text
 STATE_AT, EVENTS_AT = 96, 128
 _BEAT_AT, _WAITS_AT = STATE_AT + 8, STATE_AT + 16
 _BEATS_AT, _STOPS_AT = _WAITS_AT + 1, _WAITS_AT + 2

@@ -39,8 +39,9 @@ SIZE = -(-(_FAILED_AT + 1) // 64) * 64
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Where a rank is: `at_s` seconds there, `silent_s` since its last beat. `waits`: for other ranks. `stops`: it was
-    told to end (SIGTERM). `failed`: its place is the error that ended it.
+    """Where a rank is: `at_s` seconds in a place of a step, counted from 1 (-1: of none), `silent_s` since its last
+    beat. `waits`: for other ranks. `stops`: it was told to end (SIGTERM). `failed`: its place is the error that ended
+    it.
     """
 
     place: str

@@ -169,8 +169,10 @@ class _Forward(Executor):
         self.reductions.begin(early=False)
         spans: list[Span] = []
         for instruction in self.instructions:
-            self.carry_out(instruction, spans, step)
+            self.carry_out(instruction, spans, step + 1)
         self._end()
+        self.busy.taken()  # which nobody asks for
+        self.together.taken()
         return self.losses
 
 

@@ -45,7 +45,7 @@ _MOST_S = 1e11  # since 1970
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of a rank. `at_s`: since 1970, by the clock of the rank's machine; `step` from 0, -1: of none."""
+    """One event of a rank. `at_s`: since 1970, by the clock of the rank's machine; `step` from 1, -1: of none."""
 
     at_s: float
     rank: int

@@ -105,6 +105,7 @@ class Attempts:
         repeats = self._stuck and _is_own(error) and str(error) == str(self.failed[-2])
         if repeats or len(self.failed) > self.failures.max_failures:
             raise self._first(repeats=repeats)
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # which hold the worker group that is gone
 
     def _first(self, *, repeats: bool) -> SpindleError:
         """The first failure, with what came of the others."""

@@ -124,7 +124,7 @@ class Replicas:
         """Compare now, after so many steps, unless it was done already. Raises ReplicaError."""
         if not self._every or self._equal == steps_done:
             return
-        self._transport.pulse.at("compare replicas", steps_done)
+        self._transport.pulse.at("compare replicas", steps_done + 1)
         held = self._held()
         own = [_mixed([self._sum(item, held) for item in each.items], self._device) for each in self._sets]
         table = self._of_all(torch.stack(own).unsqueeze(1))

@@ -81,7 +81,7 @@ class Stragglers:
 
     def _judged(self, last_step: int) -> list[str]:
         """A window is full."""
-        seconds = {key: _lower_quartile(held) for key, held in self._window.items() if len(held) >= FEWEST}
+        seconds = {key: lower_quartile(held) for key, held in self._window.items() if len(held) >= FEWEST}
         step_s = statistics.median(self._steps_s)
         self._window.clear()
         self._steps_s.clear()
@@ -186,7 +186,8 @@ def _share(run: SliceRun, rank: int) -> float:
     return 1.0 if run.varies else float(high - low)
 
 
-def _lower_quartile(values: Sequence[float]) -> float:
+def lower_quartile(values: Sequence[float]) -> float:
+    """Three of four values are at least as large."""
     return sorted(values)[len(values) // 4]
 
 

@@ -9,16 +9,20 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import cloudpickle
+from torch._C._distributed_c10d import TCPStore
 
 from spindle.errors import LostRankError, RunError, SpindleError
 from spindle.runtime.comms.pulse import SIZE, Heart, Lookout, Pulse
@@ -66,13 +70,16 @@ class ProcessWorkers:
         """Start a process for each rank spec and wait until all are ready; `worker` makes of each rank spec what serves
         calls. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
         """
-        self._store = serve_store(HOST)
+        store = serve_store(HOST)
+        self._store: TCPStore | None = store
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(specs)])
         self._pipes: list[Connection] = []
         self._children: list[RankProcess] = []
         self._timeout_s = timeout_s
         memory = context.RawArray(ctypes.c_ubyte, SIZE * len(specs))  # without a name: nothing of it is left behind
+        # ranks are killed in the end, and so cannot remove the sockets through which workers of loaders send tensors
+        self._sockets = tempfile.mkdtemp(prefix="", dir=get_temp_dir())
         self._pulses = [Pulse(memory, SIZE * rank) for rank in range(len(specs))]
         signs = [pulse.sign for pulse in self._pulses]
         self._lookout = Lookout(lambda: [sign() for sign in signs], timeout_s, moves=worker is Worker)
@@ -80,9 +87,9 @@ class ProcessWorkers:
             try:
                 for rank, (spec, left) in enumerate(light):
                     ours, theirs = context.Pipe()
-                    place = rank, len(specs), self._store.port
+                    place = rank, len(specs), store.port
                     payload = packed_spec(worker, spec, left)
-                    arguments = (theirs, payload, place, timeout_s, _start_method(), memory, lost_gpus)
+                    arguments = (theirs, payload, place, timeout_s, _start_method(), memory, lost_gpus, self._sockets)
                     child = RankProcess(target=_child, args=arguments, daemon=True, name=f"spindle-rank{rank}")
                     with _main_hidden():
                         child.start()
@@ -158,12 +165,16 @@ class ProcessWorkers:
         return self._lookout.blamed(waiting.values(), first) or error
 
     def close(self) -> None:
-        """See WorkerGroup."""
+        """See WorkerGroup. What is open goes at once, though an error that is kept may hold this group."""
         for child in self._children:
             child.kill()
             child.join(10.0)
+            if child.exitcode is not None:
+                child.close()
         for pipe in self._pipes:
             pipe.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._children, self._store = [], None
 
 
 def _needed(specs: Sequence[Any]) -> list[str]:
@@ -209,11 +220,13 @@ def _child(
     start_method: str,
     memory: Any,
     lost_gpus: frozenset[int],
+    sockets: str,
 ) -> None:
     """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it, and is
     told of SIGTERM, which schedulers send to all processes too.
 
-    `place`: the rank, how many there are, and the port of their store. `memory`: of the pulses of all.
+    `place`: the rank, how many there are, and the port of their store. `memory`: of the pulses of all. `sockets`:
+    a folder for those that multiprocessing makes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pulse = Pulse(memory, SIZE * place[0])
@@ -221,7 +234,7 @@ def _child(
     Heart(pulse)
     os.setpgid(0, 0)
     _end_with_parent()
-    _allow_children(pipe, start_method)
+    _allow_children(pipe, start_method, sockets)
     rank, num_ranks, port = place
     with _reported(pipe):
         phases = Phases()
@@ -245,11 +258,13 @@ def _child(
                 raise
 
 
-def _allow_children(pipe: Connection, start_method: str) -> None:
+def _allow_children(pipe: Connection, start_method: str, sockets: str) -> None:
     """Let loaders have worker processes, which a daemon may not. They close the pipe, so that the parent notices it at
     once when this process dies.
     """
-    multiprocessing.current_process().daemon = False
+    process = multiprocessing.current_process()
+    process.daemon = False
+    process._config["tempdir"] = sockets  # type: ignore[attr-defined]  # where `get_temp_dir` looks first
     multiprocessing.set_start_method(start_method, force=True)
     os.register_at_fork(after_in_child=pipe.close)
 

@@ -88,7 +88,7 @@ class Batches:
                 self.tokens[base] += sum(tokens_of(batch.fields) for batch in read[base])
                 self.samples[base] += sum(batch.units.num_samples for batch in read[base])
                 for batch in read[base]:
-                    self.drift.look(base, step, batch)
+                    self.drift.look(base, step + 1, batch)
                 if not number:
                     self._shares[base] = self._counted(base, read[base])
             batch = read[base][micro]
@@ -165,7 +165,7 @@ def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transpo
     """See that all ranks that loaded a task have a batch of the same shapes and call the same layers for their samples:
     they send each other pieces of it.
 
-    All ranks call it together. Raises WorkloadError that names two ranks.
+    All ranks call it together. `step`: counted from 1. Raises WorkloadError that names two ranks.
     """
     own = [digest for task in tasks for digest in (loaded[task].digests() if task in loaded else (0, 0))]
     sums = torch.tensor([[d > 0, d, d**2] for d in own], dtype=torch.float64, device=transport.device)

@@ -117,9 +117,14 @@ class LoadedBatch:
         if bounds not in self.parts:
             found = self.recordings.record(self, bounds)
             if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
-                raise WorkloadError(f"task {base_task(self.task)!r}, step {self.stream.step}: {OTHER_LAYERS}")
+                raise WorkloadError(f"{self.where}: {OTHER_LAYERS}")
             self.parts[bounds] = found
         return self.parts[bounds]
+
+    @property
+    def where(self) -> str:
+        """Task and step, counted from 1, for messages."""
+        return f"task {base_task(self.task)!r}, step {self.stream.step + 1}"
 
     @property
     def absent(self) -> frozenset[str]:
@@ -153,7 +158,7 @@ class Recordings:
         Raises WorkloadError that names the task and the step.
         """
         code = self.recipe.codes[loaded.task]
-        where = f"task {base_task(loaded.task)!r}, step {loaded.stream.step}"
+        where = loaded.where
         stream = Stream(
             seed=loaded.stream.seed,
             step=loaded.stream.step,
@@ -217,7 +222,7 @@ class Recordings:
         for fact in self._compared[key][2]:
             if not fact.is_alike(of_whole, of_part):
                 raise WorkloadError(
-                    f"task {base_task(loaded.task)!r}, step {loaded.stream.step}: {fact.told(of_whole, of_part)}; at "
+                    f"{loaded.where}: {fact.told(of_whole, of_part)}; at "
                     f"capture both were alike in all that was looked at, so nothing shows whether a device may use its "
                     f"own. {OTHER_FACT}"
                 )

@@ -33,7 +33,7 @@ from spindle.runtime.programs.program import (
     gradients,
 )
 from spindle.runtime.steps.batch_shards import BatchShard, cut, joined, shard_shape, summed
-from spindle.runtime.steps.busy import Busy
+from spindle.runtime.steps.busy import Busy, Together
 from spindle.runtime.steps.finite import NotFinite, agreed, broken_losses, not_finite, stopped
 from spindle.runtime.steps.flats import Flats
 from spindle.runtime.steps.gradient_flags import flags_from, flags_to, with_gradients
@@ -89,6 +89,7 @@ class Executor:
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
         self.rank, self.pulse, self.busy = transport.rank, transport.pulse, Busy(transport.device)
+        self.together = Together(transport.device)
         self.places: dict[Instruction, bytes] = {}
         self.state = StepState(program, self.rank, codes, momenta or {})
         self.writes = writes or {}
@@ -101,8 +102,8 @@ class Executor:
         self.weight_by_loss = {tensor: dict(program.weights)[task] for task, tensor in program.losses}
         self.task_by_loss = {tensor: task for task, tensor in program.losses}
         self.ready = ready_runs(program, self.rank, codes)
-        self.reductions = Reductions(program, store, transport)
-        self.flats = Flats(store.rows, transport)
+        self.reductions = Reductions(program, store, transport, self.together)
+        self.flats = Flats(store.rows, transport, self.together)
         self.maker = {name: run for run in program.slices for name in run.outputs}
         self.readers: dict[str, list[SliceRun]] = {name: [] for name in self.maker}
         for run in program.slices:
@@ -155,6 +156,7 @@ class Executor:
         losses = self.earlier = list[dict[str, Tensor]]()  # of the rounds so far
         self.stream = Stream(seed=seed, step=step, device=self.transport.device, portable=observe is not None)
         self.state.begin(rounds)
+        self.together.begin(step + 1)
         for left in reversed(range(rounds)):
             self.state.round = rounds - 1 - left
             self.first_batch = (rounds - 1 - left) * self.in_flight
@@ -162,12 +164,12 @@ class Executor:
             self.begin()
             self.reductions.begin(early=not left)
             for instruction in self.adding if left else self.instructions:
-                self.carry_out(instruction, record.spans, step)
+                self.carry_out(instruction, record.spans, step + 1)
             self._end()
             losses.append(self.losses)
         record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
         record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
-        record.skipped, record.busy_s = self.skipped, self.busy.taken()
+        record.skipped, record.busy_s, record.together_s = self.skipped, self.busy.taken(), self.together.taken()
         return record
 
     def begin(self) -> None:
@@ -180,7 +182,7 @@ class Executor:
         self.losses: dict[str, Tensor] = {}
 
     def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
-        """Perform one instruction, and add its span."""
+        """Perform one instruction, and add its span. `step`: counted from 1, as users read it."""
         start_s = time.perf_counter()
         target = instruction.target
         self.pulse.at(self._place(instruction), step, self.traffic.get(target, 0) or self.sizes.get(target, 0))
@@ -227,7 +229,7 @@ class Executor:
 
     def _agree(self, target: str) -> None:
         del target
-        check_alike([task for task, _ in self.program.losses], self.loaded, self.transport, self.stream.step)
+        check_alike([task for task, _ in self.program.losses], self.loaded, self.transport, self.stream.step + 1)
 
     def _bounds(self, run: SliceRun, rank: int) -> Bounds:
         """Samples that a rank holds in a run, in this step."""

@@ -7,6 +7,7 @@ gradients; the optimizer steps the parts of parameters that lie in it.
   a multiple of the ranks.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from spindle.graph import range_name
 from spindle.runtime.checkpoints.weights import Readable, put_parameters
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.programs.program import Flat, Program, SliceRun
+from spindle.runtime.steps.busy import Together
 from spindle.runtime.updates.masters import Numbers
 
 
@@ -180,8 +182,9 @@ def make_rows(
 class Flats:
     """What a rank does with its flats in a step."""
 
-    def __init__(self, rows: Mapping[str, Row], transport: Transport) -> None:
+    def __init__(self, rows: Mapping[str, Row], transport: Transport, together: Together | None = None) -> None:
         self.rows, self.transport = rows, transport
+        self._together = together or Together(transport.device)
         self._gathering: dict[str, Wait] = {}
         self._given: dict[str, Tensor] = {}
         self._summing: dict[str, tuple[Tensor, Tensor, Wait]] = {}
@@ -191,7 +194,9 @@ class Flats:
 
     def unshard(self, name: str) -> None:
         """Start to gather a flat."""
-        self._gathering[name] = self.rows[name].gather(self.transport)
+        row, begin = self.rows[name], functools.partial(self.rows[name].gather, self.transport)
+        num_bytes = row.whole.numel() * row.whole.itemsize
+        self._gathering[name] = self._together.timed(name, "all_gather", row.flat.ranks, num_bytes, begin)
 
     def wait(self, name: str) -> None:
         """Wait until a flat is there."""
@@ -214,7 +219,9 @@ class Flats:
             parameter.grad = None
         given = given.to(row.reduced)
         part = torch.empty_like(row.own, dtype=row.reduced)
-        self._summing[name] = given, part, self.transport.reduce_scatter(part, given, row.flat.ranks)
+        begin = functools.partial(self.transport.reduce_scatter, part, given, row.flat.ranks)
+        wait = self._together.timed(f"gradients of {name}", "reduce_scatter", row.flat.ranks, given.nbytes, begin)
+        self._summing[name] = given, part, wait
 
     def add(self, name: str) -> None:
         """Wait for the sum, and add it to those of earlier backwards."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spindle.runtime.programs.program import Instruction, Op, Program
+from spindle.runtime.steps.busy import Meeting
 from spindle.trace import Span, SpanKind
 
 _KIND_BY_OP = {
@@ -37,6 +38,7 @@ class StepRecord:
     skipped: str | None = None
     spans: list[Span] = field(default_factory=list)
     busy_s: dict[str, float] = field(default_factory=dict)  # by slice run
+    together_s: dict[Meeting, tuple[float, float]] = field(default_factory=dict)  # waited, and since the start
 
 
 def span_of(
@@ -49,8 +51,8 @@ def span_of(
     step: int,
     moved_bytes: int,
 ) -> Span:
-    """An instruction that a rank has carried out. `bucket_bytes`: of the buckets, flats and flags that the rank holds;
-    `moved_bytes`: what a transfer has sent and received here.
+    """An instruction that a rank has carried out in a step, counted from 1. `bucket_bytes`: of the buckets, flats and
+    flags that the rank holds; `moved_bytes`: what a transfer has sent and received here.
     """
     transfer = program.transfer_by_name.get(instruction.target)
     run = program.slice_by_name.get(transfer.target if transfer else instruction.target)

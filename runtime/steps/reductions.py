@@ -17,17 +17,22 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from spindle.cluster import Collective
 from spindle.errors import RunError
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.programs.program import Bucket, Flags, Instruction, Op, Program, SliceRun
+from spindle.runtime.steps.busy import Together
 from spindle.runtime.steps.store import ParameterStore
 
 
 class Reductions:
     """The reductions of one rank in a step."""
 
-    def __init__(self, program: Program, store: ParameterStore, transport: Transport) -> None:
+    def __init__(
+        self, program: Program, store: ParameterStore, transport: Transport, together: Together | None = None
+    ) -> None:
         self.program, self.store, self.transport = program, store, transport
+        self._together = together or Together(transport.device)
         self._completed = completed_buckets(program.instructions[transport.rank])
         self.begin(early=False)
 
@@ -86,12 +91,18 @@ class Reductions:
     def _post(self, bucket: Bucket | Flags) -> None:
         began_s, flat = time.perf_counter(), self.store.flag(bucket.name)
         sent = flat if isinstance(bucket, Flags) else flat.to(self.store.numbers.reduced(flat.dtype))
-        if isinstance(bucket, Flags) or bucket.owner is None:
-            wait = self.transport.all_reduce(sent, bucket.ranks)
-        else:
-            wait = self.transport.reduce(sent, bucket.ranks, bucket.owner)
+        wait = self._begun(bucket, sent)
         self._waits[bucket.name] = wait if sent is flat else functools.partial(_taken_over, wait, flat, sent)
         self._posted_s[bucket.name] = began_s, time.perf_counter()
+
+    def _begun(self, bucket: Bucket | Flags, sent: Tensor) -> Wait:
+        owner = None if isinstance(bucket, Flags) else bucket.owner
+        if owner is None:
+            begin = functools.partial(self.transport.all_reduce, sent, bucket.ranks)
+        else:
+            begin = functools.partial(self.transport.reduce, sent, bucket.ranks, owner)
+        operation: Collective = "all_reduce" if owner is None else "reduce"
+        return self._together.timed(bucket.name, operation, bucket.ranks, sent.nbytes, begin)
 
     def __contains__(self, name: str) -> bool:
         return name in self._waits

@@ -389,7 +389,7 @@ def test_images_that_do_not_fit_their_words_are_refused() -> None:
         capture(_joining([_filled((4, 1, 1, 2), x(2, 5))]))
     later = _joining([_filled((2, 2, 2, 2), x(2, 5)), _filled((1, 1, 1, 1), x(2, 5))])
     plan = widest_plan(spindle.make_metagraph(later), 2)
-    with pytest.raises(SpindleError, match=r"step 1 .*masked_scatter has [24] places for [48] values"):
+    with pytest.raises(SpindleError, match=r"step 2 .*masked_scatter has [24] places for [48] values"):
         spindle.verify(later, plan, launcher="threads")
 
 

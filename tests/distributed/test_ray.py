@@ -51,7 +51,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_traceback(tmp_path: Path) ->
     workload = fragile_workload(tmp_path / "break")
     plan = widest_plan(spindle.make_metagraph(workload), 2)
     (tmp_path / "break").touch()
-    with pytest.raises(RunError, match=r"rank \d, LOAD task: task 'task', step 0 .*: too hot") as caught:
+    with pytest.raises(RunError, match=r"rank \d, LOAD task: task 'task', step 1 .*: too hot") as caught:
         spindle.train(workload, plan, optimizer=sgd, steps=3, launcher="ray", timeout_s=30.0)
     assert "faulty.py" in str(caught.value)
     assert "Traceback (most recent call last)" in caught.value.__notes__[0]

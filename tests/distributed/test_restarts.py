@@ -115,7 +115,7 @@ def test_an_actor_that_is_killed_leaves_a_record(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="rank 1 on node"):
         trained(fault, launcher="ray", timeout_s=30.0, checkpoints=tmp_path / "c")
     told = sentences(read_flight(tmp_path / "c"))
-    words = r"stopped first: so the driver found\. It was in step 3, wave 0, FORWARD s0 \(t\.first\.0\), for \d"
+    words = r"stopped first: so the driver found\. It was in step 4, wave 0, FORWARD s0 \(t\.first\.0\), for \d"
     assert re.search(rf"^Rank 1 \(.*\) {words}", told[1]), told
 
 

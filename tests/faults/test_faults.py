@@ -116,7 +116,7 @@ def test_a_task_that_raises(launcher: Launcher, tmp_path: Path) -> None:
     error = failure(workload, launcher)
     assert type(error) is RunError
     first, second = str(error).splitlines()
-    assert re.fullmatch(r"rank \d, LOAD t: task 't', step 0 raised ValueError: too cold", first)
+    assert re.fullmatch(r"rank \d, LOAD t: task 't', step 1 raised ValueError: too cold", first)
     assert re.fullmatch(r'.*test_faults\.py:\d+ in task: raise ValueError\("too cold"\)', second)
     (note,) = error.__notes__
     assert note.startswith("Traceback (most recent call last):")
@@ -147,9 +147,9 @@ def test_a_loader_that_gives_something_else(last: object, words: str) -> None:
 @pytest.mark.parametrize(
     ("last", "where", "words"),
     [
-        ({"y": torch.zeros(4, 4)}, "LOAD t: task 't', step 2", "raised KeyError: 'x'"),
-        ({"x": [1.0, 2.0]}, "LOAD t: task 't', step 2", "raised TypeError: layer_norm(): argument 'input'"),
-        ({"x": torch.zeros(4, 6)}, "LOAD t: task 't', step 2", "raised RuntimeError: Given normalized_shape=[4]"),
+        ({"y": torch.zeros(4, 4)}, "LOAD t: task 't', step 3", "raised KeyError: 'x'"),
+        ({"x": [1.0, 2.0]}, "LOAD t: task 't', step 3", "raised TypeError: layer_norm(): argument 'input'"),
+        ({"x": torch.zeros(4, 6)}, "LOAD t: task 't', step 3", "raised RuntimeError: Given normalized_shape=[4]"),
         ({"x": torch.zeros(4, 4, dtype=torch.float64)}, "wave 0, FORWARD s0", "raised RuntimeError: mixed dtype"),
     ],
     ids=["field missing", "no tensor", "shape", "dtype"],
@@ -219,7 +219,7 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     error = failure(breaking_block(Killed, tmp_path / "flag"), "processes")
     assert type(error) is LostRankError
     assert str(error) == (
-        "rank 0 died (exit code -9) in step 0, wave 0, FORWARD s0 (t.net.0): killed, as a machine out of memory does. "
+        "rank 0 died (exit code -9) in step 1, wave 0, FORWARD s0 (t.net.0): killed, as a machine out of memory does. "
         "The run ended"
     )
 
@@ -229,7 +229,7 @@ def test_a_worker_that_exits(tmp_path: Path) -> None:
     """One rank of two leaves in the middle of a step: it is named, not the one that then lost its peer."""
     error = failure(breaking_block(Exiting, tmp_path / "flag"), "processes")
     assert type(error) is LostRankError
-    assert str(error).startswith("rank 0 died (exit code 7) in step 0, wave 0, FORWARD s0 (t.net.0). The run ended")
+    assert str(error).startswith("rank 0 died (exit code 7) in step 1, wave 0, FORWARD s0 (t.net.0). The run ended")
 
 
 @both
@@ -238,7 +238,7 @@ def test_a_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
     error = failure(breaking_block(Stalling, tmp_path / "flag"), launcher, timeout_s=TIMEOUT_S)
     assert type(error) is LostRankError
     assert re.match(
-        r"rank 0 hangs in step 0, wave 0, FORWARD s0 \(t\.net\.0\), for \d\.\d s now; rank 1 waited for it in step 0, ",
+        r"rank 0 hangs in step 1, wave 0, FORWARD s0 \(t\.net\.0\), for \d\.\d s now; rank 1 waited for it in step 1, ",
         str(error),
     )
     assert not RELEASE.is_set()
@@ -248,7 +248,7 @@ def test_a_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
 def test_a_lone_worker_that_stalls(launcher: Launcher, tmp_path: Path) -> None:
     """No other rank waits for it, so the driver does not for ever."""
     error = failure(breaking_block(Stalling, tmp_path / "flag"), launcher, num_ranks=1, timeout_s=TIMEOUT_S)
-    assert str(error).startswith("rank 0 hangs in step 0, wave 0, FORWARD s0 (t.net.0), for ")
+    assert str(error).startswith("rank 0 hangs in step 1, wave 0, FORWARD s0 (t.net.0), for ")
 
 
 def test_a_loader_that_stalls() -> None:
@@ -303,7 +303,7 @@ def test_loaders_that_disagree_later_on() -> None:
     error = failure(workload_of(other_in_the_end), "threads")
     assert type(error) is WorkloadError
     words = (
-        r"rank \d, AGREE \(with all ranks\): task 't', step 2: ranks 0 and 1 read batches of different shapes or rows; "
+        r"rank \d, AGREE \(with all ranks\): task 't', step 3: ranks 0 and 1 read batches of different shapes or rows; "
     )
     assert re.match(words, str(error))
     assert "every pass over its data must give the same batches in every process" in str(error)

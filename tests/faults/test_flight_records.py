@@ -11,7 +11,7 @@ from spindle.runtime.faults.flight_report import first_stopped, read_flight, row
 from tests.faults.injected import RELEASE, Fault, trained
 from tests.faults.recovering import PATIENCE_S
 
-STEP_3 = r"step 3, wave 0, FORWARD s0 \(t\.first\.0\)"
+STEP_4 = r"step 4, wave 0, FORWARD s0 \(t\.first\.0\)"
 
 
 def told_of(folder: Path) -> list[str]:
@@ -34,8 +34,8 @@ def test_the_rank_that_failed_stopped_first(kind: str, tmp_path: Path) -> None:
     assert caught.value.flight == tmp_path / "c"
     told = told_of(tmp_path / "c")
     assert re.search(r"^The run ended at 20.*: rank 1.*", told[0])
-    assert re.search(rf"^Rank 1 \(.*\) stopped first: .*\. It was in {STEP_3}, for \d", told[1]), told
-    assert re.search(r"^Rank 0 was waiting for other ranks in step 3, ", told[2]), told
+    assert re.search(rf"^Rank 1 \(.*\) stopped first: .*\. It was in {STEP_4}, for \d", told[1]), told
+    assert re.search(r"^Rank 0 was waiting for other ranks in step 4, ", told[2]), told
 
 
 def test_a_rank_that_raises_in_a_thread(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_code_between_layers_that_asks_something_of_a_batch(fact: str, num_ranks
 def test_what_nothing_has_shown_is_refused_in_the_step_where_it_differs(fact: str) -> None:
     """The first step is right; the second names the task, the step, the line and both answers."""
     forward, sentence = REFUSED[fact]
-    with pytest.raises(WorkloadError, match=f"task 'task', step 1: .*{sentence}.*Compute it in the loader"):
+    with pytest.raises(WorkloadError, match=f"task 'task', step 2: .*{sentence}.*Compute it in the loader"):
         planned(simple(forward), 2)
 
 

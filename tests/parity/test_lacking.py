@@ -161,7 +161,7 @@ def test_a_list_that_begins_with_such_a_batch_is_taken_from_the_fullest() -> Non
 
 def test_a_loader_that_begins_with_such_a_batch_is_refused_later() -> None:
     """Its field is unknown then, and no rows= show that others have images."""
-    with pytest.raises(WorkloadError, match=r"step 1: calls vision\.0 \(line \d+ of .*\) once, but not at all"):
+    with pytest.raises(WorkloadError, match=r"step 2: calls vision\.0 \(line \d+ of .*\) once, but not at all"):
         verified(workload(branched, order=(1, 0, 2)))
 
 
@@ -229,7 +229,7 @@ def test_parts_that_call_other_layers_end_the_run_in_a_sentence() -> None:
     parts.workload.tasks.clear()
     data = [batches("missing")[0], text]
     parts.workload.task("see", batch_size=4, data=lambda: data, rows=rows)(lambda batch: by_value(batch, parts))
-    with pytest.raises(WorkloadError, match=r"task 'see', step 1: for some samples .* calls other layers than for others"):
+    with pytest.raises(WorkloadError, match=r"task 'see', step 2: for some samples .* other layers than for others"):
         verified(parts)
 
 

@@ -381,7 +381,7 @@ def test_code_between_layers_that_branches_on_a_flag_is_refused_with_the_line(fi
 
         return workload
 
-    with pytest.raises(spindle.SpindleError, match=r"step 3: .*line \d+ of test_state.py.*torch.where.*layers="):
+    with pytest.raises(spindle.SpindleError, match=r"step 4: .*line \d+ of test_state.py.*torch.where.*layers="):
         spindle.train(make([]), optimizer=sgd, steps=4, launcher="threads")
     follows(lambda: make("layers"), 2, 1, steps=4)
 

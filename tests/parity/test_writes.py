@@ -571,7 +571,7 @@ def test_a_momentum_that_follows_a_schedule_is_refused() -> None:
     spindle.make_metagraph(workload)
     momentum[0] = 0.95
     words = (
-        r"task 't', step 0: it writes to parameter 'frozen.0.linear.weight' in another way than when it was captured"
+        r"task 't', step 1: it writes to parameter 'frozen.0.linear.weight' in another way than when it was captured"
     )
     with pytest.raises(spindle.SpindleError, match=words):
         spindle.train(workload, optimizer=sgd, steps=1, launcher="threads")

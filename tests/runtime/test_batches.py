@@ -66,7 +66,7 @@ def test_steps_recorded_ahead_are_exact(ahead: Counter[str], accumulate: int, in
 
 
 def test_a_batch_that_cannot_be_recorded_is_told_in_its_own_step(ahead: Counter[str]) -> None:
-    """Looked at in step 0, it fails in step 1, with the words and the place that it has without looking ahead."""
+    """Looked at in step 1, it fails in step 2, with the words and the place that it has without looking ahead."""
     workload = spindle.Workload("w")
     body = workload.component("body", torch.nn.Linear(3, 2))
 
@@ -77,7 +77,7 @@ def test_a_batch_that_cannot_be_recorded_is_told_in_its_own_step(ahead: Counter[
 
     plan = spindle.make_plan(workload, "1x1:cpu")
     losses: list[int] = []
-    with pytest.raises(spindle.SpindleError, match="task 't', step 1"):
+    with pytest.raises(spindle.SpindleError, match="task 't', step 2"):
         spindle.train(
             workload,
             plan,

@@ -72,4 +72,4 @@ def test_a_run_says_once_when_a_batch_leaves_the_sizes_of_its_plan(launcher: Any
         spindle.train(later, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.01), steps=4, launcher=launcher)
     found = [str(w.message) for w in caught if issubclass(w.category, SpindleWarning)]
     assert [line.partition(",")[0] for line in found] == ["task 'read'"]
-    assert "step 2: the batch has 120 entries of 'ids'" in found[0]
+    assert "step 3: the batch has 120 entries of 'ids'" in found[0]
