@@ -170,14 +170,15 @@ class Looker:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
         trials += self._lacking_ways(batches[0], trials[0].parts[0].bounds, prober)
-        whole = self._record(batches[0], (0, batches[0].units.num_samples))
+        every = (0, batches[0].units.num_samples)
+        whole = self._record(batches[0], every)
         self._refuse_chance(batches[0], few[0][0], whole)
         self._warn_of_attention(whole)
         self._warn_of_caches(batches[0])
         return Seen(
             batch=batches[0],
             whole=whole,
-            few=self._record(batches[0], few[0][0]),
+            few=whole if few[0][0] == every else self._record(batches[0], few[0][0]),
             few_bounds=few[0][0],
             findings=findings,
             sites=sites,
@@ -241,18 +242,23 @@ class Looker:
         """
         known = {key for trial in trials for key in _keys(trial.whole.wired)}
         found: list[Trial] = []
+        recorded = {part.bounds: part for part in trials[0].parts}
         singles = [(i, i + 1) for i in range(min(PROBE_SAMPLES, batch.units.num_samples))]
-        for bounds in dict.fromkeys([part.bounds for part in trials[0].parts] + singles):
-            trial = self._other_way(batch, bounds, known)
+        for bounds in dict.fromkeys([*recorded, *singles]):
+            trial = self._other_way(batch, bounds, known, recorded.get(bounds))
             if trial is not None:
                 known |= _keys(trial.whole.wired)
                 found.append(trial)
         return found
 
-    def _other_way(self, batch: SampledBatch, bounds: Bounds, known: Set[object]) -> Trial | None:
-        """A trial of these samples twice, if the task can take them alone, and runs code that is not known."""
+    def _other_way(
+        self, batch: SampledBatch, bounds: Bounds, known: Set[object], part: Part | None = None
+    ) -> Trial | None:
+        """A trial of these samples twice, if the task can take them alone, and runs code that is not known. `part`: of
+        these samples, where it has been recorded.
+        """
         try:
-            if _keys(self._part(batch, bounds).wired) <= known:
+            if _keys((part or self._part(batch, bounds)).wired) <= known:
                 return None
             doubled = twice(batch, bounds)
             half = doubled.units.num_samples // 2
