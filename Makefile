@@ -14,7 +14,7 @@ demo: $(STAMP)  ## the main job: plan, train in waves on Ray, verify, timeline
 
 test: $(STAMP)  ## all tests, on two cores; those that start Ray last
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not ray"
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m ray
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m ray tests/distributed
 
 newest:  ## a quick part of the tests with the newest release of every dependency, in a venv of its own
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)

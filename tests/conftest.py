@@ -4,6 +4,10 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Two workers on two cores: threads of torch's would wait for each other. Set before torch is imported; processes that
+# tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # MKL's products differ in the last bit with the alignment of their operands, unless it is told otherwise before its
 # first call. Tests that compare two runs bit for bit ask for the same operations, not for the same addresses.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -73,7 +73,8 @@ class ProcessWorkers:
         store = serve_store(HOST)
         self._store: TCPStore | None = store
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "spindle.runtime.launch.processes", *_needed(specs)])
+        # torch._dynamo: the first optimizer of a process imports it, which takes a second
+        context.set_forkserver_preload(["torch", "torch._dynamo", "spindle.runtime.launch.processes", *_needed(specs)])
         self._pipes: list[Connection] = []
         self._children: list[RankProcess] = []
         self._timeout_s = timeout_s

@@ -422,5 +422,6 @@ def _draws_nothing(what: str) -> Iterator[None]:
         raise _Draws(what)
 
 
-def _states() -> tuple[bytes, str, str]:
-    return torch.get_rng_state().numpy().tobytes(), repr(random.getstate()), repr(np.random.get_state())
+def _states() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), *rest

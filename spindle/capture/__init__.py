@@ -33,6 +33,7 @@ from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import TaskGraph
 from spindle.record.copies import attributes_kept, values_kept
+from spindle.record.patches import watchable_modules
 from spindle.record.skeleton import BlockInfo, Skeleton
 from spindle.workload import Workload
 
@@ -104,7 +105,8 @@ def _capture(workload: Workload, on_task: Callable[[str], object], changing: fro
     settled: set[str] = set()
     while True:
         try:
-            return _captured(workload, on_task, whole, apart, settled, changing)
+            with watchable_modules():
+                return _captured(workload, on_task, whole, apart, settled, changing)
         except Unsettled:
             continue
         except TakeApart as taken:

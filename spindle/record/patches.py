@@ -64,6 +64,13 @@ def plain_modules() -> Iterator[None]:
         _PLAINLY.reset(token)
 
 
+def watchable_modules() -> contextlib.AbstractContextManager[None]:
+    """While open, `watched_modules` is quick: a change of nn.Module makes Python forget what it knows of the attributes
+    of all its subclasses, which takes milliseconds where transformers is loaded.
+    """
+    return _WRITES
+
+
 @contextlib.contextmanager
 def watched_modules(watch: Watch) -> Iterator[None]:
     """While open, `watch` is told of attributes of modules that are set."""
@@ -200,6 +207,10 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: Recorder, given: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder, self.given, self.others = recorder, given, False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Note and go on."""

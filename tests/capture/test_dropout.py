@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +17,7 @@ from spindle.errors import SpindleWarning, WorkloadError
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
+from tests.drawn import SEEDS, drawn
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, WIDTH, floats, tokens
 
@@ -94,13 +93,7 @@ def compared(workload: spindle.Workload, plan: spindle.Plan, *, steps: int = 2, 
     return parity.compare(reference, planned, tolerance=EXACT)
 
 
-@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    rate=st.sampled_from([0.1, 0.3, 0.5]),
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    recompute=st.booleans(),
-)
+@drawn(3, rate=[0.1, 0.3, 0.5], num_ranks=range(1, 5), seed=SEEDS, recompute=(False, True))
 def test_dropout_is_exact_under_every_plan(rate: float, num_ranks: int, seed: int, recompute: bool) -> None:
     """Losses, gradients and updates are those of one process to 1e-10, however the batch is cut, also computed anew."""
     workload = built(rate, recompute=recompute)

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
+from tests.drawn import SEEDS, drawn
 from tests.parity.stateful import WIDTH, Make, batches, follows, stack, tasks_on
 from tests.parity.stateful_layers import Normed, Queued
 
-few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
 Code = Callable[[nn.Module, Tensor], Tensor]
 
@@ -66,8 +64,7 @@ def of(code: Code, size: int = 12) -> Make:
 
 @quiet
 @pytest.mark.parametrize("code", [_in_threes, _viewed, _divides, _raises])
-@few
-@given(seed=st.integers(0, 10**6))
+@drawn(1, seed=SEEDS)
 def test_other_numbers_of_samples_are_tried(code: Code, seed: int) -> None:
     """Those that divide the batch."""
     follows(of(code), 2, seed)
@@ -85,8 +82,7 @@ class Keys(Queued):
 
 
 @quiet
-@few
-@given(num_ranks=st.integers(2, 3), seed=st.integers(0, 10**6), glue=st.booleans())
+@drawn(1, num_ranks=range(2, 4), seed=SEEDS, glue=(False, True))
 def test_a_queue_that_the_batch_must_divide(num_ranks: int, seed: int, glue: bool) -> None:
     def make() -> spindle.Workload:
         workload = spindle.Workload("queue")

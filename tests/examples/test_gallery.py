@@ -1,4 +1,7 @@
-"""The examples of docs/examples, each run at its own small size: plans, parity on two ranks, and losses that fall."""
+"""The examples of docs/examples, each run at its own small size: plans, parity on two ranks, and losses that fall.
+
+What the commands of the gallery's pages do stands in tests/whole_repo/test_docs.py, parity by `spindle verify` with it.
+"""
 
 import functools
 import re
@@ -24,40 +27,29 @@ SEARCH_S = 1.0
 Optimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-@functools.cache
-def built(name: str) -> tuple[spindle.Workload, Optimizer]:
-    """An example and its optimizer: AdamW at 1e-3, as on the command line, where it names none."""
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_keep_every_rule_and_every_task_learns(name: str) -> None:
+    """Plans for two and for four devices; in eight steps on two each task's loss falls: the later half of its steps is
+    below the earlier half. AdamW at 1e-3, as on the command line, where the example names no optimizer.
+    """
     workload, module = load_workload(str(EXAMPLES / name / "model.py"))
-    return workload, getattr(module, "optimizer", functools.partial(torch.optim.AdamW, lr=1e-3))
-
-
-def plan_of(name: str, num_devices: int) -> spindle.Plan:
-    return spindle.make_plan(built(name)[0], f"1x{num_devices}:cpu", time_limit_s=SEARCH_S)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_plans_keep_every_rule(name: str) -> None:
-    """On two and on four devices."""
-    for num_devices in (2, 4):
-        check_plan(plan_of(name, num_devices))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_agree_with_one_process(name: str) -> None:
-    """Losses, gradients and updates of two steps."""
-    report = spindle.verify(built(name)[0], plan_of(name, 2), launcher="threads")
-    assert report.ok, str(report)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_task_learns(name: str) -> None:
-    """In eight steps each task's loss falls: the later half of its steps is below the earlier half."""
-    workload, optimizer = built(name)
-    result = spindle.train(workload, plan_of(name, 2), optimizer=optimizer, steps=8, launcher="threads")
+    optimizer: Optimizer = getattr(module, "optimizer", functools.partial(torch.optim.AdamW, lr=1e-3))
+    plans = [spindle.make_plan(workload, f"1x{number}:cpu", time_limit_s=SEARCH_S) for number in (2, 4)]
+    for plan in plans:
+        check_plan(plan)
+    result = spindle.train(workload, plans[0], optimizer=optimizer, steps=8, launcher="threads")
     for task in workload.tasks:
         losses = [step[task] for step in result.losses if task in step]
         half = len(losses) // 2
         assert sum(losses[-half:]) < sum(losses[:half]), f"{task}: {losses}"
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_page_verifies_its_example(name: str) -> None:
+    """Parity of two ranks with one process is a command of each page, which tests/whole_repo/test_docs.py runs."""
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert f"spindle plan docs/examples/{name}/model.py:workload --cluster 1x2:cpu" in page
+    assert f"spindle verify docs/examples/{name}/model.py:workload --plan plan.json --launcher threads\n" in page
 
 
 @pytest.mark.parametrize("name", SHOWN)

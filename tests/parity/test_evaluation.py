@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
@@ -16,13 +14,13 @@ from spindle.errors import PlanError
 from spindle.metrics import Callback, EvaluationMetrics, Scores, StepMetrics
 from spindle.runtime.controller import Launcher, prepare
 from spindle.runtime.evaluation.prepare import prepare_beside
+from tests.drawn import SEEDS, drawn
 from tests.parity.test_tensor_parallel import workload as spread
 from tests.plain_loops import WIDTH, Block, tower
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import floats
 
 Batch = dict[str, Tensor]
-few = settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 class Stateful(Block):
@@ -200,8 +198,7 @@ class Told(Callback):
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
-@few
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_scores_beside_training_are_those_of_one_process(num_ranks: int, seed: int) -> None:
     """With the weights of the step, whatever plan trains them; the modules' own modes come back."""
     made = towers()
@@ -214,8 +211,7 @@ def test_scores_beside_training_are_those_of_one_process(num_ranks: int, seed: i
     assert modes == [m.training for c in made.components.values() for m in c.module.modules()]
 
 
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
-@few
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_layers_with_states_are_evaluated_as_they_stand(num_ranks: int, seed: int) -> None:
     """Running statistics and counters of the step are used, dropout is off. The counter begins each pass where training
     has left it: in one process it goes on from batch to batch of one task, and so it does here.
@@ -260,8 +256,7 @@ def test_what_training_cuts_where_it_mixes_samples_is_evaluated_whole(num_ranks:
 
 
 @pytest.mark.parametrize("kind", [Block, Stateful])
-@given(num_ranks=st.integers(1, 3), seed=st.integers(0, 10**6))
-@few
+@drawn(2, num_ranks=range(1, 4), seed=SEEDS)
 def test_training_does_not_see_an_evaluation(kind: type[nn.Module], num_ranks: int, seed: int) -> None:
     """Losses, weights, buffers, random numbers and the order of data are bit-equal with and without."""
     found = []
@@ -298,8 +293,7 @@ def test_sharded_parameters_are_gathered_for_an_evaluation() -> None:
     assert_scores(result.scores[4], by_hand(made))
 
 
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
-@few
+@drawn(2, num_ranks=range(2, 5), seed=SEEDS)
 def test_tensor_parallel_layers_are_evaluated_as_they_are_cut(num_ranks: int, seed: int) -> None:
     """In the layout that a run of the training has them in; a batch of one sample too."""
     made = spread()

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
 from spindle.capture import capture
 from spindle.errors import WorkloadError
 from spindle.runtime.controller import prepare
+from tests.drawn import SEEDS, drawn
 from tests.plain_loops import WIDTH, Block, rows, tower
 from tests.random_plans import random_plan
 
@@ -57,8 +56,7 @@ def taught(kind: type[nn.Module] = Block, weight: float = 0.0, **options: object
 
 
 @pytest.mark.parametrize("kind", [Block, Counting])
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
-@settings(max_examples=5, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_a_task_of_weight_0_gives_nothing_a_gradient(kind: type[nn.Module], num_ranks: int, seed: int) -> None:
     """All else that a step changes, running statistics too, is as in one process, and its loss is told."""
     made = taught(kind)

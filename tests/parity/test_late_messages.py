@@ -7,28 +7,25 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 import spindle
 from spindle.runtime.comms.transport import Post, Wait
 from spindle.runtime.steps import reductions
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.reductions import Reductions
+from tests.drawn import SEEDS, drawn
 from tests.late_transport import LateTransport, late
 from tests.parity.stateful import planned, stack, tasks_on
 from tests.parity.stateful_layers import LAYERS
 from tests.parity.test_parity import built, report_of
 from tests.random_plans import random_plan
 
-few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 SIZES = (1, 2**10, 25 * 2**20)  # bytes of a bucket
 Plant = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 @pytest.mark.parametrize("family", ["two_towers", "encoder_decoder"])
-@few
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS)
 def test_families(family: str, num_ranks: int, seed: int) -> None:
     workload, _ = built(family, torch.float64)
     plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed)
@@ -69,8 +66,7 @@ def change_nothing(setting: str, num_ranks: int, seed: int, plant: Plant = conte
 
 @pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
 @pytest.mark.parametrize("setting", SETTINGS)
-@few
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS)
 def test_settings(setting: str, num_ranks: int, seed: int) -> None:
     change_nothing(setting, num_ranks, seed)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,12 +18,12 @@ from spindle.mixtures import Mixture
 from spindle.plan import Plan
 from spindle.presence import Presence, task_sets
 from spindle.stages import Stage, train_stages
+from tests.drawn import SEEDS, drawn
 from tests.plain_loops import WIDTH, tower
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import floats
 
 Batch = dict[str, Tensor]
-few = settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 NAMES = ("web", "books", "code")
 
 
@@ -111,8 +111,7 @@ def test_a_plan_knows_how_often_each_set_of_tasks_comes() -> None:
     assert sum(each.share for each in found) == pytest.approx(1)
 
 
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
-@few
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_a_mixture_trains_as_one_process(num_ranks: int, seed: int) -> None:
     made = trunks()
     made.mixture({"web": 5.0, "books": 1.0, "code": 1.0}, temperature=2.0, tasks_per_step=2)
@@ -205,8 +204,7 @@ def by_hand(made: spindle.Workload, steps: int) -> dict[str, Tensor]:
     return values(made)
 
 
-@given(num_ranks=st.integers(1, 3), seed=st.integers(0, 10**6), stops=st.sampled_from([None, 2, 3, 4, 6]))
-@few
+@drawn(2, num_ranks=range(1, 4), seed=SEEDS, stops=[None, 2, 3, 4, 6])
 def test_stages_are_one_training(
     tmp_path_factory: pytest.TempPathFactory, num_ranks: int, seed: int, stops: int | None
 ) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
@@ -26,6 +24,7 @@ from spindle.runtime.updates.optimizers import (
     without_parameters,
 )
 from spindle.runtime.updates.schedules import SplitSchedule, make_schedule, step_schedule
+from tests.drawn import SEEDS, drawn
 from tests.parity.test_tensor_parallel import workload as cut_towers
 from tests.random_plans import random_plan, widest_plan
 
@@ -154,13 +153,8 @@ def test_every_optimizer_steps_as_in_one_process(kind: str) -> None:
     assert kind in ("SGD", "Muon on matrices") or "state" in {row.quantity for row in report.rows}
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    groups=st.sampled_from(sorted(GROUPED)),
-    schedule=st.sampled_from(sorted(SCHEDULES)),
-    own=st.sampled_from([None, {"lr": 0.02}]),
-    sharded=st.booleans(),
-    seed=st.integers(0, 10**6),
+@drawn(
+    4, groups=sorted(GROUPED), schedule=sorted(SCHEDULES), own=[None, {"lr": 0.02}], sharded=(False, True), seed=SEEDS
 )
 def test_groups_and_schedules_are_those_of_one_process(
     groups: str, schedule: str, own: Mapping[str, float] | None, sharded: bool, seed: int

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import spindle
@@ -16,6 +14,7 @@ from spindle.runtime.parity import ParityReport, Tolerance
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.reference import Outcome
 from spindle.workload import Workload
+from tests.drawn import SEEDS, drawn
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import FAMILIES
 
@@ -44,8 +43,7 @@ def report_of(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking plans takes minutes
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
+@drawn(4, num_ranks=range(1, 5), seed=SEEDS)
 def test_random_plans_are_exact_in_float64(family: str, num_ranks: int, seed: int) -> None:
     """Any valid plan on 1 to 4 ranks agrees with one process to 1e-10, whatever the buckets of its reductions hold."""
     workload, _ = built(family, torch.float64)

@@ -29,7 +29,7 @@ from spindle.workload import Batch, Workload
 from tests.ragged_tasks import Case, Stack, TaskCase, TowerCase, plan_of, random_case, verdict_of, workload_of
 from tests.random_plans import random_plan
 
-EXAMPLES = int(os.environ.get("SPINDLE_RAGGED_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("SPINDLE_RAGGED_EXAMPLES", "12"))
 PARTS = 4  # so that none takes as long as a test that hangs
 
 

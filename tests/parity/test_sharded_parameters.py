@@ -10,8 +10,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
@@ -27,6 +25,7 @@ from spindle.runtime.reference import Outcome, restored
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.flats import Flats, Row
 from spindle.trace import Span
+from tests.drawn import SEEDS, drawn
 from tests.late_transport import late
 from tests.parity.test_tensor_parallel import EXACT, compared, halving, language, momentum, next_word, spread
 from tests.parity.test_tensor_parallel import FEATURES as CUT_FEATURES
@@ -34,8 +33,6 @@ from tests.parity.test_tensor_parallel import workload as encoder_and_language
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, Residual, floats, tokens
 
-few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-ranks_and_seed = given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
 BOTH = ("encoder", "lm")
 
 
@@ -78,8 +75,7 @@ def planned(made: spindle.Workload, num_ranks: int, seed: int, names: tuple[str,
     return random_plan(spindle.make_metagraph(made), num_ranks, seed, on_all=names, **options)
 
 
-@settings(few, max_examples=3)
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6), names=st.sampled_from([BOTH, ("encoder",), ("lm",)]))
+@drawn(2, num_ranks=range(2, 5), seed=SEEDS, names=[BOTH, ("encoder",), ("lm",)])
 def test_random_plans_are_exact(num_ranks: int, seed: int, names: tuple[str, ...]) -> None:
     """Both components or one of them, waves of the other around it, tasks at once and in turns."""
     made = workload()
@@ -90,9 +86,8 @@ def test_random_plans_are_exact(num_ranks: int, seed: int, names: tuple[str, ...
 FEATURES: dict[str, dict[str, Any]] = {**CUT_FEATURES, "probability": {"fit_options": {"probability": 0.5}}}
 
 
-@settings(few, max_examples=3)
-@ranks_and_seed
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+@drawn(2, num_ranks=range(2, 5), seed=SEEDS)
 def test_features_go_along(options: dict[str, Any], num_ranks: int, seed: int) -> None:
     """A component's own learning rate and decay, and a schedule, are always there."""
     made = light(**options)
@@ -100,8 +95,7 @@ def test_features_go_along(options: dict[str, Any], num_ranks: int, seed: int) -
     assert report.ok, str(report)
 
 
-@few
-@ranks_and_seed
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS)
 def test_float32_too(num_ranks: int, seed: int) -> None:
     made = light(dtype=torch.float32)
     report = compared(made, planned(made, num_ranks, seed), tolerance=parity.Tolerance(1e-4, 1e-5))
@@ -143,8 +137,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
-@few
-@given(seed=st.integers(0, 10**6))
+@drawn(1, seed=SEEDS)
 def test_fewer_ranks_than_there_are_may_keep_a_component(seed: int) -> None:
     """Two of three ranks keep the encoder between them; others run around it."""
     made = light()
@@ -265,8 +258,7 @@ def test_parameters_outside_of_a_gather_take_no_memory() -> None:
 # -- late messages ----------------------------------------------------------------------------------------------------
 
 
-@few
-@ranks_and_seed
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS)
 def test_late_messages_change_nothing(num_ranks: int, seed: int) -> None:
     made = light(max_grad_norm=0.3)
     with late():
@@ -330,8 +322,7 @@ def resumed_under(made: spindle.Workload, plans: list[Plan], steps: int = 4) -> 
     return parity.compare(reference, outcome, tolerance=EXACT)
 
 
-@settings(few, max_examples=2)
-@given(seed=st.integers(0, 10**6))
+@drawn(1, seed=SEEDS)
 def test_any_plan_resumes_any_other(seed: int) -> None:
     """Sharded on four ranks, whole on three, sharded on two, another component on three."""
     made = light()

@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
 from spindle.capture import capture
 from spindle.runtime.comms.host import threads_of_rank
+from tests.drawn import SEEDS, drawn
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, planned, sgd, stack, tasks_on, values
 from tests.parity.stateful_layers import LAYERS, REFUSED, Checkpointed, Normed, Spectral
 from tests.random_plans import random_plan
 from tests.threads import computing_with
 
-few = settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-anywhere = given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6), glue=st.booleans())
 MOST = ("batch norm", "batch norm, cumulative", "spectral norm", "center in place", "center assigned")
 
 
@@ -40,8 +37,7 @@ def blocks(
 
 @quiet
 @pytest.mark.parametrize("layer", LAYERS)
-@few
-@anywhere
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS, glue=(False, True))
 def test_layers_of_several_tasks(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
     """Tasks change what they share in the order of the list, on whatever devices they run; one rests now and then."""
     follows(blocks(LAYERS[layer], tasks=2, glue=glue, every=2), num_ranks, seed)
@@ -49,8 +45,7 @@ def test_layers_of_several_tasks(layer: str, num_ranks: int, seed: int, glue: bo
 
 @quiet
 @pytest.mark.parametrize("layer", MOST)
-@few
-@anywhere
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS, glue=(False, True))
 def test_layers_computed_again(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
     """Recomputation finds what it changes as it was, and leaves it as it stood."""
     follows(blocks(LAYERS[layer], tasks=2, glue=glue, recompute=("trunk",)), num_ranks, seed)
@@ -58,8 +53,7 @@ def test_layers_computed_again(layer: str, num_ranks: int, seed: int, glue: bool
 
 @quiet
 @pytest.mark.parametrize("layer", MOST)
-@few
-@anywhere
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS, glue=(False, True))
 def test_layers_under_concurrent_micro_batches(layer: str, num_ranks: int, seed: int, glue: bool) -> None:
     """All batches of a task come before those of the next one."""
     follows(blocks(LAYERS[layer], tasks=2, glue=glue, accumulate=2, in_flight=2), num_ranks, seed)
@@ -67,8 +61,7 @@ def test_layers_under_concurrent_micro_batches(layer: str, num_ranks: int, seed:
 
 @quiet
 @pytest.mark.parametrize("momentum", [0.1, None])
-@few
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), in_flight=st.sampled_from((1, 2)))
+@drawn(1, num_ranks=range(1, 5), seed=SEEDS, in_flight=(1, 2))
 def test_statistics_in_rounds(momentum: float | None, num_ranks: int, seed: int, in_flight: int) -> None:
     """Statistics keep the order of one process though rounds let tasks take turns."""
     make = blocks(functools.partial(Normed, momentum), tasks=2, accumulate=4, in_flight=in_flight)
@@ -76,8 +69,7 @@ def test_statistics_in_rounds(momentum: float | None, num_ranks: int, seed: int,
 
 
 @quiet
-@few
-@anywhere
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS, glue=(False, True))
 def test_states_of_one_task_in_rounds(num_ranks: int, seed: int, glue: bool) -> None:
     """A state goes from the last run of a round to the first of the next."""
     follows(blocks(LAYERS["center in place"], glue=glue, accumulate=4, in_flight=2), num_ranks, seed)
@@ -221,8 +213,7 @@ TASKS: dict[str, Make] = {
 
 @quiet
 @pytest.mark.parametrize("tasks", TASKS)
-@few
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
+@drawn(1, num_ranks=range(1, 5), seed=SEEDS)
 def test_tasks_that_change_buffers(tasks: str, num_ranks: int, seed: int) -> None:
     """In their own code, for each other, or through layers whose results nobody reads."""
     follows(TASKS[tasks], num_ranks, seed)
@@ -263,13 +254,7 @@ def test_a_tensor_of_the_program_is_refused() -> None:
 
 
 @quiet
-@few
-@given(
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    rounds=st.sampled_from(((2, 1), (3, 1), (4, 2))),
-    tasks=st.sampled_from((2, 3)),
-)
+@drawn(1, num_ranks=range(1, 5), seed=SEEDS, rounds=((2, 1), (3, 1), (4, 2)), tasks=(2, 3))
 def test_states_of_several_tasks_in_rounds(num_ranks: int, seed: int, rounds: tuple[int, int], tasks: int) -> None:
     """All batches of one task come before those of the next one; tasks without the state keep their rounds."""
 

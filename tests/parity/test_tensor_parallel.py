@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -21,12 +19,9 @@ from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
 from spindle.workload import Precision
+from tests.drawn import SEEDS, drawn
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import VOCABULARY, floats, tokens
-
-few = settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-ranks_and_seed = given(num_ranks=st.integers(2, 5), seed=st.integers(0, 10**6))
-
 
 WORDS = VOCABULARY + 1  # four devices share them evenly
 
@@ -159,8 +154,7 @@ def compared(
     return parity.compare(reference, planned, tolerance=tolerance)
 
 
-@few
-@ranks_and_seed
+@drawn(3, num_ranks=range(2, 6), seed=SEEDS)
 def test_random_layouts_are_exact(num_ranks: int, seed: int) -> None:
     """Copies of 1, 2 or 4 ranks in any order hand their samples to copies of other sizes, and take gradients back."""
     made = workload()
@@ -180,9 +174,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(few, max_examples=2)
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+@drawn(1, num_ranks=range(2, 5), seed=SEEDS)
 def test_features_go_along(options: dict[str, Any], num_ranks: int, seed: int) -> None:
     """Clipping counts every piece once; states, recompute, schedules and tasks that rest know pieces too. A component's
     own learning rate and decay, and a schedule, are always there.
@@ -401,8 +394,7 @@ def test_dropout_draws_its_part_of_the_whole(layout: tuple[int, int], recompute:
     assert report.ok, str(report)
 
 
-@few
-@ranks_and_seed
+@drawn(3, num_ranks=range(2, 6), seed=SEEDS)
 def test_dropout_in_random_layouts(num_ranks: int, seed: int) -> None:
     """Each layer in a layout of its own."""
     made = drops()

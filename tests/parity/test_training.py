@@ -6,19 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import spindle
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
+from tests.drawn import SEEDS, drawn
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, contrastive, encoder_decoder, floats
-
-ranks_and_seed = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6))
-few = settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def towers(**options: object) -> spindle.Workload:
@@ -74,8 +70,7 @@ def compared(
     return parity.compare(reference, planned, tolerance=Tolerance(1e-10, 1e-10))
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_sharded_optimizer_states(num_ranks: int, seed: int) -> None:
     """One rank of each group keeps the states and updates; tasks that rest, clipping and settings go along."""
     report = compared(
@@ -100,16 +95,14 @@ def test_sharded_states_are_held_once() -> None:
     assert max(size.values()) < 2 * size.total() / 4
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_clipping_by_the_global_norm(num_ranks: int, seed: int) -> None:
     """Gradients are scaled by their norm over all parameters, each counted once."""
     report = compared(towers(max_grad_norm=0.05), num_ranks, seed)
     assert report.ok, str(report)
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_recompute(num_ranks: int, seed: int) -> None:
     """Components that are computed again in backward give the same gradients."""
     report = compared(towers(recompute=("left", "right")), num_ranks, seed)
@@ -129,8 +122,7 @@ def test_recompute_counts_running_statistics_once() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_a_task_in_every_second_step(num_ranks: int, seed: int) -> None:
     """A task that rests leaves its own parameters, and their momentum, alone."""
     workload = towers(every=2)
@@ -140,8 +132,7 @@ def test_a_task_in_every_second_step(num_ranks: int, seed: int) -> None:
     assert [set(losses) for losses in report.losses] == [{"match", "fit"}, {"match"}] * 2
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_a_task_with_a_probability(num_ranks: int, seed: int) -> None:
     """All ranks draw the same steps."""
     workload = towers(probability=0.5)
@@ -150,8 +141,7 @@ def test_a_task_with_a_probability(num_ranks: int, seed: int) -> None:
     assert {frozenset(losses) for losses in report.losses} == {frozenset({"match", "fit"}), frozenset({"match"})}
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_component_settings_and_a_schedule(num_ranks: int, seed: int) -> None:
     """A component's own learning rate and decay hold, and a schedule goes on from them."""
     workload = towers(left={"lr": 0.01, "weight_decay": 0.5})
@@ -159,8 +149,7 @@ def test_component_settings_and_a_schedule(num_ranks: int, seed: int) -> None:
     assert report.ok, str(report)
 
 
-@few
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), in_flight=st.sampled_from([1, 2, 4]))
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, in_flight=[1, 2, 4])
 def test_accumulation_over_micro_batches(num_ranks: int, seed: int, in_flight: int) -> None:
     """Four batches a step give the mean of their gradients, whether in rounds or side by side."""
     workload = towers(accumulate=4, in_flight=in_flight, max_grad_norm=0.5)
@@ -189,8 +178,7 @@ def test_impossible_schedules_are_refused(every: int, probability: float) -> Non
         towers(every=every, probability=probability)
 
 
-@few
-@ranks_and_seed
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS)
 def test_bf16_autocast(num_ranks: int, seed: int) -> None:
     """Under autocast a run agrees with one process under autocast to the precision of bfloat16."""
     torch.manual_seed(0)

@@ -7,16 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
+from tests.drawn import SEEDS, drawn
 from tests.parity.stateful import WIDTH, Make, batches, follows, one_process, sgd, stack
 
-few = settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-anywhere = given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), glue=st.booleans())
 
 
 class Layer(nn.Module):
@@ -138,32 +135,28 @@ def teacher(form: str, *, after: bool = False, glue: bool = False, every: int = 
 
 @quiet
 @pytest.mark.parametrize("form", FORMS)
-@few
-@anywhere
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, glue=(False, True))
 def test_a_teacher_that_follows(form: str, num_ranks: int, seed: int, glue: bool) -> None:
     """However it is written, and wherever student and teacher run."""
     follows(teacher(form, glue=glue), num_ranks, seed)
 
 
 @quiet
-@few
-@anywhere
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, glue=(False, True))
 def test_a_teacher_that_follows_after_the_forward(num_ranks: int, seed: int, glue: bool) -> None:
     """The forward of a step sees the teacher as the step before has left it."""
     follows(teacher("lerp", glue=glue, after=True), num_ranks, seed)
 
 
 @quiet
-@few
-@anywhere
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, glue=(False, True))
 def test_a_teacher_that_rests(num_ranks: int, seed: int, glue: bool) -> None:
     """A task writes in the steps in which it takes part."""
     follows(teacher("mul_add", glue=glue, every=2), num_ranks, seed, steps=4)
 
 
 @quiet
-@few
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), after=st.booleans())
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, after=(False, True))
 def test_each_batch_of_a_step_writes(num_ranks: int, seed: int, after: bool) -> None:
     """With gradients accumulated a teacher moves once for each batch."""
     follows(teacher("lerp", after=after, accumulate=3), num_ranks, seed)
@@ -216,9 +209,8 @@ class Layers(nn.Module):
         return x
 
 
-@few
 @pytest.mark.parametrize("way", ["clamp", "data", "divided"])
-@given(num_ranks=st.integers(2, 4), seed=st.integers(0, 10**6))
+@drawn(2, num_ranks=range(2, 5), seed=SEEDS)
 def test_layers_that_write_to_their_own_weights(way: str, num_ranks: int, seed: int) -> None:
     """They become code between layers, with a warning that names the line."""
     words = rf"writes to its parameter 'linear.weight' in its forward \({LINE}\), so component 'tower' is not cut into"
@@ -311,13 +303,7 @@ def by_clock(when: str, *, every: int = 1, others: bool = False, **options: obje
 
 @quiet
 @pytest.mark.parametrize("when", ["before", "after", "assigned"])
-@few
-@given(
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    every=st.sampled_from((1, 2)),
-    accumulate=st.sampled_from((1, 3)),
-)
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, every=(1, 2), accumulate=(1, 3))
 def test_a_momentum_that_follows_a_count_of_steps(
     when: str, num_ranks: int, seed: int, every: int, accumulate: int
 ) -> None:
@@ -395,13 +381,7 @@ def clamped(tasks: int = 1, **options: object) -> Make:
 
 
 @quiet
-@few
-@given(
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    tasks=st.sampled_from((1, 2)),
-    batches_and_rounds=st.sampled_from(((1, 1), (2, 1), (2, 2))),
-)
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, tasks=(1, 2), batches_and_rounds=((1, 1), (2, 1), (2, 2)))
 def test_a_scale_that_is_clamped(num_ranks: int, seed: int, tasks: int, batches_and_rounds: tuple[int, int]) -> None:
     """The forward sees the clamped value; to clamp again, in another task or batch, changes nothing."""
     accumulate, in_flight = batches_and_rounds

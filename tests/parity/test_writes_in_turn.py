@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import spindle
+from tests.drawn import SEEDS, drawn
 from tests.parity.stateful import WIDTH, batches, follows, sgd, stack
 from tests.parity.test_writes import (
     Clock,
@@ -21,7 +20,6 @@ from tests.parity.test_writes import (
     by_clock,
     data_after,
     data_in_place_after,
-    few,
     follows_the_frozen,
     moves,
     nothing,
@@ -48,8 +46,7 @@ IN_TURN: dict[str, tuple[Callable[..., None], Callable[..., None], tuple[int, in
 
 @quiet
 @pytest.mark.parametrize("case", IN_TURN)
-@settings(few, max_examples=2)
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), every=st.sampled_from(((1, 1), (2, 1), (1, 2))))
+@drawn(1, num_ranks=range(1, 5), seed=SEEDS, every=((1, 1), (2, 1), (1, 2)))
 def test_writes_in_turn(case: str, num_ranks: int, seed: int, every: tuple[int, int]) -> None:
     """Batches of the tasks concerned follow each other where their order shows."""
     first, second, (accumulate, in_flight) = IN_TURN[case]
@@ -57,14 +54,7 @@ def test_writes_in_turn(case: str, num_ranks: int, seed: int, every: tuple[int, 
 
 
 @quiet
-@few
-@given(
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    when=st.sampled_from((before, after)),
-    in_flight=st.sampled_from((1, 2)),
-    both=st.booleans(),
-)
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, when=(before, after), in_flight=(1, 2), both=(False, True))
 def test_writes_beside_states_in_turn(
     num_ranks: int, seed: int, when: Callable[..., None], in_flight: int, both: bool
 ) -> None:
@@ -93,8 +83,7 @@ def test_writes_beside_states_in_turn(
 
 
 @quiet
-@few
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), after=st.booleans(), every=st.sampled_from((1, 2)))
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, after=(False, True), every=(1, 2))
 def test_a_teacher_of_several_batches_at_once(num_ranks: int, seed: int, after: bool, every: int) -> None:
     """Its own task follows batch after batch; the other one runs several at once."""
     follows(teacher("lerp", after=after, accumulate=4, in_flight=2, every=every), num_ranks, seed, steps=4)
@@ -135,13 +124,7 @@ AVERAGES: dict[str, dict[str, object]] = {
 
 @quiet
 @pytest.mark.parametrize("kind", AVERAGES)
-@settings(few, max_examples=2)
-@given(
-    num_ranks=st.integers(1, 4),
-    seed=st.integers(0, 10**6),
-    after=st.booleans(),
-    rounds=st.sampled_from(((1, 1), (2, 2))),
-)
+@drawn(1, num_ranks=range(1, 5), seed=SEEDS, after=(False, True), rounds=((1, 1), (2, 2)))
 def test_an_averaged_model(kind: str, num_ranks: int, seed: int, after: bool, rounds: tuple[int, int]) -> None:
     """Torch's AveragedModel copies the first time, by a count in a buffer, and averages from then on."""
 
@@ -172,8 +155,7 @@ def test_an_averaged_model(kind: str, num_ranks: int, seed: int, after: bool, ro
 
 
 @quiet
-@settings(few, max_examples=3)
-@given(num_ranks=st.integers(1, 4), seed=st.integers(0, 10**6), every=st.sampled_from((1, 2)))
+@drawn(2, num_ranks=range(1, 5), seed=SEEDS, every=(1, 2))
 def test_a_count_of_two_tasks_that_write_by_it(num_ranks: int, seed: int, every: int) -> None:
     """Both move the same teacher, and count in one buffer."""
 

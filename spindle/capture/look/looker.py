@@ -77,6 +77,7 @@ class Looker:
         self.on_meta = any(parameter.is_meta for _, parameter in workload.named_parameters())
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
         self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
+        self.is_plain = True  # nothing was computed from the batch alone
 
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
@@ -114,6 +115,7 @@ class Looker:
     def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
         self.sites, self.writes = None, None
         self.apart.clear()
+        self.is_plain = True
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         with attributes_kept(modules, self.skeleton.steady.is_settled):
             held = Held(modules)
@@ -173,14 +175,15 @@ class Looker:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
         trials += self._lacking_ways(batches[0], trials[0].parts[0].bounds, prober)
-        whole = self._record(batches[0], (0, batches[0].units.num_samples))
+        every = (0, batches[0].units.num_samples)
+        whole = self._record(batches[0], every)
         self._refuse_chance(batches[0], few[0][0], whole)
         self._warn_of_attention(whole)
         self._warn_of_caches(batches[0])
         return Seen(
             batch=batches[0],
             whole=whole,
-            few=self._record(batches[0], few[0][0]),
+            few=whole if few[0][0] == every else self._record(batches[0], few[0][0]),
             few_bounds=few[0][0],
             findings=findings,
             sites=sites,
@@ -250,18 +253,23 @@ class Looker:
         """
         known = {key for trial in trials for key in _keys(trial.whole.wired)}
         found: list[Trial] = []
+        recorded = {part.bounds: part for part in trials[0].parts}
         singles = [(i, i + 1) for i in range(min(PROBE_SAMPLES, batch.units.num_samples))]
-        for bounds in dict.fromkeys([part.bounds for part in trials[0].parts] + singles):
-            trial = self._other_way(batch, bounds, known)
+        for bounds in dict.fromkeys([*recorded, *singles]):
+            trial = self._other_way(batch, bounds, known, recorded.get(bounds))
             if trial is not None:
                 known |= _keys(trial.whole.wired)
                 found.append(trial)
         return found
 
-    def _other_way(self, batch: SampledBatch, bounds: Bounds, known: Set[object]) -> Trial | None:
-        """A trial of these samples twice, if the task can take them alone, and runs code that is not known."""
+    def _other_way(
+        self, batch: SampledBatch, bounds: Bounds, known: Set[object], part: Part | None = None
+    ) -> Trial | None:
+        """A trial of these samples twice, if the task can take them alone, and runs code that is not known. `part`: of
+        these samples, where it has been recorded.
+        """
         try:
-            if _keys(self._part(batch, bounds).wired) <= known:
+            if _keys((part or self._part(batch, bounds)).wired) <= known:
                 return None
             doubled = twice(batch, bounds)
             half = doubled.units.num_samples // 2
@@ -297,7 +305,7 @@ class Looker:
         for other in looked_at if len(parts) > 1 else ():
             if other is not batch:
                 self._look_at_other(other, whole, parts, prober)
-            for low in range(whole[1]):  # a text that is full may need no mask where it is alone
+            for low in range(0 if self.is_plain else whole[1]):  # a text that is full may need no mask where it is alone
                 self._look_at_other(other, whole, ((low, low + 1),), prober)
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
@@ -338,6 +346,7 @@ class Looker:
         self.copies_batch = bool(self.copies_batch) or any(tensor._version != version for tensor, version in versions)
         if self.skeleton.steady.unsettled:
             raise Unsettled
+        self.is_plain &= found.is_plain
         check_loss(self.task, found)
         self._check_writes(found, (id(batch), bounds, step))
         return found
