@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -301,12 +302,12 @@ class Looker:
         apart = {name: one_apart(own[name], dim) for name, (_, dim) in batch.places.items()}
         if any(value is not own[name] for name, value in apart.items()):
             others.append({**own, **apart})
-        looked_at = [batch, *(SampledBatch(other, units, batch.places) for other in others)]
-        for other in looked_at if len(parts) > 1 else ():
-            if other is not batch:
-                self._look_at_other(other, whole, parts, prober)
-            for low in range(0 if self.is_plain else whole[1]):  # a text that is full may need no mask where it is alone
-                self._look_at_other(other, whole, ((low, low + 1),), prober)
+        for other in (SampledBatch(other, units, batch.places) for other in others if len(parts) > 1):
+            seen = self._look_at_other(other, whole, parts, prober)
+            if seen is not None and not self.is_plain:
+                self._look_at_singles(other, seen, prober)
+        if len(parts) > 1 and not self.is_plain:
+            self._look_at_singles(batch, self._part(batch, whole), prober)
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
             doubled = twice(batch, whole, step)
@@ -315,13 +316,25 @@ class Looker:
 
     def _look_at_other(
         self, batch: SampledBatch, whole: Bounds, parts: Sequence[Bounds], prober: Prober, step: int = 0
-    ) -> None:
+    ) -> Part | None:
+        """What its whole is, where the task takes it."""
         try:
             trial = self._trial(batch, whole, parts, step)
         except Exception:
-            return
-        if trial.apart <= self.apart and not trial.covers:
-            return
+            return None
+        self._take_in(trial, prober)
+        return trial.whole
+
+    def _look_at_singles(self, batch: SampledBatch, whole: Part, prober: Prober) -> None:
+        """Samples one by one, where they take something else than all: a full text alone may need no mask."""
+        for low in range(*whole.bounds):
+            with suppress(Exception):
+                trial = Trial(batch, whole, (self._part(batch, (low, low + 1)),))
+                if not trial.apart <= self.apart:
+                    self._take_in(trial, prober)
+
+    def _take_in(self, trial: Trial, prober: Prober) -> None:
+        """What another trial shows of code that all its parts run."""
         same = set.intersection(*(_keys(part.wired) for part in (trial.whole, *trial.parts)))
         places, known = places_of([trial]), prober.findings.places
         found: dict[object, list[tuple[Place, ...]]] = {}
