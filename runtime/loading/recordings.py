@@ -6,7 +6,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,17 +17,16 @@ from torch import Tensor
 
 from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import Captured, TaskCode, computing_in
-from spindle.capture.facts import Fact, Samples, facts
 from spindle.capture.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.graph import base_task
 from spindle.record.draws import Stream, drawing_from
 from spindle.record.lazy import LazyRead
-from spindle.record.recording import Recording
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.travel import dumped
+from spindle.runtime.loading.comparison import Comparison
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.compiled import apart_from_compiling
@@ -42,12 +41,6 @@ OTHER_LAYERS = (
     "fields of the whole batch, not by their values"
 )
 """What is wrong where parts of one batch call other layers."""
-
-OTHER_FACT = (
-    "Compute it in the loader, of the whole batch, and give each sample its value in a field; or begin with a batch, "
-    "or give a list of batches, in which samples differ in it"
-)
-"""What to do where a part of a batch asks something else of its samples than the whole batch does."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +103,20 @@ class LoadedBatch:
         whole = (0, self.batch.units.num_samples)
         for bounds, names in operators.items():
             if bounds != whole and not self.parts[bounds].is_plain:
-                self.recordings.compare(self, self.part(whole), self.parts[bounds], tuple(names))
+                self.recordings.compare(self, self.parts[bounds], names)
 
     def part(self, bounds: Bounds) -> TaskPart:
         """What was recorded of samples `bounds`."""
         if bounds not in self.parts:
             found = self.recordings.record(self, bounds)
-            if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
-                raise WorkloadError(f"{self.where}: {OTHER_LAYERS}")
+            self.check_layers(found)
             self.parts[bounds] = found
         return self.parts[bounds]
+
+    def check_layers(self, found: TaskPart) -> None:
+        """Raise WorkloadError where these samples call other layers than others of the batch."""
+        if any((found.absent, found.idle) != (part.absent, part.idle) for part in self.parts.values()):
+            raise WorkloadError(f"{self.where}: {OTHER_LAYERS}")
 
     @property
     def where(self) -> str:
@@ -146,14 +143,15 @@ class Recordings:
         self.recipe, self.device = recipe, device
         self.checking = False  # whether what is known from before is compared with a new recording
         self._known: OrderedDict[object, tuple[Recorded, TaskPart]] = OrderedDict()
-        self._compared: OrderedDict[object, tuple[Recording, Recording, list[Fact]]] = OrderedDict()
+        self._comparison = Comparison(recipe.codes)
 
     def loaded(self, task: str, batch: SampledBatch, layout: StepLayout, stream: Stream) -> LoadedBatch:
         """A batch of a task (or of a micro-batch of it) ready to be recorded. `stream`: where its draws stand."""
         return LoadedBatch(self, task, batch, layout, stream)
 
-    def record(self, loaded: LoadedBatch, bounds: Bounds) -> TaskPart:
-        """Samples `bounds` recorded, or gone through anew as a recording of the same shapes did.
+    def record(self, loaded: LoadedBatch, bounds: Bounds, *, of_samples_together: bool = False) -> TaskPart:
+        """Samples `bounds` recorded, or gone through anew as a recording of the same shapes did; then, if so asked,
+        without tensors that follow entry by entry from fields.
 
         Raises WorkloadError that names the task and the step.
         """
@@ -174,7 +172,7 @@ class Recordings:
         key = (loaded.task, signature(fields))
         known = self._known.get(key)
         if known is not None:
-            found = self._replayed(known, fields, stream, where)
+            found = self._replayed(known, fields, stream, where, of_samples_together)
             if found is not None:
                 self._known.move_to_end(key)
                 return known[1].of_others(code, known[0], found, bounds, loaded.batch.units)
@@ -208,36 +206,18 @@ class Recordings:
             told.add_note(note)
         return told
 
-    def compare(self, loaded: LoadedBatch, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> None:
+    def compare(self, loaded: LoadedBatch, part: TaskPart, operators: Sequence[str]) -> None:
         """See that what the calls of these operators take of a part of a batch is what they take of the whole, as far
         as it was at capture. Raises WorkloadError that names the task, the step and the line.
         """
-        key = (id(whole.recording), id(part.recording), operators)
-        if key not in self._compared:
-            self._compared[key] = whole.recording, part.recording, self._to_compare(whole, part, operators)
-            if len(self._compared) > MOST_KNOWN:
-                self._compared.popitem(last=False)
-        units = loaded.batch.units
-        of_whole, of_part = Samples(whole.aux, units, whole.bounds), Samples(part.aux, units, part.bounds)
-        for fact in self._compared[key][2]:
-            if not fact.is_alike(of_whole, of_part):
-                raise WorkloadError(
-                    f"{loaded.where}: {fact.told(of_whole, of_part)}; at "
-                    f"capture both were alike in all that was looked at, so nothing shows whether a device may use its "
-                    f"own. {OTHER_FACT}"
-                )
-
-    def _to_compare(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> list[Fact]:
-        """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
-        known = self.recipe.codes[part.task].apart
-        found = (
-            fact
-            for name in operators
-            if name in part.operators and name in whole.operators
-            for fact in facts(whole.operators[name].nodes, part.operators[name].nodes)
-            if fact.slot not in known
-        )
-        return list(found)
+        bounds, units = (0, loaded.batch.units.num_samples), loaded.batch.units
+        whole = loaded.parts.get(bounds) or self.record(loaded, bounds, of_samples_together=True)
+        if bounds not in loaded.parts and self._comparison.needs_entries(whole, part, operators):
+            whole = self.record(loaded, bounds)
+        loaded.check_layers(whole)
+        difference = self._comparison.difference(whole, part, units, operators)
+        if difference:
+            raise WorkloadError(f"{loaded.where}: {difference}")
 
     def _recorded(self, task: str, fields: dict[str, Any], stream: Stream, where: str) -> Recorded:
         try:
@@ -257,10 +237,12 @@ class Recordings:
         return found
 
     def _replayed(
-        self, known: tuple[Recorded, TaskPart], fields: dict[str, Any], stream: Stream, where: str
+        self, known: tuple[Recorded, TaskPart], fields: dict[str, Any], stream: Stream, where: str, together: bool
     ) -> list[Tensor] | None:
         replay = known[0].replay
         assert replay is not None
+        if together and not self.checking:
+            replay = replay.of_samples_together
         unread = with_own_tensors(fields) if self.checking else fields  # the replay may change its fields in place
         with computing_in(self.recipe.precision, _CPU), drawing_from(stream):
             found = replay.run(fields)

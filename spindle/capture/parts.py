@@ -24,8 +24,8 @@ from spindle.units import Bounds, Units
 class TaskPart:
     """A recording of samples `bounds`, divided into operators. `shapes`: shapes of the tensors that pass between
     operators. Of a batch that lacks a modality, `absent` are tensors that do not, and `idle` operators that compute
-    nothing. `recording`, with the tensors `aux` computed from these samples. `is_plain`: it takes fields as they are,
-    of which a part has the rows of its samples, and nothing that is computed from them.
+    nothing. `recording`, with the tensors `aux` computed from these samples. `is_plain`: nothing that it takes of the
+    batch brings samples together; of `aux`, the tensors `by_entry` do not.
     """
 
     task: str
@@ -35,6 +35,7 @@ class TaskPart:
     recording: Recording
     aux: Sequence[Tensor]
     is_plain: bool = False
+    by_entry: frozenset[int] = frozenset()
     absent: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
 
@@ -114,6 +115,7 @@ def divide(
         recorded.recording,
         recorded.recording.aux,
         is_plain=recorded.is_plain,
+        by_entry=recorded.replay.by_entry if recorded.replay is not None else frozenset(),
         absent=absent,
         idle=frozenset(code.reads.keys() - members_by_name.keys()),
     )

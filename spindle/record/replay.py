@@ -8,7 +8,8 @@ Not seen are reads that bypass torch, such as reads of numpy arrays that share a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ from spindle.record.functions import writes_first
 from spindle.record.lazy import GIVES_MEMORY
 from spindle.record.recording import leaves_of, tensors_in, tree
 from spindle.record.slots import Mark
+
+_NAMES = """
+    add sub rsub mul div true_divide floor_divide remainder pow neg abs sign sqrt rsqrt exp log log1p sin cos
+    tanh sigmoid clamp clamp_min clamp_max round floor ceil eq ne lt le gt ge logical_and logical_or
+    logical_not logical_xor isnan isfinite where masked_fill to type float double half bfloat16 long int short
+    bool clone detach contiguous __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
+    __floordiv__ __mod__ __pow__ __rpow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__
+    __or__ __xor__ __invert__
+"""
+ELEMENTWISE: frozenset[Any] = frozenset(
+    getattr(of, name) for of in (Tensor, torch) for name in _NAMES.split() if callable(getattr(of, name, None))
+) - {int, float, bool}
+"""Functions whose result has an entry for each entry of their arguments, where these have its shape."""
 
 _BYPASSES: frozenset[Any] = GIVES_MEMORY | {torch.autograd.backward, torch.autograd.grad}
 
@@ -111,17 +125,36 @@ class RealCalls:
         numbers = {name: self.number(value) for name, value in fields.items() if isinstance(value, Tensor)}
         wanted = [self._number.get(id(value)) for value in aux]
         start = {n: t for n, t in enumerate(self._tensors) if n not in self._made and n not in numbers.values()}
-        return Replay(self._needed(wanted), numbers, start, wanted, list(aux))
+        by_entry = self._by_entry(set(numbers.values()))
+        entries = frozenset(place for place, number in enumerate(wanted) if number is None or number in by_entry)
+        calls = _needed(self.calls, self._measured | {number for number in wanted if number is not None})
+        return Replay(calls, numbers, start, wanted, list(aux), entries, frozenset(self._measured))
 
-    def _needed(self, wanted: Sequence[int | None]) -> list[_Call]:
-        """Calls that what is wanted, or a guard, depends on; writes in place are all kept."""
-        needed = self._measured | {number for number in wanted if number is not None}
-        kept: list[_Call] = []
-        for call in reversed(self.calls):
-            if call.reads or call.writes or needed & set(call.outs):
-                kept.append(call)
-                needed.update(real.index for real in leaves_of((call.args, call.kwargs), Real))
-        return kept[::-1]
+    def _by_entry(self, fields: set[int]) -> set[int]:
+        """Tensors each of whose entries follows from the same entry of fields: samples do not come together in them."""
+        found = set(fields)
+        if any(call.writes for call in self.calls):
+            return found if not self.calls else set()
+        shapes = {number: tuple(self._tensors[number].shape) for number in found}
+        for call in self.calls:
+            read = {real.index for real in leaves_of((call.args, call.kwargs), Real)}
+            of_batch = read & (found | self._made)
+            one = len(call.outs) == 1 and call.function in ELEMENTWISE
+            if one and of_batch <= found and all(shapes[number] == call.shapes[0] for number in of_batch):
+                found.add(call.outs[0])
+                shapes[call.outs[0]] = call.shapes[0]
+        return found
+
+
+def _needed(calls: Sequence[_Call], wanted: set[int]) -> list[_Call]:
+    """Calls that what is wanted, or a guard, depends on; writes in place are all kept."""
+    needed = set(wanted)
+    kept: list[_Call] = []
+    for call in reversed(calls):
+        if call.reads or call.writes or needed & set(call.outs):
+            kept.append(call)
+            needed.update(real.index for real in leaves_of((call.args, call.kwargs), Real))
+    return kept[::-1]
 
 
 def _is_mapped(value: Any) -> bool:
@@ -137,13 +170,26 @@ def _comparable(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Replay:
-    """Calls that compute anew what a recording computed for real."""
+    """Calls that compute anew what a recording computed for real.
+
+    `by_entry`: which of the tensors that recorded calls read follow entry by entry from fields, or from nothing of the
+    batch; `measured`: tensors whose sizes code has asked for.
+    """
 
     calls: list[_Call]
     fields: Mapping[str, int]
     start: Mapping[int, Tensor]
     wanted: Sequence[int | None]
     constants: Sequence[Tensor]
+    by_entry: frozenset[int] = frozenset()
+    measured: frozenset[int] = frozenset()
+
+    @cached_property
+    def of_samples_together(self) -> "Replay":
+        """The same without the tensors that follow entry by entry from fields, in whose place old ones come."""
+        wanted = [None if place in self.by_entry else number for place, number in enumerate(self.wanted)]
+        needed = set(self.measured) | {number for number in wanted if number is not None}
+        return replace(self, calls=_needed(self.calls, needed), wanted=wanted)
 
     def run(self, fields: Mapping[str, Any]) -> list[Tensor] | None:
         """The tensors that recorded calls read, for these fields; None where the batch must be recorded anew."""

@@ -26,8 +26,8 @@ class Recorded:
     """One call of a task function: what was recorded, and draws by scope, "" for the glue.
 
     `result` is what the function returned, where that is no value of the model. `replay` gives what the recording read
-    of the batch for other batches of the same shapes, where that is sure. `is_plain`: it read tensors of the batch as
-    they are, and computed nothing from them.
+    of the batch for other batches of the same shapes, where that is sure. `is_plain`: what it read of the batch follows
+    entry by entry from tensors of the batch, of which a part has the rows of its samples.
     """
 
     recording: Recording
@@ -83,7 +83,8 @@ def record(
         drawn = {"": Drawn(tuple(drawing.shapes), drawing.writes_out_attention), **recorder.drawn}
         # a task that writes to parameters is recorded anew each time: its momentum may follow a schedule of its own
         replay = None if recording.writes else recorder.real_calls.replay(fields, recorder.sources)
-        plain = replay is not None and not replay.calls and all(isinstance(v, Tensor) for v in fields.values())
+        tensors = all(isinstance(value, Tensor) for value in fields.values())
+        plain = tensors and replay is not None and not replay.of_samples_together.calls
         return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay, plain)
 
 

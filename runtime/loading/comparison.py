@@ -1,0 +1,72 @@
+"""Comparison: what a rank takes of its part of a batch beside what the whole takes; a sentence where they differ.
+
+Capture saw where calls take something else for a part, and that it does not matter. All else must be alike.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from spindle.capture.codes import TaskCode
+from spindle.capture.facts import Fact, Samples, facts
+from spindle.capture.parts import TaskPart
+from spindle.record.recording import Aux, Recording
+from spindle.units import Units
+
+MOST_KNOWN = 64  # pairs of recordings
+
+OTHER_FACT = (
+    "Compute it in the loader, of the whole batch, and give each sample its value in a field; or begin with a batch, "
+    "or give a list of batches, in which samples differ in it"
+)
+"""What to do where a part of a batch asks something else of its samples than the whole batch does."""
+
+
+class Comparison:
+    """Compares recordings of parts with recordings of wholes. `codes`: of the tasks, by name."""
+
+    def __init__(self, codes: Mapping[str, TaskCode]) -> None:
+        self.codes = codes
+        self._known: OrderedDict[object, tuple[Recording, Recording, list[Fact]]] = OrderedDict()
+
+    def difference(self, whole: TaskPart, part: TaskPart, units: Units, operators: Sequence[str]) -> str:
+        """What calls of these operators take of a part that they do not take of the whole, in words; "" for nothing."""
+        of_whole, of_part = Samples(whole.aux, units, whole.bounds), Samples(part.aux, units, part.bounds)
+        for fact in self._facts(whole, part, tuple(operators)):
+            if not fact.is_alike(of_whole, of_part):
+                return (
+                    f"{fact.told(of_whole, of_part)}; at capture both were alike in all that was looked at, so nothing "
+                    f"shows whether a device may use its own. {OTHER_FACT}"
+                )
+        return ""
+
+    def needs_entries(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> bool:
+        """Whether a tensor of the whole that follows entry by entry from fields is compared with one that does not."""
+        return any(
+            isinstance(fact.whole, Aux) and fact.whole.index in whole.by_entry
+            for fact in self._facts(whole, part, tuple(operators))
+        )
+
+    def _facts(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> list[Fact]:
+        """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
+        key = (id(whole.recording), id(part.recording), operators)
+        if key not in self._known:
+            self._known[key] = whole.recording, part.recording, self._found(whole, part, operators)
+            if len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+        return self._known[key][2]
+
+    def _found(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> list[Fact]:
+        known = self.codes[part.task].apart
+
+        def by_entry(fact: Fact) -> bool:
+            own, other = fact.part, fact.whole
+            both = isinstance(own, Aux) and isinstance(other, Aux)
+            return both and own.index in part.by_entry and other.index in whole.by_entry
+
+        return [
+            fact
+            for name in operators
+            if name in part.operators and name in whole.operators
+            for fact in facts(whole.operators[name].nodes, part.operators[name].nodes)
+            if fact.slot not in known and not by_entry(fact)
+        ]
