@@ -80,11 +80,17 @@ def prepare() -> None:
     """Valid files of every format, in this folder."""
     spoiled_samples.prepare(run)
     _sample.cache_clear()
+    _value.cache_clear()
 
 
 @functools.cache
 def _sample(name: str) -> bytes:
     return Path(name).read_bytes()
+
+
+@functools.cache
+def _value(name: str) -> Any:
+    return value_of(name, _sample(name))
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Case:
         limit = sys.get_int_max_str_digits()
         sys.set_int_max_str_digits(0)  # numbers of thousands of digits may be written
         try:
-            value = edited(value_of(self.name, sample), self.edits)
+            value = edited(_value(self.name), self.edits)
             with contextlib.suppress(RecursionError):
                 sample = bytes_of(self.name, value, sample)
         finally:
@@ -176,7 +182,7 @@ def varied(old: Case, draw: random.Random) -> Case:
     sample = _sample(old.name)
     if kind < 0.35 or old.name.endswith(".pt"):
         return replace(old, edits=(*old.edits, random_bytes_edit(len(sample), draw)))
-    return replace(old, edits=(*old.edits, random_edit(edited(value_of(old.name, sample), old.edits), draw)))
+    return replace(old, edits=(*old.edits, random_edit(edited(_value(old.name), old.edits), draw)))
 
 
 def quick(old: Case, draw: random.Random) -> Case:

@@ -13,7 +13,7 @@ import pytest
 from spindle.clusterfile import parse_yaml
 from spindle.errors import FormatError
 from tests import spoiled
-from tests.edits import edited, edited_bytes
+from tests.edits import Edit, edited, edited_bytes
 from tests.spoiled import Case
 from tests.spoiled_samples import COMMANDS, SLOW
 
@@ -85,14 +85,14 @@ def test_the_corpus(part: int) -> None:
 def test_edits() -> None:
     """Changes that are data: of the structure in their order, where their place is there; then of bytes."""
     value = {"a": [1, 2], "b": "x"}
-    cases: list[tuple[list[list[Any]], object]] = [
+    rows: tuple[tuple[list[Edit], Any], ...] = (
         ([["set", ["a", 0], None], ["drop", ["b"]]], {"a": [None, 2]}),
         ([["copy", ["a", 1], ["b"]], ["times", ["b"], 2.5]], {"a": [1, 2], "b": 5.0}),
         ([["double", ["a", 0], 2], ["name", ["b"], "c"]], {"a": [1, 2, 1], "c": "x"}),
         ([["long", ["b"], 3], ["many", ["a", 0], 2], ["nest", ["a", 1], 2]], {"a": [[1, 1], [[2]]], "b": "xxx"}),
         ([["drop", ["gone"]], ["set", ["b", "c", 0], 1], ["cut", 0, 1]], value),
-    ]
-    for edits, expected in cases:
+    )
+    for edits, expected in rows:
         assert edited(value, edits) == expected
     assert edited_bytes(b"abcd", [["cut", 0, 1], ["put", 1, "x"], ["flip", 0, 1], ["repeat", 0, 2]]) == b"cxcxcd"
 
