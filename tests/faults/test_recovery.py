@@ -125,7 +125,8 @@ def test_the_first_cause_is_raised_after_the_last_try(tmp_path: Path) -> None:
 
 def test_a_failure_that_was_survived_holds_no_frames() -> None:
     """They would keep the worker group of each attempt: its store, its handles, what it was prepared with."""
-    attempts, tries = Attempts(Failures(max_failures=2, backoff_s=0.0), pytest.fail), []
+    attempts = Attempts(Failures(max_failures=2, backoff_s=0.0), lambda path: pytest.fail(f"reads {path}"))
+    tries: list[object] = []
 
     def attempt(start: object) -> None:
         tries.append(start)
