@@ -462,6 +462,7 @@ class ThreadTransport:
                 parts = [shared.parts[key] for key in keys]
                 shared.taken[ranks, number] += 1
                 if shared.taken[ranks, number] == len(ranks):
+                    del shared.taken[ranks, number]
                     for key in keys:
                         del shared.parts[key]
             self.pulse.wait(False)

@@ -1,5 +1,6 @@
 """The same worker in spawned processes over gloo, and under torchrun."""
 
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -44,6 +45,35 @@ def test_processes_agree_with_one_in_turns() -> None:
     metagraph = spindle.make_metagraph(workload)
     report = spindle.verify(workload, by_task(widest_plan(metagraph, 2), metagraph), launcher="processes")
     assert report.ok, str(report)
+
+
+class Sharing:
+    """A worker that makes a folder as workers of its loader do, for the sockets through which they send tensors."""
+
+    def __init__(self, spec: object, transport: Transport) -> None:
+        del spec, transport
+
+    def folder(self) -> str:
+        return multiprocessing.util.get_temp_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not list open files")
+def test_a_group_that_is_closed_holds_nothing_open() -> None:
+    """Though an error, which a run keeps of each failure, may hold it: no file, no thread of a store, no socket."""
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    ProcessWorkers([None], worker=Sharing).close()  # the server that forks ranks stays
+    before, closed = held(), []
+    for _ in range(2):
+        workers = ProcessWorkers([None], worker=Sharing)
+        (folder,) = workers.call("folder")
+        assert os.path.isdir(folder)
+        workers.close()
+        assert not os.path.exists(folder)
+        closed.append(workers)
+    assert held() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to cores")

@@ -15,8 +15,19 @@ import pytest
 import torch
 
 import spindle
-from spindle.errors import CheckpointError, InputError, PreemptedError, RunError, WorkloadError
+from spindle.errors import (
+    CheckpointError,
+    InputError,
+    LostRankError,
+    PreemptedError,
+    RunError,
+    SpindleWarning,
+    WorkloadError,
+)
 from spindle.failures import Failures
+from spindle.runtime.faults.preemption import Notice
+from spindle.runtime.faults.recovery import Attempts
+from spindle.runtime.training import Steps
 from tests.checkpoints.test_resume import left_in
 from tests.faults.injected import (
     KINDS,
@@ -110,6 +121,26 @@ def test_the_first_cause_is_raised_after_the_last_try(tmp_path: Path) -> None:
     assert re.match(r"rank 1, wave 0, FORWARD s0 \(t\.first\.0\) raised ValueError: too hot", first)
     assert last == "(the first of 3 failures; the run was started again 2 times)"
     assert "in act" in caught.value.__notes__[0]
+
+
+def test_a_failure_that_was_survived_holds_no_frames() -> None:
+    """They would keep the worker group of each attempt: its store, its handles, what it was prepared with."""
+    attempts = Attempts(Failures(max_failures=2, backoff_s=0.0), lambda path: pytest.fail(f"reads {path}"))
+    tries: list[object] = []
+
+    def attempt(start: object) -> None:
+        tries.append(start)
+        if len(tries) < 3:
+            try:
+                raise EOFError
+            except EOFError as error:
+                raise LostRankError.at(1, f"rank 1 died the {len(tries)}. time") from error
+
+    with pytest.warns(SpindleWarning, match="going on from the beginning"):
+        attempts.run(attempt, Steps(), Notice(grace_s=1.0, saves=False))
+    assert [str(error) for error in attempts.failed] == ["rank 1 died the 1. time", "rank 1 died the 2. time"]
+    for error in attempts.failed:
+        assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
 
 def test_an_error_that_comes_again_at_once_ends_the_run(tmp_path: Path) -> None:
