@@ -12,26 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spindle.record.known_shapes import KnownShapes
 
 
-class Through(TorchDispatchMode):
-    """All operations run by KnownShapes; those that ran for want of known shapes are counted."""
+class Through(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """All operations go through KnownShapes; the names of those that ran are in `ran`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes, self.ran = KnownShapes(), list[str]()
+        self.counted: dict[Any, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        def counted(*given: Any, **named: Any) -> Any:
-            self.ran.append(func._schema.name)
-            return func(*given, **named)
+        if func not in self.counted:
 
-        counted._schema, counted.namespace = func._schema, func.namespace  # type: ignore[attr-defined]
-        key = self.kept.setdefault(func, counted)
-        return self.shapes.run(key, args, kwargs or {})
+            def counted(*given: Any, **named: Any) -> Any:
+                self.ran.append(func._schema.name)
+                return func(*given, **named)
 
-    @property
-    def kept(self) -> dict[Any, Any]:
-        """One function for each operation."""
-        return self.__dict__.setdefault("functions", {})
+            self.counted[func] = counted
+            self.counted[func]._schema, self.counted[func].namespace = func._schema, func.namespace
+        return self.shapes.run(self.counted[func], args, kwargs or {})
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
