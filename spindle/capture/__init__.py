@@ -33,6 +33,7 @@ from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import TaskGraph
 from spindle.record.copies import attributes_kept, values_kept
+from spindle.record.known_shapes import KnownShapes
 from spindle.record.patches import watchable_modules
 from spindle.record.skeleton import BlockInfo, Skeleton
 from spindle.workload import Workload
@@ -167,14 +168,14 @@ def _of_tasks(
     on_task: Callable[[str], object],
 ) -> tuple[list[TaskOperators], set[str]]:
     """The operators of each task, and the buffers that tasks read as constants outside of blocks."""
-    namer, memo = Namer(blocks), Memo()
+    namer, memo, shapes = Namer(blocks), Memo(), KnownShapes()
     results: list[TaskOperators] = []
     read: set[str] = set()
     modules = [part for component in workload.components.values() for part in component.module.modules()]
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
         with attributes_kept(modules, skeleton.steady.is_settled), values_kept(b for _, b in workload.named_buffers()):
-            seen = Looker(workload, skeleton, task, whole).look()
+            seen = Looker(workload, skeleton, task, shapes, whole).look()
             results.append(build_operators(workload, task, seen, namer, memo))
         read |= seen.read
     return results, read

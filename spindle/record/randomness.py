@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spindle.errors import WorkloadError
 from spindle.record.draws import Draw, Site, current, draw, draw_rows, is_drawing
+from spindle.record.known_shapes import KnownShapes
 from spindle.record.lazy import is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.replacements import COMPOSITES, REPLACED, Numbers
@@ -194,11 +195,15 @@ class NotingShapes(Drawing):
 
 
 class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, random operations that no stream knows of are noted by name, each with the line that came first."""
+    """While open, random operations that no stream knows of are noted by name, each with the line that came first.
 
-    def __init__(self) -> None:
+    `shapes`: known ones, by which operations on the meta device need not run again.
+    """
+
+    def __init__(self, shapes: KnownShapes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lines: dict[str, str] = {}
+        self.shapes = shapes
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -212,7 +217,7 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not is_drawing() and draws(func, args, kwargs):
             self.lines.setdefault(func._schema.name.partition("::")[2], innermost_line())
         with torch._C.DisableTorchFunction():  # else code that no mode saw (torch.jit) is seen here, below autograd
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self.shapes is None else self.shapes.run(func, args, kwargs)
 
 
 def undrawn(where: str, names: Iterable[str]) -> WorkloadError:

@@ -141,14 +141,19 @@ def apart(workload: spindle.Workload) -> spindle.Plan:
     return spindle.make_plan(workload, "1x2:cpu", pins={"trunk": [0], "head": [1], "other": [1]})
 
 
+@functools.cache
+def built() -> tuple[spindle.Workload, spindle.Plan]:
+    """Towers, and their plan, for tests that leave the towers as they were."""
+    workload = towers()
+    return workload, apart(workload)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_optimizer_steps_as_in_one_process(kind: str) -> None:
     """Apart on two devices, then resumed on three, with states."""
-    workload = towers()
-    plan = widest_plan(spindle.make_metagraph(workload), 3)
-    report = spindle.verify(
-        workload, apart(workload), steps=4, optimizer=OPTIMIZERS[kind], resume_under=plan, launcher="threads"
-    )
+    workload, plan = built()
+    other = widest_plan(spindle.make_metagraph(workload), 3)
+    report = spindle.verify(workload, plan, steps=4, optimizer=OPTIMIZERS[kind], resume_under=other, launcher="threads")
     assert report.ok, str(report)
     assert kind in ("SGD", "Muon on matrices") or "state" in {row.quantity for row in report.rows}
 
@@ -313,7 +318,7 @@ class Counting(torch.optim.Optimizer):
 def test_what_an_optimizer_counts_in_its_groups() -> None:
     """It depends on which parameters are there, so it needs one device; a resume has the count of who holds some."""
     with pytest.raises(WorkloadError, match="the update of a parameter from others"):
-        spindle.verify(towers(), apart(towers()), optimizer=Counting, launcher="threads")
+        spindle.verify(*built(), optimizer=Counting, launcher="threads")
     for sharded in (False, True):
         workload = towers(shard_optimizer=sharded)
         del workload.tasks["fit"]
@@ -324,14 +329,14 @@ def test_what_an_optimizer_counts_in_its_groups() -> None:
 
 def test_a_schedule_that_takes_its_state_apart_resumes() -> None:
     """Threads share what a checkpoint holds, and CyclicLR takes keys out of it."""
-    workload = towers()
+    workload, plan = built()
     report = spindle.verify(
         workload,
-        apart(workload),
+        plan,
         steps=4,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         scheduler=lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
-        resume_under=apart(workload),
+        resume_under=plan,
         launcher="threads",
     )
     assert report.ok, str(report)
@@ -465,10 +470,10 @@ class Sparing(Reading):
 
 @pytest.mark.parametrize(("schedule", "words"), [(Reading, "Reading raises IndexError"), (Sparing, "Sparing gives")])
 def test_a_schedule_that_reads_parameters_needs_one_device(schedule: Any, words: str) -> None:
-    workload, options = towers(), {"optimizer": OPTIMIZERS["SGD"], "scheduler": schedule, "launcher": "threads"}
+    options: Any = {"optimizer": OPTIMIZERS["SGD"], "scheduler": schedule, "launcher": "threads"}
     with pytest.raises(WorkloadError, match=f"{words}.* where the optimizer's groups hold the parameters of one"):
-        spindle.train(workload, apart(workload), steps=1, **options)
-    assert spindle.verify(towers(), num_workers=1, steps=3, **options).ok
+        spindle.train(*built(), steps=1, **options)
+    assert spindle.verify(built()[0], num_workers=1, steps=3, **options).ok
 
 
 class Global(torch.optim.SGD):
@@ -490,11 +495,11 @@ class Global(torch.optim.SGD):
 @pytest.mark.parametrize(("factory", "named"), [(Both, "first"), (Global, "global")])
 def test_states_that_only_the_optimizer_knows_are_not_saved(tmp_path: Any, factory: Any, named: str) -> None:
     """It trains; a checkpoint, which would lose them, is refused."""
-    workload = towers()
+    workload, plan = towers(), built()[1]
     options: Any = {"optimizer": factory, "steps": 1, "launcher": "threads"}
-    spindle.train(workload, apart(workload), **options)
+    spindle.train(workload, plan, **options)
     with pytest.raises(CheckpointError, match=f"keeps '{named}' beside its states and groups"):
-        spindle.train(workload, apart(workload), checkpoints=tmp_path, **options)
+        spindle.train(workload, plan, checkpoints=tmp_path, **options)
 
 
 class Around(torch.optim.Optimizer):
@@ -509,18 +514,18 @@ class Around(torch.optim.Optimizer):
 
 
 def test_an_optimizer_whose_states_cannot_be_asked_for_is_refused_with_checkpoints(tmp_path: Any) -> None:
-    workload = towers()
-    assert spindle.verify(workload, apart(workload), optimizer=Around, launcher="threads").ok
+    workload, plan = built()
+    assert spindle.verify(workload, plan, optimizer=Around, launcher="threads").ok
     with pytest.raises(CheckpointError, match=r"Around\.state_dict\(\) raises AttributeError .*super\(\).__init__"):
-        spindle.train(workload, apart(workload), optimizer=Around, steps=1, launcher="threads", checkpoints=tmp_path)
+        spindle.train(workload, plan, optimizer=Around, steps=1, launcher="threads", checkpoints=tmp_path)
     assert not list(tmp_path.glob("step*"))
 
 
 def test_an_optimizer_over_all_parameters_needs_one_device() -> None:
     """Refused where ranks update different ones; the same as in one process where each has all."""
     with pytest.raises(WorkloadError, match="the update of a parameter from others"):
-        spindle.verify(towers(), apart(towers()), optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
-    alone = spindle.verify(towers(), num_workers=1, optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
+        spindle.verify(*built(), optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
+    alone = spindle.verify(built()[0], num_workers=1, optimizer=lambda p: Coupled(p, lr=0.1), launcher="threads")
     assert alone.ok, str(alone)
 
 
@@ -587,8 +592,7 @@ def test_groups_are_the_same_on_a_rank_that_holds_little() -> None:
     ],
 )
 def test_other_groups_do_not_go_on(tmp_path: Any, then: Any, now: Any, sentence: str) -> None:
-    workload = towers()
-    plan = apart(workload)
+    workload, plan = towers(), built()[1]
     spindle.train(workload, plan, optimizer=then, steps=1, checkpoints=tmp_path, launcher="threads")
     with pytest.raises(CheckpointError, match=sentence):
         spindle.train(workload, plan, optimizer=now, steps=2, checkpoints=tmp_path, resume=True, launcher="threads")

@@ -16,7 +16,7 @@ from spindle.errors import CheckpointError, SpindleWarning, WorkloadError
 from spindle.record.fingerprints import fingerprint
 from spindle.runtime.updates.optimizers import described
 from spindle.runtime.updates.trial_steps import check_trial_steps
-from tests.parity.test_optimizers import OPTIMIZERS, Elsewhere, apart, towers
+from tests.parity.test_optimizers import OPTIMIZERS, Elsewhere, built, towers
 
 Make = Callable[[Any], Any]
 
@@ -196,12 +196,11 @@ def test_what_a_checkpoint_would_lose_is_refused_before_the_run(kind: str, tmp_p
     optimizer, scheduler, words = UNSAVED[kind]
     _tried(optimizer, scheduler, saves=False)
     with pytest.raises(CheckpointError, match=words):
-        spindle.train(towers(), apart(towers()), optimizer=optimizer, scheduler=scheduler, steps=1,
-                      launcher="threads", checkpoints=tmp_path)  # fmt: skip
+        spindle.train(*built(), optimizer=optimizer, scheduler=scheduler, steps=1, launcher="threads",
+                      checkpoints=tmp_path)  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     with pytest.raises(CheckpointError, match=words):
-        spindle.verify(towers(), apart(towers()), optimizer=optimizer, scheduler=scheduler, resume_under=1,
-                       launcher="threads")  # fmt: skip
+        spindle.verify(*built(), optimizer=optimizer, scheduler=scheduler, resume_under=1, launcher="threads")
 
 
 class Noisy(torch.optim.SGD):
@@ -225,7 +224,7 @@ class Noisy(torch.optim.SGD):
 def test_random_numbers_of_a_step_are_refused(optimizer: Make, scheduler: Make | None, words: str) -> None:
     """Each device would draw its own. What is tried leaves the numbers of the process as they were."""
     with pytest.raises(WorkloadError, match=words):
-        spindle.train(towers(), optimizer=optimizer, scheduler=scheduler, steps=1, launcher="threads")
+        spindle.train(*built(), optimizer=optimizer, scheduler=scheduler, steps=1, launcher="threads")
     every, before = described(towers().named_parameters()), torch.get_rng_state()
     with pytest.raises(WorkloadError, match=words):
         check_trial_steps(every, {}, optimizer, scheduler, None, saves=False)

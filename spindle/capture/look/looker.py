@@ -44,6 +44,7 @@ from spindle.capture.look.watching import Held, made_by_first, own_state
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.copies import attributes_kept
 from spindle.record.draws import Site, Stream
+from spindle.record.known_shapes import KnownShapes
 from spindle.record.randomness import Undrawn, undrawn
 from spindle.record.recording import LeafWrite, tensors_in
 from spindle.record.run import Failure, Recorded, record
@@ -65,11 +66,12 @@ class Looker:
         workload: Workload,
         skeleton: Skeleton,
         task: Task,
+        shapes: KnownShapes,
         whole: frozenset[str] = frozenset(),
     ) -> None:
-        """`whole` names components that are taken whole."""
+        """`whole` names components that are taken whole; `shapes`: of operations, known from other tasks."""
         self.workload, self.skeleton, self.task = workload, skeleton, task
-        self.whole = whole
+        self.whole, self.shapes = whole, shapes
         self.sites: Mapping[str, tuple[Site, ...]] | None = None  # where it draws; None: not known yet
         self.writes: tuple[object, Sequence[LeafWrite]] | None = None  # of which samples; None: not known
         self.few: list[
@@ -380,7 +382,7 @@ class Looker:
             )
 
     def _recorded(self, fields: Mapping[str, Any], stream: Stream) -> Recorded:
-        noted = Undrawn()
+        noted = Undrawn(self.shapes)
         try:
             with noted:
                 found = record(
