@@ -18,6 +18,7 @@ from typing import Any
 from spindle.errors import CheckpointError, InputError
 from spindle.runtime.checkpoints.checkpoint import about_of, begin, checkpoints_in, read, step_of
 from spindle.runtime.checkpoints.tensor_files import ABOUT
+from spindle.runtime.comms.background import start_thread
 
 LOOK_S = 1.0
 PAUSE_S = 10.0  # after an upload that failed
@@ -102,7 +103,7 @@ def fetch(url: str, directory: Path, warn: Warn) -> Path | None:
 
 
 class Uploads:
-    """Copies checkpoints to a URL, from `begin` on until `end`."""
+    """Copies checkpoints to a URL until `end`."""
 
     def __init__(self, url: str, directory: Path, warn: Warn) -> None:
         """Raises InputError as Remote does."""
@@ -110,11 +111,7 @@ class Uploads:
         self._stopped = threading.Event()
         self._done: dict[str, int] = {}  # when the checkpoint that was uploaded under this name was written
         self._failed: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
-
-    def begin(self) -> None:
-        """Start the thread, which a process that ends does not wait for."""
-        self._thread.start()
+        self._thread = start_thread(self._run, "uploads", end=self._stopped.set)
 
     def end(self, deadline_s: float) -> list[str]:
         """Wait for what is not there yet, at most so many seconds; the names of checkpoints that are still missing."""
@@ -159,7 +156,6 @@ def uploading(url: str, directory: Path, warn: Warn, *, deadline_s: float) -> It
     after `deadline_s` seconds is told.
     """
     uploads = Uploads(url, directory, warn)
-    uploads.begin()
     try:
         yield
     finally:
