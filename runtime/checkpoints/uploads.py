@@ -103,7 +103,7 @@ def fetch(url: str, directory: Path, warn: Warn) -> Path | None:
 
 
 class Uploads:
-    """Copies checkpoints to a URL until `end`."""
+    """Copies checkpoints to a URL, from `begin` on until `end`."""
 
     def __init__(self, url: str, directory: Path, warn: Warn) -> None:
         """Raises InputError as Remote does."""
@@ -111,13 +111,18 @@ class Uploads:
         self._stopped = threading.Event()
         self._done: dict[str, int] = {}  # when the checkpoint that was uploaded under this name was written
         self._failed: set[str] = set()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start the thread, which ends with Python at the latest."""
         self._thread = start_thread(self._run, "uploads", end=self._stopped.set)
 
     def end(self, deadline_s: float) -> list[str]:
         """Wait for what is not there yet, at most so many seconds; the names of checkpoints that are still missing."""
         until_s = time.monotonic() + deadline_s
-        while self._missing() and self._thread.is_alive() and time.monotonic() < until_s:
-            self._thread.join(min(LOOK_S, deadline_s) / 10)
+        thread = self._thread
+        while thread and thread.is_alive() and self._missing() and time.monotonic() < until_s:
+            thread.join(min(LOOK_S, deadline_s) / 10)
         self._stopped.set()
         return [path.name for path in self._missing()]
 
@@ -156,6 +161,7 @@ def uploading(url: str, directory: Path, warn: Warn, *, deadline_s: float) -> It
     after `deadline_s` seconds is told.
     """
     uploads = Uploads(url, directory, warn)
+    uploads.begin()
     try:
         yield
     finally:
