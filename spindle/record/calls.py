@@ -163,7 +163,8 @@ def _found(
     rule = skeleton.rules.get(block.kind)
     if rule is None:
         try:
-            return _run_on_meta(skeleton, block, own, recorder, args, kwargs)
+            with attributes_kept(block.module.modules()):  # hooks too, that a run which fails has registered
+                return _run_on_meta(skeleton, block, own, recorder, args, kwargs)
         except Forbidden:
             raise
         except Exception as error:

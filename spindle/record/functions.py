@@ -443,6 +443,13 @@ UNCHECKED: dict[Callable[..., Any], Callable[..., Any]] = {
 """Functions that refuse some sizes which only parts of batches have, or that the meta device does not know, and what
 gives their results' shapes."""
 
+UNSET: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.empty: torch.zeros,
+    torch.empty_like: torch.zeros_like,
+    Tensor.new_empty: Tensor.new_zeros,
+}
+"""Functions that give memory as it is, and what gives the same with numbers."""
+
 # -- devices ----------------------------------------------------------------------------------------------------------
 
 

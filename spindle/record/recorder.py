@@ -21,6 +21,7 @@ from spindle.record.functions import (
     ARITHMETIC,
     REDUCTIONS,
     UNCHECKED,
+    UNSET,
     Into,
     IntoLeaf,
     SetData,
@@ -152,6 +153,8 @@ class Recorder(TorchFunctionMode):
             self._refuse_gradient_of(args[0])
         if func in SETS_GRADIENTS:
             self._refuse_other_flag(args, kwargs)
+        if func in UNSET:  # its numbers are whatever memory holds: other ones in each call
+            func, kwargs = UNSET[func], {name: value for name, value in kwargs.items() if name != "memory_format"}
         if not self.inside and self._holds_own((*args, *kwargs.values())):
             args, kwargs = tree(self._as_leaf, args), tree(self._as_leaf, kwargs)
         tainted = bool(self._tainted) and self._touches_tainted((*args, *kwargs.values()))
