@@ -10,6 +10,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Set
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 from spindle.errors import RunError
@@ -41,7 +42,8 @@ class Door:
     def __init__(self, timeout_s: float) -> None:
         """Nobody waits longer than `timeout_s`."""
         self.timeout_s = timeout_s
-        self._room = tempfile.mkdtemp(prefix="spindle-", dir=_directory())
+        own = get_temp_dir()  # which goes with the rank, or with its group, though the rank is killed meanwhile
+        self._room = tempfile.mkdtemp(prefix="spindle-", dir=own if len(own) < LONGEST_PATH else _directory())
         self.address = f"{self._room}/door"
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout_s)
