@@ -543,3 +543,19 @@ def test_a_place_stays_the_same_when_python_specializes_its_code() -> None:
         return run()
 
     assert len({start() for _ in range(300)}) == 1
+
+
+def test_memory_that_is_taken_unset_is_alike_in_each_recording() -> None:
+    """It holds what was there before, until it is written to: two recordings of a batch would not be the same."""
+
+    def task(module: nn.Module, fields: Batch) -> Tensor:
+        found = torch.empty(BATCH, 6, dtype=torch.float64)
+        found[:, :3] = module(fields["x"])[:, :3]
+        found[:, 3:] = torch.empty_like(found[:, 3:]).copy_(fields["x"][:, :3])
+        return found.sum() + fields["x"].new_empty(3).fill_(1.0).sum()
+
+    whole = recorded(task, linear(), batch())
+    again = recorded(task, linear(), batch())
+    assert whole.aux
+    assert all(torch.equal(a, b) for a, b in zip(whole.aux, again.aux, strict=True))
+    assert all(bool((each.abs() < 1e3).all()) for each in whole.aux if each.is_floating_point())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
 import spindle
-from spindle.errors import WorkloadError
+from spindle.errors import SpindleWarning, WorkloadError
 from spindle.graph import PiecePlace, parse_piece, piece_name
 from spindle.runtime.controller import prepare
 from spindle.runtime.parallel.names import join, joined_pieces, piece_of
@@ -161,3 +161,20 @@ def test_pieces_join_to_the_whole(pieces: int, packs: int, size: int, dims: tupl
         assert torch.equal(join(parts, dim, packs), whole)
         stored = {f"state:{name}:exp_avg": part for name, part in zip(names, parts, strict=True)}
         assert torch.equal(joined_pieces(stored)["state:w:exp_avg"], whole)
+
+
+def test_router_logits_that_hooks_collect_inside_of_one_operator() -> None:
+    """The run on the meta device fails after it has registered hooks: the next one must not collect twice."""
+    torch.manual_seed(0)
+    made = spindle.Workload("balanced")
+    lm: Any = made.component("lm", mixtral(output_router_logits=True).double())
+    data = [{"tokens": tokens(4, 6, seed)} for seed in range(2)]
+
+    @made.task("speak", batch_size=4, data=data)
+    def speak(batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = lm(input_ids=batch["tokens"], labels=batch["tokens"]).loss
+        return loss
+
+    with pytest.warns(SpindleWarning, match="runs as one operator"):
+        report = spindle.verify(made, num_workers=2, steps=2, launcher="threads")
+    assert report.ok, str(report)

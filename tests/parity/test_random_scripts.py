@@ -29,7 +29,7 @@ from tests.random_scripts import (
 from tests.script_runs import verdict_of
 from tests.threads import computing_with
 
-EXAMPLES = int(os.environ.get("SPINDLE_SCRIPT_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("SPINDLE_SCRIPT_EXAMPLES", "50"))
 PART = 5
 REFUSED = frozenset({"gradient_hook"})
 """Kinds that are refused whatever else is in a script: they would hide the rest of it."""
