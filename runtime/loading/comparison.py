@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from spindle.capture.codes import TaskCode
 from spindle.capture.facts import Fact, Samples, facts
 from spindle.capture.parts import TaskPart
-from spindle.record.recording import Aux, Recording
+from spindle.record.recording import Aux, Recording, leaves_of
 from spindle.units import Units
 
 MOST_KNOWN = 64  # pairs of recordings
@@ -41,10 +41,8 @@ class Comparison:
 
     def needs_entries(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> bool:
         """Whether a tensor of the whole that follows entry by entry from fields is compared with one that does not."""
-        return any(
-            isinstance(fact.whole, Aux) and fact.whole.index in whole.by_entry
-            for fact in self._facts(whole, part, tuple(operators))
-        )
+        found = self._facts(whole, part, tuple(operators))
+        return any(aux.index in whole.by_entry for fact in found for aux in leaves_of(fact.whole, Aux))
 
     def _facts(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> list[Fact]:
         """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
@@ -60,8 +58,9 @@ class Comparison:
 
         def by_entry(fact: Fact) -> bool:
             own, other = fact.part, fact.whole
-            both = isinstance(own, Aux) and isinstance(other, Aux)
-            return both and own.index in part.by_entry and other.index in whole.by_entry
+            if not (isinstance(own, Aux) and isinstance(other, Aux) and own.index in part.by_entry):
+                return False
+            return part.by_entry[own.index] == whole.by_entry.get(other.index)
 
         return [
             fact

@@ -11,11 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spindle.record.fingerprints import fingerprint
 from spindle.record.recording import Aux, Node, Ref, tree
 from spindle.units import Bounds, Units
 
@@ -24,8 +26,9 @@ Slot = tuple[object, str, int]
 `_CALLS` stands for the number of calls, `_LEAVES` for that of leaves."""
 
 _CALLS, _LEAVES = -1, -2
-_COMPARED = (bool, int, complex, str, torch.dtype, type(None))  # objects of other kinds say nothing of a batch
+_COMPARED = (bool, int, complex, str, torch.dtype, type(None))
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+_MASK = 1e30  # infinities, and the least numbers of a type, stand in masks
 _LESS_EXACT = 2e-2  # of types with fewer bits
 
 
@@ -40,20 +43,23 @@ class Fact:
 
     def is_alike(self, whole: "Samples", part: "Samples") -> bool:
         """Whether the part takes what the whole takes, or the rows of its own samples."""
-        own, other = part.value(self.part), whole.value(self.whole)
-        if isinstance(own, Tensor) and isinstance(other, Tensor):
-            return _is_share(other, own, whole.units, whole.bounds, part.bounds)
-        return _is_same(own, other)
+        if self.slot[2] < 0:  # some call, or leaf, of the whole must be like it
+            return self.part is not None and any(
+                len(each) == len(self.part)
+                and all(_is_alike(a, b, whole, part) for a, b in zip(each, self.part, strict=True))
+                for each in self.whole
+            )
+        return _is_alike(self.whole, self.part, whole, part)
 
     def told(self, whole: "Samples", part: "Samples") -> str:
         """What differs, in words: "'mul' (line 3 of model.py) computes with 1.0 for ... and with 2.0 for ..."."""
         name = self.node.block or getattr(self.node.function, "__name__", "code")
         line = f" ({self.node.line})" if self.node.line else ""
         samples = f"samples {part.bounds[0]} to {part.bounds[1] - 1} alone"
-        if self.slot[2] == _CALLS:
-            return f"{name!r}{line} is called {self.part} times for {samples}, and {self.whole} for the whole batch"
-        if self.slot[2] == _LEAVES:
-            return f"{name!r}{line} takes {self.part} arguments for {samples}, and {self.whole} for the whole batch"
+        if self.slot[2] < 0 and self.part is None:
+            return f"{name!r}{line} is not called for {samples}, and is for the whole batch"
+        if self.slot[2] < 0:
+            return f"{name!r}{line} computes with other constants for {samples} than anywhere in the whole batch"
         own, other = part.value(self.part), whole.value(self.whole)
         if isinstance(own, Tensor) and isinstance(other, Tensor) and own.ndim > 0 and own.shape[1:] == other.shape[1:]:
             return f"{name!r}{line} computes with other numbers for {samples} than the whole batch has for them"
@@ -74,30 +80,48 @@ class Samples:
 
 
 def facts(whole: Sequence[Node], part: Sequence[Node]) -> Iterator[Fact]:
-    """All that recorded calls of a whole batch and of a part of it take besides values of the model, side by side."""
+    """All that recorded calls of a whole batch and of a part of it take besides values of the model, side by side.
+
+    Where a place is called another number of times (once a sample, say), each call of the part stands beside all of the
+    whole, as a `_CALLS`; where a call takes another number of leaves, each leaf beside all, as a `_LEAVES`.
+    """
     calls, own_calls = _by_place(whole), _by_place(part)
     for place in dict.fromkeys((*calls, *own_calls)):
         nodes, own = calls.get(place, []), own_calls.get(place, [])
-        if len(nodes) != len(own):
-            yield Fact((*place, _CALLS), (nodes or own)[0], len(nodes), len(own))
+        if len(nodes) == len(own):
+            for node, other in zip(nodes, own, strict=True):
+                yield from _of_call(place, node, other)
             continue
-        for node, other in zip(nodes, own, strict=True):
-            yield from _of_call(place, node, other)
+        all_leaves = [_constants(node) for node in nodes]
+        for node in own or nodes[:1]:
+            yield Fact((*place, _CALLS), node, all_leaves, _constants(node) if own else None)
 
 
 def _of_call(place: tuple[object, str], node: Node, other: Node) -> Iterator[Fact]:
     leaves, others = _leaves(node), _leaves(other)
     if len(leaves) != len(others):
-        yield Fact((*place, _LEAVES), node, len(leaves), len(others))
+        for own in _constants(other):
+            yield Fact((*place, _LEAVES), node, [[leaf] for leaf in leaves if type(leaf) is not Ref], [own])
         return
     for index, (leaf, own) in enumerate(zip(leaves, others, strict=True)):
         if not (type(leaf) is Ref and type(own) is Ref):
             yield Fact((*place, index), node, leaf, own)
 
 
+def _constants(node: Node) -> list[Any]:
+    return [leaf for leaf in _leaves(node) if type(leaf) is not Ref]
+
+
 def apart(whole: Sequence[Node], part: Sequence[Node], of_whole: Samples, of_part: Samples) -> Iterator[Slot]:
     """Where a part of a batch takes something else than the whole."""
     return (fact.slot for fact in facts(whole, part) if not fact.is_alike(of_whole, of_part))
+
+
+def _is_alike(leaf: Any, own: Any, whole: Samples, part: Samples) -> bool:
+    a, b = whole.value(leaf), part.value(own)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _is_share(a, b, whole.units, whole.bounds, part.bounds)
+    return _is_same(a, b, whole.units, whole.bounds, part.bounds)
 
 
 def _by_place(nodes: Sequence[Node]) -> Mapping[tuple[object, str], list[Node]]:
@@ -113,10 +137,20 @@ def _leaves(node: Node) -> list[Any]:
     return found
 
 
-def _is_same(a: Any, b: Any) -> bool:
+def _is_same(a: Any, b: Any, units: Units, held: Bounds, bounds: Bounds) -> bool:
+    """Whether a part's constant `b` is the whole's `a`, or counts the rows of its samples where `a` counts all."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=_ROUNDING[torch.float32]) or (math.isnan(a) and math.isnan(b))
-    return type(a) is type(b) and (a == b if isinstance(a, _COMPARED) else True)
+    if type(a) is int and type(b) is int and a != b:
+        spans = (_span(units, unit, a, held, bounds) for unit in units.counts)
+        return any(span is not None and span[1] == b for span in spans)
+    if a is b or type(a) is not type(b) or isinstance(a, _COMPARED):
+        return type(a) is type(b) and bool(a == b)
+    return fingerprint(_held(a)) == fingerprint(_held(b))
+
+
+def _held(value: Any) -> Any:
+    return (value.args, value.keywords) if isinstance(value, partial) else value
 
 
 def _is_share(whole: Tensor, part: Tensor, units: Units, held: Bounds, bounds: Bounds) -> bool:
@@ -129,11 +163,14 @@ def _is_share(whole: Tensor, part: Tensor, units: Units, held: Bounds, bounds: B
 
 
 def _spans(units: Units, size: int, held: Bounds, bounds: Bounds) -> Iterator[tuple[int, int]]:
-    for unit in units.counts:
-        try:
-            yield units.span(unit, size, held, bounds)
-        except ValueError:  # entries that are no rows of this unit
-            continue
+    return filter(None, (_span(units, unit, size, held, bounds) for unit in units.counts))
+
+
+def _span(units: Units, unit: str, size: int, held: Bounds, bounds: Bounds) -> tuple[int, int] | None:
+    try:
+        return units.span(unit, size, held, bounds)
+    except ValueError:  # entries that are no rows of this unit
+        return None
 
 
 def _is_cut(whole: Tensor, part: Tensor, dim: int, span: tuple[int, int]) -> bool:
@@ -149,8 +186,9 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     if torch.equal(a, b):
         return True
     rounding = _ROUNDING.get(a.dtype, _LESS_EXACT)
-    finite = a[torch.isfinite(a)]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    sizes = a.abs().to(torch.float32)
+    sizes = sizes[sizes < _MASK]
+    scale = float(sizes.max()) if sizes.numel() else 0.0
     return torch.allclose(a, b, rtol=rounding, atol=rounding * scale, equal_nan=True)
 
 

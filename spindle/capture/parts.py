@@ -1,7 +1,7 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -35,7 +35,7 @@ class TaskPart:
     recording: Recording
     aux: Sequence[Tensor]
     is_plain: bool = False
-    by_entry: frozenset[int] = frozenset()
+    by_entry: Mapping[int, str] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
 
@@ -115,7 +115,7 @@ def divide(
         recorded.recording,
         recorded.recording.aux,
         is_plain=recorded.is_plain,
-        by_entry=recorded.replay.by_entry if recorded.replay is not None else frozenset(),
+        by_entry=recorded.replay.by_entry if recorded.replay is not None else {},
         absent=absent,
         idle=frozenset(code.reads.keys() - members_by_name.keys()),
     )

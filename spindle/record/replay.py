@@ -7,6 +7,7 @@ guard: where it reads something else, or a result has another shape, the batch i
 Not seen are reads that bypass torch, such as reads of numpy arrays that share a tensor's memory: then nothing is kept.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -125,24 +126,30 @@ class RealCalls:
         numbers = {name: self.number(value) for name, value in fields.items() if isinstance(value, Tensor)}
         wanted = [self._number.get(id(value)) for value in aux]
         start = {n: t for n, t in enumerate(self._tensors) if n not in self._made and n not in numbers.values()}
-        by_entry = self._by_entry(set(numbers.values()))
-        entries = frozenset(place for place, number in enumerate(wanted) if number is None or number in by_entry)
+        by_entry = self._by_entry({number: name for name, number in numbers.items()})
+        entries = {
+            place: f"tensor {id(aux[place])}" if number is None else by_entry[number]
+            for place, number in enumerate(wanted)
+            if number is None or number in by_entry
+        }
         calls = _needed(self.calls, self._measured | {number for number in wanted if number is not None})
         return Replay(calls, numbers, start, wanted, list(aux), entries, frozenset(self._measured))
 
-    def _by_entry(self, fields: set[int]) -> set[int]:
-        """Tensors each of whose entries follows from the same entry of fields: samples do not come together in them."""
-        found = set(fields)
+    def _by_entry(self, fields: Mapping[int, str]) -> dict[int, str]:
+        """How tensors are computed each of whose entries follows from the same entry of fields, so that samples do not
+        come together in them: equal texts for equal computations.
+        """
         if any(call.writes for call in self.calls):
-            return found if not self.calls else set()
-        shapes = {number: tuple(self._tensors[number].shape) for number in found}
+            return {} if self.calls else dict(fields)
+        found = dict(fields)
         for call in self.calls:
-            read = {real.index for real in leaves_of((call.args, call.kwargs), Real)}
-            of_batch = read & (found | self._made)
+            read = list(dict.fromkeys(real.index for real in leaves_of((call.args, call.kwargs), Real)))
+            of_batch = [number for number in read if number in found or number in self._made]
             one = len(call.outs) == 1 and call.function in ELEMENTWISE
-            if one and of_batch <= found and all(shapes[number] == call.shapes[0] for number in of_batch):
-                found.add(call.outs[0])
-                shapes[call.outs[0]] = call.shapes[0]
+            if one and all(n in found and tuple(self._tensors[n].shape) == call.shapes[0] for n in of_batch):
+                given = [found.get(number, f"tensor {id(self._tensors[number])}") for number in read]
+                plain = tree(lambda leaf: "" if isinstance(leaf, Real) else leaf, (call.args, call.kwargs))
+                found[call.outs[0]] = hashlib.blake2b(f"{call.function}{plain}{given}".encode()).hexdigest()
         return found
 
 
@@ -172,8 +179,8 @@ def _comparable(value: Any) -> bool:
 class Replay:
     """Calls that compute anew what a recording computed for real.
 
-    `by_entry`: which of the tensors that recorded calls read follow entry by entry from fields, or from nothing of the
-    batch; `measured`: tensors whose sizes code has asked for.
+    `by_entry`: tensors that recorded calls read which follow entry by entry from fields, or from nothing of the batch,
+    and how; `measured`: tensors whose sizes code has asked for.
     """
 
     calls: list[_Call]
@@ -181,7 +188,7 @@ class Replay:
     start: Mapping[int, Tensor]
     wanted: Sequence[int | None]
     constants: Sequence[Tensor]
-    by_entry: frozenset[int] = frozenset()
+    by_entry: Mapping[int, str] = field(default_factory=dict)
     measured: frozenset[int] = frozenset()
 
     @cached_property
