@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from spindle.capture.look.samples import (
     PROBE_SAMPLES,
     TRIALS,
     disturbed,
+    far_apart,
     few_of,
     first_batches,
     modalities,
@@ -46,7 +48,7 @@ from spindle.record.copies import attributes_kept
 from spindle.record.draws import Site, Stream
 from spindle.record.known_shapes import KnownShapes
 from spindle.record.randomness import Undrawn, undrawn
-from spindle.record.recording import LeafWrite, tensors_in
+from spindle.record.recording import LeafWrite, Recording, tensors_in
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
 from spindle.record.writes import CLOCK, INSTEAD, differing
@@ -310,6 +312,10 @@ class Looker:
                 self._look_at_singles(other, seen, prober)
         if len(parts) > 1 and not self.is_plain:
             self._look_at_singles(batch, self._part(batch, whole), prober)
+            for name, (_, dim) in batch.places.items():
+                for number, value in enumerate(far_apart(own[name], dim)):
+                    far = SampledBatch({**own, name: value}, units, batch.places)
+                    self._look_at_other(far, whole, parts, prober, variant=f"{name} {number}")
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
             doubled = twice(batch, whole, step)
@@ -317,11 +323,17 @@ class Looker:
             self._look_at_other(doubled, (0, end), cut, prober, step)
 
     def _look_at_other(
-        self, batch: SampledBatch, whole: Bounds, parts: Sequence[Bounds], prober: Prober, step: int = 0
+        self,
+        batch: SampledBatch,
+        whole: Bounds,
+        parts: Sequence[Bounds],
+        prober: Prober,
+        step: int = 0,
+        variant: str = "",
     ) -> Part | None:
-        """What its whole is, where the task takes it."""
+        """What its whole is, where the task takes it. `variant`: what the batch has that layers have not seen."""
         try:
-            trial = self._trial(batch, whole, parts, step)
+            trial = replace(self._trial(batch, whole, parts, step), variant=variant)
         except Exception:
             return None
         self._take_in(trial, prober)
@@ -361,7 +373,7 @@ class Looker:
         self.copies_batch = bool(self.copies_batch) or any(tensor._version != version for tensor, version in versions)
         if self.skeleton.steady.unsettled:
             raise Unsettled
-        self.is_plain &= found.is_plain
+        self.is_plain &= found.is_plain and not _asks_in_layers(found.recording)
         check_loss(self.task, found)
         self._check_writes(found, (id(batch), bounds, step))
         return found
@@ -527,6 +539,12 @@ class Looker:
                 SpindleWarning,
                 stacklevel=6,
             )
+
+
+def _asks_in_layers(recording: Recording) -> bool:
+    """Whether a layer is given masks, lengths or the like of the batch, of which it may ask something."""
+    given = {number for node in recording.nodes if node.block for number in node.aux()}
+    return any(not recording.aux[number].is_floating_point() for number in given)
 
 
 def _keys(wired: Wired) -> set[Key]:

@@ -279,7 +279,8 @@ class Prober:
         unlike = sorted(
             leaf for name, component, leaf in trial.apart if (name, component) == (node.block, node.component)
         )
-        kind = (self._block(node).kind, self._way(node, values), tuple(unlike))
+        variant = trial.variant if node.aux() else ""
+        kind = (self._block(node).kind, self._way(node, values), tuple(unlike), variant)
         if kind not in self.known_blocks and part is trial.whole:
             self.known_blocks[kind] = self._examined_block(trial, node, values)
         known = self.known_blocks.get(kind)

@@ -19,6 +19,7 @@ from spindle.workload import Task
 PROBE_SAMPLES = 5
 MOST_CUTS = 6  # in two that are tried of some samples
 SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more than so many
+FAR = 1000  # from other numbers of a field
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
 
@@ -193,7 +194,22 @@ def one_apart(value: Any, dim: int) -> Any:
     if not bool((value == first).all()):
         return value
     other = ~first if value.dtype == torch.bool else first + 1
-    if value.ndim > 1 and bool((first == 1).all()):  # a mask, whose first position stays
-        other = first.clone()
-        other.select(-1, -1).zero_()
+    if value.ndim > 1 and bool((first == 1).all()):  # a mask, whose first positions stay
+        other, size = first.clone(), first.shape[-1]
+        other.narrow(-1, (size + 1) // 2, size // 2).zero_()
     return torch.cat([other, value.narrow(dim, 1, value.shape[dim] - 1)], dim)
+
+
+def far_apart(value: Any, dim: int) -> Iterator[Any]:
+    """A field with numbers in its first sample that are far from those of all others, so that what code asks of a whole
+    batch (whether any text is long, where the longest ends) differs between its parts.
+    """
+    if not isinstance(value, Tensor) or not value.numel() or value.is_complex():
+        return
+    size = value.shape[dim]
+    first, others = value.narrow(dim, 0, 1), value.narrow(dim, 1, size - 1)
+    if value.dtype == torch.bool:
+        yield torch.cat([~first, others], dim)
+        return
+    yield torch.cat([first + FAR, others], dim)
+    yield torch.cat([first, torch.ones_like(others)], dim)

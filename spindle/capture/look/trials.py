@@ -31,11 +31,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Trial:
-    """Recordings of some samples of one batch: together, and in two parts."""
+    """Recordings of some samples of one batch: together, and in parts. `variant`: what its numbers are that layers are
+    to be looked at with.
+    """
 
     batch: SampledBatch
     whole: Part
     parts: tuple[Part, ...]
+    variant: str = ""
 
     @property
     def units(self) -> Units:
