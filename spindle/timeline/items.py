@@ -155,6 +155,7 @@ class View:
     first: int = 0  # index into steps
     num_steps: int = 1  # of the trace; more than len(steps) when some were left out
     total_s: float = 0.0  # of all steps; steps overlap, as no rank waits for the others to end one
+    peak_bytes: tuple[int, ...] = ()  # measured on each device over the whole run; empty where it was not
 
     @property
     def shown(self) -> StepView:
