@@ -22,11 +22,11 @@ from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.buffers import make_buffers_real
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
+from spindle.capture.look.proposals import in_code, parts_of
 from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
 from spindle.capture.modules import refuse_modules
 from spindle.capture.naming import Namer
 from spindle.capture.operators import Memo, TaskOperators, build_operators
-from spindle.capture.proposals import in_code, parts_of
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
 from spindle.capture.states import lines_of, with_states

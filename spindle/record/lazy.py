@@ -167,6 +167,10 @@ class Refused(Exception):
     """Code does what a planned run cannot do; the message says what, and what to do."""
 
 
+class CameOut(Refused):
+    """A tensor of the model reaches a call, and no recorded call gave it."""
+
+
 class Forbidden(Refused):
     """Code does what no planned run can do, also where a component runs as one operator."""
 

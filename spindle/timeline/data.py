@@ -12,9 +12,19 @@ from dataclasses import dataclass, field
 from spindle.plan import Plan
 from spindle.timeline.accounts import account
 from spindle.timeline.colors import fills, lines, text_on
-from spindle.timeline.items import CAUSE_TITLES, COMMUNICATING, COMPUTING, Cause, Item, Kind, StepView, View, What
+from spindle.timeline.items import (
+    CAUSE_TITLES,
+    COMMUNICATING,
+    COMPUTING,
+    OWN_AXIS_RATIO,
+    Cause,
+    Item,
+    Kind,
+    StepView,
+    View,
+    What,
+)
 from spindle.timeline.memory import Level, MemoryModel
-from spindle.timeline.scales import OWN_AXIS_RATIO
 from spindle.timeline.table import SliceTable
 from spindle.timeline.waves import leading, turn_by_wave, wave_times
 from spindle.timeline.words import ranges

@@ -6,11 +6,14 @@
 - Times are seconds from the first moment of the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 from spindle.trace import SpanKind
+
+OWN_AXIS_RATIO = 2.0  # on one axis a step far shorter than the other would be a sliver
 
 
 class Kind(StrEnum):
@@ -161,6 +164,12 @@ class View:
     def shown(self) -> StepView:
         """The step to look at first."""
         return self.steps[self.first]
+
+
+def have_own_axes(views: Sequence[View]) -> bool:
+    """Whether each view has a time axis of its own, since one shown step lasts over OWN_AXIS_RATIO times the other."""
+    lengths_s = [view.shown.step_s for view in views]
+    return min(lengths_s) > 0 and max(lengths_s) > OWN_AXIS_RATIO * min(lengths_s)
 
 
 def kind_of(kind: SpanKind, name: str) -> Kind:

@@ -18,7 +18,15 @@ from spindle.timeline.items import View
 from spindle.timeline.legend import legend
 from spindle.timeline.summary import accounts, baselines, memory_table, subtitle, tiles, turns, verdict
 
-SCRIPTS = ("page_data.js", "page_words.js", "page_layout.js", "page_draw.js", "page_tables.js", "page_view.js")
+SCRIPTS = (
+    "page_data.js",
+    "page_words.js",
+    "page_layout.js",
+    "page_draw.js",
+    "page_axis.js",
+    "page_tables.js",
+    "page_view.js",
+)
 
 
 def page(plan: Plan, views: Sequence[View], data: dict[str, Json], *, picture: str, title: str) -> str:

@@ -12,11 +12,10 @@ from html import escape
 from spindle.plan import Plan
 from spindle.timeline.colors import fills, lines, text_on
 from spindle.timeline.data import component_names, task_names
-from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What
+from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What, have_own_axes
 from spindle.timeline.memory import MemoryModel
-from spindle.timeline.scales import have_own_axes, scales_in_words
 from spindle.timeline.waves import WaveTime, leading, turn_by_wave, wave_times
-from spindle.timeline.words import ranges, seconds, seconds_on_axis, size
+from spindle.timeline.words import ranges, scales_in_words, seconds, seconds_on_axis, size
 
 WIDTH = 1120.0
 LEFT, RIGHT = 84.0, 14.0
@@ -68,7 +67,7 @@ def draw_svg(
     standalone: bool,
     memory: MemoryModel | None = None,
 ) -> str:
-    """The shown step of each view under one time axis, or one each (see `scales`), and memory over the last of them.
+    """The shown step of each view, under one time axis or one each (see `have_own_axes`), and memory over the last one.
 
     `standalone`: a file of its own, with a legend, which the page has beside it.
     """

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from spindle.capture.proposals import in_code, lists_of, running_module, with_module
+from spindle.capture.look.proposals import collected_outputs, in_code, lists_of, running_module, with_module
 from spindle.errors import SpindleError, WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.record.lazy import INSTEAD, Forbidden, LazyRead, Refused, Stranger
+from spindle.record.lazy import INSTEAD, CameOut, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
 from spindle.record.writes import INSTEAD as DO_INSTEAD
 from spindle.workload import Component, Task, Workload
@@ -160,17 +160,23 @@ def _is_users(error: Exception) -> bool:
 
 
 def _whole_warning(task: Task, component: Component, error: Exception) -> str:
-    reason = error.what if isinstance(error, LazyRead) else _reason(error)
-    running = running_module(error.__traceback__, component)
-    if running:
+    reason = error.what if isinstance(error, LazyRead) else str(error) if isinstance(error, Refused) else _reason(error)
+    return (
+        f"task {task.name!r}: component {component.name!r} cannot be recorded and runs as one operator: {reason}"
+        f"{_innermost(error)}; {_instead_of_whole(component, error)}"
+    )
+
+
+def _instead_of_whole(component: Component, error: Exception) -> str:
+    outputs = collected_outputs(component) if isinstance(error, CameOut) else ()
+    if outputs:
+        return f"in its config, set {' and '.join(f'{name}=False' for name in outputs)}"
+    if running := running_module(error.__traceback__, component):
         remedy = f"let {running!r}, where it runs, be one layer: {in_code(with_module(component, running))}"
     else:
         beside = f" beside {', '.join(map(repr, lists))}" if (lists := lists_of(component)) else ""
         remedy = f"move it into a module of its own and name that in layers={beside}"
-    return (
-        f"task {task.name!r}: component {component.name!r} cannot be recorded and runs as one operator: {reason}"
-        f"{_innermost(error)}; take what depends on such values out of it, or {remedy}"
-    )
+    return f"take what depends on such values out of it, or {remedy}"
 
 
 def _without_shape(error: NotImplementedError) -> str:

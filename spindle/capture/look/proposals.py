@@ -54,6 +54,13 @@ def running_module(traceback: TracebackType | None, component: Component) -> str
     return found
 
 
+def collected_outputs(component: Component) -> tuple[str, ...]:
+    """Settings of its configs by which models of transformers collect outputs inside of layers, by hooks."""
+    configs = [getattr(module, "config", None) for module in component.module.modules()]
+    found = {name for config in configs for name, value in getattr(config, "__dict__", {}).items() if value is True}
+    return tuple(sorted(name for name in found if name.startswith("output_") and name != "output_hidden_states"))
+
+
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.Sequential) and sum(map(_has_some, module.children())) > 1
 
