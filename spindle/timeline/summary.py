@@ -121,7 +121,7 @@ def _memory(plan: Plan, views: Sequence[View]) -> Tile | None:
 
 def _measured_peak(peaks: Sequence[int]) -> str:
     if not peaks:
-        return "the run did not measure it, as none on CPUs does"
+        return "not measured by this run; only runs on GPUs measure it"
     worst = _fullest(peaks)
     return f"measured {size(peaks[worst])} on device {worst}"
 

@@ -246,6 +246,14 @@ def test_the_warning_proposes_layers_that_exist_and_help() -> None:
     exact(workload)
 
 
+def test_a_module_that_holds_all_lists_is_not_proposed_as_one_layer() -> None:
+    model = nn.Sequential(Branching(), nn.Identity())
+    with pytest.warns(
+        SpindleWarning, match="move it into a module of its own and name that in layers= beside '0.layers'"
+    ):
+        capture(wrapped(model, {"x": x(5)}, _regression(model)))
+
+
 def test_layers_whose_work_depends_on_values_are_still_layers() -> None:
     """Experts: tensors without numbers cannot run through them, so a few samples show what they give."""
     model = Experts()

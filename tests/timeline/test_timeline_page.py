@@ -208,7 +208,7 @@ def test_measured_memory_stands_beside_planned() -> None:
     plan, predicted = planned(2)
     run = made_up_run(plan, predicted)
     text = Page(render_page(plan, predicted=predicted, measured=run)).text
-    assert "the run did not measure it, as none on CPUs does" in text
+    assert "not measured by this run; only runs on GPUs measure it" in text
     assert "Peak memory" not in text
     plan = replace(plan, memory=Memory(peak_bytes_per_device=(2.0 * GIB, 4.0 * GIB), fits=True))
     run = replace(run, peak_bytes=(3 * 2**30, 2 * 2**30))

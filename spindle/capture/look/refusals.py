@@ -171,10 +171,11 @@ def _instead_of_whole(component: Component, error: Exception) -> str:
     outputs = collected_outputs(component) if isinstance(error, CameOut) else ()
     if outputs:
         return f"in its config, set {' and '.join(f'{name}=False' for name in outputs)}"
-    if running := running_module(error.__traceback__, component):
-        remedy = f"let {running!r}, where it runs, be one layer: {in_code(with_module(component, running))}"
-    else:
-        beside = f" beside {', '.join(map(repr, lists))}" if (lists := lists_of(component)) else ""
+    running, lists = running_module(error.__traceback__, component), lists_of(component)
+    if running and (len(layers := with_module(component, running)) > 1 or not lists):
+        remedy = f"let {running!r}, where it runs, be one layer: {in_code(layers)}"
+    else:  # one layer that holds all lists would be next to nothing gained
+        beside = f" beside {', '.join(map(repr, lists))}" if lists else ""
         remedy = f"move it into a module of its own and name that in layers={beside}"
     return f"take what depends on such values out of it, or {remedy}"
 
