@@ -420,6 +420,14 @@ def _start_workers(
 
 
 def merge_traces(reports: Sequence[Report], num_ranks: int) -> Trace:
-    """One trace of all ranks, its times counted from its first moment."""
+    """One trace of all ranks, its times counted from its first moment; with their peaks of memory if all are on GPUs.
+
+    The memory of a process on a CPU holds what no plan counts, such as libraries and batches, so it is left out.
+    """
     spans = sorted((span for report in reports for span in report.spans), key=lambda s: (s.start_s, s.rank))
-    return Trace(num_ranks=num_ranks, source="measured", spans=tuple(spans)).from_zero()
+    peaks: dict[int, int] = {}
+    for report in reports:
+        if report.on_gpu:
+            peaks[report.rank] = max(peaks.get(report.rank, 0), report.memory_bytes)
+    peak_bytes = tuple(peaks[rank] for rank in range(num_ranks)) if peaks.keys() == set(range(num_ranks)) else ()
+    return Trace(num_ranks=num_ranks, source="measured", spans=tuple(spans), peak_bytes=peak_bytes).from_zero()

@@ -84,6 +84,7 @@ class Report:
     ended: str | None = None
     told: list[StepTold] = field(default_factory=list)  # of each step
     memory_bytes: int = 0  # the most that it has held
+    on_gpu: bool = False  # whether memory_bytes are those of a GPU, not of a process
     drift: dict[str, str] = field(default_factory=dict)  # sentences on batches that the plan was not made for, by task
     learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by parameter group
     stops: bool = False  # it was told to end
@@ -242,6 +243,7 @@ class Worker:
         report.drift = dict(self.batches.drift.found)
         report.stops = self.transport.pulse.stops
         report.memory_bytes = peak_memory(self.transport.device)
+        report.on_gpu = self.transport.device.type == "cuda"
         report.learning_rates = self.optimization.learning_rates() if self.optimization else {}
         return report
 

@@ -455,6 +455,7 @@ class TraceModel(_JsonModel):
     num_ranks: Count
     source: Text
     spans: tuple[_SpanModel, ...]
+    peak_bytes: tuple[Amount, ...] = ()
 
     @classmethod
     def of(cls, trace: Trace) -> "TraceModel":
@@ -464,4 +465,4 @@ class TraceModel(_JsonModel):
     def value(self) -> Trace:
         """The value, checked."""
         spans = tuple(Span(**dict(span)) for span in self.spans)
-        return Trace(num_ranks=self.num_ranks, source=self.source, spans=spans)
+        return Trace(num_ranks=self.num_ranks, source=self.source, spans=spans, peak_bytes=self.peak_bytes)

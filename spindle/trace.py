@@ -51,13 +51,22 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Spans of all ranks, in order of start; `source` tells whether they were predicted or measured."""
+    """Spans of all ranks, in order of start; `source` tells whether they were predicted or measured.
+
+    `peak_bytes`: by rank, the most that it had allocated on its GPU since the run began; empty where not measured.
+    """
 
     num_ranks: int
     source: str
     spans: tuple[Span, ...] = ()
+    peak_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.peak_bytes) not in (0, self.num_ranks) or min(self.peak_bytes, default=0) < 0:
+            raise InputError(
+                f"peak_bytes is {self.peak_bytes!r} for {self.num_ranks} ranks; give a number of bytes for each rank, "
+                "or none at all"
+            )
         beyond = next((span for span in self.spans if span.rank >= self.num_ranks), None)
         if beyond is not None:
             raise InputError(

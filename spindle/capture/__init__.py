@@ -22,6 +22,7 @@ from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.buffers import make_buffers_real
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
+from spindle.capture.look.proposals import in_code, parts_of
 from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
 from spindle.capture.modules import refuse_modules
 from spindle.capture.naming import Namer
@@ -36,7 +37,7 @@ from spindle.record.copies import attributes_kept, values_kept
 from spindle.record.known_shapes import KnownShapes
 from spindle.record.patches import watchable_modules
 from spindle.record.skeleton import BlockInfo, Skeleton
-from spindle.workload import Workload
+from spindle.workload import Component, Workload
 
 LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little
 
@@ -79,11 +80,18 @@ def _warn_of_large_operators(workload: Workload) -> None:
         if count > LARGE and not find_blocks(component.name, component.module, component.layers):
             warnings.warn(
                 f"component {component.name!r} has {count / 1e6:.1f} million parameters but no repeated blocks "
-                "were found, so it cannot be cut into layers; name its list of blocks, "
-                "for instance layers='encoder.layers'",
+                f"were found, so it cannot be cut into layers; {_proposal(component)}",
                 SpindleWarning,
                 stacklevel=4,
             )
+
+
+def _proposal(component: Component) -> str:
+    """What to do for a component to have layers, in paths that it has."""
+    parts = parts_of(component)
+    if not parts:
+        return "put its layers into modules of their own inside it and name those in layers="
+    return f"name its list of blocks or modules, for instance {in_code(parts)}"
 
 
 def _warn_of_nothing_to_compile(workload: Workload, found: Captured) -> None:
@@ -93,7 +101,7 @@ def _warn_of_nothing_to_compile(workload: Workload, found: Captured) -> None:
         if component.compilation and component.name in used - compiled:
             warnings.warn(
                 f"component {component.name!r} has compile=, but none of its code is a layer, and only layers are "
-                "compiled; name modules of it by layers=",
+                f"compiled; {_proposal(component)}",
                 SpindleWarning,
                 stacklevel=4,
             )

@@ -167,6 +167,17 @@ class Refused(Exception):
     """Code does what a planned run cannot do; the message says what, and what to do."""
 
 
+class CameOut(Refused):
+    """A tensor of the model reaches a call, and no recorded call gave it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
+            "(torch.jit.script, C++), or was kept from an earlier batch; let the layer return it, and keep what "
+            "later batches read in a buffer that __init__ registers with its first value"
+        )
+
+
 class Forbidden(Refused):
     """Code does what no planned run can do, also where a component runs as one operator."""
 

@@ -50,6 +50,7 @@ from spindle.record.lazy import (
     SETS_GRADIENTS,
     SHOWS,
     SIZES,
+    CameOut,
     Forbidden,
     LazyRead,
     Refused,
@@ -476,11 +477,7 @@ class Recorder(TorchFunctionMode):
         if number is not None:
             return Ref(number)
         if is_meta(value):
-            raise Refused(
-                "a tensor of the model came out of a layer by a hook, or of code that cannot be followed "
-                "(torch.jit.script, C++), or was kept from an earlier batch; let the layer return it, and keep what "
-                "later batches read in a buffer that __init__ registers with its first value"
-            )
+            raise CameOut
         if id(value) not in self._aux or memory_of(value) in self._given:
             self._aux[id(value)] = len(self.recording.aux)
             given = memory_of(value) in self._given

@@ -12,10 +12,21 @@ from dataclasses import dataclass, field
 from spindle.plan import Plan
 from spindle.timeline.accounts import account
 from spindle.timeline.colors import fills, lines, text_on
-from spindle.timeline.items import CAUSE_TITLES, COMMUNICATING, COMPUTING, Cause, Item, Kind, StepView, View, What
+from spindle.timeline.items import (
+    CAUSE_TITLES,
+    COMMUNICATING,
+    COMPUTING,
+    OWN_AXIS_RATIO,
+    Cause,
+    Item,
+    Kind,
+    StepView,
+    View,
+    What,
+)
 from spindle.timeline.memory import Level, MemoryModel
 from spindle.timeline.table import SliceTable
-from spindle.timeline.waves import wave_times
+from spindle.timeline.waves import leading, turn_by_wave, wave_times
 from spindle.timeline.words import ranges
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -53,6 +64,7 @@ def page_data(
         components=Names(component_names(views)),
         memory=memory,
         threshold=threshold,
+        turns=turn_by_wave(plan),
     )
     encoded = [encoder.view(view) for view in views]
     tasks, components = encoder.tasks.listed(), encoder.components.listed()
@@ -64,6 +76,7 @@ def page_data(
         "num_devices": plan.num_devices,
         "devices_per_node": plan.devices_per_node,
         "threshold": threshold,
+        "own_axis_ratio": OWN_AXIS_RATIO,
         "kinds": [kind.value for kind in KINDS],
         "causes": [[cause.value, CAUSE_TITLES[cause], _group(cause)] for cause in CAUSES],
         "tasks": tasks,
@@ -118,6 +131,7 @@ class _Encoder:
     components: Names
     memory: MemoryModel | None
     threshold: float
+    turns: Mapping[int, int]
     strings: Names = field(default_factory=Names)
 
     def view(self, view: View) -> dict[str, Json]:
@@ -165,8 +179,9 @@ class _Encoder:
                     KINDS.index(w.kind),
                     *map(self.ticks, (w.start_s, w.end_s, w.seconds, w.planned_s)),
                     round(w.miss, 4),
+                    int(leads),
                 ]
-                for w in waves
+                for w, leads in zip(waves, leading(waves, self.turns), strict=True)
             ],
         }
 

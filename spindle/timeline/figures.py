@@ -13,7 +13,8 @@ from spindle.timeline.waves import WaveTime, wave_times
 def figures(plan: Plan, views: Sequence[View], memory: MemoryModel | None, *, threshold: float) -> dict[str, Any]:
     """Of the shown step of each view: seconds by cause, of all devices and of each; memory; waves in order of start.
 
-    `busy_s` is time in computation; `by_cause_s` adds up to the step. `peak_bytes` is None where the plan says nothing.
+    `busy_s` is time in computation; `by_cause_s` adds up to the step. `peak_bytes` is None where the plan says nothing,
+    `measured_peak_bytes` where the run did not measure it.
     """
     return {
         "num_devices": plan.num_devices,
@@ -34,19 +35,20 @@ def _view(view: View, memory: MemoryModel | None, threshold: float) -> dict[str,
         "step_s": step.step_s,
         "idle_share": idle_share(accounts),
         "by_cause_s": _by_cause(accounts),
-        "devices": [_device(device, row, step.step_s, memory) for device, row in enumerate(step.rows)],
+        "devices": [_device(device, row, view, memory) for device, row in enumerate(step.rows)],
         "waves": [_wave(wave) for wave in wave_times(step, threshold=threshold)],
     }
 
 
-def _device(device: int, row: Sequence[Item], step_s: float, memory: MemoryModel | None) -> dict[str, Any]:
-    accounts = account(row, step_s)
+def _device(device: int, row: Sequence[Item], view: View, memory: MemoryModel | None) -> dict[str, Any]:
+    accounts = account(row, view.shown.step_s)
     return {
         "device": device,
         "busy_s": sum(accounts.get(cause, 0.0) for cause in COMPUTING),
         "idle_share": idle_share(accounts),
         "by_cause_s": _by_cause(accounts),
         "peak_bytes": max(level for _, level in memory.levels(device, row)) if memory else None,
+        "measured_peak_bytes": view.peak_bytes[device] if view.peak_bytes else None,
     }
 
 

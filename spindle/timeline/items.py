@@ -6,11 +6,14 @@
 - Times are seconds from the first moment of the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 from spindle.trace import SpanKind
+
+OWN_AXIS_RATIO = 2.0  # on one axis a step far shorter than the other would be a sliver
 
 
 class Kind(StrEnum):
@@ -155,11 +158,18 @@ class View:
     first: int = 0  # index into steps
     num_steps: int = 1  # of the trace; more than len(steps) when some were left out
     total_s: float = 0.0  # of all steps; steps overlap, as no rank waits for the others to end one
+    peak_bytes: tuple[int, ...] = ()  # measured on each device over the whole run; empty where it was not
 
     @property
     def shown(self) -> StepView:
         """The step to look at first."""
         return self.steps[self.first]
+
+
+def have_own_axes(views: Sequence[View]) -> bool:
+    """Whether each view has a time axis of its own, since one shown step lasts over OWN_AXIS_RATIO times the other."""
+    lengths_s = [view.shown.step_s for view in views]
+    return min(lengths_s) > 0 and max(lengths_s) > OWN_AXIS_RATIO * min(lengths_s)
 
 
 def kind_of(kind: SpanKind, name: str) -> Kind:

@@ -16,9 +16,17 @@ from spindle.plan import Plan
 from spindle.timeline.data import Json
 from spindle.timeline.items import View
 from spindle.timeline.legend import legend
-from spindle.timeline.summary import accounts, baselines, subtitle, tiles, turns, verdict
+from spindle.timeline.summary import accounts, baselines, memory_table, subtitle, tiles, turns, verdict
 
-SCRIPTS = ("page_data.js", "page_words.js", "page_layout.js", "page_draw.js", "page_tables.js", "page_view.js")
+SCRIPTS = (
+    "page_data.js",
+    "page_words.js",
+    "page_layout.js",
+    "page_draw.js",
+    "page_axis.js",
+    "page_tables.js",
+    "page_view.js",
+)
 
 
 def page(plan: Plan, views: Sequence[View], data: dict[str, Json], *, picture: str, title: str) -> str:
@@ -54,7 +62,7 @@ def page(plan: Plan, views: Sequence[View], data: dict[str, Json], *, picture: s
 {_table_card("accounts", "Where the time of a device goes", accounts(views))}
 <div class="column">
 {_table_card("waves", "Waves that missed their prediction", '<p class="quiet">This table needs JavaScript.</p>')}
-{baselines(plan)}
+{memory_table(plan, views)}{baselines(plan)}
 </div>
 </div>
 </main>
@@ -83,8 +91,8 @@ def _chart(*, memory: bool, both: bool) -> str:
     below = f'<p class="memory-title quiet">{title}</p><canvas id="memory"></canvas>' if memory else ""
     return (
         '<div id="chart" tabindex="0" role="img" aria-label="Timeline: a row for each device; arrow keys pan, plus and '
-        'minus zoom"><canvas id="axis"></canvas><div class="stack"><canvas id="rows"></canvas>'
-        f'<canvas id="overlay"></canvas></div>{below}</div>'
+        'minus zoom"><p id="scales" class="quiet"></p><canvas id="axis"></canvas><div class="stack">'
+        f'<canvas id="rows"></canvas><canvas id="overlay"></canvas></div>{below}</div>'
     )
 
 

@@ -8,7 +8,7 @@ const COMMUNICATION_KINDS = new Set([KIND.issue, KIND.wait, KIND.reduce]);
 const VIEW_TITLES = { plan: "Plan", predicted: "Planned", measured: "Measured" };
 
 const WHAT = { kind: 0, name: 1, task: 2, component: 3, metaop: 4, wave: 5, bytes: 6, slice: 7, planned: 8, why: 9, cause: 10 };
-const WAVE = { wave: 0, kind: 1, start: 2, end: 3, ticks: 4, planned: 5, miss: 6 };
+const WAVE = { wave: 0, kind: 1, start: 2, end: 3, ticks: 4, planned: 5, miss: 6, leads: 7 };
 
 /** One row: what, start, end and blocked of each item; `under` marks communication beside compute. */
 function decodeRow(flat, blockedPairs, whats) {

@@ -79,71 +79,6 @@ function textWidth(pen, text, font) {
   return widths.get(name);
 }
 
-// -- axis and waves ------------------------------------------------------------------------------------------------
-
-/** Round moments between t0 and t1, at most about `most`. */
-function niceTicks(t0, t1, most) {
-  const raw = ((t1 - t0) * data.tick_s) / most, power = 10 ** Math.floor(Math.log10(raw));
-  const distance = [1, 2, 5, 10].map((digit) => digit * power).find((d) => d >= raw * 0.999);
-  const ticks = [];
-  for (let i = Math.ceil((t0 * data.tick_s) / distance - 1e-6); i * distance <= t1 * data.tick_s * (1 + 1e-9); i++) ticks.push((i * distance) / data.tick_s);
-  return { ticks, distance: distance / data.tick_s };
-}
-
-/** All labels of an axis bear the unit that suits its end. */
-function tickLabel(at, distance, end) {
-  const unit = [[1, "s"], [1e-3, "ms"], [1e-6, "\u00b5s"]].find(([factor]) => end * data.tick_s >= factor) || [1e-9, "ns"];
-  const places = Math.max(0, -Math.floor(Math.log10((distance * data.tick_s) / unit[0]) + 1e-9));
-  return at ? ((at * data.tick_s) / unit[0]).toFixed(places) + " " + unit[1] : "0";
-}
-
-function drawAxis(canvas, state, layout) {
-  const pen = prepared(canvas, layout.width, layout.axisHeight);
-  pen.font = "11px " + FONT;
-  pen.textBaseline = "middle";
-  const { ticks, distance } = niceTicks(state.t0, state.t1, layout.plot / 95);
-  pen.fillStyle = colors.muted;
-  for (const at of ticks) {
-    const x = layout.x(at), label = tickLabel(at, distance, state.t1), half = textWidth(pen, label, pen.font) / 2;
-    pen.textAlign = "left";
-    pen.fillText(label, Math.min(Math.max(x - half, layout.left), layout.left + layout.plot - 2 * half), 11);
-    pen.fillRect(Math.round(x), 19, 1, 4);
-  }
-  layout.shown.forEach((view, place) => drawWaves(pen, view, 24 + place * 18, state, layout));
-  if (layout.bars) {
-    pen.fillStyle = colors.muted;
-    pen.textAlign = "left";
-    pen.fillText("time by cause", layout.barLeft, layout.axisHeight - 10);
-  }
-}
-
-/** A strip on which each wave lasts until the next begins; waves that missed their prediction stand out. */
-function drawWaves(pen, view, y, state, layout) {
-  const waves = stepOf(state, view).waves;
-  pen.textAlign = "right";
-  pen.fillStyle = colors.muted;
-  pen.font = "10.5px " + FONT;
-  pen.fillText(view.source === "measured" ? "run waves" : "plan waves", layout.left - 8, y + 7.5);
-  pen.save();
-  clipPlot(pen, layout, y - 1, 18);
-  pen.textAlign = "left";
-  waves.forEach((wave, place) => {
-    const next = waves[place + 1], x0 = layout.x(wave[WAVE.start]), x1 = layout.x(next ? next[WAVE.start] : wave[WAVE.end]);
-    const missed = wave[WAVE.miss], width = Math.max(x1 - x0, 1);
-    pen.globalAlpha = missed ? 1 : place % 2 ? 0.45 : 1;
-    pen.fillStyle = missed ? (missed > 0 ? colors.slow : colors.fast) : colors.band;
-    pen.fillRect(x0, y, missed ? Math.max(width, 3) : width, 15);
-    pen.fillStyle = colors.card;
-    if (width > 4) pen.fillRect(x1 - 1, y, 1, 15);
-    pen.globalAlpha = 1;
-    const label = missed ? [`${wave[WAVE.wave]}  ${percent(missed, true)}`, String(wave[WAVE.wave])] : [String(wave[WAVE.wave])];
-    const room = x1 - Math.max(x0, layout.left) - 7, text = label.find((words) => textWidth(pen, words, pen.font) <= room);
-    pen.fillStyle = missed ? "#ffffff" : colors.text;
-    if (text) pen.fillText(text, Math.max(x0, layout.left) + 4, y + 8);
-  });
-  pen.restore();
-}
-
 function clipPlot(pen, layout, y, height) {
   pen.beginPath();
   pen.rect(layout.left, y, layout.plot, height);
@@ -155,13 +90,15 @@ function clipPlot(pen, layout, y, height) {
 function drawRows(canvas, state, layout) {
   const pen = prepared(canvas, layout.width, layout.height);
   drawGutter(pen, layout);
+  for (const axis of layout.axes) if (axis.amongRows) drawAxis(pen, axis, state, layout);
   pen.save();
   clipPlot(pen, layout, 0, layout.height);
   pen.fillStyle = colors.row;
   for (const row of layout.rows) pen.fillRect(layout.left, row.y, layout.plot, row.height);
   pen.fillStyle = colors.line;
-  const { ticks } = niceTicks(state.t0, state.t1, layout.plot / 95);
-  for (const at of ticks) pen.fillRect(Math.round(layout.x(at)), 0, 1, layout.height);
+  for (const { frame, top, bottom } of layout.axes) {
+    for (const at of niceTicks(frame.t0, frame.t1, layout.plot / 95).ticks) pen.fillRect(Math.round(frame.x(at)), top, 1, bottom - top);
+  }
   const labeled = new Map();
   for (const row of layout.rows) drawRow(pen, row, state, layout, labeled);
   if (state.transfers) drawAllLinks(pen, state, layout);
@@ -201,12 +138,12 @@ function drawGutter(pen, layout) {
 }
 
 function drawRow(pen, row, state, layout, labeled) {
-  const items = row.items, whats = row.view.whats, scale = layout.scale, feet = [];
+  const items = row.items, whats = row.view.whats, { t0, t1, x, scale } = row.frame, feet = [];
   let painted = -1;
-  for (let i = firstAfter(items, state.t0); i < items.count && items.start[i] < state.t1; i++) {
+  for (let i = firstAfter(items, t0); i < items.count && items.start[i] < t1; i++) {
     const what = whats[items.what[i]];
     if (what[WHAT.kind] === KIND.idle && what[WHAT.cause] !== CAUSE.other) continue;
-    const x0 = layout.x(items.start[i]), x1 = layout.x(items.end[i]);
+    const x0 = x(items.start[i]), x1 = x(items.end[i]);
     if (x1 - x0 < 0.8) {
       if (x1 - painted < 0.6) continue; // thinner than a pixel and beside one that is painted
       painted = x1;
@@ -219,7 +156,7 @@ function drawRow(pen, row, state, layout, labeled) {
   for (const i of feet) {
     const what = whats[items.what[i]];
     pen.globalAlpha = dimmed(state, what) ? 0.13 : 1;
-    drawOther(pen, row, i, what, layout.x(items.start[i]), layout.x(items.end[i]), scale);
+    drawOther(pen, row, i, what, x(items.start[i]), x(items.end[i]), scale);
   }
   pen.globalAlpha = 1;
 }
@@ -325,11 +262,10 @@ function drawOther(pen, row, place, what, x0, x1, scale) {
 
 /** Where the whole step went, a bar beside each row. */
 function drawBars(pen, state, layout) {
-  const longest = Math.max(...layout.shown.map((view) => stepOf(state, view).ticks));
   for (const row of layout.rows) {
     let x = layout.barLeft;
     stepOf(state, row.view).accounts[row.device].forEach((ticks, cause) => {
-      const width = (ticks / longest) * layout.barWidth;
+      const width = ((ticks * row.frame.stretch) / layout.longest) * layout.barWidth;
       pen.fillStyle = colors.causes[cause];
       pen.fillRect(x, row.y, width, row.height);
       x += width;
@@ -342,7 +278,7 @@ function drawBars(pen, state, layout) {
 function drawLink(pen, layout, view, step, at) {
   const [fromDevice, fromPlace, toDevice, toPlace] = step.links.slice(at, at + 4);
   const from = layout.rowOf(view, fromDevice), to = layout.rowOf(view, toDevice);
-  const x0 = layout.x(from.items.end[fromPlace]), x1 = layout.x(to.items.end[toPlace]);
+  const x0 = from.frame.x(from.items.end[fromPlace]), x1 = to.frame.x(to.items.end[toPlace]);
   const y0 = from.y + from.height / 2, y1 = to.y + to.height / 2, bend = Math.max(14, Math.abs(x1 - x0) / 2);
   pen.beginPath();
   pen.moveTo(x0, y0);
@@ -357,10 +293,10 @@ function drawAllLinks(pen, state, layout) {
   pen.strokeStyle = pen.fillStyle = colors.accent;
   pen.lineWidth = 1;
   for (const view of layout.shown) {
-    const step = stepOf(state, view), visible = [];
+    const step = stepOf(state, view), visible = [], { t0, t1 } = layout.frames.get(view);
     for (let i = 0; i < step.links.length; i += 4) {
       const start = layout.rowOf(view, step.links[i]).items.end[step.links[i + 1]], end = layout.rowOf(view, step.links[i + 2]).items.end[step.links[i + 3]];
-      if (end >= state.t0 && start <= state.t1) visible.push(i);
+      if (end >= t0 && start <= t1) visible.push(i);
     }
     const stride = Math.ceil(visible.length / 3000);
     pen.globalAlpha = clamp(60 / visible.length, 0.1, 0.7);
@@ -407,7 +343,7 @@ function drawChosen(pen, chosen, state, layout) {
 }
 
 function outline(pen, row, place, layout) {
-  const x0 = layout.x(row.items.start[place]), x1 = layout.x(row.items.end[place]);
+  const x0 = row.frame.x(row.items.start[place]), x1 = row.frame.x(row.items.end[place]);
   if (x1 < layout.left || x0 > layout.left + layout.plot) return;
   pen.strokeRect(x0 - 0.5, row.y - 0.5, Math.max(x1 - x0, 1) + 1, row.height + 1);
 }
@@ -415,13 +351,14 @@ function outline(pen, row, place, layout) {
 // -- memory --------------------------------------------------------------------------------------------------------
 
 /** Least, mean and most bytes over all devices, at each pixel of the plot; and those of one device. */
-function memoryCurves(levels, state, layout, device) {
+function memoryCurves(view, state, layout, device) {
+  const levels = stepOf(state, view).levels, { t0, scale } = layout.frames.get(view);
   const columns = Math.max(1, Math.floor(layout.plot));
   const low = new Float64Array(columns).fill(Infinity), high = new Float64Array(columns), mean = new Float64Array(columns), own = new Float64Array(columns);
   levels.forEach(({ at, level }, index) => {
     let place = 0;
     for (let x = 0; x < columns; x++) {
-      const from = state.t0 + x / layout.scale, to = from + 1 / layout.scale;
+      const from = t0 + x / scale, to = from + 1 / scale;
       while (place + 1 < at.length && at[place + 1] <= from) place++;
       let most = level[place];
       for (let i = place + 1; i < at.length && at[i] < to; i++) most = Math.max(most, level[i]);
@@ -448,10 +385,10 @@ function drawMemory(canvas, state, layout) {
   memoryScale(pen, layout, top_value, unit, y);
   pen.save();
   clipPlot(pen, layout, 0, height);
-  const curves = memoryCurves(stepOf(state, main).levels, state, layout, device);
+  const curves = memoryCurves(main, state, layout, device);
   band(pen, layout, curves.low, curves.high, y);
   curve(pen, layout, curves.mean, y, colors.muted, 1.2, []);
-  if (other) curve(pen, layout, memoryCurves(stepOf(state, other).levels, state, layout, -1).high, y, colors.muted, 1.2, [4, 3]);
+  if (other) curve(pen, layout, memoryCurves(other, state, layout, -1).high, y, colors.muted, 1.2, [4, 3]);
   if (device >= 0) curve(pen, layout, curves.own, y, colors.accent, 2, []);
   if (capacity && capacity <= top_value) {
     pen.fillStyle = colors.slow;

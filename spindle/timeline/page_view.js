@@ -18,10 +18,6 @@ const state = {
 };
 let layout = null, dirty = { rows: true, overlay: true, memory: true }, scheduled = false, curvesShown = null;
 
-function longest() {
-  return Math.max(...data.views.filter((view) => state.show === "both" || view.source === state.show).map((view) => stepOf(state, view).ticks), 1);
-}
-
 function redraw(...parts) {
   for (const part of parts) dirty[part] = true;
   if (!scheduled) {
@@ -35,7 +31,7 @@ function draw() {
   const started = performance.now();
   if (dirty.rows) {
     layout = makeLayout(state, $("chart").clientWidth);
-    drawAxis($("axis"), state, layout);
+    drawSharedAxis($("axis"), state, layout);
     drawRows($("rows"), state, layout);
     showRange();
   }
@@ -47,7 +43,10 @@ function draw() {
 }
 
 function showRange() {
-  $("range").textContent = `${seconds(state.t0)} to ${seconds(state.t1)}`;
+  const own = haveOwnAxes(state), range = (from, to) => `${seconds(from)} to ${seconds(to)}`;
+  const parts = shownViews(state).map((view) => [NOUNS[view.source], stretchOf(state, view)]);
+  $("range").textContent = own ? parts.map(([noun, stretch]) => `${noun} ${range(state.t0 / stretch, state.t1 / stretch)}`).join(", ") : range(state.t0, state.t1);
+  $("scales").textContent = own ? scalesInWords(state) : "";
 }
 
 /** Show what went wrong, and the static picture instead of ours. */
@@ -67,7 +66,8 @@ function guarded(run) {
 // -- zoom and pan --------------------------------------------------------------------------------------------------
 
 function setRange(t0, t1) {
-  const most = longest(), span = clamp(t1 - t0, Math.min(50, most), most);
+  const most = longest(state), closest = 50 * Math.max(...shownViews(state).map((view) => stretchOf(state, view)));
+  const span = clamp(t1 - t0, Math.min(closest, most), most);
   const middle = (t0 + t1) / 2;
   state.t0 = clamp(middle - span / 2, 0, most - span);
   state.t1 = state.t0 + span;
@@ -76,7 +76,7 @@ function setRange(t0, t1) {
 }
 
 function fit() {
-  setRange(0, longest());
+  setRange(0, longest(state));
 }
 
 function zoom(factor, around) {
@@ -89,9 +89,14 @@ function zoomRows(factor) {
   redraw("rows");
 }
 
+/** Show moments of a view, with a margin that is a share of their distance. */
+function showMoments(view, from, to, margin) {
+  const stretch = shownViews(state).includes(view) ? stretchOf(state, view) : 1, around = (to - from) * margin;
+  setRange((from - around) * stretch, (to + around) * stretch);
+}
+
 function zoomTo(wave) {
-  const margin = (wave[WAVE.end] - wave[WAVE.start]) * 0.15;
-  setRange(wave[WAVE.start] - margin, wave[WAVE.end] + margin);
+  showMoments(measured, wave[WAVE.start], wave[WAVE.end], 0.15);
   $("chart").scrollIntoView({ block: "nearest" });
 }
 
@@ -102,7 +107,7 @@ function onWheel(event) {
   if (sideways) {
     event.preventDefault();
     setRange(state.t0 + sideways / layout.scale, state.t1 + sideways / layout.scale);
-  } else if (event.deltaY < 0 || state.t1 - state.t0 < longest() * 0.9999) {
+  } else if (event.deltaY < 0 || state.t1 - state.t0 < longest(state) * 0.9999) {
     event.preventDefault(); // zoomed out fully, the page scrolls on
     zoom(Math.exp(clamp(event.deltaY, -120, 120) * 0.0022), layout.at(x));
   }
@@ -140,10 +145,21 @@ function onMove(event) {
 /** What stands under the pointer, in words; null for nothing. */
 function tipAt(event, x) {
   if (state.hover && (state.hover.place >= 0 || state.hover.bar)) return describe(state, state.hover);
-  const axis = $("axis").getBoundingClientRect(), strip = Math.floor((event.clientY - axis.top - 24) / 18), view = layout.shown[strip];
-  if (event.clientY > axis.bottom || !view || state.cursor === null) return null;
-  const waves = stepOf(state, view).waves, place = waves.findLastIndex((wave) => wave[WAVE.start] <= state.cursor);
-  return place >= 0 ? describeWave(view, waves[place]) : null;
+  const view = state.cursor === null ? null : stripAt(event);
+  if (!view) return null;
+  const all = stepOf(state, view).waves, waves = leadingWaves(all), at = layout.frames.get(view).at(x);
+  const place = waves.findLastIndex((wave) => wave[WAVE.start] <= at);
+  if (place < 0) return null;
+  const end = place + 1 < waves.length ? waves[place + 1][WAVE.start] : Infinity;
+  return describeWave(view, waves[place], all.filter((wave) => !wave[WAVE.leads] && wave[WAVE.start] >= waves[place][WAVE.start] && wave[WAVE.start] < end));
+}
+
+/** The view in whose strip of waves the pointer is; undefined beside all strips. */
+function stripAt(event) {
+  for (const axis of layout.axes) {
+    const y = event.clientY - $(axis.amongRows ? "rows" : "axis").getBoundingClientRect().top - axis.y - TICKS_HEIGHT;
+    if (y >= 0 && y < STRIP_HEIGHT * axis.views.length) return axis.views[Math.floor(y / STRIP_HEIGHT)];
+  }
 }
 
 function onUp(event) {
@@ -167,8 +183,7 @@ function onLeave() {
 function onDouble() {
   if (!state.hover || state.hover.place < 0) return fit();
   const row = stepOf(state, state.hover.view).rows[state.hover.device], place = state.hover.place;
-  const margin = (row.end[place] - row.start[place]) * 0.6;
-  setRange(row.start[place] - margin, row.end[place] + margin);
+  showMoments(state.hover.view, row.start[place], row.end[place], 0.6);
 }
 
 function showTip(content, clientX, clientY) {
@@ -228,7 +243,7 @@ function set(changes) {
   buildControls();
   buildTables();
   paintLegend();
-  if (state.t1 > longest() || "show" in changes || "step" in changes) fit();
+  if (state.t1 > longest(state) || "show" in changes || "step" in changes) fit();
   redraw("rows");
 }
 
@@ -240,7 +255,7 @@ function buildControls() {
     const steps = measured.steps.map((step, index) => [String(index), `${step.step} (${seconds(step.ticks)}${index === measured.first ? ", median" : ""})`]);
     parts.push(choice("step", steps, String(state.step), (step) => set({ step: Number(step) })));
   }
-  if (two && state.show === "both" && data.num_devices <= 128) parts.push(choice("rows", [["paired", "plan over run"], ["stacked", "plan, then run"]], state.rows, (rows) => set({ rows })));
+  if (two && state.show === "both" && data.num_devices <= 128 && !haveOwnAxes(state)) parts.push(choice("rows", [["paired", "plan over run"], ["stacked", "plan, then run"]], state.rows, (rows) => set({ rows })));
   parts.push(choice("color", [["component", "by component"], ["task", "by task"]], state.colorBy, (colorBy) => set({ colorBy })));
   const box = element("input", { type: "checkbox", onchange: (event) => { state.transfers = event.target.checked; redraw("rows"); } });
   box.checked = state.transfers;
@@ -289,7 +304,7 @@ function keepHash() {
   clearTimeout(hashTimer);
   hashTimer = setTimeout(() => {
     const parts = new URLSearchParams();
-    if (state.t0 > 0 || state.t1 < longest()) parts.set("t", `${(state.t0 * data.tick_s).toPrecision(6)}-${(state.t1 * data.tick_s).toPrecision(6)}`);
+    if (state.t0 > 0 || state.t1 < longest(state)) parts.set("t", `${(state.t0 * data.tick_s).toPrecision(6)}-${(state.t1 * data.tick_s).toPrecision(6)}`);
     if (measured && state.step !== measured.first) parts.set("step", measured.steps[state.step].step);
     if (state.show !== "both") parts.set("show", state.show);
     if (state.colorBy !== "component") parts.set("color", state.colorBy);
@@ -323,7 +338,7 @@ function readHash() {
 function showPinned() {
   const row = state.pinned && layout.rowOf(state.pinned.view, state.pinned.device);
   if (!row) return;
-  const box = $("rows").getBoundingClientRect(), x = layout.x((row.items.start[state.pinned.place] + row.items.end[state.pinned.place]) / 2);
+  const box = $("rows").getBoundingClientRect(), x = row.frame.x((row.items.start[state.pinned.place] + row.items.end[state.pinned.place]) / 2);
   showTip(describe(state, state.pinned), box.left + clamp(x, layout.left, layout.left + layout.plot), box.top + row.y + row.height);
 }
 

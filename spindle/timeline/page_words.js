@@ -1,5 +1,14 @@
 // Words: what the pointer is on in, lines of text out.
 
+const NOUNS = { plan: "plan", predicted: "plan", measured: "run" };
+
+/** Which view is drawn smaller, and by how much, where each has an axis of its own. */
+function scalesInWords(state) {
+  const ticks = (view) => stepOf(state, view).ticks, [shorter, longer] = shownViews(state).sort((a, b) => ticks(a) - ticks(b));
+  const ratio = ticks(longer) / ticks(shorter);
+  return `The ${NOUNS[longer.source]} is drawn at 1/${ratio.toFixed(ratio < 10 ? 1 : 0)} of the ${NOUNS[shorter.source]}'s scale: each has a time axis of its own.`;
+}
+
 /** Title, color and (label, text) lines of an item. */
 function describe(state, hit) {
   const step = stepOf(state, hit.view), row = step.rows[hit.device];
@@ -85,9 +94,10 @@ function describeDevice(step, hit) {
   return { title: `device ${hit.device}`, fill: "", note: VIEW_TITLES[hit.view.source].toLowerCase(), lines };
 }
 
-/** A wave under the pointer in its strip. */
-function describeWave(view, wave) {
+/** A wave under the pointer in its strip. `late`: waves that begin while it leads, though the plan has them before it. */
+function describeWave(view, wave, late) {
   const lines = [["direction", data.kinds[wave[WAVE.kind]]], ["from", seconds(wave[WAVE.start])], ["to", seconds(wave[WAVE.end])], ["longest slice", seconds(wave[WAVE.ticks])]];
   if (wave[WAVE.planned] > 0 && view.source === "measured") lines.push(["planned", `${seconds(wave[WAVE.planned])} (${percent(wave[WAVE.ticks] / wave[WAVE.planned] - 1, true)})`]);
+  if (late.length) lines.push(["begin late beside it", late.slice(0, 6).map((other) => `wave ${other[WAVE.wave]} ${data.kinds[other[WAVE.kind]]}${other[WAVE.miss] ? ` (${percent(other[WAVE.miss], true)})` : ""}`).join(", ")]);
   return { title: `wave ${wave[WAVE.wave]}`, fill: "", note: VIEW_TITLES[view.source].toLowerCase(), lines };
 }

@@ -64,7 +64,14 @@ def trace_view(trace: Trace, table: SliceTable, *, measured: bool) -> View:
         for step in kept
     )
     total_s = max(s.end_s for s in trace) - min(s.start_s for s in trace)
-    return View(source=source, steps=steps, first=kept.index(median), num_steps=len(ranked), total_s=total_s)
+    return View(
+        source=source,
+        steps=steps,
+        first=kept.index(median),
+        num_steps=len(ranked),
+        total_s=total_s,
+        peak_bytes=trace.peak_bytes,
+    )
 
 
 class _Around(NamedTuple):

@@ -9,6 +9,7 @@ from spindle.timeline.items import CAUSE_TITLES, Cause, View
 from spindle.timeline.words import count, percent, seconds, size
 from spindle.turns import turns_in_words
 
+MOST_DEVICES = 16  # rows of the table of memory
 LEAST_GAIN = 1e-3  # below this share of the best baseline, waves are said to gain nothing
 BASELINE_TITLES = {
     "sequential": "all devices, one MetaOp after another",
@@ -40,7 +41,7 @@ def subtitle(plan: Plan) -> str:
 def tiles(plan: Plan, views: Sequence[View]) -> str:
     """The numbers that matter."""
     by_source = {view.source: view for view in views}
-    shown = [_step(plan, by_source), _makespan(plan), _gain(plan), _idle(plan, views), _memory(plan)]
+    shown = [_step(plan, by_source), _makespan(plan), _gain(plan), _idle(plan, views), _memory(plan, views)]
     cells = (
         f'<div class="tile"><dt>{name}</dt><dd class="value">{escape(value)}</dd><dd class="note">{note}</dd></div>'
         for name, value, note in filter(None, shown)
@@ -104,14 +105,55 @@ def _idle(plan: Plan, views: Sequence[View]) -> Tile:
     return "Idle", percent(share), escape(note)
 
 
-def _memory(plan: Plan) -> Tile | None:
+def _memory(plan: Plan, views: Sequence[View]) -> Tile | None:
     peaks = plan.memory.peak_bytes_per_device
     if not peaks or not max(peaks):
         return None
-    worst = max(range(len(peaks)), key=peaks.__getitem__)
+    worst = _fullest(peaks)
     room = f"of {size(plan.cluster.device.memory_bytes)} " if plan.cluster else ""
     fits = "" if plan.memory.fits else '<strong class="slow">does not fit</strong>; '
-    return "Memory, planned peak", size(peaks[worst]), f"{fits}{escape(f'{room}on device {worst}')}"
+    note = f"{fits}{escape(f'{room}on device {worst}')}"
+    for view in views:
+        if view.source == "measured":
+            note += f"<br>{_measured_peak(view.peak_bytes)}"
+    return "Memory, planned peak", size(peaks[worst]), note
+
+
+def _measured_peak(peaks: Sequence[int]) -> str:
+    if not peaks:
+        return "not measured by this run; only runs on GPUs measure it"
+    worst = _fullest(peaks)
+    return f"measured {size(peaks[worst])} on device {worst}"
+
+
+def _fullest(peaks: Sequence[float]) -> int:
+    return max(range(len(peaks)), key=peaks.__getitem__)
+
+
+def memory_table(plan: Plan, views: Sequence[View]) -> str:
+    """Planned and measured peak of each device as a card, the fullest ones of many; nothing where none was measured."""
+    measured = next((view.peak_bytes for view in views if view.peak_bytes), ())
+    if not measured:
+        return ""
+    planned = plan.memory.peak_bytes_per_device
+    ranked = sorted(range(len(measured)), key=lambda device: (-measured[device], device))
+    rows = "".join(_memory_row(d, planned[d] if planned else 0, measured[d]) for d in sorted(ranked[:MOST_DEVICES]))
+    more = len(measured) > MOST_DEVICES
+    which = f" The {MOST_DEVICES} devices of {len(measured)} that held most are listed." if more else ""
+    note = f"The most that a device had allocated at once, from the beginning of the run.{which}"
+    head = "".join(f'<th class="number">{title}</th>' for title in ("planned", "measured", "off by"))
+    return (
+        '<section class="card"><h2>Peak memory</h2>'
+        f'<p class="quiet">{note}</p>'
+        f"<table><thead><tr><th>device</th>{head}</tr></thead><tbody>{rows}</tbody></table></section>"
+    )
+
+
+def _memory_row(device: int, planned: float, measured: float) -> str:
+    miss = percent(measured / planned - 1, sign=True) if planned else ""
+    cells = (size(planned) if planned else "not known", size(measured), miss)
+    numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    return f"<tr><td>{device}</td>{numbers}</tr>"
 
 
 def verdict(plan: Plan) -> str:

@@ -6,16 +6,16 @@
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from spindle.plan import Plan
 from spindle.timeline.colors import fills, lines, text_on
 from spindle.timeline.data import component_names, task_names
-from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What
+from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What, have_own_axes
 from spindle.timeline.memory import MemoryModel
-from spindle.timeline.waves import WaveTime, wave_times
-from spindle.timeline.words import ranges, seconds, seconds_on_axis, size
+from spindle.timeline.waves import WaveTime, leading, turn_by_wave, wave_times
+from spindle.timeline.words import ranges, scales_in_words, seconds, seconds_on_axis, size
 
 WIDTH = 1120.0
 LEFT, RIGHT = 84.0, 14.0
@@ -41,13 +41,18 @@ TITLES = {"plan": "Plan", "predicted": "Planned", "measured": "Measured"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Style:
-    """What a picture draws with."""
+    """What a view is drawn with."""
 
-    scale: float  # pixels per second
     height: float  # of a row
     longest_s: float  # what the axis reaches to
     fill_by_component: dict[str, str]
     line_by_task: dict[str, str]
+    turns: dict[int, int]  # by wave
+
+    @property
+    def scale(self) -> float:
+        """Pixels per second."""
+        return (WIDTH - LEFT - RIGHT) / self.longest_s
 
     def x(self, at_s: float) -> float:
         return LEFT + at_s * self.scale
@@ -62,7 +67,7 @@ def draw_svg(
     standalone: bool,
     memory: MemoryModel | None = None,
 ) -> str:
-    """The shown step of each view under one time axis, and memory over the last of them.
+    """The shown step of each view, under one time axis or one each (see `have_own_axes`), and memory over the last one.
 
     `standalone`: a file of its own, with a legend, which the page has beside it.
     """
@@ -70,19 +75,21 @@ def draw_svg(
     groups = device_groups(plan)
     components, tasks = component_names(views), task_names(views)
     style = _Style(
-        scale=(WIDTH - LEFT - RIGHT) / longest_s,
         height=_row_height(groups),
         longest_s=longest_s,
         fill_by_component=dict(zip(components, fills(len(components)), strict=True)),
         line_by_task=dict(zip(tasks, lines(len(tasks), dark=False), strict=True)),
+        turns=turn_by_wave(plan),
     )
     y = 22.0 if title else 4.0
     parts = [text_at(LEFT, 14, title, size=14, weight="600")] if title else []
-    for view in views:
-        drawn, y = _panel(view, groups, y, style, threshold=threshold)
+    own, words = have_own_axes(views), scales_in_words(views)
+    styles = [replace(style, longest_s=view.shown.step_s) if own else style for view in views]
+    for view, of_view in zip(views, styles, strict=True):
+        drawn, y = _panel(view, groups, y, of_view, threshold=threshold, words=words if view is views[-1] else "")
         parts += drawn
     if memory is not None:
-        drawn, y = _memory(views[-1], memory, y, style)
+        drawn, y = _memory(views[-1], memory, y, styles[-1])
         parts += drawn
     if standalone:
         drawn, y = _legend(style, {item.what for v in views for row in v.shown.rows for item in row}, y + 8)
@@ -127,14 +134,17 @@ def _row_height(groups: Sequence[tuple[int, ...]]) -> float:
 
 
 def _panel(
-    view: View, groups: Sequence[tuple[int, ...]], y: float, style: _Style, *, threshold: float
+    view: View, groups: Sequence[tuple[int, ...]], y: float, style: _Style, *, threshold: float, words: str
 ) -> tuple[list[str], float]:
-    """A heading, the axis with the waves, a row for each group; and where the next panel starts."""
+    """A heading, the axis with the waves, a row for each group; and where the next panel starts.
+
+    `words`: what the heading ends with, if anything.
+    """
     step = view.shown
     waves = wave_times(step, threshold=threshold)
     which = f" in step {step.step}, the median of {view.num_steps}" if view.num_steps > 1 else ""
     grouped = "" if all(len(group) == 1 for group in groups) else "; rows show the first of their devices"
-    heading = f"{TITLES[view.source]}: {seconds(step.step_s)}{which}{grouped}"
+    heading = f"{TITLES[view.source]}: {seconds(step.step_s)}{which}{grouped}{f'; {words}' if words else ''}"
     parts = [
         text_at(LEFT, y + 14, heading, weight="600"),
         text_at(LEFT - 6, y + 30, "device", anchor="end", size=10, opacity=0.7),
@@ -142,7 +152,7 @@ def _panel(
     top = y + 46
     bottom = top + style.height * len(groups)
     parts += _axis(step.step_s, y + 30, bottom, style)
-    parts += _wave_marks(waves, y + 34, style)
+    parts += _wave_marks(waves, leading(waves, style.turns), y + 34, style)
     for place, group in enumerate(groups):
         row_y = top + place * style.height
         if style.height >= LABELED or place % 2 == 0:
@@ -172,18 +182,23 @@ def nice_ticks(length: float, most: int) -> list[float]:
         exponent += 1
 
 
-def _wave_marks(waves: Sequence[WaveTime], y: float, style: _Style) -> Iterator[str]:
-    """A tick where each wave starts, its number where there is room, a triangle where it missed its prediction."""
-    free_x = 0.0
-    for place, wave in enumerate(waves):
+def _wave_marks(waves: Sequence[WaveTime], leads: Sequence[bool], y: float, style: _Style) -> Iterator[str]:
+    """From where each wave that leads is the furthest begun, its number where there is room; a triangle where any wave
+    missed its prediction.
+    """
+    shown = [wave for wave, lead in zip(waves, leads, strict=True) if lead]
+    end_s = max((wave.end_s for wave in waves), default=0.0)
+    for place, wave in enumerate(shown):
         x = style.x(wave.start_s)
-        following = style.x(waves[place + 1].start_s) if place + 1 < len(waves) else style.x(wave.end_s)
+        following = style.x(shown[place + 1].start_s if place + 1 < len(shown) else end_s)
         fill = ' fill="currentColor" fill-opacity="0.07"' if place % 2 else ' fill="currentColor" fill-opacity="0.16"'
         yield f'<rect x="{x:.1f}" y="{y:g}" width="{max(following - x, 0.5):.1f}" height="10"{fill}/>'
         label = str(wave.wave)
-        if following - x > CHARACTER * len(label) + 4 and x >= free_x:
+        if following - x > CHARACTER * len(label) + 4:
             yield text_at(x + 3, y + 8.5, label, size=9, opacity=0.75)
+    for wave in waves:
         if wave.miss:
+            x = style.x(wave.start_s)
             color = "#c62828" if wave.miss > 0 else "#1565c0"
             yield f'<path d="M{x:.1f} {y:g}h7l-7 7z" fill="{color}"/>'
 

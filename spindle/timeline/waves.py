@@ -3,11 +3,15 @@
 A wave's seconds are those of its longest slice on its slowest device: slices of one wave need not start together when
 measured, so first start to last end would blame the wave for what came before it. A miss counts when it is beyond the
 threshold and more than `LEAST_MISS` of the step: a slice of microseconds is noise.
+
+No barrier stands between waves, so a wave may begin after one that the plan has behind it. On the strips numbers rise
+through forward and fall through backward all the same: such a wave has no place of its own there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from spindle.plan import Plan
 from spindle.timeline.items import COMPUTE_KINDS, Kind, StepView
 
 LEAST_MISS = 1e-3
@@ -42,6 +46,27 @@ def wave_times(view: StepView, *, threshold: float) -> tuple[WaveTime, ...]:
     least_s = LEAST_MISS * view.step_s
     waves = (_wave_time(wave, kind, times, threshold, least_s) for (wave, kind), times in found.items())
     return tuple(sorted(waves, key=lambda w: (w.start_s, w.wave)))
+
+
+def turn_by_wave(plan: Plan) -> dict[int, int]:
+    """The turn of each wave; tasks run in turns, forward and backward, where that saves memory. Without turns all 0."""
+    if plan.metagraph is None:
+        return {}
+    turns, metagraph = plan.turn_by_task, plan.metagraph
+    return {wave.index: max(turns.get(metagraph[s.metaop].task, 0) for s in wave.slices) for wave in plan.waves}
+
+
+def leading(waves: Sequence[WaveTime], turns: Mapping[int, int]) -> tuple[bool, ...]:
+    """Whether each wave (in order of start) begins before all that the plan has behind it: turn after turn, forward by
+    rising number, then backward by falling number.
+    """
+    found, furthest = [], (-1, False, 0)
+    for wave in waves:
+        backward = wave.kind is Kind.BACKWARD
+        place = (turns.get(wave.wave, 0), backward, -wave.wave if backward else wave.wave)
+        found.append(place > furthest)
+        furthest = max(furthest, place)
+    return tuple(found)
 
 
 def _wave_time(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from spindle.timeline.items import View, have_own_axes
+
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "\u00b5s"), (1e-9, "ns"))
 _BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
@@ -40,6 +42,20 @@ def ranges(devices: Sequence[int]) -> str:
         else:
             runs.append([device])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def scales_in_words(views: Sequence[View]) -> str:
+    """Which view is drawn smaller, and by how much; empty where all share one axis."""
+    if not have_own_axes(views):
+        return ""
+    shorter, longer = sorted(views, key=lambda view: view.shown.step_s)
+    ratio = longer.shown.step_s / shorter.shown.step_s
+    number = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+    return f"the {_noun(longer)} is drawn at 1/{number} of the {_noun(shorter)}'s scale"
+
+
+def _noun(view: View) -> str:
+    return "run" if view.source == "measured" else "plan"
 
 
 def count(number: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -175,7 +176,7 @@ def test_a_model_without_blocks_is_one_operator_and_warns() -> None:
     big = nn.Sequential(nn.Linear(5, size), nn.Tanh(), nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size))
     workload = wrapped(big, {"x": x(5)}, lambda b: big(b["x"]).square().mean())
     with pytest.warns(
-        SpindleWarning, match=r"'m' has 5\.\d million parameters but no repeated blocks .*layers='encoder"
+        SpindleWarning, match=r"'m' has 5\.\d million parameters but no repeated blocks .*layers=\['0', '2', '4'\]"
     ):
         captured = capture(workload)
     assert blocks(captured) == []
@@ -204,7 +205,7 @@ def test_a_component_that_cannot_be_recorded_is_one_operator_and_warns() -> None
     model, head = Branching(), nn.Linear(3, 2).double()
     workload = wrapped(model, {"x": x(5)}, lambda b: head(model(b["x"])).square().mean())
     workload.component("head", head)
-    message = r"task 't': component 'm' cannot be recorded and runs as one operator: .*layers=\['visual'\]"
+    message = r"task 't': component 'm' cannot be recorded and runs as one operator: .*in layers= beside 'layers'"
     with pytest.warns(SpindleWarning, match=message):
         captured = capture(workload)
     (whole,) = blocks(captured)
@@ -214,6 +215,43 @@ def test_a_component_that_cannot_be_recorded_is_one_operator_and_warns() -> None
     assert operator.outputs[0].shape == (BATCH, 3)
     assert operator.forward_flops == 2 * BATCH * (5 * WIDTH + 2 * 4 * WIDTH * WIDTH + 3 * WIDTH)
     exact(workload)
+
+
+class Looking(nn.Module):
+    """Lists of blocks on both sides of a module inside whose own code branches on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.ModuleDict({"tower": Branching()})
+        self.layers = nn.ModuleList(Residual(3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.visual["tower"](x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_warning_proposes_layers_that_exist_and_help() -> None:
+    """What it proposes, taken as written, makes one layer of the module that branches, and keeps the other list."""
+    model = Looking()
+    task = _regression(model)
+    with pytest.warns(SpindleWarning, match="runs as one operator") as caught:
+        capture(wrapped(model, {"x": x(5)}, task))
+    (message,) = (str(w.message) for w in caught if "one operator" in str(w.message))
+    assert "let 'visual.tower', where it runs, be one layer: layers=['layers', 'visual.tower']" in message
+    proposed = re.findall(r"'([^']+)'", message.rpartition("layers=")[2])
+    workload = wrapped(model, {"x": x(5)}, task, layers=proposed)
+    assert blocks(capture(workload)) == ["t.m.visual.tower", "t.m.layers.0", "t.m.layers.1"]
+    exact(workload)
+
+
+def test_a_module_that_holds_all_lists_is_not_proposed_as_one_layer() -> None:
+    model = nn.Sequential(Branching(), nn.Identity())
+    with pytest.warns(
+        SpindleWarning, match="move it into a module of its own and name that in layers= beside '0.layers'"
+    ):
+        capture(wrapped(model, {"x": x(5)}, _regression(model)))
 
 
 def test_layers_whose_work_depends_on_values_are_still_layers() -> None:

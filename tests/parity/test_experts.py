@@ -175,6 +175,6 @@ def test_router_logits_that_hooks_collect_inside_of_one_operator() -> None:
         loss: Tensor = lm(input_ids=batch["tokens"], labels=batch["tokens"]).loss
         return loss
 
-    with pytest.warns(SpindleWarning, match="runs as one operator"):
+    with pytest.warns(SpindleWarning, match="one operator: .*; in its config, set output_router_logits=False"):
         report = spindle.verify(made, num_workers=2, steps=2, launcher="threads")
     assert report.ok, str(report)

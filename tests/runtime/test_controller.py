@@ -140,6 +140,15 @@ def test_spans_of_all_ranks_in_one_trace() -> None:
     assert (trace.num_ranks, trace.source) == (2, "measured")
 
 
+def test_peaks_of_memory_stand_in_a_trace_where_all_ranks_are_on_gpus() -> None:
+    """The highest of each rank's reports."""
+    early, late = Report(1, memory_bytes=5, on_gpu=True), Report(1, memory_bytes=7, on_gpu=True)
+    first = Report(0, memory_bytes=3, on_gpu=True)
+    assert merge_traces([first, early, late], 2).peak_bytes == (3, 7)
+    assert merge_traces([Report(0, memory_bytes=3), late], 2).peak_bytes == ()
+    assert merge_traces([], 2).peak_bytes == ()
+
+
 def test_what_ran_is_the_program() -> None:
     """Law 7: the spans of a step bear the names of the rank's instructions, in their order, frees left out."""
     workload = workload_of(marked)

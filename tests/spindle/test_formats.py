@@ -163,6 +163,12 @@ def test_the_metagraph_of_the_contract_is_read() -> None:
     assert graph.flow_bytes(graph.flows[0]) == 84213760
 
 
+def test_traces_of_before_peaks_of_memory_are_read() -> None:
+    value = json.loads(dumps(TRACE))
+    assert value.pop("peak_bytes") == []
+    assert loads(json.dumps(value), Trace) == TRACE
+
+
 # -- text that is not JSON --------------------------------------------------------------------------------------------
 
 

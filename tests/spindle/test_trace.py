@@ -43,6 +43,12 @@ def test_sums_by_hand() -> None:
     assert list(trace) == list(spans)
 
 
+@pytest.mark.parametrize("peaks", [(1,), (1, 2, 3), (1, -2)])
+def test_peaks_of_memory_are_one_for_each_rank(peaks: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="give a number of bytes for each rank, or none at all"):
+        Trace(num_ranks=2, source="measured", peak_bytes=peaks)
+
+
 def test_an_empty_trace_has_no_steps() -> None:
     trace = Trace(num_ranks=1, source="measured")
     assert (trace.num_steps, trace.step_s(), trace.from_zero()) == (0, 0.0, trace)

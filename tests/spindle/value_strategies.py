@@ -263,9 +263,12 @@ profiles = st.builds(
 )
 
 traces = st.builds(
-    lambda ranks, source, spans: Trace(num_ranks=ranks, source=source, spans=tuple(spans)),
+    lambda ranks, source, peaks, spans: Trace(
+        num_ranks=ranks, source=source, spans=tuple(spans), peak_bytes=tuple(peaks)
+    ),
     st.just(8),
     text,
+    st.one_of(st.just([]), st.lists(counts, min_size=8, max_size=8)),
     st.lists(
         st.builds(
             lambda rank, kind, name, start, length, names, wave, num_bytes, step: Span(

@@ -4,13 +4,14 @@ import html
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spindle.timeline import render_page
 from spindle.trace import Span, SpanKind, Trace
-from tests.timeline.timeline_samples import made_up_run, planned
+from tests.timeline.timeline_samples import made_up_run, planned, slowed
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -65,6 +66,20 @@ def test_the_policy_lets_the_page_run_as_it_is(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert 'class="js"' in done.stdout, done.stderr[-2000:]
     assert 'data-ready="1"' in done.stdout
+
+
+def test_the_page_says_when_plan_and_run_have_an_axis_each(tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("needs chromium")
+    plan, predicted = planned(2)
+    path = tmp_path / "page.html"
+    run = replace(slowed(predicted, 10.0), source="measured")
+    path.write_text(render_page(plan, predicted=predicted, measured=run), encoding="utf-8")
+    command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert 'data-ready="1"' in done.stdout, done.stderr[-2000:]
+    assert ">The run is drawn at 1/10 of the plan's scale: each has a time axis of its own.<" in done.stdout
 
 
 COUNT_COLUMNS = """

@@ -13,11 +13,11 @@ import pytest
 from spindle.errors import InputError
 from spindle.plan import Memory, make_waves
 from spindle.planner.simulate import simulate
-from spindle.timeline import render_page
+from spindle.timeline import render_page, timeline_figures
 from spindle.timeline.page import embedded
 from spindle.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_html import Page, outside_references
-from tests.timeline.timeline_samples import by_hand, made_up_run, planned
+from tests.timeline.timeline_samples import GIB, by_hand, made_up_run, planned
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"&amp;<!--<script>\u2028]]>"
@@ -201,6 +201,29 @@ def test_it_says_when_the_plan_does_not_fit() -> None:
     plan, _ = planned(2)
     heavy = replace(plan, memory=Memory(peak_bytes_per_device=(1e11, 2e11), fits=False))
     assert "186 GiB does not fit ; of 80 GiB on device 1" in Page(render_page(heavy)).text
+
+
+def test_measured_memory_stands_beside_planned() -> None:
+    """Device by device where the trace holds it; a run on CPUs says that it has none."""
+    plan, predicted = planned(2)
+    run = made_up_run(plan, predicted)
+    text = Page(render_page(plan, predicted=predicted, measured=run)).text
+    assert "not measured by this run; only runs on GPUs measure it" in text
+    assert "Peak memory" not in text
+    plan = replace(plan, memory=Memory(peak_bytes_per_device=(2.0 * GIB, 4.0 * GIB), fits=True))
+    run = replace(run, peak_bytes=(3 * 2**30, 2 * 2**30))
+    text = Page(render_page(plan, measured=run)).text
+    assert "measured 3 GiB on device 0" in text
+    assert "device planned measured off by 0 2 GiB 3 GiB +50.0 % 1 4 GiB 2 GiB -50.0 %" in text
+    (view,) = timeline_figures(plan, measured=run)["views"]
+    assert [device["measured_peak_bytes"] for device in view["devices"]] == [3 * 2**30, 2 * 2**30]
+
+
+def test_of_many_devices_the_fullest_are_listed() -> None:
+    plan, predicted = planned(64)
+    run = replace(made_up_run(plan, predicted, steps=1), peak_bytes=tuple(range(2**30, 2**30 + 64)))
+    text = Page(render_page(plan, measured=run)).text
+    assert "The 16 devices of 64 that held most are listed." in text
 
 
 def test_a_bare_plan_is_enough() -> None:

@@ -9,7 +9,7 @@ from spindle.plan import Plan, Slice, make_waves
 from spindle.timeline import render_page, render_svg
 from spindle.timeline.svg import MAX_ROWS, device_groups, nice_ticks
 from spindle.trace import Span, SpanKind, Trace
-from tests.timeline.timeline_samples import made_up_run, planned
+from tests.timeline.timeline_samples import made_up_run, planned, slowed
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -95,6 +95,30 @@ def test_both_panels_have_one_axis() -> None:
     ticks = [(e.text, e.attrib["x"]) for e in svg.iter(f"{SVG}text") if (e.text or "").endswith(" ms")]
     assert len(ticks) > len(set(ticks))
     assert len(dict(ticks)) == len(set(ticks))
+
+
+@pytest.mark.parametrize(("factor", "words"), [(10.0, "the run is drawn at 1/10"), (0.1, "the plan is drawn at 1/10")])
+def test_each_panel_has_an_axis_of_its_own_where_one_step_is_far_longer(factor: float, words: str) -> None:
+    """Each step then fills the width, and the second heading says how the scales compare."""
+    plan, predicted = planned(8)
+    run = replace(slowed(predicted, factor), source="measured")
+    svg = ElementTree.fromstring(render_svg(plan, predicted=predicted, measured=run))
+    (first, second) = [text for text in texts(svg) if text.startswith(("Planned", "Measured"))]
+    assert words in second
+    assert "scale" not in first
+    devices = [e.attrib["y"] for e in svg.iter(f"{SVG}text") if e.text == "0" and e.attrib.get("text-anchor") == "end"]
+    boxes = [e.attrib for e in svg.iter(f"{SVG}rect") if "x" in e.attrib and float(e.attrib["y"]) < float(devices[1])]
+    upper = [box for box in boxes if float(box["y"]) < (float(devices[0]) + float(devices[1])) / 2]
+    lower = [box for box in boxes if float(box["y"]) > (float(devices[0]) + float(devices[1])) / 2]
+    ends = [max(float(box["x"]) + float(box["width"]) for box in panel) for panel in (upper, lower)]
+    assert ends[0] == pytest.approx(ends[1], rel=0.05)
+
+
+def test_up_to_twice_as_long_one_axis_serves_both() -> None:
+    plan, predicted = planned(8)
+    for factor in (0.51, 1.0, 1.99):
+        svg = render_svg(plan, predicted=predicted, measured=replace(slowed(predicted, factor), source="measured"))
+        assert "scale" not in svg
 
 
 def plan_of(num_devices: int, group: int) -> Plan:

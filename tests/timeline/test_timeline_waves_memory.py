@@ -3,15 +3,17 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spindle.metagraph import MetaGraph
 from spindle.plan import Memory
 from spindle.planner.simulate import simulate
-from spindle.timeline.items import StepView
+from spindle.timeline.items import Kind, StepView
 from spindle.timeline.memory import memory_model
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
-from spindle.timeline.waves import wave_times
+from spindle.timeline.waves import WaveTime, leading, wave_times
 from spindle.trace import SpanKind, Trace
 from tests.timeline.timeline_samples import GIB, by_hand, made_up_run, planned
 
@@ -52,6 +54,19 @@ def test_without_a_prediction_the_metagraph_tells_the_times() -> None:
     plan = by_hand()
     assert make_table(plan, None).forward_s == pytest.approx((1.0, 0.5))
     assert make_table(replace(plan, metagraph=None), None).forward_s == (0.0, 0.0)
+
+
+@given(st.permutations([(wave, kind) for wave in range(4) for kind in (Kind.FORWARD, Kind.BACKWARD)]))
+def test_numbers_on_a_strip_never_interleave(order: list[tuple[int, Kind]]) -> None:
+    """However waves begin: turn after turn, numbers rise through forward and then fall through backward."""
+    turns = {0: 0, 1: 0, 2: 1, 3: 1}
+    begun = [WaveTime(*wave, at, at + 1.0, 1.0, 1.0, 0.0) for at, wave in enumerate(order)]
+    shown = [(w.wave, w.kind) for w, leads in zip(begun, leading(begun, turns), strict=True) if leads]
+    whole = [(0, True), (1, True), (1, False), (0, False), (2, True), (3, True), (3, False), (2, False)]
+    places = [whole.index((wave, kind is Kind.FORWARD)) for wave, kind in shown]
+    assert places == sorted(set(places))
+    assert shown[0] == order[0]
+    assert places[-1] == len(whole) - 1
 
 
 def test_waves_come_forward_in_order_and_backward_in_reverse() -> None:

@@ -92,6 +92,12 @@ def made_up_run(plan: Plan, predicted: Trace, *, steps: int = 3, seed: int = 0) 
     return Trace(num_ranks=plan.num_devices, source="measured", spans=tuple(spans)).from_zero()
 
 
+def slowed(trace: Trace, factor: float) -> Trace:
+    """The same trace, all of it `factor` times as long."""
+    spans = (replace(s, start_s=s.start_s * factor, end_s=s.end_s * factor) for s in trace)
+    return replace(trace, spans=tuple(spans))
+
+
 class _Run:
     """Runs a plan in its order, a clock for each device."""
 

@@ -406,7 +406,7 @@ class Looker:
                     autocast=computing_in(self.workload.precision, _CPU),
                 )
         except Failure as failure:
-            raise explained(self.task, failure, self.whole) from failure.error
+            raise explained(self.task, failure, self.whole, self.workload.components) from failure.error
         if noted.lines:
             raise undrawn(f"task {self.task.name!r}", [f"{name} ({line})" for name, line in noted.lines.items()])
         return found

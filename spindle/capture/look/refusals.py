@@ -6,7 +6,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
+from spindle.capture.look.proposals import collected_outputs, in_code, lists_of, running_module, with_module
 from spindle.errors import SpindleError, WorkloadError
 from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.record.lazy import INSTEAD, Forbidden, LazyRead, Refused, Stranger
+from spindle.record.lazy import INSTEAD, CameOut, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
 from spindle.record.writes import INSTEAD as DO_INSTEAD
-from spindle.workload import Task, Workload
+from spindle.workload import Component, Task, Workload
 
 PASSES_ON = ("_on_meta", "_real", "__torch_function__")
 """Functions of the recorder that make the user's calls."""
@@ -73,9 +74,9 @@ def own_generator(task: Task, name: str) -> WorkloadError:
     )
 
 
-def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
-    """What to tell the user of a task function that raised while it was recorded: WorkloadError, or TakeWhole where a
-    component that is not yet among `whole` is to blame.
+def explained(task: Task, failure: Failure, whole: frozenset[str], components: Mapping[str, Component]) -> Exception:
+    """What to tell the user of a task function that raised while it was recorded: WorkloadError, or TakeWhole where one
+    of the `components` that is not yet among `whole` is to blame.
     """
     error = failure.error
     if isinstance(error, WorkloadError):
@@ -90,7 +91,7 @@ def explained(task: Task, failure: Failure, whole: frozenset[str]) -> Exception:
         return WorkloadError(f"task {task.name!r}{place}: {error}")
     component = failure.component.partition("@")[0] or failure.block.partition(".")[0]
     if component and component not in whole and not _is_users(error):
-        return TakeWhole(component, _whole_warning(task, component, error))
+        return TakeWhole(component, _whole_warning(task, components[component], error))
     if isinstance(error, NotImplementedError):
         return WorkloadError(f"task {task.name!r}{place}: {_without_shape(error)}; {INSTEAD}")
     if isinstance(error, LazyRead):
@@ -158,13 +159,25 @@ def _is_users(error: Exception) -> bool:
     return not isinstance(error, LazyRead | Refused | NotImplementedError | RuntimeError)
 
 
-def _whole_warning(task: Task, component: str, error: Exception) -> str:
-    reason = error.what if isinstance(error, LazyRead) else _reason(error)
+def _whole_warning(task: Task, component: Component, error: Exception) -> str:
+    reason = error.what if isinstance(error, LazyRead) else str(error) if isinstance(error, Refused) else _reason(error)
     return (
-        f"task {task.name!r}: component {component!r} cannot be recorded and runs as one operator: {reason}"
-        f"{_innermost(error)}; take what depends on such values out of it, or name parts of it that stand alone, as in "
-        "layers=['visual']"
+        f"task {task.name!r}: component {component.name!r} cannot be recorded and runs as one operator: {reason}"
+        f"{_innermost(error)}; {_instead_of_whole(component, error)}"
     )
+
+
+def _instead_of_whole(component: Component, error: Exception) -> str:
+    outputs = collected_outputs(component) if isinstance(error, CameOut) else ()
+    if outputs:
+        return f"in its config, set {' and '.join(f'{name}=False' for name in outputs)}"
+    running, lists = running_module(error.__traceback__, component), lists_of(component)
+    if running and (len(layers := with_module(component, running)) > 1 or not lists):
+        remedy = f"let {running!r}, where it runs, be one layer: {in_code(layers)}"
+    else:  # one layer that holds all lists would be next to nothing gained
+        beside = f" beside {', '.join(map(repr, lists))}" if lists else ""
+        remedy = f"move it into a module of its own and name that in layers={beside}"
+    return f"take what depends on such values out of it, or {remedy}"
 
 
 def _without_shape(error: NotImplementedError) -> str:
@@ -281,5 +294,9 @@ def refuse_gradient_hooks(workload: Workload, inside: set[nn.Module]) -> None:
                 where = f"component {component.name!r}" + (f": module {path!r}" if path else "")
                 raise WorkloadError(
                     f"{where} has a backward hook outside of blocks, which a "
-                    "recording does not carry; remove it, or let layers= name a list of blocks that holds the module"
+                    f"recording does not carry; remove it{_or_as_layer(component, path)}"
                 )
+
+
+def _or_as_layer(component: Component, path: str) -> str:
+    return f", or let the module be one layer: {in_code(with_module(component, path))}" if path else ""
