@@ -21,7 +21,7 @@ from spindle.capture.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.graph import base_task
 from spindle.record.draws import Stream, drawing_from
-from spindle.record.lazy import LazyRead
+from spindle.record.lazy import Forbidden, LazyRead, Refused
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
@@ -275,4 +275,6 @@ def _explained(where: str, error: Exception) -> Exception:
         )
     if isinstance(error, SpindleError):
         return type(error)(f"{where}: {error}")
+    if isinstance(error, Forbidden | Refused):
+        return WorkloadError(f"{where}: {error}")
     return RunError.of(error, where)

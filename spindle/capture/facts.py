@@ -121,7 +121,7 @@ def _is_alike(leaf: Any, own: Any, whole: Samples, part: Samples) -> bool:
     a, b = whole.value(leaf), part.value(own)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return _is_share(a, b, whole.units, whole.bounds, part.bounds)
-    return _is_same(a, b, whole.units, whole.bounds, part.bounds)
+    return _is_same(a, b)
 
 
 def _by_place(nodes: Sequence[Node]) -> Mapping[tuple[object, str], list[Node]]:
@@ -137,13 +137,9 @@ def _leaves(node: Node) -> list[Any]:
     return found
 
 
-def _is_same(a: Any, b: Any, units: Units, held: Bounds, bounds: Bounds) -> bool:
-    """Whether a part's constant `b` is the whole's `a`, or counts the rows of its samples where `a` counts all."""
+def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=_ROUNDING[torch.float32]) or (math.isnan(a) and math.isnan(b))
-    if type(a) is int and type(b) is int and a != b:
-        spans = (_span(units, unit, a, held, bounds) for unit in units.counts)
-        return any(span is not None and span[1] == b for span in spans)
     if a is b or type(a) is not type(b) or isinstance(a, _COMPARED):
         return type(a) is type(b) and bool(a == b)
     return fingerprint(_held(a)) == fingerprint(_held(b))
@@ -163,14 +159,11 @@ def _is_share(whole: Tensor, part: Tensor, units: Units, held: Bounds, bounds: B
 
 
 def _spans(units: Units, size: int, held: Bounds, bounds: Bounds) -> Iterator[tuple[int, int]]:
-    return filter(None, (_span(units, unit, size, held, bounds) for unit in units.counts))
-
-
-def _span(units: Units, unit: str, size: int, held: Bounds, bounds: Bounds) -> tuple[int, int] | None:
-    try:
-        return units.span(unit, size, held, bounds)
-    except ValueError:  # entries that are no rows of this unit
-        return None
+    for unit in units.counts:
+        try:
+            yield units.span(unit, size, held, bounds)
+        except ValueError:  # entries that are no rows of this unit
+            continue
 
 
 def _is_cut(whole: Tensor, part: Tensor, dim: int, span: tuple[int, int]) -> bool:

@@ -255,8 +255,6 @@ class _Builder:
             alone = not draft.mixes and not any(mixing)
             if alone and "." not in draft.part.block:
                 return f"{kind} runs whole, as one operator, and mixes samples"
-            if alone and draft.part.block in findings.asks:
-                return f"{kind} {_asked(*findings.asks[draft.part.block])}"
             return f"{kind} mixes samples{self._by_what(draft.module.block)}" if alone else ""
         own = set(map(id, draft.part.nodes))
         for n in self.wired.glue():
@@ -366,11 +364,3 @@ def _parameters(
                 joined=cut.joined,
                 partial=cut.partial,
             )
-
-
-def _asked(line: str, function: str) -> str:
-    return (
-        f"asks {function!r} of all samples of a batch{f' ({line})' if line else ''}, and what it gives depends on the "
-        "answer, which may be another one for a part of them; give each sample the answer in a field, or begin with a "
-        "batch in which samples differ in it, which shows whether that matters"
-    )

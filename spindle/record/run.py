@@ -115,7 +115,10 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
     names = {id(buffer): name for name, buffer in skeleton.buffers().items()} if recorder.changed else {}
     if recorder.written:
         memory = {memory_of(buffer): name for name, buffer in skeleton.buffers().items() if memory_of(buffer)}
-        skeleton.changed |= {memory[of] for of in map(memory_of, recorder.written) if of in memory}
+        written = {memory[of] for of in map(memory_of, recorder.written) if of in memory} - skeleton.changed
+        if written and not skeleton.learning:
+            raise Refused(_moved(min(written)))
+        skeleton.changed |= written
     for changed in recorder.changed:
         if id(changed) not in names:
             raise Refused(
@@ -138,5 +141,14 @@ def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
             )
         if name not in skeleton.stateful:
             skeleton.changed.add(name)
+            if not skeleton.learning and not (is_lazy(value) or torch.equal(value, leaf)):
+                raise Refused(_moved(name))
             continue
         recorder.note_assigned(name, leaf, value)
+
+
+def _moved(name: str) -> str:
+    return (
+        f"buffer {name!r} changes, and did not when it was captured, so that no plan keeps it alike on all ranks; "
+        "begin with a batch in which it changes (the longest, say)"
+    )

@@ -58,6 +58,7 @@ class Skeleton:
     rules: dict[str, ShapeRule] = field(default_factory=dict)
     learning: bool = False
     settled: set[str] = field(default_factory=set)  # attributes of layers that code outside of them has set once
+    moving: set[str] = field(default_factory=set)  # attributes of modules outside of layers that were seen to be set
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -81,7 +82,9 @@ class Skeleton:
             for name, root in self.components.items()
             for path, module in root.named_modules()
         ]
-        self.steady = Steady({id(m): prefix[:-1] for prefix, m in reversed(self._modules)}, inside, self.settled)
+        self.steady = Steady(
+            {id(m): prefix[:-1] for prefix, m in reversed(self._modules)}, inside, self.settled, self.moving
+        )
         self._metas: dict[int, tuple[str, Tensor]] = {}  # of parameters and stateful buffers, by id of the user's own
         self._collect()
 
@@ -92,6 +95,7 @@ class Skeleton:
             "stateful": self.stateful,
             "rules": self.rules,
             "learning": False,
+            "moving": self.moving,
             "outputs": recordable_outputs(module for root in self.components.values() for module in root.modules()),
         }
 
@@ -198,8 +202,7 @@ class Skeleton:
             stack.enter_context(self._meta_parameters())
             stack.enter_context(self._forwards(recorder))
             stack.enter_context(recorded_calls(recorder))
-            if self.learning:
-                stack.enter_context(watched_modules(self.steady.watch(recorder)))
+            stack.enter_context(watched_modules(self.steady.watch(recorder, learning=self.learning)))
             yield recorder
 
     def check_block(self, block: BlockInfo) -> None:

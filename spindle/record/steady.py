@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spindle.record.lazy import Forbidden, is_lazy
@@ -29,15 +30,15 @@ class _Kept:
 
 
 class Steady:
-    """Watches the modules of components while the skeleton learns.
+    """Watches the modules of components while tasks are recorded.
 
     `settled`: attributes that code outside of layers has set once. `unsettled`: it has just set one anew, so that all
-    that was recorded before is out of date.
+    that was recorded before is out of date. `moving`: attributes of modules outside of layers that were set at capture.
     """
 
-    def __init__(self, paths: Mapping[int, str], inside: Set[int], settled: set[str]) -> None:
+    def __init__(self, paths: Mapping[int, str], inside: Set[int], settled: set[str], moving: set[str]) -> None:
         """`paths` of modules by their id; `inside`: ids of the modules in blocks."""
-        self.paths, self.inside, self.settled = paths, inside, settled
+        self.paths, self.inside, self.settled, self.moving = paths, inside, settled, moving
         self.unsettled = False
         self.called: set[int] = set()
         self._own: dict[tuple[int, str], tuple[nn.Module, Any]] = {}  # what a block has set in itself: values before
@@ -46,8 +47,8 @@ class Steady:
         """Whether code outside of layers sets this attribute, always to the same."""
         return f"{self.paths.get(id(module))}.{name}" in self.settled
 
-    def watch(self, recorder: Recorder) -> Callable[[nn.Module, str, Any], None]:
-        """What is told of attributes that are set while a task is recorded."""
+    def watch(self, recorder: Recorder, *, learning: bool) -> Callable[[nn.Module, str, Any], None]:
+        """What is called with attributes that are set while a task is recorded; `learning`: at capture."""
 
         def told(module: nn.Module, name: str, value: Any) -> None:
             if id(module) not in self.paths:
@@ -63,18 +64,35 @@ class Steady:
             if recorder.inside or recorder.for_real:
                 self._own.setdefault((id(module), name), (module, before))
             elif name == "training" or id(module) in self.inside:
-                self._set_from_outside(module, name, before, value)
+                self._set_from_outside(module, name, before, value, learning)
+            elif _is_other(value, before):
+                self._set_elsewhere(module, name, before, value, learning)
 
         return told
 
-    def _set_from_outside(self, module: nn.Module, name: str, before: Any, value: Any) -> None:
+    def _set_elsewhere(self, module: nn.Module, name: str, before: Any, value: Any, learning: bool) -> None:
+        """Raise Forbidden where a module outside of layers begins to keep another number only after capture."""
+        path = self.paths[id(module)]
+        if learning:
+            self.moving.add(f"{path}.{name}")
+        elif f"{path}.{name}" not in self.moving:
+            line = line_of(type(module), name)
+            was = "nothing" if before is _MISSING else repr(before)
+            raise Forbidden(
+                f"{path!r} sets its attribute {name!r}{f' ({line})' if line else ''} to {value!r}, and kept {was} "
+                "until now; each rank would keep its own, and later steps would compute with it. Let it be set before "
+                "the workload is planned (begin with the longest batch, say), or make it a buffer that __init__ "
+                "registers"
+            )
+
+    def _set_from_outside(self, module: nn.Module, name: str, before: Any, value: Any, learning: bool) -> None:
         if value is before or (isinstance(value, _PLAIN) and type(value) is type(before) and value == before):
             return
         if not isinstance(value, (*_PLAIN, Tensor)):
             return
         path = self.paths[id(module)]
         key = f"{path}.{name}"
-        if id(module) in self.called or key in self.settled or isinstance(value, Tensor):
+        if not learning or id(module) in self.called or key in self.settled or isinstance(value, Tensor):
             what = "it switches the mode of" if name == "training" else f"it sets {name!r} of"
             told = f" ({'train' if value else 'eval'}())" if name == "training" else ""
             raise Forbidden(f"{what} layer {path!r}{told} between calls of it, {REMEDY}")
@@ -130,6 +148,18 @@ class Steady:
             f"{f' ({line})' if line else ''}, which changes from call to call and which no plan can follow; make it a "
             "buffer that __init__ registers, with its first value"
         )
+
+
+def _is_other(value: Any, before: Any) -> bool:
+    """Whether a number, or a tensor of the batch, is put in place of another."""
+    if isinstance(value, Tensor):
+        return not is_lazy(value) and not (isinstance(before, Tensor) and _is_equal(value, before))
+    return isinstance(value, _PLAIN) and (isinstance(before, Tensor) or value != before)
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return a is b or (not b.is_meta and a.shape == b.shape and bool((a == b).all()))
 
 
 def _replaced(module: nn.Module, name: str, value: Any) -> str:

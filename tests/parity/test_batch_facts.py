@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ EXACT: dict[str, Forward] = {
     "numbers from the least one on": lambda batch, model: model(
         batch["x"] * (1.0 + batch["kind"] - batch["kind"].min())[:, None]
     ),
+    "a threshold that a far number passes": lambda batch, model: (
+        model(batch["x"]) * torch.where((batch["length"] > 512).any(), 2.0, 1.0)
+    ),
+    "the same on what the model reads": lambda batch, model: model(
+        batch["x"] * (2.0 if bool((batch["length"] > 512).any()) else 1.0)
+    ),
+    "a crop that begins beyond the end": lambda batch, model: model(batch["sequence"])[
+        :, : int(batch["length"].max()) + 3
+    ].mean(1),
     "values of the model, none of which is large": lambda batch, model: (
         model(batch["x"]) * torch.where(((model(batch["x"]) * batch["x"]).abs() < 100.0).all(), 1.0, 0.5)
     ),
@@ -45,23 +55,45 @@ EXACT: dict[str, Forward] = {
 
 REFUSED: dict[str, tuple[Forward, str]] = {
     "a threshold that nothing passes": (
-        lambda batch, model: model(batch["x"]) * torch.where((batch["length"] > 512).any(), 2.0, 1.0),
+        lambda batch, model: model(batch["x"]) * torch.where((batch["length"] > 4000).any(), 2.0, 1.0),
         r"'mul' \(line \d+ of test_batch_facts.py\) computes with 1.0 for samples .* with 2.0 for the whole batch",
     ),
     "the same as a number": (
-        lambda batch, model: model(batch["x"]) * (2.0 if bool((batch["length"] > 512).any()) else 1.0),
+        lambda batch, model: model(batch["x"]) * (2.0 if bool((batch["length"] > 4000).any()) else 1.0),
         r"computes with 1.0 for samples .* with 2.0 for the whole batch",
     ),
     "the same on what the model reads": (
-        lambda batch, model: model(batch["x"] * (1.0 + (batch["length"] > 512).double().mean())),
+        lambda batch, model: model(batch["x"] * (1.0 + (batch["length"] > 4000).double().mean())),
         r"computes with other numbers for samples .* than the whole batch has for them",
     ),
     "other positions": (
-        lambda batch, model: model(batch["sequence"])[:, 2 if bool((batch["length"] > 512).any()) else 1],
+        lambda batch, model: model(batch["sequence"])[:, 2 if bool((batch["length"] > 4000).any()) else 1],
         r"computes with 1 for samples .* with 2 for the whole batch",
     ),
+    "numbers of numpy": (
+        lambda batch, model: model(batch["x"]) * np.float64(2.0 if bool((batch["length"] > 4000).any()) else 1.0),
+        r"computes with np.float64\(1.0\) for samples .* with np.float64\(2.0\) for the whole batch",
+    ),
+    "one sample after another": (
+        lambda batch, model: torch.stack(
+            [row * (2.0 if bool((batch["length"] > 4000).any()) else 1.0) for row in model(batch["x"])]
+        ),
+        r"computes with other constants for samples .* than anywhere in the whole batch",
+    ),
+    "small numbers beside a mask": (
+        lambda batch, model: (
+            model(batch["x"])
+            + torch.cat(
+                [
+                    torch.full((1,), torch.finfo(torch.float64).min, dtype=torch.float64),
+                    torch.where((batch["length"] > 4000).any(), 1.0, 1.5).double().expand(3),
+                ]
+            )
+        ).softmax(-1),
+        r"'add' .* for samples .* the whole batch",
+    ),
     "other shapes": (
-        lambda batch, model: model(batch["sequence"][:, : 2 if bool((batch["length"] > 512).any()) else 5]).mean(1),
+        lambda batch, model: model(batch["sequence"][:, : 2 if bool((batch["length"] > 4000).any()) else 5]).mean(1),
         r"computes with a tensor of shape \(3, 5, 4\) for samples .* \(6, 2, 4\) for the whole batch",
     ),
 }
@@ -125,7 +157,7 @@ def batches() -> list[Batch]:
     for batch in found[1:]:
         batch["mask"][0, 1], batch["flag"][0], batch["flag"][5] = False, False, False
         batch["kind"][0], batch["kind"][4] = 2, 1
-        batch["length"][0], batch["length"][4] = 600, 4
+        batch["length"][0], batch["length"][4] = 6000, 4
         batch["x"][0] *= 1000
     return found
 
@@ -202,11 +234,9 @@ def test_what_nothing_has_shown_is_refused_in_the_step_where_it_differs(fact: st
 
 @pytest.mark.parametrize("fact", IN_LAYER)
 def test_layers_that_ask_something_of_a_batch(fact: str) -> None:
-    """Another answer shows that their results depend on it, so they run on one device, and a warning says by what."""
+    """Far numbers in one sample show that the results of others depend on it, so they run on one device."""
     workload = layered(IN_LAYER[fact])
-    with pytest.warns(
-        SpindleWarning, match=r"Layer asks '\w+' of all samples of a batch \(line \d+ of test_batch_facts"
-    ):
+    with pytest.warns(SpindleWarning, match="Layer mixes samples"):
         found = planned(workload, 2)
     assert found == pytest.approx(alone(layered(IN_LAYER[fact])), rel=1e-9)
 

@@ -315,7 +315,9 @@ class Looker:
             for name, (_, dim) in batch.places.items():
                 for number, value in enumerate(far_apart(own[name], dim)):
                     far = SampledBatch({**own, name: value}, units, batch.places)
-                    self._look_at_other(far, whole, parts, prober, variant=f"{name} {number}")
+                    variant, alone = f"{name} {number}", ((0, 1), (1, whole[1]))
+                    if self._look_at_other(far, whole, alone, prober, variant=variant) is None:
+                        self._look_at_other(far, whole, parts, prober, variant=variant)
         end = 2 * whole[1]
         for step in range(1, 1 + (TRIALS if self.sites and self.sites.get("") else 1)):
             doubled = twice(batch, whole, step)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.grouping import Key, Wired
-from spindle.capture.look.asking import CHANGES, Asking, Question, alike_by_chance
 from spindle.capture.look.refusals import writes_parameter
 from spindle.capture.look.trials import Findings, Part, Trial, fits
 from spindle.capture.look.watching import (
@@ -63,11 +62,10 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, Key
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What is known of a kind of block: whether it mixes samples, by what it asks of them together; what it changes."""
+    """What is known of a kind of block: whether it mixes samples, and what it changes."""
 
     mixes: bool
     changes: Changes
-    asks: Question | None = None
 
 
 class Prober:
@@ -288,8 +286,6 @@ class Prober:
             return
         if known.mixes:
             self.findings.mixing_blocks.add(node.block)
-        if known.asks:
-            self.findings.asks[node.block] = known.asks
         if known.changes:
             self.findings.changes[node.block] = known.changes.below(node.block.partition("@")[0])
 
@@ -347,33 +343,7 @@ class Prober:
         mixes = self._mixes(trial, node, whole, parts)
         if not mixes and not changes and self._block(node).kind in self.branching:
             mixes = any(self._mixes_other(trial, node, values, module, number) for number in range(1, OTHERS))
-        asks = None if mixes or changes else self._asked_of_all(trial, node, values, module, whole)
-        return _Block(mixes or asks is not None, changes, asks)
-
-    def _asked_of_all(
-        self, trial: Trial, node: Node, values: dict[int, Tensor], module: nn.Module, whole: Sequence[Tensor]
-    ) -> Question | None:
-        """What a block asks of all samples of the batch together so that its results depend on the answer, though the
-        answer is the same for parts of the samples at hand.
-        """
-        if not node.aux():
-            return None
-
-        def asked(part: Part) -> Asking:
-            seen = Asking(part.wired.recording.aux)
-            if part is trial.whole:
-                self._block_results(trial, part, node, values, module, within=seen)
-            else:
-                self._part_results(trial, part, node, values, module, within=seen)
-            return seen
-
-        for question in alike_by_chance(asked(trial.whole), [asked(part) for part in trial.parts]):
-            for change in CHANGES:
-                other = Asking(trial.whole.wired.recording.aux, question, change)
-                results = self._block_results(trial, trial.whole, node, values, module, within=other)
-                if results is None or not all(map(_close, results, whole)):
-                    return question
-        return None
+        return _Block(mixes, changes)
 
     def _mixes(self, trial: Trial, node: Node, whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> bool:
         """Whether what a block gives of parts is not, put together, what it gives of the whole."""
@@ -403,13 +373,12 @@ class Prober:
         values: dict[int, Tensor],
         module: nn.Module,
         other: int = 0,
-        within: contextlib.AbstractContextManager[object] | None = None,
     ) -> list[Tensor] | None:
         twin = next((n for n in part.wired.blocks() if part.wired.recording.nodes[n].block == node.block), None)
         if twin is None:
             return None
         given = self._cut_arguments(trial, part, node, part.wired.recording.nodes[twin], values)
-        return None if given is None else self._block_results(trial, part, *given, module, other=other, within=within)
+        return None if given is None else self._block_results(trial, part, *given, module, other=other)
 
     def _cut_arguments(
         self, trial: Trial, part: Part, node: Node, twin: Node, values: dict[int, Tensor]
@@ -446,16 +415,15 @@ class Prober:
         module: nn.Module,
         learns: bool = False,
         other: int = 0,
-        within: contextlib.AbstractContextManager[object] | None = None,
     ) -> list[Tensor] | None:
         """What a block gives; where it `learns`, with a graph; on `other` numbers than those of the samples, of which
-        there are several. `within`: a mode that its calls run under.
+        there are several.
         """
         scope = node.block
         stream = Stream(step=part.step, task=self.task, low=part.bounds[0], high=part.bounds[1], units=trial.units)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with Drawing(scope, self.sites.get(scope, ())), going(Planned()), within or contextlib.nullcontext():
+            with Drawing(scope, self.sites.get(scope, ())), going(Planned()):
                 return module.forward(*args, **kwargs)
 
         own = {number: _disturbed(value, other) for number, value in values.items()} if other else dict(values)

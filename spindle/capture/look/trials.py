@@ -10,7 +10,6 @@ from torch import Tensor
 from spindle.batch import SampledBatch
 from spindle.capture.facts import Samples, Slot, apart
 from spindle.capture.grouping import Key, Wired
-from spindle.capture.look.asking import Question
 from spindle.capture.look.watching import Changes
 from spindle.record.draws import Site
 from spindle.record.run import Recorded
@@ -92,15 +91,13 @@ class Findings:
 
     `places`: for each key of glue or name of a block call, and each of its results, the units and dimensions along
     which it may be cut; () when it cannot. `constant`: keys whose results are the same for all samples. `mixing`: keys
-    that mix samples, `mixing_blocks` block calls that do; `changes`: what block calls change besides their results;
-    `asks`: what block calls ask of all samples together.
+    that mix samples, `mixing_blocks` block calls that do; `changes`: what block calls change besides their results.
     """
 
     places: dict[object, list[tuple[Place, ...]]] = field(default_factory=dict)
     constant: set[object] = field(default_factory=set)
     mixing: set[Key] = field(default_factory=set)
     mixing_blocks: set[str] = field(default_factory=set)
-    asks: dict[str, Question] = field(default_factory=dict)
     changes: dict[str, Changes] = field(default_factory=dict)
 
 
