@@ -68,9 +68,9 @@ def _warn_of_choices(cases: Sequence[Case], solved: Sequence[Solved]) -> None:
         chosen = [word for word, is_chosen in zip(words, choices, strict=True) if is_chosen]
         return f"with {' and '.join(chosen)}" if chosen else "as they are"
 
-    told = "; ".join(f"{row} {in_words(choices)}" for choices, row in first.items())
+    ways = "; ".join(f"{row} {in_words(choices)}" for choices, row in first.items())
     warnings.warn(
-        f"the rows fit memory in different ways ({told}), and one program runs one way; set shard_optimizer, recompute "
+        f"the rows fit memory in different ways ({ways}), and one program runs one way; set shard_optimizer, recompute "
         "and shard_parameters in the workload as they were in the measured steps",
         SpindleWarning,
         stacklevel=3,

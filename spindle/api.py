@@ -387,8 +387,8 @@ def train(
     max_samples: int | None = None,
     max_tokens: int | None = None,
 ) -> TrainResult:
-    """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules, or,
-    of modules on the meta device, in the last checkpoint.
+    """Train `workload` as planned, on Ray unless you choose otherwise; the trained weights end up in the user's
+    modules, or, of modules on the meta device, in the last checkpoint.
 
     `optimizer`: a function from the list of all parameters, frozen ones too, to a torch optimizer with any groups of
     them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
@@ -396,7 +396,7 @@ def train(
     losses by task.
     `plan` None plans for the devices at hand; a function makes the plan for a number of devices such as "2x4" (nodes x
     devices of each), also where an elastic run plans anew. `on_step(step, losses)` is called in this process for every
-    step, a few steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are
+    step, a few steps late; `callbacks` get more (`spindle.metrics`). The spans of the last `trace_steps` steps are
     returned.
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
@@ -405,7 +405,7 @@ def train(
     them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
     in the directory if there is one (True), the one of a step (its number), or one by its path; plan and number of
     devices may have changed. `steps` counts from the first run on. What the workload has changed since (tasks, weights,
-    batch sizes, frozen parts) holds, and is told in a warning each. `allow_changes`: components that the checkpoint
+    batch sizes, frozen parts) holds, and a warning names each change. `allow_changes`: components that the checkpoint
     does not have begin at their own values (docs/elastic.md); else they are refused.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
     (docs/reliability.md), and whether the run plans anew for other devices (docs/elastic.md); None: none. SIGTERM ends
@@ -565,9 +565,9 @@ def train(
         tuple(found.seconds),
         found.first,
         found.ended,
-        prepared.told,
+        prepared.summary,
         found.checkpoint,
-        tuple(attempts.told),
+        tuple(attempts.sentences),
         dict(found.skipped),
         {name.removeprefix("ema:"): value for name, value in averages.items()},
         dict(found.scores),

@@ -314,7 +314,7 @@ class TaskGraph:
     def __len__(self) -> int:
         return len(self.operators)
 
-    def told(self, buffer: str) -> str:
+    def named(self, buffer: str) -> str:
         """How to call a buffer in a sentence: with the line that changes it."""
         line = self.lines.get(buffer, "")
         return f"buffer {buffer!r}{f' (changed in {line})' if line else ''}"

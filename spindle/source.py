@@ -76,9 +76,9 @@ def load_source(
     tasks: str | None = None,
     per_device: tuple[int, int] | None = None,
 ) -> Source:
-    """Load any source; `on_task` is told which task of a model is being traced. `tasks`: only these, as `chosen_tasks`
-    reads them. `per_device`: a batch, and the number of devices that each have so many samples a step, to scale a
-    spec's batches to.
+    """Load any source; `on_task` is called with the task of a model that is being traced. `tasks`: only these, as
+    `chosen_tasks` reads them. `per_device`: a batch, and the number of devices that each have so many samples a
+    step, to scale a spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
@@ -158,7 +158,7 @@ def priced_source(
 def scaled_source(source: Source, factor: Fraction) -> Source | None:
     """The same with all batches times a factor; None where a batch would be no whole number, or only times are known.
 
-    What was captured is scaled operator by operator: what stands in no proportion to the batch is told by it too.
+    What was captured is scaled operator by operator: what stands in no proportion to the batch is found by it too.
     """
     if source.spec is not None:
         from spindle.spec.batch import scaled_by

@@ -48,12 +48,12 @@ def _devices_exist(case: Case) -> Iterator[Finding]:
 
 def _one_slice_at_a_time(case: Case) -> Iterator[Finding]:
     last: dict[int, tuple[int, Slice]] = {}
-    told: set[tuple[Slice, Slice]] = set()
+    noted: set[tuple[Slice, Slice]] = set()
     for wave, s in case.slices:
         for device in s.devices:
             before = last.get(device)
-            if before and s.start_s < before[1].end_s - case.slack_s and (before[1], s) not in told:
-                told.add((before[1], s))
+            if before and s.start_s < before[1].end_s - case.slack_s and (before[1], s) not in noted:
+                noted.add((before[1], s))
                 yield Finding(
                     f"device {device} runs {named(s)} from {s.start_s} s while {named(before[1])} holds it until "
                     f"{before[1].end_s} s; a device runs one slice at a time",
@@ -136,9 +136,9 @@ def _memory(case: PricedCase) -> Iterator[Finding]:
     reported = plan.memory.peak_bytes_per_device
     if reported and len(reported) != len(peaks):
         yield Finding(f"memory tells of {len(reported)} devices but the plan has {len(peaks)}")
-    for device, (peak, told) in enumerate(zip(peaks, reported, strict=False)):
-        if not isclose(peak, told, rel_tol=1e-6, abs_tol=1.0):
-            yield Finding(f"device {device} needs {peak:.0f} bytes but the plan says {told:.0f}")
+    for device, (peak, stated) in enumerate(zip(peaks, reported, strict=False)):
+        if not isclose(peak, stated, rel_tol=1e-6, abs_tol=1.0):
+            yield Finding(f"device {device} needs {peak:.0f} bytes but the plan says {stated:.0f}")
             break
     if cluster is None:
         return

@@ -27,14 +27,14 @@ def step_is_predicted(case: PricedCase) -> Iterator[Finding]:
     if case.cluster is None or not plan.step_s:
         return
     found = _run_step(case, case.cluster)
-    for name, told_s, takes_s in (
+    for name, stated_s, takes_s in (
         ("reduction_s", plan.reduction_s, found.reduction_s),
         ("update_s", plan.update_s, found.update_s),
         ("step_s", plan.step_s, found.both_s + found.reduction_s + found.update_s + plan.fixed_s),
     ):
-        if not isclose(told_s, takes_s, rel_tol=CLOSE, abs_tol=CLOSE * plan.makespan_s):
+        if not isclose(stated_s, takes_s, rel_tol=CLOSE, abs_tol=CLOSE * plan.makespan_s):
             yield Finding(
-                f"{name} is {told_s} but the slices take {takes_s} s; write that, or step_s 0 for no prediction"
+                f"{name} is {stated_s} but the slices take {takes_s} s; write that, or step_s 0 for no prediction"
             )
 
 
@@ -48,10 +48,10 @@ def baselines_are_possible(case: PricedCase) -> Iterator[Finding]:
                     f"{field} says {name!r} takes {seconds} s, below lower_bound_s {plan.lower_bound_s}, "
                     "which no schedule can beat"
                 )
-    told = dict(plan.baselines_s).get(plan.method)
-    if told is not None and abs(told - plan.makespan_s) > case.slack_s:
+    stated_s = dict(plan.baselines_s).get(plan.method)
+    if stated_s is not None and abs(stated_s - plan.makespan_s) > case.slack_s:
         yield Finding(
-            f"the plan is {plan.method!r}, whose makespan baselines_s gives as {told}, not {plan.makespan_s} s"
+            f"the plan is {plan.method!r}, whose makespan baselines_s gives as {stated_s}, not {plan.makespan_s} s"
         )
 
 

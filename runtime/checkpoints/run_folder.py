@@ -94,7 +94,7 @@ def _held(directory: Path) -> Iterator[None]:
                     owner.unlink()
     except Timeout:
         raise CheckpointError(
-            f"{directory} is in use by another run ({_told(owner)}); give this one another directory, or end that one"
+            f"{directory} is in use by another run ({_user(owner)}); give this one another directory, or end that one"
         ) from None
 
 
@@ -121,7 +121,7 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _told(owner: Path) -> str:
+def _user(owner: Path) -> str:
     try:
         values = json.loads(owner.read_text()[:1000])
         return f"process {int(values['process'])} on {values['host']!s:.80}, since {values['since']!s:.40}"

@@ -125,7 +125,7 @@ def _schedule(threads: Sequence[int], policy: int) -> None:
 
 
 def interface_to(host: str) -> str | None:
-    """The network interface that leads to a host, or has its address; None where that cannot be told.
+    """The network interface that leads to a host, or has its address; None where that is not known.
 
     >>> interface_to("127.0.0.1") in ("lo", None)
     True

@@ -327,10 +327,10 @@ class Peers:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self._pulse.wait(False)
-        elif isinstance(error, RuntimeError) and (told := self._told(error)):
-            raise LostPeerError(told) from error  # the backend's own words are its cause
+        elif isinstance(error, RuntimeError) and (reason := self._lost(error)):
+            raise LostPeerError(reason) from error  # the backend's own words are its cause
 
-    def _told(self, error: RuntimeError) -> str:
+    def _lost(self, error: RuntimeError) -> str:
         """Nothing for an error that is not of peers: of the size of a tensor, for instance."""
         text = str(error).lower()
         if any(sign in text for sign in ("timed out", "timeout")):

@@ -69,10 +69,10 @@ class Elastic:
     def _without(self, rank: int, error: SpindleError) -> str:
         """Plan for the devices of this machine but that of one rank."""
         gpus, before = _gpus(self.lost_gpus), self.plan.num_devices
-        told = self._change((1, before - 1), error)
+        sentence = self._change((1, before - 1), error)
         if before <= len(gpus):  # else ranks compute on CPUs
             self.lost_gpus |= {gpus[rank]}
-        return told
+        return sentence
 
     def _there(self) -> Shape | None:
         """What is there; None where a run can have as many devices as it likes."""
@@ -113,7 +113,7 @@ class Elastic:
             raise InfeasibleError(
                 f"{why}planned anew for {_named(found)}, not {before.num_devices}, and found no plan: {cause}"
             ) from cause
-        return _told(before, self.plan, found, time.perf_counter() - began_s)
+        return _sentence(before, self.plan, found, time.perf_counter() - began_s)
 
     def _is_for(self, plan: Plan, found: Shape) -> bool:
         """Whether a plan is for so many devices; Ray wants those of a plan's node on one of its own."""
@@ -155,7 +155,7 @@ def _named(shape: Shape) -> str:
     return f"{_count(shape)} {'device' if _count(shape) == 1 else 'devices'} ({shape[0]}x{shape[1]})"
 
 
-def _told(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
+def _sentence(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
     predicted = (
         f"a step is predicted to take {now.expected_s:.3g} s, not {before.expected_s:.3g} s; "
         if now.expected_s and before.expected_s
@@ -170,9 +170,9 @@ def _told(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
 
 
 def _ended(text: str, error: SpindleError | None) -> RunError:
-    told = RunError(text)
-    told.__cause__ = error
-    return told
+    ended = RunError(text)
+    ended.__cause__ = error
+    return ended
 
 
 def _gpus(lost: frozenset[int]) -> list[int]:

@@ -322,7 +322,7 @@ def _sigterm_as_it_was() -> Iterator[None]:
 
 
 def devices_of_cluster() -> str:
-    """The cluster that this process runs in, as planners are told (`4x8`).
+    """The cluster that this process runs in, as planners take it (`4x8`).
 
     Nodes without GPUs do not count where others have some; of uneven nodes each counts as the smallest.
     """

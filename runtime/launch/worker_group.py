@@ -165,9 +165,9 @@ class ThreadWorkers:
         self.close()
         if isinstance(error, SpindleError) or not isinstance(error, Exception):
             return error
-        told = RunError.of(error)
-        told.__cause__ = error
-        return told
+        explained = RunError.of(error)
+        explained.__cause__ = error
+        return explained
 
     def _blamed(self, waited: int, failed: Mapping[int, BaseException]) -> LostRankError | None:
         return self._lookout.blamed([rank for rank in range(len(self._threads)) if rank not in failed], waited)

@@ -129,7 +129,7 @@ class Bench:
         layers = list(self.layers.values())
         for each in layers:
             each.begin(recompute=recompute)
-        if self.num_ranks > 1:  # all at once, also where they were told one after the other
+        if self.num_ranks > 1:  # all at once, also where they got the order one after the other
             self.transport.all_reduce(torch.zeros(1, device=self.device), self.everyone)()
         self.rest.add_(1)
         forward = [self._marks(each.forward) for each in layers]
@@ -258,7 +258,7 @@ class Bench:
     def _messages(self, ranks: tuple[int, ...], repeats: int, exchange: Callable[[], tuple[float, float]]) -> Moments:
         """Moments at which this rank began and ended each exchange with the others.
 
-        All are told how many: one that stopped earlier would leave the others waiting.
+        All get the same number: one that stopped earlier would leave the others waiting.
         """
         self.clock.agree(self.transport, ranks)
         return tuple(exchange() for _ in range(1 + repeats))[1:]

@@ -50,12 +50,12 @@ class Round:
     kinds: Mapping[str, "Kind"]
     rest_bytes: int = 0
 
-    def measured(self, workers: WorkerGroup, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
-        """An entry of each new kind, from repeats for about so many seconds; `told` gets the share that is done."""
+    def measured(self, workers: WorkerGroup, seconds: float, progress: Callable[[float], None]) -> list[ProfileEntry]:
+        """An entry of each new kind, from repeats for about so many seconds; `progress` gets the share that is done."""
         workers.call("prepare", self.layouts, self.rest_bytes)
-        kept = _repeated(workers, KEEPING * seconds, lambda share: told(KEEPING * share), recompute=False)
+        kept = _repeated(workers, KEEPING * seconds, lambda share: progress(KEEPING * share), recompute=False)
         bare = _repeated(
-            workers, (1 - KEEPING) * seconds, lambda share: told(KEEPING + (1 - KEEPING) * share), recompute=True
+            workers, (1 - KEEPING) * seconds, lambda share: progress(KEEPING + (1 - KEEPING) * share), recompute=True
         )
         shares = [statistics.fmean(of_ranks) for of_ranks in zip(*workers.call("shares"), strict=True)]
         step_s = statistics.fmean(steady([step_s for _, step_s in rank]) for rank in kept)
@@ -89,14 +89,14 @@ def _means(repeats: Repeats, index: int) -> tuple[float, float]:
     return forward_s, backward_s
 
 
-def _repeated(workers: WorkerGroup, seconds: float, told: Callable[[float], None], *, recompute: bool) -> Repeats:
+def _repeated(workers: WorkerGroup, seconds: float, progress: Callable[[float], None], *, recompute: bool) -> Repeats:
     """Small steps for so many seconds, after one that warms up."""
     workers.call("rehearse", recompute=recompute)
     started = time.perf_counter()
     found: list[list[Any]] = []
     while len(found) < MIN_REPEATS or time.perf_counter() - started < seconds:
         found.append(workers.call("rehearse", recompute=recompute))
-        told(min(1.0, (time.perf_counter() - started) / seconds) if seconds else 1.0)
+        progress(min(1.0, (time.perf_counter() - started) / seconds) if seconds else 1.0)
     return [list(rank) for rank in zip(*found, strict=True)]
 
 

@@ -142,7 +142,7 @@ class ParameterStore:
         `whole` ones with masters the gradient goes to its sum.
         """
 
-        def told(name: str, parameter: Tensor) -> None:
+        def accumulated(name: str, parameter: Tensor) -> None:
             self.reached.add(name)
             if whole and self.numbers.has_master(parameter):
                 self._collect(name, parameter)
@@ -150,7 +150,7 @@ class ParameterStore:
                 self.on_gradient(name)
 
         for name, parameter in parameters.items():
-            hook = functools.partial(told, name)
+            hook = functools.partial(accumulated, name)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _collect(self, name: str, parameter: Tensor) -> None:

@@ -137,10 +137,10 @@ def warn_of_losses(result: "TrainResult") -> None:
     for step, losses in enumerate(result.losses, result.first_step + 1):
         broken = [task for task, loss in losses.items() if not math.isfinite(loss)]
         if broken:
-            told = (
+            start = (
                 f"step {step}: the loss of {', '.join(broken)} is {losses[broken[0]]}; lower the learning rate (--lr), "
             )
-            warn(f"{told}clip gradients (max_grad_norm=), or look at the batch")
+            warn(f"{start}clip gradients (max_grad_norm=), or look at the batch")
             return
 
 

@@ -6,7 +6,7 @@
 - Where a Profile has measured a MetaOp's operator kind, measured layouts are taken as they are, of a count the quickest
   of them. Between two measured counts T = a + b/n through both (paper, section 3.2); outside them the nearest
   measured time is scaled by the ratio that the analytic model predicts. Kinds that were not measured are predicted
-  (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is told by its size
+  (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is predicted from its size
   (`spindle.cost.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the

@@ -28,8 +28,8 @@ NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within so many tim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostSource:
-    """Where the layer times of a MetaOp come from, and the band of measured over told; `timed` the counts that were
-    measured.
+    """Where the layer times of a MetaOp come from, and the band of measured over predicted; `timed` the counts that
+    were measured.
     """
 
     metaop: str
@@ -39,7 +39,7 @@ class CostSource:
 
     def __str__(self) -> str:
         counts = f" at {', '.join(map(str, self.timed))}" if self.timed else ""
-        return f"{self.metaop}: {self.source}{counts}, measured / told {self.band.low:.2f} to {self.band.high:.2f}"
+        return f"{self.metaop}: {self.source}{counts}, measured / predicted {self.band.low:.2f} to {self.band.high:.2f}"
 
 
 def cost_sources(

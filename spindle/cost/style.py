@@ -30,10 +30,12 @@ def style_of(metagraph: MetaGraph, cluster: Cluster, profile: Profile, pricing: 
 
 def _miss(metagraph: MetaGraph, cluster: Cluster, profile: Profile, pricing: Pricing, execution: Execution) -> float:
     """Mean distance of predicted from measured times, in logarithms."""
-    told = price(metagraph, as_run(cluster, execution), pricing=replace(pricing, execution=execution, recompute=False))
+    predicted = price(
+        metagraph, as_run(cluster, execution), pricing=replace(pricing, execution=execution, recompute=False)
+    )
     misses = [
         abs(log(metaop.times[count] / (entry.forward_s + entry.backward_s)))
-        for metaop in told
+        for metaop in predicted
         if metaop.operators
         for count, entry in profile.by_kind.get(metaop.operators[0].kind, {}).items()
         if count in metaop.times and entry.forward_s + entry.backward_s > 0

@@ -47,9 +47,9 @@ class Steady:
         return f"{self.paths.get(id(module))}.{name}" in self.settled
 
     def watch(self, recorder: Recorder) -> Callable[[nn.Module, str, Any], None]:
-        """What is told of attributes that are set while a task is recorded."""
+        """What is called with attributes that are set while a task is recorded."""
 
-        def told(module: nn.Module, name: str, value: Any) -> None:
+        def check(module: nn.Module, name: str, value: Any) -> None:
             if id(module) not in self.paths:
                 return
             if what := _replaced(module, name, value):
@@ -65,7 +65,7 @@ class Steady:
             elif name == "training" or id(module) in self.inside:
                 self._set_from_outside(module, name, before, value)
 
-        return told
+        return check
 
     def _set_from_outside(self, module: nn.Module, name: str, before: Any, value: Any) -> None:
         if value is before or (isinstance(value, _PLAIN) and type(value) is type(before) and value == before):
@@ -76,8 +76,8 @@ class Steady:
         key = f"{path}.{name}"
         if id(module) in self.called or key in self.settled or isinstance(value, Tensor):
             what = "it switches the mode of" if name == "training" else f"it sets {name!r} of"
-            told = f" ({'train' if value else 'eval'}())" if name == "training" else ""
-            raise Forbidden(f"{what} layer {path!r}{told} between calls of it, {REMEDY}")
+            mode = f" ({'train' if value else 'eval'}())" if name == "training" else ""
+            raise Forbidden(f"{what} layer {path!r}{mode} between calls of it, {REMEDY}")
         self.settled.add(key)
         self.unsettled = True
 
