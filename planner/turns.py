@@ -1,4 +1,4 @@
-"""Turns: a priced MetaGraph and a cluster in; plans whose tasks run in turns, forward and backward, out.
+"""Turns: a MetaGraph with costs and a cluster in; plans whose tasks run in turns, forward and backward, out.
 
 - All tasks at once keep the activations of all of them; turns keep those of one. So a plan in turns may fit where a
   plan at once must compute activations again.

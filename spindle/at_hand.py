@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from spindle.cluster import Cluster
+from spindle.cost_options import CostOptions
 from spindle.errors import PlanError
 from spindle.plan import Plan, with_fixed
-from spindle.pricing import Pricing
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Launcher
@@ -22,7 +22,7 @@ class PlanSource(Protocol):
 
     def __call__(
         self, source: "Source", cluster: Cluster, *, start: Plan | None, is_as_run: bool
-    ) -> tuple[Plan, Pricing]:
+    ) -> tuple[Plan, CostOptions]:
         """The plan of a source on a cluster."""
 
 

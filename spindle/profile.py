@@ -1,4 +1,4 @@
-"""Profile: measured times of operator kinds, links and loaders, to price a MetaGraph with and to plan on.
+"""Profile: measured times of operator kinds, links and loaders, for the costs of a MetaGraph and for plans.
 
 An entry is one operator kind on so many devices: seconds of its forward and of its backward on each device's share.
 A link entry is one collective or transfer of so many bytes by a group, a load entry one batch of a task. Profiles are a

@@ -1,4 +1,4 @@
-"""Sources: a priced MetaGraph and its profile in; where each cost comes from and how wrong it may be, out.
+"""Sources: a MetaGraph with costs and its profile in; where each cost comes from and how wrong it may be, out.
 
 - `measured`: every count the MetaOp may use was timed. `interpolated`: some counts lie between timed ones, or layers of
   other sizes were timed. `scaled`:
@@ -49,7 +49,7 @@ def cost_sources(
     return tuple(_source(metaop, profile or Profile(""), is_calibrated) for metaop in metagraph)
 
 
-def priced_like(metagraph: MetaGraph, plan: Plan) -> MetaGraph:
+def costed_like(metagraph: MetaGraph, plan: Plan) -> MetaGraph:
     """A MetaGraph, which has the operators, with the times that the plan's own was given for it."""
     if plan.metagraph is None:
         return metagraph

@@ -1,4 +1,4 @@
-"""Galvatron profiles in, with a YAML file that says which layer type is which component; a priced MetaGraph out.
+"""Galvatron profiles in, with a YAML file that says which layer type is which component; a MetaGraph with costs out.
 
 Galvatron (PKU-DAIR/Hetu-Galvatron) writes two JSON files for each model:
 

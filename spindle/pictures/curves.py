@@ -1,4 +1,4 @@
-"""Curves: a priced MetaGraph and where its costs come from in; for each part of the model the curves T(n) out.
+"""Curves: a MetaGraph with costs and where its costs come from in; for each part of the model the curves T(n) out.
 
 A panel is one component or one part of it (`vision`, `llm.head`), a curve the MetaOps of it that take the same times:
 tasks differ by their batches. Where more devices stop helping is found by the rule of `spindle whatif`.

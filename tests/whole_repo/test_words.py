@@ -17,7 +17,7 @@ BRITISH = (
 BANNED = ("so many", "usual way", "whoever", "so-manieth", "goes by samples", "that which")
 """Phrases of the authors' own. A number, a noun or the field's word says the same (docs/concepts.md has a glossary)."""
 
-GONE = ("told",)
+GONE = ("told", "pricing")
 """Words of which each had several meanings. They stand neither in names, nor in comments and docstrings of the code,
 nor in docs.
 """
