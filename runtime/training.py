@@ -55,7 +55,7 @@ class Steps:
         return self.written[-1] if self.written else None
 
     def rewind(self, step: int) -> None:
-        """Forget what was done after so many steps: it will be done again."""
+        """Forget what was done after `step` steps: it will be done again."""
         del self.losses[step - self.first :], self.seconds[step - self.first :]
         self.reports.clear()
         self.skipped = {number: why for number, why in self.skipped.items() if number <= step}
@@ -82,7 +82,7 @@ def run_steps(
     timeout_s: float = 60.0,
     evaluations: "Evaluations | None" = None,
 ) -> None:
-    """Run the steps after those that are `found` up to `last`, and add them. A checkpoint is written every
+    """Run the steps after the `found` ones up to `last`, and add them. A checkpoint is written every
     `checkpoints.every` steps and after the last, and after an evaluation that was the best so far; all are whole in the
     end.
 
@@ -98,7 +98,7 @@ def run_steps(
 
 
 class Saves:
-    """Checkpoints of a run, each written before the next step; those that are whole are added to `written`, and
+    """Checkpoints of a run, each written before the next step; whole ones are added to `written`, and
     reported to callbacks by `watch`.
     """
 
@@ -114,7 +114,7 @@ class Saves:
 
     def save(self, step: int, best: int | None = None, more: Mapping[str, Any] | None = None) -> None:
         """Write what ranks hold after `step` steps, or begin to, with `more` that the driver keeps. `best`: the
-        checkpoint after so many steps stays.
+        checkpoint after that number of steps stays.
         """
         self.is_whole(step, self.run.save(replace(self.checkpoints, best=best), step, self.seed, more))
 

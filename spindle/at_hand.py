@@ -36,7 +36,7 @@ class Anew:
     planner: Callable[[str], Plan] | None = None
 
     def __call__(self, former: Plan, shape: tuple[int, int]) -> Plan:
-        """A plan like a former one for another number of devices of the same kind: `shape` nodes of so many each.
+        """A plan like a former one for another number of devices of the same kind: `shape` is (nodes, devices of each).
 
         Its memory limit, its links and what a calibration says of both are taken over, and the search begins from it,
         in a quarter of the time. Raises InfeasibleError when nothing fits.
@@ -59,7 +59,7 @@ class Anew:
         return with_fixed(plan, former.fixed_s) if former.fixed_s else plan
 
     def asked(self, devices: str) -> Plan:
-        """What the user's function plans. Raises PlanError where that is no plan for so many devices."""
+        """What the user's function plans. Raises PlanError where that is no plan for the devices."""
         assert self.planner is not None
         found = self.planner(devices)
         nodes, _, each = devices.partition("x")

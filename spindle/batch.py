@@ -3,7 +3,7 @@
 - Most fields hold one row a sample, along their first dimension: their unit is SAMPLES.
 - A packed field holds any number of rows a sample: image patches, tokens of several texts in one row. A task declares
   these by `rows=`: field -> rows of each sample, or (dimension, rows of each sample). A name that is no field only
-  defines a unit, which values of the model may go by.
+  defines a unit, which values of the model may belong to.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

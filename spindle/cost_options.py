@@ -86,7 +86,7 @@ class CostOptions:
         )
 
     def degrees_within(self, devices_per_node: int) -> tuple[int, ...]:
-        """Degrees that a spec's component, whose options these are, may have in a node of so many devices.
+        """Degrees that a spec's component, whose options these are, may have in a node of that number of devices.
 
         Those from the least one up; where the component has none of these, its largest.
         """
@@ -165,7 +165,7 @@ def length_spread(mean: float, p99: float) -> float:
 
 
 def log_normal_lengths(mean: float, p99: float, count: int, source: Random) -> list[float]:
-    """Lengths of so many samples, log-normal with this mean and 99th percentile."""
+    """Lengths of samples, log-normal with this mean and 99th percentile."""
     sigma = sqrt(log(1 + length_spread(mean, p99) ** 2))
     return [mean * exp(sigma * source.gauss(0.0, 1.0) - sigma * sigma / 2) for _ in range(count)]
 

@@ -95,7 +95,7 @@ class TensorSpec:
             )
 
     def shape_of(self, samples: int) -> tuple[int, ...]:
-        """Shape of the part that belongs to so many samples; the whole shape when it cannot be cut."""
+        """Shape of the part that belongs to a number of samples; the whole shape when it cannot be cut."""
         if not self.rows:
             return self.shape
         return (*self.shape[: self.row_dim], samples * self.rows, *self.shape[self.row_dim + 1 :])

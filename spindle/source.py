@@ -77,7 +77,7 @@ def load_source(
     per_device: tuple[int, int] | None = None,
 ) -> Source:
     """Load any source; `on_task` is called with the task of a model that is being traced. `tasks`: only these, as
-    `chosen_tasks` reads them. `per_device`: a batch, and the number of devices that each have so many samples a
+    `chosen_tasks` reads them. `per_device`: a batch, and the number of devices that each have that batch a
     step, to scale a spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.

@@ -54,7 +54,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 class Task:
     """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
 
-    It takes part in every `every`-th step, the first included, in each step with `probability`, or in those that its
+    It takes part in every `every`-th step, the first included, in each step with `probability`, or in steps that its
     `mixture` draws it for. When its data ends, `on_end` says what follows. `prefetch` batches are read ahead. `rows`
     counts the rows of packed fields by sample; `weigh` says by what the losses of a step's batches are weighted.
     `evaluates`: its function gives outputs of an evaluation, packed.

@@ -70,7 +70,7 @@ class _Way:
 def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternative, ...]:
     """Each in its fastest way that fits; where none does, what the smallest takes.
 
-    Where batches differ, ways are compared on the mean batch. Those that no choice is costed for are left out: ZeRO-1/2
+    Where batches differ, ways are compared on the mean batch. A way without a costed choice is left out: ZeRO-1/2
     needs one with sharded states, DDP and FSDP2 one without.
     """
     best: dict[str, tuple[Alternative, _Way, Choice]] = {}
@@ -299,7 +299,7 @@ def _widest(metaop: MetaOp, num_devices: int) -> int:
 
 
 def _distinct(metagraph: MetaGraph) -> Iterator[MetaOp]:
-    """MetaOps, of those that share parameters the first."""
+    """MetaOps; the first one of each group that shares parameters."""
     seen: set[str] = set()
     for metaop in metagraph:
         if metaop.parameters not in seen:

@@ -91,7 +91,7 @@ def _as_text(value: object) -> str:
 
 
 def _of_frozen(before: set[str], workload: Workload) -> Iterator[str]:
-    """By component: parameters that are trained no longer, and those that are trained again."""
+    """By component: parameters that are trained no longer, and parameters that are trained again."""
     named = dict(workload.named_parameters())
     now = {name for name, parameter in named.items() if not parameter.requires_grad}
     for component in workload.components:

@@ -38,7 +38,7 @@ from spindle.runtime.checkpoints.checkpoint import (
 from spindle.workload import Workload
 
 Resume = bool | int | Path | str
-"""Go on from nothing (False), the newest checkpoint (True), that after so many steps, or one by its path."""
+"""Go on from nothing (False), the newest checkpoint (True), the one after a number of steps, or one by its path."""
 
 _LOCK, OWNER, ASIDE = ".lock", ".owner.json", "aside"
 

@@ -121,7 +121,7 @@ class Uploads:
         self._thread = start_thread(self._run, "uploads", end=self._stopped.set)
 
     def end(self, deadline_s: float) -> list[str]:
-        """Wait for what is not there yet, at most so many seconds; the names of checkpoints that are still missing."""
+        """Wait at most `deadline_s` for what is not there yet; the names of checkpoints that are still missing."""
         until_s = time.monotonic() + deadline_s
         thread = self._thread
         while thread and thread.is_alive() and self._missing() and time.monotonic() < until_s:

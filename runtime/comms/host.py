@@ -49,8 +49,8 @@ def running_on(cores: Sequence[int]) -> Iterator[None]:
 
 
 def threads_of_rank(ranks_here: int) -> int:
-    """Threads that each of so many ranks on this machine computes with on its CPU: its share of the cores that this
-    process may use, which is not one of them yet.
+    """Threads that each of `ranks_here` ranks on this machine computes with on its CPU: its share of the cores that
+    this process may use, which is not one of them yet.
     """
     return max(1, len(usable_cores()) // ranks_here)
 

@@ -137,14 +137,14 @@ def sent(number: int, sign: Sign) -> str:
 
 
 class StoreSigns:
-    """Signs that ranks send through the store of a run; how long each is silent goes by the clock of the reader."""
+    """Signs that ranks send through the store of a run; how long each is silent is measured by the reader's clock."""
 
     def __init__(self, store: Store, num_ranks: int) -> None:
         self._store, self._keys = store, [f"pulse/{rank}" for rank in range(num_ranks)]
         self._seen: dict[int, tuple[str, float]] = {}
 
     def __call__(self) -> list[Sign | None]:
-        """The last sign of each rank; None of those that never gave one."""
+        """The last sign of each rank; None for a rank that never gave one."""
         return [self._sign(rank, key) for rank, key in enumerate(self._keys)]
 
     def _sign(self, rank: int, key: str) -> Sign | None:
@@ -187,7 +187,7 @@ class Heart:
         if self._store is not None:
             try:
                 self._store.set(self._key, sent(self._number, self._pulse.sign()))
-            except Exception:  # whoever holds the store is gone, and nobody reads signs any more
+            except Exception:  # the process that holds the store is gone, and nobody reads signs any more
                 self._store = None
 
     def close(self) -> None:

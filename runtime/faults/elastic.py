@@ -93,7 +93,7 @@ class Elastic:
         return (1, len(gpus)) if gpus else None
 
     def _change(self, found: Shape | None, error: SpindleError | None) -> str:
-        """Plan for so many devices, unless that is what the plan is for."""
+        """Plan for the devices that were found, unless the plan is for as many."""
         count, before = _count(found) if found else 0, self.plan
         if found and self._is_for(before, found):
             return ""
@@ -116,7 +116,7 @@ class Elastic:
         return _sentence(before, self.plan, found, time.perf_counter() - began_s)
 
     def _is_for(self, plan: Plan, found: Shape) -> bool:
-        """Whether a plan is for so many devices; Ray wants those of a plan's node on one of its own."""
+        """Whether a plan is for as many devices as were found; Ray wants those of a plan's node on one of its own."""
         fits = chosen(self.launcher) != "ray" or found[1] >= min(plan.devices_per_node, plan.num_devices)
         return fits and _count(found) == plan.num_devices
 
@@ -138,7 +138,7 @@ class Elastic:
 
 
 def shape_of(free: Sequence[int]) -> Shape | None:
-    """The most devices of equal nodes, where each node has so many free; None without any.
+    """The most devices of equal nodes, given the free devices of each node; None without any.
 
     >>> shape_of([8, 8, 7]), shape_of([8, 8, 1]), shape_of([])
     ((3, 7), (2, 8), None)

@@ -121,7 +121,7 @@ class Replicas:
             self.check(steps_done)
 
     def check(self, steps_done: int) -> None:
-        """Compare now, after so many steps, unless it was done already. Raises ReplicaError."""
+        """Compare now, after `steps_done` steps, unless it was done already. Raises ReplicaError."""
         if not self._every or self._equal == steps_done:
             return
         self._transport.pulse.at("compare replicas", steps_done + 1)

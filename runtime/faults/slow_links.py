@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spindle.runtime.worker import Report
 
 Group = tuple[int, ...]
-SELDOM = 10  # of so many steps one may be faster; a busy machine slows messages in most steps, hardly in all
+SELDOM = 10  # one of this many steps may be faster; a busy machine slows messages in most steps, hardly in all
 MOST_OPEN = 4096  # collectives of which some ranks have not reported yet
 
 

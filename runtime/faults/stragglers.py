@@ -111,7 +111,7 @@ class Stragglers:
         return None
 
     def _own(self, rank: int, seconds: Seconds, *, shared: bool) -> dict[str, float]:
-        """Runs of a rank that it shares with others; or those that it alone runs, on batches of one size."""
+        """Runs of a rank that it shares with others; or runs of its own, on batches of one size."""
         held = {run: value for (own, run), value in seconds.items() if own == rank}
         if shared:
             return {name: value for name, value in held.items() if len(self._runs[name].ranks) > 1}

@@ -2,7 +2,7 @@
 results.
 
 - TorchrunWorkers: all ranks drive, each by itself; so all must do the same.
-- ServedWorkers: the first drives, and the others do as it says; for work that goes by the time it takes.
+- ServedWorkers: the first drives, and the others do as it says; for work that depends on the time it takes.
 - A rank ends when torchrun does: without it nobody would end the others when one fails, or start them again.
 """
 
@@ -183,7 +183,7 @@ class ServedWorkers(_Member):
     def __init__(self, spec: Any, *, timeout_s: float, worker: Callable[[Any, Transport], Any]) -> None:
         """Join with the others; `worker` makes of the rank spec what serves calls.
 
-        Between two calls no more than `timeout_s` may go by.
+        Between two calls no more than `timeout_s` may pass.
         """
         super().__init__(timeout_s, moves=False)
         self._worker = worker(spec, self._transport)

@@ -71,7 +71,7 @@ class Batches:
     def round(self, step: int, number: int) -> Callable[[str], LoadedBatch]:
         """What gives the batch of a task, or of one of its micro-batches, in a round of a step.
 
-        Those that are concurrent are read together: all ranks count alike.
+        Concurrent ones are read together: all ranks count alike.
         """
         self.wait()
         first = number * self.in_flight

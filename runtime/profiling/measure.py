@@ -103,8 +103,8 @@ class Bench:
     # -- operators ------------------------------------------------------------------------------------------------
 
     def prepare(self, layouts: Mapping[str, tuple[int, int]], rest_bytes: int) -> None:
-        """Make a few layers of each of these kinds ready, on the samples that one of so many devices would have, or so
-        many of them together: all ranks are then divided into such copies.
+        """Make a few layers of each of these kinds ready. `layouts`: kind of layer -> (number of devices, tensor
+        parallel degree). A layer gets the samples of one data-parallel replica; all ranks are divided into replicas.
 
         `rest_bytes`: what a step touches beside them.
         """
@@ -347,7 +347,7 @@ def _counts(most: int) -> list[int]:
 
 
 def degrees(num_ranks: int) -> list[int]:
-    """Degrees of tensor parallelism that so many ranks can measure: all of them in copies of so many.
+    """Tensor parallel degrees that divide `num_ranks`.
 
     >>> degrees(6)
     [2, 3, 6]

@@ -54,7 +54,7 @@ class ParameterStore:
         self.bucket: dict[str, Tensor] = {}
         self.reduced: dict[
             str, Tensor
-        ] = {}  # those that ranks reduce, with a flag for each parameter behind; and flags
+        ] = {}  # gradients that ranks reduce, with a flag for each parameter behind; and flags
         self.reached: set[str] = set()  # parameters of buckets and flats to which a backward of this step has added
         self._members: dict[str, tuple[str, ...]] = {}
         self.loose: list[str] = []  # trained ones whose gradients lie in no buffer

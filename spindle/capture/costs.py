@@ -1,6 +1,6 @@
 """Costs: an operator's module and the shapes it reads in; its output shapes, FLOPs, bytes and gradient flags out.
 
-The module runs forward and backward on fake tensors at the full batch: no compute, no memory. FLOPs are those that
+The module runs forward and backward on fake tensors at the full batch: no compute, no memory. FLOPs are the ones that
 `torch.utils.flop_counter` knows (matrix products, convolutions, attention); a multiply-add counts as two.
 """
 

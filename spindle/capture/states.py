@@ -1,6 +1,6 @@
 """States: what each operator reads and changes of buffers in; which of these must keep the order of one process, out.
 
-- Running statistics that nobody reads while training go by layer: what each batch adds is folded in afterwards.
+- Running statistics that nobody reads while training are kept by layer: what each batch adds is folded in afterwards.
 - Any other buffer that some operator changes is a state: operators that touch it do so in the order of one process.
 """
 

@@ -34,7 +34,7 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A line, from so many bytes that each member sends; the slope in seconds per byte."""
+    """A line, from a number of bytes that each member sends on; the slope in seconds per byte."""
 
     latency_s: float
     hop_s: float
@@ -99,7 +99,7 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
 
 
 def _protocols(operation: LinkCollective, level: LinkLevel, entries: Sequence[LinkEntry]) -> Iterator[Protocol]:
-    """Of one collective; the all-reduce's serve those that have none."""
+    """Of one collective; the all-reduce's serve collectives that have none."""
     rows = [_row(operation, entry) for entry in entries if entry.operation == operation]
     if len(rows) >= 3:
         segments = _segments(rows)

@@ -50,7 +50,7 @@ def waiting_bytes(
     tensor_parallel: int = 1,
     longest: float = 1.0,
 ) -> float:
-    """Of `chain_bytes` those that are no parameters, gradients or states: what waits for backward or is handed over."""
+    """`chain_bytes` without parameters, gradients and states: what waits for backward or is handed over."""
     # recompute keeps the layers' inputs, so what a layer hands over is counted already, as the next one's
     boundary = (1 if cost_options.recompute else 2) * max(operator.output_bytes for operator in operators)
     return longest * (kept_bytes(operators, cost_options) / tensor_parallel + boundary) / data_parallel

@@ -188,7 +188,7 @@ def _sized(operators: Sequence[Operator], measured: Sequence[ProfileEntry]) -> d
 
 
 def _waits(operator: Operator, spread: float, parts: int) -> float:
-    """The slowest of so many parts of the batch over the mean one."""
+    """The slowest of the parts of the batch over the mean one."""
     if operator.units is not None:
         return operator.units.slowest(operator.unit, parts)
     return imbalance(spread, operator.batch_size / parts, parts)

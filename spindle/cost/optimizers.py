@@ -63,8 +63,8 @@ def step_s(parameter: Parameter, device: Device, cost_options: CostOptions) -> f
 
 
 def moved_bytes(optimizer: Optimizer, width: int, least: int = 4) -> float:
-    """Bytes that an elementwise step reads and writes for each element of `width` bytes. Those narrower than `least`
-    have a master copy of so many.
+    """Bytes that an elementwise step reads and writes for each element of `width` bytes. Elements narrower than
+    `least` have a master copy of `least` bytes.
     """
     state = max(width, least)
     master = 2 * state if width < least else 0  # read and written

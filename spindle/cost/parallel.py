@@ -65,7 +65,7 @@ def parallel_cost(graph: TaskGraph, cluster: Cluster, cost_options: CostOptions,
 def _with_reduction_s(
     backward_s: float, trained: Sequence[Parameter], cluster: Cluster, cost_options: CostOptions, layout: Parallel
 ) -> float:
-    """Backward and the reduction over the replicas; those that share a layer are neighbors."""
+    """Backward and the reduction over the replicas; devices that share a layer are neighbors."""
     if layout.shard == "parameters":  # scattered layer by layer
         return backward_s
     wide = cost_options.execution.gradients == "float32"

@@ -87,7 +87,7 @@ def on_all_devices(layouts: Mapping[int, Sequence[int]], cluster: Cluster) -> di
 
 
 def shardable(metagraph: MetaGraph, cluster: Cluster, cost_options: CostOptions) -> tuple[str, ...]:
-    """Components whose parameters a plan may shard, largest first, without those that are sharded already or hold next
+    """Components whose parameters a plan may shard, largest first, without ones that are sharded already or hold next
     to nothing. The MetaGraph still carries its operators.
     """
     if cost_options.optimizer not in ELEMENTWISE or cluster.num_devices < 2:

@@ -23,7 +23,7 @@ from spindle.profile import Profile, ProfileEntry
 SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "calibrated", "given"]
 
 INTERPOLATED_ERROR = 0.10  # published curves, every second point left out: means of 2 to 6 %, largest 16 %
-NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within so many times their mean
+NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within this many times their mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Style: measured layers and what the cost model says of them in; the way of running layers that explains them out.
 
-Layers that were not measured run in the same program as those that were, so their predictions take its style.
+Layers that were not measured run in the same program as the measured ones, so their predictions take its style.
 """
 
 from dataclasses import replace

@@ -19,7 +19,7 @@ class Curve:
 
     measured       those numbers at which a profile timed it
     source         of the other times: predicted, interpolated and so on (`spindle.cost.sources`)
-    low, high      nine of ten measured times lie between so many times the curve's
+    low, high      nine of ten measured times lie between these multiples of the curve's
     enough         the number of devices beyond which more do not help
     most           the largest number that it can run on
     """

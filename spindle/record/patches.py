@@ -306,7 +306,7 @@ def _distribution_patch(own: Callable[..., None]) -> Callable[..., None]:
 
 
 def _held(distribution: torch.distributions.Distribution) -> Iterator[Any]:
-    """What a distribution, and those that it is made of, are given."""
+    """What a distribution, and the distributions it is made of, are given."""
     for value in vars(distribution).values():
         if isinstance(value, torch.distributions.Distribution):
             yield from _held(value)
@@ -340,7 +340,7 @@ def _dtype_patch(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Generator:
-    """Stands in place of torch's default generator where `torch.manual_seed` and its kin find it."""
+    """Stands in place of torch's default generator where `torch.manual_seed` and similar functions find it."""
 
     def __init__(self, own: torch.Generator) -> None:
         self.own = own

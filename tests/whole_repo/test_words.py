@@ -14,12 +14,12 @@ BRITISH = (
     "summaris", "generalis", "specialis", "utilis", "parallelise", "neighbour", "colour", "behaviour", "favour",
     "labelled", "labelling", "modelled", "modelling", "travelled", "analyse", "catalogue", "centre", "grey",
 )  # fmt: skip
-BANNED = ("so many", "usual way", "whoever", "so-manieth", "goes by samples", "that which")
+BANNED = ("usual way", "so-manieth", "goes by samples", "that which")
 """Phrases of the authors' own. A number, a noun or the field's word says the same (docs/concepts.md has a glossary)."""
 
-GONE = ("told", "pricing")
-"""Words of which each had several meanings. They stand neither in names, nor in comments and docstrings of the code,
-nor in docs.
+GONE = ("told", "pricing", "so many", "whoever", "goes? by", "those (?:that|which)", "kin")
+"""Words and phrases with clearer ones in their place. They stand neither in names, nor in comments and docstrings of
+the code, nor in docs.
 """
 
 

@@ -133,7 +133,7 @@ class Prober:
                 self.findings.constant.discard(key)
 
     def _reads_rows(self, key: Key, wired: Wired) -> bool:
-        """Whether calls of a key read values that go by sample."""
+        """Whether calls of a key read values that have rows per sample."""
         nodes = wired.recording.nodes
         read = {s for n in wired.glue() if wired.key(n) == key for s in wired.sources[n] if s in wired.frontier}
         return any(

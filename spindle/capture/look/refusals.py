@@ -28,7 +28,7 @@ PASSES_ON = ("_on_meta", "_real", "__torch_function__")
 
 
 class Raised(WorkloadError):
-    """Code of a task raised, as it may in a plain run of so many samples."""
+    """Code of a task raised, as it may in a plain run of that number of samples."""
 
 
 class TakeWhole(Exception):

@@ -18,7 +18,7 @@ from spindle.workload import Task
 
 PROBE_SAMPLES = 5
 MOST_CUTS = 6  # in two that are tried of some samples
-SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more than so many
+SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
 
@@ -61,7 +61,9 @@ def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
 
 
 def _pairs(units: Units) -> list[tuple[str, str]]:
-    """Units that a value might go by either of; fields that lie side by side, as ids and labels of packed texts, do."""
+    """Units that a value may belong to, either of them; fields that lie side by side, as ids and labels of packed
+    texts, do.
+    """
     counts = units.counts
     return [(a, b) for a, b in itertools.combinations(counts, 2) if SAMPLES in (a, b) or counts[a] != counts[b]]
 
