@@ -64,8 +64,8 @@ def one_task(
 
 def cost(spec: WorkloadSpec, cluster: Cluster, layout: Parallel) -> ParallelCost:
     """What the product says of a run in a layout."""
-    pricing = spec.pricing
-    return parallel_cost(_graph(spec), as_run(cluster, pricing.execution), pricing, layout)
+    cost_options = spec.cost_options
+    return parallel_cost(_graph(spec), as_run(cluster, cost_options.execution), cost_options, layout)
 
 
 @cache

@@ -12,7 +12,7 @@ from spindle.cluster import Cluster, Device
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.links import collective_s
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.cost.segments import fit_segments, held_out_error
 from spindle.execution import Parallel
 from spindle.spec.graph import build_graph
@@ -140,7 +140,7 @@ def _layer_rows() -> list[Row]:
 def _layer_s(samples: int) -> float:
     """Forward of one layer of LLaMA-2 7B."""
     model = language_model(layers=1, hidden=4096, heads=32, ffn=11008, tokens=2048, gated=True)
-    metagraph = price(contract(build_graph(one_task([model], batch=samples))), parse_cluster("1x1:a100-80g"))
+    metagraph = with_costs(contract(build_graph(one_task([model], batch=samples))), parse_cluster("1x1:a100-80g"))
     layer = metagraph.metaops[0]
     return layer.times[1] * layer.forward_fraction
 

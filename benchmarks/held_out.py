@@ -35,10 +35,10 @@ from spindle.calibration import FACTORS, Calibration, MeasuredStep
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster, parse_yaml
 from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
+from spindle.cost_options import CostOptions
 from spindle.errors import SpindleWarning
 from spindle.plan import Plan
 from spindle.planner.report.sizes import resized
-from spindle.pricing import Pricing
 from spindle.source import Source, spec_source
 from spindle.spec.batch import per_device
 from spindle.spec.file import read_workload
@@ -98,7 +98,7 @@ class Table:
         most = Counter(ways.values()).most_common(1)[0][0]
         return [step for step, way in ways.items() if way == most]
 
-    def _solved(self, step: MeasuredStep, calibration: Calibration | None = None) -> tuple[Plan, Pricing]:
+    def _solved(self, step: MeasuredStep, calibration: Calibration | None = None) -> tuple[Plan, CostOptions]:
         where = resized(self.cluster, step.gpus)
         return plan_source(self.load(step, where), where, calibration=calibration, method="sequential")
 

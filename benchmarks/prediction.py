@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity
 import spindle
 from spindle.api import plan_source
 from spindle.clusterfile import parse_cluster
+from spindle.cost_options import CostOptions
 from spindle.planner.simulate import simulate
-from spindle.pricing import Pricing
 from spindle.runtime.controller import Run, merge_traces, prepare
 from spindle.runtime.launch.processes import ProcessWorkers
 from spindle.runtime.rank_spec import make_rank_specs
@@ -39,9 +39,9 @@ from spindle.trace import SpanKind, Trace
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
 METHODS = ("auto", "sequential", "task_split", "component_split", "paper")
 CHOICES = {  # memory for time, under one plan
-    "sequential, sharded states": Pricing(shard_optimizer=True),
-    "sequential, recomputed": Pricing(recompute=True),
-    "sequential, both": Pricing(shard_optimizer=True, recompute=True),
+    "sequential, sharded states": CostOptions(shard_optimizer=True),
+    "sequential, recomputed": CostOptions(recompute=True),
+    "sequential, both": CostOptions(shard_optimizer=True, recompute=True),
 }
 STEPS, TURNS, LIMIT = 6, 9, 0.15
 
@@ -126,8 +126,8 @@ def planned(module: ModuleType, profile: spindle.Profile, cluster: str) -> Itera
     for method in METHODS:
         yield method, spindle.make_plan(module.workload, cluster, profile=profile, method=method)
     metagraph = spindle.make_metagraph(module.workload)
-    for name, pricing in CHOICES.items():
-        source = Source(metagraph, pricing, executable=True)
+    for name, cost_options in CHOICES.items():
+        source = Source(metagraph, cost_options, executable=True)
         yield name, plan_source(source, parse_cluster(cluster), profile, method="sequential")[0]
 
 

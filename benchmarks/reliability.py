@@ -57,7 +57,7 @@ CASES: dict[Launcher, list[tuple[str, str]]] = {
         ("killed", "transfer"),
         ("killed", "checkpoint"),
     ],
-    "torchrun": [(kind, "forward") for kind in ("killed", "raises", "hangs", "told to end")],
+    "torchrun": [(kind, "forward") for kind in ("killed", "raises", "hangs", "asked to end")],
 }
 
 

@@ -29,7 +29,7 @@ WIDTH, BATCH, VOCABULARY = 8, 8, 32
 PASS_BATCHES = 100  # of a task's data
 TASKS = ("dense", "text", "drawn")
 PLACES = ("load", "forward", "backward", "optimizer", "save")
-KINDS = ("killed", "stopped", "exits", "raises", "hangs", "told to end")
+KINDS = ("killed", "stopped", "exits", "raises", "hangs", "asked to end")
 GONE = "gone"
 
 

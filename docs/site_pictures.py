@@ -40,13 +40,13 @@ def of_quickstart() -> Iterator[tuple[str, str]]:
     from spindle.clusterfile import parse_cluster
     from spindle.pictures import graph_of, graph_svg
     from spindle.planner.simulate import simulate
-    from spindle.source import load_workload, priced_source, source_of
+    from spindle.source import costed_source, load_workload, source_of
     from spindle.timeline import render_svg
 
     cluster = parse_cluster("1x2:cpu")
     workload, _ = load_workload(str(ROOT / QUICK))
     source = source_of(workload)
-    graph = graph_of(priced_source(source, cluster))
+    graph = graph_of(costed_source(source, cluster))
     yield "quick-graph", graph_svg(graph, title="model.py:workload", notes=["On two CPU devices; times are predicted."])
     plan, _ = plan_source(source, cluster, time_limit_s=LIMIT_S)
     run = train(workload, plan, optimizer=torch.optim.AdamW, steps=STEPS, launcher="threads")
@@ -61,13 +61,13 @@ def of_cotraining() -> Iterator[tuple[str, str]]:
     from spindle.cost.sources import cost_sources
     from spindle.pictures import curves_svg, panels_of
     from spindle.planner.simulate import simulate
-    from spindle.source import load_source, priced_source
+    from spindle.source import costed_source, load_source
     from spindle.timeline import render_svg
 
     cluster = parse_cluster("1x8:a100-80g")
     source = load_source(str(ROOT / COTRAIN))
-    priced = priced_source(source, cluster)
-    panels = panels_of(priced, cost_sources(priced), num_devices=cluster.num_devices)
+    costed = costed_source(source, cluster)
+    panels = panels_of(costed, cost_sources(costed), num_devices=cluster.num_devices)
     notes = ["Seconds of one layer, forward and backward, on up to eight A100; times are predicted."]
     yield "cotrain-curves", curves_svg(panels, num_devices=cluster.num_devices, title="vla_cotrain.yaml", notes=notes)
     plan, _ = plan_source(source, cluster, time_limit_s=LIMIT_S)

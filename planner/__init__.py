@@ -1,4 +1,4 @@
-"""Planner: a priced MetaGraph and a cluster in, a checked Plan out. No torch, no ray."""
+"""Planner: a MetaGraph with costs and a cluster in, a checked Plan out. No torch, no ray."""
 
 if __name__ != "spindle.planner":
     raise ImportError(

@@ -21,7 +21,7 @@ from spindle.planner.reduction import Ports, Reduction, members_of
 from spindle.planner.traffic import Devices
 
 BUCKET_SIZES = (BUCKET_BYTES, 4 * BUCKET_BYTES, 16 * BUCKET_BYTES)  # tried for each schedule
-ALIKE_DIGITS = 12  # of seconds, to which two moments are told apart
+ALIKE_DIGITS = 12  # of seconds, to which two moments are compared
 
 Computed = tuple[float, float]
 """When the backward of a slice starts and ends to compute, from the end of all backward."""

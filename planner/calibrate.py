@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 from spindle.calibration import Calibration, MeasuredStep
 from spindle.cost.fitting import fit_steps
+from spindle.cost_options import CostOptions
 from spindle.errors import SpindleWarning
 from spindle.plan import Plan
 from spindle.planner.recost import Costs
-from spindle.pricing import Pricing
 
 ROUNDS = 4
 
-Solved = tuple[Plan, Pricing]
+Solved = tuple[Plan, CostOptions]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Case:
 
     row: MeasuredStep
     solve: Callable[[Calibration], Solved]
-    costs: Callable[[Pricing], Costs]
+    costs: Callable[[CostOptions], Costs]
 
 
 def calibrate_cases(cases: Sequence[Case], device: str) -> Calibration:
@@ -42,7 +42,7 @@ def calibrate_cases(cases: Sequence[Case], device: str) -> Calibration:
         before, solved = solved, [case.solve(found) for case in cases]
         if all(_alike(one, other) for one, other in zip(before, solved, strict=True)):
             break
-    if len({_choices(pricing) for _, pricing in solved}) > 1:
+    if len({_choices(cost_options) for _, cost_options in solved}) > 1:
         _warn_of_choices(cases, solved)
     rows = (replace(case.row, predicted_s=plan.expected_s) for case, (plan, _) in zip(cases, solved, strict=True))
     return replace(found, rows=tuple(rows))
@@ -54,23 +54,23 @@ def _alike(one: Solved, other: Solved) -> bool:
     return runs[0] == runs[1] and one[1] == other[1]
 
 
-def _choices(pricing: Pricing) -> tuple[bool, bool, bool]:
-    return pricing.shard_optimizer, pricing.recompute, bool(pricing.shard_parameters)
+def _choices(cost_options: CostOptions) -> tuple[bool, bool, bool]:
+    return cost_options.shard_optimizer, cost_options.recompute, bool(cost_options.shard_parameters)
 
 
 def _warn_of_choices(cases: Sequence[Case], solved: Sequence[Solved]) -> None:
     words = "sharded optimizer states", "recomputed activations", "sharded parameters"
     first: dict[tuple[bool, bool, bool], MeasuredStep] = {}
-    for case, (_, pricing) in zip(cases, solved, strict=True):
-        first.setdefault(_choices(pricing), case.row)
+    for case, (_, cost_options) in zip(cases, solved, strict=True):
+        first.setdefault(_choices(cost_options), case.row)
 
     def in_words(choices: tuple[bool, bool, bool]) -> str:
         chosen = [word for word, is_chosen in zip(words, choices, strict=True) if is_chosen]
         return f"with {' and '.join(chosen)}" if chosen else "as they are"
 
-    told = "; ".join(f"{row} {in_words(choices)}" for choices, row in first.items())
+    ways = "; ".join(f"{row} {in_words(choices)}" for choices, row in first.items())
     warnings.warn(
-        f"the rows fit memory in different ways ({told}), and one program runs one way; set shard_optimizer, recompute "
+        f"the rows fit memory in different ways ({ways}), and one program runs one way; set shard_optimizer, recompute "
         "and shard_parameters in the workload as they were in the measured steps",
         SpindleWarning,
         stacklevel=3,
@@ -78,7 +78,7 @@ def _warn_of_choices(cases: Sequence[Case], solved: Sequence[Solved]) -> None:
 
 
 def _fit(cases: Sequence[Case], solved: Sequence[Solved], start: Calibration) -> Calibration:
-    costs = [case.costs(pricing) for case, (_, pricing) in zip(cases, solved, strict=True)]
+    costs = [case.costs(cost_options) for case, (_, cost_options) in zip(cases, solved, strict=True)]
 
     def predict(calibration: Calibration) -> list[float]:
         found = []

@@ -14,26 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.cluster import Cluster
-from spindle.cost.sampled import Priced, price_steps
+from spindle.cost.sampled import Costed, cost_steps
 from spindle.cost.shards import shardable
+from spindle.cost_options import CostOptions, memory_choices, sharded_choices
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Alternative, Plan
 from spindle.planner.baselines.alternatives import FSDP, Choice, alternatives, own_layout
 from spindle.planner.turns import turns_to_try
-from spindle.pricing import Pricing, memory_choices, sharded_choices
 from spindle.profile import Profile
 from spindle.turns import Turns
 
 MOST_STATES = 0.875  # of a device's memory that parameters and states may take where layers may be spread over devices
 WORTH = 0.01  # of the step: what a further choice must save to be preferred
 
-Solve = Callable[[Priced, Cluster, float], Plan]
-"""A priced MetaGraph, a cluster and a share of the time limit in; raises InfeasibleError."""
-SolveInTurns = Callable[[Priced, Cluster, float, Turns], Plan]
+Solve = Callable[[Costed, Cluster, float], Plan]
+"""A MetaGraph with costs, a cluster and a share of the time limit in; raises InfeasibleError."""
+SolveInTurns = Callable[[Costed, Cluster, float, Turns], Plan]
 """The same for tasks that run in turns."""
 AllFit = Callable[[MetaGraph, Cluster], bool]
-"""Whether all baselines of a priced MetaGraph fit."""
+"""Whether all baselines of a MetaGraph with costs fit."""
 
 
 def solve_fitting(
@@ -42,13 +42,13 @@ def solve_fitting(
     solve: Solve,
     *,
     profile: Profile | None = None,
-    pricing: Pricing | None = None,
+    cost_options: CostOptions | None = None,
     steps: Sequence[MetaGraph] = (),
     is_mean: bool = False,
     all_fit: AllFit | None = None,
     in_turns: SolveInTurns | None = None,
     with_alternatives: bool = False,
-) -> tuple[Plan, Pricing]:
+) -> tuple[Plan, CostOptions]:
     """The shortest plan of the memory choices up to the first under which all baselines fit.
 
     Without `all_fit` the plan of the first choice under which one fits. The choices share the time limit. `in_turns`
@@ -58,32 +58,32 @@ def solve_fitting(
     are the same on other batches, for whose mean it is planned; `is_mean`: it stands for that already.
     `with_alternatives`: the plan carries what people would use instead, each under its own memory choice.
     """
-    choices = memory_choices(pricing or Pricing())
+    choices = memory_choices(cost_options or CostOptions())
     if not any(metaop.operators for metaop in metagraph):
         choices = choices[:1]
 
-    def priced_by(choice: Pricing) -> Priced:
-        return price_steps(metagraph, steps, cluster, profile, choice, is_mean=is_mean)
+    def costed_by(choice: CostOptions) -> Costed:
+        return cost_steps(metagraph, steps, cluster, profile, choice, is_mean=is_mean)
 
-    priced = [(choice, priced_by(choice)) for choice in choices]
-    others = _alternatives(priced, cluster, priced_by) if with_alternatives else ()
+    costed = [(choice, costed_by(choice)) for choice in choices]
+    others = _alternatives(costed, cluster, costed_by) if with_alternatives else ()
     others += own_layout(metagraph, cluster, choices[0]) if with_alternatives else ()
     quicker = _quickest(choices, others)
-    if priced[0][0].degrees:
-        roomy = [(choice, graph) for choice, graph in priced if _leaves_room(graph.metagraph, cluster)]
-        priced = roomy or priced[-1:]
-    short = len(priced) if all_fit is None else 0  # choices whose memory may be too short
+    if costed[0][0].degrees:
+        roomy = [(choice, graph) for choice, graph in costed if _leaves_room(graph.metagraph, cluster)]
+        costed = roomy or costed[-1:]
+    short = len(costed) if all_fit is None else 0  # choices whose memory may be too short
     if all_fit is not None:  # the last choice is tried in any case
-        fitting = (i for i, (_, graph) in enumerate(priced[:-1]) if all_fit(graph.metagraph, cluster))
-        short = next(fitting, len(priced) - 1)
-        if short == len(priced) - 1 and in_turns and _may_be_short(priced[-1][1].metagraph, cluster):
-            short += not all_fit(priced[-1][1].metagraph, cluster)
-        priced = priced[: short + 1] + [(choice, graph) for choice, graph in priced[short + 1 :] if choice in quicker]
-    tries = [*_tries(priced, short if in_turns else 0, cluster)]
+        fitting = (i for i, (_, graph) in enumerate(costed[:-1]) if all_fit(graph.metagraph, cluster))
+        short = next(fitting, len(costed) - 1)
+        if short == len(costed) - 1 and in_turns and _may_be_short(costed[-1][1].metagraph, cluster):
+            short += not all_fit(costed[-1][1].metagraph, cluster)
+        costed = costed[: short + 1] + [(choice, graph) for choice, graph in costed[short + 1 :] if choice in quicker]
+    tries = [*_tries(costed, short if in_turns else 0, cluster)]
     best, last = _shortest(tries, cluster, solve, in_turns, tries_all=all_fit is not None)
     more = _sharding(choices, shardable(metagraph, cluster, choices[0]), best, others)
     if more:
-        in_shards = [*_tries([(choice, priced_by(choice)) for choice in more], len(more) if in_turns else 0, cluster)]
+        in_shards = [*_tries([(choice, costed_by(choice)) for choice in more], len(more) if in_turns else 0, cluster)]
         best, last = _shortest(in_shards, cluster, solve, in_turns, tries_all=False, best=best, last=last)
     if best is not None:
         return replace(best[0], alternatives=others), best[1]
@@ -94,11 +94,11 @@ def solve_fitting(
 
 
 def _sharding(
-    choices: Sequence[Pricing],
+    choices: Sequence[CostOptions],
     components: Sequence[str],
-    best: tuple[Plan, Pricing] | None,
+    best: tuple[Plan, CostOptions] | None,
     others: Sequence[Alternative],
-) -> tuple[Pricing, ...]:
+) -> tuple[CostOptions, ...]:
     """Choices that shard parameters, to be tried after the `best` of others; none where that is good enough."""
     if not components:
         return ()
@@ -114,15 +114,15 @@ def _sharding(
 class _Try:
     """A memory choice to be planned, all tasks at once or in turns; no schedule takes less than `least_s`."""
 
-    choice: Pricing
-    graph: Priced
+    choice: CostOptions
+    graph: Costed
     turns: Turns
     least_s: float
 
 
-def _tries(priced: Sequence[tuple[Pricing, Priced]], short: int, cluster: Cluster) -> Iterator[_Try]:
+def _tries(costed: Sequence[tuple[CostOptions, Costed]], short: int, cluster: Cluster) -> Iterator[_Try]:
     """Each choice at once, and the first `short` ones in turns."""
-    for number, (choice, graph) in enumerate(priced):
+    for number, (choice, graph) in enumerate(costed):
         work_s = (m.layers * min(n * t for n, t in m.layer_time_s) for m in graph.metagraph)
         least_s = sum(work_s) / cluster.num_devices
         for turns in ((), *(turns_to_try(graph.metagraph, cluster) if number < short else ())):
@@ -136,9 +136,9 @@ def _shortest(
     in_turns: SolveInTurns | None,
     *,
     tries_all: bool,
-    best: tuple[Plan, Pricing] | None = None,
+    best: tuple[Plan, CostOptions] | None = None,
     last: InfeasibleError | None = None,
-) -> tuple[tuple[Plan, Pricing] | None, InfeasibleError | None]:
+) -> tuple[tuple[Plan, CostOptions] | None, InfeasibleError | None]:
     """The shortest plan that fits, or the first one unless all are tried, and why the last try at once had none; `best`
     and `last` are those of tries before, beside which these have the time limit once more.
     """
@@ -166,7 +166,7 @@ def _may_be_short(metagraph: MetaGraph, cluster: Cluster) -> bool:
     return most > cluster.device.memory_bytes
 
 
-def _quickest(choices: Sequence[Pricing], others: Sequence[Alternative]) -> list[Pricing]:
+def _quickest(choices: Sequence[CostOptions], others: Sequence[Alternative]) -> list[CostOptions]:
     """The choice of the quickest alternative that fits: a plan may gain by it too."""
     quickest = min((other for other in others if other.fits), key=lambda other: other.step_s, default=None)
     if quickest is None:
@@ -193,21 +193,21 @@ def _named(other: Alternative) -> str:
 
 
 def _alternatives(
-    priced: Sequence[tuple[Pricing, Priced]], cluster: Cluster, priced_by: Callable[[Pricing], Priced]
+    costed: Sequence[tuple[CostOptions, Costed]], cluster: Cluster, costed_by: Callable[[CostOptions], Costed]
 ) -> tuple[Alternative, ...]:
     """Those of each memory choice. Where a workload wants its states sharded, some alternatives do not, so they are
-    priced without that too.
+    costed without that too.
     """
-    if any(m.layer_time_s[0][0] > cluster.num_devices for m in priced[0][1].metagraph):
+    if any(m.layer_time_s[0][0] > cluster.num_devices for m in costed[0][1].metagraph):
         return ()  # nothing runs on so few devices; the plan says so
-    known: dict[Pricing, Priced] = {}
-    for choice, graph in priced:
+    known: dict[CostOptions, Costed] = {}
+    for choice, graph in costed:
         plain = replace(choice, shard_parameters=())
-        known[plain] = graph if plain == choice else priced_by(plain)
+        known[plain] = graph if plain == choice else costed_by(plain)
     for choice, graph in tuple(known.items()):
         if choice.shard_optimizer and any(metaop.operators for metaop in graph.metagraph):
             whole = replace(choice, shard_optimizer=False)
-            known[whole] = known.get(whole) or priced_by(whole)
+            known[whole] = known.get(whole) or costed_by(whole)
     found = [Choice(graph.metagraph, graph.steps, choice.recompute) for choice, graph in known.items()]
     return alternatives(found, cluster)
 

@@ -1,7 +1,8 @@
 """Curves: measured points of a MetaOp in, T(n) for any real n out.
 
-- `counts` are those that are strictly faster than every smaller one: measured times come unordered and need not fall,
-  and a count that gains nothing only wastes devices (paper, section 3.2; our reading of a "valid allocation").
+- `counts` are numbers of devices that are strictly faster than every smaller one: measured times come unordered and
+  need not fall, and a count that gains nothing only wastes devices (paper, section 3.2; our reading of a "valid
+  allocation").
 - `idle` keeps the others where traffic costs time: running on all devices of its input may be cheaper than moving it.
 - Between points T(n) = a + b/n (paper, section 3.2); Fig. 5a of the paper uses this form, its appendix a straight line.
 - Theorem 1 of the paper needs a concave rate 1/T(n), which measured points do not promise. `hull` keeps the counts on

@@ -30,7 +30,7 @@ def loads_of(metagraph: MetaGraph, slices: Sequence[Slice]) -> Loads:
 
 
 def in_line(cluster: Cluster | None, loads: Loads) -> Loads:
-    """Of `loads` those that take their time from the step."""
+    """The `loads` that take their time from the step."""
     return loads if cluster is not None and cluster.device.is_cpu else [{} for _ in loads]
 
 

@@ -1,4 +1,4 @@
-"""Problem: a priced MetaGraph and a cluster in, the tables that every maker of plans works on out.
+"""Problem: a MetaGraph with costs and a cluster in, the tables that every maker of plans works on out.
 
 MetaOps are numbered in the MetaGraph's order; all makers use these numbers and only `assemble` (in `solve`) goes back
 to names. The checker does not use this module.

@@ -10,25 +10,25 @@ from statistics import fmean
 
 from spindle.calibration import Calibration, calibrated
 from spindle.cluster import Cluster
-from spindle.cost.sampled import Priced, price_steps
+from spindle.cost.sampled import Costed, cost_steps
+from spindle.cost_options import CostOptions
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
 from spindle.planner.memory import peak_bytes
 from spindle.planner.simulate import step_times
-from spindle.pricing import Pricing
 from spindle.profile import Profile
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the MetaOps of a plan were priced from; `metagraph` still carries its operators.
+    """What the MetaOps of a plan were costed from; `metagraph` still carries its operators.
 
-    steps, is_mean     as in `spindle.cost.sampled.price_steps`
+    steps, is_mean     as in `spindle.cost.sampled.cost_steps`
     """
 
     metagraph: MetaGraph
     cluster: Cluster
-    pricing: Pricing
+    cost_options: CostOptions
     profile: Profile | None = None
     steps: Sequence[MetaGraph] = ()
     is_mean: bool = False
@@ -36,27 +36,27 @@ class Costs:
     def under(self, factors: Calibration | None = None) -> "Recosted":
         """The same with seconds of computation, host and network times these factors; `step_s` is left out."""
         cluster = self.cluster if factors is None else calibrated(self.cluster, factors)
-        priced = price_steps(self.metagraph, self.steps, cluster, self.profile, self.pricing, is_mean=self.is_mean)
-        return Recosted(priced, cluster)
+        costed = cost_steps(self.metagraph, self.steps, cluster, self.profile, self.cost_options, is_mean=self.is_mean)
+        return Recosted(costed, cluster)
 
 
 @dataclass(frozen=True)
 class Recosted:
-    """A priced MetaGraph, the same in several steps where batches differ, and the cluster that it was priced for."""
+    """A MetaGraph with costs, the same in several steps where batches differ, and the cluster that they hold for."""
 
-    priced: Priced
+    costed: Costed
     cluster: Cluster
 
     def step_s(self, plan: Plan) -> float | None:
         """Seconds of a step of the plan's slices, on average where batches differ; None where a slice has no time on
         its number of devices.
         """
-        graphs = self.priced.steps or (self.priced.metagraph,)
+        graphs = self.costed.steps or (self.costed.metagraph,)
         if any(len(s.devices) not in graph[s.metaop].times for graph in graphs for s in plan.slices):
             return None
         return fmean(step_times(plan, graph, self.cluster).step_s for graph in graphs)
 
     def fits(self, plan: Plan) -> bool:
         """Whether the plan's slices fit the memory of the devices."""
-        peaks = peak_bytes(self.priced.metagraph, plan.slices, plan.num_devices, plan.turn_by_task)
+        peaks = peak_bytes(self.costed.metagraph, plan.slices, plan.num_devices, plan.turn_by_task)
         return max(peaks) <= self.cluster.device.memory_bytes

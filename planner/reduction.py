@@ -130,7 +130,7 @@ class Ports:
     free_s: dict[int, float] = field(default_factory=dict)
 
     def end_s(self, operation: Collective, num_bytes: float, devices: Devices, start_s: float, alone_s: float) -> float:
-        """When a message that takes `alone_s` by itself has gone through, beside those that came before it."""
+        """When a message that takes `alone_s` by itself has gone through, beside earlier messages."""
         members = members_of(self.cluster.devices_per_node, devices)
         taken_s = port_s(operation, num_bytes, self.cluster, members)
         end_s = start_s + alone_s

@@ -1,4 +1,4 @@
-"""Solve: a priced MetaGraph and a cluster in, a Plan out.
+"""Solve: a MetaGraph with costs and a cluster in, a Plan out.
 
 - Every plan carries the makespans of the baselines in the same cost model, the lower bound with its certificate, and
   the memory of each device.
@@ -81,8 +81,8 @@ def solve(
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
 
-    `steps` are priced MetaGraphs of several batches, of which `metagraph` is the mean: of what the search finds for it,
-    the schedule counts that takes least time on average over them, since unequal batches keep devices waiting that
+    `steps` are MetaGraphs with costs of several batches, of which `metagraph` is the mean: of what the search finds for
+    it, the schedule counts that takes least time on average over them, since unequal batches keep devices waiting that
     equal ones would not.
 
     `start` is a former plan, of a task set that was a little different: what stays the same is taken over, and the

@@ -1,10 +1,10 @@
-"""Turns: a priced MetaGraph and a cluster in; plans whose tasks run in turns, forward and backward, out.
+"""Turns: a MetaGraph with costs and a cluster in; plans whose tasks run in turns, forward and backward, out.
 
 - All tasks at once keep the activations of all of them; turns keep those of one. So a plan in turns may fit where a
   plan at once must compute activations again.
 - A turn is planned like a MetaGraph of its own, within the memory that parameters and states of the other turns leave.
   Its slices stand behind those of the turn before it. Gradients add up over the turns, so steps are costed whole.
-- Tasks that hand each other data, and those that stand between them in the order of tasks, are in one turn.
+- Tasks that hand each other data, and the tasks between them in the order of tasks, are in one turn.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +67,7 @@ def turns_to_try(metagraph: MetaGraph, cluster: Cluster) -> tuple[Turns, ...]:
 
 
 def _balanced(smallest: Turns, weights: Sequence[float], number: int) -> tuple[Turns, float]:
-    """So many turns of neighbors whose heaviest is as light as can be, and its weight."""
+    """`number` turns of neighbors whose heaviest is as light as can be, and its weight."""
     sums = [0.0, *accumulate(weights)]
     # of the first `end` ones in one turn more each time: the heaviest turn, and where the last one begins
     heaviest: list[list[tuple[float, int]]] = [[(weight, 0) for weight in sums]]

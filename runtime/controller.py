@@ -71,7 +71,7 @@ class Prepared:
     phases: Phases = field(default_factory=Phases, compare=False)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How long the start-up took by phase so far, and how many groups and peers ranks have."""
         return f"{self.phases}; {Links.of(self.program)}"
 
@@ -142,7 +142,7 @@ class Run:
         with contextlib.nullcontext() if self._stepped else self.prepared.phases("first step"):
             reports = self.workers.call("run", count, **options)
         if not self._stepped and self.workers.leads:
-            logger.info(self.prepared.told)
+            logger.info(self.prepared.summary)
         self._stepped = True
         self._warn_of_drift(reports)
         return merge_losses(reports), reports
@@ -174,9 +174,9 @@ class Run:
         """Parameters and buffers of some names, or the pieces that ranks hold of them, one after the other. Ranks hand
         over STREAMED_BYTES at a time, and no process holds more than these and one tensor.
         """
-        sizes = {name: told for held in self.workers.call("sizes") for name, told in held.items()}
+        sizes = {name: size for held in self.workers.call("sizes") for name, size in held.items()}
         found: dict[str, list[torch.Tensor]] = {}
-        for ranges in _in_groups({name: told for name, told in sizes.items() if whole_name(name) in wanted}):
+        for ranges in _in_groups({name: size for name, size in sizes.items() if whole_name(name) in wanted}):
             for name, values in (pair for held in self.workers.call("ranges", ranges) for pair in held):
                 found.setdefault(name, []).append(values)
                 if sum(map(len, found[name])) == sizes[name][0].numel():
@@ -193,9 +193,9 @@ class Run:
         return joined_pieces({name: tensor for averages in held for name, tensor in averages.items()})
 
     def stops(self, reports: Sequence[Report], notice: "Notice | None" = None) -> bool:
-        """Whether the run was told to end, after some steps; where several processes drive it, all say the same."""
-        told = self.workers.alone and notice is not None and notice.came.is_set()
-        return told or any(report.stops for report in reports)
+        """Whether the run was asked to end, after some steps; where several processes drive it, all say the same."""
+        asked = self.workers.alone and notice is not None and notice.came.is_set()
+        return asked or any(report.stops for report in reports)
 
     def check_directory(self, checkpoints: "Checkpoints") -> None:
         """Raises CheckpointError, before the first step, where a rank cannot write checkpoints into the directory that
@@ -211,9 +211,9 @@ class Run:
                 "directory that all machines share"
             )
 
-    def progress(self, told: Sequence[Progress], more: Mapping[str, Any] | None = None) -> Progress:
-        """What a checkpoint holds beside tensors: what each rank told, and `more` that the driver keeps."""
-        progress = merged(told) | dict(more or {}) | {KEY: facts_of(self.prepared.workload)}
+    def progress(self, found: Sequence[Progress], more: Mapping[str, Any] | None = None) -> Progress:
+        """What a checkpoint holds beside tensors: what each rank reported, and `more` that the driver keeps."""
+        progress = merged(found) | dict(more or {}) | {KEY: facts_of(self.prepared.workload)}
         progress["feeds"] = {**self._feeds, **progress["feeds"]}
         return progress
 
@@ -243,9 +243,9 @@ class Run:
         """Go on where a checkpoint ended; its weights are in the user's modules already. Warns of settings that have
         changed since.
         """
-        told, *_ = self.workers.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
+        sentences, *_ = self.workers.call("load", str(checkpoint.path), checkpoint.step, checkpoint.progress)
         self._feeds = checkpoint.progress["feeds"]
-        for sentence in told:
+        for sentence in sentences:
             warnings.warn(SpindleWarning(sentence), stacklevel=2)
 
 

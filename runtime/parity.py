@@ -96,11 +96,11 @@ class ParityReport:
 
     def __str__(self) -> str:
         counts = {quantity: sum(row.quantity == quantity for row in self.rows) for quantity in QUANTITIES}
-        told = ", ".join(_counted(count, QUANTITIES[quantity]) for quantity, count in counts.items() if count)
+        compared = ", ".join(_counted(count, QUANTITIES[quantity]) for quantity, count in counts.items() if count)
         wrong = [row for row in self.rows if not row.ok]
         verdict = "agrees with one process" if self.ok else f"DIFFERS from one process in {len(wrong)} places"
         lines = [
-            f"parity: {verdict}: {told}; largest error {self.max_abs_error:.1e} absolute, {self.max_rel_error:.1e} "
+            f"parity: {verdict}: {compared}; largest error {self.max_abs_error:.1e} absolute, {self.max_rel_error:.1e} "
             f"relative (rtol {self.tolerance.rtol:g}, atol {self.tolerance.atol:g})"
         ]
         order = list(QUANTITIES)

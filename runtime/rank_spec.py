@@ -48,7 +48,7 @@ class RankSpec:
     clocks: Mapping[str, Tensor] = field(default_factory=dict)  # buffers that writes to parameters read
     partial: frozenset[str] = frozenset()
     owned: tuple[str, ...] = ()  # parameters and buffers that this rank answers for
-    unused: Mapping[str, Tensor] = field(default_factory=dict)  # those that no task uses, for checkpoints; on rank 0
+    unused: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of no task, for checkpoints; on rank 0
     stepped: frozenset[str] = frozenset()  # parameters that some rank updates; on rank 0
     groups: tuple[tuple[int, ...], ...] = ()
     unread: Mapping[str, Source] = field(default_factory=dict)  # such whose values only files hold

@@ -55,7 +55,7 @@ class Steps:
         return self.written[-1] if self.written else None
 
     def rewind(self, step: int) -> None:
-        """Forget what was done after so many steps: it will be done again."""
+        """Forget what was done after `step` steps: it will be done again."""
         del self.losses[step - self.first :], self.seconds[step - self.first :]
         self.reports.clear()
         self.skipped = {number: why for number, why in self.skipped.items() if number <= step}
@@ -82,11 +82,11 @@ def run_steps(
     timeout_s: float = 60.0,
     evaluations: "Evaluations | None" = None,
 ) -> None:
-    """Run the steps after those that are `found` up to `last`, and add them. A checkpoint is written every
+    """Run the steps after the `found` ones up to `last`, and add them. A checkpoint is written every
     `checkpoints.every` steps and after the last, and after an evaluation that was the best so far; all are whole in the
     end.
 
-    Raises PreemptedError, after another checkpoint, when the run was told to end.
+    Raises PreemptedError, after another checkpoint, when the run was asked to end.
     """
     saving = Saves(run, checkpoints, seed, found.written, watch) if checkpoints is not None else None
     if checkpoints is not None and checkpoints.later:
@@ -98,8 +98,8 @@ def run_steps(
 
 
 class Saves:
-    """Checkpoints of a run, each written before the next step; those that are whole are added to `written`, and told to
-    callbacks by `watch`.
+    """Checkpoints of a run, each written before the next step; whole ones are added to `written`, and
+    reported to callbacks by `watch`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Saves:
 
     def save(self, step: int, best: int | None = None, more: Mapping[str, Any] | None = None) -> None:
         """Write what ranks hold after `step` steps, or begin to, with `more` that the driver keeps. `best`: the
-        checkpoint after so many steps stays.
+        checkpoint after that number of steps stays.
         """
         self.is_whole(step, self.run.save(replace(self.checkpoints, best=best), step, self.seed, more))
 
@@ -145,7 +145,7 @@ def _run_steps(
     every = saving.checkpoints.every if saving is not None else last + 1
     chunk, saved, began = 1, found.done, time.perf_counter()
     if evaluations is not None:
-        began += _evaluated(run, found, evaluations, watch)  # a run that was told to end has left that to this one
+        began += _evaluated(run, found, evaluations, watch)  # a run that was asked to end has left that to this one
         found.stopped = evaluations.stopped(found.scores)
     while found.done < last and not found.over:
         done = found.done
@@ -214,8 +214,8 @@ def load_trained(workload: Workload, run: Run) -> None:
 def _tell_skipped(found: Steps, reports: Sequence[Report]) -> None:
     """Take in, and warn of, steps in which the optimizer rested."""
     for number in sorted({number for report in reports for number in report.skipped}):
-        told = [report.skipped[number].split(", ") for report in reports if report.skipped.get(number)]
-        whys = dict.fromkeys(why for each in told for why in each)  # devices may find the same
+        reasons = [report.skipped[number].split(", ") for report in reports if report.skipped.get(number)]
+        whys = dict.fromkeys(why for each in reasons for why in each)  # devices may find the same
         found.skipped[number] = ", ".join(whys)
         warnings.warn(
             SpindleWarning(f"step {number}: {found.skipped[number]}; the optimizer did not step"), stacklevel=3

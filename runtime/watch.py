@@ -31,8 +31,8 @@ _SHARE_BY_KIND = {
 
 
 @dataclass(slots=True)
-class StepTold:
-    """What a rank tells of one step: its seconds, those of each share, and tokens of the tasks that it loaded."""
+class RankStep:
+    """What a rank reports of one step: its seconds, those of each share, and tokens of the tasks that it loaded."""
 
     step_s: float
     shares_s: dict[str, float] = field(default_factory=dict)
@@ -41,12 +41,12 @@ class StepTold:
     together_s: dict[Meeting, tuple[float, float]] = field(default_factory=dict)  # see `Together.taken`
 
 
-def step_told(step_s: float, record: StepRecord, tokens: Mapping[str, int]) -> StepTold:
+def rank_step(step_s: float, record: StepRecord, tokens: Mapping[str, int]) -> RankStep:
     """Add up the spans of what a step left behind."""
     shares_s = dict.fromkeys(_SHARE_BY_KIND.values(), 0.0)
     for span in record.spans:
         shares_s[_SHARE_BY_KIND[span.kind]] += span.end_s - span.start_s
-    return StepTold(step_s, shares_s, dict(tokens), dict(record.busy_s), dict(record.together_s))
+    return RankStep(step_s, shares_s, dict(tokens), dict(record.busy_s), dict(record.together_s))
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
@@ -111,14 +111,14 @@ class Watch:
             callback.on_save(step, checkpoint)
 
     def _metrics(self, step: int, index: int, losses: Mapping[str, float], reports: "Sequence[Report]") -> StepMetrics:
-        told = [report.told[index] for report in reports]
-        step_s = max(max(t.step_s for t in told), 1e-9)
+        steps = [report.steps[index] for report in reports]
+        step_s = max(max(t.step_s for t in steps), 1e-9)
         shares = {
-            name: sum(t.shares_s.get(name, 0.0) for t in told) / (step_s * len(told))
+            name: sum(t.shares_s.get(name, 0.0) for t in steps) / (step_s * len(steps))
             for name in ("utilization", "communication", "loading")
         }
         tokens: dict[str, int] = {}
-        for task, count in ((task, count) for t in told for task, count in t.tokens.items()):
+        for task, count in ((task, count) for t in steps for task, count in t.tokens.items()):
             tokens[task] = max(count, tokens.get(task, 0))  # ranks that load one task read the same batches
         flops = sum(self._flops[task] for task in losses)
         rates = {name: rate for report in reports for name, rate in report.learning_rates.items()}

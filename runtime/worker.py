@@ -53,7 +53,7 @@ from spindle.runtime.updates.made import (
     check_schedule,
     made_optimizer,
     made_schedule,
-    told_settings,
+    sentences_of,
 )
 from spindle.runtime.updates.masters import master_tensors, split_masters, states_for
 from spindle.runtime.updates.optimizers import Optimization, rank_optimizer
@@ -65,7 +65,7 @@ from spindle.runtime.updates.progress import (
     optimizer_tensors,
 )
 from spindle.runtime.updates.schedules import make_schedule, step_schedule
-from spindle.runtime.watch import StepTold, peak_memory, step_told
+from spindle.runtime.watch import RankStep, peak_memory, rank_step
 from spindle.trace import Span
 from spindle.workload import Task
 
@@ -82,12 +82,12 @@ class Report:
     spans: list[Span] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     ended: str | None = None
-    told: list[StepTold] = field(default_factory=list)  # of each step
+    steps: list[RankStep] = field(default_factory=list)  # of each step
     memory_bytes: int = 0  # the most that it has held
     on_gpu: bool = False  # whether memory_bytes are those of a GPU, not of a process
     drift: dict[str, str] = field(default_factory=dict)  # sentences on batches that the plan was not made for, by task
     learning_rates: dict[str, float] = field(default_factory=dict)  # after the last step, by parameter group
-    stops: bool = False  # it was told to end
+    stops: bool = False  # it was asked to end
     skipped: dict[int, str] = field(default_factory=dict)  # what was not finite here in steps in which nobody stepped
     full: str = ""  # which limit on samples or tokens is reached
 
@@ -230,7 +230,7 @@ class Worker:
             record = self._step(observe)
             self.counts.take(self._trained(self.batches.samples), self._trained(self.batches.tokens))
             took_s = time.perf_counter() - began
-            report.told.append(step_told(took_s, record, self.batches.tokens))
+            report.steps.append(rank_step(took_s, record, self.batches.tokens))
             report.losses.append(record.losses)
             report.grad_norms.append(record.grad_norm)
             if (flight := self.transport.pulse.flight) is not None:
@@ -412,16 +412,16 @@ class Worker:
         for name, feed in self.feeds.items():
             if name in progress["feeds"]:
                 feed.resume(progress["feeds"][name])
-        before, told = progress["made"], []
+        before, sentences = progress["made"], []
         if self.optimization is not None and self.made is not None and before["optimizer"] is not None:
             changed = changed_settings(before["optimizer"], self.made, scheduled=self.scheduler is not None)
-            told = told_settings(changed, self.optimization.labels)
+            sentences = sentences_of(changed, self.optimization.labels)
             check_schedule(before["scheduler"], self.made_schedule)
             self._load_optimizer(Path(path), progress["optimizer"], {place: now for place, (_, now) in changed.items()})
         if self.scheduler is not None and progress["scheduler"] is not None:
             self.scheduler.load_state_dict(copy.deepcopy(progress["scheduler"]))  # of which some take keys out
-        told += self._load_averages(Path(path), progress.get("ema"))
-        return told
+        sentences += self._load_averages(Path(path), progress.get("ema"))
+        return sentences
 
     def _load_averages(self, path: Path, saved: Mapping[str, int] | None) -> list[str]:
         """Go on with the averages of a checkpoint; a sentence where they are lost."""

@@ -67,9 +67,9 @@ class AfterStep:
         if found is None or found is own:
             return
         if not isinstance(found, Tensor) or found.shape != own.shape:
-            told = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
             raise WorkloadError(
-                f"{self.where} returned {told} for a parameter of shape {tuple(own.shape)}; change the parameter in "
+                f"{self.where} returned {what} for a parameter of shape {tuple(own.shape)}; change the parameter in "
                 "place, or return what it is to be"
             )
         own.copy_(found)

@@ -15,11 +15,11 @@ from spindle.calibration import Calibration
 from spindle.checkpoints import export as export
 from spindle.checkpoints import load_checkpoint as load_checkpoint
 from spindle.cluster import Cluster
+from spindle.cost_options import CostOptions
 from spindle.errors import PlanError, SpindleWarning
 from spindle.failures import Failures
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, laid_out, with_fixed
-from spindle.pricing import Pricing
 from spindle.profile import Profile
 from spindle.trace import Trace
 from spindle.turns import Turns
@@ -71,9 +71,11 @@ def make_plan(
     from spindle.source import Source, source_of
 
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
-    source = Source(workload, Pricing(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
+    source = (
+        Source(workload, CostOptions(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
+    )
     measured, fitted = read_value(profile, Profile), read_value(calibration, Calibration)
-    plan, pricing = plan_source(
+    plan, cost_options = plan_source(
         source,
         where,
         measured,
@@ -83,7 +85,7 @@ def make_plan(
         start=read_value(start, Plan),
         pins=pins,
     )
-    return with_outlook(plan, source, pricing, profile=measured, calibration=fitted)
+    return with_outlook(plan, source, cost_options, profile=measured, calibration=fitted)
 
 
 class Common(TypedDict):
@@ -107,13 +109,13 @@ def plan_source(
     start: Plan | None = None,
     pins: Mapping[str, Sequence[int]] | None = None,
     is_as_run: bool = False,
-) -> tuple[Plan, Pricing]:
+) -> tuple[Plan, CostOptions]:
     """The plan of a loaded source, and how it wants the workload trained so that it fits.
 
     The plan says so too, and a run of it does so. `is_as_run`: the constants of the cluster's device are those of
     layers as they are run already, as in the cluster of a plan.
     """
-    from spindle.cost.sampled import Priced
+    from spindle.cost.sampled import Costed
     from spindle.planner.choose import solve_fitting
     from spindle.planner.report.rates import work_of
     from spindle.planner.sets import fitted_to_sets
@@ -123,21 +125,21 @@ def plan_source(
 
     common = Common(method=method, time_limit_s=time_limit_s, aligned=aligned, start=start)
 
-    def solved(priced: Priced, where: Cluster, share: float) -> Plan:
-        plan = solve(priced.metagraph, where, steps=priced.steps, share=share, pins=pins, **common)
-        return laid_out(plan, priced.metagraph)
+    def solved(costed: Costed, where: Cluster, share: float) -> Plan:
+        plan = solve(costed.metagraph, where, steps=costed.steps, share=share, pins=pins, **common)
+        return laid_out(plan, costed.metagraph)
 
-    def in_turns(priced: Priced, where: Cluster, share: float, turns: Turns) -> Plan:
-        plan = solve_in_turns(priced.metagraph, where, turns, steps=priced.steps, share=share, **common)
-        return laid_out(plan, priced.metagraph)
+    def in_turns(costed: Costed, where: Cluster, share: float, turns: Turns) -> Plan:
+        plan = solve_in_turns(costed.metagraph, where, turns, steps=costed.steps, share=share, **common)
+        return laid_out(plan, costed.metagraph)
 
-    cluster, pricing = costs_on(source, cluster, profile, calibration, is_as_run=is_as_run)
-    plan, pricing = solve_fitting(
+    cluster, cost_options = costs_on(source, cluster, profile, calibration, is_as_run=is_as_run)
+    plan, cost_options = solve_fitting(
         source.metagraph,
         cluster,
         solved,
         profile=profile,
-        pricing=pricing,
+        cost_options=cost_options,
         steps=source.steps,
         is_mean=source.is_mean,
         all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
@@ -146,21 +148,21 @@ def plan_source(
     )
     plan = replace(
         plan,
-        recompute=pricing.recompute,
-        shard_optimizer=pricing.shard_optimizer,
-        shard_parameters=pricing.shard_parameters,
+        recompute=cost_options.recompute,
+        shard_optimizer=cost_options.shard_optimizer,
+        shard_parameters=cost_options.shard_parameters,
         sizes=source.sizes,
         work=work_of(source.metagraph),
         workload=source.name,
     )
     plan = fitted_to_sets(plan, source.presences, may_change=method == "auto" and not pins and not aligned)
-    return with_fixed(plan, calibration.step_s) if calibration else plan, pricing
+    return with_fixed(plan, calibration.step_s) if calibration else plan, cost_options
 
 
 def with_outlook(
     plan: Plan,
     source: "Source",
-    pricing: Pricing,
+    cost_options: CostOptions,
     *,
     profile: Profile | None = None,
     calibration: Calibration | None = None,
@@ -176,7 +178,7 @@ def with_outlook(
 
     def costs(source: "Source") -> Costs:
         assert plan.cluster is not None
-        return Costs(source.metagraph, plan.cluster, pricing, profile, source.steps, source.is_mean)
+        return Costs(source.metagraph, plan.cluster, cost_options, profile, source.steps, source.is_mean)
 
     def on_batches(factor: Fraction) -> Costs | None:
         other = scaled_source(source, factor)
@@ -193,7 +195,7 @@ def with_outlook(
 
 
 def make_metagraph(workload: "Workload") -> MetaGraph:
-    """The MetaGraph of a workload, not yet priced."""
+    """The MetaGraph of a workload, without costs yet."""
     from spindle.capture import capture
     from spindle.contract import contract
 
@@ -387,8 +389,8 @@ def train(
     max_samples: int | None = None,
     max_tokens: int | None = None,
 ) -> TrainResult:
-    """Train `workload` as planned, on Ray unless told otherwise; the trained weights end up in the user's modules, or,
-    of modules on the meta device, in the last checkpoint.
+    """Train `workload` as planned, on Ray unless you choose otherwise; the trained weights end up in the user's
+    modules, or, of modules on the meta device, in the last checkpoint.
 
     `optimizer`: a function from the list of all parameters, frozen ones too, to a torch optimizer with any groups of
     them; if its argument is called `named_parameters` it gets (name, parameter) pairs. `scheduler`: one from an
@@ -396,7 +398,7 @@ def train(
     losses by task.
     `plan` None plans for the devices at hand; a function makes the plan for a number of devices such as "2x4" (nodes x
     devices of each), also where an elastic run plans anew. `on_step(step, losses)` is called in this process for every
-    step, a few steps late; `callbacks` are told more (`spindle.metrics`). The spans of the last `trace_steps` steps are
+    step, a few steps late; `callbacks` get more (`spindle.metrics`). The spans of the last `trace_steps` steps are
     returned.
     `timeout_s` bounds every wait of one rank for another, and how long a step may take.
 
@@ -405,7 +407,7 @@ def train(
     them beside the next steps. It belongs to one run at a time. `resume`: go on from a checkpoint: the newest whole one
     in the directory if there is one (True), the one of a step (its number), or one by its path; plan and number of
     devices may have changed. `steps` counts from the first run on. What the workload has changed since (tasks, weights,
-    batch sizes, frozen parts) holds, and is told in a warning each. `allow_changes`: components that the checkpoint
+    batch sizes, frozen parts) holds, and a warning names each change. `allow_changes`: components that the checkpoint
     does not have begin at their own values (docs/elastic.md); else they are refused.
     `failures`: how many failures are followed by another start, from the newest whole checkpoint of the run
     (docs/reliability.md), and whether the run plans anew for other devices (docs/elastic.md); None: none. SIGTERM ends
@@ -565,9 +567,9 @@ def train(
         tuple(found.seconds),
         found.first,
         found.ended,
-        prepared.told,
+        prepared.summary,
         found.checkpoint,
-        tuple(attempts.told),
+        tuple(attempts.sentences),
         dict(found.skipped),
         {name.removeprefix("ema:"): value for name, value in averages.items()},
         dict(found.scores),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from spindle.cluster import Cluster
+from spindle.cost_options import CostOptions
 from spindle.errors import PlanError
 from spindle.plan import Plan, with_fixed
-from spindle.pricing import Pricing
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Launcher
@@ -22,7 +22,7 @@ class PlanSource(Protocol):
 
     def __call__(
         self, source: "Source", cluster: Cluster, *, start: Plan | None, is_as_run: bool
-    ) -> tuple[Plan, Pricing]:
+    ) -> tuple[Plan, CostOptions]:
         """The plan of a source on a cluster."""
 
 
@@ -36,7 +36,7 @@ class Anew:
     planner: Callable[[str], Plan] | None = None
 
     def __call__(self, former: Plan, shape: tuple[int, int]) -> Plan:
-        """A plan like a former one for another number of devices of the same kind: `shape` nodes of so many each.
+        """A plan like a former one for another number of devices of the same kind: `shape` is (nodes, devices of each).
 
         Its memory limit, its links and what a calibration says of both are taken over, and the search begins from it,
         in a quarter of the time. Raises InfeasibleError when nothing fits.
@@ -59,7 +59,7 @@ class Anew:
         return with_fixed(plan, former.fixed_s) if former.fixed_s else plan
 
     def asked(self, devices: str) -> Plan:
-        """What the user's function plans. Raises PlanError where that is no plan for so many devices."""
+        """What the user's function plans. Raises PlanError where that is no plan for the devices."""
         assert self.planner is not None
         found = self.planner(devices)
         nodes, _, each = devices.partition("x")

@@ -3,7 +3,7 @@
 - Most fields hold one row a sample, along their first dimension: their unit is SAMPLES.
 - A packed field holds any number of rows a sample: image patches, tokens of several texts in one row. A task declares
   these by `rows=`: field -> rows of each sample, or (dimension, rows of each sample). A name that is no field only
-  defines a unit, which values of the model may go by.
+  defines a unit, which values of the model may belong to.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -183,9 +183,9 @@ def _num_samples(
     elif batch_size in candidates:
         found = batch_size
     else:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None) or "none"
+        here = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None) or "none"
         raise WorkloadError(
-            f"{where}: its fields do not share a number of samples (rows of each: {told}); the first dimension of each "
+            f"{where}: its fields do not share a number of samples (rows of each: {here}); the first dimension of each "
             f"must be the batch size {batch_size}, or rows= must count it, see docs/packed.md"
         )
     if found < 1:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from spindle.api import plan_source, read_value
 from spindle.calibration import Calibration, MeasuredStep
 from spindle.cluster import Cluster
+from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError, InputError, SpindleWarning
 from spindle.plan import Plan
-from spindle.pricing import Pricing
 from spindle.profile import Profile
 
 if TYPE_CHECKING:
@@ -60,14 +60,14 @@ def make_calibration(
             where = resized(whole, row.gpus)
             loaded = load(row, where)
         rare.update(presence.task for presence in loaded.presences if not presence.is_constant)
-        linked = as_run(measured_links(where, measured) if measured else where, loaded.pricing.execution)
+        linked = as_run(measured_links(where, measured) if measured else where, loaded.cost_options.execution)
 
-        def solve(calibration: Calibration) -> tuple[Plan, Pricing]:
+        def solve(calibration: Calibration) -> tuple[Plan, CostOptions]:
             with _about_row(row):
                 return plan_source(loaded, where, measured, calibration=calibration, method=method)
 
-        def costs(pricing: Pricing) -> Costs:
-            return Costs(loaded.metagraph, linked, pricing, measured, loaded.steps, loaded.is_mean)
+        def costs(cost_options: CostOptions) -> Costs:
+            return Costs(loaded.metagraph, linked, cost_options, measured, loaded.steps, loaded.is_mean)
 
         return Case(row, solve, costs)
 

@@ -83,7 +83,7 @@ class Protocol:
     bytes_per_s   bus bandwidth: what each member sends, over the time
     in_network    the switch reduces: each member sends its bytes once, however many members there are
     operation     the collective that it is for; None: all that have none of their own
-    from_bytes    what each member sends from which on it stands in for those that begin below
+    from_bytes    what each member sends from which on it stands in for segments that begin below
     """
 
     latency_s: float
@@ -126,7 +126,7 @@ class Link:
         return self.latency_s + num_bytes / self.rate(self.bytes_per_s, senders) if num_bytes else 0.0
 
     def rate(self, bytes_per_s: float, senders: int) -> float:
-        """Bytes per second of each of so many devices of a node, which would send `bytes_per_s` alone."""
+        """Bytes per second of each of `senders` devices of a node, which would send `bytes_per_s` alone."""
         return bytes_per_s if self.node_bytes_per_s is None else min(bytes_per_s, self.node_bytes_per_s / senders)
 
 

@@ -210,7 +210,7 @@ def _check_size(events: Iterable[Any], source: str) -> None:
 
 def _too_many(source: str) -> FormatError:
     return FormatError(
-        f"{source}: holds more than {_MOST_VALUES} values, with those that `*` repeats; write out what is meant"
+        f"{source}: holds more than {_MOST_VALUES} values, with the values that `*` repeats; write out what is meant"
     )
 
 

@@ -50,9 +50,9 @@ class Compilation:
         if self.mode is not None and self.options:
             raise WorkloadError(f"{where} has both mode and options; torch.compile takes one of the two")
         if self.mode in GRAPHS or self.options.get("triton.cudagraphs"):
-            told = "options['triton.cudagraphs']" if self.options else f"mode {self.mode!r}"
+            option = "options['triton.cudagraphs']" if self.options else f"mode {self.mode!r}"
             raise WorkloadError(
-                f"{where}: {told} replays CUDA graphs, which overwrite what a layer gave for one micro-batch while "
+                f"{where}: {option} replays CUDA graphs, which overwrite what a layer gave for one micro-batch while "
                 "another is computed; give mode 'max-autotune-no-cudagraphs', or leave it out"
             )
 

@@ -17,7 +17,7 @@ from spindle.metagraph import Flow, MetaGraph, MetaOp
 
 
 def contract(graph: TaskGraph) -> MetaGraph:
-    """Merge chains of identical operators into MetaOps; the result is not priced yet. O(operators + flows) but for the
+    """Merge chains of identical operators into MetaOps; the result has no costs yet. O(operators + flows) but for the
     transitive reduction, which is O(operators * flows) in the worst case and runs task by task.
     """
     chains = _chains(graph)

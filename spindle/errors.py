@@ -12,7 +12,7 @@
     |   `-- ProgramError            a lowered program that breaks a law of the runtime
     +-- InfeasibleError             no plan exists for this input
     +-- MismatchError               checked and found different: parity, prediction
-    +-- PreemptedError              the run was told to end (SIGTERM)
+    +-- PreemptedError              the run was asked to end (SIGTERM)
     `-- RunError                    a worker raised, died or stalled
         +-- NotFiniteError          a loss or a gradient is no finite number
         +-- ReplicaError            what several ranks should hold alike differs
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RESUMABLE = 75
-"""Exit code of a run that was told to end and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a run that was asked to end and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
 TERMINATED = 143
-"""Exit code of a run that was told to end and saved nothing: 128 + SIGTERM, as shells tell it."""
+"""Exit code of a run that was asked to end and saved nothing: 128 + SIGTERM, as shells tell it."""
 
 
 class SpindleError(Exception):
@@ -114,9 +114,9 @@ class RunError(SpindleError):
         """
         text = next((line for line in str(error).splitlines() if line.strip()), "")
         raised = f"{where} raised " if where else ""
-        told = cls("\n".join(filter(None, (f"{raised}{type(error).__name__}: {text}", _own_line(error)))))
-        told.add_note("".join(traceback.format_exception(error)).rstrip())
-        return told
+        made = cls("\n".join(filter(None, (f"{raised}{type(error).__name__}: {text}", _own_line(error)))))
+        made.add_note("".join(traceback.format_exception(error)).rstrip())
+        return made
 
 
 class NotFiniteError(RunError):
@@ -137,9 +137,9 @@ class LostRankError(RunError):
     @classmethod
     def at(cls, rank: int, text: str) -> "LostRankError":
         """The error of this rank."""
-        told = cls(text)
-        told.rank = rank
-        return told
+        made = cls(text)
+        made.rank = rank
+        return made
 
 
 class NoRoomError(LostRankError):
@@ -153,7 +153,7 @@ class LostPeerError(RunError):
 
 
 class PreemptedError(SpindleError):
-    """The run was told to end by SIGTERM. `exit_code` 75: started again with resume it goes on from its newest
+    """The run was asked to end by SIGTERM. `exit_code` 75: started again with resume it goes on from its newest
     checkpoint; 143: it ended at once, and nothing was saved.
     """
 

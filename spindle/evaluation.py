@@ -43,7 +43,7 @@ _DTYPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Metrics of one task: those that add up over batches, and those of all outputs of a pass."""
+    """Metrics of one task: metrics that add up over batches, and metrics of all outputs of a pass."""
 
     metrics: Mapping[str, Metric]
     over_all: Mapping[str, Metric]

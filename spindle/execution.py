@@ -1,4 +1,4 @@
-"""Execution: how a program runs its layers, as far as their time depends on it; a spec says it, plans are priced by it.
+"""Execution: how a program runs its layers, as far as their time depends on it; a spec says it, plans are costed by it.
 Parallel: how a run that Spindle does not plan divides its devices.
 
 A layer costs the same FLOPs however it is run, but not the same time: eager PyTorch starts every norm, rotary embedding

@@ -1,5 +1,5 @@
 """Failures: how often a run is started again by itself, on which devices, and how long it may take to end when it is
-told to.
+asked to.
 """
 
 from collections.abc import Callable

@@ -95,7 +95,7 @@ class TensorSpec:
             )
 
     def shape_of(self, samples: int) -> tuple[int, ...]:
-        """Shape of the part that belongs to so many samples; the whole shape when it cannot be cut."""
+        """Shape of the part that belongs to a number of samples; the whole shape when it cannot be cut."""
         if not self.rows:
             return self.shape
         return (*self.shape[: self.row_dim], samples * self.rows, *self.shape[self.row_dim + 1 :])
@@ -314,7 +314,7 @@ class TaskGraph:
     def __len__(self) -> int:
         return len(self.operators)
 
-    def told(self, buffer: str) -> str:
+    def named(self, buffer: str) -> str:
         """How to call a buffer in a sentence: with the line that changes it."""
         line = self.lines.get(buffer, "")
         return f"buffer {buffer!r}{f' (changed in {line})' if line else ''}"

@@ -3,7 +3,7 @@
 import re
 
 CONTROL = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
-"""A class of regular expressions; those that turn the direction of writing are among them."""
+"""A class of regular expressions; characters that turn the direction of writing are among them."""
 _HARMFUL = re.compile(f"[{CONTROL}]")
 
 

@@ -1,7 +1,7 @@
 """Loaders: every reader of a task's data gets a copy of what changes as it is read, and each pass gets its number.
 
-- What changes is the loader, its samplers, its random generators, and any data set that holds some of these or is told
-  the number of a pass. Everything else, the samples above all, is shared with the user's own loader. Thus planning, one
+- What changes is the loader, its samplers, its random generators, and any data set that holds some of these or has
+  `set_epoch`. Everything else, the samples above all, is shared with the user's own loader. Thus planning, one
   process and every rank begin where that loader stands, and none of them moves it.
 - A generator that is a global of the user's classes has no copy; it is put back where it stood after reading.
 - Before each pass `set_epoch` is called with its number (0, 1, 2, ...), as training scripts do by hand.
@@ -134,10 +134,10 @@ def set_epoch(where: str, source: Any, epoch: int) -> None:
     """
     for part in parts(source):
         _refuse_share(where, part)
-        told = getattr(part, "set_epoch", None)
-        if callable(told):
+        method = getattr(part, "set_epoch", None)
+        if callable(method):
             try:
-                told(epoch)
+                method(epoch)
             except Exception as error:
                 raise WorkloadError(
                     f"{where}: set_epoch({epoch}) of its {type(part).__name__} raised {type(error).__name__}: {error}; "

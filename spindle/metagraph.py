@@ -1,7 +1,7 @@
 """MetaGraph: chains of identical operators (MetaOps), what one of their layers costs, and the flows between them.
 
 The planner's whole input. `layer_time_s` holds seconds of forward and backward of ONE layer by device count; a MetaOp
-fresh from contraction has none until it is priced (`spindle.cost.price`).
+fresh from contraction has none until its costs are filled in (`spindle.cost.metaops`).
 """
 
 import math

@@ -24,7 +24,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One step of a run, counted from 1. Mappings go by task, by rank, and by parameter group.
+    """One step of a run, counted from 1. Mappings are keyed by task, by rank, and by parameter group.
 
     step_s                    the slowest rank's seconds from the step's start to its end
     samples_per_s, tokens_per_s   of tasks that took part; tokens of those whose batches have `attention_mask` (its sum)

@@ -1,4 +1,4 @@
-"""Nearest: a name that is not known and those that are in; the likely meant one out, for messages."""
+"""Nearest: an unknown name and the known ones in; the likely meant one out, for messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,6 +1,6 @@
 """Outlook: how sure a plan's prediction is, as a value that the plan carries.
 
-- A band holds nine of ten measured steps of those that were predicted from the same source of costs.
+- A band holds nine of ten measured steps whose predictions have the same source of costs.
 - A gain is the share of a step that the plan saves against the quickest baseline. Both come from one cost model and
   share most of its error, so the band of a gain is that of its change when the costs change.
 """

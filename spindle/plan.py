@@ -87,7 +87,7 @@ class Memory:
 class Alternative:
     """What people would train the workload with instead of a plan, under the memory choice that is fastest for it.
 
-    name         in words that whoever trains models knows
+    name         in words that people who train models know
     step_s       seconds of a step, the mean where batches differ; 0 where it does not fit
     choice       how it is run so that it fits; `recompute` and `shard_optimizer` are part of it
     peak_bytes   of the fullest device; where it does not fit, those of the choice that takes least (0: not known)
@@ -205,7 +205,7 @@ class TimePrices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """Prices that prove a lower bound; whoever has the curves can verify it by arithmetic alone.
+    """Prices that prove a lower bound; a reader of the curves can verify it by arithmetic alone.
 
     With area_price a, paths of weight w, and p(m) the weight of all paths through MetaOp m, every schedule on N devices
     lasts at least  sum over m of layers(m) * min over n of T_m(n) * (a * n + p(m)),  divided by  a * N + sum of w.
@@ -389,7 +389,7 @@ class Plan:
 
 
 def make_waves(slices: Iterable[Slice], *, tolerance_s: float = 1e-12) -> tuple[Wave, ...]:
-    """Group slices into waves: those that start within `tolerance_s` of a wave's first slice belong to it."""
+    """Group slices into waves: slices that start within `tolerance_s` of a wave's first slice belong to it."""
     ordered = sorted(slices, key=lambda s: (s.start_s, s.devices, s.metaop, s.first_layer))
     groups: list[list[Slice]] = []
     for slice_ in ordered:
@@ -433,7 +433,7 @@ def sorted_pairs(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
 
 
 def with_fixed(plan: Plan, fixed_s: float) -> Plan:
-    """The plan with so many seconds more in each step, and in those of all that it is compared with."""
+    """The plan with some seconds more in each step, and in those of all that it is compared with."""
 
     def longer(pairs: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
         return tuple((name, seconds + fixed_s) for name, seconds in pairs)

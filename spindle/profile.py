@@ -1,7 +1,7 @@
-"""Profile: measured times of operator kinds, links and loaders, to price a MetaGraph with and to plan on.
+"""Profile: measured times of operator kinds, links and loaders, for the costs of a MetaGraph and for plans.
 
-An entry is one operator kind on so many devices: seconds of its forward and of its backward on each device's share.
-A link entry is one collective or transfer of so many bytes by a group, a load entry one batch of a task. Profiles are a
+An entry is one operator kind on a number of devices: seconds of its forward and of its backward on each device's share.
+A link entry is one collective or transfer of some bytes by a group, a load entry one batch of a task. Profiles are a
 database: `merge` adds what another workload has measured on the same device type, and `unlike` says why two do not
 belong together.
 """
@@ -66,7 +66,7 @@ LinkLevel = Literal["intra_node", "inter_node"]
 class LinkEntry:
     """A collective of `num_bytes` by `members` devices, or a transfer between two, over one level of links.
 
-    A transfer's seconds are those until the receiver has it and those that posting it takes from the sender's own work.
+    A transfer's seconds are the seconds until the receiver has it and what posting it takes from the sender's own work.
     At level inter_node each member stands in a node of its own.
     """
 
@@ -151,7 +151,7 @@ class Profile:
 
     @cached_property
     def by_family(self) -> dict[str, tuple[ProfileEntry, ...]]:
-        """Data-parallel entries by operator family, of those that tell it."""
+        """Data-parallel entries by operator family, where the family is known."""
         found: dict[str, tuple[ProfileEntry, ...]] = {}
         for entry in self.entries:
             if entry.family and entry.tensor_parallel == 1:

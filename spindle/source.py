@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from spindle.cost_options import CostOptions, Optimizer
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.execution import Execution
 from spindle.graph import base_task
@@ -23,7 +24,6 @@ from spindle.metagraph import MetaGraph
 from spindle.nearest import did_you_mean
 from spindle.plan import SizeRange
 from spindle.presence import Presence
-from spindle.pricing import Optimizer, Pricing
 from spindle.usercode import takes_names
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Source:
     """
 
     metagraph: MetaGraph
-    pricing: Pricing
+    cost_options: CostOptions
     executable: bool = False
     steps: tuple[MetaGraph, ...] = ()
     sizes: tuple[SizeRange, ...] = ()
@@ -76,9 +76,9 @@ def load_source(
     tasks: str | None = None,
     per_device: tuple[int, int] | None = None,
 ) -> Source:
-    """Load any source; `on_task` is told which task of a model is being traced. `tasks`: only these, as `chosen_tasks`
-    reads them. `per_device`: a batch, and the number of devices that each have so many samples a step, to scale a
-    spec's batches to.
+    """Load any source; `on_task` is called with the task of a model that is being traced. `tasks`: only these, as
+    `chosen_tasks` reads them. `per_device`: a batch, and the number of devices that each have that batch a
+    step, to scale a spec's batches to.
 
     Raises FormatError when `source` is none of the three kinds or cannot be read, WorkloadError for a broken file.py.
     """
@@ -97,7 +97,7 @@ def load_source(
     if source.endswith(".json"):
         from spindle.formats import read
 
-        return Source(_with_tasks(read(source, MetaGraph), tasks), Pricing())
+        return Source(_with_tasks(read(source, MetaGraph), tasks), CostOptions())
     workload, module = load_workload(source)
     if tasks is not None:
         workload = workload.only(chosen_tasks(tasks, workload.tasks))
@@ -112,7 +112,7 @@ def spec_source(spec: "WorkloadSpec") -> Source:
     metagraph = contract(build_graph(spec))
     steps = tuple(contract_like(metagraph, build_graph(step)) for step in spec.steps())
     return Source(
-        metagraph, spec.pricing, steps=steps, is_mean=True, spec=spec, presences=spec.presences, name=spec.name
+        metagraph, spec.cost_options, steps=steps, is_mean=True, spec=spec, presences=spec.presences, name=spec.name
     )
 
 
@@ -123,7 +123,7 @@ def costs_on(
     calibration: "Calibration | None" = None,
     *,
     is_as_run: bool = False,
-) -> "tuple[Cluster, Pricing]":
+) -> "tuple[Cluster, CostOptions]":
     """The cluster with links as the profile measured them and factors as the calibration fitted them, and how the
     workload is trained. `is_as_run`: the cluster's device has the constants of layers as they are run already.
 
@@ -134,31 +134,31 @@ def costs_on(
     from spindle.cost.style import style_of
     from spindle.execution import as_run
 
-    pricing = source.pricing
+    cost_options = source.cost_options
     if profile is not None:
         check_device(cluster, profile)
         warn_of_gaps(source.metagraph, profile)
         cluster = measured_links(cluster, profile)
-        pricing = replace(pricing, execution=style_of(source.metagraph, cluster, profile, pricing))
-    cluster = cluster if is_as_run else as_run(cluster, pricing.execution)
-    return cluster if calibration is None else calibrated(cluster, calibration), pricing
+        cost_options = replace(cost_options, execution=style_of(source.metagraph, cluster, profile, cost_options))
+    cluster = cluster if is_as_run else as_run(cluster, cost_options.execution)
+    return cluster if calibration is None else calibrated(cluster, calibration), cost_options
 
 
-def priced_source(
+def costed_source(
     source: Source, cluster: "Cluster", profile: "Profile | None" = None, calibration: "Calibration | None" = None
 ) -> MetaGraph:
     """The MetaGraph with the times that a plan on `cluster` starts from, before memory makes it choose otherwise."""
-    from spindle.cost.sampled import price_steps
+    from spindle.cost.sampled import cost_steps
 
-    where, pricing = costs_on(source, cluster, profile, calibration)
-    found = price_steps(source.metagraph, source.steps, where, profile, pricing, is_mean=source.is_mean)
+    where, cost_options = costs_on(source, cluster, profile, calibration)
+    found = cost_steps(source.metagraph, source.steps, where, profile, cost_options, is_mean=source.is_mean)
     return found.metagraph
 
 
 def scaled_source(source: Source, factor: Fraction) -> Source | None:
     """The same with all batches times a factor; None where a batch would be no whole number, or only times are known.
 
-    What was captured is scaled operator by operator: what stands in no proportion to the batch is told by it too.
+    What was captured is scaled operator by operator: what stands in no proportion to the batch is found by it too.
     """
     if source.spec is not None:
         from spindle.spec.batch import scaled_by
@@ -250,12 +250,12 @@ def source_of(
         for task in workload.tasks.values()
     )
     written = {name.partition(".")[0] for w in captured.graph.writes for name in (w.target, *w.sources)}
-    pricing = pricing_of(workload, optimizer)
+    cost_options = cost_options_of(workload, optimizer)
     whole = written | {name.partition(".")[0] for name in workload.changed_whole()}
-    pricing = replace(pricing, never_sharded=tuple(sorted({*pricing.never_sharded, *whole})))
+    cost_options = replace(cost_options, never_sharded=tuple(sorted({*cost_options.never_sharded, *whole})))
     return Source(
         metagraph,
-        pricing,
+        cost_options,
         executable=True,
         steps=steps,
         sizes=found.ranges,
@@ -264,7 +264,7 @@ def source_of(
     )
 
 
-def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> Pricing:
+def cost_options_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = None) -> CostOptions:
     """How a workload says that it is trained; `optimizer` makes its optimizer. An unknown one counts as AdamW."""
     import torch
 
@@ -276,7 +276,7 @@ def pricing_of(workload: "Workload", optimizer: "Callable[[Any], Any] | None" = 
         sgd: Optimizer = "sgd_momentum" if made.defaults.get("momentum") else "sgd"
         fused = bool(made.defaults.get("fused"))
         kind = {**OPTIMIZERS, "SGD": sgd}.get(type(made).__name__, kind)
-    return Pricing(
+    return CostOptions(
         optimizer=kind,
         shard_optimizer=workload.shard_optimizer,
         shard_parameters=workload.shard_parameters,

@@ -117,6 +117,6 @@ def _joined(results: Sequence[TrainResult]) -> TrainResult:
         step_seconds=tuple(seconds for each in results for seconds in each.step_seconds),
         train_s=sum(each.train_s for each in results),
         first_step=results[0].first_step,
-        recovered=tuple(told for each in results for told in each.recovered),
+        recovered=tuple(sentence for each in results for sentence in each.recovered),
         skipped={step: why for each in results for step, why in each.skipped.items()},
     )

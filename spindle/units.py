@@ -55,15 +55,15 @@ class Units:
         return start // rows, (end - start) // rows
 
     def shares(self, unit: str, parts: int) -> tuple[Bounds, ...]:
-        """Consecutive bounds of so many shares of the batch, by its rows of a unit."""
+        """Consecutive bounds of `parts` shares of the batch, by its rows of a unit."""
         return shares(self, parts, None if unit == SAMPLES else self.counts.get(unit))
 
     def first_share(self, unit: str, parts: int) -> Bounds:
-        """The first of so many shares of the batch."""
+        """The first of `parts` shares of the batch."""
         return self.shares(unit, parts)[0]
 
     def slowest(self, unit: str, parts: int) -> float:
-        """Rows of the largest of so many shares of the batch over the mean share; 1 where all are equal."""
+        """Rows of the largest of `parts` shares of the batch over the mean share; 1 where all are equal."""
         if parts == 1:
             return 1.0
         key = (unit, parts)

@@ -34,8 +34,8 @@ def counted(where: str, weigh: Weigh, batch: SampledBatch) -> float:
     if isinstance(found, Tensor):
         found = found.sum().item() if isinstance(weigh, str) or found.numel() == 1 else found
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found) or found < 0:
-        told = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
-        raise WorkloadError(f"{where}: weigh= gave {told} for a batch; it must give one number, zero or more")
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise WorkloadError(f"{where}: weigh= gave {what} for a batch; it must give one number, zero or more")
     return float(found)
 
 

@@ -54,7 +54,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 class Task:
     """One task: its function from a batch to a scalar loss, its data, and its weight in the sum of losses.
 
-    It takes part in every `every`-th step, the first included, in each step with `probability`, or in those that its
+    It takes part in every `every`-th step, the first included, in each step with `probability`, or in steps that its
     `mixture` draws it for. When its data ends, `on_end` says what follows. `prefetch` batches are read ahead. `rows`
     counts the rows of packed fields by sample; `weigh` says by what the losses of a step's batches are weighted.
     `evaluates`: its function gives outputs of an evaluation, packed.
@@ -378,7 +378,7 @@ class Workload:
         """Decorator that registers a task function: a batch (a dict of fields) in, a scalar loss out.
 
         `data`: an iterable of batches, or a function that returns one; it must give the same batches in each process,
-        and is told the number of each pass where it, its sampler or its data set has `set_epoch`. `weight` multiplies
+        and gets the number of each pass where it, its sampler or its data set has `set_epoch`. `weight` multiplies
         the task's loss in the sum; a task of weight 0 runs forward only, as under `torch.no_grad()`, and gives nothing
         a gradient. The task takes part in every `every`-th step, or in each step with `probability`; parameters that no
         task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the training before a step
@@ -551,8 +551,8 @@ def _path(component: str, module: nn.Module, layer: str | nn.Module) -> str:
 
 def _check_choice(workload: str, what: str, value: object, choices: Iterable[object]) -> None:
     if value not in choices:
-        told = ", ".join(map(repr, choices))
-        raise WorkloadError(f"workload {workload!r}: {what} is {value!r}; choose one of {told}")
+        listed = ", ".join(map(repr, choices))
+        raise WorkloadError(f"workload {workload!r}: {what} is {value!r}; choose one of {listed}")
 
 
 def _check_name(what: str, name: str, taken: Mapping[str, object]) -> None:

@@ -1,5 +1,5 @@
-"""Alternatives: a priced MetaGraph under each memory choice in; what people would train it with instead of a plan, with
-its step and its memory under the choice that is fastest for it, out.
+"""Alternatives: a MetaGraph with costs under each memory choice in; what people would train it with instead of a plan,
+with its step and its memory under the choice that is fastest for it, out.
 
 - DDP: each device has all parameters and a part of each task's batch. One all-reduce a step: all losses are summed, or
   gradients add up without reduction (`no_sync`) until the last task's backward. One a task, as written naively.
@@ -21,6 +21,7 @@ from statistics import fmean
 from spindle.cluster import Cluster
 from spindle.cost.parallel import parallel_cost
 from spindle.cost.shards import all_sharded
+from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
 from spindle.graph import TaskGraph
 from spindle.metagraph import MetaGraph, MetaOp
@@ -31,7 +32,6 @@ from spindle.planner.baselines.place import place
 from spindle.planner.baselines.waves import Waves
 from spindle.planner.memory import layer_memory_bytes, peak_bytes
 from spindle.planner.problem import Problem, make_problem
-from spindle.pricing import Pricing
 
 DDP = "DDP, one all-reduce a step"
 DDP_BY_TASK = "DDP, one all-reduce a task"
@@ -45,7 +45,7 @@ NAMES = (DDP, DDP_BY_TASK, ZERO, FSDP, TASK_GROUPS, COMPONENT_GROUPS)
 
 @dataclass(frozen=True)
 class Choice:
-    """A MetaGraph priced under a memory choice, and the same in several steps where batches differ."""
+    """A MetaGraph costed under a memory choice, and the same in several steps where batches differ."""
 
     metagraph: MetaGraph
     steps: tuple[MetaGraph, ...] = ()
@@ -70,7 +70,7 @@ class _Way:
 def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternative, ...]:
     """Each in its fastest way that fits; where none does, what the smallest takes.
 
-    Where batches differ, ways are compared on the mean batch. Those that no choice is priced for are left out: ZeRO-1/2
+    Where batches differ, ways are compared on the mean batch. A way without a costed choice is left out: ZeRO-1/2
     needs one with sharded states, DDP and FSDP2 one without.
     """
     best: dict[str, tuple[Alternative, _Way, Choice]] = {}
@@ -94,24 +94,24 @@ def alternatives(choices: Sequence[Choice], cluster: Cluster) -> tuple[Alternati
     return tuple(found_by_name[name] for name in NAMES if name in found_by_name)
 
 
-def own_layout(metagraph: MetaGraph, cluster: Cluster, pricing: Pricing) -> tuple[Alternative, ...]:
+def own_layout(metagraph: MetaGraph, cluster: Cluster, cost_options: CostOptions) -> tuple[Alternative, ...]:
     """The layout that a workload names (`spindle.cost.parallel`); () where it names none. `metagraph` still carries its
     operators. Raises WorkloadError when the layout does not divide the cluster.
     """
     operators = tuple(operator for metaop in metagraph for operator in metaop.operators)
-    if pricing.layout is None or not operators:
+    if cost_options.layout is None or not operators:
         return ()
-    found = parallel_cost(TaskGraph(operators), cluster, pricing, pricing.layout)
+    found = parallel_cost(TaskGraph(operators), cluster, cost_options, cost_options.layout)
     fits = found.memory_bytes <= cluster.device.memory_bytes
     return (
         Alternative(
             name=OWN_LAYOUT,
             step_s=found.step_s if fits else 0.0,
-            choice=str(pricing.layout),
+            choice=str(cost_options.layout),
             peak_bytes=found.memory_bytes,
             fits=fits,
-            recompute=pricing.recompute,
-            shard_optimizer=pricing.layout.shard != "nothing",
+            recompute=cost_options.recompute,
+            shard_optimizer=cost_options.layout.shard != "nothing",
         ),
     )
 
@@ -299,7 +299,7 @@ def _widest(metaop: MetaOp, num_devices: int) -> int:
 
 
 def _distinct(metagraph: MetaGraph) -> Iterator[MetaOp]:
-    """MetaOps, of those that share parameters the first."""
+    """MetaOps; the first one of each group that shares parameters."""
     seen: set[str] = set()
     for metaop in metagraph:
         if metaop.parameters not in seen:

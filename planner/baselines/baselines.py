@@ -6,10 +6,10 @@
   each component on devices of its own for all tasks.
 - paper: `waves.paper_waves`.
 
-Devices are divided one valid step at a time, to whoever gains most by it, (T(n) - T(n')) / (n' - n), or to the slowest:
-a split takes the better of the two, and components that are faster one after another than side by side run so. The
-baselines are as good as their idea allows, lest the gain over them be flattery. `wide` variants run every MetaOp on all
-devices of its share, also where that is no faster: what it reads is there already. The shorter step of both counts.
+Devices are divided one valid step at a time, to the MetaOp that gains most, (T(n) - T(n')) / (n' - n), or to the
+slowest: a split takes the better of the two, and components that are faster one after another than side by side run so.
+The baselines are as good as their idea allows, lest the gain over them be flattery. `wide` variants run every MetaOp on
+all devices of its share, also where that is no faster: what it reads is there already. The shorter step of both counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +90,7 @@ WAVES_BY_BASELINE: Mapping[Baseline, tuple[Callable[[Problem], Waves], ...]] = {
 }
 """The variants of each; wide ones come second."""
 ALIGNED_BASELINES: frozenset[Baseline] = frozenset({"sequential", "component_split", "paper"})
-"""Those that run their waves one after another; tasks on their own devices do not wait for each other."""
+"""Baselines that run their waves one after another; tasks on their own devices do not wait for each other."""
 
 
 def _alone(problem: Problem, op: int, wide: bool) -> WaveSlice:

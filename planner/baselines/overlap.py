@@ -29,7 +29,7 @@ def bucketed_step_s(slices: Sequence[Slice], metagraph: MetaGraph, cluster: Clus
 
 def accumulated_step_s(groups: Sequence[Sequence[Slice]], metagraph: MetaGraph, cluster: Cluster) -> float:
     """Seconds of a step in which groups of tasks run one after another, and gradients add up (`no_sync`) until the
-    backward of the last group reduces them all. Those that it does not change are ready when it begins.
+    backward of the last group reduces them all. Gradients that it does not change are ready when it begins.
     """
     runs = [run_of(group, metagraph, cluster) for group in groups]
     last = runs[-1]

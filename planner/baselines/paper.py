@@ -5,7 +5,7 @@ items in each of `ORDERS`, and the schedule that ends first is taken. Where it i
 
 - Tiny MetaOps take no level of their own (`levels`).
 - A wave may end with another tuple than its shortest, and tuples may stand on counts that divide the devices (`waves`).
-- Waves are an order, not a barrier: a device goes on when its next slice's data is there. The paper's runtime is told
+- Waves are an order, not a barrier: a device goes on when its next slice's data is there. The paper's runtime is made
   to transfer and to reduce, not to wait for all (section 3.6). Strict waves (`aligned`) keep the barrier.
 """
 

@@ -22,7 +22,7 @@ from spindle.planner.problem import Problem
 from spindle.planner.traffic import Devices, transfer_s
 
 Order = Literal["staying", "earliest", "widest"]
-"""Which items of a wave choose first: those that can stay where they are, that ended earliest, on most devices."""
+"""Which items of a wave choose first: items that can stay where they are, that ended earliest, on most devices."""
 ORDERS: tuple[Order, ...] = get_args(Order)
 MAX_TRIES = 64
 MAX_SETS = 8  # device sets that one choice compares: nearest and tightest nodes come first, so more rarely differ
@@ -277,7 +277,7 @@ class _Placer:
         return _Placed(item, devices, now_s, end_s)
 
     def choose(self, item: WaveSlice, *, spill: bool, early: bool = False) -> Devices | None:
-        """The best devices for the item among those that are free and have room; None when there are none.
+        """The best devices for the item among the free ones with room; None when there are none.
 
         `early`: devices that become idle at different times; where the item gets its input first is best.
         """

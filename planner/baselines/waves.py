@@ -322,7 +322,7 @@ class _Wave:
         return tuple(min(n, max(1, int(span_s / time_s + rounding))) for time_s, n in rows)
 
     def cut(self, layers: tuple[int, ...]) -> _Cut:
-        """The wave in which each candidate runs so many layers."""
+        """The wave in which each candidate runs its number of layers."""
         rows = zip(self.moved_s, self.layer_s, layers, strict=True)
         return _Cut(self.candidates, layers, max(moved_s + time_s * n for moved_s, time_s, n in rows if n))
 

@@ -16,7 +16,7 @@ from spindle.cluster import Cluster
 from spindle.errors import PlanError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan
-from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, named, ranges
+from spindle.planner.check.case import RELATIVE, Case, CostedCase, Finding, named, ranges
 from spindle.planner.check.proof import bound_is_proved
 from spindle.planner.check.rules import METAGRAPH_RULES, PLAN_RULES, unknown_metaops
 from spindle.planner.check.step import baselines_are_possible, step_is_predicted
@@ -39,10 +39,10 @@ def check_plan(plan: Plan, metagraph: MetaGraph | None = None, cluster: Cluster 
         unknown = list(unknown_metaops(slices, metagraph))
         findings += unknown
         if not unknown:
-            priced = PricedCase(plan, case.slack_s, slices, metagraph, cluster)
-            priced_rules = (*METAGRAPH_RULES, bound_is_proved, baselines_are_possible)
-            findings += [finding for priced_rule in priced_rules for finding in priced_rule(priced)]
-            findings += step_is_predicted(priced) if not findings else ()  # slices that break rules have no step
+            costed = CostedCase(plan, case.slack_s, slices, metagraph, cluster)
+            costed_rules = (*METAGRAPH_RULES, bound_is_proved, baselines_are_possible)
+            findings += [finding for costed_rule in costed_rules for finding in costed_rule(costed)]
+            findings += step_is_predicted(costed) if not findings else ()  # slices that break rules have no step
     return tuple(findings)
 
 

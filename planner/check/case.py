@@ -32,7 +32,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class PricedCase(Case):
+class CostedCase(Case):
     """The same with what the slices cost."""
 
     metagraph: MetaGraph
@@ -43,7 +43,7 @@ class BadCertificate(Exception):
     """A certificate that speaks of MetaOps that do not exist or do not depend on each other."""
 
 
-def by_metaop(case: PricedCase) -> dict[str, list[tuple[int, Slice]]]:
+def by_metaop(case: CostedCase) -> dict[str, list[tuple[int, Slice]]]:
     """(wave index, slice) of each MetaOp in order of start."""
     found: dict[str, list[tuple[int, Slice]]] = defaultdict(list)
     for wave, s in case.slices:
@@ -51,7 +51,7 @@ def by_metaop(case: PricedCase) -> dict[str, list[tuple[int, Slice]]]:
     return found
 
 
-def usable(case: PricedCase, metaop: MetaOp) -> list[tuple[int, float]]:
+def usable(case: CostedCase, metaop: MetaOp) -> list[tuple[int, float]]:
     """Counts that the cluster has, on which at least one layer fits a device; all that the cluster has when none do."""
     capacity = case.cluster.device.memory_bytes if case.cluster else float("inf")
     there = [(n, t) for n, t in metaop.layer_time_s if n <= case.plan.num_devices]
@@ -64,7 +64,7 @@ def layer_bytes(metaop: MetaOp, count: int) -> float:
     return given[-1] / metaop.layers
 
 
-def received_s(case: PricedCase) -> list[float]:
+def received_s(case: CostedCase) -> list[float]:
     """Seconds, both directions, in which each slice receives its input when the cluster is known.
 
     Between different device sets: latency + bytes / (smaller set * rate), over the slower link if they span nodes.

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from spindle.metagraph import MetaOp
 from spindle.plan import Certificate
-from spindle.planner.check.case import RELATIVE, BadCertificate, Finding, PricedCase, usable
+from spindle.planner.check.case import RELATIVE, BadCertificate, CostedCase, Finding, usable
 from spindle.planner.check.timed import horizon_proved_s
 
 
-def bound_is_proved(case: PricedCase) -> Iterator[Finding]:
+def bound_is_proved(case: CostedCase) -> Iterator[Finding]:
     """lower_bound_s is no more than the certificate proves, and the makespan no less than the obvious bounds."""
     plan = case.plan
     if plan.certificate is not None:
@@ -28,16 +28,16 @@ def bound_is_proved(case: PricedCase) -> Iterator[Finding]:
             yield Finding(f"makespan_s is {plan.makespan_s} but {kind} alone takes {bound_s} s")
 
 
-def _area_s(case: PricedCase) -> float:
+def _area_s(case: CostedCase) -> float:
     least = (metaop.layers * min((n * t for n, t in usable(case, metaop)), default=0.0) for metaop in case.metagraph)
     return sum(least) / case.plan.num_devices
 
 
-def _fastest_s(case: PricedCase, metaop: MetaOp) -> float:
+def _fastest_s(case: CostedCase, metaop: MetaOp) -> float:
     return metaop.layers * min((t for _, t in usable(case, metaop)), default=0.0)
 
 
-def _chain_s(case: PricedCase) -> float:
+def _chain_s(case: CostedCase) -> float:
     end_s: dict[str, float] = {}
     for name in case.metagraph.topological_order:
         before_s = max((end_s[p] for p in case.metagraph.predecessors[name]), default=0.0)
@@ -45,7 +45,7 @@ def _chain_s(case: PricedCase) -> float:
     return max(end_s.values())
 
 
-def _proved_s(case: PricedCase, certificate: Certificate, names: frozenset[str]) -> float:
+def _proved_s(case: CostedCase, certificate: Certificate, names: frozenset[str]) -> float:
     """What a certificate proves about the MetaOps `names` (the formula stands in `spindle.plan.Certificate`)."""
     if certificate.through:
         if certificate.through not in names:

@@ -6,7 +6,7 @@ from math import isclose
 
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Slice
-from spindle.planner.check.case import RELATIVE, Case, Finding, PricedCase, by_metaop, layer_bytes, named, received_s
+from spindle.planner.check.case import RELATIVE, Case, CostedCase, Finding, by_metaop, layer_bytes, named, received_s
 
 SHARES = 1e-6  # by which shares of steps may miss 1 together
 
@@ -48,12 +48,12 @@ def _devices_exist(case: Case) -> Iterator[Finding]:
 
 def _one_slice_at_a_time(case: Case) -> Iterator[Finding]:
     last: dict[int, tuple[int, Slice]] = {}
-    told: set[tuple[Slice, Slice]] = set()
+    noted: set[tuple[Slice, Slice]] = set()
     for wave, s in case.slices:
         for device in s.devices:
             before = last.get(device)
-            if before and s.start_s < before[1].end_s - case.slack_s and (before[1], s) not in told:
-                told.add((before[1], s))
+            if before and s.start_s < before[1].end_s - case.slack_s and (before[1], s) not in noted:
+                noted.add((before[1], s))
                 yield Finding(
                     f"device {device} runs {named(s)} from {s.start_s} s while {named(before[1])} holds it until "
                     f"{before[1].end_s} s; a device runs one slice at a time",
@@ -84,7 +84,7 @@ def unknown_metaops(slices: Sequence[tuple[int, Slice]], metagraph: MetaGraph) -
             yield Finding(f"{named(s)}: the MetaGraph has no MetaOp {s.metaop!r}", (wave,))
 
 
-def _every_layer_once(case: PricedCase) -> Iterator[Finding]:
+def _every_layer_once(case: CostedCase) -> Iterator[Finding]:
     slices_of = by_metaop(case)
     for metaop in case.metagraph:
         following, until_s = 0, 0.0
@@ -102,7 +102,7 @@ def _every_layer_once(case: PricedCase) -> Iterator[Finding]:
             yield Finding(f"{metaop.name!r} has {metaop.layers} layers but the plan runs {following} of them")
 
 
-def _counts_and_spans(case: PricedCase) -> Iterator[Finding]:
+def _counts_and_spans(case: CostedCase) -> Iterator[Finding]:
     transfers_s = received_s(case)
     for (wave, s), extra_s in zip(case.slices, transfers_s, strict=True):
         metaop = case.metagraph[s.metaop]
@@ -117,7 +117,7 @@ def _counts_and_spans(case: PricedCase) -> Iterator[Finding]:
             yield Finding(f"{named(s)} lasts {s.end_s - s.start_s} s but takes {least_s} s: {why}", (wave,))
 
 
-def _dependencies(case: PricedCase) -> Iterator[Finding]:
+def _dependencies(case: CostedCase) -> Iterator[Finding]:
     ends: dict[str, tuple[float, int]] = {}
     for wave, s in case.slices:
         ends[s.metaop] = max(ends.get(s.metaop, (0.0, wave)), (s.end_s, wave))
@@ -130,15 +130,15 @@ def _dependencies(case: PricedCase) -> Iterator[Finding]:
                 )
 
 
-def _memory(case: PricedCase) -> Iterator[Finding]:
+def _memory(case: CostedCase) -> Iterator[Finding]:
     plan, cluster = case.plan, case.cluster
     peaks = _peaks(case)
     reported = plan.memory.peak_bytes_per_device
     if reported and len(reported) != len(peaks):
         yield Finding(f"memory tells of {len(reported)} devices but the plan has {len(peaks)}")
-    for device, (peak, told) in enumerate(zip(peaks, reported, strict=False)):
-        if not isclose(peak, told, rel_tol=1e-6, abs_tol=1.0):
-            yield Finding(f"device {device} needs {peak:.0f} bytes but the plan says {told:.0f}")
+    for device, (peak, stated) in enumerate(zip(peaks, reported, strict=False)):
+        if not isclose(peak, stated, rel_tol=1e-6, abs_tol=1.0):
+            yield Finding(f"device {device} needs {peak:.0f} bytes but the plan says {stated:.0f}")
             break
     if cluster is None:
         return
@@ -155,7 +155,7 @@ def _memory(case: PricedCase) -> Iterator[Finding]:
         yield Finding(f"memory.fits is {str(plan.memory.fits).lower()} but {len(full)} devices overflow")
 
 
-def _cluster_shape(case: PricedCase) -> Iterator[Finding]:
+def _cluster_shape(case: CostedCase) -> Iterator[Finding]:
     plan, cluster = case.plan, case.cluster
     if cluster and (plan.num_devices, plan.devices_per_node) != (cluster.num_devices, cluster.devices_per_node):
         yield Finding(
@@ -164,7 +164,7 @@ def _cluster_shape(case: PricedCase) -> Iterator[Finding]:
         )
 
 
-def _peaks(case: PricedCase) -> list[float]:
+def _peaks(case: CostedCase) -> list[float]:
     """Bytes of each device: all its layers; weight and gradient of a shared layer once; what backward computes again,
     which each MetaOp's bytes hold once, for one layer at a time; activations of its fullest turn only; two layers of
     those whose parameters are sharded."""
@@ -210,7 +210,7 @@ def _activation_bytes(metaop: MetaOp, count: int) -> float:
     return max(0.0, left - (metaop.layer_state_bytes or 2 * metaop.layer_param_bytes))
 
 
-def _turns(case: PricedCase) -> Iterator[Finding]:
+def _turns(case: CostedCase) -> Iterator[Finding]:
     """Turns name each task once and in order, hand each other nothing, and do not overlap."""
     turns = case.plan.turn_by_task
     if not turns:
@@ -248,7 +248,7 @@ def _turns(case: PricedCase) -> Iterator[Finding]:
                 )
 
 
-def _shards_together(case: PricedCase) -> Iterator[Finding]:
+def _shards_together(case: CostedCase) -> Iterator[Finding]:
     """Slices of a component whose parameters are sharded run on the same devices, one copy of the layers on each."""
     of_plan = set(case.plan.shard_parameters)
     known = {metaop.component for metaop in case.metagraph}
@@ -260,7 +260,7 @@ def _shards_together(case: PricedCase) -> Iterator[Finding]:
         if metaop.component in of_plan and metaop.layer_param_bytes:
             yield Finding(
                 f"{named(s)}: the plan shards the parameters of {metaop.component!r}, but this MetaOp's "
-                "layer_param_bytes are reduced after backward; price it with sharded parameters",
+                "layer_param_bytes are reduced after backward; find its costs with sharded parameters",
                 (wave,),
             )
         if not metaop.is_sharded:
@@ -306,7 +306,7 @@ PLAN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _makespan,
     _task_sets,
 )
-METAGRAPH_RULES: tuple[Callable[[PricedCase], Iterator[Finding]], ...] = (
+METAGRAPH_RULES: tuple[Callable[[CostedCase], Iterator[Finding]], ...] = (
     _cluster_shape,
     _every_layer_once,
     _counts_and_spans,

@@ -16,29 +16,29 @@ from typing import NamedTuple
 from spindle.cluster import Cluster, Collective
 from spindle.cost.links import collective_s, times_sent
 from spindle.plan import Slice
-from spindle.planner.check.case import Finding, PricedCase, received_s
+from spindle.planner.check.case import CostedCase, Finding, received_s
 
 CLOSE = 1e-6  # of the step
 
 
-def step_is_predicted(case: PricedCase) -> Iterator[Finding]:
+def step_is_predicted(case: CostedCase) -> Iterator[Finding]:
     """reduction_s, update_s and step_s are what the slices take; a plan without step_s predicts none of them."""
     plan = case.plan
     if case.cluster is None or not plan.step_s:
         return
     found = _run_step(case, case.cluster)
-    for name, told_s, takes_s in (
+    for name, stated_s, takes_s in (
         ("reduction_s", plan.reduction_s, found.reduction_s),
         ("update_s", plan.update_s, found.update_s),
         ("step_s", plan.step_s, found.both_s + found.reduction_s + found.update_s + plan.fixed_s),
     ):
-        if not isclose(told_s, takes_s, rel_tol=CLOSE, abs_tol=CLOSE * plan.makespan_s):
+        if not isclose(stated_s, takes_s, rel_tol=CLOSE, abs_tol=CLOSE * plan.makespan_s):
             yield Finding(
-                f"{name} is {told_s} but the slices take {takes_s} s; write that, or step_s 0 for no prediction"
+                f"{name} is {stated_s} but the slices take {takes_s} s; write that, or step_s 0 for no prediction"
             )
 
 
-def baselines_are_possible(case: PricedCase) -> Iterator[Finding]:
+def baselines_are_possible(case: CostedCase) -> Iterator[Finding]:
     """No baseline is said to be shorter than any schedule can be."""
     plan = case.plan
     for field, pairs in (("baselines_s", plan.baselines_s), ("baseline_steps_s", plan.baseline_steps_s)):
@@ -48,10 +48,10 @@ def baselines_are_possible(case: PricedCase) -> Iterator[Finding]:
                     f"{field} says {name!r} takes {seconds} s, below lower_bound_s {plan.lower_bound_s}, "
                     "which no schedule can beat"
                 )
-    told = dict(plan.baselines_s).get(plan.method)
-    if told is not None and abs(told - plan.makespan_s) > case.slack_s:
+    stated_s = dict(plan.baselines_s).get(plan.method)
+    if stated_s is not None and abs(stated_s - plan.makespan_s) > case.slack_s:
         yield Finding(
-            f"the plan is {plan.method!r}, whose makespan baselines_s gives as {told}, not {plan.makespan_s} s"
+            f"the plan is {plan.method!r}, whose makespan baselines_s gives as {stated_s}, not {plan.makespan_s} s"
         )
 
 
@@ -82,7 +82,7 @@ class _Ready(NamedTuple):
     num_bytes: float
 
 
-def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
+def _run_step(case: CostedCase, cluster: Cluster) -> _Step:
     computed_s, both_s = _backward(case, loads=_loading(case) if cluster.device.is_cpu else {})
     held = _held(case)
     ready = [found for h in held for found in _ready(case, h, computed_s, both_s)]
@@ -100,7 +100,7 @@ def _run_step(case: PricedCase, cluster: Cluster) -> _Step:
     return _Step(_at_least_loading(case, cluster, both_s, last_s), reduction_s, last_s - reduction_s)
 
 
-def _ready(case: PricedCase, held: _Held, computed_s: list[float], both_s: float) -> Iterator[_Ready]:
+def _ready(case: CostedCase, held: _Held, computed_s: list[float], both_s: float) -> Iterator[_Ready]:
     """The gradients of each layer: a slice computes those of its last layer first, the others at even distances; those
     of tensor parallel layers count when the slice ends."""
     for layer in range(held.first, held.first + held.count):
@@ -113,7 +113,7 @@ def _ready(case: PricedCase, held: _Held, computed_s: list[float], both_s: float
         yield _Ready(round(max(moments), 12), held.devices, held.num_bytes / held.count)
 
 
-def _at_least_loading(case: PricedCase, cluster: Cluster, both_s: float, last_s: float) -> float:
+def _at_least_loading(case: CostedCase, cluster: Cluster, both_s: float, last_s: float) -> float:
     """Forward and backward with what is waited for where loaders run beside them: no step is shorter than loading."""
     if cluster.device.is_cpu:
         return both_s
@@ -123,7 +123,7 @@ def _at_least_loading(case: PricedCase, cluster: Cluster, both_s: float, last_s:
     return max([both_s, *(load_s - last_s for load_s in seconds.values())])
 
 
-def _loading(case: PricedCase) -> dict[tuple[int, str], float]:
+def _loading(case: CostedCase) -> dict[tuple[int, str], float]:
     """Seconds in which a device loads a task's batch, for all tasks of which it runs a MetaOp that reads fields."""
     found = dict[tuple[int, str], float]()
     for _, s in case.slices:
@@ -133,7 +133,7 @@ def _loading(case: PricedCase) -> dict[tuple[int, str], float]:
     return found
 
 
-def _backward(case: PricedCase, loads: dict[tuple[int, str], float]) -> tuple[list[float], float]:
+def _backward(case: CostedCase, loads: dict[tuple[int, str], float]) -> tuple[list[float], float]:
     """When each slice's gradients are there, and when backward ends. `loads` stand before a device's first slice that
     reads a batch."""
     slices = [s for _, s in case.slices]
@@ -154,7 +154,7 @@ def _backward(case: PricedCase, loads: dict[tuple[int, str], float]) -> tuple[li
     return computed_s, begins_s
 
 
-def _places_by_turn(case: PricedCase) -> list[list[int]]:
+def _places_by_turn(case: CostedCase) -> list[list[int]]:
     """Numbers of the slices of each turn that has any."""
     turns = [set(tasks) for tasks in case.plan.turns] or [{metaop.task for metaop in case.metagraph}]
     found = [[i for i, (_, s) in enumerate(case.slices) if case.metagraph[s.metaop].task in tasks] for tasks in turns]
@@ -162,7 +162,7 @@ def _places_by_turn(case: PricedCase) -> list[list[int]]:
 
 
 def _forward_end_s(
-    case: PricedCase, places: list[int], moves_s: list[float], loads: dict[tuple[int, str], float], begins_s: float
+    case: CostedCase, places: list[int], moves_s: list[float], loads: dict[tuple[int, str], float], begins_s: float
 ) -> float:
     """When the forward of a turn that begins at `begins_s` ends."""
     graph = case.metagraph
@@ -179,13 +179,13 @@ def _forward_end_s(
     return max(ends_s.values())
 
 
-def _work_s(case: PricedCase, s: Slice, *, forward: bool) -> float:
+def _work_s(case: CostedCase, s: Slice, *, forward: bool) -> float:
     metaop = case.metagraph[s.metaop]
     share = metaop.forward_fraction if forward else 1 - metaop.forward_fraction
     return s.num_layers * metaop.times[len(s.devices)] * share
 
 
-def _held(case: PricedCase) -> list[_Held]:
+def _held(case: CostedCase) -> list[_Held]:
     """Trained layers by who runs them, neighbors together."""
     runs: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (_, s) in enumerate(case.slices):

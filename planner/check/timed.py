@@ -8,14 +8,14 @@ import numpy.typing as npt
 
 from spindle.metagraph import MetaOp
 from spindle.plan import TimePrices
-from spindle.planner.check.case import BadCertificate, PricedCase, usable
+from spindle.planner.check.case import BadCertificate, CostedCase, usable
 
 Array = npt.NDArray[np.float64]
 ROUNDING = 1e-9  # of a window
 SUMS = 1e-12  # of all that is added and taken away: no smaller difference proves anything
 
 
-def horizon_proved_s(case: PricedCase, prices: TimePrices) -> float:
+def horizon_proved_s(case: CostedCase, prices: TimePrices) -> float:
     """The prices' horizon when no schedule ends by it; 0 when they do not show that."""
     edges, device = np.array(prices.edges_s), np.array(prices.device_prices)
     starting, ending = defaultdict[str, Array](lambda: 0 * device), defaultdict[str, Array](lambda: 0 * device)
@@ -41,11 +41,11 @@ def horizon_proved_s(case: PricedCase, prices: TimePrices) -> float:
     return prices.horizon_s if paid - worth > SUMS * (worth + 2 * waits) else 0.0
 
 
-def _own_s(case: PricedCase, metaop: MetaOp) -> float:
+def _own_s(case: CostedCase, metaop: MetaOp) -> float:
     return metaop.layers * min(t for _, t in usable(case, metaop))
 
 
-def _away_s(case: PricedCase, order: tuple[str, ...], near: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
+def _away_s(case: CostedCase, order: tuple[str, ...], near: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
     """Seconds that must pass on one side of each MetaOp: the longest chain, or the device time of all that is there."""
     far: dict[str, frozenset[str]] = {}
     found: dict[str, float] = {}

@@ -81,7 +81,7 @@ class Explanation:
 def explain(plan: Plan) -> Explanation:
     """Explain a plan that carries its MetaGraph and cluster; raises PlanError otherwise."""
     if plan.metagraph is None or plan.cluster is None:
-        raise PlanError("the plan carries no MetaGraph or no cluster, so nothing can be priced; plan again")
+        raise PlanError("the plan carries no MetaGraph or no cluster, so its gap cannot be explained; plan again")
     problem = make_problem(plan.metagraph, plan.cluster, plan.turns)
     certificate = plan.certificate
     if certificate is None or certificate.through:

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from spindle.calibration import FACTORS, Calibration
 from spindle.cost.bands import Band, band, factor_bands, pair_band
-from spindle.cost.sources import CostSource, cost_sources, priced_like, step_band
+from spindle.cost.sources import CostSource, cost_sources, costed_like, step_band
 from spindle.errors import InfeasibleError
 from spindle.outlook import Gain, Moves, Outlook, Proof
 from spindle.plan import Alternative, Plan
@@ -56,12 +56,12 @@ class _Pair:
         return self.shift + 1 - (own_s + self.plan.fixed_s) / (other_s + self.plan.fixed_s)
 
     def _other_s(self, costs: Costs, own: Recosted, factors: Calibration | None, *, must_fit: bool) -> float | None:
-        """Seconds of the alternative, priced under its own memory choice."""
-        given = costs.pricing
+        """Seconds of the alternative, costed under its own memory choice."""
+        given = costs.cost_options
         memory = replace(given, recompute=self.other.recompute, shard_optimizer=self.other.shard_optimizer)
         memory = replace(memory, shard_parameters=())  # FSDP2 is costed from whole ones
-        found = own if memory == given else replace(costs, pricing=memory).under(factors)
-        choice = Choice(found.priced.metagraph, found.priced.steps, self.other.recompute)
+        found = own if memory == given else replace(costs, cost_options=memory).under(factors)
+        choice = Choice(found.costed.metagraph, found.costed.steps, self.other.recompute)
         return step_again_s(self.other, choice, found.cluster, must_fit=must_fit)
 
 
@@ -88,7 +88,7 @@ def outlook_of(
 
 def sources_of(plan: Plan, costs: Costs, *, is_calibrated: bool = False) -> tuple[CostSource, ...]:
     """Where the times of each MetaOp come from."""
-    return cost_sources(priced_like(costs.metagraph, plan), costs.profile, is_calibrated=is_calibrated)
+    return cost_sources(costed_like(costs.metagraph, plan), costs.profile, is_calibrated=is_calibrated)
 
 
 def _source(sources: tuple[CostSource, ...]) -> str:

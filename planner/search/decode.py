@@ -1,7 +1,7 @@
 """Decode: lists of slices in, a schedule out. Event-driven list scheduling, the inner loop of the local search.
 
-A Draft holds for each MetaOp its slices, each with a rank; whoever is ready starts in order of rank as soon as enough
-devices are free, later ranks overtaking those that do not fit. A slice may also be held: it does not start before its
+A Draft holds for each MetaOp its slices, each with a rank; ready slices start in order of rank as soon as enough
+devices are free, later ranks overtaking slices that do not fit. A slice may also be held: it does not start before its
 release, so that devices stay idle for what comes soon. O(slices * (ready + log running)).
 
 Drafts that differ in one slice have the same schedule until that slice is ready. Moments of a schedule may be kept, and

@@ -103,7 +103,7 @@ class DevicePool:
 
     @cached_property
     def shared(self) -> tuple[int, ...]:
-        """For each MetaOp the number of those that share its parameters; -1 where it has no such."""
+        """For each MetaOp the number of MetaOps that share its parameters; -1 where none does."""
         shared = [members for members in self.sharing if len(members) > 1]
         group = {m: i for i, members in enumerate(shared) for m in members}
         return tuple(group.get(m, -1) for m in range(len(self.problem)))

@@ -16,7 +16,7 @@ from spindle.planner.search.decode import Decoded, Decoder, Draft, Moment, Part
 from spindle.planner.search.list_scheduler import Stuck
 from spindle.planner.search.work import Work
 
-CROWD = 400  # MetaOps from which on decoding a slice takes longer by the square, since so many wait
+CROWD = 400  # MetaOps from which on decoding a slice takes longer by the square, since many wait
 CHUNK_SLICES = 6000  # decoded between two looks at the budget
 HOT, COLD = 5e-4, 3e-5
 MOVE_UNITS = 2.0

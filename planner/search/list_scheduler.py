@@ -211,7 +211,7 @@ class Tracker:
         return chosen
 
     def _grow(self, given: dict[int, int], free: int, least_gain: float) -> None:
-        """Idle devices to those that gain, best first, one step each time."""
+        """Gives idle devices to the slices that gain, best first, one step each time."""
         model = self.model
         while free:
             best, best_gain = -1, least_gain
@@ -356,7 +356,7 @@ class Tracker:
 
 
 def _foremost(state: State) -> list[int]:
-    """All that are at the end of a layer, and the first and last of those that wait: else each decision takes as long
+    """All that are at the end of a layer, and the first and last of the waiting ones: else each decision takes as long
     as there are MetaOps."""
     running = [m for m in state.idle if state.current[m] >= 0]
     waiting = [m for m in state.idle if state.current[m] < 0]

@@ -146,7 +146,7 @@ class PlacedDecoder:
     def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
         """What gradient reductions add, as `spindle.planner.reduction` has it.
 
-        Backward runs the same slices in reverse: when those that started first run, all other gradients are ready.
+        Backward runs the same slices in reverse: when the slices that started first run, all other gradients are ready.
         """
         problem = self.pool.problem
         _, _, starts, devices = decoded

@@ -52,17 +52,17 @@ def changes(checkpoint: "Checkpoint", workload: Workload) -> list[str]:
     from spindle.runtime.checkpoints.checkpoint import new_components
 
     now, before = facts_of(workload), checkpoint.progress.get(KEY)
-    told = [
+    sentences = [
         f"component {name!r} is new: it begins at its own values from step {checkpoint.step + 1} on, without states of "
         "the optimizer"
         for name in new_components(workload, checkpoint.path)
     ]
     if before is None:
-        return told
+        return sentences
     if before["stage"] == now["stage"]:
-        told += _of_tasks(before["tasks"], now["tasks"], checkpoint.step, checkpoint.progress)
-    told += _of_frozen(set(before["frozen"]), workload)
-    return told + list(_of_values("the workload", before["settings"], now["settings"]))
+        sentences += _of_tasks(before["tasks"], now["tasks"], checkpoint.step, checkpoint.progress)
+    sentences += _of_frozen(set(before["frozen"]), workload)
+    return sentences + list(_of_values("the workload", before["settings"], now["settings"]))
 
 
 def _of_tasks(before: Mapping[str, Facts], now: Mapping[str, Facts], step: int, progress: Progress) -> Iterator[str]:
@@ -83,15 +83,15 @@ def _of_values(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
                 yield f"the mixture of {what} is another from here on"
                 continue
             more = "; its data go on after as many batches as were read" if name == "batch_size" else ""
-            yield f"{name} of {what} was {_told(before[name])} and is {_told(now[name])} from here on{more}"
+            yield f"{name} of {what} was {_as_text(before[name])} and is {_as_text(now[name])} from here on{more}"
 
 
-def _told(value: object) -> str:
+def _as_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _of_frozen(before: set[str], workload: Workload) -> Iterator[str]:
-    """By component: parameters that are trained no longer, and those that are trained again."""
+    """By component: parameters that are trained no longer, and parameters that are trained again."""
     named = dict(workload.named_parameters())
     now = {name for name, parameter in named.items() if not parameter.requires_grad}
     for component in workload.components:

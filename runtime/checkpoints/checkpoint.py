@@ -7,7 +7,7 @@
 
 - Tensors are written each by one rank, one after the other, as safetensors: a parameter or buffer as
   `component.path`, an optimizer state or a master as `optimizer:component.path:key`, a running average as
-  `ema:component.path`; what tensor parallelism cuts goes by pieces, `component.path@index/count/dimension`. Nothing
+  `ema:component.path`; what tensor parallelism cuts has pieces, `component.path@index/count/dimension`. Nothing
   in a checkpoint is unpickled code.
 - A checkpoint is written beside its place and renamed into it when it is whole, so that what has its name is complete;
   one that stood there goes only then.
@@ -330,7 +330,7 @@ def fill(path: Path, places: Mapping[str, Tensor]) -> None:
 def put_weights(
     workload: Workload, checkpoint: Checkpoint, *, ema: bool = False, initial: dict[str, Tensor] | None = None
 ) -> None:
-    """Put the parameters and buffers of a checkpoint into the user's modules; ranks read those that are on the meta
+    """Put the parameters and buffers of a checkpoint into the user's modules; ranks read the ones on the meta
     device themselves. `ema`: the running average of them, where it has one. `initial`: let components that the
     checkpoint does not have begin at their own values, which it keeps for a second call; None refuses them.
     """

@@ -95,7 +95,7 @@ class LaterSaves(Saves):
         self._workers.call("sync")
         progress = self.run.progress(self._workers.call("save", str(unfinished), later=True), more)
         if self._workers.leads:
-            with self._told(path):
+            with self._explained(path):
                 put_progress(unfinished, progress)
 
     def look(self) -> None:
@@ -103,13 +103,13 @@ class LaterSaves(Saves):
         pending = self._pending
         if pending is None:
             return
-        with self._told(pending.path):
+        with self._explained(pending.path):
             finished = self._finishing is not None and self._finishing.check()
-        told = self._workers.call("writing", finished)
-        if told[0][1]:  # as the driver says that leads, where there are several
+        answers = self._workers.call("writing", finished)
+        if answers[0][1]:  # as the driver says that leads, where there are several
             self._pending = self._finishing = None
             self.is_whole(pending.step, pending.path)
-        elif self._workers.leads and self._finishing is None and all(done for done, _ in told):
+        elif self._workers.leads and self._finishing is None and all(done for done, _ in answers):
             self._finishing = Writing()
             self._finishing.start(lambda: self._finish(pending))
         if self._pending is not None and time.monotonic() > pending.deadline_s:
@@ -138,7 +138,7 @@ class LaterSaves(Saves):
                 self.written.append(pending.path)
 
     @contextlib.contextmanager
-    def _told(self, path: Path) -> Iterator[None]:
+    def _explained(self, path: Path) -> Iterator[None]:
         """Errors of the file system as those of the checkpoint."""
         try:
             yield

@@ -38,7 +38,7 @@ from spindle.runtime.checkpoints.checkpoint import (
 from spindle.workload import Workload
 
 Resume = bool | int | Path | str
-"""Go on from nothing (False), the newest checkpoint (True), that after so many steps, or one by its path."""
+"""Go on from nothing (False), the newest checkpoint (True), the one after a number of steps, or one by its path."""
 
 _LOCK, OWNER, ASIDE = ".lock", ".owner.json", "aside"
 
@@ -94,7 +94,7 @@ def _held(directory: Path) -> Iterator[None]:
                     owner.unlink()
     except Timeout:
         raise CheckpointError(
-            f"{directory} is in use by another run ({_told(owner)}); give this one another directory, or end that one"
+            f"{directory} is in use by another run ({_user(owner)}); give this one another directory, or end that one"
         ) from None
 
 
@@ -121,7 +121,7 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _told(owner: Path) -> str:
+def _user(owner: Path) -> str:
     try:
         values = json.loads(owner.read_text()[:1000])
         return f"process {int(values['process'])} on {values['host']!s:.80}, since {values['since']!s:.40}"

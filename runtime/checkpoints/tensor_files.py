@@ -54,7 +54,7 @@ class Source:
         return tuple(shape)
 
     @property
-    def told(self) -> str:
+    def identity(self) -> str:
         """What must be alike on all machines: names and places, not folders."""
         return str([(name, s.key, s.shape, str(s.dtype), s.offset) for name, s in sorted(self.parts.items())])
 

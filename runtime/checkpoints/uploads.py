@@ -2,7 +2,7 @@
 
 - A checkpoint gets its name when it is whole, so the folder says what is ready; the training knows of no upload.
 - `spindle.json` goes last: what lies at the URL without it is no checkpoint yet. The newest checkpoint goes first.
-- What fails is told in a sentence, once a checkpoint, and tried again; it never ends a training.
+- What fails is said by one warning a checkpoint, and tried again; it never ends a training.
 - What was fetched is checked against its checksums before it gets its name.
 """
 
@@ -33,11 +33,11 @@ class Remote:
         """Raises InputError for a URL whose kind is not known, or whose package is not installed."""
         from fsspec.core import url_to_fs
 
-        self.told = re.sub(r"//[^/@]*@", "//", url)  # without a password
+        self.url = re.sub(r"//[^/@]*@", "//", url)  # without a password
         try:
             found: tuple[Any, str] = url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise InputError(f"{self.told} is no place for uploads ({error}); give s3://BUCKET/FOLDER") from None
+            raise InputError(f"{self.url} is no place for uploads ({error}); give s3://BUCKET/FOLDER") from None
         self._files, self._root = found[0], found[1].rstrip("/")
 
     def steps(self) -> list[str]:
@@ -75,7 +75,7 @@ class Remote:
             self._files.get_file(f"{there}/{ABOUT}", str(unfinished / ABOUT))
             for file, (num_bytes, _) in about_of(unfinished).files.items():
                 if self._files.size(f"{there}/{file}") != num_bytes:
-                    raise CheckpointError(f"{self.told}/{name}/{file} is not as it was written; take an older one")
+                    raise CheckpointError(f"{self.url}/{name}/{file} is not as it was written; take an older one")
                 self._files.get_file(f"{there}/{file}", str(unfinished / file))
             read(unfinished)
             unfinished.rename(path)
@@ -86,19 +86,22 @@ class Remote:
 
 def fetch(url: str, directory: Path, warn: Warn) -> Path | None:
     """The newest whole checkpoint at a URL, copied into a directory that has none of as many steps; None where there is
-    nothing newer. Damaged ones are told and left out. Raises CheckpointError where the URL cannot be read.
+    nothing newer. Damaged ones are named in a warning and left out. Raises CheckpointError where the URL cannot
+    be read.
     """
     remote = Remote(url)
     newest = max((step_of(path) for path in checkpoints_in(directory)), default=-1)
     try:
         names = [name for name in remote.steps() if step_of(Path(name)) > newest]
     except Exception as error:  # each library has errors of its own
-        raise CheckpointError(f"{remote.told} cannot be read ({_told(error)}); check the URL and its rights") from None
+        raise CheckpointError(
+            f"{remote.url} cannot be read ({_as_text(error)}); check the URL and its rights"
+        ) from None
     for name in names:
         try:
             return remote.get(name, directory)
         except Exception as error:
-            warn(f"{remote.told}/{name} cannot be fetched ({_told(error)}); an older one is tried")
+            warn(f"{remote.url}/{name} cannot be fetched ({_as_text(error)}); an older one is tried")
     return None
 
 
@@ -118,7 +121,7 @@ class Uploads:
         self._thread = start_thread(self._run, "uploads", end=self._stopped.set)
 
     def end(self, deadline_s: float) -> list[str]:
-        """Wait for what is not there yet, at most so many seconds; the names of checkpoints that are still missing."""
+        """Wait at most `deadline_s` for what is not there yet; the names of checkpoints that are still missing."""
         until_s = time.monotonic() + deadline_s
         thread = self._thread
         while thread and thread.is_alive() and self._missing() and time.monotonic() < until_s:
@@ -139,7 +142,7 @@ class Uploads:
         return [path for path in checkpoints_in(self._directory) if self._done.get(path.name) != _written_ns(path)]
 
     def _uploaded(self, path: Path) -> bool:
-        """Whether a checkpoint is there now, or is no longer here; what went wrong is told once."""
+        """Whether a checkpoint is there now, or is no longer here; what went wrong is said by one warning."""
         written_ns = _written_ns(path)
         try:
             if not self._remote.holds(path):
@@ -149,7 +152,7 @@ class Uploads:
                 return True
             if path.name not in self._failed:
                 self._failed.add(path.name)
-                self._warn(f"{path.name} was not uploaded to {self._remote.told} ({_told(error)}); it is tried again")
+                self._warn(f"{path.name} was not uploaded to {self._remote.url} ({_as_text(error)}); it is tried again")
             return False
         self._done[path.name] = written_ns
         return True
@@ -158,7 +161,7 @@ class Uploads:
 @contextlib.contextmanager
 def uploading(url: str, directory: Path, warn: Warn, *, deadline_s: float) -> Iterator[None]:
     """Upload what is written into a directory meanwhile, and at the end, good or bad, what is left; what is not there
-    after `deadline_s` seconds is told.
+    after `deadline_s` seconds is named in a warning.
     """
     uploads = Uploads(url, directory, warn)
     uploads.begin()
@@ -168,7 +171,7 @@ def uploading(url: str, directory: Path, warn: Warn, *, deadline_s: float) -> It
         missing = uploads.end(deadline_s)
         if missing:
             warn(
-                f"{', '.join(missing[-3:])} {'is' if len(missing) == 1 else 'are'} not at {uploads._remote.told} after "
+                f"{', '.join(missing[-3:])} {'is' if len(missing) == 1 else 'are'} not at {uploads._remote.url} after "
                 f"{deadline_s:g} s; copy from {directory} what you need"
             )
 
@@ -180,6 +183,6 @@ def _written_ns(path: Path) -> int:
         return 0
 
 
-def _told(error: Exception) -> str:
+def _as_text(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

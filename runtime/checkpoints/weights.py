@@ -102,7 +102,7 @@ class Readable(Protocol):
         """The tensor of that name, on the CPU."""
 
     @property
-    def told(self) -> str:
+    def identity(self) -> str:
         """What must be alike on all machines."""
 
 

@@ -1,4 +1,4 @@
-"""Writing: work in a thread, whose error comes to whoever asks for it."""
+"""Writing: work in a thread, whose error is raised where its result is asked for."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from spindle.runtime.comms.background import start_thread
 
 
 class Writing:
-    """Work in a thread, one at a time; its error is raised by whoever asks for it."""
+    """Work in a thread, one at a time; its error is raised where its result is asked for."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None

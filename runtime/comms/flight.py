@@ -33,7 +33,7 @@ EVENTS = 512  # of a step with some dozens of instructions the last ten or so
 KEPT = 4  # records of attempts that ended badly
 
 HEAD = struct.Struct("=8sIIIId64s")  # MAGIC, VERSION, rank, number of ranks, EVENTS, begun at, host
-STATE = struct.Struct("=QdBBB")  # number of events so far, last beat; whether it waits, beats, was told to end
+STATE = struct.Struct("=QdBBB")  # number of events so far, last beat; whether it waits, beats, was asked to end
 EVENT = struct.Struct("=dqdB103s")  # at, step from 1 on (-1: none), number, kind, text
 STATE_AT, EVENTS_AT = 96, 128
 _BEAT_AT, _WAITS_AT = STATE_AT + 8, STATE_AT + 16
@@ -67,9 +67,9 @@ class Flight:
 
     def add(self, kind: EventKind, text: str | bytes, step: int = -1, number: float = 0.0) -> None:
         """An event; one that is half written when the rank ends is not counted."""
-        told = text if isinstance(text, bytes) else text.encode(errors="replace")
+        data = text if isinstance(text, bytes) else text.encode(errors="replace")
         at = EVENTS_AT + self._count % EVENTS * EVENT.size
-        EVENT.pack_into(self._memory, at, time.time(), step, number, kind, told)
+        EVENT.pack_into(self._memory, at, time.time(), step, number, kind, data)
         self._count += 1
         _COUNT.pack_into(self._memory, STATE_AT, self._count)
 
@@ -94,7 +94,7 @@ class Flight:
         self._memory[_BEATS_AT] = 1
 
     def stop(self) -> None:
-        """It was told to end. No event: signals come in the middle of one."""
+        """It was asked to end. No event: signals come in the middle of one."""
         self._memory[_STOPS_AT] = 1
 
     def fail(self, text: str, *, lost: bool = False) -> None:
@@ -175,8 +175,8 @@ def _write_end(now: Path, error: BaseException) -> None:
     lines = [line for line in str(error).splitlines() if line.strip()]
     rank = error.rank if isinstance(error, LostRankError) else None
     text = lines[0] if lines else type(error).__name__
-    told = {"format": "spindle.flight", "version": 1, "error": text[:2000], "rank": rank, "at_s": time.time()}
-    (now / END).write_text(json.dumps(told))
+    end = {"format": "spindle.flight", "version": 1, "error": text[:2000], "rank": rank, "at_s": time.time()}
+    (now / END).write_text(json.dumps(end))
 
 
 def _put_by(now: Path) -> None:

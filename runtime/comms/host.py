@@ -49,8 +49,8 @@ def running_on(cores: Sequence[int]) -> Iterator[None]:
 
 
 def threads_of_rank(ranks_here: int) -> int:
-    """Threads that each of so many ranks on this machine computes with on its CPU: its share of the cores that this
-    process may use, which is not one of them yet.
+    """Threads that each of `ranks_here` ranks on this machine computes with on its CPU: its share of the cores that
+    this process may use, which is not one of them yet.
     """
     return max(1, len(usable_cores()) // ranks_here)
 
@@ -125,7 +125,7 @@ def _schedule(threads: Sequence[int], policy: int) -> None:
 
 
 def interface_to(host: str) -> str | None:
-    """The network interface that leads to a host, or has its address; None where that cannot be told.
+    """The network interface that leads to a host, or has its address; None where that is not known.
 
     >>> interface_to("127.0.0.1") in ("lo", None)
     True

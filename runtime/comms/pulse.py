@@ -40,7 +40,7 @@ SIZE = -(-(_FAILED_AT + 1) // 64) * 64
 @dataclass(frozen=True, slots=True)
 class Sign:
     """Where a rank is: `at_s` seconds in a place of a step, counted from 1 (-1: of none), `silent_s` since its last
-    beat. `waits`: for other ranks. `stops`: it was told to end (SIGTERM). `failed`: its place is the error that ended
+    beat. `waits`: for other ranks. `stops`: it was asked to end (SIGTERM). `failed`: its place is the error that ended
     it.
     """
 
@@ -91,7 +91,7 @@ class Pulse:
         _PLACE.pack_into(self._memory, self._offset, time.monotonic(), step, place)
 
     def stop(self) -> None:
-        """It was told to end."""
+        """It was asked to end."""
         self._memory[self._offset + _STOPS_AT] = 1
         if self.flight is not None:
             self.flight.stop()
@@ -104,7 +104,7 @@ class Pulse:
 
     @property
     def stops(self) -> bool:
-        """Whether it was told to end."""
+        """Whether it was asked to end."""
         return bool(self._memory[self._offset + _STOPS_AT])
 
     def sign(self) -> Sign:
@@ -137,24 +137,24 @@ def sent(number: int, sign: Sign) -> str:
 
 
 class StoreSigns:
-    """Signs that ranks send through the store of a run; how long each is silent goes by the clock of the reader."""
+    """Signs that ranks send through the store of a run; how long each is silent is measured by the reader's clock."""
 
     def __init__(self, store: Store, num_ranks: int) -> None:
         self._store, self._keys = store, [f"pulse/{rank}" for rank in range(num_ranks)]
         self._seen: dict[int, tuple[str, float]] = {}
 
     def __call__(self) -> list[Sign | None]:
-        """The last sign of each rank; None of those that never gave one."""
+        """The last sign of each rank; None for a rank that never gave one."""
         return [self._sign(rank, key) for rank, key in enumerate(self._keys)]
 
     def _sign(self, rank: int, key: str) -> Sign | None:
         if not self._store.check([key]):
             return None
-        told, now_s = self._store.get(key).decode(), time.monotonic()
-        if rank not in self._seen or self._seen[rank][0] != told:
-            self._seen[rank] = told, now_s
+        value, now_s = self._store.get(key).decode(), time.monotonic()
+        if rank not in self._seen or self._seen[rank][0] != value:
+            self._seen[rank] = value, now_s
         silent_s = now_s - self._seen[rank][1]
-        sign = Sign(**json.loads(told)[1])
+        sign = Sign(**json.loads(value)[1])
         return replace(sign, at_s=sign.at_s + silent_s, silent_s=silent_s)
 
 
@@ -187,7 +187,7 @@ class Heart:
         if self._store is not None:
             try:
                 self._store.set(self._key, sent(self._number, self._pulse.sign()))
-            except Exception:  # whoever holds the store is gone, and nobody reads signs any more
+            except Exception:  # the process that holds the store is gone, and nobody reads signs any more
                 self._store = None
 
     def close(self) -> None:
@@ -253,11 +253,11 @@ class Lookout:
         others = {rank: sign for rank, sign in signs.items() if rank in ranks}
         if not others:
             return None
-        rank, told = _culprit(others)
+        rank, reason = _culprit(others)
         waiting = signs.get(seen)
         more = f"; rank {seen} waited for it in {waiting}" if waiting is not None and seen != rank else ""
         remedy = "" if signs[rank].failed else ". See what keeps it (py-spy dump), or raise timeout_s"
-        return LostRankError.at(rank, f"rank {rank} {told}{more}{remedy}")
+        return LostRankError.at(rank, f"rank {rank} {reason}{more}{remedy}")
 
 
 def _culprit(signs: Mapping[int, Sign]) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """Transport: how ranks exchange tensors. One interface; gloo and NCCL processes behind it, or threads of one process.
 
 - `start` posts all sends and receives of a transfer at once and does not wait.
-- Groups are made once, by every rank, in one order. Whoever waits gives up after `timeout_s`.
+- Groups are made once, by every rank, in one order. A rank that waits gives up after `timeout_s`.
 """
 
 import ipaddress
@@ -72,11 +72,11 @@ class Transport(Protocol):
     rank: int
     num_ranks: int
     ranks_here: int
-    """Those that share this machine's cores; all, where that is not known."""
+    """Ranks that share this machine's cores; all, where that is not known."""
     num_threads: int
     """That this rank computes with on a CPU: its share of them."""
     cores: Sequence[int]
-    """Those that the ranks of this machine share."""
+    """Cores that the ranks of this machine share."""
     device: torch.device
     pulse: Pulse
     """Where this rank says where it is, and whether it waits for others."""
@@ -327,10 +327,10 @@ class Peers:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self._pulse.wait(False)
-        elif isinstance(error, RuntimeError) and (told := self._told(error)):
-            raise LostPeerError(told) from error  # the backend's own words are its cause
+        elif isinstance(error, RuntimeError) and (reason := self._lost(error)):
+            raise LostPeerError(reason) from error  # the backend's own words are its cause
 
-    def _told(self, error: RuntimeError) -> str:
+    def _lost(self, error: RuntimeError) -> str:
         """Nothing for an error that is not of peers: of the size of a tensor, for instance."""
         text = str(error).lower()
         if any(sign in text for sign in ("timed out", "timeout")):

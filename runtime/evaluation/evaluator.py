@@ -128,9 +128,9 @@ class _Pass:
         for name in dict.fromkeys((*first, *rows)):
             shapes = [tuple(each[name].shape[1:]) if name in each else None for each in (first, rows)]
             if shapes[0] != shapes[1]:
-                told = ["missing" if s is None else f"of shape {('N', *s)}".replace("'", "") for s in shapes]
+                found = ["missing" if s is None else f"of shape {('N', *s)}".replace("'", "") for s in shapes]
                 raise WorkloadError(
-                    f"evaluation task {self.task!r}: output {name!r} is {told[0]} for the first batch and {told[1]} "
+                    f"evaluation task {self.task!r}: output {name!r} is {found[0]} for the first batch and {found[1]} "
                     f"for a later one, so that {', '.join(map(repr, self.measures.over_all))} cannot see both as one; "
                     "pad or pool it to one size, or give sums and counts (metrics=)"
                 )

@@ -124,7 +124,7 @@ def _refuse_changes(captured: Captured) -> None:
             if users.setdefault(state, operator.task) != operator.task:
                 raise WorkloadError(
                     f"evaluation tasks {users[state]!r} and {operator.task!r} both change or read "
-                    f"{captured.graph.told(state)}, though modules are in eval mode, so that the scores of one would "
+                    f"{captured.graph.named(state)}, though modules are in eval mode, so that the scores of one would "
                     "depend on the other's batches; leave the buffer alone there (if self.training), or evaluate them "
                     "in two evaluations"
                 )

@@ -83,9 +83,9 @@ class Evaluations:
             else:
                 since += 1
             if since >= limits.patience:
-                told = "no finite number yet" if best is None else f"the best is {best:.6g}"
+                so_far = "no finite number yet" if best is None else f"the best is {best:.6g}"
                 return (
                     f"{goal.task}:{goal.metric} has not improved in {since} evaluations "
-                    f"(after step {step} it is {value:.6g}, {told})"
+                    f"(after step {step} it is {value:.6g}, {so_far})"
                 )
         return ""

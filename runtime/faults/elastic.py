@@ -69,10 +69,10 @@ class Elastic:
     def _without(self, rank: int, error: SpindleError) -> str:
         """Plan for the devices of this machine but that of one rank."""
         gpus, before = _gpus(self.lost_gpus), self.plan.num_devices
-        told = self._change((1, before - 1), error)
+        sentence = self._change((1, before - 1), error)
         if before <= len(gpus):  # else ranks compute on CPUs
             self.lost_gpus |= {gpus[rank]}
-        return told
+        return sentence
 
     def _there(self) -> Shape | None:
         """What is there; None where a run can have as many devices as it likes."""
@@ -93,7 +93,7 @@ class Elastic:
         return (1, len(gpus)) if gpus else None
 
     def _change(self, found: Shape | None, error: SpindleError | None) -> str:
-        """Plan for so many devices, unless that is what the plan is for."""
+        """Plan for the devices that were found, unless the plan is for as many."""
         count, before = _count(found) if found else 0, self.plan
         if found and self._is_for(before, found):
             return ""
@@ -113,10 +113,10 @@ class Elastic:
             raise InfeasibleError(
                 f"{why}planned anew for {_named(found)}, not {before.num_devices}, and found no plan: {cause}"
             ) from cause
-        return _told(before, self.plan, found, time.perf_counter() - began_s)
+        return _sentence(before, self.plan, found, time.perf_counter() - began_s)
 
     def _is_for(self, plan: Plan, found: Shape) -> bool:
-        """Whether a plan is for so many devices; Ray wants those of a plan's node on one of its own."""
+        """Whether a plan is for as many devices as were found; Ray wants those of a plan's node on one of its own."""
         fits = chosen(self.launcher) != "ray" or found[1] >= min(plan.devices_per_node, plan.num_devices)
         return fits and _count(found) == plan.num_devices
 
@@ -138,7 +138,7 @@ class Elastic:
 
 
 def shape_of(free: Sequence[int]) -> Shape | None:
-    """The most devices of equal nodes, where each node has so many free; None without any.
+    """The most devices of equal nodes, given the free devices of each node; None without any.
 
     >>> shape_of([8, 8, 7]), shape_of([8, 8, 1]), shape_of([])
     ((3, 7), (2, 8), None)
@@ -155,7 +155,7 @@ def _named(shape: Shape) -> str:
     return f"{_count(shape)} {'device' if _count(shape) == 1 else 'devices'} ({shape[0]}x{shape[1]})"
 
 
-def _told(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
+def _sentence(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
     predicted = (
         f"a step is predicted to take {now.expected_s:.3g} s, not {before.expected_s:.3g} s; "
         if now.expected_s and before.expected_s
@@ -170,9 +170,9 @@ def _told(before: Plan, now: Plan, shape: Shape, took_s: float) -> str:
 
 
 def _ended(text: str, error: SpindleError | None) -> RunError:
-    told = RunError(text)
-    told.__cause__ = error
-    return told
+    ended = RunError(text)
+    ended.__cause__ = error
+    return ended
 
 
 def _gpus(lost: frozenset[int]) -> list[int]:

@@ -258,8 +258,8 @@ def _where(record: FlightRecord, rank: RankRecord) -> str:
     step = f"step {place.step}, " if place.step >= 0 else ""
     verb = "waiting for other ranks in" if rank.waits else "in"
     size = f", about messages of {size_text(place.number)}" if place.number else ""
-    told = ", and was told to end (SIGTERM)" if rank.stops else ""
-    return f"{verb} {step}{place.text}, for {max(0.0, record.last_s - place.at_s):.1f} s{size}{told}"
+    asked = ", and was asked to end (SIGTERM)" if rank.stops else ""
+    return f"{verb} {step}{place.text}, for {max(0.0, record.last_s - place.at_s):.1f} s{size}{asked}"
 
 
 def _numbers(record: FlightRecord) -> list[str]:

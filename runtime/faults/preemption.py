@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Notice:
-    """Whether the run was told to end. `finishing`: steps are under way, after which a checkpoint will be written."""
+    """Whether the run was asked to end. `finishing`: steps are under way, after which a checkpoint will be written."""
 
     def __init__(self, *, grace_s: float, saves: bool) -> None:
         """`saves`: the run writes checkpoints."""
@@ -68,7 +68,7 @@ class Notice:
             self.finishing = False
 
     def wait(self, seconds: float) -> None:
-        """Wait, unless the run is told to end meanwhile."""
+        """Wait, unless the run is asked to end meanwhile."""
         self.came.wait(seconds)
 
     def _heed(self, number: int, frame: FrameType | None) -> None:

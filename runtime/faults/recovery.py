@@ -52,7 +52,7 @@ class Attempts:
     elastic: Elastic | None = None
     leads: bool = True
     failed: list[SpindleError] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     _loaded: bool = False
     _saved: int = 0  # checkpoints that were written when it failed last
     _stuck: bool = False  # whether no checkpoint was written between the last two failures
@@ -75,7 +75,7 @@ class Attempts:
             except PreemptedError as error:
                 if notice.came.is_set() or len(self.failed) >= self.failures.max_failures:
                     raise
-                self._note(error, steps)  # a rank alone was told to end
+                self._note(error, steps)  # a rank alone was asked to end
             start = self._restart(steps)
             self._tell(start, notice)
             self._adapt(self.failed[-1])
@@ -90,12 +90,12 @@ class Attempts:
         self._saved = -1 if changed else self._saved  # what fails under another plan fails for the first time
         return changed
 
-    def _say(self, told: str) -> bool:
-        if told:
-            self.told.append(told)
+    def _say(self, sentence: str) -> bool:
+        if sentence:
+            self.sentences.append(sentence)
             if self.leads:
-                warnings.warn(told, SpindleWarning, stacklevel=3)
-        return bool(told)
+                warnings.warn(sentence, SpindleWarning, stacklevel=3)
+        return bool(sentence)
 
     def _note(self, error: SpindleError, steps: "Steps") -> None:
         """Take a failure in; raises the first one when there is no other try."""
@@ -114,13 +114,13 @@ class Attempts:
             return first
         count = len(self.failed)
         why = "which came again" if repeats else f"the first of {count} failures"
-        told = type(first).__new__(type(first))
-        told.__dict__.update(first.__dict__)
+        summed_up = type(first).__new__(type(first))
+        summed_up.__dict__.update(first.__dict__)
         more = "" if str(last) == str(first) else f"; the last one: {str(last).splitlines()[0]}"
         if self.elastic is None and self._stuck and len({_lost(error) for error in self.failed[-2:]} - {None}) == 1:
             more += f"; rank {_lost(last)} was lost again: elastic=True (--elastic) would go on without its device"
-        told.args = (f"{first}\n({why}; the run was started again {count - 1} times{more})",)
-        return told
+        summed_up.args = (f"{first}\n({why}; the run was started again {count - 1} times{more})",)
+        return summed_up
 
     def _restart(self, steps: "Steps") -> "Checkpoint | None":
         """Where the next attempt begins, its weights in the user's modules."""
@@ -145,7 +145,7 @@ class Attempts:
         pause_s = self.failures.pause_s(number)
         place = f"step {start.step}" if start else "the beginning"
         first = str(self.failed[-1]).splitlines()[0]
-        self.told.append(f"{first}; went on from {place}")
+        self.sentences.append(f"{first}; went on from {place}")
         warnings.warn(
             f"{first}. Failure {number} of at most {self.failures.max_failures}: going on from {place} in "
             f"{pause_s:g} s",

@@ -121,7 +121,7 @@ class Replicas:
             self.check(steps_done)
 
     def check(self, steps_done: int) -> None:
-        """Compare now, after so many steps, unless it was done already. Raises ReplicaError."""
+        """Compare now, after `steps_done` steps, unless it was done already. Raises ReplicaError."""
         if not self._every or self._equal == steps_done:
             return
         self._transport.pulse.at("compare replicas", steps_done + 1)
@@ -163,17 +163,17 @@ class Replicas:
         table = self._of_all(own.to(self._device))
         if self._transport.rank not in found.ranks:
             raise LostPeerError(f"ranks {_listed(found.ranks)} no longer hold the same numbers")
-        told = []
+        said = []
         for index, item in enumerate(found.items):
             counts = Counter(table[rank][index] for rank in found.ranks)
             (usual, number), *others = counts.most_common()
             if others:
                 odd = [rank for rank in found.ranks if table[rank][index] != usual]
-                told.append(_sentence(item, found.ranks, odd if number > others[0][1] else ()))
-        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+                said.append(_sentence(item, found.ranks, odd if number > others[0][1] else ()))
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
         since = self._since(steps_done)
         raise ReplicaError(
-            f"{told[0]}{more}; {since}. Nothing was stepped or saved with it since it was found: go on from the newest "
+            f"{said[0]}{more}; {since}. Nothing was stepped or saved with it since it was found: go on from the newest "
             "checkpoint, which was checked; where it comes again test the memory of these machines, or look for code "
             "that changes numbers on some ranks only"
         )

@@ -32,12 +32,12 @@ from spindle.runtime.faults.stragglers import (
 from spindle.runtime.steps.busy import Meeting
 
 if TYPE_CHECKING:
-    from spindle.runtime.watch import StepTold
+    from spindle.runtime.watch import RankStep
     from spindle.runtime.worker import Report
 
 Group = tuple[int, ...]
-SELDOM = 10  # of so many steps one may be faster; a busy machine slows messages in most steps, hardly in all
-MOST_OPEN = 4096  # collectives of which some ranks have not told yet
+SELDOM = 10  # one of this many steps may be faster; a busy machine slows messages in most steps, hardly in all
+MOST_OPEN = 4096  # collectives of which some ranks have not reported yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +78,19 @@ class SlowLinks:
     def take(self, first_step: int, reports: "Sequence[Report]") -> list[str]:
         """Take in some steps, of which the first is `first_step`; what is to be said of links."""
         said: list[str] = []
-        for index in range(min(len(report.told) for report in reports)):
-            told = [report.told[index] for report in reports]
-            self._steps_s.append(max(each.step_s for each in told))
-            self._paces_s.append(statistics.median(sum(each.busy_s.values()) for each in told))
-            for report, each in zip(reports, told, strict=True):
+        for index in range(min(len(report.steps) for report in reports)):
+            steps = [report.steps[index] for report in reports]
+            self._steps_s.append(max(each.step_s for each in steps))
+            self._paces_s.append(statistics.median(sum(each.busy_s.values()) for each in steps))
+            for report, each in zip(reports, steps, strict=True):
                 self._add(report.rank, each)
             if len(self._steps_s) == WINDOW:
                 said += self._judged(first_step + index)
         return said
 
-    def _add(self, rank: int, told: "StepTold") -> None:
-        """What a rank tells of collectives; those of which all ranks have told are in the window."""
-        for meeting, seconds in told.together_s.items():
+    def _add(self, rank: int, metrics: "RankStep") -> None:
+        """Adds a rank's times of collectives; a collective that all ranks have reported enters the window."""
+        for meeting, seconds in metrics.together_s.items():
             found = self._open.setdefault(meeting, {})
             found[rank] = seconds
             if len(found) == len(meeting.ranks):

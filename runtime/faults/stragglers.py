@@ -68,10 +68,10 @@ class Stragglers:
     def take(self, first_step: int, reports: "Sequence[Report]") -> list[str]:
         """Take in some steps, of which the first is `first_step`; what is to be said of ranks."""
         said: list[str] = []
-        for index in range(min(len(report.told) for report in reports)):
-            told = [report.told[index] for report in reports]
-            self._steps_s.append(max(each.step_s for each in told))
-            for report, each in zip(reports, told, strict=True):
+        for index in range(min(len(report.steps) for report in reports)):
+            steps = [report.steps[index] for report in reports]
+            self._steps_s.append(max(each.step_s for each in steps))
+            for report, each in zip(reports, steps, strict=True):
                 for run, seconds in each.busy_s.items():
                     if run in self._runs:
                         self._window[report.rank, run].append(seconds)
@@ -111,7 +111,7 @@ class Stragglers:
         return None
 
     def _own(self, rank: int, seconds: Seconds, *, shared: bool) -> dict[str, float]:
-        """Runs of a rank that it shares with others; or those that it alone runs, on batches of one size."""
+        """Runs of a rank that it shares with others; or runs of its own, on batches of one size."""
         held = {run: value for (own, run), value in seconds.items() if own == rank}
         if shared:
             return {name: value for name, value in held.items() if len(self._runs[name].ranks) > 1}

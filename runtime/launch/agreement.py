@@ -52,16 +52,16 @@ def agreement(program: Program, specs: Sequence[RankSpec]) -> dict[str, str]:
 
 def refuse_differences(found: Sequence[Mapping[str, str]]) -> None:
     """Raises RunError, the same on every rank, that names the ranks whose digests are not those of most of them."""
-    told = [tuple(digests.items()) for digests in found]
-    most = Counter(told).most_common(1)[0][0]
-    others = [rank for rank, digests in enumerate(told) if digests != most]
+    rows = [tuple(digests.items()) for digests in found]
+    most = Counter(rows).most_common(1)[0][0]
+    others = [rank for rank, digests in enumerate(rows) if digests != most]
     if others:
         expected = dict(most)
         kinds = [what for what in _REMEDY if any(found[rank][what] != expected[what] for rank in others)]
         remedies = "; ".join(f"{what} ({_REMEDY[what]})" for what in kinds)
         raise RunError(
             f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} came with another {remedies} than rank "
-            f"{told.index(most)}, so that the run was not started"
+            f"{rows.index(most)}, so that the run was not started"
         )
 
 
@@ -118,7 +118,7 @@ def _weight_texts(specs: Sequence[RankSpec]) -> Iterator[str]:
             for inner, name in names:
                 if name not in seen:
                     seen.add(name)
-                    yield f"{name} {sources[name].told if name in sources else _sampled(get(inner))}"
+                    yield f"{name} {sources[name].identity if name in sources else _sampled(get(inner))}"
 
 
 def _sampled(value: Tensor) -> str:

@@ -98,7 +98,7 @@ class Jobs:
     def follow(
         self, job_id: str, show: Callable[[str], object], note: Callable[[str], object] = lambda text: None
     ) -> Ended:
-        """Show the log from its start until the job has ended. `note` is told of lost connections.
+        """Show the log from its start until the job has ended. `note` gets a sentence on each lost connection.
 
         Raises ClusterError when the cluster stays away for `patience_s`; the job may go on.
         """
@@ -127,7 +127,7 @@ class Jobs:
         deadline_s = time.monotonic() + STOP_S
         while not JobStatus(status := self.status(job_id)).is_terminal():
             if time.monotonic() > deadline_s:
-                raise RunError(f"job {job_id} is {status} {STOP_S:g} s after it was told to stop; see its node")
+                raise RunError(f"job {job_id} is {status} {STOP_S:g} s after it was asked to stop; see its node")
             time.sleep(RETRY_S)
         return status
 

@@ -45,7 +45,7 @@ class Package:
     secrets: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
 
-    def told(self, folder: Path) -> str:
+    def summary(self, folder: Path) -> str:
         """What is sent, and what is not, in a line or two."""
         text = f"{len(self.files)} files of {folder.resolve()}, {self.size_bytes / 2**20:.1f} MiB packed"
         for names, what in ((self.secrets, "may hold secrets"), (self.links, "lead out of it")):
@@ -140,8 +140,8 @@ def _too_large(folder: Path, names: Iterable[str], limit_bytes: int) -> str:
         first = Path(name).parts[0]
         sizes[first] = sizes.get(first, 0) + (folder / name).stat().st_size
     largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    told = ", ".join(f"{name} {sizes[name] / 2**20:.0f} MiB" for name in largest)
+    shown = ", ".join(f"{name} {sizes[name] / 2**20:.0f} MiB" for name in largest)
     return (
         f"working directory {folder} packs to more than {limit_bytes / 2**20:.0f} MiB, the most that Ray sends to a "
-        f"job (largest: {told})\nleave something out (--exclude {largest[0]}); data go on storage that all nodes share"
+        f"job (largest: {shown})\nleave something out (--exclude {largest[0]}); data go on storage that all nodes share"
     )

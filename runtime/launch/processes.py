@@ -224,10 +224,10 @@ def _child(
     sockets: str,
 ) -> None:
     """Serve calls until the pipe closes. Ctrl-C reaches all processes of a terminal; the parent alone heeds it, and is
-    told of SIGTERM, which schedulers send to all processes too.
+    sent SIGTERM, which schedulers send to all processes too.
 
     `place`: the rank, how many there are, and the port of their store. `memory`: of the pulses of all. `sockets`:
-    a folder for those that multiprocessing makes.
+    a folder for the ones that multiprocessing makes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pulse = Pulse(memory, SIZE * place[0])

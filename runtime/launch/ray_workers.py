@@ -200,7 +200,7 @@ class RayWorkers:
         return results
 
     def _fail(self, rank_of: Mapping[Any, int], first: Any, waiting: Sequence[Any]) -> None:
-        """Raise the cause of a failure, once those that caused it or came of it have had time to arrive."""
+        """Raise the cause of a failure, once errors before and after it have had time to arrive."""
         late, silent = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S) if waiting else ([], [])
         found = {rank_of[r]: error for r in (first, *late) if (error := _failure(r)) is not None}
         cause = self._first_cause(found, [rank_of[reference] for reference in silent])
@@ -322,7 +322,7 @@ def _sigterm_as_it_was() -> Iterator[None]:
 
 
 def devices_of_cluster() -> str:
-    """The cluster that this process runs in, as planners are told (`4x8`).
+    """The cluster that this process runs in, as planners take it (`4x8`).
 
     Nodes without GPUs do not count where others have some; of uneven nodes each counts as the smallest.
     """
@@ -349,7 +349,7 @@ def _devices_of_nodes() -> tuple[str, list[int]]:
 
 
 def _counts(resource: str) -> list[int]:
-    """What each node has of it, without those that have none."""
+    """What each node has of it, without nodes that have none."""
     counts = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
     return sorted(count for count in counts if count)
 

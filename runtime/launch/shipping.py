@@ -37,7 +37,7 @@ class Carried:
         return self.parts[name]
 
     @property
-    def told(self) -> str:
+    def identity(self) -> str:
         """See Source."""
         return str([(name, tuple(value.shape), str(value.dtype)) for name, value in self.parts.items()])
 

@@ -2,7 +2,7 @@
 results.
 
 - TorchrunWorkers: all ranks drive, each by itself; so all must do the same.
-- ServedWorkers: the first drives, and the others do as it says; for work that goes by the time it takes.
+- ServedWorkers: the first drives, and the others do as it says; for work that depends on the time it takes.
 - A rank ends when torchrun does: without it nobody would end the others when one fails, or start them again.
 """
 
@@ -103,10 +103,10 @@ class _Member:
             os.kill(os.getpid(), signal.SIGKILL)
         late = self._alone.overdue([0]) if self._busy else None
         if late is not None:
-            told = str(late).replace("rank 0", f"rank {self._rank}", 1)
-            self.pulse.fail(told)
+            text = str(late).replace("rank 0", f"rank {self._rank}", 1)
+            self.pulse.fail(text)
             self._heart.beat()
-            sys.stderr.write(f"spindle: {told}\n")
+            sys.stderr.write(f"spindle: {text}\n")
             sys.stderr.flush()
             os._exit(RunError.exit_code)
 
@@ -138,7 +138,7 @@ class _Member:
         return None
 
     def stop(self) -> None:
-        """This process was told to end: the rank's next report says so to all."""
+        """This process was asked to end: the rank's next report says so to all."""
         self.pulse.stop()
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class ServedWorkers(_Member):
     def __init__(self, spec: Any, *, timeout_s: float, worker: Callable[[Any, Transport], Any]) -> None:
         """Join with the others; `worker` makes of the rank spec what serves calls.
 
-        Between two calls no more than `timeout_s` may go by.
+        Between two calls no more than `timeout_s` may pass.
         """
         super().__init__(timeout_s, moves=False)
         self._worker = worker(spec, self._transport)
@@ -196,28 +196,28 @@ class ServedWorkers(_Member):
             result = work()
         except SpindleError as error:
             with contextlib.suppress(Exception):  # others may have left the group
-                self._told((None, error))
+                self._broadcast((None, error))
             raise
-        self._told((None, result))
+        self._broadcast((None, result))
         return result
 
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """See WorkerGroup; patience is that of the process group."""
         del patience_s
-        self._told((method, args, kwargs))
+        self._broadcast((method, args, kwargs))
         return self._done(method, args, kwargs)
 
     def _served(self) -> Any:
         """Do what the first rank says until it has ended; its result."""
         while True:
-            method, *rest = self._told(None)
+            method, *rest = self._broadcast(None)
             if method is None:
                 if isinstance(rest[0], SpindleError):
                     raise rest[0]
                 return rest[0]
             self._done(method, *rest)
 
-    def _told(self, order: Any) -> Any:
+    def _broadcast(self, order: Any) -> Any:
         """What the first rank says."""
         said = [order]
         with self._leaving(), self._transport.peers:

@@ -23,7 +23,7 @@ from spindle.runtime.startup import Phases
 from spindle.runtime.worker import Worker
 
 LOOK_S = 1.0  # between two looks at the signs of ranks that have not answered
-GRACE_S = 3.0  # for threads to notice that the run has ended; those that wait for each other do at once
+GRACE_S = 3.0  # for threads to notice that the run has ended; ranks that wait for each other do at once
 
 
 class WorkerGroup(Protocol):
@@ -35,8 +35,8 @@ class WorkerGroup(Protocol):
     def call(self, method: str, *args: Any, patience_s: float | None = None, **kwargs: Any) -> list[Any]:
         """Run `method` on every worker; the results by rank.
 
-        Raises RunError for the first worker that fails, or for those that have not answered after `patience_s`. A rank
-        that stays at one place for longer than its `timeout_s` counts as failed (see `Lookout`).
+        Raises RunError for the first worker that fails, or for the ones that have not answered after `patience_s`. A
+        rank that stays at one place for longer than its `timeout_s` counts as failed (see `Lookout`).
         """
 
     def close(self) -> None:
@@ -165,9 +165,9 @@ class ThreadWorkers:
         self.close()
         if isinstance(error, SpindleError) or not isinstance(error, Exception):
             return error
-        told = RunError.of(error)
-        told.__cause__ = error
-        return told
+        explained = RunError.of(error)
+        explained.__cause__ = error
+        return explained
 
     def _blamed(self, waited: int, failed: Mapping[int, BaseException]) -> LostRankError | None:
         return self._lookout.blamed([rank for rank in range(len(self._threads)) if rank not in failed], waited)

@@ -65,8 +65,8 @@ _Read = tuple[Op, str, str]
 
 
 class _Effects:
-    """Buffers that instructions make, and by rank those that they read of other runs and of transfers. Equal reads are
-    one value.
+    """Buffers that instructions make, and by rank the buffers that they read of other runs and of transfers. Equal
+    reads are one value.
     """
 
     def __init__(self, program: Program) -> None:
@@ -232,7 +232,7 @@ def _linked(groups: Iterable[set[int]]) -> dict[int, _Peers]:
 
 
 def _ends(lists: Sequence[Sequence[Instruction]], meeting: Callable[[int, Instruction], _Peers]) -> list[int]:
-    """How far each list comes when all are stepped together; `meeting`: those that have to be at an instruction.
+    """How far each list comes when all are stepped together; `meeting`: the ranks that have to be at an instruction.
 
     Each goes on until it has to meet others; the last of them to come lets all go on.
     """

@@ -51,7 +51,7 @@ def parameters_written(program: Program, places: Places) -> Iterator[str]:
         yield from (f"ranks {ranks} hold what write {write.name} changes" for ranks in held if ranks != write.ranks)
         for fetch in write.fetches:
             if not set(fetch.targets) <= set(write.ranks) or fetch.source in fetch.targets:
-                yield f"write {write.name} fetches {fetch.parameter!r} for ranks {fetch.targets}, not those that write"
+                yield f"write {write.name} fetches {fetch.parameter!r} for ranks {fetch.targets}, not its writers"
         for kind, (position, *_) in places.at(instruction).items():
             if kind not in computing:
                 own = enumerate(places.lists[kind])
@@ -85,7 +85,7 @@ def _written_in_turn(program: Program) -> Iterator[str]:
 
 
 def states_in_order(program: Program, places: Places) -> Iterator[str]:
-    """Runs touch a state in the order of one process; whoever touches it next has it as the last one left it."""
+    """Runs touch a state in the order of one process; each run has it as the one before left it."""
     for handover in program.handovers:
         yield from exactly_once(Instruction(Op.HAND, handover.name), handover.members(), places)
     tasks = list(dict.fromkeys(base_task(task) for task, _ in program.losses))

@@ -71,7 +71,7 @@ class Batches:
     def round(self, step: int, number: int) -> Callable[[str], LoadedBatch]:
         """What gives the batch of a task, or of one of its micro-batches, in a round of a step.
 
-        Those that are concurrent are read together: all ranks count alike.
+        Concurrent ones are read together: all ranks count alike.
         """
         self.wait()
         first = number * self.in_flight
@@ -108,7 +108,7 @@ class Batches:
         feed, later = self.feeds[task], (self.rounds - 1) * self.in_flight
         if feed.task.weigh == "micro-batches":
             return [1.0] * (self.in_flight + later)
-        coming = [feed.peek(index) for index in range(later)]  # None where the data end, which is told when it is taken
+        coming = [feed.peek(index) for index in range(later)]  # None where the data end, which raises when it is taken
         return shares([0.0 if batch is None else feed.task.counted(batch) for batch in (*first, *coming)])
 
     def _loaded_batch(self, task: str, step: int, number: int, batch: SampledBatch) -> LoadedBatch:
@@ -122,7 +122,7 @@ class Batches:
             self._running = self._thread.submit(self._record_ahead, step, number)
 
     def _record_ahead(self, step: int, number: int) -> None:
-        """Record what a later round will load. What goes wrong here goes wrong again when it is loaded, and is told."""
+        """Record what a later round will load. An error here is raised again when it is loaded."""
         with contextlib.suppress(Exception):
             tasks = set(self.takes_part(step))
             for task in (task for task in self.loads if base_task(task) in tasks):

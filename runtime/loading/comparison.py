@@ -34,7 +34,7 @@ class Comparison:
         for fact in self._facts(whole, part, tuple(operators)):
             if not fact.is_alike(of_whole, of_part):
                 return (
-                    f"{fact.told(of_whole, of_part)}; at capture both were alike in all that was looked at, so nothing "
+                    f"{fact.text(of_whole, of_part)}; at capture both were alike in all that was looked at, so nothing "
                     f"shows whether a device may use its own. {OTHER_FACT}"
                 )
         return ""

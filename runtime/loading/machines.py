@@ -76,7 +76,7 @@ class Door:
 
 
 def called(address: str, caller: Caller, timeout_s: float) -> socket.socket:
-    """A socket to the rank with this address, which is told who calls. Raises RunError when it is not reached."""
+    """A socket to the rank with this address, which gets the caller's name. Raises RunError when it is not reached."""
     end = socket.socket(socket.AF_UNIX)
     end.settimeout(timeout_s)
     try:

@@ -197,14 +197,14 @@ class Recordings:
             self.record(loaded, (0, size))
         except Exception:  # it takes this batch neither whole nor in parts
             return error
-        told = WorkloadError(
+        explained = WorkloadError(
             f"{error}\nIt was called with {bounds[1] - bounds[0]} of the batch's {size} samples, which all together it "
             "takes: plans give parts of a batch to devices, so let it take any number of samples, or plan for fewer "
             "devices"
         )
         for note in getattr(error, "__notes__", ()):
-            told.add_note(note)
-        return told
+            explained.add_note(note)
+        return explained
 
     def compare(self, loaded: LoadedBatch, part: TaskPart, operators: Sequence[str]) -> None:
         """See that what the calls of these operators take of a part of a batch is what they take of the whole, as far

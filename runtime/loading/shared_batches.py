@@ -7,7 +7,7 @@
 - The reader is a few batches ahead of what the slowest of the others has received, and each of these receives
   `prefetch` batches before it needs them. The few are more than one round of a step takes of a task: else two ranks
   that read for each other, and load their tasks in another order, would wait for each other.
-- The thread of a feed waits here without a time limit. Whoever needs a batch waits for that thread no longer than the
+- The thread of a feed waits here without a time limit. A reader of a batch waits for that thread no longer than the
   feed allows, and closing a feed wakes the thread.
 - With the "threads" launcher each rank reads for itself. That launcher is for tests and debugging: a loader then runs
   where its rank does, nothing is copied, and ranks whose loaders differ are found without a second machine.

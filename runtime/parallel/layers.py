@@ -87,7 +87,7 @@ class CutEmbedding(_CutLayer, nn.Embedding):
     """An embedding cut by words."""
 
     def forward(self, words: Tensor) -> Tensor:
-        """The vectors of all words; in a layout each rank looks up those that it holds, and the rest is zero to it."""
+        """The vectors of all words; in a layout each rank looks up its own words, and the rest is zero to it."""
         layout, weight = self.switch.layout, self._part("weight")
         if layout is None:
             return F.embedding(words, weight, self.padding_idx)
@@ -204,7 +204,7 @@ def compute_part(
 
 def cut_codes(codes: Mapping[str, OperatorCode], held: Mapping[str, Held], switch: Switch) -> dict[str, OperatorCode]:
     """Codes whose cut layers hold only the pieces of this rank; `held` tells which, by parameter. Layers are changed in
-    place, since several codes may hold one; those that share a parameter go on to share its pieces.
+    place, since several codes may hold one; codes that share a parameter go on to share its pieces.
     """
     pieces: dict[str, nn.Parameter] = {}
     return {name: _cut_code(code, held, switch, pieces) if held else code for name, code in codes.items()}

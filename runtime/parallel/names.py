@@ -56,7 +56,7 @@ def join(pieces: Sequence[Tensor], dim: int, packs: int) -> Tensor:
 
 
 def whole_name(name: str) -> str:
-    """A name in which no piece is told."""
+    """Parameter name without its shard suffix."""
     return _RANGE.sub("", _PIECE.sub("", name))
 
 

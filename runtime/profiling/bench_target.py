@@ -70,8 +70,8 @@ class BenchTarget:
 
 
 def bench_target_for(cluster: Cluster, num_devices: int, launcher: BenchLauncher) -> BenchTarget:
-    """As many ranks as a run on so many devices of the cluster would have on this machine, or in the Ray cluster; under
-    torchrun those that it has started.
+    """As many ranks as a run on `num_devices` devices of the cluster would have on this machine, or in the Ray
+    cluster; under torchrun the ranks that it has started.
     """
     if launcher == "torchrun":
         return BenchTarget(*nodes_of_job(), launcher)

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A device, one of `ranks` on its machine that are busy at once, with so many threads each (none on GPUs).
+    """A device, one of `ranks` on its machine that are busy at once, with `threads` threads each (none on GPUs).
 
     `room_bytes`: what layers that are measured together may take of the memory of each.
     """
@@ -25,7 +25,7 @@ class Hardware:
 
 
 def hardware_here(ranks_here: int, num_threads: int) -> Hardware:
-    """That of one of so many ranks on this machine, with so many threads on a CPU."""
+    """The device of one of `ranks_here` ranks on this machine, with `num_threads` threads on a CPU."""
     on_gpu = torch.cuda.is_available()
     return Hardware(
         device=device_name(),

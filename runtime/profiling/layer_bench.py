@@ -32,7 +32,7 @@ class LayerBench:
     """Layers `names`, which follow each other, on the first of `count` devices that share their batch.
 
     They have parameters of their own. What they read of other layers are random numbers, and so are the gradients that
-    come back; `batch` is one of their task. `copy_on`: where they are cut, how this rank reaches those that hold a copy
+    come back; `batch` is one of their task. `copy_on`: where they are cut, how this rank reaches ranks with a copy
     of them between them, and which these are. `goes_back`: any has a backward. `trained`: what is stepped.
     """
 
@@ -102,7 +102,7 @@ class LayerBench:
             self.executor.carry_out(Instruction(Op.FORWARD, run.name), [], 0)
 
     def backward(self) -> None:
-        """Run them backward, those that have one, and drop what is not needed any more."""
+        """Run backward the layers that have one, and drop what is not needed any more."""
         later = AFTER
         for run in reversed(self.runs):
             if run.backward:

@@ -103,8 +103,8 @@ class Bench:
     # -- operators ------------------------------------------------------------------------------------------------
 
     def prepare(self, layouts: Mapping[str, tuple[int, int]], rest_bytes: int) -> None:
-        """Make a few layers of each of these kinds ready, on the samples that one of so many devices would have, or so
-        many of them together: all ranks are then divided into such copies.
+        """Make a few layers of each of these kinds ready. `layouts`: kind of layer -> (number of devices, tensor
+        parallel degree). A layer gets the samples of one data-parallel replica; all ranks are divided into replicas.
 
         `rest_bytes`: what a step touches beside them.
         """
@@ -129,7 +129,7 @@ class Bench:
         layers = list(self.layers.values())
         for each in layers:
             each.begin(recompute=recompute)
-        if self.num_ranks > 1:  # all at once, also where they were told one after the other
+        if self.num_ranks > 1:  # all at once, also where they got the order one after the other
             self.transport.all_reduce(torch.zeros(1, device=self.device), self.everyone)()
         self.rest.add_(1)
         forward = [self._marks(each.forward) for each in layers]
@@ -258,7 +258,7 @@ class Bench:
     def _messages(self, ranks: tuple[int, ...], repeats: int, exchange: Callable[[], tuple[float, float]]) -> Moments:
         """Moments at which this rank began and ended each exchange with the others.
 
-        All are told how many: one that stopped earlier would leave the others waiting.
+        All get the same number: one that stopped earlier would leave the others waiting.
         """
         self.clock.agree(self.transport, ranks)
         return tuple(exchange() for _ in range(1 + repeats))[1:]
@@ -347,7 +347,7 @@ def _counts(most: int) -> list[int]:
 
 
 def degrees(num_ranks: int) -> list[int]:
-    """Degrees of tensor parallelism that so many ranks can measure: all of them in copies of so many.
+    """Tensor parallel degrees that divide `num_ranks`.
 
     >>> degrees(6)
     [2, 3, 6]

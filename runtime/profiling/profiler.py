@@ -85,8 +85,8 @@ class Message:
         before = max((e for e in alike if e.num_bytes < self.num_bytes), key=lambda e: e.num_bytes, default=None)
         if before is None:
             return MAX_REPEATS
-        told_s = before.seconds * self.num_bytes / before.num_bytes
-        return max(MIN_REPEATS, min(MAX_REPEATS, round(MESSAGES_S / told_s)))
+        estimate_s = before.seconds * self.num_bytes / before.num_bytes
+        return max(MIN_REPEATS, min(MAX_REPEATS, round(MESSAGES_S / estimate_s)))
 
     def entry(self, moments: Sequence[Moments]) -> LinkEntry:
         """Of all ranks' moments; of a sum from when the last had begun until the last had ended."""
@@ -167,8 +167,8 @@ def measure_profile(
             return found
         workers = started()
         for item in rounds:
-            told = functools.partial(steps.within, len(item.new))
-            entries = item.measured(workers, seconds_per_entry * len(item.new), told)
+            within = functools.partial(steps.within, len(item.new))
+            entries = item.measured(workers, seconds_per_entry * len(item.new), within)
             found = replace(found, entries=(*found.entries, *entries))
             steps.done(found, len(item.new))
         workers.call("prepare", other_work(kinds, target.num_ranks), 0)

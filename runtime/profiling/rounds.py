@@ -39,8 +39,8 @@ Repeats = list[list[tuple[list[tuple[float, float]], float]]]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Kinds that are measured together, in the order of a step, each on so many devices, of which so many hold a copy
-    between them; and which of them are new.
+    """Kinds that are measured together, in the order of a step, and which of them are new. `layouts`: kind of layer ->
+    (number of devices, tensor parallel degree).
 
     `rest_bytes`: what a rank touches in a step beside them.
     """
@@ -50,12 +50,12 @@ class Round:
     kinds: Mapping[str, "Kind"]
     rest_bytes: int = 0
 
-    def measured(self, workers: WorkerGroup, seconds: float, told: Callable[[float], None]) -> list[ProfileEntry]:
-        """An entry of each new kind, from repeats for about so many seconds; `told` gets the share that is done."""
+    def measured(self, workers: WorkerGroup, seconds: float, progress: Callable[[float], None]) -> list[ProfileEntry]:
+        """An entry of each new kind, from repeats for about `seconds`; `progress` gets the share that is done."""
         workers.call("prepare", self.layouts, self.rest_bytes)
-        kept = _repeated(workers, KEEPING * seconds, lambda share: told(KEEPING * share), recompute=False)
+        kept = _repeated(workers, KEEPING * seconds, lambda share: progress(KEEPING * share), recompute=False)
         bare = _repeated(
-            workers, (1 - KEEPING) * seconds, lambda share: told(KEEPING + (1 - KEEPING) * share), recompute=True
+            workers, (1 - KEEPING) * seconds, lambda share: progress(KEEPING + (1 - KEEPING) * share), recompute=True
         )
         shares = [statistics.fmean(of_ranks) for of_ranks in zip(*workers.call("shares"), strict=True)]
         step_s = statistics.fmean(steady([step_s for _, step_s in rank]) for rank in kept)
@@ -89,14 +89,14 @@ def _means(repeats: Repeats, index: int) -> tuple[float, float]:
     return forward_s, backward_s
 
 
-def _repeated(workers: WorkerGroup, seconds: float, told: Callable[[float], None], *, recompute: bool) -> Repeats:
-    """Small steps for so many seconds, after one that warms up."""
+def _repeated(workers: WorkerGroup, seconds: float, progress: Callable[[float], None], *, recompute: bool) -> Repeats:
+    """Small steps for `seconds`, after one that warms up."""
     workers.call("rehearse", recompute=recompute)
     started = time.perf_counter()
     found: list[list[Any]] = []
     while len(found) < MIN_REPEATS or time.perf_counter() - started < seconds:
         found.append(workers.call("rehearse", recompute=recompute))
-        told(min(1.0, (time.perf_counter() - started) / seconds) if seconds else 1.0)
+        progress(min(1.0, (time.perf_counter() - started) / seconds) if seconds else 1.0)
     return [list(rank) for rank in zip(*found, strict=True)]
 
 
@@ -155,7 +155,7 @@ def kinds_of(metagraph: MetaGraph) -> dict[str, Kind]:
 
 
 def other_work(kinds: Mapping[str, Kind], num_ranks: int) -> dict[str, tuple[int, int]]:
-    """The largest of the layers that are done in no time, on so many ranks: to run between messages."""
+    """The largest of the layers that are done in no time, on a number of ranks: to run between messages."""
     counts = {name: max(counts_to_measure(kind.limit, num_ranks)) for name, kind in kinds.items()}
     flops = {name: sum(op.forward_flops for op in kind.operators) / counts[name] for name, kind in kinds.items()}
     small = [name for name, count in flops.items() if count <= OTHER_FLOPS] or [min(flops, key=flops.__getitem__)]
@@ -172,7 +172,7 @@ def rounds_of(
     room_bytes: float,
     measured: Collection[str] = (),
 ) -> Iterator[Round]:
-    """For each layout what runs together with new kinds on it; a kind that cannot run on so many devices takes fewer.
+    """For each layout what runs together with new kinds on it; a kind that cannot run on as many devices takes fewer.
 
     Devices that hold a copy between them are on one node, and all that measure do. `room_bytes`: what layers that run
     together may take. Kinds that are `measured` elsewhere are not new.

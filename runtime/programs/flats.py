@@ -2,7 +2,7 @@
 
 - Parameters that the same runs use are one flat: those of a layer. So a component's layers are runs of their own.
 - Runs of one set of ranks stand in one order, which all of these ranks follow. Right before each of them the flats of
-  the next one begin to be gathered, beside its computation; those that the next one does not use are released after it.
+  the next one begin to be gathered, beside its computation; flats that the next one does not use are released after it.
   So no more than the flats of two runs are there at a time.
 - What a backward gives is scattered at once, and added when the next run of the set is through: gradients of two runs
   at most are whole at a time, whatever the number of tasks and micro-batches.
@@ -23,7 +23,7 @@ Ranks = tuple[int, ...]
 def make_flats(
     runs: Sequence[SliceRun], graph: TaskGraph, components: Collection[str]
 ) -> tuple[list[Flat], list[SliceRun]]:
-    """The flats of components whose parameters are sharded, and the runs with those that each uses. A parameter of a
+    """The flats of components whose parameters are sharded, and the runs with the flats of each. A parameter of a
     single rank stays as it is.
 
     Raises PlanError where the runs of one are not all on the same ranks, it is tensor parallel, or a task writes to it.

@@ -375,7 +375,7 @@ def make_buckets(
     """Trained parameters by the exact set of ranks that hold them (the paper's device group pool, section 2.6).
 
     Those whose gradients are ready first come first, in buckets of about `bucket_bytes`, so that reductions overlap
-    with what is left of backward: last runs first, and in a run those that it uses last. With `shard_optimizer` they go
+    with what is left of backward: last runs first, and in a run what it uses last. With `shard_optimizer` they go
     to the ranks that own the fewest bytes so far. `leave_out`: parameters that are sharded.
     """
     order = {run.name: (run.turn, -index) for index, run in enumerate(runs)}  # of backward

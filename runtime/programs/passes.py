@@ -36,8 +36,8 @@ def run_passes(program: Program) -> Program:
 
 
 def restricted(program: Program, tasks: Collection[str]) -> Program:
-    """The program of a step in which only these tasks take part. Buckets, tallies and states stay: whoever holds what
-    changes is the same in every step.
+    """The program of a step in which only these tasks take part. Buckets, tallies and states stay: a rank that holds
+    what changes is the same in every step.
     """
     slices = tuple(run for run in program.slices if run.task in tasks)
     kept, bases = {run.name for run in slices}, {base_task(task) for task in tasks}
@@ -187,7 +187,7 @@ def add_loads(program: Program) -> Lists:
 
 
 def _by_list(program: Program, made: Callable[[Sequence[Instruction]], Iterable[Instruction]]) -> Lists:
-    """Lists made of those that stand in the program; most ranks have the same as others, and made once."""
+    """Lists made of the instructions of the program; most ranks have the same as others, and made once."""
     own = {*program.here(range(program.num_ranks))}
     known = {id(program.instructions[rank]): program.instructions[rank] for rank in own}
     found = {key: tuple(made(instructions)) for key, instructions in known.items()}

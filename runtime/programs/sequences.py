@@ -45,7 +45,7 @@ def sequences(graph: TaskGraph, rounds: int) -> tuple[Sequence, ...]:
 
 
 def _joined(groups: Iterable[set[str]]) -> list[set[str]]:
-    """Those that have something in common as one."""
+    """Sequences that have something in common, as one."""
     found: list[set[str]] = []
     for group in groups:
         apart = [other for other in found if not other & group]

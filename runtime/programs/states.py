@@ -28,7 +28,7 @@ def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:
         tasks = list(dict.fromkeys(base_task(operator.task) for operator in found))
         if rounds > 1 and len(tasks) > 1:
             raise PlanError(
-                f"tasks {tasks[0]!r} and {tasks[1]!r} both read or change {graph.told(state)}; one process runs all "
+                f"tasks {tasks[0]!r} and {tasks[1]!r} both read or change {graph.named(state)}; one process runs all "
                 f"batches of a step of the one before those of the other, but {rounds} rounds of micro-batches would "
                 "let them take turns: set accumulate=1, or in_flight to the same number as accumulate"
             )
@@ -49,8 +49,8 @@ def refuse_circle(left: Sequence[str], waits: Mapping[str, set[str]], graph: Tas
     name = next((name for name in left if waits.get(name)), left[0])
     states = graph.by_name[name].states or graph.by_name[name].statistics
     return PlanError(
-        f"operators {', '.join(sorted(left)[:3])} wait for each other, since they change {graph.told(states[0])} in an "
-        "order that this plan's slices cannot keep; cut them apart, or plan again"
+        f"operators {', '.join(sorted(left)[:3])} wait for each other, since they change {graph.named(states[0])} in "
+        "an order that this plan's slices cannot keep; cut them apart, or plan again"
         if states
         else f"slices of {', '.join(sorted(left)[:3])} wait for each other in a circle; plan again"
     )

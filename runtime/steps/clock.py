@@ -43,9 +43,9 @@ class Clock:
         """
         asked_s = self._seconds()
         _sum(transport, ranks, 0.0)
-        told_s = _sum(transport, ranks, self._seconds() if transport.rank == ranks[0] else 0.0)
+        theirs_s = _sum(transport, ranks, self._seconds() if transport.rank == ranks[0] else 0.0)
         answered_s = self._seconds()
-        return (answered_s - asked_s) / 2, told_s - (asked_s + answered_s) / 2
+        return (answered_s - asked_s) / 2, theirs_s - (asked_s + answered_s) / 2
 
 
 def _sum(transport: Transport, ranks: tuple[int, ...], value: float) -> float:

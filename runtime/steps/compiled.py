@@ -3,7 +3,7 @@
 - A layer's own `forward` is compiled, so hooks, checkpoints around the layer and recordings stay as they are.
 - Equal layers of a component (one class, settings and shapes) share one compiled code: torch keeps what it compiles
   with a function, and takes parameters as arguments. Each kind of layer has a function of its own, since torch compiles
-  one for so many cases (sizes, gradients on and off, train and eval mode), and from then on runs it as it is.
+  one for a few cases (sizes, gradients on and off, train and eval mode), and from then on runs it as it is.
 - Random numbers are drawn by an operator that compiled code calls, from the place of the draw in training, so they are
   those of the layer that is not compiled.
 """
@@ -31,7 +31,7 @@ from spindle.record.randomness import Drawing, RowDraw
 CASES = 64
 """Of one layer, torch's own limit is 8: gradients wanted for its input or not, kept or computed again, train or eval
 mode, a size that is fixed, one, or any."""
-ALIGNED = 16  # bytes: compiled code of GPUs loads so many at once
+ALIGNED = 16  # bytes: compiled code of GPUs loads this many at once
 
 _DRAWING: ContextVar[Drawing | None] = ContextVar("spindle_compiled_drawing", default=None)
 

@@ -215,10 +215,10 @@ class Executor:
     def _explained(self, instruction: Instruction, error: Exception) -> Exception:
         where = self.program.describe(self.rank, instruction)
         if isinstance(error, SpindleError):
-            told = type(error)(f"{where}: {error}")
+            explained = type(error)(f"{where}: {error}")
             for note in getattr(error, "__notes__", ()):
-                told.add_note(note)
-            return told
+                explained.add_note(note)
+            return explained
         return RunError.of(error, where)
 
     # -- compute --------------------------------------------------------------------------------------------------
@@ -485,14 +485,14 @@ class Executor:
         names = [] if clipped else [name for name in self.updated if name not in resting]
         held = {name: self.store.stepped(name).grad for name in names}
         losses = broken_losses([*self.earlier, self.losses])
-        told = not_finite(losses, {name: gradient for name, gradient in held.items() if gradient is not None})
+        reason = not_finite(losses, {name: gradient for name, gradient in held.items() if gradient is not None})
         tasks = list(dict.fromkeys(base_task(task) for task, _ in self.program.losses))
-        elsewhere = agreed(told, losses, tasks, self.transport)
+        elsewhere = agreed(reason, losses, tasks, self.transport)
         if elsewhere is None:
             return False
         if self.on_broken == "stop":
-            raise NotFiniteError(stopped(self.stream.step + 1, told, elsewhere))
-        self.skipped = told
+            raise NotFiniteError(stopped(self.stream.step + 1, reason, elsewhere))
+        self.skipped = reason
         return True
 
     def _gather(self, name: str) -> None:

@@ -29,11 +29,11 @@ def broken_losses(rounds: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {task: loss for task, loss in found if not math.isfinite(loss)}
 
 
-def agreed(told: str, losses: Mapping[str, Tensor], tasks: Sequence[str], transport: Transport) -> list[str] | None:
+def agreed(reason: str, losses: Mapping[str, Tensor], tasks: Sequence[str], transport: Transport) -> list[str] | None:
     """What all ranks say alike, each by what it has found: None where all is finite everywhere, else those of the
     `tasks` whose losses are not finite on other ranks alone. All ranks call it together.
     """
-    flags = [bool(told), *(task in losses for task in tasks)]
+    flags = [bool(reason), *(task in losses for task in tasks)]
     found = torch.tensor(flags, dtype=torch.float32, device=transport.device)
     sum_over_all(found, transport)
     anywhere, *by_task = found.tolist()
@@ -42,10 +42,10 @@ def agreed(told: str, losses: Mapping[str, Tensor], tasks: Sequence[str], transp
     return [task for task, count in zip(tasks, by_task, strict=True) if count and task not in losses]
 
 
-def stopped(step: int, told: str, elsewhere: Sequence[str]) -> str:
+def stopped(step: int, reason: str, elsewhere: Sequence[str]) -> str:
     """What to say where a step ends the run, counted from 1: what is not finite here, and the tasks `elsewhere`."""
     weights = f"weights are as step {step - 1} left them" if step > 1 else "weights are as they were"
-    what = [f"the loss of task {task!r} is not finite" for task in elsewhere] + ([told] if told else [])
+    what = [f"the loss of task {task!r} is not finite" for task in elsewhere] + ([reason] if reason else [])
     return (
         f"step {step} ({weights}): {', '.join(what) or 'a gradient on another device is not finite'}; the optimizer "
         "did not step with that. Lower the learning rate, clip gradients (max_grad_norm=), look at the batch, or give "
@@ -63,11 +63,11 @@ def not_finite(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
     by_component: dict[str, list[str]] = {}
     for name in broken:
         by_component.setdefault(name.partition(".")[0], []).append(name)
-    told = [f"the loss of task {task!r} is {float(losses[task])}" for task in tasks]
+    sentences = [f"the loss of task {task!r} is {float(losses[task])}" for task in tasks]
     for component, names in by_component.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        told.append(f"the gradient of component {component!r} is not finite ({names[0]}{more})")
-    return ", ".join(told)
+        sentences.append(f"the gradient of component {component!r} is not finite ({names[0]}{more})")
+    return ", ".join(sentences)
 
 
 def _broken(gradients: Mapping[str, Tensor]) -> Iterable[str]:

@@ -54,7 +54,7 @@ class ParameterStore:
         self.bucket: dict[str, Tensor] = {}
         self.reduced: dict[
             str, Tensor
-        ] = {}  # those that ranks reduce, with a flag for each parameter behind; and flags
+        ] = {}  # gradients that ranks reduce, with a flag for each parameter behind; and flags
         self.reached: set[str] = set()  # parameters of buckets and flats to which a backward of this step has added
         self._members: dict[str, tuple[str, ...]] = {}
         self.loose: list[str] = []  # trained ones whose gradients lie in no buffer
@@ -142,7 +142,7 @@ class ParameterStore:
         `whole` ones with masters the gradient goes to its sum.
         """
 
-        def told(name: str, parameter: Tensor) -> None:
+        def accumulated(name: str, parameter: Tensor) -> None:
             self.reached.add(name)
             if whole and self.numbers.has_master(parameter):
                 self._collect(name, parameter)
@@ -150,7 +150,7 @@ class ParameterStore:
                 self.on_gradient(name)
 
         for name, parameter in parameters.items():
-            hook = functools.partial(told, name)
+            hook = functools.partial(accumulated, name)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _collect(self, name: str, parameter: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Made: how a run's optimizer and schedule were made, so that a resumed run knows what its user has changed since.
 
 What a checkpoint holds of them would replace what the user's functions have just made, without a word. So settings that
-were changed hold, and are told; what the rest of the state would contradict is refused.
+were changed hold, and are reported; what the rest of the state would contradict is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,8 +56,8 @@ def changed_settings(before: Made, now: Made, *, scheduled: bool) -> dict[tuple[
             if _differ(old[key], new[key]):
                 if scheduled and key in SCHEDULED:
                     raise CheckpointError(
-                        f"{key} of the optimizer's group {number} was {_told(old[key])} when the checkpoint's run "
-                        f"began, is {_told(new[key])} now, and a schedule goes on from it; {_REMEDY}"
+                        f"{key} of the optimizer's group {number} was {_as_text(old[key])} when the checkpoint's run "
+                        f"began, is {_as_text(new[key])} now, and a schedule goes on from it; {_REMEDY}"
                     )
                 found[number, key] = (old[key], new[key])
     return found
@@ -67,8 +67,8 @@ def check_schedule(before: Made | None, now: Made | None) -> None:
     """Raises CheckpointError where the schedule is another one than that of the checkpoint."""
     if before is None or now is None:
         if before is not now:
-            told = f"had {before['class']}, and this one has none" if before else "had none"
-            raise CheckpointError(f"the checkpoint's run {told} as its schedule; {_REMEDY}")
+            had = f"had {before['class']}, and this one has none" if before else "had none"
+            raise CheckpointError(f"the checkpoint's run {had} as its schedule; {_REMEDY}")
         return
     if before["class"] != now["class"]:
         raise CheckpointError(f"the checkpoint's schedule is {before['class']} and this one {now['class']}; {_REMEDY}")
@@ -78,16 +78,16 @@ def check_schedule(before: Made | None, now: Made | None) -> None:
         )
     for path, old, new in _differences(before["state"], now["state"], ""):
         raise CheckpointError(
-            f"{path} of the schedule ({now['class']}) was {_told(old)} when the checkpoint's run began and is "
-            f"{_told(new)} now; {_REMEDY}"
+            f"{path} of the schedule ({now['class']}) was {_as_text(old)} when the checkpoint's run began and is "
+            f"{_as_text(new)} now; {_REMEDY}"
         )
 
 
-def told_settings(changed: Mapping[tuple[int, str], tuple[Any, Any]], labels: tuple[str, ...]) -> list[str]:
+def sentences_of(changed: Mapping[tuple[int, str], tuple[Any, Any]], labels: tuple[str, ...]) -> list[str]:
     """A sentence for each setting that was changed. `labels`: of the groups."""
     return [
-        f"{key} of the optimizer{f' ({labels[number]})' if labels[number] else ''} was {_told(old)} when the "
-        f"checkpoint's run began and is {_told(new)} from here on"
+        f"{key} of the optimizer{f' ({labels[number]})' if labels[number] else ''} was {_as_text(old)} when the "
+        f"checkpoint's run began and is {_as_text(new)} from here on"
         for (number, key), (old, new) in sorted(changed.items(), key=lambda item: item[0])
     ]
 
@@ -126,6 +126,6 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
         yield path, old, new
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     text = f"{value.item():g}" if isinstance(value, Tensor) and value.numel() == 1 else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

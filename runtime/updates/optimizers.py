@@ -264,8 +264,8 @@ def _after(
     probe.__dict__.update((key, value) for key, value in vars(optimizer).items() if key != "step")  # a schedule's
     parameters = [nn.Parameter(value.clone()) for value, *_ in tried if value is not None]
     probe.state = defaultdict(dict)
-    told = {"fused": False, "capturable": False} | ({} if group.get("lr") is None else {"lr": 0.01})  # on any device
-    probe.param_groups = [group | {key: value for key, value in told.items() if key in group} | {"params": parameters}]
+    fixed = {"fused": False, "capturable": False} | ({} if group.get("lr") is None else {"lr": 0.01})  # on any device
+    probe.param_groups = [group | {key: value for key, value in fixed.items() if key in group} | {"params": parameters}]
     for step in range(1, len(tried[0])):
         for parameter, values in zip(parameters, tried, strict=True):
             gradient = values[step]

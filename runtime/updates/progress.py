@@ -1,7 +1,7 @@
 """Progress: optimizers and schedules as tensors and plain values by the user's names, and back.
 
-All ranks have the same parameter groups, each with what it holds of them (optimizers.py), so groups go by position, and
-a schedule's state is that of any rank.
+All ranks have the same parameter groups, each with what it holds of them (optimizers.py), so position names a group,
+and a schedule's state is that of any rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -158,7 +158,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], pr
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Progress of a whole run from that of its ranks: all groups and feeds, of whoever holds them."""
+    """Progress of a whole run from that of its ranks: all groups and feeds, whichever rank holds them."""
     whole: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():

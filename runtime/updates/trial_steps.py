@@ -191,7 +191,7 @@ def _refuse_groups_beside(every: Sequence[Parameter], settings: Settings, optimi
             group["params"] = []
         before = fingerprint([p.detach() for p in trial.parameters.values()])
         (after, _), *_ = trial.steps(1, torch.Generator().manual_seed(0))
-    except Exception:  # told of elsewhere
+    except Exception:  # reported elsewhere
         return
     if after != before:
         kind, (component, own) = type(trial.optimizer).__name__, next(iter(settings.items()))
@@ -214,7 +214,7 @@ def _refuse_values_by_place(factories: "_Factories") -> None:
         if isinstance(split.schedule, SplitSchedule | LRScheduler):  # whose lists have a value for each group by design
             return
         steps = [list(trial.changes(STEPS)) for trial in (whole, split)]
-    except Exception:  # told of elsewhere
+    except Exception:  # reported elsewhere
         return
     for changed, changed_apart in zip(*steps, strict=True):
         for (number, component), found in zip(made.origins, changed_apart, strict=True):
@@ -246,7 +246,7 @@ def _compare_shares(factories: _Factories, shares: Sequence[Sequence[str]]) -> N
     try:
         whole = _made(f.every, f.settings, f.optimizer, f.scheduler, f.metric)
         groups = [step[1] for step in whole.steps(STEPS, torch.Generator().manual_seed(0))]
-    except Exception:  # told of elsewhere
+    except Exception:  # reported elsewhere
         return
     for own in shares:
         last, what = _differs_apart(factories, own, whole, groups)

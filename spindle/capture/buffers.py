@@ -1,7 +1,7 @@
-"""Buffers: those that modules on the meta device lack values for, in; the same modules with real buffers out.
+"""Buffers: buffers of modules on the meta device that have no values, in; the same modules with real buffers out.
 
 Buffers are small, and code computes with their values while it is recorded (rotary frequencies, positions), so they are
-never left on the meta device: those that files of weights hold are read, others are computed as their library does it.
+never left on the meta device: what files of weights hold is read, others are computed as their library does it.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Costs: an operator's module and the shapes it reads in; its output shapes, FLOPs, bytes and gradient flags out.
 
-The module runs forward and backward on fake tensors at the full batch: no compute, no memory. FLOPs are those that
+The module runs forward and backward on fake tensors at the full batch: no compute, no memory. FLOPs are the ones that
 `torch.utils.flop_counter` knows (matrix products, convolutions, attention); a multiply-add counts as two.
 """
 
@@ -315,7 +315,7 @@ def _text(module: OperatorModule, part: OperatorPart) -> str:
         names[number] = f"input {index}"
     lines = []
 
-    def told(leaf: Any) -> Any:
+    def named(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
             if leaf.index in recording.leaves and leaf.index not in names:
                 return module.own.get(recording.leaves[leaf.index], "?")
@@ -327,6 +327,6 @@ def _text(module: OperatorModule, part: OperatorPart) -> str:
 
     for node in part.nodes:
         name = "block" if node.block else getattr(node.function, "__name__", type(node.function).__name__)
-        lines.append(f"{name} {tree(told, node.args)!r} {tree(told, node.kwargs)!r} {node.grad} {node.autocast}")
+        lines.append(f"{name} {tree(named, node.args)!r} {tree(named, node.kwargs)!r} {node.grad} {node.autocast}")
         names.update({out: f"value {len(names)}" for out in node.outs if out not in names})
     return chr(10).join([*lines, *(names[out] for out in part.outputs)])

@@ -51,7 +51,7 @@ class Fact:
             )
         return _is_alike(self.whole, self.part, whole, part)
 
-    def told(self, whole: "Samples", part: "Samples") -> str:
+    def text(self, whole: "Samples", part: "Samples") -> str:
         """What differs, in words: "'mul' (line 3 of model.py) computes with 1.0 for ... and with 2.0 for ..."."""
         name = self.node.block or getattr(self.node.function, "__name__", "code")
         line = f" ({self.node.line})" if self.node.line else ""

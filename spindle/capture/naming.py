@@ -7,7 +7,7 @@ from spindle.capture.blocks import Block
 
 
 class Namer:
-    """Gives every operator of a workload a name of its own, as short as can be told apart."""
+    """Gives every operator of a workload a name of its own, as short as is unique."""
 
     def __init__(self, blocks: list[Block]) -> None:
         """`blocks`: all blocks of the workload, their paths beginning with the component."""

@@ -104,7 +104,7 @@ class _Builder:
         )
 
     def _tied(self) -> Tied:
-        """Each component's own names of parameters that go by the name of another component."""
+        """Each component's own names of parameters that have the name of another component."""
         return {
             name: {
                 known: f"{name}.{path}"
@@ -269,7 +269,7 @@ class _Builder:
                 continue
             if sizes and not any(findings.places.get(self.wired.key(n), [()])):
                 return (
-                    f"{line} gives values of shape ({' x '.join(map(str, sizes))}) by {name!r} that go by no unit: it "
+                    f"{line} gives values of shape ({' x '.join(map(str, sizes))}) by {name!r} that have no unit: it "
                     "mixes samples, or gives them rows that rows= must count under a name of its own, see "
                     "docs/packed.md"
                 )

@@ -135,9 +135,9 @@ def _numbers(code: TaskCode, wired: Wired, home: Mapping[int, str], where: str) 
         sent = crossing.get(name, {})
         if [code.tensors.get(what) for what in sent.values()] != [code.tensors[what] for what in expected]:
             same = len(sent) == len(expected)
-            told = "other values than" if same else f"{len(sent)} values to other operators, and {len(expected)}"
+            sends = "other values than" if same else f"{len(sent)} values to other operators, and {len(expected)}"
             raise WorkloadError(
-                f"{where}: operator {name!r} sends {told} when it was captured{_left_out(code, wired, name)}; a task "
+                f"{where}: operator {name!r} sends {sends} when it was captured{_left_out(code, wired, name)}; a task "
                 f"must compute in the same way in every step ({INSTEAD})"
             )
         numbers |= {code.tensors[what]: number for number, what in sent.items()}

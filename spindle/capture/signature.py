@@ -24,7 +24,7 @@ def module_signature(module: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's own settings, without those that only number it, and its forward hooks."""
+    """A module's own settings, without settings that only number it, and its forward hooks."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     settings = sorted(
         (name, _setting(value))

@@ -1,6 +1,6 @@
 """States: what each operator reads and changes of buffers in; which of these must keep the order of one process, out.
 
-- Running statistics that nobody reads while training go by layer: what each batch adds is folded in afterwards.
+- Running statistics that nobody reads while training are kept by layer: what each batch adds is folded in afterwards.
 - Any other buffer that some operator changes is a state: operators that touch it do so in the order of one process.
 """
 
@@ -35,7 +35,7 @@ class Touch:
     line: str = ""
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """How to call the buffer in a sentence."""
         return f"buffer {self.buffer!r}{f' ({self.line})' if self.line else ''}"
 
@@ -150,7 +150,7 @@ def _check_turns(touched: Sequence[Touch], in_flight: int) -> None:
         if touch.again and (others or in_flight > 1):
             other = f"{others[0]!r} reads or changes too" if others else "several micro-batches change at once"
             raise WorkloadError(
-                f"{touch.operator!r} changes {touch.told} under a checkpoint of its own, which runs again "
+                f"{touch.operator!r} changes {touch.text} under a checkpoint of its own, which runs again "
                 f"in backward, and which {other}; switch the checkpoint off and name the component in the workload's "
                 "recompute="
             )
@@ -165,7 +165,7 @@ def _check_order(operators: Sequence[Operator], touched: Sequence[Touch]) -> Non
         other = before.get(key, touch)
         if place[touch.operator] < place[other.operator]:
             raise WorkloadError(
-                f"task {key[1]!r} reads or changes {touch.told} in {touch.operator!r} before and after it "
+                f"task {key[1]!r} reads or changes {touch.text} in {touch.operator!r} before and after it "
                 f"does so in {other.operator!r}, which runs apart from it; do it in one of the two alone"
             )
         before[key] = touch

@@ -19,7 +19,7 @@ class progress:  # noqa: N801 - used like a function
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: Any = None
-        self.told_s = time.monotonic()
+        self.printed_s = time.monotonic()
 
     def __enter__(self) -> Callable[..., None]:
         if sys.stderr.isatty() and not is_silent():
@@ -35,8 +35,8 @@ class progress:  # noqa: N801 - used like a function
         """So much is done; `text` stands behind the bar."""
         if self.bar is not None:
             self.bar.update(0, completed=done, total=total, description=text[: WIDTH // 2])
-        elif time.monotonic() - self.told_s > 10.0 and not is_silent():
-            self.told_s = time.monotonic()
+        elif time.monotonic() - self.printed_s > 10.0 and not is_silent():
+            self.printed_s = time.monotonic()
             click.echo(f"{self.title} {done}/{total}  {text}".rstrip()[:WIDTH], err=True)
 
     def __exit__(self, *_: object) -> None:
@@ -80,22 +80,22 @@ class busy:  # noqa: N801 - used like a function
         from rich.progress import BarColumn, ProgressColumn
         from rich.text import Text
 
-        told = self
+        status = self
 
         class Title(ProgressColumn):
             """What is done now."""
 
             def render(self, task: Any) -> Text:
-                return Text(told.title)
+                return Text(status.title)
 
         class Clock(ProgressColumn):
             """Seconds left, or gone by; moves the bar behind it."""
 
             def render(self, task: Any) -> Text:
-                task.completed = time.monotonic() - told.began_s
-                left_s = (told.limit_s or 0.0) - task.completed
+                task.completed = time.monotonic() - status.began_s
+                left_s = (status.limit_s or 0.0) - task.completed
                 if left_s > 0:
-                    task.total = told.limit_s
+                    task.total = status.limit_s
                     return Text(f"at least {left_s:.0f} s left")  # what the limit does not bind comes on top
                 task.total = None  # what is not bound by the limit still goes on, and the bar says that it knows no end
                 return Text(f"{task.completed:.0f} s")

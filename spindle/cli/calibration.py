@@ -122,7 +122,7 @@ def _doubts(found: "Calibration") -> list[str]:
     if found.inseparable:
         pairs = ", ".join(f"{one} and {other}" for one, other in found.inseparable)
         lines.append(
-            f"{pairs} cannot be told apart by these rows: with one larger and the other smaller they would be as near"
+            f"{pairs} cannot be separated by these rows: with one larger and the other smaller they would be as near"
         )
     worst = max(found.rows, key=lambda row: abs(row.error))
     if abs(worst.error) > LARGE:

@@ -35,12 +35,12 @@ def _list(folder: Path, *, verify: bool, as_json: bool) -> None:
 
     rows = rows_of(folder, verify=verify)
     if as_json:
-        told = [
+        values = [
             {"path": str(row.path), "step": row.step, "run": row.run, "seed": row.seed, "files": row.num_files,
              "bytes": row.num_bytes, "written_s": row.written_s, "problem": row.problem or None}
             for row in rows
         ]  # fmt: skip
-        click.echo(json_text({"verified": verify, "checkpoints": told}))
+        click.echo(json_text({"verified": verify, "checkpoints": values}))
     else:
         click.echo(f"{'checkpoint':24} {'files':>5} {'GiB':>9}  {'written':19}  run")
         for row in rows:
@@ -63,8 +63,8 @@ def _compare(first: Path, second: Path, *, as_json: bool) -> None:
     found = list(differences(first, second))
     count = count_tensors(first)
     if as_json:
-        told = [{"name": row.name, "kind": row.kind, "largest": row.largest} for row in found]
-        click.echo(json_text({"equal": not found, "tensors": count, "differences": told}))
+        values = [{"name": row.name, "kind": row.kind, "largest": row.largest} for row in found]
+        click.echo(json_text({"equal": not found, "tensors": count, "differences": values}))
     elif not found:
         click.echo(f"equal: {count} tensors, bit for bit")
     else:

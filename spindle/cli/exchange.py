@@ -55,10 +55,10 @@ def export_plan(plan_file: str, form: str, language: str, output: str, as_json: 
 
     check_directory(output)
     found = module_parallelisms(read_plan(plan_file), language)
-    told = {"module_parallelisms": found}
-    write_text(json.dumps(told, indent=1) + "\n", output)
+    values = {"module_parallelisms": found}
+    write_text(json.dumps(values, indent=1) + "\n", output)
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(values))
         return
     click.echo(f"{'module':40} {'ranks':>11} {'tensor':>7} {'data':>5}")
     for name, parallelism in found.items():

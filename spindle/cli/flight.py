@@ -38,10 +38,10 @@ def flight(folder: str, last: int, as_json: bool) -> None:
             | {"last_s": each.last_s, "place": each.place and each.place.text}
             for each in record.ranks
         ]
-        told = {"record": str(record.folder), "end": record.end.model_dump() if record.end else None}
+        values = {"record": str(record.folder), "end": record.end.model_dump() if record.end else None}
         stopped = {"first_stopped": rank.rank, "why": why, "ranks": ranks}
         shown = [asdict(event) | {"kind": event.kind.name.lower()} for event in events]
-        click.echo(json_text(told | stopped | {"events": shown}))
+        click.echo(json_text(values | stopped | {"events": shown}))
         return
     for sentence in sentences(record):
         click.echo(textwrap.fill(sentence, WIDTH, subsequent_indent="  "))

@@ -8,7 +8,7 @@ from click.types import StringParamType
 
 
 class File(StringParamType):
-    """The name of a file; offered are those that end so, and folders on the way; all files when no suffix is given."""
+    """The name of a file; offered are files that end so, and folders on the way; all files when no suffix is given."""
 
     name = "file"
 

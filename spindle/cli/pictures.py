@@ -53,7 +53,7 @@ def graph(
     file = output or (None if mermaid or as_json else "graph.svg")
     check_directory(file)
     with busy(f"reading {source}") as doing:
-        metagraph, sources, named, _ = _priced(source, cluster, profile, calibration, tasks, doing)
+        metagraph, sources, named, _ = _costed(source, cluster, profile, calibration, tasks, doing)
         found = graph_of(metagraph)
         if file and file.endswith(".mmd"):
             write_text(graph_mermaid(found), file)
@@ -97,7 +97,7 @@ def curves(
     file = output or (None if as_json else "curves.svg")
     check_directory(file)
     with busy(f"reading {source}") as doing:
-        metagraph, sources, named, where = _priced(source, cluster, profile, calibration, tasks, doing)
+        metagraph, sources, named, where = _costed(source, cluster, profile, calibration, tasks, doing)
         panels = panels_of(metagraph, sources, num_devices=where.num_devices)
         if file:
             notes = [f"Seconds of one layer, forward and backward. {_notes(named, sources)}"]
@@ -109,7 +109,7 @@ def curves(
         click.echo(f"written to {file}")
 
 
-def _priced(
+def _costed(
     source: str,
     cluster: str | None,
     profile: str | None,
@@ -123,13 +123,13 @@ def _priced(
     from spindle.cost.sources import cost_sources
     from spindle.formats import read
     from spindle.profile import Profile
-    from spindle.source import load_source, priced_source
+    from spindle.source import costed_source, load_source
 
     where = parse_cluster(named := cluster_for(source, cluster))
     measured = read(profile, Profile) if profile else None
     fitted = read(calibration, Calibration) if calibration else None
-    priced = priced_source(load_source(source, doing, tasks=tasks), where, measured, fitted)
-    return priced, cost_sources(priced, measured, is_calibrated=fitted is not None), named, where
+    costed = costed_source(load_source(source, doing, tasks=tasks), where, measured, fitted)
+    return costed, cost_sources(costed, measured, is_calibrated=fitted is not None), named, where
 
 
 def _notes(named: str, sources: "Sequence[CostSource]") -> str:

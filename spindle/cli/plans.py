@@ -92,7 +92,7 @@ def plan(
         per_device = (per_device_batch, where.num_devices) if per_device_batch else None
         loaded = load_source(source, doing, tasks=tasks, per_device=per_device)
         doing("planning", default_limit_s(where) if time_limit_s is None else time_limit_s)
-        found, pricing = plan_source(
+        found, cost_options = plan_source(
             loaded,
             where,
             measured,
@@ -103,14 +103,14 @@ def plan(
             start=read_plan(start_file) if start_file else None,
             pins=pins or None,
         )
-        found = with_outlook(found, loaded, pricing, profile=measured, calibration=fitted)
+        found = with_outlook(found, loaded, cost_options, profile=measured, calibration=fitted)
     if output:
         write(found, output)
     if as_json:
         click.echo(dumps(found))
         return
     click.echo(render(found, names=(source, named)))
-    click.echo(cost_notes(loaded, found, measured, pricing, is_calibrated=fitted is not None))
+    click.echo(cost_notes(loaded, found, measured, cost_options, is_calibrated=fitted is not None))
     if where.device.name != "cpu":
         counts = f"{where.num_devices},{2 * where.num_devices}"
         lines = titled("sizes", f"spindle whatif {source} --cluster {named} --devices {counts}")

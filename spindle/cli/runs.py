@@ -91,8 +91,8 @@ def profile(
     if as_json:
         counts = {"kinds": len(measured.by_kind), "entries": len(measured.entries), "messages": len(measured.links)}
         new = measured.size - (known.size if known else 0)
-        told = {"output": output, "device": measured.device, **counts, "new": new}
-        click.echo(json.dumps(told | ({"held_out": [asdict(row) for row in rows]} if validate else {})))
+        values = {"output": output, "device": measured.device, **counts, "new": new}
+        click.echo(json.dumps(values | ({"held_out": [asdict(row) for row in rows]} if validate else {})))
         return
     click.echo(folded(f"{measured.describe(known)}; written to {output}"))
     if validate:
@@ -360,7 +360,7 @@ def train(
         write(result.trace, trace_file)
     if as_json:
         done = result.first_step + len(result.losses)
-        told = {
+        values = {
             "steps": done,
             "first_step": result.first_step,
             "ended": result.ended,
@@ -371,7 +371,7 @@ def train(
         where = {"checkpoint": str(result.checkpoint)} if result.checkpoint else {}
         where |= {"best": str(result.best)} if result.best else {}
         scores = {"scores": result.scores, "stopped": result.stopped} if result.scores or result.stopped else {}
-        click.echo(json_text(told | where | scores | {"losses": result.losses}))
+        click.echo(json_text(values | where | scores | {"losses": result.losses}))
         return
     click.echo(folded(result.startup, indent=2), err=True)
     if result.first_step:

@@ -75,16 +75,16 @@ def submit(
                 from spindle.harmless import harmless
 
                 runtime_env["working_dir"] = str(package.path)
-                say(harmless(f"sending {package.told(folder)}"))
+                say(harmless(f"sending {package.summary(folder)}"))
             jobs.submit(shlex.join(("python", "-m", "spindle", "train", *train_args)), runtime_env, follow)
         if no_wait:
-            told = {"job_id": follow, "address": jobs.address, "status": "PENDING"}
-            click.echo(json_text(told) if as_json else follow)
+            values = {"job_id": follow, "address": jobs.address, "status": "PENDING"}
+            click.echo(json_text(values) if as_json else follow)
             return
         click.echo(f"job {follow} sent to {jobs.address}", err=as_json)
     elif stop:
-        told = {"job_id": stop, "address": where, "status": _jobs(where).stop(stop)}
-        click.echo(json_text(told) if as_json else f"job {stop}: {told['status']}")
+        values = {"job_id": stop, "address": where, "status": _jobs(where).stop(stop)}
+        click.echo(json_text(values) if as_json else f"job {stop}: {values['status']}")
         return
     else:
         jobs = _jobs(where)
@@ -101,8 +101,8 @@ def _follow(jobs: "Jobs", job_id: str, as_json: bool) -> None:
         tell(f"\njob {job_id} goes on\nfollow it:  {here} --follow {job_id}\nstop it:    {here} --stop {job_id}")
         click.get_current_context().exit(130)
     if as_json:
-        told = {"job_id": job_id, "address": jobs.address, "status": ended.status, "message": ended.message}
-        click.echo(json_text(told | {"last_lines": ended.last_lines[-10:]}))
+        values = {"job_id": job_id, "address": jobs.address, "status": ended.status, "message": ended.message}
+        click.echo(json_text(values | {"last_lines": ended.last_lines[-10:]}))
     if not ended.ok:
         raise RunError("\n".join((f"job {job_id} {ended.status}: {ended.message}", *ended.last_lines[-2:])))
     if not as_json:

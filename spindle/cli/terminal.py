@@ -14,8 +14,8 @@ from spindle.errors import SpindleWarning
 
 if TYPE_CHECKING:
     from spindle.api import TrainResult
+    from spindle.cost_options import CostOptions
     from spindle.plan import Plan
-    from spindle.pricing import Pricing
     from spindle.profile import Profile
     from spindle.source import Source
     from spindle.workload import Workload
@@ -94,24 +94,27 @@ def cost_notes(
     source: "Source",
     plan: "Plan",
     measured: "Profile | None",
-    pricing: "Pricing",
+    cost_options: "CostOptions",
     *,
     is_calibrated: bool = False,
 ) -> str:
     """Where the times come from; what else a run must do to fit; advice."""
     from collections import Counter
 
-    from spindle.cost.sources import cost_sources, priced_like
+    from spindle.cost.sources import cost_sources, costed_like
     from spindle.graph import base_task
     from spindle.planner.report.advice import advise
 
     metagraph = source.metagraph
-    sources = cost_sources(priced_like(metagraph, plan), measured, is_calibrated=is_calibrated)
+    sources = cost_sources(costed_like(metagraph, plan), measured, is_calibrated=is_calibrated)
     counts = Counter(str(each.source) for each in sources).most_common()
     lines = [f"costs      of {', '.join(f'{n} MetaOps {COST_SOURCES[kind]}' for kind, n in counts)}"]
-    if pricing.min_tensor_parallel > 1 and source.pricing.min_tensor_parallel != pricing.min_tensor_parallel:
-        lines.append(f"to fit     tensor parallelism of {pricing.min_tensor_parallel} devices or more")
-    if pricing.offload_optimizer and not source.pricing.offload_optimizer:
+    if (
+        cost_options.min_tensor_parallel > 1
+        and source.cost_options.min_tensor_parallel != cost_options.min_tensor_parallel
+    ):
+        lines.append(f"to fit     tensor parallelism of {cost_options.min_tensor_parallel} devices or more")
+    if cost_options.offload_optimizer and not source.cost_options.offload_optimizer:
         lines.append("to fit     optimizer states in the memory of the host")
     batches = {base_task(operator.task): operator.batch_size for m in metagraph for operator in m.operators}
     if measured is not None and {str(s.source) for s in sources} <= {"predicted", "calibrated"}:
@@ -137,10 +140,10 @@ def warn_of_losses(result: "TrainResult") -> None:
     for step, losses in enumerate(result.losses, result.first_step + 1):
         broken = [task for task, loss in losses.items() if not math.isfinite(loss)]
         if broken:
-            told = (
+            start = (
                 f"step {step}: the loss of {', '.join(broken)} is {losses[broken[0]]}; lower the learning rate (--lr), "
             )
-            warn(f"{told}clip gradients (max_grad_norm=), or look at the batch")
+            warn(f"{start}clip gradients (max_grad_norm=), or look at the batch")
             return
 
 

@@ -79,7 +79,7 @@ def fit_steps(rows: Sequence[MeasuredStep], predict: Predict, start: Calibration
     predicted = predict(found)
     return replace(
         found,
-        rows=tuple(replace(row, predicted_s=float(told)) for row, told in zip(rows, predicted, strict=True)),
+        rows=tuple(replace(row, predicted_s=float(time_s)) for row, time_s in zip(rows, predicted, strict=True)),
         undetermined=undetermined,
         inseparable=inseparable,
     )

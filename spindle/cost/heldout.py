@@ -1,6 +1,6 @@
 """Held out: a profile in; how wrong its curves are at points that they do not use, out.
 
-Each measured point between two others is left out in turn and told from its neighbors: an operator's time by
+Each measured point between two others is left out in turn and predicted from its neighbors: an operator's time by
 a + b / n through both counts, or by a + b * size through both sizes; a message's by alpha-beta segments through every
 second size.
 """
@@ -59,8 +59,8 @@ def left_out_sizes(family: str, entries: Sequence[ProfileEntry]) -> list[HeldOut
     for count, curve in curves_of(entries).items():
         for index in range(1, len(curve.entries) - 1):
             left = curve.entries[index]
-            told = Curve(curve.entries[:index] + curve.entries[index + 1 :]).at(left.size)
-            measured_s, predicted_s = (entry.forward_s + entry.backward_s for entry in (left, told))
+            predicted = Curve(curve.entries[:index] + curve.entries[index + 1 :]).at(left.size)
+            measured_s, predicted_s = (entry.forward_s + entry.backward_s for entry in (left, predicted))
             rows.append(
                 HeldOut(what=f"{family}, other sizes", at=count, measured_s=measured_s, predicted_s=predicted_s)
             )

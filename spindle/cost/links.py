@@ -1,8 +1,8 @@
 """Links: bytes and the devices of a group in, seconds of a collective out.
 
-- A library has several ways to run a collective (`Protocol`); each is alpha + hops + bytes / rate. The fastest is taken
-  of those for so many bytes, so that time is piecewise linear in bytes, with a switch where one overtakes the other or
-  a size is passed (paper, section 2.2).
+- A library has several ways to run a collective (`Protocol`); each is alpha + hops + bytes / rate. The fastest one
+  for a number of bytes is taken, so that time is piecewise linear in bytes, with a switch where one overtakes the other
+  or a size is passed (paper, section 2.2).
 - A group that spans nodes runs one ring through all its members. Each level of links carries its part at the same time;
   the slower one sets the rate. k members of a node bring k of the link's rate, or what its ports carry together.
 """
@@ -14,7 +14,7 @@ from spindle.cluster import Cluster, Collective, Link, Protocol
 
 
 def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
-    """Seconds of one collective of `num_bytes` (the whole buffer) by a group with so many members in each node.
+    """Seconds of one collective of `num_bytes` (the whole buffer) by a group with `per_node` members in each node.
 
     >>> from spindle.clusterfile import parse_cluster
     >>> cluster = parse_cluster("2x8:a100-80g")
@@ -42,7 +42,7 @@ def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_
 def port_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
     """Seconds in which the collective takes all that the network ports of its nodes carry; 0: a port for each device.
 
-    Others that go through these ports meanwhile wait that long in all, whoever comes first.
+    Others that go through these ports meanwhile wait that long in all, whichever comes first.
     """
     members = [count for count in per_node if count]
     if len(members) < 2 or cluster.inter_node.node_bytes_per_s is None:

@@ -34,7 +34,7 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A line, from so many bytes that each member sends; the slope in seconds per byte."""
+    """A line, from a number of bytes that each member sends on; the slope in seconds per byte."""
 
     latency_s: float
     hop_s: float
@@ -99,7 +99,7 @@ def _link(link: Link, profile: Profile, level: LinkLevel) -> Link:
 
 
 def _protocols(operation: LinkCollective, level: LinkLevel, entries: Sequence[LinkEntry]) -> Iterator[Protocol]:
-    """Of one collective; the all-reduce's serve those that have none."""
+    """Of one collective; the all-reduce's serve collectives that have none."""
     rows = [_row(operation, entry) for entry in entries if entry.operation == operation]
     if len(rows) >= 3:
         segments = _segments(rows)
@@ -168,11 +168,11 @@ def _least_squares(terms: Array, seconds: Array) -> Array:
     """
     found: Array = np.linalg.lstsq(terms / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
     for _ in range(STEPS):
-        told = terms @ found
-        if (told <= 0).any():
+        predicted = terms @ found
+        if (predicted <= 0).any():
             break
-        misses = np.log(told / seconds)
-        step: Array = np.linalg.lstsq(terms / told[:, None], -misses, rcond=None)[0]
+        misses = np.log(predicted / seconds)
+        step: Array = np.linalg.lstsq(terms / predicted[:, None], -misses, rcond=None)[0]
         for share in 0.5 ** np.arange(10):
             tried = terms @ (found + share * step)
             if (tried > 0).all() and (np.log(tried / seconds) ** 2).sum() < (misses**2).sum():
@@ -190,5 +190,5 @@ def _squares(segments: Sequence[_Segment], rows: Sequence[_Row]) -> float:
 def _miss(segments: Sequence[_Segment], row: _Row) -> float:
     """Logarithm of what they say over what was measured, as protocols are taken."""
     begin = max(segment.from_bytes for segment in segments if segment.from_bytes <= row.sent)
-    told = min(p.latency_s + p.hop_s * row.hops + p.slope * row.sent for p in segments if p.from_bytes == begin)
-    return log(told / row.seconds) if told > 0 else -inf
+    predicted = min(p.latency_s + p.hop_s * row.hops + p.slope * row.sent for p in segments if p.from_bytes == begin)
+    return log(predicted / row.seconds) if predicted > 0 else -inf

@@ -14,9 +14,9 @@ from math import prod
 
 from spindle.cost.optimizers import kept_bytes_of
 from spindle.cost.roofline import chain_rows, num_scores, score_flops
+from spindle.cost_options import CostOptions
 from spindle.execution import writes_scores
 from spindle.graph import Operator, Parameter
-from spindle.pricing import Pricing
 
 SCORE_BYTES = 5.0
 """Kept by plain attention for each score: softmax, dropout mask and result (Korthikanti et al. 2022)."""
@@ -26,80 +26,80 @@ FUSED_SOFTMAX_KEEPS = 0.6
 
 def chain_bytes(
     operators: Sequence[Operator],
-    pricing: Pricing,
+    cost_options: CostOptions,
     *,
     data_parallel: int,
     tensor_parallel: int = 1,
     longest: float = 1.0,
 ) -> float:
     """Bytes on each device that runs the whole chain; `longest`: a long local batch over a mean one."""
-    fixed, sharded = state_bytes(operators, pricing)
-    if pricing.shard_optimizer:
+    fixed, sharded = state_bytes(operators, cost_options)
+    if cost_options.shard_optimizer:
         sharded /= data_parallel
     waiting = waiting_bytes(
-        operators, pricing, data_parallel=data_parallel, tensor_parallel=tensor_parallel, longest=longest
+        operators, cost_options, data_parallel=data_parallel, tensor_parallel=tensor_parallel, longest=longest
     )
     return (fixed + sharded) / tensor_parallel + waiting
 
 
 def waiting_bytes(
     operators: Sequence[Operator],
-    pricing: Pricing,
+    cost_options: CostOptions,
     *,
     data_parallel: int,
     tensor_parallel: int = 1,
     longest: float = 1.0,
 ) -> float:
-    """Of `chain_bytes` those that are no parameters, gradients or states: what waits for backward or is handed over."""
+    """`chain_bytes` without parameters, gradients and states: what waits for backward or is handed over."""
     # recompute keeps the layers' inputs, so what a layer hands over is counted already, as the next one's
-    boundary = (1 if pricing.recompute else 2) * max(operator.output_bytes for operator in operators)
-    return longest * (kept_bytes(operators, pricing) / tensor_parallel + boundary) / data_parallel
+    boundary = (1 if cost_options.recompute else 2) * max(operator.output_bytes for operator in operators)
+    return longest * (kept_bytes(operators, cost_options) / tensor_parallel + boundary) / data_parallel
 
 
-def shared_bytes(operators: Sequence[Operator], pricing: Pricing, *, data_parallel: int) -> float:
+def shared_bytes(operators: Sequence[Operator], cost_options: CostOptions, *, data_parallel: int) -> float:
     """Bytes that a second task with the same parameters need not hold: parameters, gradients and optimizer states."""
-    fixed, sharded = state_bytes(operators, pricing)
-    return fixed + (sharded / data_parallel if pricing.shard_optimizer else sharded)
+    fixed, sharded = state_bytes(operators, cost_options)
+    return fixed + (sharded / data_parallel if cost_options.shard_optimizer else sharded)
 
 
-def state_bytes(operators: Sequence[Operator], pricing: Pricing) -> tuple[float, float]:
+def state_bytes(operators: Sequence[Operator], cost_options: CostOptions) -> tuple[float, float]:
     """(bytes of parameters and gradients, bytes of master copies and optimizer states), each parameter once."""
     fixed = spread = 0.0
     for parameter in _distinct(operators):
         fixed += parameter.num_bytes
         if parameter.trainable:
-            fixed += gradient_bytes(parameter, pricing)
-            spread += kept_bytes_of(parameter, pricing)
-            spread += max(parameter.num_bytes, 4 * prod(parameter.shape)) if pricing.averages else 0
+            fixed += gradient_bytes(parameter, cost_options)
+            spread += kept_bytes_of(parameter, cost_options)
+            spread += max(parameter.num_bytes, 4 * prod(parameter.shape)) if cost_options.averages else 0
     return fixed, spread
 
 
-def gradient_bytes(parameter: Parameter, pricing: Pricing) -> int:
+def gradient_bytes(parameter: Parameter, cost_options: CostOptions) -> int:
     """Bytes of a trained parameter's gradient as it waits for the step."""
-    wide = pricing.wide_gradients and pricing.master_weights
+    wide = cost_options.wide_gradients and cost_options.master_weights
     return max(parameter.num_bytes, 4 * prod(parameter.shape)) if wide else parameter.num_bytes
 
 
-def kept_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
+def kept_bytes(operators: Sequence[Operator], cost_options: CostOptions) -> float:
     """Activations of the whole batch that wait for backward; with recompute the layers' inputs and one layer's all."""
-    kept = [layer_bytes(operator, pricing) for operator in operators]
-    if not pricing.recompute:
+    kept = [layer_bytes(operator, cost_options) for operator in operators]
+    if not cost_options.recompute:
         return float(sum(kept))
     inputs = sum(min(operator.input_bytes, operator.activation_bytes) for operator in operators)
     return float(inputs + max(kept))
 
 
-def recomputed_bytes(operators: Sequence[Operator], pricing: Pricing) -> float:
+def recomputed_bytes(operators: Sequence[Operator], cost_options: CostOptions) -> float:
     """Of the bytes kept, those of the whole batch that exist only while backward computes one layer again."""
-    return max(layer_bytes(operator, pricing) for operator in operators) if pricing.recompute else 0.0
+    return max(layer_bytes(operator, cost_options) for operator in operators) if cost_options.recompute else 0.0
 
 
-def layer_bytes(operator: Operator, pricing: Pricing) -> float:
+def layer_bytes(operator: Operator, cost_options: CostOptions) -> float:
     """What one layer keeps for backward; scores too where attention writes them."""
-    if not writes_scores(pricing.execution) or not operator.activation_bytes:
+    if not writes_scores(cost_options.execution) or not operator.activation_bytes:
         return float(operator.activation_bytes)
     rows = chain_rows([operator])
-    kept = SCORE_BYTES * (FUSED_SOFTMAX_KEEPS if pricing.execution.attention == "fused_softmax" else 1.0)
+    kept = SCORE_BYTES * (FUSED_SOFTMAX_KEEPS if cost_options.execution.attention == "fused_softmax" else 1.0)
     return operator.activation_bytes + kept * num_scores(operator, score_flops(operator, rows))
 
 

@@ -17,9 +17,9 @@
 from math import ceil, prod
 
 from spindle.cluster import Device
+from spindle.cost_options import CostOptions, Optimizer
 from spindle.execution import PLAIN_UPDATE
 from spindle.graph import Parameter
-from spindle.pricing import Optimizer, Pricing
 
 STATES: dict[Optimizer, float] = {
     "adamw": 2,
@@ -41,28 +41,30 @@ NEWTON_SCHULZ = 5  # iterations of Muon
 TABLES = ("embedding", "head", "positions")  # last words of names that Muon does not treat as matrices
 
 
-def kept_bytes_of(parameter: Parameter, pricing: Pricing) -> float:
+def kept_bytes_of(parameter: Parameter, cost_options: CostOptions) -> float:
     """Bytes of master copy and states on the device; none where they are offloaded."""
-    return 0.0 if pricing.offload_optimizer else sum(_kept(parameter, pricing.optimizer, _least(pricing)))
+    return (
+        0.0 if cost_options.offload_optimizer else sum(_kept(parameter, cost_options.optimizer, _least(cost_options)))
+    )
 
 
-def step_s(parameter: Parameter, device: Device, pricing: Pricing) -> float:
+def step_s(parameter: Parameter, device: Device, cost_options: CostOptions) -> float:
     """Seconds of the optimizer's step over one parameter, on one device or on its host."""
-    optimizer, width, least = _own(parameter, pricing.optimizer), _width(parameter), _least(pricing)
+    optimizer, width, least = _own(parameter, cost_options.optimizer), _width(parameter), _least(cost_options)
     elements = prod(parameter.shape)
     moved = elements * moved_bytes(optimizer, width, least) + 2 * _kept(parameter, optimizer, least)[1]
-    moved *= PLAIN_UPDATE if pricing.execution.optimizer == "plain" else 1.0
+    moved *= PLAIN_UPDATE if cost_options.execution.optimizer == "plain" else 1.0
     flops, rate = _flops(parameter, optimizer), device.peak_flops * device.matmul_efficiency
     if optimizer == "shampoo":
         rate *= device.float32_rate
-    if pricing.offload_optimizer:
+    if cost_options.offload_optimizer:
         return (2 * elements * width + moved) / device.host_bytes_per_s + flops / rate
     return moved / device.memory_bytes_per_s + flops / rate
 
 
 def moved_bytes(optimizer: Optimizer, width: int, least: int = 4) -> float:
-    """Bytes that an elementwise step reads and writes for each element of `width` bytes. Those narrower than `least`
-    have a master copy of so many.
+    """Bytes that an elementwise step reads and writes for each element of `width` bytes. Elements narrower than
+    `least` have a master copy of `least` bytes.
     """
     state = max(width, least)
     master = 2 * state if width < least else 0  # read and written
@@ -70,9 +72,9 @@ def moved_bytes(optimizer: Optimizer, width: int, least: int = 4) -> float:
     return moved + (width if width >= least else 0)
 
 
-def _least(pricing: Pricing) -> int:
+def _least(cost_options: CostOptions) -> int:
     """The fewest bytes of a number that an optimizer steps."""
-    return 4 if pricing.master_weights else 1
+    return 4 if cost_options.master_weights else 1
 
 
 def _kept(parameter: Parameter, optimizer: Optimizer, least: int) -> tuple[float, float]:

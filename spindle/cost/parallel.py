@@ -19,9 +19,9 @@ from spindle.cost.links import collective_s
 from spindle.cost.memory import gradient_bytes, layer_bytes, state_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
+from spindle.cost_options import CostOptions
 from spindle.execution import STAGES, Parallel, as_styled, norm_copies
 from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
-from spindle.pricing import Pricing
 
 LOGIT_BYTES = 12.0
 """For each logit of a vocabulary projection: two bytes, a copy of four with its gradient, and a gradient of two. They
@@ -40,7 +40,7 @@ class ParallelCost:
     memory_bytes: float
 
 
-def parallel_cost(graph: TaskGraph, cluster: Cluster, pricing: Pricing, layout: Parallel) -> ParallelCost:
+def parallel_cost(graph: TaskGraph, cluster: Cluster, cost_options: CostOptions, layout: Parallel) -> ParallelCost:
     """A step of all tasks of `graph` on `cluster`, whose constants are those of the program that runs
     (`spindle.execution.as_run`). Raises WorkloadError when the layout does not divide the cluster.
     """
@@ -48,27 +48,27 @@ def parallel_cost(graph: TaskGraph, cluster: Cluster, pricing: Pricing, layout: 
     tasks: dict[str, list[Operator]] = {}
     for operator in graph.operators:
         tasks.setdefault(operator.task, []).append(operator)
-    runs = [_TaskRun(tuple(operators), cluster, pricing, layout, replicas) for operators in tasks.values()]
+    runs = [_TaskRun(tuple(operators), cluster, cost_options, layout, replicas) for operators in tasks.values()]
     trained = list({p.name: p for o in graph.operators for p in o.parameters if p.trainable}.values())
     backward_s = sum(run.time.backward_s for run in runs)
-    ended_s = _with_reduction_s(backward_s, trained, cluster, pricing, layout)
+    ended_s = _with_reduction_s(backward_s, trained, cluster, cost_options, layout)
     divided = layout.tensor * layout.pipeline * (1 if layout.shard == "nothing" else replicas)
-    stepped_s = sum(step_s(parameter, cluster.device, pricing) for parameter in trained) / divided
+    stepped_s = sum(step_s(parameter, cluster.device, cost_options) for parameter in trained) / divided
     return ParallelCost(
         step_s=sum(run.time.forward_s for run in runs) + ended_s + stepped_s,
         reduction_s=ended_s - backward_s,
         update_s=stepped_s,
-        memory_bytes=_held_bytes(graph.operators, pricing, layout, replicas) + max(run.peak_bytes for run in runs),
+        memory_bytes=_held_bytes(graph.operators, cost_options, layout, replicas) + max(run.peak_bytes for run in runs),
     )
 
 
 def _with_reduction_s(
-    backward_s: float, trained: Sequence[Parameter], cluster: Cluster, pricing: Pricing, layout: Parallel
+    backward_s: float, trained: Sequence[Parameter], cluster: Cluster, cost_options: CostOptions, layout: Parallel
 ) -> float:
-    """Backward and the reduction over the replicas; those that share a layer are neighbors."""
+    """Backward and the reduction over the replicas; devices that share a layer are neighbors."""
     if layout.shard == "parameters":  # scattered layer by layer
         return backward_s
-    wide = pricing.execution.gradients == "float32"
+    wide = cost_options.execution.gradients == "float32"
     num_bytes = sum(prod(p.shape) * (max(_width(p), 4) if wide else _width(p)) for p in trained)
     replicas = layout.replicas(cluster)
     per_node = max(1, min(cluster.devices_per_node // layout.tensor, replicas))
@@ -79,20 +79,20 @@ def _with_reduction_s(
     return backward_s + reduced_s
 
 
-def _held_bytes(operators: Sequence[Operator], pricing: Pricing, layout: Parallel, replicas: int) -> float:
+def _held_bytes(operators: Sequence[Operator], cost_options: CostOptions, layout: Parallel, replicas: int) -> float:
     """Parameters, gradients, master copies and states on the fullest device."""
     tables = [o for o in operators if _is_table(o)]
     heads = [o for o in operators if _is_head(o)]
     body = [o for o in operators if not (_is_table(o) or _is_head(o))]
     ends = [tables + heads] if layout.pipeline == 1 else [tables, heads]
-    at_ends = max(_states(end, pricing, layout, replicas) for end in ends)
-    return (_states(body, pricing, layout, replicas) / layout.pipeline + at_ends) / layout.tensor
+    at_ends = max(_states(end, cost_options, layout, replicas) for end in ends)
+    return (_states(body, cost_options, layout, replicas) / layout.pipeline + at_ends) / layout.tensor
 
 
-def _states(operators: Sequence[Operator], pricing: Pricing, layout: Parallel, replicas: int) -> float:
-    fixed, states = state_bytes(operators, pricing)
+def _states(operators: Sequence[Operator], cost_options: CostOptions, layout: Parallel, replicas: int) -> float:
+    fixed, states = state_bytes(operators, cost_options)
     gradients = sum(
-        {p.name: gradient_bytes(p, pricing) for o in operators for p in o.parameters if p.trainable}.values()
+        {p.name: gradient_bytes(p, cost_options) for o in operators for p in o.parameters if p.trainable}.values()
     )
     stage = STAGES.index(layout.shard)
     parts = [replicas if stage >= least else 1 for least in (3, 2, 1)]
@@ -105,7 +105,7 @@ class _TaskRun:
 
     operators: tuple[Operator, ...]
     cluster: Cluster
-    pricing: Pricing
+    cost_options: CostOptions
     layout: Parallel
     replicas: int
 
@@ -145,11 +145,11 @@ class _TaskRun:
         return OperatorTime(sum(n * t.forward_s for n, t in times), sum(n * t.backward_s for n, t in times))
 
     def _time(self, operator: Operator) -> OperatorTime:
-        layout, cluster, again = self.layout, self.cluster, self.pricing.recompute
+        layout, cluster, again = self.layout, self.cluster, self.cost_options.recompute
         rows = chain_rows([o for o in self.operators if o.component == operator.component])
         time = time_operator(
-            operator_work(operator, rows, recompute=again, execution=self.pricing.execution),
-            as_styled(cluster.device, self.pricing.execution, operator.kind),
+            operator_work(operator, rows, recompute=again, execution=self.cost_options.execution),
+            as_styled(cluster.device, self.cost_options.execution, operator.kind),
             data_parallel=operator.batch_size / self.micro_batch,
             tensor_parallel=layout.tensor,
             sequence_parallel=layout.sequence_parallel,
@@ -167,7 +167,7 @@ class _TaskRun:
     @cached_property
     def peak_bytes(self) -> float:
         """Activations of the fullest stage: the first keeps most micro-batches, the last has the logits."""
-        stages, recompute = self.layout.pipeline, self.pricing.recompute
+        stages, recompute = self.layout.pipeline, self.cost_options.recompute
         kept = [self._kept_bytes(o) for o in self.operators if not _is_head(o)]
         held = [self._input_bytes(o) for o in self.operators if not _is_head(o)] if recompute else kept
         again = max(kept, default=0.0) if recompute else 0.0
@@ -183,8 +183,8 @@ class _TaskRun:
 
     def _kept_bytes(self, operator: Operator) -> float:
         """What a layer keeps; norms' inputs and outputs whole, unless the sequence is divided too."""
-        kept = layer_bytes(operator, self.pricing)
-        copies = NORM_BOUNDARY + (norm_copies(self.pricing.execution) if "gated" in operator.kind.split() else 0.0)
+        kept = layer_bytes(operator, self.cost_options)
+        copies = NORM_BOUNDARY + (norm_copies(self.cost_options.execution) if "gated" in operator.kind.split() else 0.0)
         boundary = min(copies * operator.output_bytes, kept)
         whole = boundary / (self.layout.tensor if self.layout.sequence_parallel else 1)
         return (whole + (kept - boundary) / self.layout.tensor) * self.micro_batch / operator.batch_size

@@ -1,4 +1,4 @@
-"""Sampled: a MetaGraph, and the same on batches of other sizes, in; priced for their mean, with memory for the largest,
+"""Sampled: a MetaGraph, and the same on batches of other sizes, in; costed for their mean, with memory for the largest,
 out.
 """
 
@@ -7,45 +7,45 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from spindle.cluster import Cluster
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
+from spindle.cost_options import CostOptions
 from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.pricing import Pricing
 from spindle.profile import Profile
 
 
 @dataclass(frozen=True)
-class Priced:
-    """A priced MetaGraph to plan, and the same in several steps, where batches differ."""
+class Costed:
+    """A MetaGraph with costs to plan, and the same in several steps, where batches differ."""
 
     metagraph: MetaGraph
     steps: tuple[MetaGraph, ...] = ()
 
 
-def price_steps(
+def cost_steps(
     metagraph: MetaGraph,
     steps: Sequence[MetaGraph],
     cluster: Cluster,
     profile: Profile | None = None,
-    pricing: Pricing | None = None,
+    cost_options: CostOptions | None = None,
     *,
     is_mean: bool = False,
-) -> Priced:
-    """`metagraph` priced for the mean of `steps`, which are the same on other batches; as it is where there are none,
-    or where it stands for their mean already.
+) -> Costed:
+    """`metagraph` with costs for the mean of `steps`, which are the same on other batches; as it is where there are
+    none, or where it stands for their mean already.
     """
-    priced = price(metagraph, cluster, profile, pricing)
-    others = tuple(price(step, cluster, profile, pricing) for step in steps)
-    return Priced(mean_of(priced, others) if others and not is_mean else priced, others)
+    costed = with_costs(metagraph, cluster, profile, cost_options)
+    others = tuple(with_costs(step, cluster, profile, cost_options) for step in steps)
+    return Costed(mean_of(costed, others) if others and not is_mean else costed, others)
 
 
-def mean_of(priced: MetaGraph, others: Sequence[MetaGraph]) -> MetaGraph:
+def mean_of(costed: MetaGraph, others: Sequence[MetaGraph]) -> MetaGraph:
     """Times, messages and the share of forward are means over `others`, bytes in memory those of the largest."""
-    metaops = tuple(_mean(own, [other[own.name] for other in others]) for own in priced)
+    metaops = tuple(_mean(own, [other[own.name] for other in others]) for own in costed)
     flows = [{(flow.source, flow.target): other.flow_bytes(flow) for flow in other.flows} for other in others]
     return replace(
-        priced,
+        costed,
         metaops=metaops,
-        flows=tuple(replace(f, num_bytes=fmean(by_ends[_ends(f)] for by_ends in flows)) for f in priced.flows),
+        flows=tuple(replace(f, num_bytes=fmean(by_ends[_ends(f)] for by_ends in flows)) for f in costed.flows),
     )
 
 

@@ -1,4 +1,4 @@
-"""Scaled: a MetaGraph and a factor in, the same on batches that are so many times as large out.
+"""Scaled: a MetaGraph and a factor in, the same on batches of that many times the samples out.
 
 FLOPs, bytes and rows of tensors grow with the batch. A kind names its batch, so a scaled operator has a kind of its
 own, and a profile tells its time by its family.

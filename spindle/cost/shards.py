@@ -1,4 +1,4 @@
-"""Sharded parameters (FSDP2, ZeRO-3): a priced MetaOp in; the same with a part of its layers on each device, out.
+"""Sharded parameters (FSDP2, ZeRO-3): a MetaOp with costs in; the same with a part of its layers on each device, out.
 
 - Each device keeps a part of every layer's parameters, gradients and optimizer states. A layer is gathered before its
   forward and again before its backward, and its gradients are scattered after that, beside the computation of the layer
@@ -12,10 +12,10 @@ from dataclasses import replace
 from spindle.cluster import Cluster
 from spindle.cost.layout import sharded_s
 from spindle.cost.roofline import OperatorTime
+from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
 from spindle.graph import Operator
 from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.pricing import Pricing
 
 ELEMENTWISE = ("adamw", "adam", "lion", "sgd", "sgd_momentum")
 """Optimizers that update each number by itself, so that a device can step a part of a matrix."""
@@ -23,7 +23,7 @@ LEAST_SHARE = 0.05  # of all parameters, of a component that is worth to be shar
 
 
 def with_shards(metaop: MetaOp, cluster: Cluster) -> MetaOp:
-    """A priced MetaOp with parameters sharded over all devices; one without parameters is as it was.
+    """A MetaOp with costs with parameters sharded over all devices; one without parameters is as it was.
 
     Example:
         >>> from spindle.clusterfile import parse_cluster
@@ -66,12 +66,12 @@ def parameter_bytes(metaop: MetaOp) -> float:
     return max(held, metaop.layer_param_bytes)
 
 
-def shards(metaop: MetaOp, cluster: Cluster, pricing: Pricing) -> bool:
+def shards(metaop: MetaOp, cluster: Cluster, cost_options: CostOptions) -> bool:
     """Whether the parameters of a MetaOp, which still carries its operators, are to be sharded.
 
     Raises InfeasibleError where they are, and it cannot run on all devices.
     """
-    if metaop.component not in pricing.shard_parameters or not _has_parameters(metaop.operators):
+    if metaop.component not in cost_options.shard_parameters or not _has_parameters(metaop.operators):
         return False
     if why := _why_not(metaop, cluster):
         raise InfeasibleError(
@@ -86,14 +86,14 @@ def on_all_devices(layouts: Mapping[int, Sequence[int]], cluster: Cluster) -> di
     return {n: [1] for n, degrees in layouts.items() if n == cluster.num_devices and 1 in degrees}
 
 
-def shardable(metagraph: MetaGraph, cluster: Cluster, pricing: Pricing) -> tuple[str, ...]:
-    """Components whose parameters a plan may shard, largest first, without those that are sharded already or hold next
+def shardable(metagraph: MetaGraph, cluster: Cluster, cost_options: CostOptions) -> tuple[str, ...]:
+    """Components whose parameters a plan may shard, largest first, without ones that are sharded already or hold next
     to nothing. The MetaGraph still carries its operators.
     """
-    if pricing.optimizer not in ELEMENTWISE or cluster.num_devices < 2:
+    if cost_options.optimizer not in ELEMENTWISE or cluster.num_devices < 2:
         return ()
     held: dict[str, dict[str, int]] = {}
-    barred = {*pricing.never_sharded, *pricing.shard_parameters}
+    barred = {*cost_options.never_sharded, *cost_options.shard_parameters}
     for metaop in metagraph:
         if _has_parameters(metaop.operators) and (_why_not(metaop, cluster) or metaop.operators[0].tensor_parallel > 1):
             barred.add(metaop.component)

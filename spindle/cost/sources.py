@@ -1,4 +1,4 @@
-"""Sources: a priced MetaGraph and its profile in; where each cost comes from and how wrong it may be, out.
+"""Sources: a MetaGraph with costs and its profile in; where each cost comes from and how wrong it may be, out.
 
 - `measured`: every count the MetaOp may use was timed. `interpolated`: some counts lie between timed ones, or layers of
   other sizes were timed. `scaled`:
@@ -23,13 +23,13 @@ from spindle.profile import Profile, ProfileEntry
 SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "calibrated", "given"]
 
 INTERPOLATED_ERROR = 0.10  # published curves, every second point left out: means of 2 to 6 %, largest 16 %
-NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within so many times their mean
+NINE_OF_TEN = 2.06  # errors of a bell curve: nine of ten are within this many times their mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostSource:
-    """Where the layer times of a MetaOp come from, and the band of measured over told; `timed` the counts that were
-    measured.
+    """Where the layer times of a MetaOp come from, and the band of measured over predicted; `timed` the counts that
+    were measured.
     """
 
     metaop: str
@@ -39,7 +39,7 @@ class CostSource:
 
     def __str__(self) -> str:
         counts = f" at {', '.join(map(str, self.timed))}" if self.timed else ""
-        return f"{self.metaop}: {self.source}{counts}, measured / told {self.band.low:.2f} to {self.band.high:.2f}"
+        return f"{self.metaop}: {self.source}{counts}, measured / predicted {self.band.low:.2f} to {self.band.high:.2f}"
 
 
 def cost_sources(
@@ -49,7 +49,7 @@ def cost_sources(
     return tuple(_source(metaop, profile or Profile(""), is_calibrated) for metaop in metagraph)
 
 
-def priced_like(metagraph: MetaGraph, plan: Plan) -> MetaGraph:
+def costed_like(metagraph: MetaGraph, plan: Plan) -> MetaGraph:
     """A MetaGraph, which has the operators, with the times that the plan's own was given for it."""
     if plan.metagraph is None:
         return metagraph

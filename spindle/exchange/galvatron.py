@@ -1,4 +1,4 @@
-"""Galvatron profiles in, with a YAML file that says which layer type is which component; a priced MetaGraph out.
+"""Galvatron profiles in, with a YAML file that says which layer type is which component; a MetaGraph with costs out.
 
 Galvatron (PKU-DAIR/Hetu-Galvatron) writes two JSON files for each model:
 
@@ -116,7 +116,7 @@ class _Piece:
     activation_mib: float = 0.0
 
     def forward_ms(self, samples: int) -> float:
-        """One layer's forward of so many samples: between measured batches on a line, beyond them in proportion."""
+        """One layer's forward of a number of samples: between measured batches on a line, beyond them in proportion."""
         at = bisect_left(self.total_ms, (samples, 0.0))
         if at == len(self.total_ms) or at == 0:
             batch, total = self.total_ms[min(at, len(self.total_ms) - 1)]

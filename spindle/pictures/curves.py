@@ -1,7 +1,7 @@
-"""Curves: a priced MetaGraph and where its costs come from in; for each part of the model the curves T(n) out.
+"""Curves: a MetaGraph with costs and where its costs come from in; for each part of the model the curves T(n) out.
 
 A panel is one component or one part of it (`vision`, `llm.head`), a curve the MetaOps of it that take the same times:
-tasks differ by their batches. Where more devices stop helping is told by the rule of `spindle whatif`.
+tasks differ by their batches. Where more devices stop helping is found by the rule of `spindle whatif`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Curve:
 
     measured       those numbers at which a profile timed it
     source         of the other times: predicted, interpolated and so on (`spindle.cost.sources`)
-    low, high      nine of ten measured times lie between so many times the curve's
+    low, high      nine of ten measured times lie between these multiples of the curve's
     enough         the number of devices beyond which more do not help
     most           the largest number that it can run on
     """

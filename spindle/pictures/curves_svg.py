@@ -133,7 +133,7 @@ def _words(curve: Curve, num_devices: int) -> str:
 
 
 def _entries(panels: Sequence[Panel], num_devices: int) -> list[tuple[str, str]]:
-    """What the marks mean, of those that the picture has."""
+    """What the marks of the picture mean."""
     curves = [curve for panel in panels for curve in panel.curves]
     middle = '<g transform="translate(7 7)">{}</g>'
     found = [('<path d="M0 2L14 12" fill="none" stroke="currentColor" stroke-opacity="0.6"/>', "ideal: 1/n")]

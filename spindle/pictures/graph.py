@@ -1,4 +1,4 @@
-"""Graph: a priced MetaGraph in, what a picture of it shows out: MetaOps by level, and the tensors between them."""
+"""Graph: a MetaGraph with costs in, what a picture of it shows out: MetaOps by level, and the tensors between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def graph_of(metagraph: MetaGraph) -> Graph:
     """The picture's values of a MetaGraph. Raises GraphError where a MetaOp has no times yet."""
     bare = [metaop.name for metaop in metagraph if not metaop.layer_time_s]
     if bare:
-        raise GraphError(f"MetaOp {bare[0]!r} has no times to draw; price the MetaGraph (spindle.source.priced_source)")
+        raise GraphError(f"MetaOp {bare[0]!r} has no times to draw; fill in its costs (spindle.source.costed_source)")
     tasks_by_parameters: dict[str, list[str]] = {}
     for metaop in metagraph:
         if metaop.parameters:

@@ -173,7 +173,7 @@ def _curve(edge: Edge, cards: Mapping[str, _Card], places: Places, end_y: float)
 
 
 def _entries(graph: Graph, color_of: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What the picture's marks mean, of those that it has."""
+    """What the marks of the picture mean."""
     swatch = '<rect y="1" width="14" height="12" rx="2" fill="{0}" stroke="currentColor"/>'
     found = [(swatch.format(color), name) for name, color in color_of.items()]
     bar = '<path d="M4 1H10M7 1V13M4 13H10" fill="none" stroke="currentColor" stroke-width="1.4"/>'

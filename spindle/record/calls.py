@@ -123,7 +123,7 @@ def _results(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Results:
-    """What a block gives: known for arguments of these shapes, told by habit, or found."""
+    """What a block gives: known for arguments of these shapes, predicted by habit, or found."""
     kinds, given = _signature((args, kwargs))
     like = (block.kind, torch.is_grad_enabled(), kinds)
     key = (*like, given)

@@ -29,7 +29,7 @@ CHUNK = {"cpu": 4096}
 GPU_CHUNK = 1 << 20  # a kernel launch takes the time of about a million numbers
 
 GLOBAL_GENERATORS = threading.Lock()
-"""Held by whoever puts the process's own generators in another state for a while, or watches whether they move."""
+"""Held by code that puts the process's own generators in another state for a while, or watches whether they move."""
 
 Sites = Mapping[str, "tuple[Site, ...]"]
 """Of one task: what each of its scopes draws, in order. A scope is a call of a block, or "" for the glue."""

@@ -58,7 +58,7 @@ def _drawn(generator: Any) -> str:
 class Leaves:
     """Numbers, tensors and generators that values hold, by how code calls them.
 
-    Of a list only those that it had when it was first seen: what is appended to one that nobody reads is no state.
+    Of a list only entries that it had when it was first seen: what is appended to one that nobody reads is no state.
     """
 
     def __init__(self, *, copies: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 - An autograd function of the user's own is one call, so that its own backward is kept; a checkpoint is a plain call.
 - Wrappers for training in parallel, and compiled modules, call what they wrap.
-- Inference mode is the mode without gradients: values made in it could not be told from each other later.
+- Inference mode is the mode without gradients: values made in it could not be distinguished later.
 - Seeds, loss scaling, and modules that change between calls are refused.
 """
 
@@ -24,7 +24,7 @@ from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
 
 Watch = Callable[[nn.Module, str, Any], None]
-"""Is told of each attribute of a module that is about to be set."""
+"""Called with each attribute of a module that is about to be set."""
 
 _RECORDER: ContextVar[Recorder | None] = ContextVar("spindle_recorder", default=None)
 _PLAINLY: ContextVar[bool] = ContextVar("spindle_plainly", default=False)
@@ -73,7 +73,7 @@ def watchable_modules() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def watched_modules(watch: Watch) -> Iterator[None]:
-    """While open, `watch` is told of attributes of modules that are set."""
+    """While open, `watch` is called with attributes of modules that are set."""
     token = _WATCH.set(watch)
     try:
         with _WRITES:
@@ -306,7 +306,7 @@ def _distribution_patch(own: Callable[..., None]) -> Callable[..., None]:
 
 
 def _held(distribution: torch.distributions.Distribution) -> Iterator[Any]:
-    """What a distribution, and those that it is made of, are given."""
+    """What a distribution, and the distributions it is made of, are given."""
     for value in vars(distribution).values():
         if isinstance(value, torch.distributions.Distribution):
             yield from _held(value)
@@ -340,7 +340,7 @@ def _dtype_patch(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Generator:
-    """Stands in place of torch's default generator where `torch.manual_seed` and its kin find it."""
+    """Stands in place of torch's default generator where `torch.manual_seed` and similar functions find it."""
 
     def __init__(self, own: torch.Generator) -> None:
         self.own = own

@@ -206,7 +206,7 @@ def _bernoulli_in_place(mode: Drawer, input: Tensor, p: float | Tensor = 0.5, **
 
 
 def _in_place(fill: str, **defaults: float) -> Callable[..., Any]:
-    """`Tensor.uniform_` and its kin: numbers by position or name."""
+    """`Tensor.uniform_` and similar methods: numbers by position or name."""
 
     def filled(mode: Drawer, input: Tensor, *args: float, **options: Any) -> Tensor:
         named = dict(zip(defaults, args, strict=False)) | {k: v for k, v in options.items() if k in defaults}

@@ -109,8 +109,8 @@ def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:
 
 
 def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:
-    """Buffers that were replaced by a new tensor: a call that writes it to the buffer. Those that a call changed in
-    place, though they were taken as constants, are told to the skeleton.
+    """Buffers that were replaced by a new tensor: a call that writes it to the buffer. Buffers that a call changed in
+    place, though they were taken as constants, are noted in the skeleton.
     """
     names = {id(buffer): name for name, buffer in skeleton.buffers().items()} if recorder.changed else {}
     if recorder.written:

@@ -126,7 +126,7 @@ class ShapeRule:
         return Results(structure, Drawn(drawn, self.written_out))
 
 
-AGREED, CHECKED = 8, 16  # runs before a rule is used; of so many uses, one is a run
+AGREED, CHECKED = 8, 16  # runs before a rule is used; of that many uses, one is a run
 
 
 class Habit:

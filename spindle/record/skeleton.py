@@ -248,7 +248,7 @@ class Skeleton:
     @contextlib.contextmanager
     def real(self, module: nn.Module) -> Iterator[None]:
         """While open, a module below an open skeleton has its own parameters and buffers, and changes none of them.
-        Those that are on the meta device are made up.
+        Tensors on the meta device are made up.
         """
         inside = {id(m._parameters) for m in module.modules()} | {id(m._buffers) for m in module.modules()}
         places = [place for place in self._places if id(place[0]) in inside]
@@ -272,7 +272,7 @@ class Skeleton:
 
     @staticmethod
     def _stand_ins(values: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Made-up tensors for those that are on the meta device, by id."""
+        """Made-up tensors in place of the ones on the meta device, by id."""
         generator = torch.Generator().manual_seed(0)
         return {id(value): stand_in(value, generator) for value in values if value.is_meta}
 

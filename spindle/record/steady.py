@@ -50,7 +50,7 @@ class Steady:
     def watch(self, recorder: Recorder, *, learning: bool) -> Callable[[nn.Module, str, Any], None]:
         """What is called with attributes that are set while a task is recorded; `learning`: at capture."""
 
-        def told(module: nn.Module, name: str, value: Any) -> None:
+        def check(module: nn.Module, name: str, value: Any) -> None:
             if id(module) not in self.paths:
                 return
             if what := _replaced(module, name, value):
@@ -68,7 +68,7 @@ class Steady:
             elif _is_other(value, before):
                 self._set_elsewhere(module, name, before, value, learning)
 
-        return told
+        return check
 
     def _set_elsewhere(self, module: nn.Module, name: str, before: Any, value: Any, learning: bool) -> None:
         """Raise Forbidden where a module outside of layers begins to keep another number only after capture."""
@@ -94,8 +94,8 @@ class Steady:
         key = f"{path}.{name}"
         if not learning or id(module) in self.called or key in self.settled or isinstance(value, Tensor):
             what = "it switches the mode of" if name == "training" else f"it sets {name!r} of"
-            told = f" ({'train' if value else 'eval'}())" if name == "training" else ""
-            raise Forbidden(f"{what} layer {path!r}{told} between calls of it, {REMEDY}")
+            mode = f" ({'train' if value else 'eval'}())" if name == "training" else ""
+            raise Forbidden(f"{what} layer {path!r}{mode} between calls of it, {REMEDY}")
         self.settled.add(key)
         self.unsettled = True
 

@@ -113,7 +113,7 @@ def recordable_outputs(modules: Iterable[nn.Module]) -> dict[str, Any]:
 
 
 def let_record(outputs: Mapping[str, Any]) -> None:
-    """Let transformers know in this process what `recordable_outputs` told in another."""
+    """Let transformers know in this process what `recordable_outputs` found in another."""
     if outputs:
         dict.update(importlib.import_module(_CAPTURING)._CAN_RECORD_REGISTRY, outputs)
 

@@ -205,7 +205,7 @@ class _Taker:
         """A call as text that is equal in every recording that makes it."""
         values = {out: index for index, n in enumerate(self.nodes) for out in n.outs}
 
-        def told(leaf: Any) -> Any:
+        def named(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
                 known = self.leaves.get(leaf.index)
                 maker = self.nodes[values[leaf.index]] if leaf.index in values else None
@@ -214,7 +214,7 @@ class _Taker:
                 return str(self.recording.aux[leaf.index].tolist())
             return repr(leaf)
 
-        return f"{getattr(node.function, '__name__', 'call')}{tree(told, node.args)}{tree(told, node.kwargs)}"
+        return f"{getattr(node.function, '__name__', 'call')}{tree(named, node.args)}{tree(named, node.kwargs)}"
 
 
 def specs(task: str, writes: Iterable[LeafWrite]) -> tuple[ParameterWrite, ...]:

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from spindle.clusterfile import parse_yaml, read_yaml
+from spindle.cost_options import Optimizer
 from spindle.errors import FormatError, InputError
 from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle, Parallel, Shard
 from spindle.filemodels import StrictModel
 from spindle.filetypes import Amount, Count, Number, Prose, Text
 from spindle.formats import explain_validation
-from spindle.pricing import Optimizer
 from spindle.spec.blocks import (
     Component,
     CrossAttention,

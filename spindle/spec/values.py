@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from spindle.cost_options import CostOptions, Optimizer, length_spread, log_normal_lengths
 from spindle.errors import WorkloadError
 from spindle.execution import USUAL, Execution, Parallel
 from spindle.nearest import did_you_mean
 from spindle.presence import Presence, task_sets
-from spindle.pricing import Optimizer, Pricing, length_spread, log_normal_lengths
 from spindle.spec.blocks import Component, Transformer, check_dtype
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
@@ -122,8 +122,8 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute, shard_optimizer, shard_parameters   memory choices (spindle.pricing) that the plan is to make; the last
-                 one names components
+    recompute, shard_optimizer, shard_parameters   memory choices (spindle.cost_options) that the plan is to make; the
+                 last one names components
     execution    how layers, attention, optimizer and reductions are run
     layout       how the workload is run today: a plan is compared with it
     may_offload  optimizer states may go to the host's memory where nothing else fits
@@ -223,8 +223,8 @@ class WorkloadSpec:
         return replace(component, **changes) if changes else component  # type: ignore[arg-type]
 
     @property
-    def pricing(self) -> Pricing:
-        """What `spindle.cost.price` is to know of it."""
+    def cost_options(self) -> CostOptions:
+        """What `spindle.cost.metaops` needs to know about it."""
         spreads = []
         for task in self.tasks:
             for name in task.components:
@@ -234,7 +234,7 @@ class WorkloadSpec:
                     spreads += [(run.name, name, spread) for run in task.runs]
         degrees = tuple((component.name, self._degrees(component)) for component in self.components)
         is_spread = any(allowed != (1,) for _, allowed in degrees)
-        return Pricing(
+        return CostOptions(
             optimizer=self.optimizer,
             recompute=self.recompute,
             shard_optimizer=self.shard_optimizer,
@@ -250,7 +250,7 @@ class WorkloadSpec:
 
     def steps(self, count: int = 12) -> tuple["WorkloadSpec", ...]:
         """The same for batches whose samples' lengths were drawn, each of their mean length; () where all are alike."""
-        if not self.pricing.length_spread:
+        if not self.cost_options.length_spread:
             return ()
         return tuple(
             replace(self, tasks=tuple(self._drawn(task, random.Random(f"{task.name}/{step}")) for task in self.tasks))

@@ -113,7 +113,7 @@ def test_bad_points_are_refused() -> None:
             fit_segments(points)
 
 
-def test_overlap_has_its_price() -> None:
+def test_overlap_has_its_cost() -> None:
     """Communication beside computation costs overlap_cost of itself; what sticks out costs all."""
     cluster = replace(PLAIN, device=replace(PLAIN.device, overlap_cost=0.25))
     assert overlapped_s(10.0, 4.0, cluster) == pytest.approx(11.0)

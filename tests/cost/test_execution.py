@@ -1,4 +1,4 @@
-"""Execution: what each way to run layers changes of a device's constants and of a MetaOp's price."""
+"""Execution: what each way to run layers changes of a device's constants and of a MetaOp's cost."""
 
 from dataclasses import replace
 
@@ -6,12 +6,12 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.cost.style import style_of
+from spindle.cost_options import CostOptions
 from spindle.errors import FormatError
 from spindle.execution import USUAL, Execution, LayerStyle, as_run, norm_copies
 from spindle.metagraph import MetaOp
-from spindle.pricing import Pricing
 from spindle.profile import Profile, ProfileEntry
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
@@ -30,16 +30,18 @@ tasks:
 CLUSTER = parse_cluster("1x1:a100-80g")
 
 
-def priced(execution: str = "", dtype: str = "bfloat16") -> MetaOp:
+def costed(execution: str = "", dtype: str = "bfloat16") -> MetaOp:
     spec = parse_workload(SPEC.format(execution=execution and f"execution: {execution}", dtype=dtype))
-    pricing = spec.pricing
-    metagraph = price(contract(build_graph(spec)), as_run(CLUSTER, pricing.execution), pricing=pricing)
+    cost_options = spec.cost_options
+    metagraph = with_costs(
+        contract(build_graph(spec)), as_run(CLUSTER, cost_options.execution), cost_options=cost_options
+    )
     return metagraph.metaops[0]
 
 
 def test_nothing_said_changes_nothing() -> None:
     assert as_run(CLUSTER, USUAL) == CLUSTER
-    assert priced() == priced("{layers: fused, attention: fused, tf32: true, overlap: true}")
+    assert costed() == costed("{layers: fused, attention: fused, tf32: true, overlap: true}")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_nothing_said_changes_nothing() -> None:
     ],
 )
 def test_layers_are_slower(slower: str, quicker: str) -> None:
-    assert priced(slower).times[1] > priced(quicker).times[1]
+    assert costed(slower).times[1] > costed(quicker).times[1]
 
 
 def test_kernels_add_their_start() -> None:
@@ -62,25 +64,25 @@ def test_kernels_add_their_start() -> None:
     device = replace(CLUSTER.device, launch_s=0.0)
     spec = parse_workload(SPEC.format(execution="", dtype="bfloat16"))
     graph = contract(build_graph(spec))
-    work_s = price(graph, replace(CLUSTER, device=device)).metaops[0].times[1]
+    work_s = with_costs(graph, replace(CLUSTER, device=device)).metaops[0].times[1]
     kernels = 1 + 3.5 * 4
-    assert priced().times[1] == pytest.approx(work_s + 3 * kernels * CLUSTER.device.launch_s)
+    assert costed().times[1] == pytest.approx(work_s + 3 * kernels * CLUSTER.device.launch_s)
 
 
 def test_float32_without_tf32() -> None:
     """Products run at an eighth of TF32's rate on an A100."""
-    assert priced("{tf32: false}", "float32").times[1] > 4 * priced("", "float32").times[1]
-    assert priced("{tf32: false}").times[1] == priced().times[1]
+    assert costed("{tf32: false}", "float32").times[1] > 4 * costed("", "float32").times[1]
+    assert costed("{tf32: false}").times[1] == costed().times[1]
 
 
 def test_what_is_reduced_stepped_and_kept() -> None:
-    assert priced("{gradients: float32}").layer_param_bytes == 2 * priced().layer_param_bytes
-    assert priced("{gradients: float32}", "float32").layer_param_bytes == priced("", "float32").layer_param_bytes
-    assert priced("{optimizer: plain}").layer_update_s == pytest.approx(2.9 * priced().layer_update_s)
+    assert costed("{gradients: float32}").layer_param_bytes == 2 * costed().layer_param_bytes
+    assert costed("{gradients: float32}", "float32").layer_param_bytes == costed("", "float32").layer_param_bytes
+    assert costed("{optimizer: plain}").layer_update_s == pytest.approx(2.9 * costed().layer_update_s)
     scores = 8 * 16 * 64 * 64 * 4  # samples, heads, pairs of tokens, layers
-    assert priced("{attention: plain}").memory[1] == pytest.approx(priced().memory[1] + 5 * scores, rel=1e-6)
+    assert costed("{attention: plain}").memory[1] == pytest.approx(costed().memory[1] + 5 * scores, rel=1e-6)
     assert norm_copies(Execution(layers="eager")) > norm_copies(USUAL)
-    assert priced("{layers: eager}").memory[1] > priced().memory[1]
+    assert costed("{layers: eager}").memory[1] > costed().memory[1]
 
 
 def test_reductions_that_do_not_overlap() -> None:
@@ -112,12 +114,12 @@ def test_a_profile_of_some_layers_tells_the_style_of_the_others(style: LayerStyl
     spec = parse_workload(TWO)
     graph = contract(build_graph(spec))
     execution = Execution(layers=style, tf32=False)
-    told = price(graph, as_run(CLUSTER, execution), pricing=Pricing(execution=execution))
+    told = with_costs(graph, as_run(CLUSTER, execution), cost_options=CostOptions(execution=execution))
     entries = [
         ProfileEntry(kind=m.operators[0].kind, num_devices=1, forward_s=0.34 * m.times[1], backward_s=0.67 * m.times[1])
         for m in told
     ]
-    given = Pricing(execution=Execution(tf32=False))
+    given = CostOptions(execution=Execution(tf32=False))
     assert style_of(graph, CLUSTER, Profile("a100-80g", entries=tuple(entries[:1])), given) == execution
     assert style_of(graph, CLUSTER, Profile("a100-80g"), given) == given.execution
     assert style_of(graph, CLUSTER, Profile("a100-80g", entries=tuple(entries)), given) == given.execution

@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from spindle.cli import cli
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
+from spindle.cost_options import CostOptions, memory_choices
 from spindle.errors import InfeasibleError
 from spindle.planner.choose import _leaves_room
 from spindle.planner.report.render import summary
 from spindle.planner.solve import solve
-from spindle.pricing import Pricing, memory_choices
 from spindle.source import load_source
 from spindle.spec.file import parse_workload, read_workload
 from spindle.spec.graph import build_graph
@@ -24,9 +24,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 CLUSTER = parse_cluster("32x8:a800-80g")
 
 
-def fits(spec: WorkloadSpec, pricing: Pricing) -> bool:
+def fits(spec: WorkloadSpec, cost_options: CostOptions) -> bool:
     """Whether all devices may run one MetaOp after another."""
-    graph = price(contract(build_graph(spec)), CLUSTER, pricing=pricing)
+    graph = with_costs(contract(build_graph(spec)), CLUSTER, cost_options=cost_options)
     try:
         return solve(graph, CLUSTER, method="sequential", time_limit_s=0).memory.fits
     except InfeasibleError:
@@ -37,18 +37,18 @@ def fits(spec: WorkloadSpec, pricing: Pricing) -> bool:
 def test_large_language_models_fit_256_devices(name: str) -> None:
     """With layers on up to eight devices each; the largest not on one each, whatever else is chosen."""
     spec = read_workload(FOLDER / "workloads" / name)
-    assert any(fits(spec, choice) for choice in memory_choices(spec.pricing)[::-1])
+    assert any(fits(spec, choice) for choice in memory_choices(spec.cost_options)[::-1])
     whole = replace(spec, tensor_parallel=1)
-    assert name == "qwen_val_30b.yaml" or not fits(whole, memory_choices(whole.pricing)[-1])
+    assert name == "qwen_val_30b.yaml" or not fits(whole, memory_choices(whole.cost_options)[-1])
 
 
 def test_choices_that_leave_no_room_are_not_planned() -> None:
-    """What all layers hold is told from the priced graph, without a plan."""
+    """What all layers hold is told from the costed graph, without a plan."""
     source = load_source(str(FOLDER / "workloads" / "qwen_val_70b.yaml"))
     roomy = [
         (choice.min_tensor_parallel, choice.shard_optimizer)
-        for choice in memory_choices(source.pricing)
-        if _leaves_room(price(source.metagraph, CLUSTER, pricing=choice), CLUSTER)
+        for choice in memory_choices(source.cost_options)
+        if _leaves_room(with_costs(source.metagraph, CLUSTER, cost_options=choice), CLUSTER)
     ]
     assert set(roomy) == {(8, True)}
 
@@ -68,11 +68,13 @@ def test_degrees_are_printed() -> None:
     text = (FOLDER / "workloads" / "rows" / "long_video.yaml").read_text(encoding="utf-8")
     spec = parse_workload(text.replace("batch_size: 8", "batch_size: 1")).only(["video"])
     cluster = parse_cluster("1x8:h200-141g")
-    pricing = memory_choices(spec.pricing)[-1]
-    made = solve(price(contract(build_graph(spec)), cluster, pricing=pricing), cluster, method="sequential")
+    cost_options = memory_choices(spec.cost_options)[-1]
+    made = solve(
+        with_costs(contract(build_graph(spec)), cluster, cost_options=cost_options), cluster, method="sequential"
+    )
     assert "\ntensor     parallel, number of devices that share each layer: video.vision 8" in summary(made)
     plain = load_source(str(FOLDER / "workloads" / "pi0.yaml"))
-    made = solve(price(plain.metagraph, cluster, pricing=plain.pricing), cluster, method="sequential")
+    made = solve(with_costs(plain.metagraph, cluster, cost_options=plain.cost_options), cluster, method="sequential")
     assert "\ntensor " not in summary(made)
 
 

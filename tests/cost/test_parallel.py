@@ -8,12 +8,12 @@ from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.links import collective_s
+from spindle.cost.metaops import with_costs
 from spindle.cost.parallel import ParallelCost, parallel_cost
-from spindle.cost.price import price
+from spindle.cost_options import CostOptions
 from spindle.errors import WorkloadError
 from spindle.execution import STAGES, Parallel
 from spindle.graph import TaskGraph
-from spindle.pricing import Pricing
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 
@@ -29,20 +29,20 @@ tasks:
   b: {batch_size: 32, flow: [tower], loss: cross_entropy}
 """
 GRAPH = build_graph(parse_workload(SPEC))
-PRICING = Pricing()
+OPTIONS = CostOptions()
 
 
 def cost(layout: Parallel, where: str | Cluster = "2x8:a100-80g", graph: TaskGraph = GRAPH) -> ParallelCost:
     cluster = parse_cluster(where) if isinstance(where, str) else where
-    return parallel_cost(graph, cluster, PRICING, layout)
+    return parallel_cost(graph, cluster, OPTIONS, layout)
 
 
 def test_one_device_runs_all_layers_one_after_another() -> None:
     """As long as all MetaOps on one device, and the optimizer's step over what tasks share once; nothing is reduced."""
     found = cost(Parallel(), "1x1:a100-80g")
-    priced = price(contract(GRAPH), parse_cluster("1x1:a100-80g"))
-    layers_s = sum(m.layers * m.times[1] for m in priced)
-    shared = {m.parameters: m.layers * m.layer_update_s for m in priced}
+    costed = with_costs(contract(GRAPH), parse_cluster("1x1:a100-80g"))
+    layers_s = sum(m.layers * m.times[1] for m in costed)
+    shared = {m.parameters: m.layers * m.layer_update_s for m in costed}
     assert found.reduction_s == 0
     assert found.update_s == pytest.approx(sum(shared.values()))
     assert found.step_s == pytest.approx(layers_s + found.update_s)

@@ -15,8 +15,8 @@ from spindle.contract import contract, contract_like
 from spindle.cost.bands import band
 from spindle.cost.family import Curve, curves_of
 from spindle.cost.heldout import held_out, left_out_sizes
-from spindle.cost.price import price
-from spindle.cost.sampled import price_steps
+from spindle.cost.metaops import with_costs
+from spindle.cost.sampled import cost_steps
 from spindle.cost.scaled import scaled
 from spindle.cost.sources import INTERPOLATED_ERROR, NINE_OF_TEN, cost_sources
 from spindle.graph import Operator, TaskGraph, TensorSpec
@@ -66,22 +66,22 @@ def steps_of(*works: float) -> tuple[MetaGraph, tuple[MetaGraph, ...]]:
 def test_times_are_means_and_memory_is_of_the_largest(cluster: Cluster) -> None:
     """Flows too are means."""
     first, steps = steps_of(1e12, 3e12, 8e12)
-    priced = [price(step, cluster) for step in steps]
-    found = price_steps(first, steps, cluster)
-    assert found.steps == tuple(priced)
+    costed = [with_costs(step, cluster) for step in steps]
+    found = cost_steps(first, steps, cluster)
+    assert found.steps == tuple(costed)
     (own,) = found.metagraph
     for n, seconds in own.layer_time_s:
-        assert isclose(seconds, sum(p.metaops[0].times[n] for p in priced) / 3)
-        assert own.memory[n] == max(p.metaops[0].memory[n] for p in priced)
-    assert isclose(own.output_bytes, sum(p.metaops[0].output_bytes for p in priced) / 3)
+        assert isclose(seconds, sum(p.metaops[0].times[n] for p in costed) / 3)
+        assert own.memory[n] == max(p.metaops[0].memory[n] for p in costed)
+    assert isclose(own.output_bytes, sum(p.metaops[0].output_bytes for p in costed) / 3)
 
 
-def test_without_steps_the_price_is_the_plain_one(cluster: Cluster) -> None:
-    """Workloads whose batches are alike are priced as ever."""
+def test_without_steps_the_cost_is_the_plain_one(cluster: Cluster) -> None:
+    """Workloads whose batches are alike are costed as ever."""
     first, _ = steps_of(1e12)
-    assert price_steps(first, (), cluster).metagraph == price(first, cluster)
+    assert cost_steps(first, (), cluster).metagraph == with_costs(first, cluster)
     steps = steps_of(1e12, 3e12)[1]
-    assert price_steps(first, steps, cluster, is_mean=True).metagraph == price(first, cluster)
+    assert cost_steps(first, steps, cluster, is_mean=True).metagraph == with_costs(first, cluster)
 
 
 # -- the slowest part -------------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def test_the_slowest_part_is_that_of_the_bounds_that_runs_use(rows: list[int], p
 def test_unequal_samples_make_parts_slower(cluster: Cluster) -> None:
     """Of 1 + 1 + 1 + 5 rows the best two parts have 3 and 5: a quarter more than the mean."""
     units = Units({SAMPLES: (1,) * 8, "patches": (1, 0, 1, 0, 1, 0, 5, 0)})
-    even = price(contract(chain(1e12)), cluster).metaops[0].times
-    uneven = price(contract(chain(1e12, units)), cluster).metaops[0].times
+    even = with_costs(contract(chain(1e12)), cluster).metaops[0].times
+    uneven = with_costs(contract(chain(1e12, units)), cluster).metaops[0].times
     assert uneven[1] == even[1]
     assert uneven[2] == pytest.approx(1.25 * even[2])
 
@@ -148,32 +148,32 @@ def test_curves_go_through_their_points_and_stay_positive(points: dict[int, floa
 def test_a_kind_that_was_not_measured_is_told_by_its_family(cluster: Cluster) -> None:
     """a + b * size on each count, a + b / n between counts."""
     entries = [entry(s * 1e12, t, n) for s, t, n in ((1, 2.0, 1), (3, 4.0, 1), (1, 1.2, 4), (3, 2.2, 4))]
-    times = price(contract(chain(2e12)), cluster, Profile("cuda", entries=tuple(entries))).metaops[0].times
+    times = with_costs(contract(chain(2e12)), cluster, Profile("cuda", entries=tuple(entries))).metaops[0].times
     assert times[1] == pytest.approx(3.0)
     assert times[4] == pytest.approx(1.7)
     assert times[2] == pytest.approx(1.7 + (3.0 - 1.7) / 3)
 
 
 @pytest.mark.parametrize("factor", [Fraction(1, 2), Fraction(2)])
-def test_a_profile_of_one_batch_prices_another(cluster: Cluster, factor: Fraction) -> None:
+def test_a_profile_of_one_batch_gives_costs_of_another(cluster: Cluster, factor: Fraction) -> None:
     """A device knows its share alone: half the batch on two devices is the whole one on four."""
     seconds = {1: 9.0, 2: 5.0, 4: 3.5}  # of shares 8, 4 and 2: no line goes through these
     profile = Profile("cuda", entries=tuple(entry(8e12, t, n, kind="Layer-1") for n, t in seconds.items()))
     other = scaled(contract(chain(8e12)), factor)
     assert other is not None
-    times = price(other, cluster, profile).metaops[0].times
+    times = with_costs(other, cluster, profile).metaops[0].times
     for count in times:
         share = count / factor
         if share in seconds:
             assert times[count] == pytest.approx(seconds[int(share)])
-    (source,) = cost_sources(price(other, cluster, profile), profile)
+    (source,) = cost_sources(with_costs(other, cluster, profile), profile)
     assert source.source == "interpolated"
 
 
 def test_a_measured_kind_of_a_fixed_shape_is_taken_as_it_is(cluster: Cluster) -> None:
     """Whatever its family says."""
     profile = Profile("cuda", entries=(entry(1e12, 2.0), entry(3e12, 4.0), entry(2e12, 9.0, kind="Layer-1")))
-    assert price(contract(chain(2e12)), cluster, profile).metaops[0].times[1] == pytest.approx(9.0)
+    assert with_costs(contract(chain(2e12)), cluster, profile).metaops[0].times[1] == pytest.approx(9.0)
 
 
 def test_the_error_of_other_sizes_is_that_of_points_left_out() -> None:
@@ -182,7 +182,7 @@ def test_the_error_of_other_sizes_is_that_of_points_left_out() -> None:
     (row,) = left_out_sizes(FAMILY, entries)
     assert row.error == pytest.approx(-0.2)
     assert [r.what for r in held_out(Profile("cuda", entries=entries))] == [f"{FAMILY}, other sizes"]
-    metagraph = price(contract(chain(2.5e12)), parse_cluster("1x1:a100-80g"))
+    metagraph = with_costs(contract(chain(2.5e12)), parse_cluster("1x1:a100-80g"))
     (source,) = cost_sources(metagraph, Profile("cuda", entries=entries))
     assert source.source == "interpolated"
     wide = band("profiled").wider(NINE_OF_TEN * 0.2)

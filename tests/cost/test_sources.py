@@ -7,7 +7,7 @@ import pytest
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.bands import EXACT, Band, band, between
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.cost.sources import (
     INTERPOLATED_ERROR,
     NINE_OF_TEN,
@@ -59,7 +59,7 @@ def _entry(kind: str, count: int, total_s: float) -> ProfileEntry:
 )
 def test_sources(graph: MetaGraph, counts: tuple[int, ...], source: str, expected: Band) -> None:
     measured = profile(graph, *counts)
-    found = cost_sources(price(graph, CLUSTER, measured), measured)[0]
+    found = cost_sources(with_costs(graph, CLUSTER, measured), measured)[0]
     assert found.source == source
     assert (found.band.low, found.band.high) == pytest.approx((expected.low, expected.high))
     assert found.timed == counts
@@ -67,14 +67,14 @@ def test_sources(graph: MetaGraph, counts: tuple[int, ...], source: str, expecte
 
 
 def test_times_from_a_file_are_given(graph: MetaGraph) -> None:
-    assert cost_sources(without_operators(price(graph, CLUSTER)))[0].source == "given"
+    assert cost_sources(without_operators(with_costs(graph, CLUSTER)))[0].source == "given"
 
 
 def test_what_is_predicted_may_be_calibrated(graph: MetaGraph) -> None:
     """What was measured stays so."""
     measured = profile(graph, 1, 2, 4, 8)
-    assert cost_sources(price(graph, CLUSTER), is_calibrated=True)[0].source == "calibrated"
-    assert cost_sources(price(graph, CLUSTER, measured), measured, is_calibrated=True)[0].source == "measured"
+    assert cost_sources(with_costs(graph, CLUSTER), is_calibrated=True)[0].source == "calibrated"
+    assert cost_sources(with_costs(graph, CLUSTER, measured), measured, is_calibrated=True)[0].source == "measured"
 
 
 def test_leave_one_out() -> None:
@@ -84,7 +84,7 @@ def test_leave_one_out() -> None:
 
 
 def test_band_is_weighted_by_device_time(graph: MetaGraph) -> None:
-    measured = cost_sources(price(graph, CLUSTER, profile(graph, 1, 2, 4, 8)), profile(graph, 1, 2, 4, 8))[0]
+    measured = cost_sources(with_costs(graph, CLUSTER, profile(graph, 1, 2, 4, 8)), profile(graph, 1, 2, 4, 8))[0]
     one, other = replace(measured, band=Band(0.9, 1.2)), replace(measured, metaop="other", band=Band(0.5, 2.0))
     three = Slice(metaop="t.text", first_layer=0, num_layers=1, devices=(0, 1, 2), start_s=0.0, end_s=1.0)
     alone = Slice(metaop="other", first_layer=0, num_layers=1, devices=(3,), start_s=0.0, end_s=1.0)

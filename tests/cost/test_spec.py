@@ -5,9 +5,9 @@ from math import prod
 import pytest
 
 from spindle.contract import contract
+from spindle.cost_options import length_spread
 from spindle.errors import FormatError, WorkloadError
 from spindle.graph import Operator, TaskGraph
-from spindle.pricing import length_spread
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 
@@ -208,10 +208,10 @@ tasks:
 
 def test_a_spec_says_how_it_is_trained() -> None:
     text = TOWERS.replace("name: tiny", "name: tiny\noptimizer: sgd\nrecompute: true\nshard_optimizer: true")
-    pricing = parse_workload(text.replace("tokens: 3", "tokens: 3, tokens_p99: 6")).pricing
-    assert (pricing.optimizer, pricing.recompute, pricing.shard_optimizer) == ("sgd", True, True)
-    assert pricing.spread_of("pair", "text") == pytest.approx(length_spread(3, 6))
-    assert pricing.spread_of("pair", "image") == 0.0
+    cost_options = parse_workload(text.replace("tokens: 3", "tokens: 3, tokens_p99: 6")).cost_options
+    assert (cost_options.optimizer, cost_options.recompute, cost_options.shard_optimizer) == ("sgd", True, True)
+    assert cost_options.spread_of("pair", "text") == pytest.approx(length_spread(3, 6))
+    assert cost_options.spread_of("pair", "image") == 0.0
 
 
 def test_task_sets_of_occasional_tasks() -> None:

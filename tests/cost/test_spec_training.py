@@ -6,11 +6,11 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
+from spindle.cost_options import memory_choices
 from spindle.errors import InfeasibleError, WorkloadError
 from spindle.graph import Operator, TaskGraph
 from spindle.metagraph import MetaGraph
-from spindle.pricing import memory_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
@@ -39,8 +39,8 @@ def graph(**more: str) -> TaskGraph:
     return build_graph(spec(**more))
 
 
-def priced(found: WorkloadSpec, cluster: str = "2x8:a100-80g") -> MetaGraph:
-    return price(contract(build_graph(found)), parse_cluster(cluster), pricing=found.pricing)
+def costed(found: WorkloadSpec, cluster: str = "2x8:a100-80g") -> MetaGraph:
+    return with_costs(contract(build_graph(found)), parse_cluster(cluster), cost_options=found.cost_options)
 
 
 def num_trained(operators: TaskGraph) -> int:
@@ -53,7 +53,7 @@ def num_trained(operators: TaskGraph) -> int:
 
 def test_degrees_of_a_spec_allow_more_devices_than_samples() -> None:
     """Eight samples fill eight devices; spread over two of a node each, sixteen."""
-    plain, spread = priced(spec()), priced(spec(workload="tensor_parallel: 2"))
+    plain, spread = costed(spec()), costed(spec(workload="tensor_parallel: 2"))
     assert max(plain["t.llm"].times) == 8
     assert max(spread["t.llm"].times) == 16
     assert dict(spread["t.llm"].tensor_parallel)[16] == 2
@@ -70,13 +70,13 @@ def test_degrees_of_a_spec_allow_more_devices_than_samples() -> None:
     ],
 )
 def test_degrees_divide_the_heads(workload: str, component: str, degrees: tuple[int, ...]) -> None:
-    found = spec(workload=workload, component=component).pricing
+    found = spec(workload=workload, component=component).cost_options
     assert dict(found.degrees)["llm"] == degrees
 
 
 def test_a_component_keeps_its_own_degrees() -> None:
     """What the language model may be spread over says nothing of the head."""
-    found = priced(spec(component="tensor_parallel: 4"))
+    found = costed(spec(component="tensor_parallel: 4"))
     assert max(found["t.head"].times) == 8
     assert max(found["t.llm"].times) == 16
 
@@ -84,14 +84,18 @@ def test_a_component_keeps_its_own_degrees() -> None:
 def test_memory_falls_with_the_least_degree() -> None:
     """Choices of memory raise it in powers of two, and end at the largest."""
     found = spec(workload="tensor_parallel: 8")
-    choices = memory_choices(found.pricing)
+    choices = memory_choices(found.cost_options)
     assert [choice.min_tensor_parallel for choice in choices] == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]
     metagraph = contract(build_graph(found))
     cluster = parse_cluster("2x8:a100-80g")
-    memory = [price(metagraph, cluster, pricing=choice)["t.llm"].memory[8] for choice in choices if choice.recompute]
+    memory = [
+        with_costs(metagraph, cluster, cost_options=choice)["t.llm"].memory[8] for choice in choices if choice.recompute
+    ]
     assert memory[-1] == min(memory)
     # at 16 devices of degree 8 a device holds an eighth of every layer
-    states = [price(metagraph, cluster, pricing=c)["t.llm"].layer_state_bytes for c in (choices[0], choices[-2])]
+    states = [
+        with_costs(metagraph, cluster, cost_options=c)["t.llm"].layer_state_bytes for c in (choices[0], choices[-2])
+    ]
     assert states[1] < states[0]
 
 
@@ -99,8 +103,8 @@ def test_a_component_that_lacks_a_degree_has_its_largest() -> None:
     """Twenty heads are cut in four where eight are asked for, since five does not divide a node."""
     text = TEXT.format(workload="tensor_parallel: 8", component="", head="", task="").replace("heads: 8", "heads: 20")
     found = parse_workload(text.replace("hidden: 64", "hidden: 80").replace("[64, 8]", "[80, 8]"))
-    last = memory_choices(found.pricing)[-1]
-    cut = price(contract(build_graph(found)), parse_cluster("2x8:a100-80g"), pricing=last)
+    last = memory_choices(found.cost_options)[-1]
+    cut = with_costs(contract(build_graph(found)), parse_cluster("2x8:a100-80g"), cost_options=last)
     assert {degree for _, degree in cut["t.llm"].tensor_parallel} == {4}
     assert {degree for _, degree in cut["t.head"].tensor_parallel} == {8}
 
@@ -109,7 +113,7 @@ def test_degrees_that_nothing_has_are_refused() -> None:
     with pytest.raises(WorkloadError, match="no tensor_parallel degree from 3 to 3 divides its heads"):
         spec(component="tensor_parallel: 3, min_tensor_parallel: 3")
     with pytest.raises(InfeasibleError, match="none of its tensor_parallel degrees, from 8 up, divides the 4 devices"):
-        priced(spec(workload="tensor_parallel: 8\nmin_tensor_parallel: 8"), "4x4:a100-80g")
+        costed(spec(workload="tensor_parallel: 8\nmin_tensor_parallel: 8"), "4x4:a100-80g")
 
 
 # -- weights of fewer bits --------------------------------------------------------------------------------------------
@@ -125,14 +129,14 @@ def test_a_low_bit_base_is_stored_small_and_adapters_are_not(base: str, size: fl
     frozen = sum(prod(p.shape) for op in layers for p in op.parameters if not p.trainable)
     adapters = sum(prod(p.shape) for op in layers for p in op.parameters if p.trainable)
     assert sum(op.parameter_bytes for op in layers) == size * frozen + 2 * adapters
-    metaop = priced(spec(component=lora))["t.llm"]
+    metaop = costed(spec(component=lora))["t.llm"]
     assert metaop.layers * metaop.layer_param_bytes == 2 * adapters
 
 
 def test_low_bit_weights_are_multiplied_in_sixteen_bits() -> None:
     """They save memory, not time."""
     times = {
-        base: priced(spec(component=f"trained: lora, lora_rank: 2{base}"))["t.llm"].times[1]
+        base: costed(spec(component=f"trained: lora, lora_rank: 2{base}"))["t.llm"].times[1]
         for base in ("", ", base_dtype: int4", ", base_dtype: int8")
     }
     assert len(set(times.values())) == 1
@@ -170,7 +174,7 @@ def test_linear_attention_grows_with_tokens_alone() -> None:
     assert softmax[1].forward_flops > 3 * softmax[0].forward_flops
     assert linear[0].forward_flops == 8 * 4096 * (2 * 12 * 64 * 64 + 4 * 64 * 8)
     times = [
-        priced(spec(component="kind: linear_attention", task=f"tokens: {{llm: {n}}}"))["t.llm"].times[1]
+        costed(spec(component="kind: linear_attention", task=f"tokens: {{llm: {n}}}"))["t.llm"].times[1]
         for n in (4096, 8192)
     ]
     assert times[1] / times[0] == pytest.approx(2.0, rel=0.1)
@@ -194,7 +198,7 @@ def test_a_rate_runs_a_task_several_times() -> None:
 
 
 def test_lengths_of_every_run_differ() -> None:
-    found = spec(component="tokens_p99: 32", task="rate: 2").pricing
+    found = spec(component="tokens_p99: 32", task="rate: 2").cost_options
     assert found.spread_of("t", "llm") == found.spread_of("t#1", "llm") > 0
 
 
@@ -282,7 +286,7 @@ def test_zeroth_order_is_two_forwards() -> None:
     plain, zeroth = graph(), graph(component=ZEROTH, head=ZEROTH)
     assert sum(op.forward_flops for op in zeroth) == 2 * sum(op.forward_flops for op in plain)
     assert not any(op.backward_flops or op.activation_bytes for op in zeroth)
-    for metaop in priced(spec(component=ZEROTH, head=ZEROTH)):
+    for metaop in costed(spec(component=ZEROTH, head=ZEROTH)):
         assert metaop.layer_param_bytes == metaop.layer_update_s == 0
         assert metaop.forward_fraction == 1
 

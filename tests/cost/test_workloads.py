@@ -1,4 +1,4 @@
-"""The benchmark workloads: each spec builds, contracts and is priced; its counts agree with the published ones."""
+"""The benchmark workloads: each spec builds, contracts and is costed; its counts agree with the published ones."""
 
 import csv
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import Task
@@ -49,14 +49,14 @@ def test_counts_agree_with_the_table(row: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_specs_build_contract_and_are_priced(path: Path) -> None:
+def test_specs_build_contract_and_are_costed(path: Path) -> None:
     spec = read_workload(path)
     metagraph = contract(build_graph(spec))
     names = {metaop.name for metaop in metagraph}
     stacks = {f"{task.name}.{name}" for task in spec.tasks for name in task.components}
     assert stacks <= names
     assert {name.rpartition(".")[2] for name in names - stacks} <= {"embed", "head", "loss"}
-    for metaop in price(metagraph, parse_cluster("4x8:h100-80g")):
+    for metaop in with_costs(metagraph, parse_cluster("4x8:h100-80g")):
         assert metaop.layer_time_s
         assert all(isfinite(value) for _, value in metaop.memory_bytes)
         assert metaop.layers == len(metaop.operators)

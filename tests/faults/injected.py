@@ -1,6 +1,6 @@
 """A workload in which a rank fails in a chosen way at a chosen place, as often as files say; else it trains.
 
-The fault is real: the rank's own process is killed, stopped, told to end or raises, in code that the run calls there.
+The fault is real: the rank's own process is killed, stopped, asked to end or raises, in code that the run calls there.
 
 Workers import this module; it leaves out tests.tiny_workloads, whose libraries take them seconds.
 """
@@ -24,7 +24,7 @@ from spindle.workload import Workload
 from tests.random_plans import widest_plan
 
 PHASES = ("start", "load", "forward", "transfer", "reduction", "optimizer", "checkpoint")
-KINDS = ("killed", "stopped", "exits", "raises", "out of memory", "hangs", "told to end")
+KINDS = ("killed", "stopped", "exits", "raises", "out of memory", "hangs", "asked to end")
 RELEASE = threading.Event()  # ends the hangs of this process
 
 
@@ -84,8 +84,8 @@ def own_rank() -> int | None:
 
 def act(kind: str) -> None:
     """Do it to this process."""
-    if kind in ("killed", "stopped", "told to end"):
-        numbers = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "told to end": signal.SIGTERM}
+    if kind in ("killed", "stopped", "asked to end"):
+        numbers = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "asked to end": signal.SIGTERM}
         os.kill(os.getpid(), numbers[kind])
     elif kind == "exits":
         os._exit(7)

@@ -24,7 +24,7 @@ SAID = {
     "raises": r"rank 1, .* raised ValueError: too hot",
     "out of memory": r"rank 1, .* raised RuntimeError: .*allocate",
     "hangs": r"rank 1 hangs in step 4, .*, for \d+\.\d s now",
-    "told to end": r"SIGTERM ended the run after step \d; start it again with resume=True",
+    "asked to end": r"SIGTERM ended the run after step \d; start it again with resume=True",
 }
 
 

@@ -53,7 +53,7 @@ TABLE = [
     ("raises", "transfer"),
     ("out of memory", "optimizer"),
     ("hangs", "reduction"),
-    ("told to end", "forward"),
+    ("asked to end", "forward"),
 ]
 """Kinds of fault, and where they happen: each kind and each phase at least once."""
 
@@ -92,12 +92,12 @@ def test_the_table_has_all_kinds_and_phases() -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize(("kind", "phase"), TABLE)
 def test_a_fault_in_a_process(kind: str, phase: str, tmp_path: Path) -> None:
-    """At most one interval of two steps is lost, none when the rank was told to end: the run saves first."""
+    """At most one interval of two steps is lost, none when the rank was asked to end: the run saves first."""
     told = recovered(Fault(kind, phase, tmp_path / "faults"), tmp_path, "processes")
     words = SAID[kind].replace("rank 1", r"rank \d") if phase == "load" else SAID[kind]
     if (kind, phase) == ("raises", "load"):
         words = r"rank \d, LOAD t: task 't': its loader raised ValueError: too hot"
-    place = "the beginning" if phase == "start" else "step 4" if kind == "told to end" else "step 2"
+    place = "the beginning" if phase == "start" else "step 4" if kind == "asked to end" else "step 2"
     assert [text for text in told if re.match(f"{words}.*went on from {place}$", text)], told
 
 
@@ -259,7 +259,7 @@ def test_what_failures_refuse(values: dict[str, float], words: str) -> None:
         Failures(**values)  # type: ignore[arg-type]
 
 
-# -- told to end ---------------------------------------------------------------------------------------------------
+# -- asked to end ---------------------------------------------------------------------------------------------------
 
 MODEL = """
 import os, signal

@@ -30,11 +30,11 @@ def lowered_and_predicted(seed: int, *, sharded: bool) -> tuple[Plan, Program, T
     plan = random_plan(metagraph, rng.randint(1, 5), seed)
     shard = {"losses": sample.losses, "weights": sample.weights, "shard_optimizer": sharded}
     program = lower(plan, metagraph, sample.graph, **shard)  # type: ignore[arg-type]
-    costs = MetaGraph(tuple(_priced(m, plan) for m in metagraph), metagraph.flows, shard_optimizer=sharded)
+    costs = MetaGraph(tuple(_costed(m, plan) for m in metagraph), metagraph.flows, shard_optimizer=sharded)
     return replace(plan, metagraph=metagraph), program, simulate(plan, costs, _cluster(plan))
 
 
-def _priced(metaop: MetaOp, plan: Plan) -> MetaOp:
+def _costed(metaop: MetaOp, plan: Plan) -> MetaOp:
     trained = any(p.trainable for op in metaop.operators for p in op.parameters)
     return replace(
         metaop,

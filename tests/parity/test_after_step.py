@@ -248,7 +248,7 @@ def test_a_planner_does_not_shard_what_a_function_needs_whole() -> None:
     made = workload(parts())
     made.after_step("head.weight")(spectral)
     made.after_step("scale.*")(clamp)
-    assert source_of(made).pricing.never_sharded == ("head",)
+    assert source_of(made).cost_options.never_sharded == ("head",)
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {
@@ -408,9 +408,9 @@ def test_settings_that_make_no_average_are_refused(given: Any, words: str) -> No
 
 def test_planned_memory_counts_the_average() -> None:
     from spindle.cost.memory import state_bytes
-    from spindle.source import pricing_of
+    from spindle.source import cost_options_of
 
     made, averaging = shifts(), shifts(ema=0.9)
     operators = [op for metaop in spindle.make_metagraph(made) for op in metaop.operators]
-    more = [sum(state_bytes(operators, pricing_of(each))) for each in (made, averaging)]
+    more = [sum(state_bytes(operators, cost_options_of(each))) for each in (made, averaging)]
     assert more[1] - more[0] == 4 * 32

@@ -19,13 +19,13 @@ from spindle.capture.codes import OperatorModule
 from spindle.clusterfile import parse_cluster
 from spindle.compilation import Compilation
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.record.patches import plain_modules
 from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.profiling.layer_bench import LayerBench
 from spindle.runtime.steps.compiled import compile_layers
-from spindle.source import pricing_of
+from spindle.source import cost_options_of
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned
 from tests.refusals import Refusal, check_refusal, each
 from tests.tiny_workloads import floats
@@ -190,7 +190,7 @@ def test_compiled_layers_have_kinds_and_costs_of_their_own() -> None:
     for compile in (False, True):
         made = workload(compile)
         graph = contract(capture(made).graph)
-        by_compile[compile] = price(graph, parse_cluster("1x2:a100-80g"), pricing=pricing_of(made))
+        by_compile[compile] = with_costs(graph, parse_cluster("1x2:a100-80g"), cost_options=cost_options_of(made))
     plain, compiled = ({m.component: m for m in by_compile[c] if m.component} for c in (False, True))
     assert "compiled" in compiled["tower"].operators[0].kind.split()
     assert compiled["tower"].times[1] < plain["tower"].times[1]

@@ -84,7 +84,7 @@ def test_a_parameter_that_only_such_tasks_use_rests() -> None:
     assert same == {name for name in before if name.startswith(("other.", "frozen."))}
 
 
-def test_no_backward_is_planned_or_priced() -> None:
+def test_no_backward_is_planned_or_costed() -> None:
     """Its slices have no backward, cost none, keep nothing for one, and no rank reduces a gradient for it."""
     made = taught()
     graph = capture(made).graph

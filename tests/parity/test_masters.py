@@ -343,8 +343,8 @@ def test_gradients_are_reduced_in_the_type_that_was_chosen(
 def test_planned_memory_counts_masters_and_wide_gradients() -> None:
     """2 + 4 + 4 + 8 bytes a parameter with AdamW; 2 + 2 + 4 without masters."""
     from spindle.cost.memory import state_bytes
-    from spindle.source import pricing_of
+    from spindle.source import cost_options_of
 
     for made, each in ((shifts(), 18), (shifts(master_weights="none"), 8)):
         operators = [op for metaop in spindle.make_metagraph(made) for op in metaop.operators]
-        assert sum(state_bytes(operators, pricing_of(made))) == each * 32
+        assert sum(state_bytes(operators, cost_options_of(made))) == each * 32

@@ -13,7 +13,7 @@ from spindle.metagraph import Flow, MetaGraph, MetaOp
 from spindle.pictures import graph_mermaid, graph_of, graph_svg
 from spindle.pictures.canvas import cut, folded, width_of
 from spindle.pictures.graph_svg import TALLEST
-from spindle.source import load_source, priced_source
+from spindle.source import costed_source, load_source
 from tests.pictures.picture_marks import boxes, page, texts, words
 from tests.planner.planner_graphs import cluster, graph, metaop
 from tests.printed.samples import SPEC
@@ -101,7 +101,7 @@ def test_what_mixes_samples(tmp_path: Path) -> None:
     """The contrastive loss of a spec runs on one device; its batch is known."""
     file = tmp_path / "small.yaml"
     file.write_text(SPEC)
-    found = graph_of(priced_source(load_source(str(file)), cluster(1, 4)))
+    found = graph_of(costed_source(load_source(str(file)), cluster(1, 4)))
     assert [node.name for node in found.nodes if node.one_device] == ["match.loss"]
     assert {node.batch for node in found.nodes} == {8}
     assert "cannot be sharded over the batch" in words(graph_svg(found, title="small"))
@@ -115,7 +115,7 @@ def test_a_title_that_xml_cannot_hold() -> None:
 
 
 def test_a_graph_without_times() -> None:
-    with pytest.raises(GraphError, match=r"MetaOp 't.a' has no times to draw; price the MetaGraph"):
+    with pytest.raises(GraphError, match=r"MetaOp 't.a' has no times to draw; fill in its costs"):
         graph_of(MetaGraph((MetaOp(name="t.a", task="t", component="a", layers=1),)))
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from spindle.cluster import Cluster, Link
 from spindle.clusterfile import parse_cluster
+from spindle.cost.metaops import with_costs
 from spindle.cost.parallel import parallel_cost
-from spindle.cost.price import price
+from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError, WorkloadError
 from spindle.execution import Parallel
 from spindle.graph import TaskGraph
@@ -32,7 +33,6 @@ from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.report.rates import rates, work_of
 from spindle.planner.solve import solve
-from spindle.pricing import Pricing
 from spindle.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
@@ -157,7 +157,7 @@ def test_all_are_named_whatever_fits() -> None:
     assert not any(other.fits for other in others)
 
 
-def test_what_is_not_priced_is_not_judged() -> None:
+def test_what_is_not_costed_is_not_judged() -> None:
     assert ZERO not in found(towers("t"), quick())
     assert DDP not in found(replace(towers("t"), shard_optimizer=True), quick())
 
@@ -171,8 +171,8 @@ def test_a_plan_that_does_not_fit_names_what_does() -> None:
         solve_fitting(
             source.metagraph,
             small,
-            lambda priced, cluster, share: solve(priced.metagraph, cluster, time_limit_s=0.1),
-            pricing=source.pricing,
+            lambda costed, cluster, share: solve(costed.metagraph, cluster, time_limit_s=0.1),
+            cost_options=source.cost_options,
             with_alternatives=True,
         )
 
@@ -182,15 +182,15 @@ def test_a_plan_tries_the_choice_of_the_quickest_alternative() -> None:
     source = load_source("benchmarks/workloads/pi0.yaml")
 
     def made(*, with_alternatives: bool) -> tuple[float, bool]:
-        plan, pricing = solve_fitting(
+        plan, cost_options = solve_fitting(
             source.metagraph,
             parse_cluster("1x8:a100-80g"),
-            lambda priced, where, share: solve(priced.metagraph, where, method="sequential"),
-            pricing=source.pricing,
+            lambda costed, where, share: solve(costed.metagraph, where, method="sequential"),
+            cost_options=source.cost_options,
             all_fit=lambda metagraph, where: True,
             with_alternatives=with_alternatives,
         )
-        return plan.step_s, pricing.shard_optimizer
+        return plan.step_s, cost_options.shard_optimizer
 
     (plain_s, plain), (tried_s, tried) = made(with_alternatives=False), made(with_alternatives=True)
     assert (plain, tried) == (False, True)
@@ -199,7 +199,7 @@ def test_a_plan_tries_the_choice_of_the_quickest_alternative() -> None:
 
 def test_one_reduction_is_no_slower_than_one_a_task() -> None:
     where = parse_cluster("2x8:a100-80g")
-    metagraph = price(load_source(CLIP).metagraph, where, None, Pricing())
+    metagraph = with_costs(load_source(CLIP).metagraph, where, None, CostOptions())
     others = found(metagraph, where)
     assert 0 < others[DDP].step_s <= others[DDP_BY_TASK].step_s
     assert others[DDP].step_s <= solve(metagraph, where, method="sequential").step_s * (1 + 1e-9)
@@ -224,18 +224,18 @@ def test_no_operators_no_rates() -> None:
 
 
 def test_the_layout_that_a_workload_names() -> None:
-    """As `spindle.cost.parallel` prices it; one that does not fit has no step, and one that is not named no row."""
+    """As `spindle.cost.parallel` has it; one that does not fit has no step, and one that is not named no row."""
     loaded, where = load_source(CLIP), parse_cluster("2x8:a100-80g")
-    assert own_layout(loaded.metagraph, where, loaded.pricing) == ()
+    assert own_layout(loaded.metagraph, where, loaded.cost_options) == ()
     layout = Parallel(tensor=2, micro_batch=8, shard="optimizer")
-    pricing = replace(loaded.pricing, layout=layout)
-    (found,) = own_layout(loaded.metagraph, where, pricing)
+    cost_options = replace(loaded.cost_options, layout=layout)
+    (found,) = own_layout(loaded.metagraph, where, cost_options)
     operators = tuple(operator for m in loaded.metagraph for operator in m.operators)
-    told = parallel_cost(TaskGraph(operators), where, pricing, layout)
+    told = parallel_cost(TaskGraph(operators), where, cost_options, layout)
     assert (found.name, found.fits, found.step_s) == (OWN_LAYOUT, True, told.step_s)
     assert found.choice == "tensor 2, optimizer sharded, micro-batches of 8"
     tight = replace(where, device=replace(where.device, memory_bytes=told.memory_bytes / 2))
-    (found,) = own_layout(loaded.metagraph, tight, pricing)
+    (found,) = own_layout(loaded.metagraph, tight, cost_options)
     assert (found.fits, found.step_s, found.peak_bytes) == (False, 0.0, told.memory_bytes)
     with pytest.raises(WorkloadError, match="are not divided by tensor 3 and pipeline 1"):
-        own_layout(loaded.metagraph, where, replace(pricing, layout=Parallel(tensor=3)))
+        own_layout(loaded.metagraph, where, replace(cost_options, layout=Parallel(tensor=3)))

@@ -7,7 +7,8 @@ import pytest
 
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
+from spindle.cost_options import memory_choices
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import Slice
@@ -16,7 +17,6 @@ from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.waves import PRINTED, READINGS, Reading, level_optimum_s, paper_waves
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.solve import solve
-from spindle.pricing import memory_choices
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
 from tests.planner.planner_graphs import cluster, graph, metaop
@@ -31,11 +31,11 @@ def first_that_fits(num_tasks: int, nodes: int) -> tuple[Problem, tuple[Slice, .
     spec = read_workload(CLIP)
     spec = replace(spec, tasks=spec.tasks[:num_tasks])
     metagraph, where = contract(build_graph(spec)), parse_cluster(f"{nodes}x8:a100-80g")
-    for choice in memory_choices(spec.pricing):
+    for choice in memory_choices(spec.cost_options):
         try:
-            priced = price(metagraph, where, None, choice)
-            paper_slices(make_problem(without_traffic(priced), where))  # both fit
-            problem = make_problem(priced, where)
+            costed = with_costs(metagraph, where, None, choice)
+            paper_slices(make_problem(without_traffic(costed), where))  # both fit
+            problem = make_problem(costed, where)
             return problem, paper_slices(problem)
         except InfeasibleError:
             continue

@@ -12,11 +12,11 @@ from spindle.calibrating import make_calibration
 from spindle.calibration import Calibration, MeasuredStep
 from spindle.clusterfile import parse_cluster
 from spindle.cost.bands import BandSource, band, factor_bands
+from spindle.cost_options import CostOptions
 from spindle.errors import ProfileError, SpindleWarning
 from spindle.plan import Plan
 from spindle.planner.recost import Costs
 from spindle.planner.report.likely import gain_lines, likely_lines
-from spindle.pricing import Pricing
 from spindle.source import Source, load_source, scaled_source, spec_source
 from spindle.spec.file import parse_workload
 
@@ -45,23 +45,23 @@ def factors(**given: float) -> Calibration:
     return replace(Calibration(device="a100-80g"), **given)  # type: ignore[arg-type]
 
 
-def costs(source: Source, pricing: Pricing) -> Costs:
-    return Costs(source.metagraph, CLUSTER, pricing, None, source.steps, source.is_mean)
+def costs(source: Source, cost_options: CostOptions) -> Costs:
+    return Costs(source.metagraph, CLUSTER, cost_options, None, source.steps, source.is_mean)
 
 
 @pytest.mark.parametrize("method", ["sequential", "task_split", "lp"])
 def test_unchanged_costs_give_the_plans_own_step(source: Source, method: str) -> None:
-    plan, pricing = plan_source(source, CLUSTER, method=method, time_limit_s=0.1)
-    found = costs(source, pricing).under().step_s(plan)
+    plan, cost_options = plan_source(source, CLUSTER, method=method, time_limit_s=0.1)
+    found = costs(source, cost_options).under().step_s(plan)
     assert found == pytest.approx(plan.step_s)
 
 
 @pytest.mark.parametrize("given", FACTORS, ids=str)
 def test_changed_costs_give_what_planning_under_them_says(source: Source, given: dict[str, float]) -> None:
     """Where the same slices are planned, the step is the same; else it is no longer than that of the old slices."""
-    plan, pricing = plan_source(source, CLUSTER, method="sequential")
+    plan, cost_options = plan_source(source, CLUSTER, method="sequential")
     changed, _ = plan_source(source, CLUSTER, calibration=factors(**given), method="sequential")
-    again = costs(source, pricing).under(factors(**given)).step_s(plan)
+    again = costs(source, cost_options).under(factors(**given)).step_s(plan)
     assert again is not None
     assert changed.step_s <= again * (1 + 1e-9)
     alike = [s.devices for s in changed.slices] == [s.devices for s in plan.slices]
@@ -82,19 +82,19 @@ def test_the_fixed_part_counts_for_all(source: Source) -> None:
 def test_a_batch_that_no_longer_divides(source: Source) -> None:
     """Half of 8 samples do not run on 8 devices: there is no number to tell."""
     spec = parse_workload(SPEC.replace("batch_size: 32", "batch_size: 8"))
-    plan, pricing = plan_source(spec_source(spec), CLUSTER, method="sequential")
+    plan, cost_options = plan_source(spec_source(spec), CLUSTER, method="sequential")
     half = scaled_source(spec_source(spec), Fraction(1, 2))
     assert half is not None
     eight = [s for s in plan.slices if s.metaop.startswith("hear.") and len(s.devices) == 8]
-    assert (costs(half, pricing).under().step_s(plan) is None) == bool(eight)
+    assert (costs(half, cost_options).under().step_s(plan) is None) == bool(eight)
 
 
 # -- outlook ---------------------------------------------------------------------------------------------------------
 
 
 def outlook(source: Source, method: str = "auto", calibration: Calibration | None = None) -> Plan:
-    plan, pricing = plan_source(source, CLUSTER, calibration=calibration, method=method, time_limit_s=0.3)
-    return with_outlook(plan, source, pricing, calibration=calibration)
+    plan, cost_options = plan_source(source, CLUSTER, calibration=calibration, method=method, time_limit_s=0.3)
+    return with_outlook(plan, source, cost_options, calibration=calibration)
 
 
 def test_the_band_of_a_step_is_that_of_its_source(source: Source) -> None:
@@ -119,9 +119,9 @@ def test_a_gain_and_its_band(source: Source) -> None:
     assert gain.low <= gain.share <= gain.high
     assert [each.name for each in gain.moves] == ["host", "network", "batch"]
     assert all(each.as_is == gain.share for each in gain.moves)
-    pricing = replace(source.pricing, shard_optimizer=found.shard_optimizer, recompute=found.recompute)
+    cost_options = replace(source.cost_options, shard_optimizer=found.shard_optimizer, recompute=found.recompute)
     most = factor_bands()["network"].high
-    slow = costs(source, pricing).under(factors(network=most)).step_s(found)
+    slow = costs(source, cost_options).under(factors(network=most)).step_s(found)
     assert slow is not None
     assert slow > found.step_s
 

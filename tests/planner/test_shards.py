@@ -9,10 +9,11 @@ from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
 from spindle.contract import contract
 from spindle.cost.layout import sharded_s
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.cost.roofline import OperatorTime
-from spindle.cost.sampled import Priced
+from spindle.cost.sampled import Costed
 from spindle.cost.shards import all_sharded, shardable
+from spindle.cost_options import CostOptions, memory_choices, sharded_choices
 from spindle.errors import InfeasibleError, WorkloadError
 from spindle.formats import dumps, loads
 from spindle.metagraph import MetaGraph, MetaOp
@@ -23,7 +24,6 @@ from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve, usual_ways_fit
 from spindle.planner.turns import solve_in_turns
-from spindle.pricing import Pricing, memory_choices, sharded_choices
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 from spindle.turns import Turns
@@ -40,7 +40,7 @@ tasks:
   b: {batch_size: 32, flow: [vision, lm]}
 """
 CLUSTER = parse_cluster("1x8:a100-80g")
-SHARDED = Pricing(shard_parameters=("lm",))
+SHARDED = CostOptions(shard_parameters=("lm",))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def with_memory(num_bytes: float) -> Cluster:
     return replace(CLUSTER, device=replace(CLUSTER.device, memory_bytes=num_bytes))
 
 
-def quick(priced: Priced, cluster: Cluster, share: float = 1.0) -> Plan:
-    return solve(priced.metagraph, cluster, time_limit_s=0.05)
+def quick(costed: Costed, cluster: Cluster, share: float = 1.0) -> Plan:
+    return solve(costed.metagraph, cluster, time_limit_s=0.05)
 
 
 def sequential(graph: MetaGraph, cluster: Cluster = CLUSTER) -> Plan:
@@ -65,7 +65,7 @@ def sequential(graph: MetaGraph, cluster: Cluster = CLUSTER) -> Plan:
 
 def test_each_device_holds_an_eighth_and_two_layers(metagraph: MetaGraph) -> None:
     """Parameters, gradients and states divided by eight, activations as they were; layers run on all devices only."""
-    plain, cut = price(metagraph, CLUSTER), price(metagraph, CLUSTER, pricing=SHARDED)
+    plain, cut = with_costs(metagraph, CLUSTER), with_costs(metagraph, CLUSTER, cost_options=SHARDED)
     for whole, part in zip(plain, cut, strict=True):
         if part.component != "lm":
             assert part == whole
@@ -81,7 +81,7 @@ def test_each_device_holds_an_eighth_and_two_layers(metagraph: MetaGraph) -> Non
 
 
 def test_a_gather_each_way_and_a_scatter_beside_computation(metagraph: MetaGraph) -> None:
-    plain, cut = price(metagraph, CLUSTER)["a.lm"], price(metagraph, CLUSTER, pricing=SHARDED)["a.lm"]
+    plain, cut = with_costs(metagraph, CLUSTER)["a.lm"], with_costs(metagraph, CLUSTER, cost_options=SHARDED)["a.lm"]
     time = OperatorTime(plain.times[8] * plain.forward_fraction, plain.times[8] * (1 - plain.forward_fraction))
     due = sharded_s(time, plain.layer_param_bytes, CLUSTER, 8)
     assert cut.times[8] == pytest.approx(due.total_s)
@@ -90,7 +90,7 @@ def test_a_gather_each_way_and_a_scatter_beside_computation(metagraph: MetaGraph
 
 def test_nothing_is_reduced_and_each_device_steps_its_part(metagraph: MetaGraph) -> None:
     """A step's update takes an eighth; with the vision tower's states sharded too, of all."""
-    steps = [sequential(price(metagraph, CLUSTER, pricing=p)) for p in (Pricing(), SHARDED)]
+    steps = [sequential(with_costs(metagraph, CLUSTER, cost_options=p)) for p in (CostOptions(), SHARDED)]
     lm, vision = (
         sum(m.layers * m.layer_update_s for m in steps[0].metagraph or () if (m.component, m.task) == (name, "a"))
         for name in ("lm", "vision")
@@ -102,14 +102,14 @@ def test_nothing_is_reduced_and_each_device_steps_its_part(metagraph: MetaGraph)
 
 def test_fsdp2_is_the_same_function_of_all_metaops(metagraph: MetaGraph) -> None:
     """Where both shard everything and nothing else differs, our plan in sequence and the alternative agree."""
-    pricing = Pricing(shard_parameters=("lm", "vision"))
-    own = price(metagraph, CLUSTER, pricing=pricing)
-    other = all_sharded(price(metagraph, CLUSTER), CLUSTER)
+    cost_options = CostOptions(shard_parameters=("lm", "vision"))
+    own = with_costs(metagraph, CLUSTER, cost_options=cost_options)
+    other = all_sharded(with_costs(metagraph, CLUSTER), CLUSTER)
     for one, two in zip(own, other, strict=True):
         figures = [(m.times[8], m.memory[8], m.gathered_bytes, m.layer_state_bytes) for m in (one, two)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-3)  # the share of forward differs a little by count
     plan = sequential(own)
-    (found,) = (a for a in alternatives([Choice(price(metagraph, CLUSTER))], CLUSTER) if a.name == FSDP)
+    (found,) = (a for a in alternatives([Choice(with_costs(metagraph, CLUSTER))], CLUSTER) if a.name == FSDP)
     assert found.step_s == pytest.approx(plan.step_s, rel=0.02)
 
 
@@ -117,11 +117,11 @@ def test_what_cannot_run_on_all_devices_is_refused() -> None:
     graph = contract(build_graph(parse_workload(SPEC.replace("batch_size: 32", "batch_size: 12"))))
     why = r"component 'lm' are to be sharded over all 8 devices, .* runs 12 samples, which these do not share evenly"
     with pytest.raises(InfeasibleError, match=why):
-        price(graph, CLUSTER, pricing=SHARDED)
-    assert shardable(graph, CLUSTER, Pricing()) == ()
+        with_costs(graph, CLUSTER, cost_options=SHARDED)
+    assert shardable(graph, CLUSTER, CostOptions()) == ()
     mixing = replace(graph, metaops=tuple(_mixing(m) if m.component == "lm" else m for m in graph))
     with pytest.raises(InfeasibleError, match=r"mixes samples, so that it runs on one"):
-        price(mixing, CLUSTER, pricing=SHARDED)
+        with_costs(mixing, CLUSTER, cost_options=SHARDED)
 
 
 def _mixing(metaop: MetaOp) -> MetaOp:
@@ -130,16 +130,16 @@ def _mixing(metaop: MetaOp) -> MetaOp:
 
 def test_one_device_has_nothing_to_shard(metagraph: MetaGraph) -> None:
     alone = parse_cluster("1x1:a100-80g")
-    assert price(metagraph, alone, pricing=SHARDED) == price(metagraph, alone)
+    assert with_costs(metagraph, alone, cost_options=SHARDED) == with_costs(metagraph, alone)
 
 
 def test_which_components_may_be_sharded(metagraph: MetaGraph) -> None:
     """The largest first; not those that are nearly nothing, forbidden, or stepped as whole matrices."""
-    assert shardable(metagraph, CLUSTER, Pricing()) == ("lm",)  # the vision tower has 2 % of all
-    assert shardable(metagraph, CLUSTER, Pricing(never_sharded=("lm",))) == ()
-    assert shardable(metagraph, CLUSTER, Pricing(optimizer="muon")) == ()
+    assert shardable(metagraph, CLUSTER, CostOptions()) == ("lm",)  # the vision tower has 2 % of all
+    assert shardable(metagraph, CLUSTER, CostOptions(never_sharded=("lm",))) == ()
+    assert shardable(metagraph, CLUSTER, CostOptions(optimizer="muon")) == ()
     assert shardable(metagraph, CLUSTER, SHARDED) == ()
-    found = sharded_choices(Pricing(), ("x", "b"))
+    found = sharded_choices(CostOptions(), ("x", "b"))
     assert [(c.shard_parameters, c.recompute, c.shard_optimizer) for c in found] == [
         (("x",), False, True),
         (("x",), True, True),
@@ -150,7 +150,7 @@ def test_which_components_may_be_sharded(metagraph: MetaGraph) -> None:
 
 def test_a_spec_says_so() -> None:
     text = SPEC.replace("name: vl\n", "name: vl\nshard_parameters: [lm]\n")
-    assert parse_workload(text).pricing.shard_parameters == ("lm",)
+    assert parse_workload(text).cost_options.shard_parameters == ("lm",)
     with pytest.raises(
         WorkloadError, match=r"'llm', which is no component \(did you mean 'lm'\?\); the components are lm, vision"
     ):
@@ -160,13 +160,13 @@ def test_a_spec_says_so() -> None:
 # -- choice -----------------------------------------------------------------------------------------------------------
 
 
-def in_turns(priced: Priced, cluster: Cluster, share: float, turns: Turns) -> Plan:
-    return solve_in_turns(priced.metagraph, cluster, turns, time_limit_s=0.05)
+def in_turns(costed: Costed, cluster: Cluster, share: float, turns: Turns) -> Plan:
+    return solve_in_turns(costed.metagraph, cluster, turns, time_limit_s=0.05)
 
 
-def fits(graph: MetaGraph, cluster: Cluster, choice: Pricing) -> bool:
+def fits(graph: MetaGraph, cluster: Cluster, choice: CostOptions) -> bool:
     try:
-        return solve(price(graph, cluster, pricing=choice), cluster, method="sequential").memory.fits
+        return solve(with_costs(graph, cluster, cost_options=choice), cluster, method="sequential").memory.fits
     except InfeasibleError:
         return False
 
@@ -175,37 +175,37 @@ def fits(graph: MetaGraph, cluster: Cluster, choice: Pricing) -> bool:
 def test_a_plan_where_nothing_else_fits(metagraph: MetaGraph, gib: float) -> None:
     """The language model's layers fit no device with all of them; the plan says what it chose, and keeps all rules."""
     cluster = with_memory(gib * 2**30)
-    assert not any(fits(metagraph, cluster, choice) for choice in memory_choices(Pricing()))
-    made, pricing = solve_fitting(
+    assert not any(fits(metagraph, cluster, choice) for choice in memory_choices(CostOptions()))
+    made, cost_options = solve_fitting(
         metagraph, cluster, quick, all_fit=usual_ways_fit, in_turns=in_turns, with_alternatives=True
     )
-    made = replace(made, shard_parameters=pricing.shard_parameters)
+    made = replace(made, shard_parameters=cost_options.shard_parameters)
     assert made.memory.fits
     assert check_plan(made) == ()
-    if pricing.shard_parameters:
-        assert pricing.shard_parameters == ("lm",)
+    if cost_options.shard_parameters:
+        assert cost_options.shard_parameters == ("lm",)
         assert all(len(s.devices) == 8 for s in made if ".lm" in s.metaop)
     assert loads(dumps(made), Plan) == made
 
 
 def test_quicker_than_all_else(metagraph: MetaGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where FSDP2 is the quickest alternative and beats the plan, sharding is tried, and taken when it is worth it."""
-    found: list[Pricing] = []
+    found: list[CostOptions] = []
 
-    def solved(priced: Priced, cluster: Cluster, share: float) -> Plan:
-        cut = any(m.is_sharded for m in priced.metagraph)
-        found.extend([SHARDED] if cut else [Pricing()])
-        made = quick(priced, cluster)
+    def solved(costed: Costed, cluster: Cluster, share: float) -> Plan:
+        cut = any(m.is_sharded for m in costed.metagraph)
+        found.extend([SHARDED] if cut else [CostOptions()])
+        made = quick(costed, cluster)
         return made if cut else replace(made, step_s=9 * made.step_s)
 
     other = Alternative(name=FSDP, step_s=1e-6)
     monkeypatch.setattr(choose, "_alternatives", lambda *_: (other,))
-    _, pricing = solve_fitting(metagraph, CLUSTER, solved, all_fit=usual_ways_fit, with_alternatives=True)
+    _, cost_options = solve_fitting(metagraph, CLUSTER, solved, all_fit=usual_ways_fit, with_alternatives=True)
     assert found[-1] == SHARDED
-    assert pricing.shard_parameters == ("lm",)
+    assert cost_options.shard_parameters == ("lm",)
     monkeypatch.setattr(choose, "_alternatives", lambda *_: (replace(other, name="DDP"),))
-    _, pricing = solve_fitting(metagraph, CLUSTER, solved, all_fit=usual_ways_fit, with_alternatives=True)
-    assert pricing.shard_parameters == ()
+    _, cost_options = solve_fitting(metagraph, CLUSTER, solved, all_fit=usual_ways_fit, with_alternatives=True)
+    assert cost_options.shard_parameters == ()
 
 
 # -- checker ----------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def moved(plan: Plan, **changes: Any) -> Plan:
 
 
 def test_the_checker_knows_the_rules(metagraph: MetaGraph) -> None:
-    plan = sequential(price(metagraph, CLUSTER, pricing=SHARDED))
+    plan = sequential(with_costs(metagraph, CLUSTER, cost_options=SHARDED))
     assert check_plan(plan) == ()
     assert plan.metagraph is not None
     reduced = tuple(replace(m, layer_param_bytes=1.0) if m.name == "a.lm" else m for m in plan.metagraph)
@@ -240,7 +240,7 @@ def test_the_checker_knows_the_rules(metagraph: MetaGraph) -> None:
         ),
         (
             replace(plan, memory=replace(plan.memory, peak_bytes_per_device=tuple(
-                peak - 4 * price(metagraph, CLUSTER)["a.lm"].layer_param_bytes
+                peak - 4 * with_costs(metagraph, CLUSTER)["a.lm"].layer_param_bytes
                 for peak in plan.memory.peak_bytes_per_device
             ))),
             "bytes but the plan says",

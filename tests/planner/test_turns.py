@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cost.sampled import Priced
+from spindle.cost.sampled import Costed
 from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph
 from spindle.plan import BUCKET_BYTES, Plan
@@ -152,8 +152,8 @@ def test_batches_of_other_sizes_are_costed_in_turns_too() -> None:
     """A step of which b takes twice as long."""
     a, b = NARROW.metaops
     other = MetaGraph((a, replace(b, layer_time_s=tuple((n, 2 * t) for n, t in b.layer_time_s))))
-    priced = Priced(NARROW, (NARROW, other))
+    costed = Costed(NARROW, (NARROW, other))
     where = cluster(1, 2, memory_bytes=60.0)
-    made = solve_in_turns(priced.metagraph, where, (("a",), ("b",)), steps=priced.steps, time_limit_s=0.1)
+    made = solve_in_turns(costed.metagraph, where, (("a",), ("b",)), steps=costed.steps, time_limit_s=0.1)
     assert made.spread is not None
     assert made.spread.mean_s == pytest.approx(18.0)

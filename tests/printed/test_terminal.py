@@ -247,7 +247,7 @@ def test_no_bar_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 def test_lines_of_progress_fit(capsys: pytest.CaptureFixture[str]) -> None:
     """In a pipe a line every ten seconds, cut to the width."""
     bar: progress = progress("training")
-    bar.told_s -= 11
+    bar.printed_s -= 11
     with bar as update:
         update(3, 12, "a task with a long name 0.5  " * 9)
     (line,) = capsys.readouterr().err.splitlines()

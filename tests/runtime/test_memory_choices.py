@@ -10,13 +10,13 @@ from torch import Tensor
 import spindle
 from spindle.cluster import Cluster
 from spindle.clusterfile import parse_cluster
+from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
 from spindle.execution import Execution
 from spindle.plan import Plan
-from spindle.pricing import Pricing
 from spindle.profile import ProfileEntry
 from spindle.runtime.controller import prepare
-from spindle.source import pricing_of
+from spindle.source import cost_options_of
 from spindle.workload import Workload
 from tests.tiny_workloads import HandWritten, floats
 
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_chosen_run_and_exact(workload: Workload) -> None:
     assert spindle.verify(workload, both, launcher="threads", steps=1).ok
 
 
-def test_an_optimizer_is_priced_as_its_function_makes_it_regression() -> None:
+def test_an_optimizer_is_costed_as_its_function_makes_it_regression() -> None:
     """The function gets parameters like those of the workload, with names where it asks for them: planning from a file
     gave it a single one without a name.
     """
@@ -94,22 +94,22 @@ def test_an_optimizer_is_priced_as_its_function_makes_it_regression() -> None:
         known = dict(named_parameters)
         return torch.optim.SGD([{"params": [known["a.weight"]]}, {"params": [known["a.bias"]]}], momentum=0.9)
 
-    assert pricing_of(module, by_name).optimizer == "sgd_momentum"
-    assert pricing_of(module, lambda parameters: torch.optim.SGD(parameters[1:])).optimizer == "sgd"
+    assert cost_options_of(module, by_name).optimizer == "sgd_momentum"
+    assert cost_options_of(module, lambda parameters: torch.optim.SGD(parameters[1:])).optimizer == "sgd"
 
 
-def test_a_workload_says_how_it_is_priced() -> None:
+def test_a_workload_says_how_it_is_costed() -> None:
     """Its own choices, the optimizer of its file, and that PyTorch runs its modules eagerly."""
     module = spindle.Workload("w", recompute=["a"], shard_optimizer=True)
     eager = Execution(layers="eager", optimizer="plain", tf32=False, gradients="float32")
-    told = Pricing(optimizer="sgd", shard_optimizer=True, recomputed=("a",), execution=eager, wide_gradients=True)
-    assert pricing_of(module, torch.optim.SGD) == told
-    bare = pricing_of(spindle.Workload("w", master_weights="none"))
+    told = CostOptions(optimizer="sgd", shard_optimizer=True, recomputed=("a",), execution=eager, wide_gradients=True)
+    assert cost_options_of(module, torch.optim.SGD) == told
+    bare = cost_options_of(spindle.Workload("w", master_weights="none"))
     assert (bare.master_weights, bare.execution.gradients) == (False, "parameters")
-    fused = pricing_of(module, lambda ps: torch.optim.AdamW(ps, fused=True))
+    fused = cost_options_of(module, lambda ps: torch.optim.AdamW(ps, fused=True))
     assert fused.execution.optimizer == "fused"
-    momentum = pricing_of(module, lambda ps: torch.optim.SGD(ps, momentum=0.9))
+    momentum = cost_options_of(module, lambda ps: torch.optim.SGD(ps, momentum=0.9))
     assert momentum.optimizer == "sgd_momentum"
-    assert pricing_of(module).optimizer == "adamw"
-    assert pricing_of(module).of("a").recompute
-    assert not pricing_of(module).of("b").recompute
+    assert cost_options_of(module).optimizer == "adamw"
+    assert cost_options_of(module).of("a").recompute
+    assert not cost_options_of(module).of("b").recompute

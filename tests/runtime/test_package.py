@@ -57,7 +57,7 @@ def test_keys_and_passwords_stay_and_are_named(folder: Path, tmp_path: Path, und
         *("data/big.bin", "model.py", "parts/tower.py", "plan.json", "named.key"), *kept
     }  # fmt: skip
     assert {*package.secrets} >= set(secrets) - {".env"}  # which stays as an environment does
-    assert "not sent, since they may hold secrets: .aws/config, .env.local" in package.told(folder)
+    assert "not sent, since they may hold secrets: .aws/config, .env.local" in package.summary(folder)
 
 
 @pytest.mark.parametrize("under_git", [False, True])
@@ -77,7 +77,7 @@ def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path, unde
     assert "inside.py" in packed
     assert not [name for name in packed if "out" in name.split("/")[-1] or "elsewhere" in name or name.endswith("file")]
     assert "out" in package.links
-    assert f"not sent, since they lead out of it: {package.links[0]}" in package.told(folder)
+    assert f"not sent, since they lead out of it: {package.links[0]}" in package.summary(folder)
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/", "data/big.bin", "*.bin", "data/*"])

@@ -21,7 +21,7 @@ from spindle.runtime.faults.slow_links import SlowLinks
 from spindle.runtime.faults.stragglers import PATIENCE, WINDOW
 from spindle.runtime.launch import worker_group
 from spindle.runtime.steps.busy import Meeting, Together
-from spindle.runtime.watch import StepTold
+from spindle.runtime.watch import RankStep
 from spindle.runtime.worker import Report
 from tests.random_plans import widest_plan
 from tests.runtime.test_stragglers import Passed, towers
@@ -59,7 +59,7 @@ def said(
                     waited = seconds + max(late(r, step) for r in group) - late(report.rank, step)
                     meeting = Meeting(step, "b0", 0, "all_reduce", group, NUM_BYTES)
                     together[meeting] = waited, waited + 0.001
-            report.told.append(StepTold(0.4, busy_s={"s0": 0.1}, together_s=together))
+            report.steps.append(RankStep(0.4, busy_s={"s0": 0.1}, together_s=together))
         found += watched.take(step, reports)
     return found
 

@@ -187,7 +187,7 @@ FAULTS = {
     "a fetch for nobody": (
         "scale 0 -> 1",
         "scale 1 -> 0",
-        "write w0 fetches 'scale' for ranks (0,), not those that write",
+        "write w0 fetches 'scale' for ranks (0,), not its writers",
     ),
     "a write of a task that rests": ("write w0 task u", "write w0 task v", "which takes no part"),
 }

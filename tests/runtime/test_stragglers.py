@@ -15,7 +15,7 @@ from spindle.plan import Plan, SizeRange, make_waves
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.faults.stragglers import PATIENCE, WINDOW, Stragglers
 from spindle.runtime.steps.busy import Busy
-from spindle.runtime.watch import StepTold
+from spindle.runtime.watch import RankStep
 from spindle.runtime.worker import Report
 from spindle.workload import Workload
 from tests.parity.test_tensor_parallel import spread
@@ -81,7 +81,7 @@ def said(found: Prepared, windows: int, speed: Speed = steady, *, jitter: Speed 
                     run.name: 0.01 * speed(report.rank, number) * jitter(report.rank, number) / len(run.ranks)
                     for run in runs
                 }
-                report.told.append(StepTold(sum(took.values()), busy_s=took))
+                report.steps.append(RankStep(sum(took.values()), busy_s=took))
         told += watched.take(step + 1, reports)
         step += count
     return told
@@ -166,7 +166,7 @@ def test_ranks_that_cut_layers_between_them_are_left_out() -> None:
     assert between
     for number in range(8 * WINDOW):
         took = {1: dict.fromkeys(between, 9.0)}
-        reports = [Report(rank, told=[StepTold(9.0, busy_s=took.get(rank, {}))]) for rank in range(4)]
+        reports = [Report(rank, steps=[RankStep(9.0, busy_s=took.get(rank, {}))]) for rank in range(4)]
         assert watched.take(number + 1, reports) == []
     assert said(together(1), 8, slow(0, 5.0)) == []
 

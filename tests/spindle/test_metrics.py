@@ -18,7 +18,7 @@ from spindle.errors import InputError, RunError
 from spindle.metrics import Callback, JsonLines, StepMetrics, TensorBoard, scalars
 from spindle.plan import Plan
 from spindle.runtime.steps.record import StepRecord
-from spindle.runtime.watch import step_told, tokens_of
+from spindle.runtime.watch import rank_step, tokens_of
 from spindle.trace import Span, SpanKind
 from spindle.workload import Workload
 
@@ -127,7 +127,7 @@ def test_shares_are_sums_of_spans() -> None:
         span(SpanKind.REDUCE, 8, 9),
         span(SpanKind.STEP, 9, 9.5),
     ]
-    told = step_told(10.0, StepRecord(spans=spans, busy_s={"s0": 1.5}), {"t": 3})
+    told = rank_step(10.0, StepRecord(spans=spans, busy_s={"s0": 1.5}), {"t": 3})
     assert told.shares_s == {"utilization": 6.5, "communication": 2.0, "loading": 1.0}
     assert (told.step_s, told.tokens) == (10.0, {"t": 3})
 

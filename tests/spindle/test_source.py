@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spindle.clusterfile import parse_cluster
-from spindle.cost.price import price
+from spindle.cost.metaops import with_costs
 from spindle.errors import FormatError, SpindleError, WorkloadError
 from spindle.formats import write
 from spindle.metagraph import MetaGraph, MetaOp
@@ -123,7 +123,7 @@ def test_some_tasks_of_any_source(tmp_path: Path, tasks: str | None, names: str)
     spec = load_source(str(tmp_path / "spec.yaml"), tasks=tasks)
     assert {metaop.task for metaop in spec.metagraph} == {*names, *(["a#1"] if "a" in names else [])}
     assert [presence.task for presence in spec.presences] == list(names)
-    whole = price(load_source(str(tmp_path / "spec.yaml")).metagraph, parse_cluster("1x1"))
+    whole = with_costs(load_source(str(tmp_path / "spec.yaml")).metagraph, parse_cluster("1x1"))
     write(whole, tmp_path / "graph.json")
     assert len(load_source(str(tmp_path / "graph.json"), tasks=tasks).metagraph) == len(spec.metagraph)
 
@@ -156,7 +156,7 @@ def test_optimizers_by_their_class(tmp_path: Path) -> None:
     """Also one that takes nothing but matrices; given vectors, as it would be in the run, its error is shown."""
     path = tmp_path / "model.py"
     path.write_text(WORKLOAD + "def optimizer(ps):\n    return torch.optim.Muon([p for p in ps if p.ndim == 2])\n")
-    assert load_source(str(path)).pricing.optimizer == "muon"
+    assert load_source(str(path)).cost_options.optimizer == "muon"
     path.write_text(WORKLOAD + "def optimizer(parameters):\n    return torch.optim.Muon(parameters)\n")
     with pytest.raises(WorkloadError, match="optimizer raised ValueError: Muon only supports 2D parameters"):
         load_source(str(path))

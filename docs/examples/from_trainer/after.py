@@ -37,7 +37,7 @@ def words(batch: Batch) -> Tensor:
 
 @workload.task("caption", batch_size=4, data=loader(), weigh=words)
 def caption(batch: Batch) -> Tensor:
-    """The next word of each caption, told the picture."""
+    """The next word of each caption, given the picture."""
     own = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
     loss: Tensor = model(**own).loss
     return loss

@@ -120,8 +120,8 @@ def match_loss(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
     """Contrastive: each picture is to be nearest to its own caption, both in the language model's space."""
     llava = model.get_base_model()
     seen = llava.get_image_features(batch["pixel_values"]).pooler_output
-    told = llava.get_decoder()(batch["caption_ids"], attention_mask=batch["caption_mask"]).last_hidden_state
+    states = llava.get_decoder()(batch["caption_ids"], attention_mask=batch["caption_mask"]).last_hidden_state
     mask = batch["caption_mask"][:, :, None]
-    words = F.normalize((told * mask).sum(1) / mask.sum(1), dim=-1)
+    words = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
     images = F.normalize(torch.stack([image.mean(0) for image in seen]), dim=-1)
     return F.cross_entropy(10 * images @ words.T, torch.arange(len(words)))

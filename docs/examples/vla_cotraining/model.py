@@ -11,7 +11,7 @@ True size: benchmarks/workloads/vla_cotrain.yaml.
 
 `loop.py` trains the same modules by StarVLA's own loop.
 
-Data: 16 things, each somewhere in a picture. Told its name, the hand moves there; asked where it is, the answer
+Data: 16 things, each somewhere in a picture. Given its name, the hand moves there; asked where it is, the answer
 names the place.
 """
 

@@ -131,7 +131,7 @@ class Prober:
                 self.findings.constant.discard(key)
 
     def _reads_rows(self, key: Key, wired: Wired) -> bool:
-        """Whether calls of a key read values that go by sample."""
+        """Whether calls of a key read values that have rows per sample."""
         nodes = wired.recording.nodes
         read = {s for n in wired.glue() if wired.key(n) == key for s in wired.sources[n] if s in wired.frontier}
         return any(
@@ -294,7 +294,7 @@ class Prober:
         batch; and how its results are cut.
         """
 
-        def told(leaf: Any) -> Any:
+        def described(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
                 value = values.get(leaf.index)
                 return None if value is None else (value.ndim, str(value.dtype))
@@ -302,7 +302,7 @@ class Prober:
                 return "batch", leaf.index  # another mask may let samples see each other
             return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf).__qualname__
 
-        return repr((tree(told, node.args), tree(told, node.kwargs), self.findings.places.get(node.block)))
+        return repr((tree(described, node.args), tree(described, node.kwargs), self.findings.places.get(node.block)))
 
     def _block(self, node: Node) -> BlockInfo:
         return self.blocks[node.block.partition("@")[0]]

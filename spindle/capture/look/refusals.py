@@ -29,7 +29,7 @@ PASSES_ON = ("_on_meta", "_real", "__torch_function__")
 
 
 class Raised(WorkloadError):
-    """Code of a task raised, as it may in a plain run of so many samples."""
+    """Code of a task raised, as it may in a plain run of that number of samples."""
 
 
 class TakeWhole(Exception):
@@ -139,7 +139,9 @@ def check_loss(task: Task, found: Recorded) -> None:
         result = torch.empty(recording.shapes[recording.loss], dtype=recording.dtypes[recording.loss], device="meta")
         needs_grad = recording.needs_grad[recording.loss]
     if not isinstance(result, Tensor) or not (result.ndim <= 1 and result.numel() == 1 and result.is_floating_point()):
-        raise WorkloadError(f"task {task.name!r} returned {_told(result)}; return the loss, one floating-point scalar")
+        raise WorkloadError(
+            f"task {task.name!r} returned {_kind_of(result)}; return the loss, one floating-point scalar"
+        )
     if not needs_grad and task.weight:
         raise WorkloadError(
             f"task {task.name!r}: its loss needs no gradient; let it depend on a trained parameter, or give the task "
@@ -147,7 +149,7 @@ def check_loss(task: Task, found: Recorded) -> None:
         )
 
 
-def _told(loss: object) -> str:
+def _kind_of(loss: object) -> str:
     if not isinstance(loss, Tensor):
         return "None" if loss is None else f"a {type(loss).__name__}"
     dtype = str(loss.dtype).removeprefix("torch.")

@@ -33,7 +33,7 @@ def other_line(one: Recorded, other: Recorded) -> str | None:
     """Where two recordings of one batch differ, as "line 12 of model.py"; None where they are the same."""
     a, b = one.recording, other.recording
     for first, second in zip(a.nodes, b.nodes, strict=False):
-        if first.site != second.site or _told(first) != _told(second):
+        if first.site != second.site or _computation(first) != _computation(second):
             return first.line or second.line or "code of torch"
     if len(a.nodes) != len(b.nodes):
         longer = max(a.nodes, b.nodes, key=len)
@@ -45,15 +45,15 @@ def other_line(one: Recorded, other: Recorded) -> str | None:
     return None
 
 
-def _told(node: Node) -> str:
+def _computation(node: Node) -> str:
     """What a call computes, without the numbers in what it reads of the batch."""
 
-    def told(leaf: Any) -> Any:
+    def described(leaf: Any) -> Any:
         known = isinstance(leaf, Ref | Aux | bool | int | float | complex | str | None)
         return repr(leaf) if known else type(leaf).__qualname__
 
     name = getattr(node.function, "__name__", type(node.function).__name__)
-    return repr((name, node.block, node.grad, node.autocast, tree(told, node.args), tree(told, node.kwargs)))
+    return repr((name, node.block, node.grad, node.autocast, tree(described, node.args), tree(described, node.kwargs)))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,7 @@ from spindle.workload import Task
 
 PROBE_SAMPLES = 5
 MOST_CUTS = 6  # in two that are tried of some samples
-SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more than so many
+SHORT, LONG = 16, 64  # positions that are kept of texts, where these have more
 FAR = 1000  # from other numbers of a field
 LOOKED_AT, TRIALS = 8, 3  # batches of a list that are read, and batches of different shapes that are used
 
@@ -47,30 +47,32 @@ def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
     """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), some that can."""
     found = [first]
     pairs = set(itertools.combinations(first.units.counts, 2))
-    alike = {pair for pair in _pairs(first.units) if not _told_apart(first.units, pair)}
+    alike = {pair for pair in _pairs(first.units) if not _are_distinct(first.units, pair)}
     equal = pairs - set(_pairs(first.units))  # by chance, or as ids and labels are
     with suppress(Exception):  # a loader that breaks later says so when it gets there
         for number, batch in enumerate(itertools.islice(task.batches(), 1, LOOKED_AT if alike else 1)):
             other = task.sampled(batch)
-            told = {pair for pair in alike | equal if _told_apart(other.units, pair)}
-            if told:
+            apart = {pair for pair in alike | equal if _are_distinct(other.units, pair)}
+            if apart:
                 found.append(other)
-                alike, equal = alike - told, equal - told
+                alike, equal = alike - apart, equal - apart
             if not alike and (not equal or number + 1 >= TRIALS):
                 break
     return _fullest_first(found)
 
 
 def _pairs(units: Units) -> list[tuple[str, str]]:
-    """Units that a value might go by either of; fields that lie side by side, as ids and labels of packed texts, do."""
+    """Units that a value may belong to, either of them; fields that lie side by side, as ids and labels of packed
+    texts, do.
+    """
     counts = units.counts
     return [(a, b) for a, b in itertools.combinations(counts, 2) if SAMPLES in (a, b) or counts[a] != counts[b]]
 
 
-def _told_apart(units: Units, pair: tuple[str, str]) -> bool:
+def _are_distinct(units: Units, pair: tuple[str, str]) -> bool:
     """Whether some part of a batch has another share of the rows of one unit than of the other, and not all of them."""
     size = units.num_samples
-    return any(_tells(units, pair, size, cut) and _is_shared(units, size, cut) for cut in range(1, size))
+    return any(_differs(units, pair, size, cut) and _is_shared(units, size, cut) for cut in range(1, size))
 
 
 def _is_shared(units: Units, count: int, cut: int) -> bool:
@@ -78,7 +80,7 @@ def _is_shared(units: Units, count: int, cut: int) -> bool:
     return all(0 < offsets[cut] < offsets[count] for offsets in units.offsets.values() if offsets[-1])
 
 
-def _tells(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
+def _differs(units: Units, pair: tuple[str, str], count: int, cut: int) -> bool:
     none = [0] * (units.num_samples + 1)  # a batch may lack a unit
     a, b = (units.offsets.get(unit, none) for unit in pair)
     return a[cut] * b[count] != b[cut] * a[count]
@@ -144,14 +146,14 @@ def few_of(units: Units) -> tuple[Bounds, tuple[Bounds, ...]]:
     rows of every unit that the batch has, and other shares of them where units differ. One part where no two have.
     """
     size = units.num_samples
-    pairs = [pair for pair in _pairs(units) if _told_apart(units, pair)]
+    pairs = [pair for pair in _pairs(units) if _are_distinct(units, pair)]
     best = -1
     found: tuple[Bounds, tuple[Bounds, ...]] = ((0, size), ((0, size),))
     for count in range(min(PROBE_SAMPLES, size), size + 1):
         for cut in sorted(range(1, count), key=lambda end: abs(end - (count - 1) // 2)):
-            told = sum(_tells(units, pair, count, cut) for pair in pairs)
-            if told > best and _is_shared(units, count, cut):
-                best, found = told, ((0, count), ((0, cut), (cut, count)))
+            number = sum(_differs(units, pair, count, cut) for pair in pairs)
+            if number > best and _is_shared(units, count, cut):
+                best, found = number, ((0, count), ((0, cut), (cut, count)))
         if best == len(pairs):
             break
     return found

@@ -60,7 +60,7 @@ class Trial:
         )
 
     def cut(self, value: Tensor, part: Part, place: Place) -> Tensor | None:
-        """The rows of a part in a value of all samples; None where it does not go by this place."""
+        """The rows of a part in a value of all samples; None where it is not cut by this place."""
         unit, dim = place
         try:
             return value.narrow(dim, *self.units.span(unit, value.shape[dim], self.whole.bounds, part.bounds))

@@ -1,7 +1,7 @@
 """Watching: a block that runs on some samples in; what it changes besides its results out.
 
 - Buffers change in place or are put in anew; each call of a layer may read what the one before has left.
-- Running statistics of torch's norm layers are written and not read: what each batch adds to them can be told apart.
+- Running statistics of torch's norm layers are written and not read: what each batch adds to them can be found.
 - A state that is no buffer (a number, a plain tensor) belongs to one process alone, and is refused.
 """
 

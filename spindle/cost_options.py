@@ -1,4 +1,4 @@
-"""Pricing: how a workload is trained, as far as time and memory depend on it; a spec makes one, `price` takes it.
+"""Cost options: how a workload is trained, as far as time and memory depend on it; specs make them.
 
 Choices trade time for memory; `memory_choices` lists their combinations in order of what they cost.
 """
@@ -19,8 +19,8 @@ Optimizer = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pricing:
-    """What `spindle.cost.price` needs to know besides the MetaGraph.
+class CostOptions:
+    """What `spindle.cost.metaops` needs to know besides the MetaGraph.
 
     optimizer          decides the states kept for each trained parameter
     shard_optimizer    master copies and states are divided over the data-parallel devices (ZeRO stage 1)
@@ -70,7 +70,7 @@ class Pricing:
             if not 0 <= spread < float("inf"):
                 raise WorkloadError(f"{task}.{component}: length spread is {spread!r}; it must be zero or more")
 
-    def of(self, component: str) -> "Pricing":
+    def of(self, component: str) -> "CostOptions":
         """The same for one component alone."""
         recompute = self.recompute or component in self.recomputed
         if not self.degrees:
@@ -86,7 +86,7 @@ class Pricing:
         )
 
     def degrees_within(self, devices_per_node: int) -> tuple[int, ...]:
-        """Degrees that a spec's component, whose pricing this is, may have in a node of so many devices.
+        """Degrees that a spec's component, whose options these are, may have in a node of that number of devices.
 
         Those from the least one up; where the component has none of these, its largest.
         """
@@ -101,47 +101,47 @@ class Pricing:
         return next(found, 0.0)
 
 
-def memory_choices(pricing: Pricing) -> tuple[Pricing, ...]:
-    """The same pricing with less and less memory, cheapest first.
+def memory_choices(cost_options: CostOptions) -> tuple[CostOptions, ...]:
+    """The same options with less and less memory, cheapest first.
 
     As given, optimizer states sharded, layers recomputed, both. Where layers may be spread over several devices (tensor
     parallelism), then the same with a least degree of 2, 4, ..; where states may be offloaded, at last that as well.
     """
     both = ((False, False), (True, False), (False, True), (True, True))
-    top = pricing.tensor_parallel if pricing.degrees else pricing.min_tensor_parallel
-    floors = [pricing.min_tensor_parallel]
+    top = cost_options.tensor_parallel if cost_options.degrees else cost_options.min_tensor_parallel
+    floors = [cost_options.min_tensor_parallel]
     while 2 * floors[-1] <= top:
         floors.append(2 * floors[-1])
     options = [(floor, *option, False) for floor in floors for option in (both if floor == floors[0] else both[1::2])]
-    if pricing.may_offload:
+    if cost_options.may_offload:
         options += [(floors[0], True, recompute, True) for recompute in (False, True)]
-    found: list[Pricing] = []
+    found: list[CostOptions] = []
     for floor, shard, recompute, offload in options:
         choice = replace(
-            pricing,
+            cost_options,
             min_tensor_parallel=floor,
-            shard_optimizer=pricing.shard_optimizer or shard,
-            recompute=pricing.recompute or recompute,
-            offload_optimizer=pricing.offload_optimizer or offload,
+            shard_optimizer=cost_options.shard_optimizer or shard,
+            recompute=cost_options.recompute or recompute,
+            offload_optimizer=cost_options.offload_optimizer or offload,
         )
         if choice not in found:
             found.append(choice)
     return tuple(found)
 
 
-def sharded_choices(pricing: Pricing, components: Sequence[str]) -> tuple[Pricing, ...]:
-    """The same pricing with parameters of more and more `components` sharded, each without and with layers recomputed;
+def sharded_choices(cost_options: CostOptions, components: Sequence[str]) -> tuple[CostOptions, ...]:
+    """The same options with parameters of more and more `components` sharded, each without and with layers recomputed;
     the other components' states are sharded too.
     """
     return tuple(
         replace(
-            pricing,
+            cost_options,
             shard_optimizer=True,
-            shard_parameters=tuple(sorted((*pricing.shard_parameters, *components[:count]))),
+            shard_parameters=tuple(sorted((*cost_options.shard_parameters, *components[:count]))),
             recompute=recompute,
         )
         for count in range(1, len(components) + 1)
-        for recompute in ((True,) if pricing.recompute else (False, True))
+        for recompute in ((True,) if cost_options.recompute else (False, True))
     )
 
 
@@ -165,7 +165,7 @@ def length_spread(mean: float, p99: float) -> float:
 
 
 def log_normal_lengths(mean: float, p99: float, count: int, source: Random) -> list[float]:
-    """Lengths of so many samples, log-normal with this mean and 99th percentile."""
+    """Lengths of samples, log-normal with this mean and 99th percentile."""
     sigma = sqrt(log(1 + length_spread(mean, p99) ** 2))
     return [mean * exp(sigma * source.gauss(0.0, 1.0) - sigma * sigma / 2) for _ in range(count)]
 

@@ -2,11 +2,11 @@
 
 - A count n is valid for data parallelism when it divides the batch; a MetaOp that mixes samples runs on one device.
 - Layouts are (dp, tp) with dp * tp = n, tp inside a node; T_m(n) is the least of them, and the MetaOp's
-  `tensor_parallel` tells which. A captured component says how far it may be spread, for a spec the Pricing does.
+  `tensor_parallel` tells which. A captured component says how far it may be spread, for a spec the CostOptions does.
 - Where a Profile has measured a MetaOp's operator kind, measured layouts are taken as they are, of a count the quickest
   of them. Between two measured counts T = a + b/n through both (paper, section 3.2); outside them the nearest
   measured time is scaled by the ratio that the analytic model predicts. Kinds that were not measured are predicted
-  (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is told by its size
+  (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is predicted from its size
   (`spindle.cost.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
@@ -32,33 +32,35 @@ from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes, wai
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
 from spindle.cost.shards import on_all_devices, shards, with_shards
+from spindle.cost_options import CostOptions, imbalance, tail
 from spindle.errors import InfeasibleError
 from spindle.execution import as_styled
 from spindle.graph import Operator, Parameter, base_task
 from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.pricing import Pricing, imbalance, tail
 from spindle.profile import Profile, ProfileEntry
 
 
-def price(
+def with_costs(
     metagraph: MetaGraph,
     cluster: Cluster,
     profile: Profile | None = None,
-    pricing: Pricing | None = None,
+    cost_options: CostOptions | None = None,
 ) -> MetaGraph:
     """Fill the times, bytes and forward_fraction of every MetaOp.
 
-    MetaOps without operators (read from a file) keep what they have. `pricing`: optimizer, memory choices, layouts and
-    spread of lengths; a spec makes its own (`WorkloadSpec.pricing`).
+    MetaOps without operators (read from a file) keep what they have. `cost_options`: optimizer, memory choices, layouts
+    and spread of lengths; a spec makes its own (`WorkloadSpec.cost_options`).
     """
-    pricing = pricing or Pricing()
+    cost_options = cost_options or CostOptions()
     profile = profile or Profile("")
-    metaops = tuple(_priced(metaop, cluster, profile, pricing) if metaop.operators else metaop for metaop in metagraph)
-    sharded = metagraph.shard_optimizer or pricing.shard_optimizer
+    metaops = tuple(
+        _costed(metaop, cluster, profile, cost_options) if metaop.operators else metaop for metaop in metagraph
+    )
+    sharded = metagraph.shard_optimizer or cost_options.shard_optimizer
     return replace(metagraph, metaops=metaops, shard_optimizer=sharded)
 
 
-def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pricing) -> dict[int, list[int]]:
+def valid_layouts(operators: Sequence[Operator], cluster: Cluster, cost_options: CostOptions) -> dict[int, list[int]]:
     """Degrees of tensor parallelism by device count: dp = n / tp divides the batch, tp divides a node's devices.
 
     An operator that mixes samples runs on one device, whatever the least degree.
@@ -67,8 +69,8 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     splittable = all(operator.splittable for operator in operators)
     layouts: dict[int, list[int]] = {}
     spread = min(operator.tensor_parallel for operator in operators)
-    allowed = pricing.degrees_within(cluster.devices_per_node)
-    for tp in range(1, max(pricing.tensor_parallel, spread) + 1) if splittable else (1,):
+    allowed = cost_options.degrees_within(cluster.devices_per_node)
+    for tp in range(1, max(cost_options.tensor_parallel, spread) + 1) if splittable else (1,):
         said = tp in allowed
         if cluster.devices_per_node % tp or (splittable and not said and (tp == 1 or spread % tp)):
             continue
@@ -78,18 +80,18 @@ def valid_layouts(operators: Sequence[Operator], cluster: Cluster, pricing: Pric
     return dict(sorted(layouts.items()))
 
 
-def _priced(metaop: MetaOp, cluster: Cluster, profile: Profile, pricing: Pricing) -> MetaOp:
-    if not shards(metaop, cluster, pricing):
-        return _price(metaop, cluster, profile, pricing.of(metaop.component))
-    alone = replace(pricing, shard_optimizer=False, tensor_parallel=1, min_tensor_parallel=1, degrees=())
-    return with_shards(_price(metaop, cluster, profile, alone.of(metaop.component), on_all=True), cluster)
+def _costed(metaop: MetaOp, cluster: Cluster, profile: Profile, cost_options: CostOptions) -> MetaOp:
+    if not shards(metaop, cluster, cost_options):
+        return _costs_of(metaop, cluster, profile, cost_options.of(metaop.component))
+    alone = replace(cost_options, shard_optimizer=False, tensor_parallel=1, min_tensor_parallel=1, degrees=())
+    return with_shards(_costs_of(metaop, cluster, profile, alone.of(metaop.component), on_all=True), cluster)
 
 
-def _price(
+def _costs_of(
     metaop: MetaOp,
     cluster: Cluster,
     profile: Profile,
-    pricing: Pricing,
+    cost_options: CostOptions,
     *,
     on_all: bool = False,
 ) -> MetaOp:
@@ -98,19 +100,19 @@ def _price(
     by_layout: Mapping[tuple[int, int], ProfileEntry] = profile.by_layout.get(operators[0].kind, {})
     if operators[0].units is not None or not by_layout:
         by_layout = {**by_layout, **_sized(operators, profile.by_family.get(operators[0].family, ()))}
-    layouts = valid_layouts(operators, cluster, pricing)
+    layouts = valid_layouts(operators, cluster, cost_options)
     layouts = on_all_devices(layouts, cluster) if on_all else layouts
-    if not layouts and not pricing.degrees_within(cluster.devices_per_node):
+    if not layouts and not cost_options.degrees_within(cluster.devices_per_node):
         raise InfeasibleError(
-            f"MetaOp {metaop.name!r}: none of its tensor_parallel degrees, from {pricing.min_tensor_parallel} up, "
+            f"MetaOp {metaop.name!r}: none of its tensor_parallel degrees, from {cost_options.min_tensor_parallel} up, "
             f"divides the {cluster.devices_per_node} devices of a node, within which it stays; allow lower ones"
         )
     if not layouts:
         raise InfeasibleError(
             f"MetaOp {metaop.name!r} has no valid device count on {cluster.num_devices} devices; use a larger batch"
         )
-    predicted, degrees = _predict(operators, cluster, layouts, pricing)
-    if pricing.recompute:  # predictions have it already
+    predicted, degrees = _predict(operators, cluster, layouts, cost_options)
+    if cost_options.recompute:  # predictions have it already
         by_layout = {layout: _recomputed(entry) for layout, entry in by_layout.items() if entry.backward_s}
     measured = {n: entry for (n, tp), entry in by_layout.items() if tp == 1}
     degrees |= dict.fromkeys(measured.keys() & degrees.keys(), 1)
@@ -122,20 +124,20 @@ def _price(
         if (n, degrees[n]) not in by_layout or time.total_s < times[n].total_s:
             times[n], degrees[n] = time, tp
     first = next(iter(times.values()))
-    spread, batch = pricing.spread_of(metaop.task, metaop.component), operators[0].batch_size
+    spread, batch = cost_options.spread_of(metaop.task, metaop.component), operators[0].batch_size
     replicas = {n: n // tp for n, tp in degrees.items()}
     waits = {n: _waits(operators[0], spread, dp) for n, dp in replicas.items()}
     longest = {n: tail(spread, batch / dp) * (waits[n] if operators[0].units else 1) for n, dp in replicas.items()}
-    shared = shared_bytes(operators, pricing, data_parallel=max(replicas.values()))
+    shared = shared_bytes(operators, cost_options, data_parallel=max(replicas.values()))
     waiting = (
-        n * waiting_bytes(operators, pricing, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n])
+        n * waiting_bytes(operators, cost_options, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n])
         for n, tp in degrees.items()
     )
-    again = recomputed_bytes(operators, pricing)
-    trainable = sum(_reduced_bytes(p, pricing) for op in operators for p in op.parameters if p.trainable)
+    again = recomputed_bytes(operators, cost_options)
+    trainable = sum(_reduced_bytes(p, cost_options) for op in operators for p in op.parameters if p.trainable)
     # pieces and shards together are as many as the devices, by which the planner divides a sharded update
-    update = _update_s(operators, cluster, measured, pricing) / (
-        1 if pricing.shard_optimizer else max(degrees.values())
+    update = _update_s(operators, cluster, measured, cost_options) / (
+        1 if cost_options.shard_optimizer else max(degrees.values())
     )
     reads = any(operator.batch_fields for operator in operators)
     task = base_task(metaop.task)  # micro-batches are tasks of their own, and each loads a batch
@@ -144,7 +146,9 @@ def _price(
         layer_time_s=points({n: waits[n] * time.total_s for n, time in times.items()}),
         memory_bytes=points(
             {
-                n: chain_bytes(operators, pricing, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n])
+                n: chain_bytes(
+                    operators, cost_options, data_parallel=replicas[n], tensor_parallel=tp, longest=longest[n]
+                )
                 for n, tp in degrees.items()
             }
         ),
@@ -184,7 +188,7 @@ def _sized(operators: Sequence[Operator], measured: Sequence[ProfileEntry]) -> d
 
 
 def _waits(operator: Operator, spread: float, parts: int) -> float:
-    """The slowest of so many parts of the batch over the mean one."""
+    """The slowest of the parts of the batch over the mean one."""
     if operator.units is not None:
         return operator.units.slowest(operator.unit, parts)
     return imbalance(spread, operator.batch_size / parts, parts)
@@ -197,28 +201,28 @@ def _recomputed(entry: ProfileEntry) -> ProfileEntry:
 
 
 def _update_s(
-    operators: Sequence[Operator], cluster: Cluster, measured: Mapping[int, ProfileEntry], pricing: Pricing
+    operators: Sequence[Operator], cluster: Cluster, measured: Mapping[int, ProfileEntry], cost_options: CostOptions
 ) -> float:
     """Seconds of the optimizer's step over a layer: measured, else what moving its states takes."""
     timed = next((entry.update_s for entry in measured.values() if entry.update_s), 0.0)
     if timed:
         return timed
     trained = [p for op in operators for p in op.parameters if p.trainable]
-    return sum(step_s(parameter, cluster.device, pricing) for parameter in trained) / len(operators)
+    return sum(step_s(parameter, cluster.device, cost_options) for parameter in trained) / len(operators)
 
 
-def _reduced_bytes(parameter: Parameter, pricing: Pricing) -> int:
+def _reduced_bytes(parameter: Parameter, cost_options: CostOptions) -> int:
     """Bytes of a parameter's gradient as it is reduced."""
-    wide = pricing.execution.gradients == "float32"
+    wide = cost_options.execution.gradients == "float32"
     return max(parameter.num_bytes, 4 * prod(parameter.shape)) if wide else parameter.num_bytes
 
 
-def _work(operator: Operator, rows: float, pricing: Pricing) -> Work:
-    return operator_work(operator, rows, recompute=pricing.recompute, execution=pricing.execution)
+def _work(operator: Operator, rows: float, cost_options: CostOptions) -> Work:
+    return operator_work(operator, rows, recompute=cost_options.recompute, execution=cost_options.execution)
 
 
 def _predict(
-    operators: Sequence[Operator], cluster: Cluster, layouts: Mapping[int, Sequence[int]], pricing: Pricing
+    operators: Sequence[Operator], cluster: Cluster, layouts: Mapping[int, Sequence[int]], cost_options: CostOptions
 ) -> tuple[dict[int, OperatorTime], dict[int, int]]:
     """Mean time of a layer and the degree of tensor parallelism that gives it, by count.
 
@@ -229,8 +233,8 @@ def _predict(
     for operator in operators:  # layers that differ in nothing the model looks at are timed once
         key = (operator.forward_flops, operator.backward_flops, operator.output_bytes)
         alike.setdefault(key, []).append(operator)
-    works = [(_work(group[0], rows, pricing), group[0], len(group)) for group in alike.values()]
-    device = as_styled(cluster.device, pricing.execution, operators[0].kind)  # all of a MetaOp are of one kind
+    works = [(_work(group[0], rows, cost_options), group[0], len(group)) for group in alike.values()]
+    device = as_styled(cluster.device, cost_options.execution, operators[0].kind)  # all of a MetaOp are of one kind
     times: dict[int, OperatorTime] = {}
     degrees: dict[int, int] = {}
     for n, options in layouts.items():
@@ -241,7 +245,7 @@ def _predict(
                 boundary = (operator.output_bytes or operator.input_bytes) / (n // tp)
                 traffic = tensor_parallel_s(boundary, cluster, tp)
                 forward += count * (time.forward_s + traffic)
-                again = 2 if pricing.recompute else 1
+                again = 2 if cost_options.recompute else 1
                 backward += count * (time.backward_s + (again * traffic if time.backward_s else 0.0))
             mean = OperatorTime(forward / len(operators), backward / len(operators))
             if n not in times or mean.total_s < times[n].total_s:
