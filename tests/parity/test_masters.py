@@ -13,12 +13,14 @@ import spindle
 from spindle.errors import CheckpointError, WorkloadError
 from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import path_of, tensors
+from spindle.runtime.comms.host import threads_of_rank
 from spindle.runtime.comms.transport import ThreadTransport
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport
 from tests.parity.test_tensor_parallel import OWN_PLAN, Encoder, laid_out
 from tests.parity.test_tensor_parallel import workload as spread
 from tests.random_plans import random_plan, widest_plan
+from tests.threads import computing_with
 from tests.tiny_workloads import HandWritten, floats
 
 BF16 = torch.bfloat16
@@ -62,6 +64,11 @@ def shifts(**options: Any) -> spindle.Workload:
 
 def by_hand(made: spindle.Workload, steps: int) -> dict[str, Tensor]:
     """What anyone would write: the weights, and the masters as `NAME:master`, after some steps. Modules change."""
+    with computing_with(threads_of_rank(1)):
+        return _by_hand(made, steps)
+
+
+def _by_hand(made: spindle.Workload, steps: int) -> dict[str, Tensor]:
     parameters = {name: p for name, p in made.named_parameters() if p.requires_grad}
     masters = {name: nn.Parameter(p.detach().float()) if p.dtype == BF16 else p for name, p in parameters.items()}
     optimizer = adamw(list(masters.values()))

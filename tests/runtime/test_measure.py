@@ -7,6 +7,7 @@ import torch
 
 from spindle.capture import Captured, capture
 from spindle.profile import Profile
+from spindle.runtime.comms.host import threads_of_rank
 from spindle.runtime.profiling.profiler import measure_profile
 from spindle.workload import Workload
 from tests.tiny_workloads import frozen_tower, two_towers
@@ -54,7 +55,7 @@ def test_times_are_real_and_the_machine_is_named() -> None:
         "dtype": "fp32",
         "python": platform.python_version(),
         "ranks": "1",
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads_of_rank(1)),
         "torch": torch.__version__,
     }
 

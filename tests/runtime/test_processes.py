@@ -2,6 +2,7 @@
 
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from tempfile import mkdtemp
 from typing import Any
 
 import cloudpickle
@@ -30,12 +31,16 @@ class FakeChild:
     def kill(self) -> None:
         self.killed = True
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 def workers(*answers: Any) -> tuple[ProcessWorkers, list[FakeChild], list[Connection]]:
     """A worker group whose ranks have answered so already: a result, an error, or None for a rank that died."""
     made = object.__new__(ProcessWorkers)
     made._pipes, theirs, children = [], [], []
     made._timeout_s, made._lookout = 5.0, Lookout(lambda: [], 5.0)
+    made._sockets = mkdtemp()
     for answer in answers:
         ours, other = Pipe()
         made._pipes.append(ours)
