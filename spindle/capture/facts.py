@@ -10,7 +10,7 @@ all that capture saw is compared in each step.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -68,11 +68,15 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Some samples of a batch, and the tensors that were computed from them."""
+    """Some samples of a batch, and the tensors that were computed from them.
+
+    `known`: what comparisons of them with others came to, by id of both tensors: each layer is given the same mask.
+    """
 
     aux: Sequence[Tensor]
     units: Units
     bounds: Bounds
+    known: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def value(self, leaf: Any) -> Any:
         """What a leaf of arguments stands for."""
@@ -119,9 +123,12 @@ def apart(whole: Sequence[Node], part: Sequence[Node], of_whole: Samples, of_par
 
 def _is_alike(leaf: Any, own: Any, whole: Samples, part: Samples) -> bool:
     a, b = whole.value(leaf), part.value(own)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _is_share(a, b, whole.units, whole.bounds, part.bounds)
-    return _is_same(a, b)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return _is_same(a, b)
+    key = id(a), id(b)
+    if key not in part.known:
+        part.known[key] = _is_share(a, b, whole.units, whole.bounds, part.bounds)
+    return part.known[key]
 
 
 def _by_place(nodes: Sequence[Node]) -> Mapping[tuple[object, str], list[Node]]:
