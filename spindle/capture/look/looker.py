@@ -312,8 +312,8 @@ class Looker:
                 self._look_at_singles(other, seen, prober)
         if len(parts) > 1 and not self.is_plain:
             self._look_at_singles(batch, self._part(batch, whole), prober)
-            for name, (_, dim) in batch.places.items():
-                for number, value in enumerate(far_apart(own[name], dim)):
+            for name, (unit, dim) in batch.places.items():
+                for number, value in enumerate(far_apart(own[name], unit, dim)):
                     far = SampledBatch({**own, name: value}, units, batch.places)
                     variant, alone = f"{name} {number}", ((0, 1), (1, whole[1]))
                     if self._look_at_other(far, whole, alone, prober, variant=variant) is None:

@@ -202,9 +202,12 @@ def one_apart(value: Any, dim: int) -> Any:
     return torch.cat([other, value.narrow(dim, 1, value.shape[dim] - 1)], dim)
 
 
-def far_apart(value: Any, dim: int) -> Iterator[Any]:
+def far_apart(value: Any, unit: str, dim: int) -> Iterator[Any]:
     """A field with numbers in its first sample that are far from those of all others, so that what code asks of a whole
     batch (whether any text is long, where the longest ends) differs between its parts.
+
+    Larger whole numbers come in fields of one to a sample alone: those of several may be sizes of images, which code
+    would make.
     """
     if not isinstance(value, Tensor) or not value.numel() or value.is_complex():
         return
@@ -213,5 +216,6 @@ def far_apart(value: Any, dim: int) -> Iterator[Any]:
     if value.dtype == torch.bool:
         yield torch.cat([~first, others], dim)
         return
-    yield torch.cat([first + FAR, others], dim)
+    if value.is_floating_point() or (unit == SAMPLES and value.ndim == 1):
+        yield torch.cat([first + FAR, others], dim)
     yield torch.cat([first, torch.ones_like(others)], dim)
