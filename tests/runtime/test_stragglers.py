@@ -189,6 +189,7 @@ class Passed:
 def test_a_device_s_events_are_told_when_it_has_passed_them() -> None:
     """Nobody waits: what a step's end has not passed comes with a later one."""
     busy = Busy(torch.device("cuda"), Passed)
+    Passed.clock = Passed.passed = 0.0
     for run, seconds in (("s0", 2.0), ("s1", 3.0), ("s0", 1.0)):
         begun = busy.begin()
         Passed.clock += seconds

@@ -115,6 +115,8 @@ class Prober:
             if only is not None and key not in only:
                 continue
             others = [part.get(key, []) for part in parts]
+            if trial.variant and any(v is None for each in (calls, *others) for call in each for v in call):
+                continue  # numbers that it cannot take (a class that there is not) say nothing of it
             verdict = "mixes" if key in writing else self._compared(trial, key, calls, others)
             if verdict == "constant" and key not in filled:
                 zeros = all(_is_zero(value) for call in calls for value in call)
