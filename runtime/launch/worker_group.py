@@ -24,6 +24,7 @@ from spindle.runtime.worker import Worker
 
 LOOK_S = 1.0  # between two looks at the signs of ranks that have not answered
 GRACE_S = 3.0  # for threads to notice that the run has ended; ranks that wait for each other do at once
+CAUSE_S = 0.5  # for the failure behind those of ranks that waited
 
 
 class WorkerGroup(Protocol):
@@ -108,6 +109,17 @@ def too_late(
     return late
 
 
+def _wait_for_cause(futures: "Sequence[concurrent.futures.Future[Any]]") -> None:
+    """Wait a moment for a failure that is no loss of a peer: peers may hear of it before its thread has ended."""
+    until_s = time.monotonic() + CAUSE_S
+    waiting = {future for future in futures if not future.done()}
+    while waiting and (left_s := until_s - time.monotonic()) > 0:
+        failed = [e for future in futures if future.done() and (e := future.exception())]
+        if not all(isinstance(error, Exception) and is_lost_peer(error) for error in failed):
+            return
+        _, waiting = concurrent.futures.wait(waiting, left_s, concurrent.futures.FIRST_COMPLETED)
+
+
 class ThreadWorkers:
     """Workers as threads of this process."""
 
@@ -150,6 +162,7 @@ class ThreadWorkers:
                 waiting, looks_s(self._timeout_s, deadline_s), concurrent.futures.FIRST_EXCEPTION
             )
             if any(future.done() and future.exception() for future in futures):
+                _wait_for_cause(futures)
                 raise self._failure({rank_of[f]: e for f in futures if f.done() and (e := f.exception())})
             late = too_late(self._lookout, [rank_of[future] for future in waiting], deadline_s, patience_s)
             if late is not None:
