@@ -145,7 +145,7 @@ class Soak:
             self.happened["checkpoint damaged"] += 1
 
     def starts(self, first: int, tasks: tuple[str, ...], plan: Plan) -> None:
-        """An attempt starts after so many steps; what was done after these is done again."""
+        """An attempt starts after this step; later steps that were done are done again."""
         self.attempts += 1
         self.segments = [each for each in self.segments if each.first < first]
         last = self.segments[-1] if self.segments else None

@@ -42,7 +42,7 @@ class SampledBatch:
 
     def part(self, low: int, high: int) -> dict[str, Any]:
         """The fields of samples low..high-1."""
-        whole = (0, self.units.num_samples)
+        whole = self.units.whole
         if (low, high) == whole:
             return dict(self.fields)
         found = dict(self.fields)

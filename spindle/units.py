@@ -29,6 +29,11 @@ class Units:
         """Samples in the batch."""
         return len(self.counts[SAMPLES])
 
+    @property
+    def whole(self) -> Bounds:
+        """All samples of the batch."""
+        return 0, self.num_samples
+
     @cached_property
     def offsets(self) -> dict[str, list[int]]:
         """Rows of each unit before each sample, and all of them at the end."""

@@ -28,13 +28,20 @@ from spindle.errors import LostRankError, RunError, SpindleError
 from spindle.runtime.comms.pulse import SIZE, Heart, Lookout, Pulse
 from spindle.runtime.comms.transport import ProcessTransport, Transport, join_store, serve_store
 from spindle.runtime.launch.shipping import on_this_machine
-from spindle.runtime.launch.worker_group import called, is_lost_peer, looks_s, made_worker, packed_spec, too_late
+from spindle.runtime.launch.worker_group import (
+    CAUSE_S,
+    called,
+    is_lost_peer,
+    looks_s,
+    made_worker,
+    packed_spec,
+    too_late,
+)
 from spindle.runtime.rank_spec import RankSpec
 from spindle.runtime.startup import Phases
 from spindle.runtime.worker import Worker
 
 HOST = "127.0.0.1"
-GRACE_S = 0.5  # for the failure that caused the first one seen to arrive too
 _MEANING: dict[int, str] = {
     signal.SIGKILL: "killed, as a machine out of memory does",
     signal.SIGBUS: "a file in memory was cut, as by a full disk",
@@ -150,7 +157,7 @@ class ProcessWorkers:
         else the rank for which `first` waited. `answered` did what they were called for.
         """
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank != first and rank not in answered}
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + CAUSE_S
         while is_lost_peer(error) and waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 assert isinstance(pipe, Connection)

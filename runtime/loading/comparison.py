@@ -5,6 +5,7 @@ Capture saw where calls take something else for a part, and that it does not mat
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from spindle.capture.codes import TaskCode
 from spindle.capture.facts import Fact, Samples, facts
@@ -21,17 +22,29 @@ OTHER_FACT = (
 """What to do where a part of a batch asks something else of its samples than the whole batch does."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Recordings of a whole and of a part, which are kept so that no id is used twice, and what can differ in them;
+    whether a tensor of the whole that follows entry by entry from fields is compared with one that does not.
+    """
+
+    whole: Recording
+    part: Recording
+    facts: Sequence[Fact]
+    needs_entries: bool
+
+
 class Comparison:
     """Compares recordings of parts with recordings of wholes. `codes`: of the tasks, by name."""
 
     def __init__(self, codes: Mapping[str, TaskCode]) -> None:
         self.codes = codes
-        self._known: OrderedDict[object, tuple[Recording, Recording, list[Fact]]] = OrderedDict()
+        self._known: OrderedDict[object, _Pair] = OrderedDict()
 
     def difference(self, whole: TaskPart, part: TaskPart, units: Units, operators: Sequence[str]) -> str:
         """What calls of these operators take of a part that they do not take of the whole, in words; "" for nothing."""
         of_whole, of_part = Samples(whole.aux, units, whole.bounds), Samples(part.aux, units, part.bounds)
-        for fact in self._facts(whole, part, tuple(operators)):
+        for fact in self._pair(whole, part, tuple(operators)).facts:
             if not fact.is_alike(of_whole, of_part):
                 return (
                     f"{fact.text(of_whole, of_part)}; at capture both were alike in all that was looked at, so nothing "
@@ -41,19 +54,20 @@ class Comparison:
 
     def needs_entries(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> bool:
         """Whether a tensor of the whole that follows entry by entry from fields is compared with one that does not."""
-        found = self._facts(whole, part, tuple(operators))
-        return any(aux.index in whole.by_entry for fact in found for aux in leaves_of(fact.whole, Aux))
+        return self._pair(whole, part, tuple(operators)).needs_entries
 
-    def _facts(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> list[Fact]:
-        """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
+    def _pair(self, whole: TaskPart, part: TaskPart, operators: tuple[str, ...]) -> _Pair:
         key = (id(whole.recording), id(part.recording), operators)
         if key not in self._known:
-            self._known[key] = whole.recording, part.recording, self._found(whole, part, operators)
+            found = self._found(whole, part, operators)
+            needs = any(aux.index in whole.by_entry for fact in found for aux in leaves_of(fact.whole, Aux))
+            self._known[key] = _Pair(whole.recording, part.recording, found, needs)
             if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
-        return self._known[key][2]
+        return self._known[key]
 
     def _found(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> list[Fact]:
+        """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
         known = self.codes[part.task].apart
 
         def by_entry(fact: Fact) -> bool:

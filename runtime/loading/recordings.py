@@ -100,7 +100,7 @@ class LoadedBatch:
                 if low < high:
                     self.part((low, high))
                     operators.setdefault((low, high), []).extend(run.operators)
-        whole = (0, self.batch.units.num_samples)
+        whole = self.batch.units.whole
         for bounds, names in operators.items():
             if bounds != whole and not self.parts[bounds].is_plain:
                 self.recordings.compare(self, self.parts[bounds], names)
@@ -191,10 +191,10 @@ class Recordings:
     def _of_a_part(self, error: RunError, loaded: LoadedBatch, bounds: Bounds) -> Exception:
         """What a task raised of a part of a batch: another error, where it takes the whole."""
         size = loaded.batch.units.num_samples
-        if bounds == (0, size):
+        if bounds == loaded.batch.units.whole:
             return error
         try:
-            self.record(loaded, (0, size))
+            self.record(loaded, loaded.batch.units.whole)
         except Exception:  # it takes this batch neither whole nor in parts
             return error
         explained = WorkloadError(
@@ -210,10 +210,10 @@ class Recordings:
         """See that what the calls of these operators take of a part of a batch is what they take of the whole, as far
         as it was at capture. Raises WorkloadError that names the task, the step and the line.
         """
-        bounds, units = (0, loaded.batch.units.num_samples), loaded.batch.units
-        whole = loaded.parts.get(bounds) or self.record(loaded, bounds, of_samples_together=True)
-        if bounds not in loaded.parts and self._comparison.needs_entries(whole, part, operators):
-            whole = self.record(loaded, bounds)
+        units = loaded.batch.units
+        whole = loaded.parts.get(units.whole) or self.record(loaded, units.whole, of_samples_together=True)
+        if units.whole not in loaded.parts and self._comparison.needs_entries(whole, part, operators):
+            whole = self.record(loaded, units.whole)
         loaded.check_layers(whole)
         difference = self._comparison.difference(whole, part, units, operators)
         if difference:

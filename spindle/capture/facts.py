@@ -84,7 +84,8 @@ class Samples:
 
 
 def facts(whole: Sequence[Node], part: Sequence[Node]) -> Iterator[Fact]:
-    """All that recorded calls of a whole batch and of a part of it take besides values of the model, side by side.
+    """What recorded calls of a whole batch and of a part of it take besides values of the model, side by side, but for
+    equal constants, which stay so while the recordings do.
 
     Where a place is called another number of times (once a sample, say), each call of the part stands beside all of the
     whole, as a `_CALLS`; where a call takes another number of leaves, each leaf beside all, as a `_LEAVES`.
@@ -108,7 +109,8 @@ def _of_call(place: tuple[object, str], node: Node, other: Node) -> Iterator[Fac
             yield Fact((*place, _LEAVES), node, [[leaf] for leaf in leaves if type(leaf) is not Ref], [own])
         return
     for index, (leaf, own) in enumerate(zip(leaves, others, strict=True)):
-        if not (type(leaf) is Ref and type(own) is Ref):
+        values = type(leaf) is Ref and type(own) is Ref
+        if not (values or (isinstance(leaf, (*_COMPARED, float)) and _is_same(leaf, own))):
             yield Fact((*place, index), node, leaf, own)
 
 

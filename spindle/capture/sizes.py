@@ -159,7 +159,7 @@ class _Measurer:
         return {operator.name: self._sized(operator, part, batch) for operator in own}
 
     def _part(self, task: str, code: TaskCode, batch: SampledBatch) -> TaskPart:
-        bounds = (0, batch.units.num_samples)
+        bounds = batch.units.whole
         name, fields = base_task(task), batch.part(*bounds)
         recorded = record(
             self.captured.skeleton,

@@ -43,7 +43,7 @@ function drawAxis(pen, axis, state, layout) {
 }
 
 /** A strip on which each wave that leads lasts until the next one begins; waves that missed their prediction stand out,
- * those that begin behind a later one by a mark alone. */
+ * waves that begin behind a later one by a mark alone. */
 function drawWaves(pen, view, y, state, layout) {
   const all = stepOf(state, view).waves, waves = leadingWaves(all), frame = layout.frames.get(view);
   pen.textAlign = "right";

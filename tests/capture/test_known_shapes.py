@@ -13,7 +13,7 @@ from spindle.record.known_shapes import KnownShapes
 
 
 class Through(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """All operations go through KnownShapes; the names of those that ran are in `ran`."""
+    """All operations go through KnownShapes; the names of operations that ran are in `ran`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -69,7 +69,7 @@ def test_there_and_back(tmp_path: Path, kind: str) -> None:
 
 
 class Broken(MemoryFileSystem):  # type: ignore[misc]
-    """Fails so many times, as a network does."""
+    """Fails `left` times, as a network does."""
 
     protocol = "broken"
     left = 0

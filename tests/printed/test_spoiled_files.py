@@ -76,7 +76,7 @@ def test_random_changes(first: int) -> None:
 
 @pytest.mark.parametrize("part", range(4))
 def test_the_corpus(part: int) -> None:
-    """Cases that reached new branches when the fuzzer was guided by them, and those that broke a rule once."""
+    """Cases that reached new branches when the fuzzer was guided by them, and cases that broke a rule once."""
     for line in CORPUS.read_text().splitlines()[part::4]:
         _, broken = Case.of(line).verdict()
         assert not broken, line

@@ -87,7 +87,7 @@ def disagreements() -> list[str]:
 
 
 def taken_back(reported: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Yanked releases, and those that came without a checksum, among packages in pip's reports of an installation."""
+    """Yanked releases, and releases without a checksum, among packages in pip's reports of an installation."""
     found = []
     for package in reported:
         name = f"{package['metadata']['name']} {package['metadata']['version']}"

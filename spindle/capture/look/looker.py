@@ -180,7 +180,7 @@ class Looker:
             self._take_as_mixing(trials, findings)
         self._look_at_disturbed(batches[0], *few[0], prober)
         trials += self._lacking_ways(batches[0], trials[0].parts[0].bounds, prober)
-        every = (0, batches[0].units.num_samples)
+        every = batches[0].units.whole
         whole = self._record(batches[0], every)
         self._refuse_chance(batches[0], few[0][0], whole)
         self._warn_of_attention(whole)

@@ -9,7 +9,7 @@
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,26 +104,21 @@ class Prober:
         made: dict[tuple[str, int], Tensor] = {}
         whole = self._values(trial, trial.whole, made)
         parts = [self._values(trial, part, made) for part in trial.parts]
-        nodes = trial.whole.wired.recording.nodes
-        filled = {
-            trial.whole.wired.key(n)
-            for n in trial.whole.wired.glue()
-            if getattr(nodes[n].function, "__name__", "") in _FILLED
-        }
-        writing = {trial.whole.wired.key(n) for n in trial.whole.wired.glue() if nodes[n].writes}
+        wired, numbers = trial.whole.wired, defaultdict[Key, list[int]](list)
+        for number in wired.glue():
+            numbers[wired.key(number)].append(number)
         for key, calls in whole.items():
             if only is not None and key not in only:
                 continue
             others = [part.get(key, []) for part in parts]
             if trial.variant and any(v is None for each in (calls, *others) for call in each for v in call):
                 continue  # numbers that it cannot take (a class that there is not) say nothing of it
-            verdict = "mixes" if key in writing else self._compared(trial, key, calls, others)
-            if verdict == "constant" and key not in filled:
+            nodes = [wired.recording.nodes[number] for number in numbers[key]]
+            verdict = "mixes" if any(n.writes for n in nodes) else self._compared(trial, key, calls, others)
+            if verdict == "constant" and not any(getattr(n.function, "__name__", "") in _FILLED for n in nodes):
                 zeros = all(_is_zero(value) for call in calls for value in call)
-                if zeros or self._reads_rows(
-                    key, trial.whole.wired
-                ):  # a sum of what is masked, or all() of a condition: alike by chance
-                    verdict = "mixes"
+                if zeros or self._read_rows(numbers[key], wired):
+                    verdict = "mixes"  # a sum of what is masked, or all() of a condition: alike by chance
             if verdict == "mixes":
                 self.findings.mixing.add(key)
             elif verdict == "constant" and key not in self.varying:
@@ -132,10 +127,10 @@ class Prober:
                 self.varying.add(key)
                 self.findings.constant.discard(key)
 
-    def _reads_rows(self, key: Key, wired: Wired) -> bool:
-        """Whether calls of a key read values that have rows per sample."""
+    def _read_rows(self, numbers: Iterable[int], wired: Wired) -> bool:
+        """Whether calls read values that have rows per sample."""
         nodes = wired.recording.nodes
-        read = {s for n in wired.glue() if wired.key(n) == key for s in wired.sources[n] if s in wired.frontier}
+        read = {source for number in numbers for source in wired.sources[number] if source in wired.frontier}
         return any(
             any(self.findings.places.get(nodes[s].block, ())) if nodes[s].block else wired.key(s) in self.varying
             for s in read
@@ -171,12 +166,7 @@ class Prober:
         if whole is None or any(part is None for part in parts) or _is_endless(whole):
             return "mixes"  # what is NaN in the whole is NaN in the parts, too, however it was computed
         for place in places if all(part.ndim == whole.ndim for part in parts) else ():
-            if trial.covers:
-                same = _close(torch.cat(parts, place[1]), whole)
-            else:
-                cut = [trial.cut(whole, part, place) for part in trial.parts]
-                same = all(own is not None and _close(part, own) for part, own in zip(parts, cut, strict=True))
-            if same:
+            if _are_rows(trial, whole, parts, place):
                 return "rows"
         if not places and (not whole.numel() or any(part.shape != whole.shape for part in parts)):
             return "unknown"  # nothing without entries is a constant, either
@@ -257,9 +247,7 @@ class Prober:
                 if part is trial.whole:
                     made[node.block, index] = value
             elif place:
-                unit, dim = place[0]
-                span = trial.units.span(unit, whole.shape[dim], trial.whole.bounds, part.bounds)
-                value = whole.narrow(dim, *span)
+                value = trial.cut(whole, part, place[0])
             else:
                 value = whole if tuple(whole.shape) == shape else self._random(shape, dtype)
             yield out, value
@@ -403,8 +391,7 @@ class Prober:
                 )
                 if unit is None:
                     return None
-                span = trial.units.span(unit, value.shape[cut[0]], trial.whole.bounds, part.bounds)
-                value = value.narrow(cut[0], *span)
+                value = trial.cut(value, part, (unit, cut[0]))
             given[own] = value
         return twin, given
 
@@ -460,6 +447,17 @@ def _disturbed(value: Tensor, number: int) -> Tensor:
     if number == OTHERS:
         return value * 0.7 + 0.3
     return torch.where(value.abs() < LARGE, torch.sin(value * (40 + 7 * number) + number), value)
+
+
+def _are_rows(trial: Trial, whole: Tensor, parts: Sequence[Tensor], place: Place) -> bool:
+    """Whether parts are their rows of the whole: put together, where they are all samples."""
+    if trial.covers:
+        return _close(torch.cat(list(parts), place[1]), whole)
+    try:
+        rows = [trial.cut(whole, part, place) for part in trial.parts]
+    except (ValueError, IndexError, RuntimeError):  # the whole is not cut by this place
+        return False
+    return all(map(_close, parts, rows))
 
 
 def _is_zero(value: Any) -> bool:

@@ -59,13 +59,10 @@ class Trial:
             sum(part.bounds[1] - part.bounds[0] for part in self.parts) == self.whole.bounds[1] - self.whole.bounds[0]
         )
 
-    def cut(self, value: Tensor, part: Part, place: Place) -> Tensor | None:
-        """The rows of a part in a value of all samples; None where it is not cut by this place."""
+    def cut(self, value: Tensor, part: Part, place: Place) -> Tensor:
+        """The rows of a part in a value of all samples. Raises ValueError where they do not divide evenly."""
         unit, dim = place
-        try:
-            return value.narrow(dim, *self.units.span(unit, value.shape[dim], self.whole.bounds, part.bounds))
-        except (ValueError, IndexError, RuntimeError):
-            return None
+        return value.narrow(dim, *self.units.span(unit, value.shape[dim], self.whole.bounds, part.bounds))
 
     def _samples(self, part: Part) -> Samples:
         return Samples(part.wired.recording.aux, self.units, part.bounds)
