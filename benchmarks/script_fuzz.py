@@ -22,6 +22,7 @@ from tests.random_scripts import Case, all_kinds, kinds_of, random_case, smaller
 from tests.script_runs import verdict_of
 
 FAILS = ("differs", "error", "crash", "invalid")
+TOO_LATE, PATIENCE_S = "not done after", 600.0  # a busy machine is slow; a hang is found all the same
 
 
 @dataclass
@@ -96,6 +97,9 @@ def main() -> int:
         for seed in range(arguments.seed, arguments.seed + arguments.cases):
             case = random_case(seed, without)
             verdict, text = verdict_of(case)
+            if verdict == "crash" and TOO_LATE in text:
+                verdict, text = verdict_of(case, PATIENCE_S)
+                print(f"seed {seed}: took more than a minute; with {PATIENCE_S:.0f} s it is {verdict}", flush=True)
             tally.add(seed, case, verdict, text)
             if verdict in FAILS:
                 small = least(case, verdict, text, arguments.shrink) if arguments.shrink else case
