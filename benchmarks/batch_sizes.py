@@ -30,11 +30,11 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from spindle.capture import capture
-from spindle.contract import contract
-from spindle.cost.heldout import between
-from spindle.metagraph import MetaGraph
-from spindle.profile import Profile, ProfileEntry
+from spindle.cost.measured.heldout import between
 from spindle.runtime.profiling.profiler import measure_profile
+from spindle.values.contract import contract
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import Profile, ProfileEntry
 from spindle.workload import Batch, Workload
 
 BATCH, LAYER_LIMIT, MODEL_LIMIT = 16, 0.10, 0.15

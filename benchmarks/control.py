@@ -16,21 +16,21 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from spindle.api import plan_source
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
-from spindle.graph import TaskGraph, TensorSpec
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.runtime.laws import check_program
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.parts import parts_of
 from spindle.runtime.programs.program import Program
 from spindle.runtime.startup import Links
-from spindle.source import spec_source
 from spindle.spec.batch import scaled_by
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
+from spindle.values.contract import contract
+from spindle.values.graph import TaskGraph, TensorSpec
+from spindle.values.plan import Plan
+from spindle.verbs.api import plan_source
+from spindle.verbs.source import spec_source
 
 FOLDER = Path(__file__).parent / "workloads"
 DEVICES_OF_SPEC = 16  # for which the batches of a spec are taken

@@ -9,9 +9,9 @@ from cost_sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
 from cost_tables import errors, halves, read_table
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
-from spindle import execution
-from spindle.clusterfile import parse_cluster
 from spindle.cost import layout, roofline
+from spindle.files.clusterfile import parse_cluster
+from spindle.values import execution
 
 
 def _fit(residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float]) -> tuple[float, ...]:

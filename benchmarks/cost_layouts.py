@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from cost_runs import cost, language_model, one_task
 from cost_tables import Row, read_table
 
-from spindle.clusterfile import parse_cluster
 from spindle.cost.parallel import ParallelCost
-from spindle.execution import Attention, Execution, Parallel
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.values import WorkloadSpec
+from spindle.values.execution import Attention, Execution, Parallel
 
 VOCAB = 128_000
 DIMENSIONS = {"13B": (40, 5120, 40, 13824), "30B": (60, 6656, 52, 17920), "65B": (80, 8192, 64, 22016)}

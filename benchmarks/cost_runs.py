@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
-from spindle.cluster import Cluster
 from spindle.cost.parallel import ParallelCost, parallel_cost
-from spindle.execution import USUAL, Execution, Parallel, as_run
-from spindle.graph import TaskGraph
 from spindle.spec.blocks import Component, Transformer
 from spindle.spec.graph import build_graph
 from spindle.spec.values import LossKind, Task, WorkloadSpec, stages_to_edges
+from spindle.values.cluster import Cluster
+from spindle.values.execution import USUAL, Execution, Parallel, as_run
+from spindle.values.graph import TaskGraph
 
 
 def language_model(

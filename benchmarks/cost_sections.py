@@ -8,14 +8,14 @@ from cost_layouts import best_is_among_first, fits, predict, read_runs
 from cost_runs import cost, language_model, on_peak, one_task
 from cost_tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
 
-from spindle.cluster import Cluster, Device
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.links import collective_s
+from spindle.cost.measured.segments import fit_segments, held_out_error
 from spindle.cost.metaops import with_costs
-from spindle.cost.segments import fit_segments, held_out_error
-from spindle.execution import Parallel
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.graph import build_graph
+from spindle.values.cluster import Cluster, Device
+from spindle.values.contract import contract
+from spindle.values.execution import Parallel
 
 ALEPH_ALPHA = "Aleph Alpha"
 GPU_TYPES = {"h100_80gb": "h100-80g", "a100_80gb": "a100-80g", "a100_40gb": "a100-40g"}

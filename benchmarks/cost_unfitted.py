@@ -7,15 +7,15 @@ from cost_runs import cost, language_model, one_task
 from cost_sections import Section, both
 from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_table
 
-from spindle.api import plan_source
-from spindle.clusterfile import parse_cluster
-from spindle.execution import Execution, Parallel
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import DDP, ZERO
-from spindle.source import spec_source
 from spindle.spec.blocks import Mlp, Transformer
 from spindle.spec.file import read_workload
 from spindle.spec.values import WorkloadSpec
+from spindle.values.execution import Execution, Parallel
+from spindle.values.plan import Plan
+from spindle.verbs.api import plan_source
+from spindle.verbs.source import spec_source
 
 EAGER = Execution(layers="eager", attention="plain", gradients="float32")
 """PyTorch's mixed precision of 2021."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.runtime.controller import Run, launched, prepare
-from spindle.source import load_workload
+from spindle.verbs.source import load_workload
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "vla_cotraining"
 SPINDLE, KINDS = "Spindle", ("the loop", "losses summed")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 import spindle
-from spindle.contract import contract
 from spindle.runtime import parity
 from spindle.runtime.comms.transport import ProcessTransport, join_store, serve_store
 from spindle.runtime.controller import Prepared, prepare
@@ -31,6 +30,7 @@ from spindle.runtime.parity import Tolerance
 from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.reference import Outcome
 from spindle.runtime.worker import Worker, merge_losses
+from spindle.values.contract import contract
 from spindle.workload import Workload
 
 ROOT = Path(__file__).parents[1]

@@ -30,13 +30,13 @@ from pathlib import Path
 import torch
 
 import spindle
-from spindle.api import plan_source
-from spindle.clusterfile import parse_cluster
 from spindle.errors import InfeasibleError
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.runtime.controller import Run, launched, prepare
-from spindle.source import load_workload, spec_source
 from spindle.spec.file import read_workload
+from spindle.verbs.api import plan_source
+from spindle.verbs.source import load_workload, spec_source
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -63,7 +63,7 @@ Sections "planned" hold predictions, none is measured: one plan a cell, as `spin
 example names. "Shorter than DDP": than data parallelism with one all-reduce a step; "than the best": than the quickest
 of DDP, ZeRO-1/2, FSDP2, task groups and component groups, named in brackets, each with the memory choice that is
 fastest for it. A negative share: the plan's step is longer. Without `--time-limit`, a search has as much work as 2 s
-(`planner/search/work.py`), whatever the load of the machine. What made each section:
+(`planner/work.py`), whatever the load of the machine. What made each section:
 """
 
 

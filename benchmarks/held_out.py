@@ -1,4 +1,4 @@
-"""Held out: the errors that the printed bands come from, as spindle/held_out.yaml.
+"""Held out: the errors that the printed bands come from, as spindle/cost/held_out.yaml.
 
     python -m benchmarks.held_out            compares the file with the cost model as it is; 1 when they differ
     python -m benchmarks.held_out --quick    the same for some rows: without the paper's calibrations and most layouts
@@ -29,20 +29,20 @@ import cost_unfitted as unfitted
 from cost_layouts import predict, read_runs
 from cost_tables import read_table
 
-from spindle.api import plan_source
-from spindle.calibrating import make_calibration
-from spindle.calibration import FACTORS, Calibration, MeasuredStep
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster, parse_yaml
 from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
-from spindle.cost_options import CostOptions
 from spindle.errors import SpindleWarning
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster, parse_yaml
 from spindle.planner.report.sizes import resized
-from spindle.source import Source, spec_source
 from spindle.spec.batch import per_device
 from spindle.spec.file import read_workload
 from spindle.spec.values import WorkloadSpec
+from spindle.values.calibration import FACTORS, Calibration, MeasuredStep
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.plan import Plan
+from spindle.verbs.api import plan_source
+from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.source import Source, spec_source
 
 HERE = Path(__file__).parent
 TOLERANCE = 0.01  # of a ratio, within which the file is not stale

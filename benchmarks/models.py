@@ -35,7 +35,7 @@ import spindle
 from spindle.capture import Captured, capture
 from spindle.capture.blocks import blocks_of
 from spindle.errors import SpindleError, SpindleWarning
-from spindle.plan import Plan
+from spindle.values.plan import Plan
 from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
 

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spindle.api import plan_source
-from spindle.calibrating import make_calibration
-from spindle.calibrationfile import read_steps
-from spindle.cluster import Cluster, Link
-from spindle.clusterfile import parse_cluster
-from spindle.plan import Plan, make_waves
+from spindle.files.calibrationfile import read_steps
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import default_limit_s
-from spindle.source import Source, load_source, spec_source
 from spindle.spec.file import read_workload
+from spindle.values.cluster import Cluster, Link
+from spindle.values.plan import Plan, make_waves
+from spindle.verbs.api import plan_source
+from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.source import Source, load_source, spec_source
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tables' module stands beside this one
 

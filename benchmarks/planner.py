@@ -27,10 +27,7 @@ from pathlib import Path
 
 from planner_instances import Instance, suite
 
-from spindle.cluster import Cluster
-from spindle.formats import write
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
+from spindle.files.formats import write
 from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.waves import level_optimum_s
 from spindle.planner.check import check_plan
@@ -41,6 +38,9 @@ from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.optimal.test_optimal import tiny
 from tests.planner.planner_graphs import cluster as toy_cluster

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from spindle.cluster import Cluster, Device, Link
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.cluster import Cluster, Device, Link
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
 
 Counts = Literal["pow2", "div"]
 

@@ -25,16 +25,16 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import spindle
-from spindle.api import plan_source
-from spindle.clusterfile import parse_cluster
-from spindle.cost_options import CostOptions
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.simulate import simulate
 from spindle.runtime.controller import Run, merge_traces, prepare
 from spindle.runtime.launch.processes import ProcessWorkers
 from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.worker import Worker
-from spindle.source import Source
-from spindle.trace import SpanKind, Trace
+from spindle.values.cost_options import CostOptions
+from spindle.values.trace import SpanKind, Trace
+from spindle.verbs.api import plan_source
+from spindle.verbs.source import Source
 
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"
 METHODS = ("auto", "sequential", "task_split", "component_split", "paper")

@@ -29,13 +29,13 @@ from torch import Tensor
 import spindle
 from runtime import spindle_run, timed
 from spindle.capture import capture
-from spindle.plan import Plan, StepSpread
-from spindle.record.draws import Stream
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.loading.recordings import Recipe, Recordings
 from spindle.runtime.programs.messages import StepLayout
-from spindle.units import SAMPLES as BY_COUNT
-from spindle.units import shares
+from spindle.values.plan import Plan, StepSpread
+from spindle.values.units import SAMPLES as BY_COUNT
+from spindle.values.units import shares
 from spindle.workload import Workload
 
 TURNS, STEPS, WIDTH = 8, 4, 256  # of all 32 batches each once

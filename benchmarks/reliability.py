@@ -29,8 +29,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from spindle.api import TrainResult
 from spindle.failures import Failures
+from spindle.verbs.api import TrainResult
 from tests.faults.injected import KINDS, PHASES, Fault, trained, undisturbed
 
 ROOT = Path(__file__).parents[1]

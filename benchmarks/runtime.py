@@ -23,9 +23,9 @@ from runtime_models import WORKLOADS, one_task
 from runtime_peers import Peer, adam
 
 import spindle
-from spindle.plan import Plan
 from spindle.runtime.controller import Run, launched, merge_traces, prepare
-from spindle.trace import Trace
+from spindle.values.plan import Plan
+from spindle.values.trace import Trace
 from spindle.workload import Workload
 
 STEPS, TURNS = 10, 9

@@ -54,8 +54,8 @@ import spindle
 from spindle.errors import PreemptedError
 from spindle.failures import Failures
 from spindle.metrics import Callback, JsonLines, StepMetrics
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import latest, tensors
+from spindle.values.plan import Plan
 
 EVERY = 20  # steps between two checkpoints
 SAMPLE_EVERY = 100  # steps between two counts of what the run holds

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import spindle
-from spindle.plan import Plan
+from spindle.values.plan import Plan
 from spindle.workload import Batch, Workload
 from tests.faults.injected import act, own_rank
 from tests.random_plans import random_plan

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.cost.measured import measured_links
-from spindle.formats import read
-from spindle.plan import Plan
-from spindle.profile import Profile
-from spindle.trace import Trace
+from spindle.cost.measured.links import measured_links
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import read
+from spindle.values.cluster import Cluster
+from spindle.values.plan import Plan
+from spindle.values.profile import Profile
+from spindle.values.trace import Trace
 
 ROOT = Path(__file__).parents[1]
 SOURCE = f"{ROOT / 'docs' / 'examples' / 'digits' / 'workload.py'}:workload"

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spindle.formats import loads
-from spindle.plan import Plan
+from spindle.files.formats import loads
+from spindle.values.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "workloads.md"

@@ -36,12 +36,12 @@ def of_quickstart() -> Iterator[tuple[str, str]]:
     """The graph of the quickstart's model, and a run of it beside its plan."""
     import torch
 
-    from spindle.api import plan_source, train
-    from spindle.clusterfile import parse_cluster
+    from spindle.files.clusterfile import parse_cluster
     from spindle.pictures import graph_of, graph_svg
     from spindle.planner.simulate import simulate
-    from spindle.source import costed_source, load_workload, source_of
     from spindle.timeline import render_svg
+    from spindle.verbs.api import plan_source, train
+    from spindle.verbs.source import costed_source, load_workload, source_of
 
     cluster = parse_cluster("1x2:cpu")
     workload, _ = load_workload(str(ROOT / QUICK))
@@ -56,13 +56,13 @@ def of_quickstart() -> Iterator[tuple[str, str]]:
 
 def of_cotraining() -> Iterator[tuple[str, str]]:
     """The curves and the waves of the workload that the page on plans reads; its graph is kept, for the README."""
-    from spindle.api import plan_source
-    from spindle.clusterfile import parse_cluster
     from spindle.cost.sources import cost_sources
+    from spindle.files.clusterfile import parse_cluster
     from spindle.pictures import curves_svg, panels_of
     from spindle.planner.simulate import simulate
-    from spindle.source import costed_source, load_source
     from spindle.timeline import render_svg
+    from spindle.verbs.api import plan_source
+    from spindle.verbs.source import costed_source, load_source
 
     cluster = parse_cluster("1x8:a100-80g")
     source = load_source(str(ROOT / COTRAIN))

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from spindle.calibration import Calibration, MeasuredStep
-from spindle.cost.fitting import fit_steps
-from spindle.cost_options import CostOptions
+from spindle.cost.measured.fitting import fit_steps
 from spindle.errors import SpindleWarning
-from spindle.plan import Plan
 from spindle.planner.recost import Costs
+from spindle.values.calibration import Calibration, MeasuredStep
+from spindle.values.cost_options import CostOptions
+from spindle.values.plan import Plan
 
 ROUNDS = 4
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from spindle.errors import PlanError
-from spindle.nearest import did_you_mean
-from spindle.plan import Plan, Slice
-from spindle.planner.bound import Bound
-from spindle.planner.curves import Curve
+from spindle.planner.bounds.bound import Bound
+from spindle.planner.costing.curves import Curve
 from spindle.planner.problem import Problem
 from spindle.planner.search.decode import Draft, FlatDecoder, Part
 from spindle.planner.search.device_pool import make_device_pool
 from spindle.planner.search.finish import finish, runs_of_draft
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
+from spindle.values.plan import Plan, Slice
+from spindle.words.nearest import did_you_mean
 
 Pins = Mapping[str, Sequence[int]]
 """Devices by name of a MetaOp or component."""

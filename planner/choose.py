@@ -13,17 +13,17 @@ sharding them (FSDP2) is the quickest alternative.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from spindle.cluster import Cluster
 from spindle.cost.sampled import Costed, cost_steps
 from spindle.cost.shards import shardable
-from spindle.cost_options import CostOptions, memory_choices, sharded_choices
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Alternative, Plan
 from spindle.planner.baselines.alternatives import FSDP, Choice, alternatives, own_layout
 from spindle.planner.turns import turns_to_try
-from spindle.profile import Profile
-from spindle.turns import Turns
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions, memory_choices, sharded_choices
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Alternative, Plan
+from spindle.values.profile import Profile
+from spindle.values.turns import Turns
 
 MOST_STATES = 0.875  # of a device's memory that parameters and states may take where layers may be spread over devices
 WORTH = 0.01  # of the step: what a further choice must save to be preferred

@@ -7,8 +7,8 @@ does not get there by itself: it starts a second time from these pins.
 
 from collections import defaultdict
 
+from spindle.planner.costing.reduction import reduce_s
 from spindle.planner.problem import Problem
-from spindle.planner.reduction import reduce_s
 
 MOST_NODES = 4  # of a cluster; with more, a component alone on a node has too little of it
 LEAST_SHARE = 0.25  # of the lower bound that one reduction over all devices must take

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 
-from spindle.cluster import Cluster
-from spindle.contract import meta_levels
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.planner.curves import Curve, clean_curve
-from spindle.planner.memory import layer_memory_bytes, saved_bytes
-from spindle.turns import Turns
+from spindle.planner.costing.curves import Curve, clean_curve
+from spindle.planner.costing.memory import layer_memory_bytes, saved_bytes
+from spindle.values.cluster import Cluster
+from spindle.values.contract import meta_levels
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.turns import Turns
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from spindle.calibration import Calibration, calibrated
-from spindle.cluster import Cluster
 from spindle.cost.sampled import Costed, cost_steps
-from spindle.cost_options import CostOptions
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
-from spindle.planner.memory import peak_bytes
+from spindle.planner.costing.memory import peak_bytes
 from spindle.planner.simulate import step_times
-from spindle.profile import Profile
+from spindle.values.calibration import Calibration, calibrated
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
+from spindle.values.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ their devices starts earlier; parameters that no task of the step uses are neith
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
-from spindle.graph import base_task
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, SetStep, make_waves
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import Method, solve
 from spindle.planner.turns import solve_in_turns
-from spindle.presence import Presence, TaskSet, task_sets
+from spindle.values.cluster import Cluster
+from spindle.values.graph import base_task
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, SetStep, make_waves
+from spindle.values.presence import Presence, TaskSet, task_sets
 
 STEADY: tuple[Method, ...] = ("sequential", "component_split")
 """Baselines that lose nothing where a task is absent, since no task runs beside another."""

@@ -15,13 +15,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spindle.cluster import Cluster, Collective
 from spindle.errors import PlanError
-from spindle.metagraph import Flow, MetaGraph
-from spindle.plan import Plan, Slice
-from spindle.planner.buckets import Computed, Layer, bucketed, layers_of, sizes_to_try, without_gaps
-from spindle.planner.loading import Loads, in_line, loads_of, waits_by_device
-from spindle.planner.reduction import (
+from spindle.planner.costing.buckets import Computed, Layer, bucketed, layers_of, sizes_to_try, without_gaps
+from spindle.planner.costing.loading import Loads, in_line, loads_of, waits_by_device
+from spindle.planner.costing.reduction import (
     Reduction,
     handed_out,
     reduced_by_device,
@@ -29,8 +26,11 @@ from spindle.planner.reduction import (
     slowed_by_device,
     update_by_device,
 )
-from spindle.planner.traffic import transfer_s
-from spindle.trace import Span, SpanKind, Trace
+from spindle.planner.costing.traffic import transfer_s
+from spindle.values.cluster import Cluster, Collective
+from spindle.values.metagraph import Flow, MetaGraph
+from spindle.values.plan import Plan, Slice
+from spindle.values.trace import Span, SpanKind, Trace
 
 
 @dataclass(frozen=True, slots=True)

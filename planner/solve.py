@@ -16,24 +16,24 @@ from statistics import fmean
 from time import perf_counter
 from typing import Literal, get_args
 
-from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError, PlanError, SpindleWarning
-from spindle.metagraph import MetaGraph
-from spindle.nearest import did_you_mean
-from spindle.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
 from spindle.planner.baselines.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
 from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.place import place
-from spindle.planner.bound import Bound, lower_bound, tightened
+from spindle.planner.bounds.bound import Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
+from spindle.planner.costing.memory import peak_bytes
 from spindle.planner.islands import is_slow_between_nodes, island_pins
-from spindle.planner.memory import peak_bytes
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.run import search
-from spindle.planner.search.work import Work
 from spindle.planner.simulate import best_buckets
 from spindle.planner.spread import spread_of, steps_s
-from spindle.turns import numbered
+from spindle.planner.work import Work
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_pairs, without_operators
+from spindle.values.turns import numbered
+from spindle.words.nearest import did_you_mean
 
 Method = Literal["auto", "lp", "paper", "sequential", "task_split", "component_split"]
 METHODS: tuple[str, ...] = get_args(Method)

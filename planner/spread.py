@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from statistics import fmean, quantiles
 
-from spindle.cluster import Cluster
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, StepSpread, sorted_pairs
 from spindle.planner.simulate import step_times
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, StepSpread, sorted_pairs
 
 
 def steps_s(plan: Plan, steps: Sequence[MetaGraph], cluster: Cluster) -> tuple[float, ...]:

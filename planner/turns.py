@@ -12,15 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from time import perf_counter
 
-from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Plan, Slice
 from spindle.planner.baselines.baselines import WAVES_BY_BASELINE
-from spindle.planner.bound import lower_bound, tightened
-from spindle.planner.memory import kept_bytes, layer_memory_bytes
+from spindle.planner.bounds.bound import lower_bound, tightened
+from spindle.planner.costing.memory import kept_bytes, layer_memory_bytes
 from spindle.planner.problem import Problem, make_problem
-from spindle.planner.search.work import Work
 from spindle.planner.solve import (
     Candidate,
     assemble,
@@ -33,7 +29,11 @@ from spindle.planner.solve import (
     searched,
     usual_candidates,
 )
-from spindle.turns import Turns
+from spindle.planner.work import Work
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Plan, Slice
+from spindle.values.turns import Turns
 
 MOST_SWAPPED = 4  # schedules of each turn that are tried beside those of the others
 

@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from spindle.capture import Captured, capture
-from spindle.contract import contract
 from spindle.errors import CheckpointError, RunError, SpindleWarning, WorkloadError
-from spindle.graph import base_task
-from spindle.metagraph import MetaGraph
-from spindle.nearest import did_you_mean
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.changes import KEY, facts_of
 from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.evaluation.evaluator import merged_scores
@@ -44,7 +39,12 @@ from spindle.runtime.updates.progress import Progress, merged
 from spindle.runtime.updates.schedules import Metric, SchedulerFactory, make_schedule
 from spindle.runtime.updates.trial_steps import check_steps_apart, check_trial_steps
 from spindle.runtime.worker import Report, merge_losses
-from spindle.trace import Trace
+from spindle.values.contract import contract
+from spindle.values.graph import base_task
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
+from spindle.values.trace import Trace
+from spindle.words.nearest import did_you_mean
 from spindle.workload import Workload
 
 if TYPE_CHECKING:

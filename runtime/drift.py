@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from spindle.batch import SampledBatch
-from spindle.plan import SizeRange
-from spindle.units import SAMPLES
+from spindle.inputs.batch import SampledBatch
+from spindle.values.plan import SizeRange
+from spindle.values.units import SAMPLES
 
 TOLERANCE = 0.1  # how far outside of what was seen a size may lie: some dozens of batches do not show the largest
 

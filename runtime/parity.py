@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import PlanError
-from spindle.graph import parse_piece
 from spindle.runtime.checkpoints.checkpoint import Checkpoints
 from spindle.runtime.checkpoints.run_folder import opened
 from spindle.runtime.controller import Launcher, Prepared, Run, launched
@@ -21,6 +20,7 @@ from spindle.runtime.updates.averages import PREFIX as AVERAGE
 from spindle.runtime.updates.masters import Numbers, PlainMasters, master_tensors
 from spindle.runtime.updates.optimizers import OptimizerFactory
 from spindle.runtime.updates.schedules import Metric, SchedulerFactory
+from spindle.values.graph import parse_piece
 from spindle.workload import Precision, Workload
 
 __all__ = ["compare", "default_optimizer", "default_tolerance", "observed", "run_planned", "run_reference"]

@@ -8,10 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.ema import EMA
-from spindle.graph import Parameter, base_task, num_micro_batches, parse_piece
-from spindle.plan import SizeRange
-from spindle.record.copies import copied
+from spindle.inputs.ema import EMA
+from spindle.record.changes.copies import copied
 from spindle.record.travel import let_travel
 from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.checkpoints.weights import Readable, own_sources
@@ -30,6 +28,8 @@ from spindle.runtime.updates.averages import Shared, shared_averages
 from spindle.runtime.updates.masters import Numbers
 from spindle.runtime.updates.optimizers import OptimizerFactory, described
 from spindle.runtime.updates.schedules import Metric, SchedulerFactory
+from spindle.values.graph import Parameter, base_task, num_micro_batches, parse_piece
+from spindle.values.plan import SizeRange
 from spindle.workload import Batch, Precision, Task, Workload
 
 

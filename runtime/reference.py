@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spindle.batch import with_own_tensors
 from spindle.capture import capture
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.eager import drawing_as_planned
-from spindle.record.draws import Stream
+from spindle.inputs.batch import with_own_tensors
+from spindle.inputs.weighing import shares
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.data import Feed, wait_for_readers
 from spindle.runtime.updates.averages import Averages, averaged
 from spindle.runtime.updates.masters import Numbers, PlainMasters, master_tensors
 from spindle.runtime.updates.optimizers import OptimizerFactory, make_optimizer
 from spindle.runtime.updates.progress import optimizer_tensors
 from spindle.runtime.updates.schedules import Metric, SchedulerFactory, make_schedule, step_schedule
-from spindle.weighing import shares
 from spindle.workload import Task, Workload
 
 Gradients = dict[str, Tensor]

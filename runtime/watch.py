@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spindle.graph import base_task, num_micro_batches
 from spindle.metrics import Callback, EvaluationMetrics, StepMetrics
 from spindle.runtime.steps.busy import Meeting
 from spindle.runtime.steps.record import StepRecord
-from spindle.trace import SpanKind
+from spindle.values.graph import base_task, num_micro_batches
+from spindle.values.trace import SpanKind
 
 if TYPE_CHECKING:
     from spindle.runtime.controller import Prepared

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
-from spindle.graph import base_task, num_micro_batches, parse_piece
 from spindle.record.recording import LeafWrite
 from spindle.record.writes import OwnWrite
 from spindle.runtime.checkpoints.tensor_files import Entry, write_tensors
@@ -66,7 +65,8 @@ from spindle.runtime.updates.progress import (
 )
 from spindle.runtime.updates.schedules import make_schedule, step_schedule
 from spindle.runtime.watch import RankStep, peak_memory, rank_step
-from spindle.trace import Span
+from spindle.values.graph import base_task, num_micro_batches, parse_piece
+from spindle.values.trace import Span
 from spindle.workload import Task
 
 

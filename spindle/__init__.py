@@ -8,28 +8,28 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spindle.api import TrainResult as TrainResult
-    from spindle.api import make_metagraph as make_metagraph
-    from spindle.api import make_plan as make_plan
-    from spindle.api import make_profile as make_profile
-    from spindle.api import train as train
-    from spindle.api import verify as verify
-    from spindle.batch import per_sample as per_sample
-    from spindle.calibrating import make_calibration as make_calibration
-    from spindle.calibration import Calibration as Calibration
-    from spindle.checkpoints import export as export
-    from spindle.checkpoints import load_checkpoint as load_checkpoint
-    from spindle.ema import EMA as EMA
     from spindle.errors import SpindleError as SpindleError
     from spindle.evaluation import EarlyStop as EarlyStop
     from spindle.evaluation import Evaluation as Evaluation
     from spindle.failures import Failures as Failures
-    from spindle.plan import Plan as Plan
-    from spindle.profile import Profile as Profile
-    from spindle.scoring import evaluate as evaluate
-    from spindle.stages import Stage as Stage
-    from spindle.stages import train_stages as train_stages
-    from spindle.weights import Weights as Weights
+    from spindle.inputs.batch import per_sample as per_sample
+    from spindle.inputs.ema import EMA as EMA
+    from spindle.inputs.weights import Weights as Weights
+    from spindle.values.calibration import Calibration as Calibration
+    from spindle.values.plan import Plan as Plan
+    from spindle.values.profile import Profile as Profile
+    from spindle.verbs.api import TrainResult as TrainResult
+    from spindle.verbs.api import make_metagraph as make_metagraph
+    from spindle.verbs.api import make_plan as make_plan
+    from spindle.verbs.api import make_profile as make_profile
+    from spindle.verbs.api import train as train
+    from spindle.verbs.api import verify as verify
+    from spindle.verbs.calibrating import make_calibration as make_calibration
+    from spindle.verbs.checkpoints import export as export
+    from spindle.verbs.checkpoints import load_checkpoint as load_checkpoint
+    from spindle.verbs.scoring import evaluate as evaluate
+    from spindle.verbs.stages import Stage as Stage
+    from spindle.verbs.stages import train_stages as train_stages
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
@@ -43,29 +43,29 @@ for _room in ("planner", "runtime"):
         )
 
 _HOME_BY_NAME = {
-    "Calibration": "spindle.calibration",
-    "EMA": "spindle.ema",
+    "Calibration": "spindle.values.calibration",
+    "EMA": "spindle.inputs.ema",
     "EarlyStop": "spindle.evaluation",
     "Evaluation": "spindle.evaluation",
     "Failures": "spindle.failures",
-    "Plan": "spindle.plan",
-    "Profile": "spindle.profile",
+    "Plan": "spindle.values.plan",
+    "Profile": "spindle.values.profile",
     "SpindleError": "spindle.errors",
-    "Stage": "spindle.stages",
-    "TrainResult": "spindle.api",
-    "Weights": "spindle.weights",
+    "Stage": "spindle.verbs.stages",
+    "TrainResult": "spindle.verbs.api",
+    "Weights": "spindle.inputs.weights",
     "Workload": "spindle.workload",
-    "evaluate": "spindle.scoring",
-    "export": "spindle.checkpoints",
-    "load_checkpoint": "spindle.checkpoints",
-    "make_calibration": "spindle.calibrating",
-    "make_metagraph": "spindle.api",
-    "make_plan": "spindle.api",
-    "make_profile": "spindle.api",
-    "per_sample": "spindle.batch",
-    "train": "spindle.api",
-    "train_stages": "spindle.stages",
-    "verify": "spindle.api",
+    "evaluate": "spindle.verbs.scoring",
+    "export": "spindle.verbs.checkpoints",
+    "load_checkpoint": "spindle.verbs.checkpoints",
+    "make_calibration": "spindle.verbs.calibrating",
+    "make_metagraph": "spindle.verbs.api",
+    "make_plan": "spindle.verbs.api",
+    "make_profile": "spindle.verbs.api",
+    "per_sample": "spindle.inputs.batch",
+    "train": "spindle.verbs.api",
+    "train_stages": "spindle.verbs.stages",
+    "verify": "spindle.verbs.api",
 }
 
 __all__ = [
@@ -99,7 +99,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOME_BY_NAME.get(name)
     if home is None:
-        from spindle.nearest import did_you_mean
+        from spindle.words.nearest import did_you_mean
 
         hint = did_you_mean(name, __all__)
         raise AttributeError(f"module 'spindle' has no attribute {name!r}{hint}; it has {', '.join(sorted(__all__))}")

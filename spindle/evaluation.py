@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spindle.errors import WorkloadError
 from spindle.metrics import Scores
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 from spindle.workload import Batch, RowsFunction, Task, Workload, forward_only
 
 Outputs = dict[str, Tensor]

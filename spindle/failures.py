@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spindle.errors import InputError
-from spindle.whole_numbers import check_whole
+from spindle.words.whole_numbers import check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from spindle.errors import InputError
 
 if TYPE_CHECKING:
-    from spindle.plan import Plan
+    from spindle.values.plan import Plan
 
 Scores = Mapping[str, Mapping[str, float]]
 """What an evaluation gives: by task, "loss" and the task's metrics."""

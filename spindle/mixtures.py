@@ -7,7 +7,7 @@ from itertools import permutations
 from math import perm
 
 from spindle.errors import WorkloadError
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 
 MOST_DRAWS = 5040
 

@@ -21,19 +21,19 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from spindle.after_step import AfterStep
-from spindle.after_step import Function as AfterStepFunction
-from spindle.batch import SampledBatch, sampled
-from spindle.compilation import Compilation, Compile
-from spindle.ema import EMA
-from spindle.empty import built_empty
 from spindle.errors import WorkloadError
-from spindle.loaders import check_apart, reading, set_epoch
+from spindle.inputs.after_step import AfterStep
+from spindle.inputs.after_step import Function as AfterStepFunction
+from spindle.inputs.batch import SampledBatch, sampled
+from spindle.inputs.compilation import Compilation, Compile
+from spindle.inputs.ema import EMA
+from spindle.inputs.empty import built_empty
+from spindle.inputs.loaders import check_apart, reading, set_epoch
+from spindle.inputs.weighing import Weigh, check_weigh, counted
+from spindle.inputs.weights import Weights
 from spindle.mixtures import Mixture
-from spindle.nearest import did_you_mean
-from spindle.weighing import Weigh, check_weigh, counted
-from spindle.weights import Weights
-from spindle.whole_numbers import is_whole
+from spindle.words.nearest import did_you_mean
+from spindle.words.whole_numbers import is_whole
 
 Batch = dict[str, Any]
 Precision = Literal["fp32", "bf16"]
@@ -89,8 +89,8 @@ class Task:
         return own.kept(batches) if own.outside or own.loaders else batches
 
     def begun(self, data: Any, epoch: int, state: Any = None) -> Iterator[Any]:
-        """Pass `epoch` over the task's data, which its reader has from `spindle.loaders.reading`. `state`: where in it
-        a loader that keeps one goes on. Raises WorkloadError when there is no pass to be had.
+        """Pass `epoch` over the task's data, which its reader has from `spindle.inputs.loaders.reading`. `state`: where
+        in it a loader that keeps one goes on. Raises WorkloadError when there is no pass to be had.
         """
         where, source = f"task {self.name!r}", data() if callable(data) else data
         set_epoch(where, source, epoch)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.plan import Plan
+from spindle.values.plan import Plan
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import floats
 

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import pairwise
 
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, Slice, make_waves
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, Slice, make_waves
 
 
 def random_plan(

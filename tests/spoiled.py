@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from spindle.cli import main as spindle
-from spindle.harmless import harmless
+from spindle.words.harmless import harmless
 from tests import spoiled_samples
 from tests.edits import Edit, edited, edited_bytes, random_bytes_edit, random_edit
 from tests.spoiled_samples import COMMANDS, SLOW, bytes_of, sign, value_of

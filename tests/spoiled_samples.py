@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from spindle.formats import read, write
-from spindle.plan import Plan
+from spindle.files.formats import read, write
 from spindle.planner.simulate import simulate
 from spindle.runtime.checkpoints.checkpoint import About
 from spindle.runtime.checkpoints.tensor_files import ABOUT
 from spindle.runtime.comms.flight import EVENT, EVENTS_AT, HEAD, STATE, STATE_AT
+from spindle.values.plan import Plan
 
 SPEC = """\
 format: spindle.workload

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
-from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec
+from spindle.values.graph import Operator, Parameter, TaskGraph, TensorSpec
 
 
 @dataclass(frozen=True)

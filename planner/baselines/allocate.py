@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spindle.planner.curves import Curve
+from spindle.planner.costing.curves import Curve
 
 if TYPE_CHECKING:
     import pulp

@@ -18,20 +18,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
-from spindle.cluster import Cluster
 from spindle.cost.parallel import parallel_cost
 from spindle.cost.shards import all_sharded
-from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
-from spindle.graph import TaskGraph
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Alternative, Slice
 from spindle.planner.baselines.baselines import component_group_waves, component_split_waves, task_split_waves
 from spindle.planner.baselines.overlap import accumulated_step_s, bucketed_step_s, repeated_step_s
 from spindle.planner.baselines.place import place
 from spindle.planner.baselines.waves import Waves
-from spindle.planner.memory import layer_memory_bytes, peak_bytes
+from spindle.planner.costing.memory import layer_memory_bytes, peak_bytes
 from spindle.planner.problem import Problem, make_problem
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.graph import TaskGraph
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Alternative, Slice
 
 DDP = "DDP, one all-reduce a step"
 DDP_BY_TASK = "DDP, one all-reduce a task"

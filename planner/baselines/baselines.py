@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Literal
 
 from spindle.planner.baselines.waves import Waves, WaveSlice, paper_waves
-from spindle.planner.curves import Curve
+from spindle.planner.costing.curves import Curve
 from spindle.planner.problem import Problem
 
 Baseline = Literal["sequential", "task_split", "component_split", "paper"]

@@ -1,6 +1,6 @@
 """Overlap: slices and a MetaGraph in; how long a step takes that PyTorch's DistributedDataParallel would run, out.
 
-- Gradients are reduced in buckets beside backward, by the rules of our own plans (`spindle.planner.buckets`).
+- Gradients are reduced in buckets beside backward, by the rules of our own plans (`spindle.planner.costing.buckets`).
 - Tasks may run one after another, with one reduction in the last one's backward (`no_sync`) or one in each.
 - With sharded optimizer states a bucket is reduce-scattered, and the new parameters are gathered after the step.
 """
@@ -8,15 +8,15 @@
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from spindle.cluster import Cluster, Collective
 from spindle.cost.links import collective_s
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice
-from spindle.planner.buckets import Key, Layer, bucketed, layers_of, sizes_to_try
-from spindle.planner.loading import waits_by_device
-from spindle.planner.reduction import Reduction, members_of, reduced_by_device, shares_of, update_by_device
+from spindle.planner.costing.buckets import Key, Layer, bucketed, layers_of, sizes_to_try
+from spindle.planner.costing.loading import waits_by_device
+from spindle.planner.costing.reduction import Reduction, members_of, reduced_by_device, shares_of, update_by_device
+from spindle.planner.costing.traffic import Devices
 from spindle.planner.simulate import Run, run_of
-from spindle.planner.traffic import Devices
+from spindle.values.cluster import Cluster, Collective
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Slice
 
 
 def bucketed_step_s(slices: Sequence[Slice], metagraph: MetaGraph, cluster: Cluster) -> float:

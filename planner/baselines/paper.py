@@ -12,10 +12,10 @@ items in each of `ORDERS`, and the schedule that ends first is taken. Where it i
 from collections.abc import Sequence
 
 from spindle.errors import InfeasibleError
-from spindle.plan import Slice
 from spindle.planner.baselines.place import ORDERS, Order, place
 from spindle.planner.baselines.waves import PRINTED, READINGS, Reading, Waves, paper_waves
 from spindle.planner.problem import Problem
+from spindle.values.plan import Slice
 
 MOST_TRIED = 4096  # MetaOps times devices beyond which a few readings are tried
 PLACED_AGAIN = 6  # schedules whose devices are chosen in other orders too

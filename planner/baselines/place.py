@@ -16,10 +16,10 @@ from itertools import chain, islice
 from typing import Literal, get_args
 
 from spindle.errors import InfeasibleError
-from spindle.plan import Slice
 from spindle.planner.baselines.waves import Waves, WaveSlice
+from spindle.planner.costing.traffic import Devices, transfer_s
 from spindle.planner.problem import Problem
-from spindle.planner.traffic import Devices, transfer_s
+from spindle.values.plan import Slice
 
 Order = Literal["staying", "earliest", "widest"]
 """Which items of a wave choose first: items that can stay where they are, that ended earliest, on most devices."""

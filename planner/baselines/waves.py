@@ -19,7 +19,7 @@ from typing import Literal
 
 from spindle.planner.baselines.allocate import Allocation, Tuple, allocate
 from spindle.planner.baselines.levels import meta_levels
-from spindle.planner.curves import Curve
+from spindle.planner.costing.curves import Curve
 from spindle.planner.problem import Problem
 
 Propose = Literal["remaining", "count"]

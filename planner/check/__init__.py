@@ -12,14 +12,14 @@ step   reductions, update and step as predicted; the baselines
 
 from collections.abc import Sequence
 
-from spindle.cluster import Cluster
 from spindle.errors import PlanError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
 from spindle.planner.check.case import RELATIVE, Case, CostedCase, Finding, named, ranges
 from spindle.planner.check.proof import bound_is_proved
 from spindle.planner.check.rules import METAGRAPH_RULES, PLAN_RULES, unknown_metaops
 from spindle.planner.check.step import baselines_are_possible, step_is_predicted
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
 
 __all__ = ["Finding", "check_plan", "picture", "require_plan"]
 

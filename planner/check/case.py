@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spindle.cluster import Cluster
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Plan, Slice
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Plan, Slice
 
 RELATIVE = 1e-9  # of the makespan: what sums of floats may be off by
 

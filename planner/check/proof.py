@@ -3,10 +3,10 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from spindle.metagraph import MetaOp
-from spindle.plan import Certificate
 from spindle.planner.check.case import RELATIVE, BadCertificate, CostedCase, Finding, usable
 from spindle.planner.check.timed import horizon_proved_s
+from spindle.values.metagraph import MetaOp
+from spindle.values.plan import Certificate
 
 
 def bound_is_proved(case: CostedCase) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def _chain_s(case: CostedCase) -> float:
 
 
 def _proved_s(case: CostedCase, certificate: Certificate, names: frozenset[str]) -> float:
-    """What a certificate proves about the MetaOps `names` (the formula stands in `spindle.plan.Certificate`)."""
+    """What a certificate proves about the MetaOps `names` (the formula stands in `spindle.values.plan.Certificate`)."""
     if certificate.through:
         if certificate.through not in names:
             raise BadCertificate(f"the certificate names {certificate.through!r}, which is not there to be named")

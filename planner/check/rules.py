@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from math import isclose
 
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Slice
 from spindle.planner.check.case import RELATIVE, Case, CostedCase, Finding, by_metaop, layer_bytes, named, received_s
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Slice
 
 SHARES = 1e-6  # by which shares of steps may miss 1 together
 

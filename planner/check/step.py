@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from math import isclose
 from typing import NamedTuple
 
-from spindle.cluster import Cluster, Collective
 from spindle.cost.links import collective_s, times_sent
-from spindle.plan import Slice
 from spindle.planner.check.case import CostedCase, Finding, received_s
+from spindle.values.cluster import Cluster, Collective
+from spindle.values.plan import Slice
 
 CLOSE = 1e-6  # of the step
 

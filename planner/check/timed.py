@@ -1,4 +1,4 @@
-"""Prices over time: what `spindle.plan.TimePrices` prove, by arithmetic. The argument stands there."""
+"""Prices over time: what `spindle.values.plan.TimePrices` prove, by arithmetic. The argument stands there."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from spindle.metagraph import MetaOp
-from spindle.plan import TimePrices
 from spindle.planner.check.case import BadCertificate, CostedCase, usable
+from spindle.values.metagraph import MetaOp
+from spindle.values.plan import TimePrices
 
 Array = npt.NDArray[np.float64]
 ROUNDING = 1e-9  # of a window

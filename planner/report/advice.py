@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from spindle.graph import base_task
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Plan
 from spindle.planner.baselines.alternatives import DDP
+from spindle.values.graph import base_task
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Plan
 
 PLAIN = ("sequential", DDP)
 AS_GOOD = 0.02  # share of the step within which plain data parallelism is as good

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from spindle.plan import Plan
 from spindle.planner.report.figures import clip
+from spindle.values.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Explain: a plan in, why it looks like this out: what bounds it, where its gap comes from, where devices idle.
 
-The bound's prices (`spindle.plan.Certificate`: area price a, paths of weight w, p(m) the weight of paths through m) say
-what a device-second and a second on a chain are worth. With D = a N + sum w, every plan of makespan C satisfies exactly
+The bound's prices (`spindle.values.plan.Certificate`: area price a, paths of weight w, p(m) the weight of paths through m)
+say what a device-second and a second on a chain are worth. With D = a N + sum w, every plan of makespan C satisfies exactly
 
     D (C - bound) =   sum over slices of layers * (T(n) (a n + p) - min over n' of T(n') (a n' + p))    wrong counts
                     + sum over slices of transfers * (a n + p)                                          transfers
@@ -15,12 +15,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from spindle.errors import PlanError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Certificate, Plan, Slice
-from spindle.planner.bound import allot_certificate, certified_s
+from spindle.planner.bounds.bound import allot_certificate, certified_s
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.simulate import waits
-from spindle.turns import Turns
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Certificate, Plan, Slice
+from spindle.values.turns import Turns
 
 MOST_WINDOWS = 5
 

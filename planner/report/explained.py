@@ -5,7 +5,7 @@ from textwrap import wrap
 
 from spindle.planner.report.explain import Explanation, MetaOpReason
 from spindle.planner.report.figures import WIDTH, clip, seconds
-from spindle.turns import turns_in_words
+from spindle.values.turns import turns_in_words
 
 MOST_CRITICAL = 6
 

@@ -3,8 +3,8 @@
 When waves gain nothing over the best of those, the last line says so.
 """
 
-from spindle.plan import Alternative, Plan
 from spindle.planner.report.figures import WIDTH, clip, seconds, size
+from spindle.values.plan import Alternative, Plan
 
 LEAST_GAIN = 1e-3  # below this share of the best alternative's step, waves are said to gain nothing
 BASELINE_TITLES = {

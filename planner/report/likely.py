@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from spindle.outlook import Gain, Proof
-from spindle.plan import Plan
 from spindle.planner.report.figures import titled
+from spindle.values.outlook import Gain, Proof
+from spindle.values.plan import Plan
 
 CHANGES: Mapping[str, tuple[str, str]] = {
     "host": ("if launching kernels took half as long", "if twice as long"),

@@ -1,4 +1,4 @@
-"""Outlook: a plan and what its costs are made of in; how sure its step and its gain are out (`spindle.outlook`).
+"""Outlook: a plan and what its costs are made of in; how sure its step and its gain are out (`spindle.values.outlook`).
 
 - The band of the step is that of its sources of costs (`spindle.cost.sources`).
 - The band of the gain: the plan and the quickest alternative are costed again with the seconds of computation, of the
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from spindle.calibration import FACTORS, Calibration
 from spindle.cost.bands import Band, band, factor_bands, pair_band
 from spindle.cost.sources import CostSource, cost_sources, costed_like, step_band
 from spindle.errors import InfeasibleError
-from spindle.outlook import Gain, Moves, Outlook, Proof
-from spindle.plan import Alternative, Plan
 from spindle.planner.baselines.alternatives import Choice, step_again_s
 from spindle.planner.recost import Costs, Recosted
 from spindle.planner.report.instead import LEAST_GAIN
+from spindle.values.calibration import FACTORS, Calibration
+from spindle.values.outlook import Gain, Moves, Outlook, Proof
+from spindle.values.plan import Alternative, Plan
 
 HALF, DOUBLE = Fraction(1, 2), Fraction(2)
 

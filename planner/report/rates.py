@@ -5,9 +5,9 @@ the devices' peak that the model's own operations reach (MFU).
 from dataclasses import dataclass
 from math import prod
 
-from spindle.graph import Operator
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, StepWork
+from spindle.values.graph import Operator
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, StepWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

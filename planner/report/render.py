@@ -9,13 +9,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from string import ascii_lowercase, ascii_uppercase, digits
 
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, Slice
 from spindle.planner.report.figures import WIDTH, clip, counted, seconds, size, titled
 from spindle.planner.report.instead import gain_text, instead_lines
 from spindle.planner.report.likely import gain_lines, likely_lines
 from spindle.planner.report.rates import rates
-from spindle.turns import turns_in_words
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, Slice
+from spindle.values.turns import turns_in_words
 
 MAX_ROWS = 40
 MOST_SETS = 8  # sets of tasks that are printed

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from textwrap import wrap
 
-from spindle.cluster import Cluster
 from spindle.errors import ClusterError, InfeasibleError, PlanError
-from spindle.plan import Plan
 from spindle.planner.report.figures import WIDTH, clip, counted, three_digits
 from spindle.planner.report.rates import rates
 from spindle.planner.report.render import memory_choices
+from spindle.values.cluster import Cluster
+from spindle.values.plan import Plan
 
 HELPS = 0.05
 """More devices help while twice as many shorten the step by at least this share (others in proportion)."""

@@ -13,7 +13,7 @@ from spindle.planner.search.heuristics import Heuristics, draw_heuristics
 from spindle.planner.search.list_scheduler import Run, State, Stuck, Tracker, runs_of, start_state
 from spindle.planner.search.model import Model
 from spindle.planner.search.wave_lp import Targets, WaveLp, residual_waves
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
 
 ROLLOUTS = 2
 

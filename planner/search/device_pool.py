@@ -6,9 +6,9 @@
 - Among such sets, the one the input already lies on costs nothing; else one in the same node; else one where layers of
   the same parameters ran, which makes gradient reductions small; else the tightest node, so that whole nodes stay free.
 - With memory, only devices with room are taken. What a device holds it keeps until the step ends; layers that share
-  parameters count once (`spindle.planner.memory`).
-- Costs are those of `spindle.planner.traffic`: activation forward, gradient back, charged to the slice that receives.
-  Under reversed time the slice that starts pays as well; the forward decoding of the result then charges the right one.
+  parameters count once (`spindle.planner.costing.memory`).
+- Costs are those of `spindle.planner.costing.traffic`: activation forward, gradient back, charged to the slice that
+  receives. Under reversed time the slice that starts pays as well; the forward decoding of the result then charges the right one.
 """
 
 from collections.abc import Sequence

@@ -9,13 +9,13 @@
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from spindle.plan import Slice
 from spindle.planner.baselines.place import join
 from spindle.planner.problem import Problem
 from spindle.planner.search.decode import Decoded, Draft
 from spindle.planner.search.device_pool import DevicePool, bits_of, make_device_pool
 from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model
+from spindle.values.plan import Slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from math import inf, log
 
 from spindle.planner.search.decode import Decoded, Decoder, Draft, Moment, Part
 from spindle.planner.search.list_scheduler import Stuck
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
 
 CROWD = 400  # MetaOps from which on decoding a slice takes longer by the square, since many wait
 CHUNK_SLICES = 6000  # decoded between two looks at the budget

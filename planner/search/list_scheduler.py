@@ -13,7 +13,7 @@ from spindle.planner.search.device_pool import DevicePool, Memory, Sources
 from spindle.planner.search.heuristics import Heuristics
 from spindle.planner.search.model import Model
 from spindle.planner.search.wave_lp import Targets
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
 
 MOST_DECIDING = 128
 DECISION_UNITS = 1.8

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model
 from spindle.planner.search.wave_lp import WaveLp
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
 
 MOST_LEVELS = 8
 THRESHOLD = 5e-4

@@ -8,7 +8,7 @@ from bisect import insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from spindle.planner.reduction import Interval, Wanted, reduced_by_device, schedule, stretches
+from spindle.planner.costing.reduction import Interval, Wanted, reduced_by_device, schedule, stretches
 from spindle.planner.search.decode import MOMENTS, Decoded, Draft, Moment
 from spindle.planner.search.device_pool import DevicePool, bits_of
 from spindle.planner.search.model import Model
@@ -144,7 +144,7 @@ class PlacedDecoder:
                 _, m, devices = heappop(running)
 
     def reduction_s(self, draft: Draft, decoded: Decoded) -> float:
-        """What gradient reductions add, as `spindle.planner.reduction` has it.
+        """What gradient reductions add, as `spindle.planner.costing.reduction` has it.
 
         Backward runs the same slices in reverse: when the slices that started first run, all other gradients are ready.
         """

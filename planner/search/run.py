@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
-from spindle.plan import Slice
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Beam, Found, Width
 from spindle.planner.search.decode import HOLDING_PASSES, SLICE_UNITS, Decoder, Draft, FlatDecoder, draft_of
@@ -24,7 +23,8 @@ from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule, by_search
 from spindle.planner.search.placed import PlacedDecoder
 from spindle.planner.search.wave_lp import COLUMN_UNITS, LP_UNITS
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
+from spindle.values.plan import Slice
 
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
 ROLL_OUT = Width(1, 1, 1)  # one LP and one simulation: the least that gives a schedule

@@ -20,7 +20,7 @@ import numpy as np
 
 from spindle.planner.highs import is_solved, make_highs
 from spindle.planner.search.model import Model
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
 
 LP_UNITS = 180.0  # of any LP, and
 COLUMN_UNITS = 5.0  # for each column

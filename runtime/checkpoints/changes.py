@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spindle.runtime.updates.progress import Progress
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 from spindle.workload import Task, Workload
 
 if TYPE_CHECKING:

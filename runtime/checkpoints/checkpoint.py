@@ -39,7 +39,7 @@ from spindle.runtime.parallel.names import joined_pieces, whole_name
 from spindle.runtime.updates.averages import PREFIX as AVERAGE
 from spindle.runtime.updates.averages import Averages
 from spindle.runtime.updates.progress import Progress
-from spindle.whole_numbers import check_whole
+from spindle.words.whole_numbers import check_whole
 from spindle.workload import Workload
 
 _PROGRESS = "progress.pt"

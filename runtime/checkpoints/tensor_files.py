@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from spindle.errors import RunError
-from spindle.graph import parse_piece
+from spindle.inputs.weights import DTYPES, Stored, header_of
 from spindle.runtime.parallel.names import joined_pieces, piece_of, whole_name
-from spindle.weights import DTYPES, Stored, header_of
+from spindle.values.graph import parse_piece
 
 ABOUT = "spindle.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

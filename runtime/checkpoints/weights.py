@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorCode
 from spindle.errors import CheckpointError, WorkloadError
-from spindle.graph import parse_piece
+from spindle.inputs.weights import is_exact, places_of
 from spindle.runtime.checkpoints.tensor_files import Source, sources_in
-from spindle.weights import is_exact, places_of
+from spindle.values.graph import parse_piece
 from spindle.workload import Workload
 
 

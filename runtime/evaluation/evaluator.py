@@ -20,7 +20,7 @@ from torch import Tensor
 from spindle.capture.codes import OperatorCode
 from spindle.errors import RunError, WorkloadError
 from spindle.evaluation import Measures, Metric, Outputs, modes_kept, unpacked
-from spindle.record.draws import Stream
+from spindle.record.substitutes.draws import Stream
 from spindle.record.travel import dumped
 from spindle.runtime.comms.transport import sum_over_all
 from spindle.runtime.loading.data import Feed, FeedState
@@ -30,7 +30,7 @@ from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.updates.averages import standing_in
-from spindle.trace import Span
+from spindle.values.trace import Span
 from spindle.workload import Task
 
 if TYPE_CHECKING:

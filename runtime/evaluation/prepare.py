@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 
 from spindle.capture import capture
 from spindle.capture.codes import Captured
-from spindle.contract import contract
 from spindle.errors import WorkloadError
 from spindle.evaluation import Evaluation, evaluation_mode
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.checkpoints.weights import own_sources
 from spindle.runtime.controller import Prepared, prepare
@@ -20,6 +18,8 @@ from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.parts import parts_of
 from spindle.runtime.programs.program import Program
 from spindle.runtime.rank_spec import RankSpec, as_needed
+from spindle.values.contract import contract
+from spindle.values.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spindle.errors import WorkloadError
 from spindle.evaluation import EarlyStop, Evaluation, Goal, check_evaluation
 from spindle.metrics import Scores
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 
 
 @dataclass(frozen=True, kw_only=True)

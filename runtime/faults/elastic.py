@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from spindle.clusterfile import parse_cluster
 from spindle.errors import InfeasibleError, LostRankError, NoRoomError, RunError, SpindleError
 from spindle.failures import Failures
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.runtime.controller import Launcher, chosen
 from spindle.runtime.launch.torchrun import nodes_of_job
+from spindle.values.plan import Plan
 
 Shape = tuple[int, int]
 """Nodes, and devices of each."""

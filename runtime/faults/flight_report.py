@@ -15,9 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spindle.errors import FormatError
-from spindle.filetypes import Prose
-from spindle.formats import explain_validation, read_text
-from spindle.harmless import harmless
+from spindle.files.filetypes import Prose
+from spindle.files.formats import explain_validation, read_text
 from spindle.runtime.comms.flight import (
     END,
     EVENT,
@@ -35,6 +34,7 @@ from spindle.runtime.comms.flight import (
     numbered_in,
 )
 from spindle.runtime.comms.pulse import SILENT_S
+from spindle.words.harmless import harmless
 
 MOST_RANKS = 100_000
 _MOST_END_BYTES = 2**16

@@ -20,7 +20,7 @@ from spindle.errors import InputError, LostPeerError, ReplicaError
 from spindle.runtime.comms.transport import Transport, sum_over_all
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.store import ParameterStore
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 
 CHECK_EVERY = 100
 """Steps. A check reads what an optimizer reads and writes some seven times: far less than 0.5 % of a hundred steps."""

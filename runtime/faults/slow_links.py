@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spindle.cost.links import collective_s
-from spindle.plan import Plan
 from spindle.runtime.faults.stragglers import (
     BY_ITSELF,
     BY_PEERS,
@@ -30,6 +29,7 @@ from spindle.runtime.faults.stragglers import (
     lower_quartile,
 )
 from spindle.runtime.steps.busy import Meeting
+from spindle.values.plan import Plan
 
 if TYPE_CHECKING:
     from spindle.runtime.watch import RankStep

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spindle.graph import base_task
-from spindle.plan import Plan
 from spindle.runtime.programs.program import Program, SliceRun
+from spindle.values.graph import base_task
+from spindle.values.plan import Plan
 
 if TYPE_CHECKING:
     from spindle.runtime.worker import Report

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from spindle.graph import base_task, micro_batch
 from spindle.runtime.laws.places import Places, exactly_once
 from spindle.runtime.programs.program import Handover, Instruction, Op, Program, SliceRun, State, Write
+from spindle.values.graph import base_task, micro_batch
 
 
 def statistics_tallied(program: Program, places: Places) -> Iterator[str]:

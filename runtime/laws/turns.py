@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from itertools import pairwise
 
-from spindle.graph import base_task, micro_batch
 from spindle.runtime.laws.places import Places
 from spindle.runtime.programs.program import Instruction, Op, Program, SliceRun
+from spindle.values.graph import base_task, micro_batch
 
 
 def turns_in_order(program: Program, places: Places) -> Iterator[str]:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
-from spindle.graph import base_task, micro_batch, num_micro_batches
-from spindle.record.draws import Stream
+from spindle.inputs.batch import SampledBatch
+from spindle.inputs.weighing import shares
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.comms.transport import Transport, sum_over_all
 from spindle.runtime.drift import Drift
 from spindle.runtime.loading.data import Feed
@@ -24,7 +24,7 @@ from spindle.runtime.loading.recordings import OTHER_LAYERS, LoadedBatch, Record
 from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.program import Program
 from spindle.runtime.watch import tokens_of
-from spindle.weighing import shares
+from spindle.values.graph import base_task, micro_batch, num_micro_batches
 
 OTHER_SHAPES = (
     "read batches of different shapes or rows; every pass over its data must give the same batches in every process "

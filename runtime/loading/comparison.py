@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from spindle.capture.codes import TaskCode
 from spindle.capture.facts import Fact, Samples, facts
-from spindle.capture.parts import TaskPart
+from spindle.capture.operators.parts import TaskPart
 from spindle.record.recording import Aux, Recording, leaves_of
-from spindle.units import Units
+from spindle.values.units import Units
 
 MOST_KNOWN = 64  # pairs of recordings
 

@@ -13,7 +13,7 @@ import torch
 
 from spindle.errors import PlanError, WorkloadError
 from spindle.runtime.comms.transport import Transport, sum_over_all
-from spindle.whole_numbers import check_whole
+from spindle.words.whole_numbers import check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@
   ranks know it. A list of batches, which every rank has, needs neither thread, nor random numbers.
 - Random numbers that the loader draws come from generators of its own, seeded alike everywhere, so that a shuffling
   loader gives all ranks the same order.
-- A feed reads a copy of the loader (spindle/loaders.py): generators that the user gave it start where the user's stand,
-  in every run, and draw what they would in one process. Each pass gets its number through `set_epoch`.
+- A feed reads a copy of the loader (spindle/inputs/loaders.py): generators that the user gave it start where the user's
+  stand, in every run, and draw what they would in one process. Each pass gets its number through `set_epoch`.
 - Where a feed stands is a small state: the generators at the start of the present pass, and the batches taken of it. A
   resumed feed reads those again and drops them; a loader with `state_dict` and `load_state_dict` of its own need not.
 - Worker processes that persist go on from pass to pass. They hold what the data set was in the first pass and draw on
@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spindle.batch import SampledBatch
 from spindle.errors import WorkloadError
-from spindle.loaders import deaf, persisting, reading, set_epoch
-from spindle.record.draws import GLOBAL_GENERATORS
+from spindle.inputs.batch import SampledBatch
+from spindle.inputs.loaders import deaf, persisting, reading, set_epoch
+from spindle.record.substitutes.draws import GLOBAL_GENERATORS
 from spindle.runtime.comms.background import END_S, start_thread
 from spindle.runtime.comms.host import running_on
 from spindle.runtime.loading.shared_batches import SharedReads

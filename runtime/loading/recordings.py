@@ -15,22 +15,22 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import Captured, TaskCode, computing_in
-from spindle.capture.parts import TaskPart, divide
+from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
-from spindle.graph import base_task
-from spindle.record.draws import Stream, drawing_from
+from spindle.inputs.batch import SampledBatch, with_own_tensors
 from spindle.record.lazy import Forbidden, LazyRead, Refused
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
+from spindle.record.substitutes.draws import Stream, drawing_from
 from spindle.record.travel import dumped
 from spindle.runtime.loading.comparison import Comparison
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.compiled import apart_from_compiling
-from spindle.units import Bounds
+from spindle.values.graph import base_task
+from spindle.values.units import Bounds
 from spindle.workload import Precision, Workload
 
 _CPU = torch.device("cpu")

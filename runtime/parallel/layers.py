@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from spindle.capture.codes import OperatorCode
-from spindle.record.checkpoints import resumed
+from spindle.record.substitutes.checkpoints import resumed
 from spindle.runtime.parallel.names import Held, join, piece_of
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import Captured, OperatorCode
-from spindle.graph import Parameter, PiecePlace, parse_piece
 from spindle.runtime.programs.program import Program
+from spindle.values.graph import Parameter, PiecePlace, parse_piece
 
 _PIECE = re.compile(r"@(\d+)/(\d+)/(\d+)(?:x(\d+))?")
 _RANGE = re.compile(r"@\d+-\d+/[\dx]*")

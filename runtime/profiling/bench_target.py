@@ -9,7 +9,6 @@ from typing import Literal, TypeVar
 
 import torch
 
-from spindle.cluster import Cluster
 from spindle.errors import ProfileError
 from spindle.runtime.comms.host import threads_of_rank
 from spindle.runtime.launch.processes import ProcessWorkers
@@ -17,6 +16,7 @@ from spindle.runtime.launch.torchrun import ServedWorkers, nodes_of_job
 from spindle.runtime.launch.worker_group import WorkerGroup
 from spindle.runtime.profiling.hardware import Hardware, hardware_here
 from spindle.runtime.profiling.measure import Bench, BenchSpec
+from spindle.values.cluster import Cluster
 
 TIMEOUT_S = 120.0
 

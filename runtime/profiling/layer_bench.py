@@ -6,12 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
-from spindle.capture.parts import TaskPart
-from spindle.graph import TensorSpec
-from spindle.record.draws import Stream
-from spindle.record.made_up import SCALE, give_numbers
+from spindle.capture.operators.parts import TaskPart
+from spindle.inputs.batch import SampledBatch
+from spindle.record.on_meta.made_up import SCALE, give_numbers
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.comms.transport import ThreadTransport, Transport
 from spindle.runtime.loading.recordings import LoadedBatch, Recipe, Recordings
 from spindle.runtime.parallel.layers import Switch, cut_codes
@@ -23,7 +22,8 @@ from spindle.runtime.steps.compiled import compile_layers
 from spindle.runtime.steps.executor import Activations, Executor
 from spindle.runtime.steps.store import ParameterStore
 from spindle.runtime.updates.masters import Numbers
-from spindle.units import Bounds
+from spindle.values.graph import TensorSpec
+from spindle.values.units import Bounds
 
 SMALL = 1e-3  # size of the gradients that come back, so that no optimizer takes the parameters far
 

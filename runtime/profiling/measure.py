@@ -22,11 +22,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
-from spindle.graph import Parameter, base_task
-from spindle.profile import LinkLevel
-from spindle.record.draws import Stream
+from spindle.inputs.batch import SampledBatch
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.loading.data import Feed, keeps_state
 from spindle.runtime.loading.recordings import Recipe, Recordings
@@ -36,7 +34,9 @@ from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.steps.clock import Clock
 from spindle.runtime.updates.masters import Numbers
 from spindle.runtime.updates.optimizers import OptimizerFactory, rank_optimizer
-from spindle.units import SAMPLES
+from spindle.values.graph import Parameter, base_task
+from spindle.values.profile import LinkLevel
+from spindle.values.units import SAMPLES
 from spindle.workload import Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30

@@ -13,16 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spindle.batch import SampledBatch
 from spindle.capture.codes import Captured
 from spindle.capture.sizes import sizes_of
-from spindle.cluster import Cluster
-from spindle.contract import contract, contract_like
-from spindle.cost.measured import COLLECTIVES, check_device
+from spindle.cost.measured.links import COLLECTIVES, check_device
 from spindle.errors import ProfileError, SpindleWarning
-from spindle.graph import base_task
-from spindle.metagraph import MetaGraph
-from spindle.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
+from spindle.inputs.batch import SampledBatch
 from spindle.runtime.launch.worker_group import WorkerGroup
 from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.profiling.bench_target import BenchTarget
@@ -31,6 +26,11 @@ from spindle.runtime.profiling.measure import MAX_REPEATS, MIN_REPEATS, BenchSpe
 from spindle.runtime.profiling.rounds import Round, kinds_of, other_work, rounds_of
 from spindle.runtime.updates.masters import Numbers
 from spindle.runtime.updates.optimizers import OptimizerFactory, described, rank_optimizer
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract, contract_like
+from spindle.values.graph import base_task
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import LinkEntry, LinkLevel, LinkOperation, LoadEntry, Profile
 from spindle.workload import Batch, Task, Workload
 
 MESSAGE_BYTES = tuple(4 << shift for shift in range(10, 24, 2))  # 4 KiB to 16 MiB

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spindle.graph import Operator
-from spindle.metagraph import MetaGraph
-from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.launch.worker_group import WorkerGroup
 from spindle.runtime.profiling.measure import MIN_REPEATS, degrees, spread, steady
+from spindle.values.graph import Operator
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import Profile, ProfileEntry
 
 CHAIN = 4  # layers of a kind that run one after the other
 MANY = 6  # a kind with more valid counts is measured at powers of two and its largest

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.errors import PlanError
-from spindle.graph import Parameter, TaskGraph
 from spindle.runtime.programs.program import Flat, Instruction, Op, Program, SliceRun
+from spindle.values.graph import Parameter, TaskGraph
 
 Ranks = tuple[int, ...]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, Slice, make_waves
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Flat, Program, SliceRun
+from spindle.values.graph import Operator, TaskGraph
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, Slice, make_waves
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec, in_one_process, unit_of
-from spindle.metagraph import MetaGraph
-from spindle.plan import BUCKET_BYTES, Plan, Slice
 from spindle.runtime.programs.flats import make_flats
 from spindle.runtime.programs.messages import transfer_messages
 from spindle.runtime.programs.passes import run_passes
@@ -30,6 +27,9 @@ from spindle.runtime.programs.states import (
     orders,
     refuse_circle,
 )
+from spindle.values.graph import Operator, Parameter, TaskGraph, TensorSpec, in_one_process, unit_of
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import BUCKET_BYTES, Plan, Slice
 
 
 def lower(

@@ -8,9 +8,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Message, Program, SliceRun, Transfer
-from spindle.units import Bounds, Units, shares
+from spindle.values.graph import TensorSpec
+from spindle.values.units import Bounds, Units, shares
 
 Copy = tuple[tuple[int, ...], Bounds]
 """Ranks that hold one copy of the layers together, and its samples."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
-from spindle.graph import TensorSpec, base_task
 from spindle.runtime.programs.flats import flat_moves
 from spindle.runtime.programs.program import (
     Bucket,
@@ -23,6 +22,7 @@ from spindle.runtime.programs.program import (
     gradients,
 )
 from spindle.runtime.programs.states import make_handovers
+from spindle.values.graph import TensorSpec, base_task
 
 MoveT = TypeVar("MoveT", Transfer, Handover)
 Lists = tuple[tuple[Instruction, ...], ...]

@@ -21,8 +21,8 @@ from enum import StrEnum
 from functools import cached_property
 
 from spindle.errors import ProgramError
-from spindle.graph import TensorSpec, base_task, micro_batch, parse_piece
-from spindle.units import SAMPLES
+from spindle.values.graph import TensorSpec, base_task, micro_batch, parse_piece
+from spindle.values.units import SAMPLES
 
 
 class Op(StrEnum):

@@ -14,12 +14,12 @@ round beside each of the first turns.
 from collections.abc import Iterable
 from dataclasses import replace
 
+from spindle.capture.changes.writes import related
 from spindle.capture.codes import Captured
 from spindle.capture.repeat import renamed, repeated
-from spindle.capture.writes import related
-from spindle.contract import contract
-from spindle.graph import TaskGraph, base_task, micro_batch, num_micro_batches
-from spindle.plan import Plan, Slice, make_waves
+from spindle.values.contract import contract
+from spindle.values.graph import TaskGraph, base_task, micro_batch, num_micro_batches
+from spindle.values.plan import Plan, Slice, make_waves
 
 Sequence = tuple[str, ...]
 """Tasks of which each runs all its batches of a step before the next one begins."""

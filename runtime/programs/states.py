@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from spindle.errors import PlanError
-from spindle.graph import Operator, ParameterWrite, TaskGraph, base_task, micro_batch
 from spindle.runtime.programs.program import Fetch, Handover, SliceRun, State, Tally, Write
+from spindle.values.graph import Operator, ParameterWrite, TaskGraph, base_task, micro_batch
 
 
 def orders(graph: TaskGraph, rounds: int) -> dict[str, set[str]]:

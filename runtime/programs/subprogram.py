@@ -7,10 +7,10 @@ excerpt puts the outputs of the one and the gradients of the other where a step 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from spindle.graph import TaskGraph
-from spindle.plan import Slice
 from spindle.runtime.programs.lower import make_buckets, slice_run, split_samples
 from spindle.runtime.programs.program import Program, SliceRun
+from spindle.values.graph import TaskGraph
+from spindle.values.plan import Slice
 
 BEFORE, AFTER = "before", "after"
 

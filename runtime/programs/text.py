@@ -28,7 +28,6 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from spindle.errors import FormatError
-from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import (
     Bucket,
     Fetch,
@@ -44,7 +43,8 @@ from spindle.runtime.programs.program import (
     Transfer,
     Write,
 )
-from spindle.units import SAMPLES
+from spindle.values.graph import TensorSpec
+from spindle.values.units import SAMPLES
 
 HEADER = "spindle.program 2"
 _UNSAFE = re.compile(r"[%\s]")

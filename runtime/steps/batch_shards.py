@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spindle.graph import BYTES_BY_DTYPE, TensorSpec
 from spindle.runtime.programs.program import Message
-from spindle.units import Bounds, Units
+from spindle.values.graph import BYTES_BY_DTYPE, TensorSpec
+from spindle.values.units import Bounds, Units
 
 BatchShard = tuple[int, int, Tensor]
 """First sample, last sample + 1, and the tensor that holds them."""

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spindle.cluster import Collective
 from spindle.runtime.comms.transport import Wait
+from spindle.values.cluster import Collective
 
 MOST_PENDING = 4096
 """Runs whose events have not passed; of more, a device far behind, the newest are not timed."""

@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from spindle.capture.codes import OperatorCode
 from spindle.capture.signature import module_signature
-from spindle.compilation import Compilation
 from spindle.errors import WorkloadError
-from spindle.record.draws import Draw, current, draw
-from spindle.record.randomness import Drawing, RowDraw
+from spindle.inputs.compilation import Compilation
+from spindle.record.substitutes.draws import Draw, current, draw
+from spindle.record.substitutes.randomness import Drawing, RowDraw
 
 CASES = 64
 """Of one layer, torch's own limit is 8: gradients wanted for its input or not, kept or computed again, train or eval

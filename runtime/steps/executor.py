@@ -14,8 +14,7 @@ from torch import Tensor
 
 from spindle.capture.codes import OperatorCode, OperatorPart, computing_in
 from spindle.errors import NotFiniteError, RunError, SpindleError
-from spindle.graph import TensorSpec, base_task, num_micro_batches
-from spindle.record.draws import Stream, drawing_from
+from spindle.record.substitutes.draws import Stream, drawing_from
 from spindle.record.writes import OwnWrite, perform
 from spindle.runtime.comms.transport import Post, Transport, Wait, sum_over_all
 from spindle.runtime.loading.batches import check_alike
@@ -43,8 +42,9 @@ from spindle.runtime.steps.reductions import Reductions
 from spindle.runtime.steps.state import StepState, received
 from spindle.runtime.steps.store import ParameterStore, trained_as
 from spindle.runtime.updates.after_steps import AfterSteps, run_after_step
-from spindle.trace import Span
-from spindle.units import Bounds
+from spindle.values.graph import TensorSpec, base_task, num_micro_batches
+from spindle.values.trace import Span
+from spindle.values.units import Bounds
 from spindle.workload import Precision
 
 Fetch = Callable[[str], LoadedBatch]

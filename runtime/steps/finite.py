@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from spindle.errors import InputError
-from spindle.graph import base_task
 from spindle.runtime.comms.transport import Transport, sum_over_all
+from spindle.values.graph import base_task
 
 NotFinite = Literal["stop", "skip", "ignore"]
 """What a run does in a step with a loss or a gradient that is not finite: end before the optimizer steps, let the

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorCode
 from spindle.errors import WorkloadError
-from spindle.graph import range_name
 from spindle.runtime.checkpoints.weights import Readable, put_parameters
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.programs.program import Flat, Program, SliceRun
 from spindle.runtime.steps.busy import Together
 from spindle.runtime.updates.masters import Numbers
+from spindle.values.graph import range_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from spindle.capture.codes import OperatorCode
-from spindle.graph import TensorSpec, base_task, micro_batch
-from spindle.record.draws import Stream
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.programs.program import Program, SliceRun
-from spindle.units import Bounds, Units
+from spindle.values.graph import TensorSpec, base_task, micro_batch
+from spindle.values.units import Bounds, Units
 
 
 @dataclass(frozen=True, slots=True)

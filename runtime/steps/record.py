@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from spindle.runtime.programs.program import Instruction, Op, Program
 from spindle.runtime.steps.busy import Meeting
-from spindle.trace import Span, SpanKind
+from spindle.values.trace import Span, SpanKind
 
 _KIND_BY_OP = {
     Op.LOAD: SpanKind.LOAD,

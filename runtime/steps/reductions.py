@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from spindle.cluster import Collective
 from spindle.errors import RunError
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.programs.program import Bucket, Flags, Instruction, Op, Program, SliceRun
 from spindle.runtime.steps.busy import Together
 from spindle.runtime.steps.store import ParameterStore
+from spindle.values.cluster import Collective
 
 
 class Reductions:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.codes import OperatorCode
-from spindle.graph import parse_piece
 from spindle.runtime.parallel.names import piece_of
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.flats import Row
 from spindle.runtime.updates.masters import Numbers, add_gradient, follow, master_of, named_pairs, write_back
+from spindle.values.graph import parse_piece
 
 
 class ParameterStore:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spindle.graph import base_task
 from spindle.runtime.programs.program import Program, SliceRun, Tally
+from spindle.values.graph import base_task
 
 
 @dataclass(frozen=True, slots=True)

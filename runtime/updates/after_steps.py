@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from spindle.after_step import AfterStep
 from spindle.errors import WorkloadError
-from spindle.graph import parse_piece
+from spindle.inputs.after_step import AfterStep
 from spindle.runtime.programs.program import Program
+from spindle.values.graph import parse_piece
 from spindle.workload import Workload
 
 AfterSteps = tuple[tuple[AfterStep, frozenset[str]], ...]

@@ -1,4 +1,4 @@
-"""Averages: a running average of the weights that a rank answers for (`spindle.ema`).
+"""Averages: a running average of the weights that a rank answers for (`spindle.inputs.ema`).
 
 - Each weight is averaged by one rank, the one that also saves it: of its range or piece where it is sharded or cut.
 - It is averaged in float32 at least, and from the master of a parameter that has one: in bfloat16 an average with a
@@ -15,11 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spindle.ema import EMA
-from spindle.graph import parse_piece
+from spindle.inputs.ema import EMA
 from spindle.runtime.comms.transport import Transport, Wait
 from spindle.runtime.parallel.names import piece_of
 from spindle.runtime.programs.program import Program
+from spindle.values.graph import parse_piece
 
 PREFIX = "ema:"
 T = TypeVar("T")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
-from spindle.graph import Parameter
+from spindle.values.graph import Parameter
 from spindle.workload import ReduceType, Workload
 
 KEY = "master_weight"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import RunError, SpindleWarning, WorkloadError
-from spindle.graph import Parameter, parse_piece
+from spindle.inputs.usercode import PAIRS, arguments, takes_names
 from spindle.runtime.parallel.names import piece_of
-from spindle.usercode import PAIRS, arguments, takes_names
+from spindle.values.graph import Parameter, parse_piece
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 Settings = Mapping[str, Mapping[str, float]]

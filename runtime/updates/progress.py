@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import CheckpointError
-from spindle.graph import parse_piece
 from spindle.runtime.parallel.names import piece_of
 from spindle.runtime.updates.optimizers import without_parameters
+from spindle.values.graph import parse_piece
 
 Progress = dict[str, Any]
 """Plain values and tensors that tell where a run stands besides its tensors."""

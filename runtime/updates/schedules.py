@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.errors import CheckpointError, RunError, WorkloadError
+from spindle.inputs.usercode import arguments
 from spindle.runtime.updates.optimizers import Optimization, is_required, without_parameters
-from spindle.usercode import arguments
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 Metric = Callable[[Mapping[str, float]], float]

@@ -22,9 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from spindle.capture.look.repeats import places
 from spindle.errors import CheckpointError, SpindleWarning, WorkloadError
-from spindle.graph import Parameter
-from spindle.record.draws import GLOBAL_GENERATORS
-from spindle.record.fingerprints import fingerprint
+from spindle.record.changes.fingerprints import fingerprint
+from spindle.record.substitutes.draws import GLOBAL_GENERATORS
 from spindle.runtime.updates.optimizers import (
     OptimizerFactory,
     Settings,
@@ -45,6 +44,7 @@ from spindle.runtime.updates.schedules import (
     same_value,
     takes_metric,
 )
+from spindle.values.graph import Parameter
 
 STEPS, MORE_STEPS = 3, 3
 WIDTH = 3  # of each dimension of a small parameter, at most

@@ -19,24 +19,24 @@ import warnings
 from collections.abc import Callable
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
-from spindle.capture.buffers import make_buffers_real
+from spindle.capture.changes.buffers import make_buffers_real
+from spindle.capture.changes.states import lines_of, with_states
+from spindle.capture.changes.writes import checked_writes
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
 from spindle.capture.look.proposals import in_code, parts_of
 from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
 from spindle.capture.modules import refuse_modules
-from spindle.capture.naming import Namer
-from spindle.capture.operators import Memo, TaskOperators, build_operators
+from spindle.capture.operators.naming import Namer
+from spindle.capture.operators.of_task import Memo, TaskOperators, build_operators
 from spindle.capture.repeat import repeated
 from spindle.capture.signature import module_signature
-from spindle.capture.states import lines_of, with_states
-from spindle.capture.writes import checked_writes
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.graph import TaskGraph
-from spindle.record.copies import attributes_kept, values_kept
-from spindle.record.known_shapes import KnownShapes
-from spindle.record.patches import watchable_modules
+from spindle.record.changes.copies import attributes_kept, values_kept
+from spindle.record.on_meta.known_shapes import KnownShapes
 from spindle.record.skeleton import BlockInfo, Skeleton
+from spindle.record.substitutes.patches import watchable_modules
+from spindle.values.graph import TaskGraph
 from spindle.workload import Component, Workload
 
 LARGE = 5_000_000  # parameters; below that an operator in one piece costs a plan little

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from spindle.capture.facts import Slot
 from spindle.capture.grouping import Frontier, Key
-from spindle.compilation import Compilation
-from spindle.graph import TaskGraph, base_task
-from spindle.record.caches import caches_off, caching_configs
-from spindle.record.checkpoints import Planned, going, resumed
-from spindle.record.draws import Site
-from spindle.record.randomness import Drawing
+from spindle.inputs.compilation import Compilation
 from spindle.record.recording import LeafWrite, Node, Recording, execute
 from spindle.record.skeleton import Skeleton
-from spindle.units import Place
+from spindle.record.substitutes.caches import caches_off, caching_configs
+from spindle.record.substitutes.checkpoints import Planned, going, resumed
+from spindle.record.substitutes.draws import Site
+from spindle.record.substitutes.randomness import Drawing
+from spindle.values.graph import TaskGraph, base_task
+from spindle.values.units import Place
 from spindle.workload import Precision
 
 Crossing = tuple[object, int, int]

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from spindle.capture.codes import Captured
-from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import Around, call_name, forwards_replaced
-from spindle.record.checkpoints import Planned, going
-from spindle.record.draws import Sites, Stream, drawing_from
-from spindle.record.patches import plain_modules
-from spindle.record.randomness import Drawing
+from spindle.record.substitutes.caches import caches_off, caching_configs
+from spindle.record.substitutes.checkpoints import Planned, going
+from spindle.record.substitutes.draws import Sites, Stream, drawing_from
+from spindle.record.substitutes.patches import plain_modules
+from spindle.record.substitutes.randomness import Drawing
 from spindle.workload import Workload
 
 

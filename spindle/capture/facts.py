@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spindle.record.fingerprints import fingerprint
+from spindle.record.changes.fingerprints import fingerprint
 from spindle.record.recording import Aux, Node, Ref, tree
-from spindle.units import Bounds, Units
+from spindle.values.units import Bounds, Units
 
 Slot = tuple[object, str, int]
 """Place in the code or name of a block call, the call of a component, and which of the leaves of its arguments;

@@ -13,7 +13,7 @@ from spindle.capture.codes import TaskCode
 from spindle.capture.crossing import crossing_values, reads_of_others, with_gradient
 from spindle.capture.grouping import Key, Order, Wired
 from spindle.errors import WorkloadError
-from spindle.units import Place
+from spindle.values.units import Place
 
 
 class _Read(NamedTuple):

@@ -7,7 +7,7 @@ fill the gaps that another leaves.
 from dataclasses import replace
 
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
-from spindle.graph import Operator, TaskGraph, base_task, micro_batch, num_micro_batches
+from spindle.values.graph import Operator, TaskGraph, base_task, micro_batch, num_micro_batches
 
 
 def repeated(captured: Captured, count: int) -> Captured:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spindle.batch import SampledBatch, with_own_tensors
-from spindle.capture import costs
 from spindle.capture.codes import Captured, OperatorPart, TaskCode, computing_in
-from spindle.capture.parts import TaskPart, divide
+from spindle.capture.operators.of_task import costs
+from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import SpindleError
-from spindle.graph import Operator, TaskGraph, TensorSpec, base_task, micro_batch
-from spindle.plan import SizeRange
-from spindle.record.draws import Stream
+from spindle.inputs.batch import SampledBatch, with_own_tensors
 from spindle.record.run import Failure, record
+from spindle.record.substitutes.draws import Stream
+from spindle.values.graph import Operator, TaskGraph, TensorSpec, base_task, micro_batch
+from spindle.values.plan import SizeRange
 from spindle.workload import Task, Workload
 
 READ, MEASURED = 32, 12  # batches of a task that are read, and of these the ones whose operators are measured

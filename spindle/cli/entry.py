@@ -60,7 +60,7 @@ def _hints(error: SpindleError) -> str:
 def _refuse(text: str, hint: str = "", notes: Sequence[str] = ()) -> None:
     """One to three lines on stderr, without what a terminal would obey; SPINDLE_DEBUG shows all, with the notes."""
     from spindle.cli.brief import ROWS, brief  # which help does not need
-    from spindle.harmless import harmless
+    from spindle.words.harmless import harmless
 
     text, hint = harmless(f"spindle: {text}"), harmless(hint)
     if os.environ.get("SPINDLE_DEBUG"):

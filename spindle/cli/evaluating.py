@@ -10,9 +10,9 @@ from spindle.cli.terminal import folded, is_silent
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from spindle.api import TrainResult
     from spindle.evaluation import Evaluation
     from spindle.metrics import Callback, EvaluationMetrics, Scores
+    from spindle.verbs.api import TrainResult
     from spindle.workload import Workload
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -110,7 +110,7 @@ def staged(
     import functools
 
     from spindle.errors import WorkloadError
-    from spindle.stages import Stage, train_stages
+    from spindle.verbs.stages import Stage, train_stages
 
     if plan_file is not None:
         raise click.UsageError("--stages: each stage is planned anew; leave out --plan.")

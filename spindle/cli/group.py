@@ -10,7 +10,7 @@ from spindle.cli.terminal import WIDTH
 from spindle.errors import FormatError
 
 if TYPE_CHECKING:
-    from spindle.plan import Plan
+    from spindle.values.plan import Plan
 
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
@@ -76,7 +76,7 @@ def cluster_for(source: str, cluster: str | None) -> str:
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     if cluster is not None:
         return cluster
-    from spindle.api import devices_at_hand
+    from spindle.verbs.api import devices_at_hand
 
     return devices_at_hand()
 
@@ -84,9 +84,9 @@ def cluster_for(source: str, cluster: str | None) -> str:
 def read_plan(path: str, *, as_it_is: bool = False) -> "Plan":
     """The plan in a file; PlanError where it breaks a rule of the checker, unless it is read `as_it_is`."""
     from spindle.errors import PlanError
-    from spindle.formats import read
-    from spindle.plan import Plan
+    from spindle.files.formats import read
     from spindle.planner.check import check_plan
+    from spindle.values.plan import Plan
 
     plan = read(path, Plan)
     findings = () if as_it_is else check_plan(plan)

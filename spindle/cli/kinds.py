@@ -69,7 +69,7 @@ class ClusterText(StringParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The built-in device types behind `4x8:`, or YAML files."""
-        from spindle.clusterfile import device_types
+        from spindle.files.clusterfile import device_types
 
         shape = incomplete.partition(":")[0] or "1x8"
         if not all(part.isdecimal() for part in shape.split("x")):

@@ -13,11 +13,11 @@ import click
 from spindle.errors import SpindleWarning
 
 if TYPE_CHECKING:
-    from spindle.api import TrainResult
-    from spindle.cost_options import CostOptions
-    from spindle.plan import Plan
-    from spindle.profile import Profile
-    from spindle.source import Source
+    from spindle.values.cost_options import CostOptions
+    from spindle.values.plan import Plan
+    from spindle.values.profile import Profile
+    from spindle.verbs.api import TrainResult
+    from spindle.verbs.source import Source
     from spindle.workload import Workload
 
 WIDTH = 100
@@ -83,7 +83,7 @@ def tell(text: str) -> None:
 
 def warn(text: str) -> None:
     """A line on stderr of what the user may want to change."""
-    from spindle.harmless import harmless  # which help does not need
+    from spindle.words.harmless import harmless  # which help does not need
 
     if is_silent():
         return
@@ -102,8 +102,8 @@ def cost_notes(
     from collections import Counter
 
     from spindle.cost.sources import cost_sources, costed_like
-    from spindle.graph import base_task
     from spindle.planner.report.advice import advise
+    from spindle.values.graph import base_task
 
     metagraph = source.metagraph
     sources = cost_sources(costed_like(metagraph, plan), measured, is_calibrated=is_calibrated)

@@ -17,14 +17,14 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from spindle.calibration import FACTORS
-from spindle.clusterfile import read_yaml
 from spindle.errors import FormatError
-from spindle.filemodels import StrictModel
-from spindle.formats import explain_validation
+from spindle.files.clusterfile import read_yaml
+from spindle.files.filemodels import StrictModel
+from spindle.files.formats import explain_validation
+from spindle.values.calibration import FACTORS
 
 BandSource = Literal["predicted", "calibrated", "profiled"]
-HELD_OUT = Path(__file__).parents[1] / "held_out.yaml"
+HELD_OUT = Path(__file__).with_name("held_out.yaml")
 COVERS = 0.9
 FEW = 3  # calibrations that tell how far a factor moves
 UNKNOWN = 2.0  # times a factor, or part of it, that nobody has determined

@@ -9,9 +9,9 @@
 
 from collections.abc import Sequence
 
-from spindle.cluster import Cluster
 from spindle.cost.links import collective_s, spread_over_nodes
 from spindle.cost.roofline import OperatorTime
+from spindle.values.cluster import Cluster
 
 TENSOR_PARALLEL_COST = 2.0
 """Fitted on half of the step times of benchmarks/data/alephalpha_llama_a100_layouts.csv: devices do not arrive at one

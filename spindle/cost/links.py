@@ -10,13 +10,13 @@
 from collections.abc import Sequence
 from math import ceil, log2
 
-from spindle.cluster import Cluster, Collective, Link, Protocol
+from spindle.values.cluster import Cluster, Collective, Link, Protocol
 
 
 def collective_s(operation: Collective, num_bytes: float, cluster: Cluster, per_node: Sequence[int]) -> float:
     """Seconds of one collective of `num_bytes` (the whole buffer) by a group with `per_node` members in each node.
 
-    >>> from spindle.clusterfile import parse_cluster
+    >>> from spindle.files.clusterfile import parse_cluster
     >>> cluster = parse_cluster("2x8:a100-80g")
     >>> within = collective_s("all_reduce", 1e9, cluster, (8,))
     >>> across = collective_s("all_reduce", 1e9, cluster, (4, 4))

@@ -14,9 +14,9 @@ from math import prod
 
 from spindle.cost.optimizers import kept_bytes_of
 from spindle.cost.roofline import chain_rows, num_scores, score_flops
-from spindle.cost_options import CostOptions
-from spindle.execution import writes_scores
-from spindle.graph import Operator, Parameter
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import writes_scores
+from spindle.values.graph import Operator, Parameter
 
 SCORE_BYTES = 5.0
 """Kept by plain attention for each score: softmax, dropout mask and result (Korthikanti et al. 2022)."""

@@ -7,10 +7,10 @@
   of them. Between two measured counts T = a + b/n through both (paper, section 3.2); outside them the nearest
   measured time is scaled by the ratio that the analytic model predicts. Kinds that were not measured are predicted
   (`spindle.cost.roofline`). A kind of a family that was measured on other sizes is predicted from its size
-  (`spindle.cost.family`).
+  (`spindle.cost.measured.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
-  the planner charges it by plan (`spindle.planner.traffic`). `layer_param_bytes` is therefore what is reduced: the
-  trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimizer's step comes once
+  the planner charges it by plan (`spindle.planner.costing.traffic`). `layer_param_bytes` is therefore what is reduced:
+  the trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimizer's step comes once
   a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
 - Of a component whose parameters are sharded every MetaOp runs on all devices (`spindle.cost.shards`).
 - Loading comes once a rank and task: `load_s` of the MetaOps that read a field of the batch, as measured, else none.
@@ -24,20 +24,20 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
-from spindle.cluster import Cluster
-from spindle.cost.family import curves_of, shared_curve
-from spindle.cost.heldout import between
 from spindle.cost.layout import tensor_parallel_s
+from spindle.cost.measured.family import curves_of, shared_curve
+from spindle.cost.measured.heldout import between
 from spindle.cost.memory import chain_bytes, recomputed_bytes, shared_bytes, waiting_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, Work, chain_rows, operator_work, time_operator
 from spindle.cost.shards import on_all_devices, shards, with_shards
-from spindle.cost_options import CostOptions, imbalance, tail
 from spindle.errors import InfeasibleError
-from spindle.execution import as_styled
-from spindle.graph import Operator, Parameter, base_task
-from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.profile import Profile, ProfileEntry
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions, imbalance, tail
+from spindle.values.execution import as_styled
+from spindle.values.graph import Operator, Parameter, base_task
+from spindle.values.metagraph import MetaGraph, MetaOp, points
+from spindle.values.profile import Profile, ProfileEntry
 
 
 def with_costs(

@@ -16,10 +16,10 @@
 
 from math import ceil, prod
 
-from spindle.cluster import Device
-from spindle.cost_options import CostOptions, Optimizer
-from spindle.execution import PLAIN_UPDATE
-from spindle.graph import Parameter
+from spindle.values.cluster import Device
+from spindle.values.cost_options import CostOptions, Optimizer
+from spindle.values.execution import PLAIN_UPDATE
+from spindle.values.graph import Parameter
 
 STATES: dict[Optimizer, float] = {
     "adamw": 2,

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 
-from spindle.cluster import Cluster
 from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s
 from spindle.cost.memory import gradient_bytes, layer_bytes, state_bytes
 from spindle.cost.optimizers import step_s
 from spindle.cost.roofline import OperatorTime, chain_rows, operator_work, time_operator
-from spindle.cost_options import CostOptions
-from spindle.execution import STAGES, Parallel, as_styled, norm_copies
-from spindle.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import STAGES, Parallel, as_styled, norm_copies
+from spindle.values.graph import BYTES_BY_DTYPE, Operator, Parameter, TaskGraph
 
 LOGIT_BYTES = 12.0
 """For each logit of a vocabulary projection: two bytes, a copy of four with its gradient, and a gradient of two. They
@@ -42,7 +42,7 @@ class ParallelCost:
 
 def parallel_cost(graph: TaskGraph, cluster: Cluster, cost_options: CostOptions, layout: Parallel) -> ParallelCost:
     """A step of all tasks of `graph` on `cluster`, whose constants are those of the program that runs
-    (`spindle.execution.as_run`). Raises WorkloadError when the layout does not divide the cluster.
+    (`spindle.values.execution.as_run`). Raises WorkloadError when the layout does not divide the cluster.
     """
     replicas = layout.replicas(cluster)
     tasks: dict[str, list[Operator]] = {}

@@ -11,7 +11,7 @@
 - Each operator starts a number of kernels, and each takes `launch_s` besides its work: its start on the device, and on
   the host where the device waits for it. Narrow layers on small local batches take little else.
 
-The constants are the device's (spindle.cluster.Device), as the program runs on it (spindle.execution);
+The constants are the device's (spindle.values.cluster.Device), as the program runs on it (spindle.values.execution);
 docs/cost-model.md says what each was fitted on.
 """
 
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
-from spindle.cluster import Device
-from spindle.execution import USUAL, Execution, writes_scores
-from spindle.graph import BYTES_BY_DTYPE, Operator
+from spindle.values.cluster import Device
+from spindle.values.execution import USUAL, Execution, writes_scores
+from spindle.values.graph import BYTES_BY_DTYPE, Operator
 
 TILE = 128  # rows and columns of a result that one unit computes at a time (cuBLAS's and CUTLASS's usual choice)
 TAIL = 0.25  # of a round of tiles is lost on average in the last round, partly hidden by smaller tiles and split sums

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from spindle.cluster import Cluster
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import CostOptions
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.profile import Profile
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ own, and a profile tells its time by its family.
 from dataclasses import replace
 from fractions import Fraction
 
-from spindle.graph import Operator, TensorSpec
-from spindle.metagraph import Flow, MetaGraph, MetaOp
+from spindle.values.graph import Operator, TensorSpec
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp
 
 
 def scaled(metagraph: MetaGraph, factor: Fraction) -> MetaGraph | None:

@@ -9,13 +9,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from spindle.cluster import Cluster
 from spindle.cost.layout import sharded_s
 from spindle.cost.roofline import OperatorTime
-from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
-from spindle.graph import Operator
-from spindle.metagraph import MetaGraph, MetaOp, points
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.graph import Operator
+from spindle.values.metagraph import MetaGraph, MetaOp, points
 
 ELEMENTWISE = ("adamw", "adam", "lion", "sgd", "sgd_momentum")
 """Optimizers that update each number by itself, so that a device can step a part of a matrix."""
@@ -26,7 +26,7 @@ def with_shards(metaop: MetaOp, cluster: Cluster) -> MetaOp:
     """A MetaOp with costs with parameters sharded over all devices; one without parameters is as it was.
 
     Example:
-        >>> from spindle.clusterfile import parse_cluster
+        >>> from spindle.files.clusterfile import parse_cluster
         >>> op = MetaOp(name="a", task="t", component="a", layers=2, layer_time_s=((8, 1e-3),),
         ...     memory_bytes=((8, 1e9),), layer_param_bytes=1e8, layer_state_bytes=4e8)
         >>> found = with_shards(op, parse_cluster("1x8:a100-80g"))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from spindle.cost.bands import EXACT, Band, band, between
-from spindle.cost.family import curves_of
-from spindle.cost.heldout import HeldOut, left_out, left_out_sizes
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Plan, Slice
-from spindle.profile import Profile, ProfileEntry
+from spindle.cost.measured.family import curves_of
+from spindle.cost.measured.heldout import HeldOut, left_out, left_out_sizes
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Plan, Slice
+from spindle.values.profile import Profile, ProfileEntry
 
 SourceKind = Literal["measured", "interpolated", "scaled", "predicted", "calibrated", "given"]
 

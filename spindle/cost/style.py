@@ -8,12 +8,12 @@ from math import log
 from statistics import fmean
 from typing import get_args
 
-from spindle.cluster import Cluster
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import CostOptions
-from spindle.execution import Execution, LayerStyle, as_run
-from spindle.metagraph import MetaGraph
-from spindle.profile import Profile
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import Execution, LayerStyle, as_run
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import Profile
 
 
 def style_of(metagraph: MetaGraph, cluster: Cluster, profile: Profile, cost_options: CostOptions) -> Execution:

@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spindle.clusterfile import read_yaml
 from spindle.errors import FormatError
-from spindle.filemodels import StrictModel
-from spindle.filetypes import Text
-from spindle.formats import explain_validation, parse_json, read_text
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.files.clusterfile import read_yaml
+from spindle.files.filemodels import StrictModel
+from spindle.files.filetypes import Text
+from spindle.files.formats import explain_validation, parse_json, read_text
 from spindle.spec.values import stages_to_edges
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
 
 MIB = 2.0**20
 STATE_COPIES = 4.0  # Galvatron: weights, gradients, optimizer states are four times parameter_size

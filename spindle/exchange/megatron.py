@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import combinations, pairwise
 
 from spindle.errors import InputError, PlanError
-from spindle.plan import Plan, Slice
+from spindle.values.plan import Plan, Slice
 
 LANGUAGE = "language"  # what Megatron calls the module that the others feed
 NO_MODULES = ("glue", "loss")  # what tasks do between and after their components; there it is the language module's

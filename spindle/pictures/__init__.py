@@ -8,7 +8,7 @@ A module says what a picture shows (graph, curves), another draws it. Colors, wo
 
 from pathlib import Path
 
-from spindle.formats import write_bytes, write_text
+from spindle.files.formats import write_bytes, write_text
 from spindle.pictures.curves import panels_of
 from spindle.pictures.curves_svg import curves_svg
 from spindle.pictures.graph import graph_of

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from spindle.harmless import harmless
 from spindle.timeline.svg import FONT, text_at
+from spindle.words.harmless import harmless
 
 INK = "#1b2027"
 WIDE = frozenset("mwMW@%")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spindle.cost.sources import CostSource
-from spindle.metagraph import MetaGraph, MetaOp, Points
-from spindle.planner.curves import clean_curve
+from spindle.planner.costing.curves import clean_curve
 from spindle.planner.report.sizes import enough_of
+from spindle.values.metagraph import MetaGraph, MetaOp, Points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spindle.contract import meta_levels
 from spindle.errors import GraphError
-from spindle.graph import base_task
-from spindle.metagraph import MetaGraph, MetaOp
+from spindle.values.contract import meta_levels
+from spindle.values.graph import base_task
+from spindle.values.metagraph import MetaGraph, MetaOp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,9 @@ def graph_of(metagraph: MetaGraph) -> Graph:
     """The picture's values of a MetaGraph. Raises GraphError where a MetaOp has no times yet."""
     bare = [metaop.name for metaop in metagraph if not metaop.layer_time_s]
     if bare:
-        raise GraphError(f"MetaOp {bare[0]!r} has no times to draw; fill in its costs (spindle.source.costed_source)")
+        raise GraphError(
+            f"MetaOp {bare[0]!r} has no times to draw; fill in its costs (spindle.verbs.source.costed_source)"
+        )
     tasks_by_parameters: dict[str, list[str]] = {}
     for metaop in metagraph:
         if metaop.parameters:

@@ -11,7 +11,7 @@ from spindle.pictures.canvas import BOLD, MARGIN, cut, folded, heading, legend, 
 from spindle.pictures.graph import Edge, Graph, Node
 from spindle.pictures.layout import Box, Places, place
 from spindle.timeline.colors import fills, text_on
-from spindle.timeline.data import sorted_names
+from spindle.timeline.page.data import sorted_names
 from spindle.timeline.svg import text_at
 from spindle.timeline.words import count, percent, seconds, size
 

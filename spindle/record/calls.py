@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spindle.record.copies import attributes_kept
+from spindle.record.changes.copies import attributes_kept
 from spindle.record.lazy import Forbidden, is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
@@ -192,7 +192,7 @@ def _found(
 def _run_on_meta(
     skeleton: "Skeleton", block: "BlockInfo", own: Callable[..., Any], recorder: Recorder, args: Any, kwargs: Any
 ) -> Results:
-    from spindle.record.randomness import NotingShapes
+    from spindle.record.substitutes.randomness import NotingShapes
 
     recorder.inside = True
     try:

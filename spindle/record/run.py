@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spindle.record.draws import Site, Stream, drawing_from
 from spindle.record.lazy import Forbidden, Refused, is_lazy, memory_of
-from spindle.record.randomness import RecordedDrawing
 from spindle.record.recorder import ByRows, Recorder
 from spindle.record.recording import Recording
 from spindle.record.replay import Replay
 from spindle.record.shapes import Drawn
 from spindle.record.skeleton import Skeleton
+from spindle.record.substitutes.draws import Site, Stream, drawing_from
+from spindle.record.substitutes.randomness import RecordedDrawing
 from spindle.record.writes import take_out
 
 TaskFunction = Callable[[Any], Any]

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spindle.record.draws import Draw, drawing_unseen
-from spindle.record.patching import Shared, in_place
 from spindle.record.recording import leaves_of, tree
 from spindle.record.slots import Mark
+from spindle.record.substitutes.draws import Draw, drawing_unseen
+from spindle.record.substitutes.patching import Shared, in_place
 
 Shape = tuple[int, ...]
 
@@ -196,7 +196,7 @@ def run_for_real(own: Callable[..., Any], args: Any, kwargs: Any, reason: Except
 
     `reason`: why the meta device could not run it.
     """
-    from spindle.record.randomness import RealDrawing
+    from spindle.record.substitutes.randomness import RealDrawing
 
     def real(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_meta:

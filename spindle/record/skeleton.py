@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.record.caches import caches_off, caching_configs
 from spindle.record.calls import NO_FORWARD, block_call, component_call, forwards_replaced
-from spindle.record.draws import drawing_unseen
-from spindle.record.fingerprints import OF_MODULES, Leaves
+from spindle.record.changes.fingerprints import OF_MODULES, Leaves
+from spindle.record.changes.steady import Steady
 from spindle.record.functions import counts_batches
 from spindle.record.lazy import Forbidden, memory_of
-from spindle.record.made_up import MadeUpProducts, stand_in
-from spindle.record.patches import recorded_calls, watched_modules
+from spindle.record.on_meta.made_up import MadeUpProducts, stand_in
 from spindle.record.recorder import Recorder
 from spindle.record.recording import Recording
 from spindle.record.replay import RealCalls
 from spindle.record.shapes import Habit, Results, ShapeRule
 from spindle.record.sites import Sites
-from spindle.record.steady import Steady
+from spindle.record.substitutes.caches import caches_off, caching_configs
+from spindle.record.substitutes.draws import drawing_unseen
+from spindle.record.substitutes.patches import recorded_calls, watched_modules
 from spindle.record.travel import let_record, recordable_outputs
 
 

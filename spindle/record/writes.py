@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spindle.graph import ParameterWrite
 from spindle.record.functions import NewData, SetData
 from spindle.record.lazy import Refused
 from spindle.record.recording import Aux, LeafWrite, Node, Recording, Ref, execute, tree
+from spindle.values.graph import ParameterWrite
 
 INSTEAD = "do it in the step() of an optimizer of your own, or make it a buffer"
 """What to do with a write to a parameter that no plan can follow."""

@@ -7,7 +7,7 @@
   by head_dim for each head: two products a token, whatever the number of tokens (Katharopoulos et al. 2020).
 - Activations kept for backward are those of a fused-attention layer: inputs of matrix products, of norms and of the
   activation function (after Korthikanti et al. 2022, without dropout masks and score matrices). Root-mean-square norms,
-  which gated layers use, keep more where they are written in PyTorch operators (`spindle.execution.norm_copies`).
+  which gated layers use, keep more where they are plain PyTorch operators (`spindle.values.execution.norm_copies`).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from math import prod
 from typing import Literal
 
 from spindle.errors import WorkloadError
-from spindle.execution import PLAIN_NORM_COPIES
+from spindle.values.execution import PLAIN_NORM_COPIES
 
 Trained = Literal["all", "none", "ends", "lora"]
 """What of a component learns: everything, nothing, only what stands before and after its layers, or LoRA adapters."""

@@ -13,13 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
-from spindle.clusterfile import parse_yaml, read_yaml
-from spindle.cost_options import Optimizer
 from spindle.errors import FormatError, InputError
-from spindle.execution import Attention, Execution, GradientType, Kernels, LayerStyle, Parallel, Shard
-from spindle.filemodels import StrictModel
-from spindle.filetypes import Amount, Count, Number, Prose, Text
-from spindle.formats import explain_validation
+from spindle.files.clusterfile import parse_yaml, read_yaml
+from spindle.files.filemodels import StrictModel
+from spindle.files.filetypes import Amount, Count, Number, Prose, Text
+from spindle.files.formats import explain_validation
 from spindle.spec.blocks import (
     Component,
     CrossAttention,
@@ -33,6 +31,8 @@ from spindle.spec.blocks import (
     Update,
 )
 from spindle.spec.values import Edge, LossKind, Task, WorkloadSpec, stages_to_edges
+from spindle.values.cost_options import Optimizer
+from spindle.values.execution import Attention, Execution, GradientType, Kernels, LayerStyle, Parallel, Shard
 
 FORMAT = "spindle.workload"
 

@@ -1,6 +1,6 @@
 """Workload spec in, TaskGraph out: layers with parameters, FLOPs, bytes and gradients due; no model code is needed.
 
-- Every layer is an operator `task.component.<index>`; `spindle.contract` merges a stack into the MetaOp
+- Every layer is an operator `task.component.<index>`; `spindle.values.contract` merges a stack into the MetaOp
   `task.component`. Lookup tables and vocabulary projections are operators of their own (`.embed`, `.head`), since their
   parameters and traffic are unlike a layer's; linear stems and output projections ride with the first and last layer.
 - Tasks that use a component share its parameters by name.
@@ -15,8 +15,6 @@ from itertools import combinations
 from math import prod
 
 from spindle.errors import WorkloadError
-from spindle.execution import norm_copies
-from spindle.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
 from spindle.spec.blocks import (
     Block,
     Component,
@@ -32,6 +30,8 @@ from spindle.spec.blocks import (
 )
 from spindle.spec.parts import Cost, Part, part_of, rows_of, skipped_part, stem_of, sum_parts, tail_of, task_adapters
 from spindle.spec.values import LOSS, Edge, Task, WorkloadSpec
+from spindle.values.execution import norm_copies
+from spindle.values.graph import BYTES_BY_DTYPE, Operator, TaskGraph, TensorSpec
 
 MOST_LAYERS = 100_000  # of a task in a step; each is an operator of its own
 

@@ -7,9 +7,9 @@ gradients; a part behind something that learns multiplies for its input's.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from spindle.graph import Parameter
 from spindle.spec.blocks import Block, Component, Transformer, Weight
 from spindle.spec.values import WorkloadSpec
+from spindle.values.graph import Parameter
 
 
 @dataclass(slots=True)

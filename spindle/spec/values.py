@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from spindle.cost_options import CostOptions, Optimizer, length_spread, log_normal_lengths
 from spindle.errors import WorkloadError
-from spindle.execution import USUAL, Execution, Parallel
-from spindle.nearest import did_you_mean
-from spindle.presence import Presence, task_sets
 from spindle.spec.blocks import Component, Transformer, check_dtype
+from spindle.values.cost_options import CostOptions, Optimizer, length_spread, log_normal_lengths
+from spindle.values.execution import USUAL, Execution, Parallel
+from spindle.values.presence import Presence, task_sets
+from spindle.words.nearest import did_you_mean
 
 LossKind = Literal["contrastive", "cross_entropy", "mse", "l1", "diffusion", "other"]
 LOSS = "loss"  # name of a task's own loss operator, hence no name for a component
@@ -122,8 +122,8 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute, shard_optimizer, shard_parameters   memory choices (spindle.cost_options) that the plan is to make; the
-                 last one names components
+    recompute, shard_optimizer, shard_parameters   memory choices (spindle.values.cost_options) that the plan is to make;
+                 the last one names components
     execution    how layers, attention, optimizer and reductions are run
     layout       how the workload is run today: a plan is compared with it
     may_offload  optimizer states may go to the host's memory where nothing else fits

@@ -9,18 +9,18 @@ and rows -> chrome.
 from typing import Any
 
 from spindle.errors import InputError
-from spindle.plan import Plan
 from spindle.timeline.chrome import chrome_trace
-from spindle.timeline.data import page_data
-from spindle.timeline.figures import figures
 from spindle.timeline.items import View
 from spindle.timeline.memory import memory_model
-from spindle.timeline.page import page
+from spindle.timeline.page.data import page_data
+from spindle.timeline.page.figures import figures
+from spindle.timeline.page.html import page
 from spindle.timeline.png import to_png
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.svg import FONT, draw_svg
 from spindle.timeline.table import SliceTable, make_table
-from spindle.trace import Trace
+from spindle.values.plan import Plan
+from spindle.values.trace import Trace
 
 __all__ = ["chrome_trace", "render_page", "render_png", "render_svg", "timeline_figures"]
 

@@ -6,12 +6,12 @@ compute whose result a transfer carries to the wait for it.
 
 from collections.abc import Iterator
 
-from spindle.plan import Plan
-from spindle.timeline.data import Json
 from spindle.timeline.items import Item, Kind, StepView
+from spindle.timeline.page.data import Json
 from spindle.timeline.rows import trace_view
 from spindle.timeline.table import SliceTable, make_table
-from spindle.trace import Trace
+from spindle.values.plan import Plan
+from spindle.values.trace import Trace
 
 COMPUTE, COMMUNICATION = 0, 1
 _MICROSECONDS = 1e6

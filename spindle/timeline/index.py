@@ -13,7 +13,7 @@ from typing import Literal
 
 from spindle.timeline.items import Cause, Kind, kind_of
 from spindle.timeline.table import SliceTable, slice_name
-from spindle.trace import Span, SpanKind
+from spindle.values.trace import Span, SpanKind
 
 Source = Literal["plan", "predicted", "measured"]
 Run = tuple[SpanKind, str]

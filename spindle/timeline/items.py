@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from spindle.trace import SpanKind
+from spindle.values.trace import SpanKind
 
 OWN_AXIS_RATIO = 2.0  # on one axis a step far shorter than the other would be a sliver
 

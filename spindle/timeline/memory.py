@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spindle.metagraph import MetaOp
-from spindle.plan import Plan
 from spindle.timeline.items import Item, Kind
+from spindle.values.metagraph import MetaOp
+from spindle.values.plan import Plan
 
 STATE_COPIES = 2.0  # weight and gradient, as the planner counts what sharing saves
 Level = tuple[float, float]

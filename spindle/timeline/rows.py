@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from spindle.errors import InputError
-from spindle.plan import Plan
 from spindle.timeline.index import Source, StepIndex, by_step, made_by
 from spindle.timeline.items import Cause, Item, Kind, Link, StepView, View, What
 from spindle.timeline.table import SliceTable, slice_name
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.plan import Plan
+from spindle.values.trace import Span, SpanKind, Trace
 
 LEAST_GAP = 5e-4
 LEAST_GAP_PREDICTED = 1e-9

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from spindle.plan import Plan
 from spindle.timeline.colors import fills, lines, text_on
-from spindle.timeline.data import component_names, task_names
 from spindle.timeline.items import COMPUTE_KINDS, Cause, Item, Kind, View, What, have_own_axes
 from spindle.timeline.memory import MemoryModel
+from spindle.timeline.page.data import component_names, task_names
 from spindle.timeline.waves import WaveTime, leading, turn_by_wave, wave_times
 from spindle.timeline.words import ranges, scales_in_words, seconds, seconds_on_axis, size
+from spindle.values.plan import Plan
 
 WIDTH = 1120.0
 LEFT, RIGHT = 84.0, 14.0

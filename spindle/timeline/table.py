@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from spindle.plan import Plan, Slice
 from spindle.timeline.items import Kind, kind_of
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.plan import Plan, Slice
+from spindle.values.trace import Span, SpanKind, Trace
 
 
 @dataclass(frozen=True)

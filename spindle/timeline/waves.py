@@ -11,8 +11,8 @@ through forward and fall through backward all the same: such a wave has no place
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from spindle.plan import Plan
 from spindle.timeline.items import COMPUTE_KINDS, Kind, StepView
+from spindle.values.plan import Plan
 
 LEAST_MISS = 1e-3
 

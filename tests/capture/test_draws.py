@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spindle.errors import WorkloadError
-from spindle.record.draws import Draw, Site, Stream, draw, drawing_from
-from spindle.record.randomness import Drawing
+from spindle.record.substitutes.draws import Draw, Site, Stream, draw, drawing_from
+from spindle.record.substitutes.randomness import Drawing
 
 CPU = torch.device("cpu")
 FILLS = [("bernoulli_", (0.3,)), ("uniform_", (0.0, 1.0)), ("normal_", (0.0, 1.0)), ("random_", (0.0, 9.0))]

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import spindle
 from spindle.capture import Captured, capture
 from spindle.capture.look.samples import PROBE_SAMPLES
-from spindle.contract import contract, expand
-from spindle.graph import Operator
+from spindle.values.contract import contract, expand
+from spindle.values.graph import Operator
 from tests.tiny_workloads import FAMILIES, WIDTH, five_families
 
 FLOAT32 = 4

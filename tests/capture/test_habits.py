@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.capture import capture
-from spindle.record.draws import Stream
 from spindle.record.shapes import AGREED, CHECKED, Drawn, Habit, Made, Results, Shape
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.recordings import Recipe, Recordings
 from spindle.runtime.programs.messages import StepLayout
 from tests.capture.test_sizes import text, texts

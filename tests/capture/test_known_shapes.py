@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spindle.record.known_shapes import KnownShapes
+from spindle.record.on_meta.known_shapes import KnownShapes
 
 
 class Through(TorchDispatchMode):  # type: ignore[no-untyped-call]

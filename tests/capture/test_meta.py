@@ -17,7 +17,7 @@ import spindle
 from spindle.capture import Captured, capture
 from spindle.capture.look.samples import LONG, shortened
 from spindle.errors import WorkloadError
-from spindle.record.made_up import LARGE, MadeUpProducts, is_made_up, made_up, own_numbers
+from spindle.record.on_meta.made_up import LARGE, MadeUpProducts, is_made_up, made_up, own_numbers
 from tests.capture.capture_models import Coupled, Experts, Rotary
 from tests.refusals import Refusal, check_refusal, each
 from tests.tiny_workloads import WIDTH, Residual, floats, tokens
@@ -254,7 +254,7 @@ def test_made_up_tensors(shape: tuple[int, ...]) -> None:
 
 def test_short_texts_keep_their_padding() -> None:
     """Some positions of all of a text, and of fields as long as it; other fields stay."""
-    from spindle.batch import sampled
+    from spindle.inputs.batch import sampled
 
     long = sampled("t", {**texts(padding()), "x": numbers(BATCH, 3), "bias": numbers(BATCH, LENGTH, LENGTH)}, {}, BATCH)
     short = next(shortened(long)).fields

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import spindle
 from spindle.capture import capture
 from spindle.errors import WorkloadError
-from spindle.record.draws import Stream
 from spindle.record.lazy import LazyRead, Refused, Stranger
 from spindle.record.recording import Recording, execute
 from spindle.record.run import Failure, record
 from spindle.record.sites import Sites
 from spindle.record.skeleton import Skeleton
+from spindle.record.substitutes.draws import Stream
 from tests.tiny_workloads import floats
 
 Batch = dict[str, Tensor]

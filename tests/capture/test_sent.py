@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.batch import SampledBatch
 from spindle.capture import Captured, capture
-from spindle.capture.parts import TaskPart, divide
-from spindle.record.draws import Stream
+from spindle.capture.operators.parts import TaskPart, divide
+from spindle.inputs.batch import SampledBatch
 from spindle.record.run import record
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.recordings import Recipe
 
 CPU = torch.device("cpu")

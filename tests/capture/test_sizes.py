@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import spindle
 from spindle.capture import capture
 from spindle.capture.sizes import ALIKE, IDLE, MEASURED, READ, Sizes, sizes_of
-from spindle.graph import TaskGraph
-from spindle.source import source_of
+from spindle.values.graph import TaskGraph
+from spindle.verbs.source import source_of
 from spindle.workload import Batch, Workload
 from tests.parity.test_lacking import batches as image_batches
 from tests.parity.test_lacking import branched

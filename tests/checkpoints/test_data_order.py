@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 import spindle
 from spindle.errors import WorkloadError
-from spindle.loaders import set_epoch
+from spindle.inputs.loaders import set_epoch
 from spindle.runtime.loading.data import Feed
 from spindle.workload import Task
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import spindle
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import latest
+from spindle.values.plan import Plan
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, contrastive
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spindle.calibration import FACTORS
 from spindle.cost.bands import (
     COVERS,
     EXACT,
@@ -21,6 +20,7 @@ from spindle.cost.bands import (
     held_out,
     pair_band,
 )
+from spindle.values.calibration import FACTORS
 
 ROOT = Path(__file__).parents[2]
 ratios = st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.1, 10)), min_size=1, max_size=80)

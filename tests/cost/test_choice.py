@@ -4,23 +4,23 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
 from spindle.cost.sampled import Costed
-from spindle.cost_options import CostOptions, memory_choices
 from spindle.errors import InfeasibleError
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan, without_operators
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import dumps, loads
 from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.solve import solve, usual_ways_fit
 from spindle.planner.turns import solve_in_turns
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
-from spindle.turns import Turns
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions, memory_choices
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan, without_operators
+from spindle.values.turns import Turns
 
 SPEC = """
 format: spindle.workload

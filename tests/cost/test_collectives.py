@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Link, Protocol
-from spindle.clusterfile import parse_cluster
 from spindle.cost.layout import overlapped_s, sharded_s, tensor_parallel_s
 from spindle.cost.links import collective_s, spread_over_nodes
+from spindle.cost.measured.segments import fit_segments, held_out_error
 from spindle.cost.optimizers import moved_bytes
 from spindle.cost.roofline import OperatorTime
-from spindle.cost.segments import fit_segments, held_out_error
+from spindle.files.clusterfile import parse_cluster
+from spindle.values.cluster import Link, Protocol
 
 PLAIN = replace(
     parse_cluster("2x4:a100-80g"),

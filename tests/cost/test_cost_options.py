@@ -4,14 +4,14 @@ from math import exp, sqrt
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import CostOptions, imbalance, length_spread, memory_choices, tail
 from spindle.errors import WorkloadError
-from spindle.metagraph import MetaOp
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions, imbalance, length_spread, memory_choices, tail
+from spindle.values.metagraph import MetaOp
 
 SPEC = """
 format: spindle.workload

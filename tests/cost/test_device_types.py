@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-import spindle.clusterfile
-from spindle.cluster import Device, Link, Protocol
-from spindle.clusterfile import parse_cluster, parse_yaml, read_yaml
+import spindle.files.clusterfile
 from spindle.errors import ClusterError, FormatError
-from spindle.formats import dumps, loads
-from spindle.plan import Plan, Slice, make_waves
+from spindle.files.clusterfile import parse_cluster, parse_yaml, read_yaml
+from spindle.files.formats import dumps, loads
+from spindle.values.cluster import Device, Link, Protocol
+from spindle.values.plan import Plan, Slice, make_waves
 
-TYPES = sorted(read_yaml(Path(spindle.clusterfile.__file__).with_name("devices.yaml")))
+TYPES = sorted(read_yaml(Path(spindle.files.clusterfile.__file__).with_name("devices.yaml")))
 
 
 def test_known_types() -> None:

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
 from spindle.cost.style import style_of
-from spindle.cost_options import CostOptions
 from spindle.errors import FormatError
-from spindle.execution import USUAL, Execution, LayerStyle, as_run, norm_copies
-from spindle.metagraph import MetaOp
-from spindle.profile import Profile, ProfileEntry
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import USUAL, Execution, LayerStyle, as_run, norm_copies
+from spindle.values.metagraph import MetaOp
+from spindle.values.profile import Profile, ProfileEntry
 
 SPEC = """
 format: spindle.workload

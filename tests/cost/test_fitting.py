@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.calibration import Calibration, MeasuredStep
-from spindle.cost.fitting import ROW, fit_steps
+from spindle.cost.measured.fitting import ROW, fit_steps
+from spindle.values.calibration import Calibration, MeasuredStep
 
 Parts = Callable[[int, int], tuple[float, float, float]]
 """Seconds of computation, host and network by (gpus, batch)."""

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spindle.cost.heldout import between, held_out, left_out, render_held_out
-from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.cost.measured.heldout import between, held_out, left_out, render_held_out
+from spindle.values.profile import LinkEntry, Profile, ProfileEntry
 
 
 def entry(n: int, seconds: float) -> ProfileEntry:

@@ -7,18 +7,18 @@ import pytest
 from click.testing import CliRunner
 
 from spindle.cli import cli
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import CostOptions, memory_choices
 from spindle.errors import InfeasibleError
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.choose import _leaves_room
 from spindle.planner.report.render import summary
 from spindle.planner.solve import solve
-from spindle.source import load_source
 from spindle.spec.file import parse_workload, read_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions, memory_choices
+from spindle.verbs.source import load_source
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CLUSTER = parse_cluster("32x8:a800-80g")

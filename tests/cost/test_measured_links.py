@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from spindle.cluster import Link
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.links import collective_s, times_sent
-from spindle.cost.measured import check_device, measured_links, warn_of_gaps
+from spindle.cost.measured.links import check_device, measured_links, warn_of_gaps
 from spindle.errors import ProfileError, SpindleWarning
-from spindle.formats import dumps, loads
-from spindle.profile import LinkEntry, Profile, ProfileEntry
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import dumps, loads
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
+from spindle.values.cluster import Link
+from spindle.values.contract import contract
+from spindle.values.profile import LinkEntry, Profile, ProfileEntry
 
 TRUE = parse_cluster("1x8:a100-80g")
 START = replace(TRUE, intra_node=Link(bytes_per_s=1e9, latency_s=1.0))

@@ -7,16 +7,16 @@ from itertools import pairwise
 
 import pytest
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.memory import state_bytes
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import CostOptions
-from spindle.metagraph import MetaGraph
-from spindle.profile import LoadEntry, Profile, ProfileEntry
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import LoadEntry, Profile, ProfileEntry
 
 SPEC = """
 format: spindle.workload
@@ -227,7 +227,7 @@ def test_what_waits_for_backward_is_told_apart_from_states(
 
 
 def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Cluster) -> None:
-    from spindle.plan import without_operators
+    from spindle.values.plan import without_operators
 
     costed = without_operators(with_costs(metagraph, cluster))
     assert with_costs(costed, cluster) == costed
@@ -235,7 +235,7 @@ def test_metaops_from_a_file_keep_their_costs(metagraph: MetaGraph, cluster: Clu
 
 def test_cost_options_loads_no_torch_and_no_ray() -> None:
     code = (
-        "import sys, spindle.spec.file, spindle.spec.graph, spindle.contract, spindle.cost.metaops; "
+        "import sys, spindle.spec.file, spindle.spec.graph, spindle.values.contract, spindle.cost.metaops; "
         "print(sorted({'torch', 'ray', 'transformers', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,11 +6,11 @@ from typing import get_args
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
 from spindle.cost.optimizers import BLOCK, kept_bytes_of, step_s
-from spindle.cost_options import CostOptions, Optimizer, memory_choices
-from spindle.graph import Parameter
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
+from spindle.values.cost_options import CostOptions, Optimizer, memory_choices
+from spindle.values.graph import Parameter
 
 NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DEVICE = parse_cluster("1x8:a100-80g").device

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.links import collective_s
 from spindle.cost.metaops import with_costs
 from spindle.cost.parallel import ParallelCost, parallel_cost
-from spindle.cost_options import CostOptions
 from spindle.errors import WorkloadError
-from spindle.execution import STAGES, Parallel
-from spindle.graph import TaskGraph
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import STAGES, Parallel
+from spindle.values.graph import TaskGraph
 
 SPEC = """
 format: spindle.workload

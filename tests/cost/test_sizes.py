@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract, contract_like
 from spindle.cost.bands import band
-from spindle.cost.family import Curve, curves_of
-from spindle.cost.heldout import held_out, left_out_sizes
+from spindle.cost.measured.family import Curve, curves_of
+from spindle.cost.measured.heldout import held_out, left_out_sizes
 from spindle.cost.metaops import with_costs
 from spindle.cost.sampled import cost_steps
 from spindle.cost.scaled import scaled
 from spindle.cost.sources import INTERPOLATED_ERROR, NINE_OF_TEN, cost_sources
-from spindle.graph import Operator, TaskGraph, TensorSpec
-from spindle.metagraph import MetaGraph
-from spindle.profile import Profile, ProfileEntry
-from spindle.units import SAMPLES, Units, shares
+from spindle.files.clusterfile import parse_cluster
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract, contract_like
+from spindle.values.graph import Operator, TaskGraph, TensorSpec
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import Profile, ProfileEntry
+from spindle.values.units import SAMPLES, Units, shares
 
 FAMILY = "Layer~1"
 

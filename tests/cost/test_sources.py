@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.bands import EXACT, Band, band, between
 from spindle.cost.metaops import with_costs
 from spindle.cost.sources import (
@@ -15,11 +13,13 @@ from spindle.cost.sources import (
     leave_one_out_error,
     step_band,
 )
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice, without_operators
-from spindle.profile import Profile, ProfileEntry
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.contract import contract
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Slice, without_operators
+from spindle.values.profile import Profile, ProfileEntry
 
 SPEC = """
 format: spindle.workload

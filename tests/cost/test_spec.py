@@ -4,12 +4,12 @@ from math import prod
 
 import pytest
 
-from spindle.contract import contract
-from spindle.cost_options import length_spread
 from spindle.errors import FormatError, WorkloadError
-from spindle.graph import Operator, TaskGraph
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
+from spindle.values.contract import contract
+from spindle.values.cost_options import length_spread
+from spindle.values.graph import Operator, TaskGraph
 
 HEADER = "format: spindle.workload\nversion: 1\nname: tiny\n"
 TOWERS = (

@@ -4,16 +4,16 @@ from math import prod
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import memory_choices
 from spindle.errors import InfeasibleError, WorkloadError
-from spindle.graph import Operator, TaskGraph
-from spindle.metagraph import MetaGraph
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import WorkloadSpec
+from spindle.values.contract import contract
+from spindle.values.cost_options import memory_choices
+from spindle.values.graph import Operator, TaskGraph
+from spindle.values.metagraph import MetaGraph
 
 TEXT = """
 format: spindle.workload

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from spindle.cli import cli
-from spindle.clusterfile import parse_cluster
-from spindle.formats import loads
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import loads
+from spindle.values.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "workload_page.py"))  # scripts are no package

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
+from spindle.files.clusterfile import parse_cluster
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
 from spindle.spec.values import Task
+from spindle.values.contract import contract
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "workloads"
 SPECS = sorted(FOLDER.glob("*.yaml"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spindle
-from spindle.formats import write
+from spindle.files.formats import write
 from tests.faults.injected import Fault, optimizer_of, workload_of
 from tests.faults.recovering import ROOT, environment
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import spindle
-from spindle.clusterfile import parse_cluster
-from spindle.cost.measured import measured_links
-from spindle.formats import read
-from spindle.profile import Profile
+from spindle.cost.measured.links import measured_links
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import read
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.launch.ray_workers import islands_of
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES
+from spindle.values.profile import Profile
 from tests.distributed.conftest import ROOT, RayCluster
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import two_towers

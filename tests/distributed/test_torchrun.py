@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from spindle.api import devices_at_hand
 from spindle.errors import RunError
-from spindle.formats import read
-from spindle.profile import Profile
+from spindle.files.formats import read
 from spindle.runtime.launch.torchrun import nodes_of_job
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES
+from spindle.values.profile import Profile
+from spindle.verbs.api import devices_at_hand
 
 pytestmark = pytest.mark.gloo
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import spindle
-from spindle.batch import SampledBatch
 from spindle.capture import capture
 from spindle.capture.eager import drawing_as_planned
+from spindle.inputs.batch import SampledBatch
 from spindle.metrics import Callback, StepMetrics
-from spindle.record.draws import Stream
+from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.data import Feed
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "vla_cotraining"

@@ -13,7 +13,7 @@ import torch
 
 import spindle
 from spindle.planner.check import check_plan
-from spindle.source import load_workload
+from spindle.verbs.source import load_workload
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -10,9 +10,9 @@ import pytest
 
 from spindle.errors import FormatError
 from spindle.exchange.galvatron import read_galvatron
-from spindle.formats import read
-from spindle.metagraph import Flow, MetaGraph
-from spindle.plan import Plan
+from spindle.files.formats import read
+from spindle.values.metagraph import Flow, MetaGraph
+from spindle.values.plan import Plan
 from tests.printed.conftest import Spindle, spindle_command
 
 __all__ = ["spindle_command"]  # a fixture

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
 from spindle.errors import InputError, PlanError
 from spindle.exchange.megatron import module_parallelisms
-from spindle.formats import write
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Plan, Slice, make_waves
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import write
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.plan import Plan, Slice, make_waves
 from tests.printed.conftest import Spindle, spindle_command
 
 __all__ = ["spindle_command"]  # a fixture

@@ -17,13 +17,13 @@ from torch import Tensor
 import spindle
 from spindle.errors import InfeasibleError, InputError, LostRankError, NoRoomError, PlanError, RunError, SpindleWarning
 from spindle.failures import Failures
-from spindle.outlook import Outlook
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import read
 from spindle.runtime.faults.elastic import Elastic, shape_of
 from spindle.runtime.faults.preemption import Notice
 from spindle.runtime.faults.recovery import Attempts
 from spindle.runtime.training import Steps
+from spindle.values.outlook import Outlook
+from spindle.values.plan import Plan
 from tests.faults import injected
 from tests.faults.injected import Fault, workload_of
 

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from spindle.contract import contract
-from spindle.graph import ParameterWrite, TaskGraph, TensorSpec
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.messages import StepLayout
 from spindle.runtime.programs.program import Bucket, Flags, Instruction, Message, Op, Program, SliceRun, Transfer
+from spindle.values.contract import contract
+from spindle.values.graph import ParameterWrite, TaskGraph, TensorSpec
 from tests.random_plans import random_plan
 from tests.task_graphs import random_task_graph
 

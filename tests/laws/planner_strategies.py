@@ -2,8 +2,8 @@
 
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster, Device, Link
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.cluster import Cluster, Device, Link
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
 
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 

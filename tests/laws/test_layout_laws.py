@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spindle.errors import ProgramError
-from spindle.graph import TensorSpec
 from spindle.runtime.laws import check_program
 from spindle.runtime.programs import text
 from spindle.runtime.programs.lower import split_samples
@@ -25,7 +24,8 @@ from spindle.runtime.programs.messages import (
 )
 from spindle.runtime.programs.passes import run_passes
 from spindle.runtime.programs.program import Message, Program, SliceRun
-from spindle.units import SAMPLES, Bounds, Units, shares
+from spindle.values.graph import TensorSpec
+from spindle.values.units import SAMPLES, Bounds, Units, shares
 from tests.laws.abstract import Abstract, random_program
 from tests.runtime.hand_program import lowered
 

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph
 from spindle.planner.problem import make_problem
 from spindle.planner.search.decode import Decoded, Decoder, Draft, FlatDecoder, Moment
 from spindle.planner.search.device_pool import make_device_pool
@@ -16,7 +14,9 @@ from spindle.planner.search.improve import Annealer
 from spindle.planner.search.list_scheduler import Stuck
 from spindle.planner.search.model import make_model
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.work import Work
+from spindle.planner.work import Work
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
 from tests.laws.planner_strategies import clusters, metagraphs
 
 

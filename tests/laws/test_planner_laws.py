@@ -6,21 +6,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
 from spindle.errors import InfeasibleError
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph, MetaOp, points
-from spindle.plan import Plan
+from spindle.files.formats import dumps, loads
 from spindle.planner.baselines.allocate import allocate, optimum_by_bisection, optimum_by_lp
 from spindle.planner.baselines.baselines import WAVES_BY_BASELINE, Baseline
 from spindle.planner.baselines.place import place
 from spindle.planner.check import check_plan
-from spindle.planner.curves import clean_curve
+from spindle.planner.costing.curves import clean_curve
 from spindle.planner.problem import make_problem
 from spindle.planner.report.figures import WIDTH
 from spindle.planner.report.render import render
 from spindle.planner.solve import evaluate, solve
 from spindle.planner.turns import smallest_turns, solve_in_turns
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph, MetaOp, points
+from spindle.values.plan import Plan
 from tests.laws.planner_strategies import clusters, metagraphs, times
 
 FIXED = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

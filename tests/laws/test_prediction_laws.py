@@ -7,15 +7,15 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.simulate import simulate
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Op, Program
-from spindle.trace import SpanKind, Trace
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Plan
+from spindle.values.trace import SpanKind, Trace
 from tests.random_plans import random_plan
 from tests.task_graphs import random_task_graph
 

@@ -9,10 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spindle.contract import contract
 from spindle.errors import ProgramError
-from spindle.graph import TaskGraph
-from spindle.plan import make_waves
 from spindle.runtime.laws import broken_laws, check_program
 from spindle.runtime.programs import text
 from spindle.runtime.programs.lower import lower
@@ -21,7 +18,10 @@ from spindle.runtime.programs.parts import parts_of
 from spindle.runtime.programs.passes import accumulating, restricted, run_passes
 from spindle.runtime.programs.program import Instruction, Message, Op, Program, Transfer
 from spindle.runtime.steps.tally import TallyOrder
-from spindle.units import SAMPLES, Units
+from spindle.values.contract import contract
+from spindle.values.graph import TaskGraph
+from spindle.values.plan import make_waves
+from spindle.values.units import SAMPLES, Units
 from tests.laws.abstract import Abstract, random_program
 from tests.random_plans import random_plan
 from tests.task_graphs import random_task_graph

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spindle.graph import Operator
 from spindle.runtime.laws import broken_laws, check_program
 from spindle.runtime.programs import text
 from spindle.runtime.programs.parts import parts_of
 from spindle.runtime.programs.passes import accumulating, restricted, run_passes
 from spindle.runtime.programs.program import Instruction, Op, Program
+from spindle.values.graph import Operator
 from tests.laws.abstract import Abstract, random_sharded_program
 from tests.runtime.hand_program import hand_plan, hand_slice, lowered
 

@@ -6,9 +6,9 @@ and on every count. The best order and counts give the optimum, since a shortest
 
 from itertools import pairwise
 
-from spindle.cluster import Cluster
-from spindle.metagraph import MetaGraph
 from spindle.planner.problem import Problem, make_problem
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
 
 Placed = tuple[float, float, int]
 """(start, end, devices) of one layer."""

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from spindle.metagraph import Flow, MetaGraph
-from spindle.planner.bound import lower_bound
+from spindle.planner.bounds.bound import lower_bound
+from spindle.planner.bounds.timed import timed_bound
 from spindle.planner.problem import make_problem
 from spindle.planner.solve import solve
-from spindle.planner.timed_bound import timed_bound
+from spindle.values.metagraph import Flow, MetaGraph
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.planner.planner_graphs import cluster, graph, metaop
 

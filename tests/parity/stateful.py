@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spindle
-from spindle.plan import Plan
+from spindle.values.plan import Plan
 from tests.random_plans import random_plan
 
 WIDTH = 6

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spindle
 from spindle.errors import CheckpointError, InputError, SpindleWarning, WorkloadError
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import path_of
+from spindle.values.plan import Plan
 from tests.parity.test_masters import shifts
 from tests.parity.test_tensor_parallel import OWN_PLAN, Encoder, laid_out
 from tests.random_plans import random_plan, widest_plan
@@ -243,7 +243,7 @@ def test_what_needs_a_whole_parameter_that_no_device_has_is_refused(function: An
 
 
 def test_a_planner_does_not_shard_what_a_function_needs_whole() -> None:
-    from spindle.source import source_of
+    from spindle.verbs.source import source_of
 
     made = workload(parts())
     made.after_step("head.weight")(spectral)
@@ -408,7 +408,7 @@ def test_settings_that_make_no_average_are_refused(given: Any, words: str) -> No
 
 def test_planned_memory_counts_the_average() -> None:
     from spindle.cost.memory import state_bytes
-    from spindle.source import cost_options_of
+    from spindle.verbs.source import cost_options_of
 
     made, averaging = shifts(), shifts(ema=0.9)
     operators = [op for metaop in spindle.make_metagraph(made) for op in metaop.operators]

@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 import spindle
 from spindle.capture import capture
 from spindle.capture.codes import OperatorModule
-from spindle.clusterfile import parse_cluster
-from spindle.compilation import Compilation
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.record.patches import plain_modules
+from spindle.files.clusterfile import parse_cluster
+from spindle.inputs.compilation import Compilation
+from spindle.record.substitutes.patches import plain_modules
 from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.profiling.layer_bench import LayerBench
 from spindle.runtime.steps.compiled import compile_layers
-from spindle.source import cost_options_of
+from spindle.values.contract import contract
+from spindle.verbs.source import cost_options_of
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned
 from tests.refusals import Refusal, check_refusal, each
 from tests.tiny_workloads import floats

@@ -12,10 +12,10 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, Mix
 
 import spindle
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.graph import PiecePlace, parse_piece, piece_name
 from spindle.runtime.controller import prepare
 from spindle.runtime.parallel.names import join, joined_pieces, piece_of
 from spindle.runtime.parity import Tolerance
+from spindle.values.graph import PiecePlace, parse_piece, piece_name
 from tests.parity.test_tensor_parallel import (
     WORDS,
     ask_and_answer,

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spindle
-from spindle.batch import SampledBatch, sampled
 from spindle.capture.grouping import Order
 from spindle.capture.look.samples import modalities
 from spindle.errors import WorkloadError
-from spindle.plan import Plan
+from spindle.inputs.batch import SampledBatch, sampled
 from spindle.runtime.parity import ParityReport
+from spindle.values.plan import Plan
 from spindle.workload import Batch, Workload
 from tests.late_transport import late
 from tests.random_plans import random_plan, widest_plan

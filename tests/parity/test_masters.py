@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import CheckpointError, WorkloadError
-from spindle.plan import Plan
 from spindle.runtime.checkpoints.checkpoint import path_of, tensors
 from spindle.runtime.comms.host import threads_of_rank
 from spindle.runtime.comms.transport import ThreadTransport
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport
+from spindle.values.plan import Plan
 from tests.parity.test_tensor_parallel import OWN_PLAN, Encoder, laid_out
 from tests.parity.test_tensor_parallel import workload as spread
 from tests.random_plans import random_plan, widest_plan
@@ -350,7 +350,7 @@ def test_gradients_are_reduced_in_the_type_that_was_chosen(
 def test_planned_memory_counts_masters_and_wide_gradients() -> None:
     """2 + 4 + 4 + 8 bytes a parameter with AdamW; 2 + 2 + 4 without masters."""
     from spindle.cost.memory import state_bytes
-    from spindle.source import cost_options_of
+    from spindle.verbs.source import cost_options_of
 
     for made, each in ((shifts(), 18), (shifts(master_weights="none"), 8)):
         operators = [op for metaop in spindle.make_metagraph(made) for op in metaop.operators]

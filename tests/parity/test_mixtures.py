@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import spindle
 from spindle.errors import PlanError, WorkloadError
 from spindle.mixtures import Mixture
-from spindle.plan import Plan
-from spindle.presence import Presence, task_sets
-from spindle.stages import Stage, train_stages
+from spindle.values.plan import Plan
+from spindle.values.presence import Presence, task_sets
+from spindle.verbs.stages import Stage, train_stages
 from tests.drawn import SEEDS, drawn
 from tests.plain_loops import WIDTH, tower
 from tests.random_plans import random_plan, widest_plan

@@ -12,7 +12,6 @@ from torch.optim import Optimizer, lr_scheduler
 
 import spindle
 from spindle.errors import CheckpointError, SpindleError, SpindleWarning, WorkloadError
-from spindle.graph import Parameter
 from spindle.runtime.checkpoints import checkpoint
 from spindle.runtime.updates.optimizers import (
     Optimization,
@@ -24,6 +23,7 @@ from spindle.runtime.updates.optimizers import (
     without_parameters,
 )
 from spindle.runtime.updates.schedules import SplitSchedule, make_schedule, step_schedule
+from spindle.values.graph import Parameter
 from tests.drawn import SEEDS, drawn
 from tests.parity.test_tensor_parallel import workload as cut_towers
 from tests.random_plans import random_plan, widest_plan

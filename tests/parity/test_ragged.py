@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
-from spindle.batch import SampledBatch
 from spindle.capture import operators
 from spindle.errors import SpindleError, WorkloadError
-from spindle.graph import TensorSpec
+from spindle.inputs.batch import SampledBatch
 from spindle.runtime.programs.messages import Layouts, StepLayout
 from spindle.runtime.steps import batch_shards, executor
-from spindle.units import SAMPLES, Bounds, Units
+from spindle.values.graph import TensorSpec
+from spindle.values.units import SAMPLES, Bounds, Units
 from spindle.workload import Batch, Workload
 from tests.ragged_tasks import Case, Stack, TaskCase, TowerCase, plan_of, random_case, verdict_of, workload_of
 from tests.random_plans import random_plan

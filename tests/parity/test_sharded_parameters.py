@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import PlanError, WorkloadError
-from spindle.plan import Plan
 from spindle.runtime import parity
 from spindle.runtime.checkpoints import tensor_files
 from spindle.runtime.checkpoints.checkpoint import Checkpoints, load_weights, path_of
@@ -24,7 +23,8 @@ from spindle.runtime.programs.program import Instruction
 from spindle.runtime.reference import Outcome, restored
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.flats import Flats, Row
-from spindle.trace import Span
+from spindle.values.plan import Plan
+from spindle.values.trace import Span
 from tests.drawn import SEEDS, drawn
 from tests.late_transport import late
 from tests.parity.test_tensor_parallel import EXACT, compared, halving, language, momentum, next_word, spread

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import spindle
-from spindle import formats
-from spindle.contract import contract
 from spindle.errors import WorkloadError
-from spindle.plan import Plan, Slice, make_waves
+from spindle.files import formats
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.parity import ParityReport, Tolerance
+from spindle.values.contract import contract
+from spindle.values.plan import Plan, Slice, make_waves
 from spindle.workload import Precision
 from tests.drawn import SEEDS, drawn
 from tests.random_plans import random_plan, widest_plan

@@ -13,7 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 import spindle
 from spindle.errors import CheckpointError, SpindleWarning, WorkloadError
-from spindle.record.fingerprints import fingerprint
+from spindle.record.changes.fingerprints import fingerprint
 from spindle.runtime.updates.optimizers import described
 from spindle.runtime.updates.trial_steps import check_trial_steps
 from tests.parity.test_optimizers import OPTIMIZERS, Elsewhere, built, towers

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import spindle
-from spindle.clusterfile import parse_cluster
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.program import Instruction
 from spindle.runtime.steps.executor import Activations, Executor
-from spindle.trace import Span
+from spindle.values.plan import Plan
+from spindle.values.trace import Span
 from tests.random_plans import by_task, widest_plan
 from tests.tiny_workloads import five_families, two_towers
 

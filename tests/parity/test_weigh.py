@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import NotFiniteError, WorkloadError
-from spindle.plan import Plan
-from spindle.weighing import shares
+from spindle.inputs.weighing import shares
+from spindle.values.plan import Plan
 from tests.random_plans import random_plan, widest_plan
 from tests.tiny_workloads import HandWritten, floats
 

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spindle
 from spindle.errors import CheckpointError, WorkloadError
-from spindle.plan import Plan
+from spindle.inputs.weights import Weights, header_of, stored_in
 from spindle.runtime.checkpoints.tensor_files import Entry, read_tensor, write_tensors
-from spindle.weights import Weights, header_of, stored_in
+from spindle.values.plan import Plan
 from tests.random_plans import random_plan, widest_plan
 from tests.refusals import Refusal, check_refusal
 from tests.tiny_workloads import WIDTH, Residual, floats, tokens

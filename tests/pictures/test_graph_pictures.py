@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spindle.errors import GraphError
-from spindle.metagraph import Flow, MetaGraph, MetaOp
 from spindle.pictures import graph_mermaid, graph_of, graph_svg
 from spindle.pictures.canvas import cut, folded, width_of
 from spindle.pictures.graph_svg import TALLEST
-from spindle.source import costed_source, load_source
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp
+from spindle.verbs.source import costed_source, load_source
 from tests.pictures.picture_marks import boxes, page, texts, words
 from tests.planner.planner_graphs import cluster, graph, metaop
 from tests.printed.samples import SPEC

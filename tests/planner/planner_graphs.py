@@ -1,8 +1,8 @@
 """Small MetaGraphs and clusters that planner tests share; most can be planned in the head."""
 
-from spindle.cluster import Cluster, Device, Link
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Plan, Slice, make_waves
+from spindle.values.cluster import Cluster, Device, Link
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.plan import Plan, Slice, make_waves
 
 LINEAR = {1: 8.0, 2: 4.0, 4: 2.0, 8: 1.0}
 

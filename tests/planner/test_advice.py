@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.metagraph import MetaGraph
-from spindle.plan import Memory, Plan, Slice
 from spindle.planner.report.advice import MOST, advise, advise_after, slowest_chain
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Memory, Plan, Slice
 from tests.planner.planner_graphs import cluster, graph, metaop, plan
 
 

@@ -8,7 +8,7 @@ from spindle.planner.baselines.allocate import (
     optimum_by_lp,
     round_tuples,
 )
-from spindle.planner.curves import Curve
+from spindle.planner.costing.curves import Curve
 
 
 def hyperbola(a: float, b: float) -> Curve:

@@ -4,16 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Cluster, Link
-from spindle.clusterfile import parse_cluster
 from spindle.cost.metaops import with_costs
 from spindle.cost.parallel import parallel_cost
-from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError, WorkloadError
-from spindle.execution import Parallel
-from spindle.graph import TaskGraph
-from spindle.metagraph import MetaGraph
-from spindle.plan import BUCKET_BYTES, Alternative
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import (
     COMPONENT_GROUPS,
     DDP,
@@ -33,7 +27,13 @@ from spindle.planner.check import check_plan
 from spindle.planner.choose import solve_fitting
 from spindle.planner.report.rates import rates, work_of
 from spindle.planner.solve import solve
-from spindle.source import load_source
+from spindle.values.cluster import Cluster, Link
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import Parallel
+from spindle.values.graph import TaskGraph
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import BUCKET_BYTES, Alternative
+from spindle.verbs.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 CLIP = "benchmarks/workloads/multitask_clip.yaml"

@@ -1,8 +1,8 @@
 import pytest
 
-from spindle.plan import Certificate
-from spindle.planner.bound import certified_s, lower_bound
+from spindle.planner.bounds.bound import certified_s, lower_bound
 from spindle.planner.problem import make_problem
+from spindle.values.plan import Certificate
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 FLAT = {1: 1.0, 4: 0.9}

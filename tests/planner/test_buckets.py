@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from spindle.formats import dumps, loads
-from spindle.plan import BUCKET_BYTES, Plan
-from spindle.planner.buckets import Layer, bucketed, layers_of, without_gaps
+from spindle.files.formats import dumps, loads
 from spindle.planner.check import check_plan
-from spindle.planner.reduction import Reduction
+from spindle.planner.costing.buckets import Layer, bucketed, layers_of, without_gaps
+from spindle.planner.costing.reduction import Reduction
 from spindle.planner.solve import solve
+from spindle.values.plan import BUCKET_BYTES, Plan
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 SLOW = cluster(2, 4)

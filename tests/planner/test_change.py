@@ -1,12 +1,12 @@
 import pytest
 
 from spindle.errors import InfeasibleError, PlanError
-from spindle.metagraph import MetaGraph
-from spindle.planner.bound import lower_bound
+from spindle.planner.bounds.bound import lower_bound
 from spindle.planner.change import carry_over, pinned
 from spindle.planner.check import check_plan
 from spindle.planner.problem import make_problem
 from spindle.planner.solve import solve
+from spindle.values.metagraph import MetaGraph
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 TIMES = {1: 4.0, 2: 2.2, 4: 1.3}

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from spindle.errors import PlanError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Certificate, Memory, Plan, SetStep, Slice
 from spindle.planner.check import check_plan, picture, require_plan
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Certificate, Memory, Plan, SetStep, Slice
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 # a: two layers of 1 s on devices 0 and 1, beside b: one layer of 1.5 s on 2 and 3; then loss: 0.5 s on all four

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
+from spindle.files.formats import dumps, loads
 from spindle.planner.check import check_plan
 from spindle.planner.simulate import simulate
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
 from tests.laws.planner_strategies import clusters, metagraphs
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 

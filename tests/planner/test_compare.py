@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Cluster
 from spindle.errors import ClusterError
-from spindle.plan import Plan
 from spindle.planner.report.compare import compare, render_difference
 from spindle.planner.report.figures import WIDTH
 from spindle.planner.report.sizes import enough, plan_sizes, render_sizes, resized, sizes
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster
+from spindle.values.plan import Plan
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 from tests.planner.planner_graphs import plan as by_hand
 

@@ -1,7 +1,7 @@
 import pytest
 
 from spindle.errors import InfeasibleError
-from spindle.planner.curves import Curve, clean_curve
+from spindle.planner.costing.curves import Curve, clean_curve
 from tests.planner.planner_graphs import metaop
 
 

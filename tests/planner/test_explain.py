@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
 from spindle.errors import PlanError
-from spindle.metagraph import MetaGraph
 from spindle.planner.report.explain import explain
 from spindle.planner.report.explained import render_explanation
 from spindle.planner.report.figures import WIDTH
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
 from tests.laws.planner_strategies import clusters, metagraphs
 from tests.planner.planner_graphs import cluster, graph, metaop
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.cluster import Cluster, Link
-from spindle.metagraph import MetaGraph
 from spindle.planner.check import check_plan
 from spindle.planner.islands import is_slow_between_nodes, island_pins
 from spindle.planner.problem import make_problem
 from spindle.planner.solve import solve
+from spindle.values.cluster import Cluster, Link
+from spindle.values.metagraph import MetaGraph
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 TIMES = {1: 4.0, 2: 2.0, 4: 1.0}

@@ -1,4 +1,4 @@
-from spindle.planner.memory import layer_memory_bytes, peak_bytes, saved_bytes
+from spindle.planner.costing.memory import layer_memory_bytes, peak_bytes, saved_bytes
 from tests.planner.planner_graphs import graph, metaop, piece
 
 

@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.metaops import with_costs
-from spindle.cost_options import memory_choices
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.levels import meta_levels
 from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.waves import PRINTED, READINGS, Reading, level_optimum_s, paper_waves
@@ -19,6 +15,10 @@ from spindle.planner.problem import Problem, make_problem
 from spindle.planner.solve import solve
 from spindle.spec.file import read_workload
 from spindle.spec.graph import build_graph
+from spindle.values.contract import contract
+from spindle.values.cost_options import memory_choices
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Slice
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 CLIP = Path(__file__).parents[2] / "benchmarks" / "workloads" / "multitask_clip.yaml"

@@ -1,11 +1,11 @@
 import pytest
 
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice
 from spindle.planner.baselines.place import place
 from spindle.planner.baselines.waves import WaveSlice
 from spindle.planner.problem import make_problem
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Slice
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 

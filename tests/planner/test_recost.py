@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from spindle.api import plan_source, with_outlook
-from spindle.calibrating import make_calibration
-from spindle.calibration import Calibration, MeasuredStep
-from spindle.clusterfile import parse_cluster
 from spindle.cost.bands import BandSource, band, factor_bands
-from spindle.cost_options import CostOptions
 from spindle.errors import ProfileError, SpindleWarning
-from spindle.plan import Plan
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.recost import Costs
 from spindle.planner.report.likely import gain_lines, likely_lines
-from spindle.source import Source, load_source, scaled_source, spec_source
 from spindle.spec.file import parse_workload
+from spindle.values.calibration import Calibration, MeasuredStep
+from spindle.values.cost_options import CostOptions
+from spindle.values.plan import Plan
+from spindle.verbs.api import plan_source, with_outlook
+from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.source import Source, load_source, scaled_source, spec_source
 
 SPEC = """
 format: spindle.workload
@@ -202,7 +202,7 @@ def test_rows_that_fit_in_different_ways_warn() -> None:
 def test_starvla_from_two_rows() -> None:
     """Of the table of batches the third, which no row of the file has, comes within 5 %."""
     root = Path(__file__).parents[2] / "benchmarks"
-    from spindle.calibrationfile import read_steps
+    from spindle.files.calibrationfile import read_steps
 
     spec, cluster = str(root / "workloads" / "starvla_gr00t.yaml"), parse_cluster("1x8:a100-80g")
     found = make_calibration(spec, cluster, read_steps(root / "data" / "starvla_a100.csv", "batch").rows)

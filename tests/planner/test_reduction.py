@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spindle.plan import BUCKET_BYTES
-from spindle.planner.reduction import (
+from spindle.planner.costing.reduction import (
     Reduction,
     Share,
     Wanted,
@@ -18,7 +17,8 @@ from spindle.planner.reduction import (
     slowed_by_device,
     update_by_device,
 )
-from spindle.planner.traffic import Devices
+from spindle.planner.costing.traffic import Devices
+from spindle.values.plan import BUCKET_BYTES
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 NODES = cluster(2, 4)  # 1 byte/s inside, 0.1 between; overlap gains nothing

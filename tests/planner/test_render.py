@@ -1,9 +1,9 @@
 from dataclasses import replace
 
-from spindle.plan import Alternative, Memory, StepWork, make_waves
 from spindle.planner.report.figures import WIDTH, seconds
 from spindle.planner.report.render import gantt, render, summary, table
 from spindle.planner.solve import solve
+from spindle.values.plan import Alternative, Memory, StepWork, make_waves
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 GRAPH = graph(metaop("t.a", 2, {2: 1.0}), metaop("t.b", 1, {2: 1.5}), metaop("t.loss", 1, {4: 0.5}))

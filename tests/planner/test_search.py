@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from spindle.api import plan_source
-from spindle.clusterfile import parse_cluster
 from spindle.errors import SpindleWarning
-from spindle.metagraph import MetaGraph
+from spindle.files.clusterfile import parse_cluster
 from spindle.planner.check import check_plan
+from spindle.planner.costing.traffic import transfer_s
 from spindle.planner.problem import make_problem
 from spindle.planner.search.decode import Draft, FlatDecoder, draft_of
 from spindle.planner.search.device_pool import bits_of, make_device_pool
@@ -19,10 +18,11 @@ from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.orders import by_level, by_schedule
 from spindle.planner.search.placed import PlacedDecoder
 from spindle.planner.search.wave_lp import WaveLp, residual_waves
-from spindle.planner.search.work import UNITS_PER_S, Work
 from spindle.planner.solve import solve
-from spindle.planner.traffic import transfer_s
-from spindle.source import load_source
+from spindle.planner.work import UNITS_PER_S, Work
+from spindle.values.metagraph import MetaGraph
+from spindle.verbs.api import plan_source
+from spindle.verbs.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop
 
 ROOT = Path(__file__).parents[2]

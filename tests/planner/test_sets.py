@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph
-from spindle.plan import Plan
+from spindle.files.formats import dumps, loads
 from spindle.planner.report.render import summary
 from spindle.planner.sets import fitted_to_sets
 from spindle.planner.solve import solve
-from spindle.presence import Presence, task_sets
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Plan
+from spindle.values.presence import Presence, task_sets
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 SHARES = [

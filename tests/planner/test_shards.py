@@ -5,19 +5,14 @@ from typing import Any
 
 import pytest
 
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.contract import contract
 from spindle.cost.layout import sharded_s
 from spindle.cost.metaops import with_costs
 from spindle.cost.roofline import OperatorTime
 from spindle.cost.sampled import Costed
 from spindle.cost.shards import all_sharded, shardable
-from spindle.cost_options import CostOptions, memory_choices, sharded_choices
 from spindle.errors import InfeasibleError, WorkloadError
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Alternative, Plan
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import dumps, loads
 from spindle.planner import choose
 from spindle.planner.baselines.alternatives import FSDP, Choice, alternatives
 from spindle.planner.check import check_plan
@@ -26,7 +21,12 @@ from spindle.planner.solve import solve, usual_ways_fit
 from spindle.planner.turns import solve_in_turns
 from spindle.spec.file import parse_workload
 from spindle.spec.graph import build_graph
-from spindle.turns import Turns
+from spindle.values.cluster import Cluster
+from spindle.values.contract import contract
+from spindle.values.cost_options import CostOptions, memory_choices, sharded_choices
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Alternative, Plan
+from spindle.values.turns import Turns
 
 SPEC = """
 format: spindle.workload

@@ -4,7 +4,7 @@ import pytest
 
 from spindle.errors import PlanError
 from spindle.planner.simulate import simulate
-from spindle.trace import SpanKind, Trace
+from spindle.values.trace import SpanKind, Trace
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 
 from spindle.errors import InfeasibleError, PlanError
-from spindle.formats import dumps, loads
-from spindle.plan import Plan
+from spindle.files.formats import dumps, loads
 from spindle.planner.check import check_plan
 from spindle.planner.problem import make_problem
 from spindle.planner.solve import METHODS, evaluate, fitting, solve
+from spindle.values.plan import Plan
 from tests.planner.planner_graphs import cluster, graph, metaop, piece
 
 # two encoders that stop scaling at two devices, twice

@@ -2,11 +2,11 @@
 
 import pytest
 
-from spindle.metagraph import MetaGraph
 from spindle.planner.report.render import render
 from spindle.planner.simulate import step_times
 from spindle.planner.solve import solve
 from spindle.planner.spread import spread_of, steps_s
+from spindle.values.metagraph import MetaGraph
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 MADE = plan(piece("a", range(1), (0,), 0, 3), metagraph=graph(metaop("a", times={1: 3.0})))

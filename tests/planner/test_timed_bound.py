@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.cluster import Cluster
-from spindle.formats import dumps, loads
-from spindle.metagraph import MetaGraph
-from spindle.plan import Certificate, Plan, TimePrices
-from spindle.planner.bound import Bound, lower_bound, tightened
+from spindle.files.formats import dumps, loads
+from spindle.planner.bounds.bound import Bound, lower_bound, tightened
+from spindle.planner.bounds.timed import timed_bound, worth
 from spindle.planner.check import check_plan
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.solve import solve
-from spindle.planner.timed_bound import timed_bound, worth
+from spindle.values.cluster import Cluster
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Certificate, Plan, TimePrices
 from tests.laws.planner_strategies import clusters, metagraphs
 from tests.planner.planner_graphs import cluster, graph, metaop
 

@@ -1,6 +1,6 @@
 import pytest
 
-from spindle.planner.traffic import transfer_s
+from spindle.planner.costing.traffic import transfer_s
 from tests.planner.planner_graphs import cluster
 
 NODES = cluster(2, 4)  # 1 byte/s inside, 0.1 between

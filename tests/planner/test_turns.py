@@ -6,10 +6,8 @@ import pytest
 
 from spindle.cost.sampled import Costed
 from spindle.errors import InfeasibleError
-from spindle.metagraph import MetaGraph
-from spindle.plan import BUCKET_BYTES, Plan
 from spindle.planner.check import check_plan
-from spindle.planner.memory import peak_bytes
+from spindle.planner.costing.memory import peak_bytes
 from spindle.planner.report.explain import explain
 from spindle.planner.report.explained import render_explanation
 from spindle.planner.report.render import render
@@ -17,9 +15,11 @@ from spindle.planner.sets import fitted_to_sets
 from spindle.planner.simulate import simulate
 from spindle.planner.solve import solve
 from spindle.planner.turns import smallest_turns, solve_in_turns, turns_to_try
-from spindle.presence import Presence
 from spindle.timeline import render_page
-from spindle.trace import SpanKind
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import BUCKET_BYTES, Plan
+from spindle.values.presence import Presence
+from spindle.values.trace import SpanKind
 from tests.planner.planner_graphs import cluster, graph, metaop, piece, plan
 
 

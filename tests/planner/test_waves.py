@@ -2,7 +2,7 @@ import pytest
 
 from spindle.planner.baselines.allocate import Tuple
 from spindle.planner.baselines.waves import Waves, level_optimum_s, paper_waves, slice_waves
-from spindle.planner.curves import Curve
+from spindle.planner.costing.curves import Curve
 from spindle.planner.problem import make_problem
 from tests.planner.planner_graphs import cluster, graph, metaop
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spindle.cli import cli, entry
 from spindle.cli.brief import COLUMNS, brief
 from spindle.errors import SpindleError
-from spindle.harmless import harmless
+from spindle.words.harmless import harmless
 
 WORDS = st.one_of(
     st.text(max_size=12), st.text(min_size=80, max_size=300), st.sampled_from(["a;", "\n", "; ", "/a" * 99])

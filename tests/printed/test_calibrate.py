@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from spindle.calibration import Calibration
-from spindle.formats import read
+from spindle.files.formats import read
 from spindle.planner.report.figures import three_digits
+from spindle.values.calibration import Calibration
 from tests.printed.conftest import Spindle
 from tests.printed.samples import METAGRAPH, MODEL, SPEC
 

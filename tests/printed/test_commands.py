@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from spindle.formats import read
-from spindle.plan import Plan
-from spindle.profile import Profile
-from spindle.trace import Trace
+from spindle.files.formats import read
+from spindle.values.plan import Plan
+from spindle.values.profile import Profile
+from spindle.values.trace import Trace
 from tests.printed.conftest import Outcome, Spindle
 from tests.printed.samples import MODEL, SPEC, metagraph_file
 

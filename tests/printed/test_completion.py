@@ -11,7 +11,7 @@ from click.shell_completion import ShellComplete
 
 from spindle.cli import cli
 from spindle.cli.shell import _Bash
-from spindle.clusterfile import device_types
+from spindle.files.clusterfile import device_types
 from spindle.planner.solve import METHODS
 from tests.printed.conftest import Spindle
 

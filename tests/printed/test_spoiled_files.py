@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from spindle.clusterfile import parse_yaml
 from spindle.errors import FormatError
+from spindle.files.clusterfile import parse_yaml
 from tests import spoiled
 from tests.edits import Edit, edited, edited_bytes
 from tests.spoiled import Case

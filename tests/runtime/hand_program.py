@@ -5,11 +5,11 @@ layers; the loss runs on rank 1 alone. So samples 0..3 travel there, and their g
 load the batch and see that they agree on it.
 """
 
-from spindle.contract import contract
-from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec
-from spindle.plan import Plan, Slice, make_waves
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Program
+from spindle.values.contract import contract
+from spindle.values.graph import Operator, Parameter, TaskGraph, TensorSpec
+from spindle.values.plan import Plan, Slice, make_waves
 
 TEXT = """\
 spindle.program 2

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import RunError
-from spindle.plan import Plan
 from spindle.runtime.controller import prepare
 from spindle.runtime.launch.agreement import agreement, refuse_differences
 from spindle.runtime.rank_spec import make_rank_specs
+from spindle.values.plan import Plan
 from tests.faults.breaking import Plain, rows
 from tests.random_plans import random_plan, widest_plan
 

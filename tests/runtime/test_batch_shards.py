@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spindle.graph import TensorSpec
 from spindle.runtime.programs.program import Message
 from spindle.runtime.steps.batch_shards import BatchShard, cut, joined, message_bytes, shard_shape, summed
-from spindle.units import SAMPLES, Bounds, Units
+from spindle.values.graph import TensorSpec
+from spindle.values.units import SAMPLES, Bounds, Units
 
 PLAIN = TensorSpec(name="x", shape=(5, 2), dtype="float32")
 PATCHES = TensorSpec(name="x", shape=(15,), dtype="float32", rows=3)  # three rows a sample

@@ -11,7 +11,7 @@ from torch import Tensor
 import spindle
 from spindle.runtime.loading.batches import Batches
 from spindle.runtime.loading.recordings import LoadedBatch, Recordings
-from spindle.units import Bounds
+from spindle.values.units import Bounds
 from tests.random_plans import random_plan
 from tests.tiny_workloads import WIDTH, Residual, floats
 

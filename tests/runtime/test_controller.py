@@ -15,7 +15,7 @@ from spindle.runtime.controller import Run, launched, merge_traces, prepare
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.worker import Report, merge_losses
-from spindle.trace import Span, SpanKind
+from spindle.values.trace import Span, SpanKind
 from tests.faults.breaking import marked, workload_of
 from tests.random_plans import random_plan, widest_plan
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import spindle
-from spindle.batch import SampledBatch, sampled
 from spindle.errors import SpindleWarning
-from spindle.plan import SizeRange
+from spindle.inputs.batch import SampledBatch, sampled
 from spindle.runtime.drift import Drift
+from spindle.values.plan import SizeRange
 from tests.capture.test_sizes import text, texts
 
 SIZES = (

@@ -13,7 +13,7 @@ import spindle
 from spindle.errors import RunError
 from spindle.runtime.controller import Prepared, launched, prepare
 from spindle.runtime.programs.program import Instruction, Op
-from spindle.trace import Span
+from spindle.values.trace import Span
 from tests.faults.breaking import marked, workload_of
 from tests.random_plans import widest_plan
 

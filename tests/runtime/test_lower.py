@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.contract import contract
 from spindle.errors import PlanError
-from spindle.graph import TaskGraph
-from spindle.metagraph import MetaGraph
-from spindle.plan import Slice
 from spindle.runtime.laws import check_program
 from spindle.runtime.programs.lower import lower, split_samples
 from spindle.runtime.programs.program import Message, Program
-from spindle.units import SAMPLES
+from spindle.values.contract import contract
+from spindle.values.graph import TaskGraph
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Slice
+from spindle.values.units import SAMPLES
 from tests.random_plans import random_plan
 from tests.runtime.hand_program import hand_graph, hand_plan, hand_slice, lowered
 from tests.task_graphs import random_task_graph

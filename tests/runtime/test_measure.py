@@ -6,9 +6,9 @@ import platform
 import torch
 
 from spindle.capture import Captured, capture
-from spindle.profile import Profile
 from spindle.runtime.comms.host import threads_of_rank
 from spindle.runtime.profiling.profiler import measure_profile
+from spindle.values.profile import Profile
 from spindle.workload import Workload
 from tests.tiny_workloads import frozen_tower, two_towers
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 import spindle
-from spindle.cluster import Cluster
-from spindle.clusterfile import parse_cluster
-from spindle.cost_options import CostOptions
 from spindle.errors import InfeasibleError
-from spindle.execution import Execution
-from spindle.plan import Plan
-from spindle.profile import ProfileEntry
+from spindle.files.clusterfile import parse_cluster
 from spindle.runtime.controller import prepare
-from spindle.source import cost_options_of
+from spindle.values.cluster import Cluster
+from spindle.values.cost_options import CostOptions
+from spindle.values.execution import Execution
+from spindle.values.plan import Plan
+from spindle.values.profile import ProfileEntry
+from spindle.verbs.source import cost_options_of
 from spindle.workload import Workload
 from tests.tiny_workloads import HandWritten, floats
 

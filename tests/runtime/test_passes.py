@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from spindle.contract import contract
 from spindle.runtime.laws import broken_laws
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.passes import accumulating, add_compute, add_frees, add_loads, add_step, restricted
 from spindle.runtime.programs.program import Bucket, Program
+from spindle.values.contract import contract
 from tests.random_plans import widest_plan
 from tests.runtime.hand_program import hand_plan, hand_slice, lowered
 from tests.task_graphs import random_task_graph

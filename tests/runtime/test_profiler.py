@@ -11,11 +11,11 @@ import torch
 import spindle
 from spindle.capture import Captured, capture
 from spindle.errors import ProfileError
-from spindle.profile import Profile
 from spindle.runtime.profiling.bench_target import BenchTarget
 from spindle.runtime.profiling.measure import MIN_REPEATS
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES, measure_profile
 from spindle.runtime.profiling.rounds import counts_to_measure
+from spindle.values.profile import Profile
 from spindle.workload import Batch, Workload
 from tests.capture.test_sizes import text, texts
 from tests.parity.test_lacking import IMAGE, Parts

@@ -14,7 +14,7 @@ from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.program import Instruction, Op, Program
 from spindle.runtime.steps.reductions import Reductions, completed_buckets
 from spindle.runtime.steps.store import ParameterStore
-from spindle.trace import Span
+from spindle.values.trace import Span
 from tests.faults.breaking import Plain, marked, workload_of
 from tests.random_plans import widest_plan
 from tests.runtime.hand_program import lowered

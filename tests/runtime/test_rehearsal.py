@@ -11,14 +11,14 @@ from torch import Tensor
 
 from spindle.capture import Captured, capture
 from spindle.capture.codes import OperatorCode
-from spindle.contract import contract
-from spindle.record.draws import Stream, drawing_from
+from spindle.record.substitutes.draws import Stream, drawing_from
 from spindle.runtime.comms.transport import ThreadTransport
 from spindle.runtime.loading.recordings import Recipe
 from spindle.runtime.parallel.names import joined_pieces
 from spindle.runtime.profiling.layer_bench import LayerBench
 from spindle.runtime.profiling.rounds import counts_to_measure, kinds_of
 from spindle.runtime.programs.text import dumps, loads
+from spindle.values.contract import contract
 from spindle.workload import Workload
 from tests.tiny_workloads import cut_language_model, encoder_decoder, five_families, frozen_tower, in_place, two_towers
 

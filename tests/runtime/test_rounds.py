@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.capture import capture
-from spindle.contract import contract
-from spindle.metagraph import MetaGraph
-from spindle.profile import Profile, ProfileEntry
 from spindle.runtime.profiling.profiler import Message
 from spindle.runtime.profiling.rounds import MOST_REST_BYTES, counts_to_measure, kinds_of, other_work, rounds_of
+from spindle.values.contract import contract
+from spindle.values.metagraph import MetaGraph
+from spindle.values.profile import Profile, ProfileEntry
 from tests.tiny_workloads import two_towers
 
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.contract import contract
-from spindle.graph import ParameterWrite, TaskGraph
-from spindle.plan import Plan
 from spindle.runtime.laws import broken_laws
 from spindle.runtime.programs import text
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Op, Program
 from spindle.runtime.programs.sequences import in_words, sequences, turns_of
+from spindle.values.contract import contract
+from spindle.values.graph import ParameterWrite, TaskGraph
+from spindle.values.plan import Plan
 from tests.runtime.hand_program import hand_plan, hand_slice
 from tests.runtime.test_states import graph
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 import spindle
-from spindle.clusterfile import parse_cluster
-from spindle.outlook import Outlook
-from spindle.plan import Plan, Slice, make_waves
+from spindle.files.clusterfile import parse_cluster
 from spindle.runtime.comms.transport import ThreadTransport, Wait
 from spindle.runtime.faults.slow_links import SlowLinks
 from spindle.runtime.faults.stragglers import PATIENCE, WINDOW
@@ -23,6 +21,8 @@ from spindle.runtime.launch import worker_group
 from spindle.runtime.steps.busy import Meeting, Together
 from spindle.runtime.watch import RankStep
 from spindle.runtime.worker import Report
+from spindle.values.outlook import Outlook
+from spindle.values.plan import Plan, Slice, make_waves
 from tests.random_plans import widest_plan
 from tests.runtime.test_stragglers import Passed, towers
 

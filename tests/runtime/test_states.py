@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.contract import contract
 from spindle.errors import PlanError
-from spindle.graph import Operator, Parameter, ParameterWrite, TaskGraph, TensorSpec
 from spindle.runtime.laws import broken_laws
 from spindle.runtime.programs import text
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.passes import accumulating, restricted
 from spindle.runtime.programs.program import Op, Program
+from spindle.values.contract import contract
+from spindle.values.graph import Operator, Parameter, ParameterWrite, TaskGraph, TensorSpec
 from tests.runtime.hand_program import hand_plan, hand_slice
 
 TABLES = """\

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import spindle
-from spindle.plan import Plan, SizeRange, make_waves
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.faults.stragglers import PATIENCE, WINDOW, Stragglers
 from spindle.runtime.steps.busy import Busy
 from spindle.runtime.watch import RankStep
 from spindle.runtime.worker import Report
+from spindle.values.plan import Plan, SizeRange, make_waves
 from spindle.workload import Workload
 from tests.parity.test_tensor_parallel import spread
 from tests.parity.test_tensor_parallel import workload as cut

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.contract import contract
 from spindle.errors import PlanError
-from spindle.graph import Operator, TaskGraph
-from spindle.plan import Plan
 from spindle.runtime.laws import broken_laws
 from spindle.runtime.programs import text
 from spindle.runtime.programs.lower import lower
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Op, Program
-from spindle.turns import Turns
+from spindle.values.contract import contract
+from spindle.values.graph import Operator, TaskGraph
+from spindle.values.plan import Plan
+from spindle.values.turns import Turns
 from tests.runtime.hand_program import hand_graph, hand_plan, hand_slice
 
 TURNS: Turns = (("t",), ("u",))

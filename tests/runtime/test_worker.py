@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.plan import Plan, Slice, make_waves
 from spindle.record import travel
 from spindle.runtime.controller import Prepared, prepare
 from spindle.runtime.loading import recordings
 from spindle.runtime.parallel.names import held_names
 from spindle.runtime.programs.program import SliceRun
 from spindle.runtime.rank_spec import RankSpec, make_rank_specs, owners, separate
+from spindle.values.plan import Plan, Slice, make_waves
 from spindle.workload import Workload
 from tests.faults.breaking import Plain, rows, workload_of
 from tests.random_plans import widest_plan

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from spindle.calibration import Calibration, Constant, MeasuredStep, calibrated
-from spindle.calibrationfile import read_steps
-from spindle.cluster import Cluster, Collective
-from spindle.clusterfile import parse_cluster
 from spindle.cost.links import collective_s
 from spindle.cost.roofline import Work, time_operator
 from spindle.errors import FormatError, ProfileError
-from spindle.formats import dumps, loads
+from spindle.files.calibrationfile import read_steps
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import dumps, loads
+from spindle.values.calibration import Calibration, Constant, MeasuredStep, calibrated
+from spindle.values.cluster import Cluster, Collective
 
 A100 = parse_cluster("2x8:a100-80g")
 SHARED_PORT = replace(A100, inter_node=replace(A100.inter_node, node_bytes_per_s=25e9))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spindle.cluster import Cluster, Device, Link, Protocol
 from spindle.errors import ClusterError
+from spindle.values.cluster import Cluster, Device, Link, Protocol
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spindle.clusterfile import parse_cluster, parse_yaml, read_yaml
 from spindle.errors import ClusterError, FormatError, SpindleError
+from spindle.files.clusterfile import parse_cluster, parse_yaml, read_yaml
 
 GOOD = """
 nodes: 2

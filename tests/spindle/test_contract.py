@@ -8,9 +8,9 @@ import networkx as nx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.contract import contract, expand, meta_levels
-from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec
-from spindle.metagraph import MetaGraph
+from spindle.values.contract import contract, expand, meta_levels
+from spindle.values.graph import Operator, Parameter, TaskGraph, TensorSpec
+from spindle.values.metagraph import MetaGraph
 from tests.task_graphs import random_task_graph
 
 

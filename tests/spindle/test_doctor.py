@@ -6,9 +6,9 @@ from importlib import metadata
 import pytest
 from click.testing import CliRunner
 
-from spindle import doctor
 from spindle.cli import cli
-from spindle.doctor import Finding
+from spindle.verbs import doctor
+from spindle.verbs.doctor import Finding
 
 REQUIRED = ["torch>=2.11", "click>=8.1", 'transformers>=5.0; extra == "hf"', 'ruff>=0.11; extra == "dev"']
 

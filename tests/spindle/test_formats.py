@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spindle.calibration import Calibration, MeasuredStep
 from spindle.errors import FormatError, InputError
-from spindle.formats import dumps, loads, read, write, write_text
-from spindle.metagraph import Flow, MetaGraph, MetaOp
-from spindle.plan import Certificate, Memory, Plan, Slice, make_waves
-from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
-from spindle.trace import Span, SpanKind, Trace
+from spindle.files.formats import dumps, loads, read, write, write_text
+from spindle.values.calibration import Calibration, MeasuredStep
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp
+from spindle.values.plan import Certificate, Memory, Plan, Slice, make_waves
+from spindle.values.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.spindle import value_strategies as values
 
 Json = dict[str, object] | list[object] | str | float | bool | None

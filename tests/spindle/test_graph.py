@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from spindle.errors import GraphError
-from spindle.graph import Operator, Parameter, TaskGraph, TensorSpec
+from spindle.values.graph import Operator, Parameter, TaskGraph, TensorSpec
 from tests.refusals import Refusal, check_refusal, each
 
 

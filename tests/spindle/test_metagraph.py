@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from spindle.errors import GraphError
-from spindle.graph import Operator
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.graph import Operator
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")

@@ -16,10 +16,10 @@ import spindle
 from spindle.cli import cli
 from spindle.errors import InputError, RunError
 from spindle.metrics import Callback, JsonLines, StepMetrics, TensorBoard, scalars
-from spindle.plan import Plan
 from spindle.runtime.steps.record import StepRecord
 from spindle.runtime.watch import rank_step, tokens_of
-from spindle.trace import Span, SpanKind
+from spindle.values.plan import Plan
+from spindle.values.trace import Span, SpanKind
 from spindle.workload import Workload
 
 

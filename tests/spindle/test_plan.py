@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.errors import PlanError
-from spindle.graph import Operator
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.plan import Certificate, Plan, Slice, TimePrices, make_waves, sorted_pairs, without_operators
+from spindle.values.graph import Operator
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.values.plan import Certificate, Plan, Slice, TimePrices, make_waves, sorted_pairs, without_operators
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")

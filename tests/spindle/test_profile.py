@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.errors import ProfileError
-from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
+from spindle.values.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
 from tests.refusals import Refusal, check_refusal, each
 
 NAN, INF = float("nan"), float("inf")

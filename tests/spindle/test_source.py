@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from spindle.clusterfile import parse_cluster
 from spindle.cost.metaops import with_costs
 from spindle.errors import FormatError, SpindleError, WorkloadError
-from spindle.formats import write
-from spindle.metagraph import MetaGraph, MetaOp
-from spindle.source import is_python, load_source, load_workload
+from spindle.files.clusterfile import parse_cluster
+from spindle.files.formats import write
+from spindle.values.metagraph import MetaGraph, MetaOp
+from spindle.verbs.source import is_python, load_source, load_workload
 
 WORKLOAD = """
 import torch

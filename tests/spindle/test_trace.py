@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.errors import InputError
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.refusals import Refusal, check_refusal, each
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spindle
-from spindle.batch import SampledBatch, sampled
 from spindle.errors import WorkloadError
-from spindle.units import SAMPLES, Units, shares
+from spindle.inputs.batch import SampledBatch, sampled
+from spindle.values.units import SAMPLES, Units, shares
 from tests.refusals import Refusal, check_refusal, each
 
 

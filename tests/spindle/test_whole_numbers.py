@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import InputError
-from spindle.whole_numbers import is_whole
+from spindle.words.whole_numbers import is_whole
 
 
 def made() -> spindle.Workload:

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from spindle.calibration import CONSTANTS, Calibration, MeasuredStep
-from spindle.cluster import Cluster, Device, Link, Protocol
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.outlook import Gain, Moves, Outlook
-from spindle.plan import (
+from spindle.values.calibration import CONSTANTS, Calibration, MeasuredStep
+from spindle.values.cluster import Cluster, Device, Link, Protocol
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.outlook import Gain, Moves, Outlook
+from spindle.values.plan import (
     Alternative,
     Certificate,
     Memory,
@@ -20,8 +20,8 @@ from spindle.plan import (
     TimePrices,
     make_waves,
 )
-from spindle.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.profile import LinkEntry, LoadEntry, Profile, ProfileEntry
+from spindle.values.trace import Span, SpanKind, Trace
 
 text = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=8)
 amounts = st.floats(0, 1e18, allow_subnormal=False)

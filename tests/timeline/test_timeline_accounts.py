@@ -9,7 +9,7 @@ from spindle.timeline.accounts import account, idle_share, total
 from spindle.timeline.items import Cause, Item, Kind, What
 from spindle.timeline.rows import trace_view
 from spindle.timeline.table import make_table
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 NAMES = {

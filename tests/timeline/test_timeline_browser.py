@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spindle.timeline import render_page
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_samples import made_up_run, planned, slowed
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -9,7 +9,7 @@ import pytest
 from spindle.errors import InputError
 from spindle.planner.simulate import simulate
 from spindle.timeline import chrome_trace
-from spindle.trace import Trace
+from spindle.values.trace import Trace
 from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 REQUIRED = {

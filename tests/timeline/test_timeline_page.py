@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from spindle.errors import InputError
-from spindle.plan import Memory, make_waves
 from spindle.planner.simulate import simulate
 from spindle.timeline import render_page, timeline_figures
-from spindle.timeline.page import embedded
-from spindle.trace import Span, SpanKind, Trace
+from spindle.timeline.page.html import embedded
+from spindle.values.plan import Memory, make_waves
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_html import Page, outside_references
 from tests.timeline.timeline_samples import GIB, by_hand, made_up_run, planned
 

@@ -12,7 +12,7 @@ from spindle.timeline.index import made_by, overlapping
 from spindle.timeline.items import Cause, Item, StepView
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_samples import by_hand, made_up_run, planned
 
 

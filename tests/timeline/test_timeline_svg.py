@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from spindle.plan import Plan, Slice, make_waves
 from spindle.timeline import render_page, render_svg
 from spindle.timeline.svg import MAX_ROWS, device_groups, nice_ticks
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.plan import Plan, Slice, make_waves
+from spindle.values.trace import Span, SpanKind, Trace
 from tests.timeline.timeline_samples import made_up_run, planned, slowed
 
 SVG = "{http://www.w3.org/2000/svg}"

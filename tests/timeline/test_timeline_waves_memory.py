@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spindle.metagraph import MetaGraph
-from spindle.plan import Memory
 from spindle.planner.simulate import simulate
 from spindle.timeline.items import Kind, StepView
 from spindle.timeline.memory import memory_model
 from spindle.timeline.rows import plan_view, trace_view
 from spindle.timeline.table import make_table
 from spindle.timeline.waves import WaveTime, leading, wave_times
-from spindle.trace import SpanKind, Trace
+from spindle.values.metagraph import MetaGraph
+from spindle.values.plan import Memory
+from spindle.values.trace import SpanKind, Trace
 from tests.timeline.timeline_samples import GIB, by_hand, made_up_run, planned
 
 

@@ -4,13 +4,13 @@ from collections import defaultdict
 from dataclasses import replace
 from random import Random
 
-from spindle.cluster import Cluster, Device, Link
-from spindle.metagraph import Flow, MetaGraph, MetaOp, points
-from spindle.plan import Plan, Slice, make_waves
 from spindle.planner.simulate import simulate
 from spindle.planner.solve import solve
 from spindle.timeline.table import SliceTable, make_table
-from spindle.trace import Span, SpanKind, Trace
+from spindle.values.cluster import Cluster, Device, Link
+from spindle.values.metagraph import Flow, MetaGraph, MetaOp, points
+from spindle.values.plan import Plan, Slice, make_waves
+from spindle.values.trace import Span, SpanKind, Trace
 
 GIB = 2.0**30
 

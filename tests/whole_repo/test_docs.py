@@ -20,8 +20,8 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from spindle import source
 from spindle.cli import cli
+from spindle.verbs import source
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

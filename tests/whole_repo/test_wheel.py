@@ -60,9 +60,9 @@ def test_it_holds_the_three_packages(wheel: Path) -> None:
 def test_it_holds_its_data(wheel: Path) -> None:
     """Device types, held-out steps, the scripts and styles of the timeline, and the mark that it is typed."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    scripts = [p.name for p in (ROOT / "spindle" / "timeline").iterdir() if p.suffix in (".js", ".css")]
+    scripts = [p.name for p in (ROOT / "spindle" / "timeline" / "page").iterdir() if p.suffix in (".js", ".css")]
     assert len(scripts) > 3
-    files = ("devices.yaml", "held_out.yaml", "py.typed", *(f"timeline/{name}" for name in scripts))
+    files = ("files/devices.yaml", "cost/held_out.yaml", "py.typed", *(f"timeline/page/{name}" for name in scripts))
     assert {f"spindle/{name}" for name in files} <= names
 
 

@@ -31,7 +31,7 @@ from workload import (
 )
 
 import spindle
-from spindle import formats
+from spindle.files import formats
 from spindle.planner.report.render import render
 from spindle.planner.simulate import simulate
 from spindle.timeline import render_page

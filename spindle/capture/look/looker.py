@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spindle.batch import SampledBatch, with_own_tensors
 from spindle.capture.codes import computing_in
 from spindle.capture.facts import Slot
 from spindle.capture.grouping import Key, Wired, wire
@@ -44,15 +43,16 @@ from spindle.capture.look.samples import (
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
 from spindle.capture.look.watching import Held, made_by_first, own_state
 from spindle.errors import SpindleWarning, WorkloadError
-from spindle.record.copies import attributes_kept
-from spindle.record.draws import Site, Stream
-from spindle.record.known_shapes import KnownShapes
-from spindle.record.randomness import Undrawn, undrawn
+from spindle.inputs.batch import SampledBatch, with_own_tensors
+from spindle.record.changes.copies import attributes_kept
+from spindle.record.on_meta.known_shapes import KnownShapes
 from spindle.record.recording import LeafWrite, Recording, tensors_in
 from spindle.record.run import Failure, Recorded, record
 from spindle.record.skeleton import Skeleton
+from spindle.record.substitutes.draws import Site, Stream
+from spindle.record.substitutes.randomness import Undrawn, undrawn
 from spindle.record.writes import CLOCK, INSTEAD, differing
-from spindle.units import Bounds, Place, Units
+from spindle.values.units import Bounds, Place, Units
 from spindle.workload import Task, Workload
 
 CHANCES = 8  # steps in which the layers called are compared, where numbers are drawn that may decide that

@@ -31,15 +31,15 @@ from spindle.capture.look.watching import (
     examined,
 )
 from spindle.errors import WorkloadError
-from spindle.record.checkpoints import Planned, going
-from spindle.record.copies import copied
-from spindle.record.draws import Site, Stream, drawing_from
+from spindle.record.changes.copies import copied
 from spindle.record.functions import counts_batches
-from spindle.record.made_up import MadeUpProducts, give_numbers, made_up
-from spindle.record.randomness import Drawing
+from spindle.record.on_meta.made_up import MadeUpProducts, give_numbers, made_up
 from spindle.record.recording import Aux, Node, Recording, Ref, execute, tree
 from spindle.record.skeleton import BlockInfo
-from spindle.units import Place
+from spindle.record.substitutes.checkpoints import Planned, going
+from spindle.record.substitutes.draws import Site, Stream, drawing_from
+from spindle.record.substitutes.randomness import Drawing
+from spindle.values.units import Place
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in attention masks and masked logits

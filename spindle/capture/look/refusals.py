@@ -18,9 +18,9 @@ from torch.nn.modules import module as modules
 
 from spindle.capture.look.proposals import collected_outputs, in_code, lists_of, running_module, with_module
 from spindle.errors import SpindleError, WorkloadError
-from spindle.record.draws import GLOBAL_GENERATORS
 from spindle.record.lazy import INSTEAD, CameOut, Forbidden, LazyRead, Refused, Stranger
 from spindle.record.run import Failure, Recorded
+from spindle.record.substitutes.draws import GLOBAL_GENERATORS
 from spindle.record.writes import INSTEAD as DO_INSTEAD
 from spindle.workload import Component, Task, Workload
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spindle.inputs.usercode import is_own_file, names_used
 from spindle.record.recording import Aux, Node, Ref, tree
 from spindle.record.run import Recorded
-from spindle.usercode import is_own_file, names_used
 
 FAR = 1_000_003  # calls: beyond what counters of steps are compared with
 MOST = 20_000  # values that are looked at

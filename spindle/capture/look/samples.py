@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spindle.batch import SampledBatch
-from spindle.units import SAMPLES, Bounds, Units, shares
+from spindle.inputs.batch import SampledBatch
+from spindle.values.units import SAMPLES, Bounds, Units, shares
 from spindle.workload import Task
 
 PROBE_SAMPLES = 5

@@ -7,13 +7,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-from spindle.batch import SampledBatch
 from spindle.capture.facts import Samples, Slot, apart
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.watching import Changes
-from spindle.record.draws import Site
+from spindle.inputs.batch import SampledBatch
 from spindle.record.run import Recorded
-from spindle.units import SAMPLES, Bounds, Place, Units
+from spindle.record.substitutes.draws import Site
+from spindle.values.units import SAMPLES, Bounds, Place, Units
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spindle.record.copies import Attributes
-from spindle.record.fingerprints import OF_MODULES, Leaves
+from spindle.inputs.usercode import line_of
+from spindle.record.changes.copies import Attributes
+from spindle.record.changes.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches, writes_first
 from spindle.record.lazy import SET_DATA, memory_of
-from spindle.record.made_up import own_numbers
+from spindle.record.on_meta.made_up import own_numbers
 from spindle.record.recording import tensors_in
 from spindle.record.sites import innermost_line
-from spindle.usercode import line_of
 
 Run = Callable[[], list[Tensor] | None]
 

@@ -1,0 +1,1 @@
+"""Costing: slices in; what they take of time, memory and links out."""

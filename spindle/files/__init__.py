@@ -1,0 +1,1 @@
+"""Files: text that comes from outside in, checked values out, and back."""

@@ -1,0 +1,1 @@
+"""Inputs: what a workload is made of: batches and their loaders, weights, functions, and their rules."""

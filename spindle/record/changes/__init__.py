@@ -1,0 +1,1 @@
+"""Changes: what modules and values hold, and whether code has changed it."""

@@ -1,0 +1,1 @@
+"""Substitutes: what stands in place of functions of torch, and of attributes of modules, while a task is recorded."""
