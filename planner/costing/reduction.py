@@ -4,8 +4,8 @@ has its new parameters.
 - Layers of one parameter set that the same slices run are a Share (the paper's parameter device group pool, section
   3.6; costs: `spindle.cost.links`).
 - The runtime reduces gradients in buckets, while backward goes on; `spindle.planner.costing.buckets` tells when,
-  bucket by bucket, and `schedule` about when. Each second beside backward takes `Device.overlap_cost` seconds from it; where that
-  is 1 or more nothing is gained, and reductions are charged after backward.
+  bucket by bucket, and `schedule` about when. Each second beside backward takes `Device.overlap_cost` seconds from it;
+  where that is 1 or more nothing is gained, and reductions are charged after backward.
 - Each reduction waits for all its devices. Where the devices of a node share its network ports, these carry the
   messages of different groups one after another.
 - With sharded optimizer states a part of the gradients is reduced to each of the devices, which alone steps it and then

@@ -8,7 +8,8 @@
 - With memory, only devices with room are taken. What a device holds it keeps until the step ends; layers that share
   parameters count once (`spindle.planner.costing.memory`).
 - Costs are those of `spindle.planner.costing.traffic`: activation forward, gradient back, charged to the slice that
-  receives. Under reversed time the slice that starts pays as well; the forward decoding of the result then charges the right one.
+  receives. Under reversed time the slice that starts pays as well; the forward decoding of the result then charges the
+  right one.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spindle.capture.codes import Captured, OperatorPart, TaskCode, computing_in
-from spindle.capture.operators.of_task import costs
+from spindle.capture.operators import costs
 from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import SpindleError
 from spindle.inputs.batch import SampledBatch, with_own_tensors

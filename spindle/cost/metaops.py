@@ -10,8 +10,8 @@
   (`spindle.cost.measured.family`).
 - Layer times hold no gradient reduction: a parameter that several tasks use is reduced once a step, after backward, so
   the planner charges it by plan (`spindle.planner.costing.traffic`). `layer_param_bytes` is therefore what is reduced:
-  the trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimizer's step comes once
-  a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
+  the trainable bytes of a layer; `layer_state_bytes` is what tasks that share it hold once. The optimizer's step comes
+  once a device too: `layer_update_s`, measured or what moving its states takes, whole even where states are sharded.
 - Of a component whose parameters are sharded every MetaOp runs on all devices (`spindle.cost.shards`).
 - Loading comes once a rank and task: `load_s` of the MetaOps that read a field of the batch, as measured, else none.
 - Where samples differ in length, all wait for the longest local batch: times grow by `imbalance`, memory by `tail`.

@@ -122,8 +122,8 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute, shard_optimizer, shard_parameters   memory choices (spindle.values.cost_options) that the plan is to make;
-                 the last one names components
+    recompute, shard_optimizer, shard_parameters   memory choices (`cost_options` of values) that the plan is to make; the
+                 last one names components
     execution    how layers, attention, optimizer and reductions are run
     layout       how the workload is run today: a plan is compared with it
     may_offload  optimizer states may go to the host's memory where nothing else fits

@@ -29,7 +29,7 @@ class Device:
     matmul_efficiency      share of peak_flops that a large matrix product reaches
     attention_efficiency   share of peak_flops that fused attention reaches on the scores it computes
     elementwise_traffic    how many times what stands between matrix products moves their inputs and outputs
-    eager_traffic          the same of eager PyTorch; 0: `spindle.values.execution.EAGER_TRAFFIC` times the one of fused ones
+    eager_traffic          the same of eager PyTorch; 0: `execution.EAGER_TRAFFIC` times that of fused layers
     kernels_per_matmul     kernels that are started in forward for each matrix product, itself among them
     overlap_cost           seconds lost for each second of communication that runs beside computation
     launch_s               seconds that a kernel takes besides its work: its start, on the host and on the device

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spindle
-from spindle.capture import operators
+from spindle.capture.operators import of_task
 from spindle.errors import SpindleError, WorkloadError
 from spindle.inputs.batch import SampledBatch
 from spindle.runtime.programs.messages import Layouts, StepLayout
@@ -158,13 +158,13 @@ def test_rows_of_another_sample_in_a_message_are_found(monkeypatch: pytest.Monke
 
 def test_a_wrong_unit_of_a_tensor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features of images that are taken to be one row a sample."""
-    own = operators._Builder._tensor_spec
+    own = of_task._Builder._tensor_spec
 
     def wrong(self: Any, tensor: str) -> TensorSpec:
         spec = own(self, tensor)
         return replace(spec, unit=SAMPLES) if spec.unit == "pixels" else spec
 
-    monkeypatch.setattr(operators._Builder, "_tensor_spec", wrong)
+    monkeypatch.setattr(of_task._Builder, "_tensor_spec", wrong)
     assert is_found(PICTURES)
 
 
