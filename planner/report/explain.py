@@ -1,6 +1,6 @@
 """Explain: a plan in, why it looks like this out: what bounds it, where its gap comes from, where devices idle.
 
-The bound's prices (`spindle.values.plan.Certificate`: area price a, paths of weight w, p(m) that of paths through m) say
+The bound's prices (`spindle.values.plan.Certificate`: area price a, paths of weight w, p(m) of those through m) say
 what a device-second and a second on a chain are worth. With D = a N + sum w, every plan of makespan C satisfies exactly
 
     D (C - bound) =   sum over slices of layers * (T(n) (a n + p) - min over n' of T(n') (a n' + p))    wrong counts

@@ -122,7 +122,7 @@ class WorkloadSpec:
     """Components and the tasks that run them.
 
     dtype        of parameters and activations where a component does not say otherwise
-    recompute, shard_optimizer, shard_parameters   memory choices (`cost_options` of values) that the plan is to make; the
+    recompute, shard_optimizer, shard_parameters   memory choices (`cost_options`) that the plan is to make; the
                  last one names components
     execution    how layers, attention, optimizer and reductions are run
     layout       how the workload is run today: a plan is compared with it
