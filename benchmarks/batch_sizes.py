@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runtime_models import VOCABULARY, batches, next_word
+from race.models import VOCABULARY, batches, next_word
 from torch import Tensor, nn
 from transformers import (
     BertConfig,

@@ -12,10 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from a fresh clone as well
 
-import cost_sections as sections
-import cost_unfitted as unfitted
-from cost_sections import Section
-from cost_tables import Figure
+from cost_report import sections, unfitted
+from cost_report.sections import Section
+from cost_report.tables import Figure
 
 HERE = Path(__file__).parent
 
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help="measure this machine too")
     arguments = parser.parse_args()
     if arguments.fit:
-        from cost_fit import fit_report
+        from cost_report.fit import fit_report
 
         print(fit_report())
         return 0

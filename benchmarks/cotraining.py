@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runtime_peers import Peer, Step
+from race.peers import Peer, Step
 from torch import Tensor, nn
 
 import spindle

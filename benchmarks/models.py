@@ -21,15 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import models_action
-import models_hearing
-import models_own
-import models_senses
-import models_text
-import models_vision_language
 import torch
 import transformers
-from models_base import Family
+from families import action, hearing, own, senses, text, vision_language
+from families.base import Family
 
 import spindle
 from spindle.capture import Captured, capture
@@ -39,8 +34,8 @@ from spindle.values.plan import Plan
 from spindle.workload import Workload
 from tests.random_plans import random_plan, widest_plan
 
-CHANGING = (*models_vision_language.FAMILIES, *models_action.FAMILIES, *models_hearing.FAMILIES)
-FAMILIES = (*CHANGING, *models_senses.FAMILIES, *models_text.FAMILIES, *models_own.FAMILIES)
+CHANGING = (*vision_language.FAMILIES, *action.FAMILIES, *hearing.FAMILIES)
+FAMILIES = (*CHANGING, *senses.FAMILIES, *text.FAMILIES, *own.FAMILIES)
 RANKS = (2, 3)
 SINGLE = 1e-5  # models that compute their norms or loss in float32, whatever they are given
 RESULTS = Path(__file__).parent / "results" / "models.md"

@@ -2,7 +2,7 @@
 
 Everything is what `spindle plan` says of the specs in benchmarks/workloads on benchmarks/clusters/spindle-paper.yaml.
 Nothing is fitted on the paper's times but the batches, which it does not state: they fit the times on 8 GPUs.
-`--write` also writes benchmarks/results/paper.md, from which `python -m benchmarks.figures` makes the pages' tables.
+`--write` also writes benchmarks/results/paper.md, from which `benchmarks.pages.figures` makes the tables of pages.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from spindle.verbs.source import Source, load_source, spec_source
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tables' module stands beside this one
 
-from cost_tables import read_table
-from cost_unfitted import in_sequence_s
+from cost_report.tables import read_table
+from cost_report.unfitted import in_sequence_s
 
 HERE = Path(__file__).parent
 CLUSTER = HERE / "clusters" / "spindle-paper.yaml"

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from planner_instances import Instance, suite
+from instances.suites import Instance, suite
 
 from spindle.files.formats import write
 from spindle.planner.baselines.paper import paper_slices

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from ragged_models import LARGE, SMALL, WIDE, Sizes, language_model, rows, texts, two_towers
-from runtime_peers import Peer, adam
+from race.peers import Peer, adam
+from race.ragged import LARGE, SMALL, WIDE, Sizes, language_model, rows, texts, two_towers
 from torch import Tensor
 
 import spindle

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from runtime_models import WORKLOADS, one_task
-from runtime_peers import Peer, adam
+from race.models import WORKLOADS, one_task
+from race.peers import Peer, adam
 
 import spindle
 from spindle.runtime.controller import Run, launched, merge_traces, prepare

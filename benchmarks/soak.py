@@ -36,8 +36,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from a fresh clone as well
 
 import torch
-from soak_growth import Usage, grown, table_of, usage
-from soak_parts import (
+from soaking.growth import Usage, grown, table_of, usage
+from soaking.parts import (
     KINDS,
     PLACES,
     TASKS,

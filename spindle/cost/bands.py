@@ -1,7 +1,7 @@
 """Bands: a source of costs in, how far measured steps lay from what was predicted from it out.
 
 - `held_out.yaml` holds measured over predicted seconds of steps that no constant was fitted on, by source; benchmarks
-  make it (`python -m benchmarks.held_out --write`). A band is not symmetric: steps more often take longer.
+  make it (`python -m benchmarks.pages.held_out --write`). A band is not symmetric: steps more often take longer.
 - Half of the tenth that a band leaves out lies below it, half above. Each row counts alike; and then, since rows of one
   table err together, a table counts as the root of its number of rows. The band holds both bands.
 - Of few rows a band holds all: with n rows a further one lies beyond the least or the largest of them 2 times in n + 1.

@@ -56,7 +56,9 @@ def test_the_printed_bands_hold_nine_of_ten(source: BandSource) -> None:
     """Of the held-out rows of their source; when this fails, look at the rows and make the file again."""
     rows = [row.ratio for row in held_out().rows if row.source == source]
     held = sum(map(band(source).holds, rows))
-    assert held >= COVERS * len(rows), f"{source}: {held} of {len(rows)}; run python -m benchmarks.held_out --write"
+    assert held >= COVERS * len(rows), (
+        f"{source}: {held} of {len(rows)}; run python -m benchmarks.pages.held_out --write"
+    )
 
 
 def test_the_file_is_not_stale() -> None:
@@ -69,7 +71,7 @@ def test_the_file_is_not_stale() -> None:
         timeout=110,
         check=False,
     )
-    assert done.returncode == 0, f"run python -m benchmarks.held_out --write\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"run python -m benchmarks.pages.held_out --write\n{done.stdout}{done.stderr}"
 
 
 def test_bands_narrow_with_what_is_known() -> None:

@@ -59,7 +59,7 @@ def test_commands_are_well_formed(command: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_commands_have_results() -> None:
-    """What `python -m benchmarks.workload_page` wrote; none failed."""
+    """What `python -m benchmarks.pages.workload_page` wrote; none failed."""
     cells = {m[1]: m[2] for m in re.finditer(r"\| `(spindle plan benchmarks/[^`]+)` \| ([^|]*)\|", TEXT)}
     assert set(cells) == set(COMMANDS)
     assert [command for command, cell in cells.items() if not re.match(r"[\d.e+-]+ s; ", cell)] == []

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from soak_growth import DRIVER_BYTES, RANK_BYTES, Held, Usage, grown
+from soaking.growth import DRIVER_BYTES, RANK_BYTES, Held, Usage, grown
 
 Bytes = Callable[[int], int]
 

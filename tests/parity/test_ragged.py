@@ -1,6 +1,6 @@
 """Parity of recorded runs: random task code on batches of changing shapes gives what one process gives, in any plan.
 
-SPINDLE_RAGGED_EXAMPLES sets how many cases are tried; `benchmarks/ragged_fuzz.py` tries many and prints a summary.
+SPINDLE_RAGGED_EXAMPLES sets how many cases are tried; `benchmarks/fuzz/ragged_fuzz.py` tries many and prints a summary.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Parity of random training scripts: planned, they give what a plain loop in one process gives, in any plan.
 
-SPINDLE_SCRIPT_EXAMPLES sets how many are tried; `benchmarks/script_fuzz.py` tries many and prints a summary.
+SPINDLE_SCRIPT_EXAMPLES sets how many are tried; `benchmarks/fuzz/script_fuzz.py` tries many and prints a summary.
 """
 
 import os

@@ -67,7 +67,7 @@ def test_hostile_files(file: Path) -> None:
 
 @pytest.mark.parametrize("first", range(0, 120, 20))
 def test_random_changes(first: int) -> None:
-    """Twenty seeds each; benchmarks/input_fuzz.py runs as many as one likes."""
+    """Twenty seeds each; benchmarks/fuzz/input_fuzz.py runs as many as one likes."""
     for seed in range(first, first + 20):
         case = spoiled.case(random.Random(seed))
         _, broken = case.verdict()

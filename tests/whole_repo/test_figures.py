@@ -1,12 +1,12 @@
 """Pages show the tables that the reports hold now."""
 
 import pytest
-from figures import ROOT, made_anew, pages, section
+from pages.figures import ROOT, made_anew, pages, section
 
 
 def test_no_page_is_stale() -> None:
     stale = [str(page.relative_to(ROOT)) for page in pages() if made_anew(text := page.read_text()) != text]
-    assert stale == [], "run python -m benchmarks.figures"
+    assert stale == [], "run python -m benchmarks.pages.figures"
 
 
 def test_a_stale_table_is_seen() -> None:

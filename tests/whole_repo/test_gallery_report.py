@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import gallery
 import pytest
+from pages import gallery
 
 HEAD = "| devices | " + " | ".join([*gallery.HEADS, *gallery.HEADS]) + " |\n|---" + "|--:" * 8 + "|\n"
 

@@ -6,8 +6,8 @@ constants for eager layers, fused norms, plain attention and tensor parallelism 
 
 from dataclasses import dataclass
 
-from cost_runs import cost, language_model, one_task
-from cost_tables import Row, read_table
+from cost_report.runs import cost, language_model, one_task
+from cost_report.tables import Row, read_table
 
 from spindle.cost.parallel import ParallelCost
 from spindle.files.clusterfile import parse_cluster

@@ -1,4 +1,4 @@
-"""Copies tables of benchmarks/results into the pages that show them: `python -m benchmarks.figures`.
+"""Copies tables of benchmarks/results into the pages that show them: `python -m benchmarks.pages.figures`.
 
 A page marks where a section of a report goes:
 
@@ -11,7 +11,7 @@ A page marks where a section of a report goes:
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- figures: (?P<file>[\w.]+), (?P<section>[^>]+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 

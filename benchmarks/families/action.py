@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from models_base import Batch, Family, Sample
-from models_vision_language import GRIDS, LENGTHS, QWEN3, QWEN25, own_loss, packed_batch, packed_rows
+from families.base import Batch, Family, Sample
+from families.vision_language import GRIDS, LENGTHS, QWEN3, QWEN25, own_loss, packed_batch, packed_rows
 from torch import Tensor, nn
 
 WIDTH, ACTION, HORIZONS = 32, 7, (6, 6, 4, 5)

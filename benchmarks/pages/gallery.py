@@ -1,7 +1,7 @@
 """The examples of docs/gallery: what waves gain, planned at true size and measured at small size.
 
-    python -m benchmarks.gallery --planned [--write] [--only multitask_clip] [--device h100-80g]
-    python -m benchmarks.gallery --measured [--write] [--only multitask_clip]
+    python -m benchmarks.pages.gallery --planned [--write] [--only multitask_clip] [--device h100-80g]
+    python -m benchmarks.pages.gallery --measured [--write] [--only multitask_clip]
 
 Planned: the spec that the example's first lines name, on 8, 16 and 32 devices, one plan a cell: a step, how much
 shorter it is than DDP with one all-reduce a step and than the best of what people would use instead
@@ -10,7 +10,7 @@ with an eighth of each batch. A negative share: the step is longer. Measured: on
 plan and of the sequential one take turns of a few steps in processes of this machine; figures are medians over turns.
 
 `--write` puts each part into its section of benchmarks/results/gallery.md (`## NAME, planned`; `## Measured`) and
-leaves the other sections as they are; `python -m benchmarks.figures` then makes the tables of the pages.
+leaves the other sections as they are; `python -m benchmarks.pages.figures` then makes the tables of the pages.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from spindle.spec.file import read_workload
 from spindle.verbs.api import plan_source
 from spindle.verbs.source import load_workload, spec_source
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 REPORT = ROOT / "benchmarks" / "results" / "gallery.md"
 SPEC = re.compile(r"(?:benchmarks/workloads|docs/examples/\w+)/[\w-]+\.yaml")
@@ -199,7 +199,7 @@ def write_section(title: str, text: str, how: str) -> None:
 
 def report(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """Sections: title, text, and what made it."""
-    command = " ".join(["python -m benchmarks.gallery", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.pages.gallery", *sys.argv[1:]])
     how = f"{datetime.now(UTC):%Y-%m-%d}, `{command}`, Python {platform.python_version()}"
     for name, spec in examples() if options.planned else ():
         if options.only in (None, name):

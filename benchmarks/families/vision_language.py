@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from models_base import Batch, Family, Sample, padded
+from families.base import Batch, Family, Sample, padded
 from torch import Tensor, nn
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ragged_models import LARGE, two_towers
-from runtime_fused import FUSED, Losses
-from runtime_models import WORKLOADS, one_task
+from race.fused import FUSED, Losses
+from race.models import WORKLOADS, one_task
+from race.ragged import LARGE, two_towers
 from torch import Tensor, nn
 
 from spindle.capture.blocks import find_blocks

@@ -1,8 +1,8 @@
 """Held out: the errors that the printed bands come from, as spindle/cost/held_out.yaml.
 
-    python -m benchmarks.held_out            compares the file with the cost model as it is; 1 when they differ
-    python -m benchmarks.held_out --quick    the same for some rows: without the paper's calibrations and most layouts
-    python -m benchmarks.held_out --write    makes it again
+    python -m benchmarks.pages.held_out            compares the file with the cost model as it is; 1 when they differ
+    python -m benchmarks.pages.held_out --quick    the same without the paper's calibrations and most layouts
+    python -m benchmarks.pages.held_out --write    makes it again
 
 - predicted: every row of the cost report that no constant was fitted on, and StarVLA's.
 - calibrated: rows that a calibration on two or more others of their table does not know: StarVLA's, and the paper's
@@ -22,12 +22,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the report's modules import each other by bare name
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the report's modules import each other by bare name
 
-import cost_sections as sections
-import cost_unfitted as unfitted
-from cost_layouts import predict, read_runs
-from cost_tables import read_table
+from cost_report import sections, unfitted
+from cost_report.layouts import predict, read_runs
+from cost_report.tables import read_table
 
 from spindle.cost.bands import HELD_OUT, Band, HeldOut, band_of, held_out, held_out_of
 from spindle.errors import SpindleWarning
@@ -44,7 +43,7 @@ from spindle.verbs.api import plan_source
 from spindle.verbs.calibrating import make_calibration
 from spindle.verbs.source import Source, spec_source
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TOLERANCE = 0.01  # of a ratio, within which the file is not stale
 STARVLA = "StarVLA on A100"
 Loader = Callable[[MeasuredStep, Cluster], Source]
@@ -265,7 +264,7 @@ def text_of(*, is_quick: bool = False) -> str:
     rows, pairs = profiled_rows()
     lines = [
         "# Measured over predicted seconds, of steps that nothing was fitted on: what the printed bands come from.",
-        "# Made by `python -m benchmarks.held_out --write`, which says what each part is; do not edit.",
+        "# Made by `python -m benchmarks.pages.held_out --write`, which says what each part is; do not edit.",
         "format: spindle.held_out",
         "version: 1",
         "rows:",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from models_base import WORDS, Batch, Family, Sample, classes, ids, mask
+from families.base import WORDS, Batch, Family, Sample, classes, ids, mask
 from torch import Tensor
 
 SIZES: dict[str, Any] = {

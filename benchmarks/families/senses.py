@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 import transformers as hf
-from models_base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
+from families.base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
 from torch import Tensor, nn
 
 VISION = {

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from models_base import Batch, Family, Sample, padded
-from models_vision_language import (
+from families.base import Batch, Family, Sample, padded
+from families.vision_language import (
     END,
     GRIDS,
     IMAGE,

@@ -1,4 +1,4 @@
-"""Spoiled files for every command that reads one: python benchmarks/input_fuzz.py [--count 100000] [--seed 1]
+"""Spoiled files for every command that reads one: python benchmarks/fuzz/input_fuzz.py [--count 100000] [--seed 1]
 
 Valid files of every format are changed (tests/spoiled.py) and read by the commands in this process. atheris guides: a
 case that reaches new branches of Spindle is kept, and changed further (pip install atheris; not a dependency). What
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import atheris
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MEMORY_BYTES = 8 * 2**30
 ROOMS = ("cli", "cost", "exchange", "pictures", "planner", "spec", "timeline", "runtime.checkpoints", "runtime.faults")
 FLAGS = ("-timeout=0", "-rss_limit_mb=0", "-max_len=100000", "-len_control=0", "-use_counters=0", "-verbosity=0")

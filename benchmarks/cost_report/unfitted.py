@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cost_runs import cost, language_model, one_task
-from cost_sections import Section, both
-from cost_tables import Figure, Row, errors, held_rates, held_seconds, read_table
+from cost_report.runs import cost, language_model, one_task
+from cost_report.sections import Section, both
+from cost_report.tables import Figure, Row, errors, held_rates, held_seconds, read_table
 
 from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import DDP, ZERO

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from cost_layouts import predict, read_runs
-from cost_sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
-from cost_tables import errors, halves, read_table
+from cost_report.layouts import predict, read_runs
+from cost_report.sections import GPU_TYPES, mosaic_cluster, mosaic_rows, predict_mfu
+from cost_report.tables import errors, halves, read_table
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from spindle.cost import layout, roofline

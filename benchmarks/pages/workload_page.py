@@ -1,8 +1,8 @@
 """The page on workloads: runs each `spindle plan` command of docs/workloads.md and writes its result into the page.
 
-python -m benchmarks.workload_page             all of them, some minutes
-python -m benchmarks.workload_page qwen        those whose command has this word
-python -m benchmarks.workload_page --check     nothing is written; commands that fail are listed
+python -m benchmarks.pages.workload_page             all of them, some minutes
+python -m benchmarks.pages.workload_page qwen        those whose command has this word
+python -m benchmarks.pages.workload_page --check     nothing is written; commands that fail are listed
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from spindle.files.formats import loads
 from spindle.values.plan import Plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "workloads.md"
 COMMAND = re.compile(r"^`(spindle plan benchmarks/[^`]+)`$")
 

@@ -4,9 +4,9 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cost_layouts import best_is_among_first, fits, predict, read_runs
-from cost_runs import cost, language_model, on_peak, one_task
-from cost_tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
+from cost_report.layouts import best_is_among_first, fits, predict, read_runs
+from cost_report.runs import cost, language_model, on_peak, one_task
+from cost_report.tables import Errors, Figure, Held, Row, errors, halves, held_rates, held_seconds, read_table
 
 from spindle.cost.links import collective_s
 from spindle.cost.measured.segments import fit_segments, held_out_error

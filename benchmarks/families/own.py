@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from models_base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
-from models_text import GROUPED
+from families.base import WORDS, Batch, Family, Sample, classes, floats, ids, mask
+from families.text import GROUPED
 from torch import Tensor, nn
 
 W = 32  # width

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runtime_models import contrastive, next_word
+from race.models import contrastive, next_word
 from torch import Tensor
 
 Losses = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Many random training scripts, each by plain PyTorch and planned: python benchmarks/script_fuzz.py [--cases 1000]
+"""Many random training scripts, each by plain PyTorch and planned: python benchmarks/fuzz/script_fuzz.py [--cases 1000]
 
 As in tests/parity/test_random_scripts.py. Prints each seed whose planned run is not what one process gives, with a case
 made as small as it still fails; and at the end, or when interrupted, how often which sentence refused a script. Exit
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.random_scripts import Case, all_kinds, kinds_of, random_case, smaller
 from tests.script_runs import verdict_of

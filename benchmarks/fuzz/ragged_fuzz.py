@@ -1,4 +1,4 @@
-"""Many random tasks on batches of changing shapes, planned at random: python benchmarks/ragged_fuzz.py [--count 500]
+"""Random tasks on batches of changing shapes, planned at random: python benchmarks/fuzz/ragged_fuzz.py [--count 500]
 
 Each is run on threads beside one process, as in tests/parity/test_ragged.py. Prints what is not exact, made as small as
 it still fails, and a summary; exit code 1 when anything is not exact, or more than 2 % are refused.
@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.ragged_tasks import Case, random_case, smaller, verdict_of
 

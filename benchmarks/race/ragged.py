@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from runtime_models import Gather
+from race.models import Gather
 from torch import Tensor, nn
 
 import spindle
