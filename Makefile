@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 QUICK := tests/spindle tests/exchange tests/printed tests/timeline tests/whole_repo/test_layout.py \
 	tests/whole_repo/test_wheel.py tests/capture/test_families.py tests/parity/test_modes.py tests/parity/test_weigh.py \
-	tests/runtime/test_lower.py tests/runtime/test_transport.py tests/runtime/test_processes.py
+	tests/runtime/programs/test_lower.py tests/runtime/comms/test_transport.py tests/runtime/launch/test_processes.py
 
 .PHONY: demo test newest lint audit docs clean
 

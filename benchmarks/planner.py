@@ -43,8 +43,8 @@ from spindle.values.metagraph import MetaGraph
 from spindle.values.plan import Plan
 from tests.optimal.exhaustive import OutOfNodes, optimum_s
 from tests.optimal.test_optimal import tiny
+from tests.planner.baselines.test_paper import end_s, first_that_fits, without_traffic
 from tests.planner.planner_graphs import cluster as toy_cluster
-from tests.planner.test_paper import end_s, first_that_fits, without_traffic
 
 USUAL = ("sequential", "task_split", "component_split", "paper")
 FRESH_SEED = 20

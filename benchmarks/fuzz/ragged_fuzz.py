@@ -1,6 +1,6 @@
 """Random tasks on batches of changing shapes, planned at random: python benchmarks/fuzz/ragged_fuzz.py [--count 500]
 
-Each is run on threads beside one process, as in tests/parity/test_ragged.py. Prints what is not exact, made as small as
+Each is run on threads beside one process, as in tests/ragged/test_ragged.py. Prints what is not exact, made as small as
 it still fails, and a summary; exit code 1 when anything is not exact, or more than 2 % are refused.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.ragged_tasks import Case, random_case, smaller, verdict_of
+from tests.ragged.ragged_tasks import Case, random_case, smaller, verdict_of
 
 MOST_REFUSED = 0.02
 

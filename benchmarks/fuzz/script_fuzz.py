@@ -1,6 +1,6 @@
 """Many random training scripts, each by plain PyTorch and planned: python benchmarks/fuzz/script_fuzz.py [--cases 1000]
 
-As in tests/parity/test_random_scripts.py. Prints each seed whose planned run is not what one process gives, with a case
+As in tests/scripts/test_random_scripts.py. Prints each seed whose planned run is not what one process gives, and a case
 made as small as it still fails; and at the end, or when interrupted, how often which sentence refused a script. Exit
 code 1 when any failed.
 """
@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.random_scripts import Case, all_kinds, kinds_of, random_case, smaller
-from tests.script_runs import verdict_of
+from tests.scripts.random_scripts import Case, all_kinds, kinds_of, random_case, smaller
+from tests.scripts.script_runs import verdict_of
 
 FAILS = ("differs", "error", "crash", "invalid")
 TOO_LATE, PATIENCE_S = "not done after", 600.0  # a busy machine is slow; a hang is found all the same

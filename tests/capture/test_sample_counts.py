@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import spindle
 from tests.drawn import SEEDS, drawn
-from tests.parity.stateful import WIDTH, Make, batches, follows, stack, tasks_on
-from tests.parity.stateful_layers import Normed, Queued
+from tests.state.stateful import WIDTH, Make, batches, follows, stack, tasks_on
+from tests.state.stateful_layers import Normed, Queued
 
 quiet = pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
 Code = Callable[[nn.Module, Tensor], Tensor]

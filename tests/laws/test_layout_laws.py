@@ -27,7 +27,7 @@ from spindle.runtime.programs.program import Message, Program, SliceRun
 from spindle.values.graph import TensorSpec
 from spindle.values.units import SAMPLES, Bounds, Units, shares
 from tests.laws.abstract import Abstract, random_program
-from tests.runtime.hand_program import lowered
+from tests.runtime.programs.hand_program import lowered
 
 seeds = st.integers(0, 10**9)
 PACKED = TensorSpec(name="t/x", shape=(12, 2), dtype="float32", unit="patches")

@@ -14,7 +14,7 @@ from spindle.runtime.programs.passes import accumulating, restricted, run_passes
 from spindle.runtime.programs.program import Instruction, Op, Program
 from spindle.values.graph import Operator
 from tests.laws.abstract import Abstract, random_sharded_program
-from tests.runtime.hand_program import hand_plan, hand_slice, lowered
+from tests.runtime.programs.hand_program import hand_plan, hand_slice, lowered
 
 seeds = st.integers(0, 10**9)
 MOVES = (Op.UNSHARD, Op.AWAIT, Op.RESHARD, Op.SCATTER, Op.ADD, Op.REDUCE)

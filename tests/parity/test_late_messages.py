@@ -15,10 +15,10 @@ from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.reductions import Reductions
 from tests.drawn import SEEDS, drawn
 from tests.late_transport import LateTransport, late
-from tests.parity.stateful import planned, stack, tasks_on
-from tests.parity.stateful_layers import LAYERS
 from tests.parity.test_parity import built, report_of
 from tests.random_plans import random_plan
+from tests.state.stateful import planned, stack, tasks_on
+from tests.state.stateful_layers import LAYERS
 
 SIZES = (1, 2**10, 25 * 2**20)  # bytes of a bucket
 Plant = Callable[[], contextlib.AbstractContextManager[object]]

@@ -17,7 +17,7 @@ from spindle.runtime.steps.store import ParameterStore
 from spindle.values.trace import Span
 from tests.faults.breaking import Plain, marked, workload_of
 from tests.random_plans import widest_plan
-from tests.runtime.hand_program import lowered
+from tests.runtime.programs.hand_program import lowered
 from tests.runtime.test_store import code, linear
 
 

@@ -16,7 +16,7 @@ from spindle.runtime.programs.passes import accumulating, restricted
 from spindle.runtime.programs.program import Op, Program
 from spindle.values.contract import contract
 from spindle.values.graph import Operator, Parameter, ParameterWrite, TaskGraph, TensorSpec
-from tests.runtime.hand_program import hand_plan, hand_slice
+from tests.runtime.programs.hand_program import hand_plan, hand_slice
 
 TABLES = """\
 tally n0 ranks 0 1

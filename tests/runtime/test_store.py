@@ -9,7 +9,7 @@ from torch import nn
 from spindle.capture.codes import OperatorCode, OperatorModule
 from spindle.runtime.programs.program import Bucket, Program
 from spindle.runtime.steps.store import ParameterStore
-from tests.runtime.hand_program import lowered
+from tests.runtime.programs.hand_program import lowered
 
 
 def code(name: str, module: nn.Module, component: str) -> OperatorCode:

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_no_module_is_too_long() -> None:
     modules = [p for p in tracked() if p.suffix == ".py"]
     long = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in modules}
     assert {name: count for name, count in long.items() if count > 600} == {}
+
+
+def test_no_folder_holds_too_many_modules() -> None:
+    """Fifteen, so that a reader sees at once what stands in it."""
+    folders = Counter(str(p.parent.relative_to(ROOT)) for p in tracked() if p.suffix == ".py")
+    assert {folder: count for folder, count in folders.items() if count > 15} == {}
 
 
 def test_every_module_says_what_it_is() -> None:
