@@ -1,5 +1,6 @@
 """Reports on checkpoints: what a folder holds, whether it is whole, and how two checkpoints differ, by tensor."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 import torch
 
 from spindle.errors import CheckpointError
+from spindle.inputs.same import same_numbers
 from spindle.runtime.checkpoints.checkpoint import about_of, checkpoints_in, read, step_of
 from spindle.runtime.checkpoints.tensor_files import Source, sources_in
 
@@ -84,9 +86,11 @@ def _difference(name: str, ours: Source, theirs: Source) -> Iterator[Difference]
         yield Difference(name, "another shape")
         return
     one, other = ours.read(name), theirs.read(name)
-    if one.dtype != other.dtype or not torch.equal(one.nan_to_num(), other.nan_to_num()):
+    if not same_numbers(one, other):
         wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
-        far = (one.to(wide) - other.to(wide)).abs().nan_to_num()
+        one, other = one.to(wide), other.to(wide)
+        far = (one - other).abs().masked_fill((one == other) | (one.isnan() & other.isnan()), 0.0)
+        far = far.nan_to_num(nan=math.inf, posinf=math.inf)  # a number where the other has none
         yield Difference(name, "differs", float(far.max()) if far.numel() else 0.0)
 
 

@@ -19,6 +19,7 @@ from spindle.capture.codes import Captured, TaskCode, computing_in
 from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.inputs.batch import SampledBatch, with_own_tensors
+from spindle.inputs.same import same_numbers
 from spindle.record.lazy import Forbidden, LazyRead, Refused
 from spindle.record.replay import signature
 from spindle.record.run import Failure, Recorded, record
@@ -249,7 +250,7 @@ class Recordings:
         if found is not None and self.checking:
             again = self._recorded(known[1].task, unread, stream, where).recording
             same = len(again.aux) == len(found) and len(again.nodes) == len(known[0].recording.nodes)
-            if not same or not all(map(_equal, again.aux, found)):
+            if not same or not all(map(same_numbers, again.aux, found)):
                 raise WorkloadError(
                     f"{where}: its function computes something else of the same fields than before (a counter, a "
                     "global, a number from outside of torch); let it depend on its batch alone"
@@ -260,12 +261,6 @@ class Recordings:
 def _digest(value: object) -> int:
     """A number of 20 bits, at least 1: squares of it are exact in float64."""
     return 1 + (int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=4).digest()) >> 12)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        torch.nan_to_num(a) if a.is_floating_point() else a, torch.nan_to_num(b) if b.is_floating_point() else b
-    )
 
 
 def _explained(where: str, error: Exception) -> Exception:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.errors import WorkloadError
+from spindle.inputs.same import same_numbers
 
 Function = Callable[[Tensor], Any]
 
@@ -96,7 +97,7 @@ class AfterStep:
                     "parameter alone"
                 )
             self.apply(again)
-            if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+            if not same_numbers(once, again):
                 raise WorkloadError(
                     f"{self.where} gives something else in a second call with the same parameter, so that devices "
                     "that hold it would differ, and a resume; keep no count or state in it"
@@ -113,7 +114,7 @@ class AfterStep:
                     for part in parts:
                         if part.numel():
                             self.apply(part)
-                    if not torch.equal(torch.cat(parts).nan_to_num(), whole.reshape(-1).nan_to_num()):
+                    if not same_numbers(torch.cat(parts), whole.reshape(-1)):
                         return False
         except Exception:  # it takes tensors of its shape alone
             return False

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from spindle.inputs.same import same_numbers
 from spindle.inputs.usercode import is_own_file, names_used
 from spindle.record.recording import Aux, Node, Ref, tree
 from spindle.record.run import Recorded
@@ -39,7 +39,7 @@ def other_line(one: Recorded, other: Recorded) -> str | None:
         longer = max(a.nodes, b.nodes, key=len)
         return longer[min(len(a.nodes), len(b.nodes))].line or "code of torch"
     for number, (left, right) in enumerate(zip(a.aux, b.aux, strict=False)):
-        if not _equal(left, right):
+        if not same_numbers(left, right):
             reader = next((node for node in a.nodes if number in node.aux()), None)
             return (reader.line if reader is not None else "") or "code of torch"
     return None
@@ -54,14 +54,6 @@ def _computation(node: Node) -> str:
 
     name = getattr(node.function, "__name__", type(node.function).__name__)
     return repr((name, node.block, node.grad, node.autocast, tree(described, node.args), tree(described, node.kwargs)))
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.layout is not torch.strided:
-        return torch.equal(a.to_dense(), b.to_dense())
-    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
 
 
 # -- what a task keeps ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spindle.inputs.same import same_numbers
 from spindle.inputs.usercode import line_of
 from spindle.record.changes.copies import Attributes
 from spindle.record.changes.fingerprints import OF_MODULES, Leaves
@@ -83,7 +84,7 @@ class Watched:
             before = self._before[full]
             if value is None or before is None:
                 continue
-            if value is not was or value._version != before[0] or not _same_numbers(value, before[1]):
+            if value is not was or value._version != before[0] or not same_numbers(value, before[1]):
                 found[full] = value.detach().clone()
         for path, module in self.modules:
             names = statistics_of(path, module) if counts_batches(module) else []
@@ -342,11 +343,6 @@ def _joined(path: str, name: str) -> str:
 
 def _all_equal(one: list[Tensor], other: list[Tensor] | None) -> bool:
     return other is not None and len(one) == len(other) and all(map(_equal, one, other))
-
-
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the bit."""
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

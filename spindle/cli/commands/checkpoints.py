@@ -1,5 +1,6 @@
 """The command about checkpoints."""
 
+import math
 from datetime import datetime
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _compare(first: Path, second: Path, *, as_json: bool) -> None:
     found = list(differences(first, second))
     count = count_tensors(first)
     if as_json:
-        values = [{"name": row.name, "kind": row.kind, "largest": row.largest} for row in found]
+        values = [{"name": row.name, "kind": row.kind, "largest": _number(row.largest)} for row in found]
         click.echo(json_text({"equal": not found, "tensors": count, "differences": values}))
     elif not found:
         click.echo(f"equal: {count} tensors, bit for bit")
@@ -75,3 +76,8 @@ def _compare(first: Path, second: Path, *, as_json: bool) -> None:
             click.echo(f"and {len(found) - _SHOWN} more; --json lists all")
     if found:
         click.get_current_context().exit(1)
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON has it; none where one of two is no finite number."""
+    return value if math.isfinite(value) else None
