@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spindle.cost.links import collective_s
-from spindle.runtime.faults.stragglers import (
+from spindle.runtime.faults.slowness import (
     BY_ITSELF,
     BY_PEERS,
     BY_PREDICTION,
     FEWEST,
-    LEAST,
     PATIENCE,
     WINDOW,
-    WORSE,
+    Patience,
+    Slow,
     lower_quartile,
 )
 from spindle.runtime.steps.busy import Meeting
@@ -48,20 +48,6 @@ class Bounds:
     high_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Slow:
-    """What the ranks of a group do together takes `own_s` of a step at least, and `expected_s` beside `than`."""
-
-    own_s: float
-    expected_s: float
-    than: str
-
-    @property
-    def factor(self) -> float:
-        """How many times as long."""
-        return self.own_s / self.expected_s
-
-
 class SlowLinks:
     """Watches the collectives of a run under one plan."""
 
@@ -72,8 +58,7 @@ class SlowLinks:
         self._steps_s: list[float] = []
         self._paces_s: list[float] = []
         self._best: dict[Meeting, tuple[float, float]] = {}  # seconds, and how long ranks computed in that window
-        self._in_a_row: dict[Group, int] = defaultdict(int)
-        self._named: dict[Group, float] = {}
+        self._patience = Patience()
 
     def take(self, first_step: int, reports: "Sequence[Report]") -> list[str]:
         """Take in some steps, of which the first is `first_step`; what is to be said of links."""
@@ -114,12 +99,7 @@ class SlowLinks:
         said = []
         for group, own in found.items():
             slow = self._slowness(group, own, found, pace_s)
-            if slow is None or slow.own_s - slow.expected_s < LEAST * step_s:
-                self._in_a_row[group] = 0
-                continue
-            self._in_a_row[group] += 1
-            if self._in_a_row[group] >= PATIENCE and slow.factor > WORSE * self._named.get(group, 0.0):
-                self._named[group] = slow.factor
+            if self._patience.is_over(group, slow, step_s) and slow is not None:
                 said.append(self._sentence(group, slow, sum(each.low_s for each in own.values()), step_s, last_step))
         for meeting, bounds in ((m, b) for own in found.values() for m, b in own.items()):
             self._best[meeting] = min((bounds.high_s, pace_s), self._best.get(meeting, (bounds.high_s, pace_s)))

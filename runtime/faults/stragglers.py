@@ -14,9 +14,19 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spindle.runtime.faults.slowness import (
+    BY_ITSELF,
+    BY_PEERS,
+    BY_PREDICTION,
+    FEWEST,
+    PATIENCE,
+    WINDOW,
+    Patience,
+    Slow,
+    lower_quartile,
+)
 from spindle.runtime.programs.program import Program, SliceRun
 from spindle.values.graph import base_task
 from spindle.values.plan import Plan
@@ -24,31 +34,8 @@ from spindle.values.plan import Plan
 if TYPE_CHECKING:
     from spindle.runtime.worker import Report
 
-WINDOW = 20
-PATIENCE = 3
-FEWEST = WINDOW // 4  # steps of a window in which a run must take part
-LEAST = 0.05
-BY_PEERS, BY_ITSELF, BY_PREDICTION = 1.5, 1.5, 3.0
-"""Factors. A prediction without a profile may be wrong by two for some layers and right for others."""
-WORSE = 1.5
-
 Seconds = Mapping[tuple[int, str], float]
 """Of a rank in a slice run; in one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slow:
-    """How slow a rank is: `factor` times as slow as `than`, which makes its step longer by `excess_s`."""
-
-    factor: float
-    than: str
-    own_s: float
-    expected_s: float
-
-    @property
-    def excess_s(self) -> float:
-        """Seconds of a step."""
-        return self.own_s - self.expected_s
 
 
 class Stragglers:
@@ -62,8 +49,7 @@ class Stragglers:
         self._window: dict[tuple[int, str], list[float]] = defaultdict(list)
         self._steps_s: list[float] = []
         self._best: dict[tuple[int, str], float] = {}
-        self._in_a_row: dict[int, int] = defaultdict(int)
-        self._named: dict[int, float] = {}
+        self._patience = Patience()
 
     def take(self, first_step: int, reports: "Sequence[Report]") -> list[str]:
         """Take in some steps, of which the first is `first_step`; what is to be said of ranks."""
@@ -88,12 +74,7 @@ class Stragglers:
         said = []
         for rank in range(self.num_ranks) if self.num_ranks > 1 else ():
             slow = self._slowness(rank, seconds)
-            if slow is None or slow.excess_s < LEAST * step_s:
-                self._in_a_row[rank] = 0
-                continue
-            self._in_a_row[rank] += 1
-            if self._in_a_row[rank] >= PATIENCE and slow.factor > WORSE * self._named.get(rank, 0.0):
-                self._named[rank] = slow.factor
+            if self._patience.is_over(rank, slow, step_s) and slow is not None:
                 said.append(self._sentence(rank, slow, seconds, step_s, last_step))
         for key, value in seconds.items():
             self._best[key] = min(value, self._best.get(key, value))
@@ -136,7 +117,7 @@ class Stragglers:
         if not expected:
             return None
         shown = ", ".join(map(str, sorted(peers)[:4])) + (", .." if len(peers) > 4 else "")
-        return Slow(own / expected, f"rank{'s' * (len(peers) > 1)} {shown} for the same layers", own, expected)
+        return Slow(own, expected, f"rank{'s' * (len(peers) > 1)} {shown} for the same layers")
 
     def _by_itself(self, rank: int, seconds: Seconds) -> Slow | None:
         own = self._own(rank, seconds, shared=False)
@@ -162,7 +143,7 @@ class Stragglers:
         if before <= 0 or not others:
             return None
         expected = before * statistics.median(others)
-        return Slow(now / expected, than, now, expected) if expected else None
+        return Slow(now, expected, than) if expected else None
 
     def _sentence(self, rank: int, slow: Slow, seconds: Seconds, step_s: float, last_step: int) -> str:
         busy = [sum(s for (own, _), s in seconds.items() if own == other) for other in range(self.num_ranks)]
@@ -184,11 +165,6 @@ def _share(run: SliceRun, rank: int) -> float:
     """Samples of a run that a rank holds; where that differs from step to step, all hold as much."""
     low, high = run.bounds_of(rank)
     return 1.0 if run.varies else float(high - low)
-
-
-def lower_quartile(values: Sequence[float]) -> float:
-    """Three of four values are at least as large."""
-    return sorted(values)[len(values) // 4]
 
 
 def _predicted(program: Program, plan: Plan) -> dict[tuple[int, str], float]:

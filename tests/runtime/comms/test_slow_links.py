@@ -16,7 +16,7 @@ import spindle
 from spindle.files.clusterfile import parse_cluster
 from spindle.runtime.comms.transport import ThreadTransport, Wait
 from spindle.runtime.faults.slow_links import SlowLinks
-from spindle.runtime.faults.stragglers import PATIENCE, WINDOW
+from spindle.runtime.faults.slowness import PATIENCE, WINDOW
 from spindle.runtime.launch import worker_group
 from spindle.runtime.steps.busy import Meeting, Together
 from spindle.runtime.watch import RankStep

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import spindle
 from spindle.runtime.controller import Prepared, prepare
-from spindle.runtime.faults.stragglers import PATIENCE, WINDOW, Stragglers
+from spindle.runtime.faults.slowness import PATIENCE, WINDOW
+from spindle.runtime.faults.stragglers import Stragglers
 from spindle.runtime.steps.busy import Busy
 from spindle.runtime.watch import RankStep
 from spindle.runtime.worker import Report
