@@ -4,8 +4,8 @@ Exit codes: 0 fine, 1 checked and found wrong, 2 bad input or usage, 3 infeasibl
 """
 
 # In order of use, which is that of the help.
-from spindle.cli import shell
-from spindle.cli.commands import calibration, checkpoints, evaluation, exchange, flight, pictures, plans, runs, submit
+from spindle.cli.commands import plans, pictures, calibration, runs, evaluation, checkpoints, flight, submit, exchange  # isort: skip
+from spindle.cli import shell  # isort: skip
 from spindle.cli.entry import main
 from spindle.cli.group import cli
 

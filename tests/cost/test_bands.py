@@ -64,7 +64,7 @@ def test_the_printed_bands_hold_nine_of_ten(source: BandSource) -> None:
 def test_the_file_is_not_stale() -> None:
     """Every row that takes seconds is as the cost model, and the last results, make it now."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.held_out", "--quick"],
+        [sys.executable, "-m", "benchmarks.pages.held_out", "--quick"],
         cwd=ROOT,
         capture_output=True,
         text=True,
