@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -141,3 +142,21 @@ def test_the_tests_readme_names_every_folder() -> None:
     assert [name for name in helpers if not (ROOT / "tests" / name).exists()] == []
     folders = {path.relative_to(ROOT).parts[1] for path in tracked() if path.relative_to(ROOT).parts[0] == "tests"}
     assert {name for name in folders if (ROOT / "tests" / name).is_dir()} <= {name.rstrip("/") for name in named}
+
+
+def test_the_design_names_every_decision_and_only_folders_that_exist() -> None:
+    """Decisions by the titles they have, and the floors of the import contract, from the top down."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    titles = {
+        path.name: path.read_text(encoding="utf-8").splitlines()[0] for path in (ROOT / "docs").glob("decisions/*.md")
+    }
+    named = dict((name, title) for title, name in re.findall(r"^- \[(.*)\]\(decisions/(.*)\)$", text, re.MULTILINE))
+    assert {name: re.sub(r"^# \d+\. ", "", title) for name, title in titles.items()} == named
+    floors = re.search(r"## Who may import whom.*?```text\n(.*?)```", text, re.DOTALL)
+    assert floors is not None
+    lines = [line for line in floors[1].splitlines() if not line.startswith(" ")]
+    shown = [room for line in lines for room in re.findall(r"\w+", line.partition("   ")[0])]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    kept = [room for layer in contract for room in layer.split(" | ")]
+    assert [room for room in kept if room in shown] == shown
+    assert all((ROOT / "spindle" / room).exists() or (ROOT / "spindle" / f"{room}.py").exists() for room in shown)
