@@ -69,6 +69,7 @@ def wire(recording: Recording, stateful: Iterable[str]) -> Wired:
         plain = not (node.block or node.draws or node.writes or node.aux() or changing & set(refs[n]))
         if plain and n not in read_by_block and all(s in repeated for s in sources[n]):
             repeated.add(n)
+    repeated.discard(maker.get(recording.loss, -1))  # a loss of parameters alone is computed once
     return Wired(recording, live, refs, sources, repeated, _frontiers(nodes, live, sources, repeated), maker)
 
 

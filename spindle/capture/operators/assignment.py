@@ -70,8 +70,8 @@ class _Assignment:
     def _groups(self) -> list[Group]:
         """Groups of glue, in which every value that passes between operators can be cut, or mixes samples."""
         findings = self.findings
-        if self.loss_maker in self.wired.repeated:
-            raise WorkloadError(f"task {self.task!r}: its loss does not depend on the batch; let it read a field of it")
+        if self.loss_maker in self.wired.frontier and self.wired.key(self.loss_maker) in findings.constant:
+            findings.mixing.add(self.wired.key(self.loss_maker))  # else each device would count all of it
         while True:
             for wired in (self.wired, *self.seen.others):
                 spread_mixing(wired, findings)
