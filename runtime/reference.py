@@ -18,6 +18,7 @@ from spindle.capture import capture
 from spindle.capture.codes import Captured, computing_in
 from spindle.capture.eager import drawing_as_planned
 from spindle.inputs.batch import with_own_tensors
+from spindle.inputs.nested import nested
 from spindle.inputs.weighing import shares
 from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.data import Feed, wait_for_readers
@@ -133,7 +134,7 @@ def _run_task(
         )
         drawing = drawing_as_planned(workload, captured, stream)
         with computing_in(workload.precision, torch.device("cpu")), drawing:
-            loss = task.function(with_own_tensors(given.fields))  # a list of batches is the user's own
+            loss = task.function(nested(with_own_tensors(given.fields)))  # a list of batches is the user's own
         losses.append(float(loss.detach() * share) if share else 0.0)
         found.loss_dtypes[task.name] = loss.dtype
         if loss.requires_grad and share:  # not where a batch lacks all that is trained

@@ -29,6 +29,7 @@ from spindle.inputs.compilation import Compilation, Compile
 from spindle.inputs.ema import EMA
 from spindle.inputs.empty import built_empty
 from spindle.inputs.loaders import check_apart, reading, set_epoch
+from spindle.inputs.nested import nested
 from spindle.inputs.weighing import Weigh, check_weigh, counted
 from spindle.inputs.weights import Weights
 from spindle.mixtures import Mixture
@@ -125,7 +126,7 @@ class Task:
         rows: Mapping[str, Any] = {}
         if self.rows is not None:
             try:
-                rows = dict(self.rows(dict(batch)))
+                rows = dict(self.rows(nested(batch)))
             except WorkloadError as error:
                 raise WorkloadError(f"{where}: rows= raised: {error}") from error
             except Exception as error:
@@ -149,7 +150,7 @@ class Task:
             ) from error
         if not first:
             raise WorkloadError(f"task {self.name!r}: its data holds no batch; give at least one")
-        return dict(self.sampled(first[0]).fields)
+        return nested(self.sampled(first[0]).fields)
 
 
 def _task(values: Mapping[str, Any]) -> Task:

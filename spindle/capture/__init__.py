@@ -17,6 +17,7 @@ eager runs the user's functions as they are, with the same random numbers: what 
 
 import warnings
 from collections.abc import Callable
+from itertools import permutations
 
 from spindle.capture.blocks import Block, blocks_of, find_blocks
 from spindle.capture.changes.buffers import make_buffers_real
@@ -178,13 +179,17 @@ def _of_tasks(
     """The operators of each task, and the buffers that tasks read as constants outside of blocks."""
     namer, memo, shapes = Namer(blocks), Memo(), KnownShapes()
     results: list[TaskOperators] = []
+    lookers: list[Looker] = []
     read: set[str] = set()
     modules = [part for component in workload.components.values() for part in component.module.modules()]
     for task in workload.tasks.values():
         on_task(f"recording {task.name}")
         with attributes_kept(modules, skeleton.steady.is_settled), values_kept(b for _, b in workload.named_buffers()):
-            seen = Looker(workload, skeleton, task, shapes, whole).look()
+            lookers.append(Looker(workload, skeleton, task, shapes, whole))
+            seen = lookers[-1].look()
             results.append(build_operators(workload, task, seen, namer, memo))
+            for one, other in (pair for earlier in lookers[:-1] for pair in permutations((earlier, lookers[-1]))):
+                one.refuse_what_others_set(other)
         read |= seen.read
     return results, read
 

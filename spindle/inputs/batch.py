@@ -4,6 +4,7 @@
 - A packed field holds any number of rows a sample: image patches, tokens of several texts in one row. A task declares
   these by `rows=`: field -> rows of each sample, or (dimension, rows of each sample). A name that is no field only
   defines a unit, which values of the model may belong to.
+- Fields may stand inside of others (`nested`); NumPy's arrays count as tensors do.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spindle.errors import WorkloadError
+from spindle.inputs.nested import flat
 from spindle.values.units import SAMPLES, Bounds, Place, Units
 
 
@@ -59,7 +62,7 @@ class SampledBatch:
 
     def _span(self, name: str, unit: str, dim: int, whole: Bounds, wanted: Bounds) -> tuple[int, int]:
         value = self.fields[name]
-        size = value.shape[dim] if isinstance(value, Tensor) else len(value)
+        size = value.shape[dim] if isinstance(value, Tensor | np.ndarray) else len(value)
         return self.units.span(unit, size, whole, wanted)
 
     @cached_property
@@ -79,7 +82,7 @@ class SampledBatch:
     def shapes(self) -> tuple[object, ...]:
         """What must be equal on all ranks and says how messages are cut: fields, shapes, types, rows of each sample."""
         fields = tuple(
-            (name, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (name, type(v).__name__)
+            (name, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor | np.ndarray) else (name, type(v).__name__)
             for name, v in self.fields.items()
         )
         return fields, tuple(sorted(self.units.counts.items()))
@@ -93,15 +96,19 @@ def with_own_tensors(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _own(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if type(value) in (list, tuple):
         return type(value)(map(_own, value))
     return {key: _own(each) for key, each in value.items()} if type(value) is dict else value
 
 
 def cut_value(value: Any, dim: int, start: int, length: int) -> Any:
-    """Entries start..start+length-1 of a tensor's dimension, or of a list."""
+    """Entries start..start+length-1 of a tensor's or an array's dimension, or of a list."""
     if isinstance(value, Tensor):
         return value.narrow(dim, start, length)
+    if isinstance(value, np.ndarray):
+        return value[(slice(None),) * dim + (slice(start, start + length),)]
     return value[start : start + length]
 
 
@@ -112,11 +119,12 @@ def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch
     """
     counts: dict[str, tuple[int, ...]] = {}
     places: dict[str, Place] = {}
+    batch = flat(where, batch)
     for name, given in rows.items():
         dim, counts[name] = _counts(where, name, given)
-        if name in batch:
+        if name in batch and (batch[name] is not None or any(counts[name])):  # None: a batch without any
             _check_packed(where, name, batch[name], dim, sum(counts[name]))
-            places[name] = (name, dim % batch[name].ndim if isinstance(batch[name], Tensor) else 0)
+            places[name] = (name, dim % batch[name].ndim if isinstance(batch[name], Tensor | np.ndarray) else 0)
     sizes = {name: _length(value) for name, value in batch.items() if name not in rows}
     num_samples = _num_samples(where, sizes, counts, batch_size)
     for name, size in sizes.items():
@@ -124,8 +132,9 @@ def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch
             places[name] = (SAMPLES, 0)
         elif isinstance(batch[name], Tensor) and size is not None:
             raise WorkloadError(
-                f"{where}: batch[{name!r}] has {size} rows for {num_samples} samples; it is packed: give rows= (how "
-                "many belong to each sample), see docs/packed.md"
+                f"{where}: batch[{str(name)!r}] has {size} rows for {num_samples} samples; where it is packed, give "
+                "rows= (how many belong to each sample, see docs/packed.md); where it is the same for all samples, "
+                "let the task hold it and not the batch"
             )
     wrong = next((name for name, numbers in counts.items() if len(numbers) != num_samples), None)
     if wrong is not None:
@@ -153,11 +162,11 @@ def _counts(where: str, name: str, given: Any) -> tuple[int, tuple[int, ...]]:
 
 
 def _check_packed(where: str, name: str, value: Any, dim: int, total: int) -> None:
-    if isinstance(value, Tensor) and value.ndim and not -value.ndim <= dim < value.ndim:
+    if isinstance(value, Tensor | np.ndarray) and value.ndim and not -value.ndim <= dim < value.ndim:
         raise WorkloadError(
             f"{where}: rows= counts {name!r} along dimension {dim}, but it has {value.ndim} dimensions; correct rows="
         )
-    size = value.shape[dim] if isinstance(value, Tensor) and value.ndim else _length(value)
+    size = value.shape[dim] if isinstance(value, Tensor | np.ndarray) and value.ndim else _length(value)
     if size != total:
         raise WorkloadError(
             f"{where}: rows= counts {total} rows of {name!r}, which has {size}; correct rows=, see docs/packed.md"
@@ -166,7 +175,7 @@ def _check_packed(where: str, name: str, value: Any, dim: int, total: int) -> No
 
 def _length(value: Any) -> int | None:
     """Entries of a field along its first dimension; None where it has none."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return value.shape[0] if value.ndim else None
     return len(value) if isinstance(value, list | tuple) else None
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spindle.errors import WorkloadError
 from spindle.inputs.batch import SampledBatch
+from spindle.inputs.nested import nested
 
 Weigh = Literal["micro-batches", "samples"] | str | Callable[[dict[str, Any]], Any]
 """What the losses of a step's batches of a task are weighted by: each batch alike, by its samples, by the field of this
@@ -60,6 +61,6 @@ def _asked(where: str, weigh: Weigh, fields: Mapping[str, Any]) -> Any:
             )
         return fields[weigh]
     try:
-        return weigh(dict(fields))
+        return weigh(nested(fields))
     except Exception as error:
         raise WorkloadError(f"{where}: weigh= raised {type(error).__name__}: {error}; correct weigh=") from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spindle.inputs.nested import nested
 from spindle.record.lazy import Forbidden, Refused, is_lazy, memory_of
 from spindle.record.recorder import ByRows, Recorder
 from spindle.record.recording import Recording
@@ -105,7 +106,7 @@ def _gradients_as_found() -> Iterator[None]:
 
 def _call(function: TaskFunction, fields: dict[str, Any]) -> Any:
     """The outermost place of every site."""
-    return function(fields)
+    return function(nested(fields))
 
 
 def _note_assigned(skeleton: Skeleton, recorder: Recorder) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spindle.capture.codes import computing_in
 from spindle.capture.facts import Slot
 from spindle.capture.grouping import Key, Wired, wire
+from spindle.capture.look.kept import State, turned
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import (
     Moved,
@@ -83,6 +84,9 @@ class Looker:
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
         self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
         self.is_plain = True  # nothing was computed from the batch alone
+        self.state = State(task.function)
+        self.sets: dict[int, str] = {}  # what its calls set of what it keeps, by id, and its name
+        self.batches: Sequence[SampledBatch] = ()
 
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
@@ -100,7 +104,7 @@ class Looker:
         """Record some batches of the task. Raises WorkloadError when its code cannot be run as planned, TakeWhole when
         a component must be taken whole.
         """
-        batches = first_batches(self.task)
+        batches = self.batches = first_batches(self.task)
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         kept = places(self.task.function, modules)
         start = [place.get() for place in kept]
@@ -116,6 +120,7 @@ class Looker:
             for place, value in zip(kept, start, strict=True):
                 if place.is_changed(value) and not isinstance(place.holder, nn.Module):
                     place.put(value)
+            self.state.put_back()
 
     def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
         self.sites, self.writes = None, None
@@ -419,7 +424,10 @@ class Looker:
         """
         bounds = self.few[0][0]
         held = Held([module for c in self.workload.components.values() for module in c.module.modules()])
-        first = self._record(batch, bounds)
+        self.state.put_back()
+        with self.state.marked() as found:
+            first = self._record(batch, bounds)
+        self.sets |= found | self.state.changed()
         before = [place.get() for place in kept]
         second = self._record(batch, bounds)
         line = other_line(first, second)
@@ -430,7 +438,44 @@ class Looker:
             if place.is_changed(value):
                 if place.draws:
                     raise own_generator(self.task, place.name)
-                self._refuse_steering(batch, bounds, second, place, held)
+                self._refuse_steering(batch, bounds, second, place, held, value)
+        if self.state.changed():
+            self._refuse_history(batch, bounds, first)
+
+    def _refuse_history(self, batch: SampledBatch, bounds: Bounds, usual: Recorded) -> None:
+        """Raise WorkloadError where what the task keeps of other samples changes what it computes of these."""
+        names = [*self.state.changed().values()]
+        self.state.put_back()
+        for part in self.few[0][1][::-1]:
+            with suppress(WorkloadError):
+                self._record(batch, part)
+        line = other_line(usual, self._record(batch, bounds))
+        self.state.put_back()
+        if line is not None:
+            raise unlike(self.task, line, names[0])
+
+    def refuse_what_others_set(self, other: "Looker") -> None:
+        """Raise WorkloadError where what `other`, another task, keeps changes what this one computes."""
+        common = other.sets.keys() & self.state.reached
+        if not common:
+            return
+        batch, bounds = self.batches[0], self.few[0][0]
+        usual, (first, *_) = self._record(batch, bounds), other.few[0][1]
+        with suppress(WorkloadError):
+            other._record(other.batches[0], first)
+        lines = [other_line(usual, self._record(batch, bounds))]
+        other.state.put_back()
+        for place in self.state.among(common):
+            for moved in (place.far(), turned(place, place.get())):
+                with moved, suppress(WorkloadError):
+                    lines.append(other_line(usual, self._record(batch, bounds)))
+        line = next((line for line in lines if line is not None), None)
+        if line is not None:
+            raise WorkloadError(
+                f"task {other.task.name!r} sets {other.sets[min(common)]!r}, and task {self.task.name!r} computes with "
+                f"it ({line}), which may run on another device; let each task compute from its own batch, or make one "
+                "task of the two"
+            )
 
     def _refuse_own_state(
         self, batch: SampledBatch, usual: tuple[Recorded, Recorded], held: Held, kept: Sequence[tuple[Kept, Any]]
@@ -463,13 +508,17 @@ class Looker:
         for name in kept - held.same(made):
             raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {made_by_first(*held.owner(name))}")
 
-    def _refuse_steering(self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept, held: Held) -> None:
-        """Raise WorkloadError where a number steers what is computed."""
-        with place.far():
-            try:
-                line = other_line(usual, self._record(batch, bounds))
-            except WorkloadError:
-                line = "its function"
+    def _refuse_steering(
+        self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept, held: Held, value: Any
+    ) -> None:
+        """Raise WorkloadError where a number steers what is computed, which was `value` before the usual call."""
+        line = None
+        for moved in (place.far(), turned(place, value)):
+            with moved:
+                try:
+                    line = line or other_line(usual, self._record(batch, bounds))
+                except WorkloadError:
+                    line = line or "its function"
         if line is not None:
             owner = place.owner(held.modules)
             if owner is not None:

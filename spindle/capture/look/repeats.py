@@ -9,6 +9,7 @@ import functools
 import inspect
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from spindle.record.run import Recorded
 
 FAR = 1_000_003  # calls: beyond what counters of steps are compared with
 MOST = 20_000  # values that are looked at
+MOST_ENTRIES = 100  # of a list
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -75,6 +77,8 @@ class Place:
             return list(self.holder)
         if isinstance(self.holder, MutableMapping):
             return self.holder.get(self.key)
+        if isinstance(self.holder, list):
+            return self.holder[self.key] if self.key < len(self.holder) else None
         return getattr(self.holder, self.key, None)
 
     @contextmanager
@@ -119,6 +123,9 @@ class Place:
             self.holder[:] = value
         elif isinstance(self.holder, MutableMapping):
             self.holder[self.key] = value
+        elif isinstance(self.holder, list):
+            if self.key < len(self.holder):
+                self.holder[self.key] = value
         else:
             setattr(self.holder, self.key, value)
 
@@ -135,16 +142,23 @@ def places(function: Callable[..., Any], modules: list[nn.Module]) -> list[Place
     """Numbers and lists that a task function, what it calls, and `modules` can keep: variables of enclosing functions,
     globals, attributes.
     """
-    return _Search().run(function, modules)
+    return Search().run(function, modules)
 
 
-class _Search:
+class Search:
+    """What a task function, and what it calls, can keep. `slots`: variables of enclosing functions and globals;
+    `holders`: lists, dicts, sets and attributes of objects, by how the code calls them.
+    """
+
     def __init__(self) -> None:
         self.found: list[Place] = []
+        self.slots: list[Place] = []
+        self.holders: list[tuple[str, Any]] = []
         self.seen: set[int] = set()
         self.kept: list[Any] = []
 
-    def run(self, function: Callable[..., Any], modules: list[nn.Module]) -> list[Place]:
+    def run(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> list[Place]:
+        """Numbers, lists and generators, those of modules too."""
         self._function(function)
         for module in modules:
             self._attributes(type(module).__name__, module)
@@ -163,8 +177,16 @@ class _Search:
         elif isinstance(value, (*_GENERATORS, list)):
             if self._new(value):
                 self.found.append(Place(name, value, None))
+                if isinstance(value, list):
+                    self.holders.append((name, value))
+                    for index, inner in enumerate(value[:MOST_ENTRIES]):
+                        self._value(f"{name}[{index}]", value, index, inner)
+        elif isinstance(value, set | deque):
+            if self._new(value):
+                self.holders.append((name, value))
         elif isinstance(value, dict):
             if self._new(value):
+                self.holders.append((name, value))
                 for own, inner in list(value.items()):
                     self._value(f"{name}[{own!r}]", value, own, inner)
         elif inspect.isroutine(value) or hasattr(value, "__wrapped__"):
@@ -177,6 +199,9 @@ class _Search:
             return
         if not isinstance(value, nn.Module | type):
             self._function(type(value).__call__) if callable(value) else None
+            self.holders.append((name, vars(value)))
+            for own, inner in _numbers_of_class(value):
+                self._value(f"{name}.{own}", value, own, inner)
         for own, inner in list(getattr(value, "__dict__", {}).items()):
             if not own.startswith("__") and not (isinstance(value, nn.Module) and own.startswith("_")):
                 self._value(f"{name}.{own}", value, own, inner)
@@ -204,10 +229,20 @@ class _Search:
                 value = cell.cell_contents
             except ValueError:  # not set yet
                 continue
+            self.slots.append(Place(name, cell, "cell_contents"))
             self._value(name, cell, "cell_contents", value)
         for name in names_used(code):
             if name in function.__globals__:
+                self.slots.append(Place(name, function.__globals__, name))
                 self._value(name, function.__globals__, name, function.__globals__[name])
+
+
+def _numbers_of_class(value: Any) -> Iterator[tuple[str, Any]]:
+    """Numbers that an object has of its class, until code sets its own."""
+    for kind in type(value).__mro__:
+        for name, inner in vars(kind).items() if _is_users(kind) else ():
+            if type(inner) in (int, float) and not name.startswith("__") and name not in vars(value):
+                yield name, inner
 
 
 def _is_users(value: Any) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,8 @@ def twice(batch: SampledBatch, bounds: Bounds, seed: int = 0) -> SampledBatch:
         value = fields[name]
         if isinstance(value, Tensor):
             fields[name] = torch.cat([value, disturbed(value, generator, masks=False)], dim)
+        elif isinstance(value, np.ndarray):
+            fields[name] = np.concatenate([value, disturbed(value, generator, masks=False)], dim)
         else:
             fields[name] = value + value
     counts = {unit: rows[bounds[0] : bounds[1]] * 2 for unit, rows in batch.units.counts.items()}
@@ -171,10 +174,17 @@ def other_few(units: Units) -> Iterator[tuple[Bounds, tuple[Bounds, ...]]]:
                 yield (0, count), ((0, cut), (cut, count))
 
 
+def _is_array(value: Any) -> bool:
+    """Whether a field is an array of NumPy that torch has a type for."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8
+
+
 def disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> Any:
     """A field with noise on its numbers; a mask of ones cut short. Whole numbers stay: a model may demand their
     order.
     """
+    if _is_array(value):
+        return disturbed(torch.from_numpy(value), generator, masks=masks).numpy()
     if not isinstance(value, Tensor) or not value.numel():
         return value
     if value.is_floating_point():
@@ -190,6 +200,8 @@ def one_apart(value: Any, dim: int) -> Any:
     """A field in which all samples are alike, with other numbers in the first one, so that what code asks of a whole
     batch (is a mask full, how long is the longest, how many kinds are there) differs between its parts.
     """
+    if _is_array(value):
+        return one_apart(torch.from_numpy(value), dim).numpy()
     if not isinstance(value, Tensor) or not value.numel() or value.is_floating_point() or value.is_complex():
         return value
     first = value.narrow(dim, 0, 1)
@@ -209,6 +221,9 @@ def far_apart(value: Any, unit: str, dim: int) -> Iterator[Any]:
     Larger whole numbers come in fields of one to a sample alone: those of several may be sizes of images, which code
     would make.
     """
+    if _is_array(value):
+        yield from (each.numpy() for each in far_apart(torch.from_numpy(value), unit, dim))
+        return
     if not isinstance(value, Tensor) or not value.numel() or value.is_complex():
         return
     size = value.shape[dim]
