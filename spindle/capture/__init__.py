@@ -26,7 +26,7 @@ from spindle.capture.changes.writes import checked_writes
 from spindle.capture.codes import Captured, OperatorCode, TaskCode
 from spindle.capture.look.looker import Looker
 from spindle.capture.look.proposals import in_code, parts_of
-from spindle.capture.look.refusals import TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
+from spindle.capture.look.refusals import Raised, TakeApart, TakeWhole, Unsettled, refuse_gradient_hooks
 from spindle.capture.modules import refuse_modules
 from spindle.capture.operators.naming import Namer
 from spindle.capture.operators.of_task import Memo, TaskOperators, build_operators
@@ -186,7 +186,10 @@ def _of_tasks(
         on_task(f"recording {task.name}")
         with attributes_kept(modules, skeleton.steady.is_settled), values_kept(b for _, b in workload.named_buffers()):
             lookers.append(Looker(workload, skeleton, task, shapes, whole))
-            seen = lookers[-1].look()
+            try:
+                seen = lookers[-1].look()
+            except Raised as error:
+                raise next(filter(None, (lookers[-1].lacking(other) for other in lookers[:-1])), error) from error
             results.append(build_operators(workload, task, seen, namer, memo))
             for one, other in (pair for earlier in lookers[:-1] for pair in permutations((earlier, lookers[-1]))):
                 one.refuse_what_others_set(other)

@@ -206,6 +206,8 @@ class Recorder(TorchFunctionMode):
             self.written.append(value)
             if self.kept and func in ARITHMETIC:
                 self._refuse_kept(value)
+            if memory_of(value) in self.kept:  # it outlives this recording, and the next one may write there again
+                self._given.add(memory_of(value))
             self._keep_as_read(value)
         if func in GIVES_MEMORY:
             self._keep_as_read(args[0])
@@ -454,7 +456,7 @@ class Recorder(TorchFunctionMode):
         self._kept.append(value)
         recording.shapes.append(tuple(value.shape))
         recording.dtypes.append(value.dtype)
-        recording.needs_grad.append(value.requires_grad)
+        recording.needs_grad.append(self._meta.get(id(value), value).requires_grad)  # where one stands in its place
         return number
 
     def _out(self, value: Tensor) -> tuple[int, bool]:

@@ -69,8 +69,8 @@ def record(
                 result = _call(function, dict(fields))
             with torch._C.DisableTorchFunction():
                 _note_assigned(skeleton, recorder)
-                lazy = isinstance(result, Tensor) and is_lazy(result)
-                if lazy:
+                of_model = isinstance(result, Tensor) and (is_lazy(result) or recorder.number(result) is not None)
+                if of_model:  # itself, or what values of the model were added to in place
                     recorder.recording.loss = recorder.known(result)
         except Exception as error:
             failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
@@ -86,7 +86,7 @@ def record(
         replay = None if recording.writes else recorder.real_calls.replay(fields, recorder.sources)
         tensors = all(isinstance(value, Tensor) for value in fields.values())
         plain = tensors and replay is not None and not replay.of_samples_together.calls
-        return Recorded(recording, drawn, None if lazy and recording.loss >= 0 else result, replay, plain)
+        return Recorded(recording, drawn, None if of_model and recording.loss >= 0 else result, replay, plain)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,17 @@ show whether code asks anything of them.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from spindle.capture.look.repeats import Place, Search
+from spindle.inputs.same import same_numbers
 
 MOST_MARKED = 2_000  # numbers
 MOST_ANSWERS = 100  # of one number that are turned round: code that counts up to it must come to an end
@@ -19,9 +24,11 @@ class State:
     are when it is made.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        search = Search()
-        self.numbers = [place for place in search.run(function, ()) if not place.draws and place.key is not None]
+    def __init__(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> None:
+        """Of a task's function, and of what it and `modules` call; attributes of `modules` themselves are left out."""
+        search, own = Search(), set(map(id, modules := list(modules)))
+        found = [place for place in search.run(function, modules) if not place.draws and place.key is not None]
+        self.numbers = [place for place in found if id(place.holder) not in own]
         self.slots = [(place, place.get()) for place in search.slots]
         self.holders = [(name, holder, _copied(holder)) for name, holder in search.holders]
 
@@ -54,7 +61,8 @@ class State:
         """While open, numbers are objects of their own, so that what sets one shows even where it sets an equal one.
         Gives an empty dict that holds afterwards what was set, as `changed` does.
         """
-        marks = [(place, place.get()) for place in self.numbers[:MOST_MARKED] if type(place.get()) in (int, float)]
+        own = [place for place in self.numbers[:MOST_MARKED] if place.is_own]
+        marks = [(place, place.get()) for place in own if type(place.get()) in (int, float)]
         made = [(place, value, (_Int if type(value) is int else _Float)(value)) for place, value in marks]
         for place, _, mark in made:
             place.put(mark)
@@ -75,10 +83,19 @@ def _id(place: Place) -> int:
 
 
 def _copied(holder: Any) -> Any:
+    if isinstance(holder, Tensor):
+        return holder._version, holder.detach().clone()
+    if isinstance(holder, np.ndarray | deque):
+        return holder.copy()
     return dict(holder) if isinstance(holder, dict) else type(holder)(holder)
 
 
 def _is_same(holder: Any, before: Any) -> bool:
+    if isinstance(holder, Tensor):
+        version, value = before
+        return bool(holder._version == version or same_numbers(holder, value))
+    if isinstance(holder, np.ndarray):
+        return bool(holder.shape == before.shape) and holder.tobytes() == before.tobytes()
     if len(holder) != len(before):
         return False
     if isinstance(holder, dict):
@@ -89,6 +106,13 @@ def _is_same(holder: Any, before: Any) -> bool:
 
 
 def _fill(holder: Any, before: Any) -> None:
+    if isinstance(holder, Tensor):
+        with torch.no_grad():
+            holder.copy_(before[1])
+        return
+    if isinstance(holder, np.ndarray):
+        holder[...] = before
+        return
     holder.clear()
     if isinstance(holder, list | deque):
         holder.extend(before)

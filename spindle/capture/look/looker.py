@@ -35,6 +35,7 @@ from spindle.capture.look.samples import (
     few_of,
     first_batches,
     modalities,
+    moved,
     one_apart,
     other_few,
     shortened,
@@ -84,7 +85,8 @@ class Looker:
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
         self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
         self.is_plain = True  # nothing was computed from the batch alone
-        self.state = State(task.function)
+        self.state = State(task.function, (m for c in workload.components.values() for m in c.module.modules()))
+        self.start: list[Any] = []  # what is kept, before any call
         self.sets: dict[int, str] = {}  # what its calls set of what it keeps, by id, and its name
         self.batches: Sequence[SampledBatch] = ()
 
@@ -107,7 +109,7 @@ class Looker:
         batches = self.batches = first_batches(self.task)
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         kept = places(self.task.function, modules)
-        start = [place.get() for place in kept]
+        self.start = start = [place.get() for place in kept]
         self.skeleton.keep_apart(self.task.function)
         self.few = self.few or [few_of(batch.units) for batch in batches]
         try:
@@ -434,8 +436,8 @@ class Looker:
         if line is not None and not any(p.draws and p.is_changed(v) for p, v in zip(kept, before, strict=True)):
             self._refuse_own_state(batch, (first, second), held, [*zip(kept, before, strict=True)])
             raise unlike(self.task, line)
-        for place, value in zip(kept, before, strict=True):
-            if place.is_changed(value):
+        for place, value, begun in zip(kept, before, self.start, strict=True):
+            if place.is_changed(value) or place.is_changed(begun):
                 if place.draws:
                     raise own_generator(self.task, place.name)
                 self._refuse_steering(batch, bounds, second, place, held, value)
@@ -444,15 +446,35 @@ class Looker:
 
     def _refuse_history(self, batch: SampledBatch, bounds: Bounds, usual: Recorded) -> None:
         """Raise WorkloadError where what the task keeps of other samples changes what it computes of these."""
-        names = [*self.state.changed().values()]
+        names = [*self.sets.values(), *self.state.changed().values()]
         self.state.put_back()
-        for part in self.few[0][1][::-1]:
-            with suppress(WorkloadError):
-                self._record(batch, part)
+        own = batch.part(*bounds)
+        far = {name: moved(value) for name, value in own.items()}
+        units = Units({unit: counts[slice(*bounds)] for unit, counts in batch.units.counts.items()})
+        others = [(batch, part) for part in self.few[0][1][::-1]]
+        others += [(SampledBatch(far, units, batch.places), (0, units.num_samples))]
+        others += [(other, few) for other, (few, _) in zip(self.batches[1:], self.few[1:], strict=True)]
+        for other, samples in others:
+            with suppress(Exception):
+                self._record(other, samples)
+        self.writes = None
         line = other_line(usual, self._record(batch, bounds))
         self.state.put_back()
         if line is not None:
             raise unlike(self.task, line, names[0])
+
+    def lacking(self, other: "Looker") -> WorkloadError | None:
+        """The error for a task that raises where `other`, another task, has not set what both know; None where none is
+        such.
+        """
+        common = other.sets.keys() & self.state.reached
+        return self._handed(other, min(common), "its function, which raises without") if common else None
+
+    def _handed(self, other: "Looker", what: int, line: str) -> WorkloadError:
+        return WorkloadError(
+            f"task {other.task.name!r} sets {other.sets[what]!r}, and task {self.task.name!r} computes with it ({line}), "
+            "which may run on another device; let each task compute from its own batch, or make one task of the two"
+        )
 
     def refuse_what_others_set(self, other: "Looker") -> None:
         """Raise WorkloadError where what `other`, another task, keeps changes what this one computes."""
@@ -466,16 +488,12 @@ class Looker:
         lines = [other_line(usual, self._record(batch, bounds))]
         other.state.put_back()
         for place in self.state.among(common):
-            for moved in (place.far(), turned(place, place.get())):
-                with moved, suppress(WorkloadError):
+            for other_number in (place.far(), turned(place, place.get())):
+                with other_number, suppress(WorkloadError):
                     lines.append(other_line(usual, self._record(batch, bounds)))
         line = next((line for line in lines if line is not None), None)
         if line is not None:
-            raise WorkloadError(
-                f"task {other.task.name!r} sets {other.sets[min(common)]!r}, and task {self.task.name!r} computes with "
-                f"it ({line}), which may run on another device; let each task compute from its own batch, or make one "
-                "task of the two"
-            )
+            raise self._handed(other, min(common), line)
 
     def _refuse_own_state(
         self, batch: SampledBatch, usual: tuple[Recorded, Recorded], held: Held, kept: Sequence[tuple[Kept, Any]]
@@ -513,8 +531,8 @@ class Looker:
     ) -> None:
         """Raise WorkloadError where a number steers what is computed, which was `value` before the usual call."""
         line = None
-        for moved in (place.far(), turned(place, value)):
-            with moved:
+        for other_number in (place.far(), turned(place, value)):
+            with other_number:
                 try:
                     line = line or other_line(usual, self._record(batch, bounds))
                 except WorkloadError:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from spindle.inputs.same import same_numbers
 from spindle.inputs.usercode import is_own_file, names_used
@@ -102,6 +102,11 @@ class Place:
         return None
 
     @property
+    def is_own(self) -> bool:
+        """Whether it stands there itself, and not as an attribute of the holder's class."""
+        return isinstance(self.holder, list | MutableMapping) or self.key in getattr(self.holder, "__dict__", {})
+
+    @property
     def draws(self) -> bool:
         """Whether it is a generator of random numbers."""
         return isinstance(self.holder, _GENERATORS)
@@ -161,6 +166,7 @@ class Search:
         """Numbers, lists and generators, those of modules too."""
         self._function(function)
         for module in modules:
+            self._function(type(module).forward)
             self._attributes(type(module).__name__, module)
         return self.found
 
@@ -181,7 +187,7 @@ class Search:
                     self.holders.append((name, value))
                     for index, inner in enumerate(value[:MOST_ENTRIES]):
                         self._value(f"{name}[{index}]", value, index, inner)
-        elif isinstance(value, set | deque):
+        elif isinstance(value, set | deque | np.ndarray) or (isinstance(value, Tensor) and _is_plain(value)):
             if self._new(value):
                 self.holders.append((name, value))
         elif isinstance(value, dict):
@@ -235,6 +241,11 @@ class Search:
             if name in function.__globals__:
                 self.slots.append(Place(name, function.__globals__, name))
                 self._value(name, function.__globals__, name, function.__globals__[name])
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor is a small one with numbers, and no parameter."""
+    return not (isinstance(value, nn.Parameter) or value.is_meta) and value.numel() <= MOST
 
 
 def _numbers_of_class(value: Any) -> Iterator[tuple[str, Any]]:

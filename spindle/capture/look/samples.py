@@ -196,6 +196,13 @@ def disturbed(value: Any, generator: torch.Generator, *, masks: bool = True) -> 
     return value
 
 
+def moved(value: Any) -> Any:
+    """A field whose numbers are larger than any other's."""
+    if _is_array(value):
+        return moved(torch.from_numpy(value)).numpy()
+    return value + FAR if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def one_apart(value: Any, dim: int) -> Any:
     """A field in which all samples are alike, with other numbers in the first one, so that what code asks of a whole
     batch (is a mask full, how long is the longest, how many kinds are there) differs between its parts.
