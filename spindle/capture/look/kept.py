@@ -34,7 +34,11 @@ class State:
 
     def changed(self) -> dict[int, str]:
         """What holds something else now, by id, and how code calls it."""
-        found = {id(holder): name for name, holder, before in self.holders if not _is_same(holder, before)}
+        found = {
+            id(holder): _name(name, holder, before)
+            for name, holder, before in self.holders
+            if not _is_same(holder, before)
+        }
         return found | {_id(place): place.name for place, value in self.slots if place.get() is not value}
 
     @property
@@ -75,6 +79,14 @@ class State:
                     place.put(value)
                 else:
                     found[_id(place)] = place.name
+
+
+def _name(name: str, holder: Any, before: Any) -> str:
+    """How code calls what has changed, by the first such entry of a dict or attribute of an object."""
+    if not isinstance(holder, dict):
+        return name
+    key = next((key for key in (*holder, *before) if holder.get(key) is not before.get(key)), "")
+    return f"{name}{key}" if name.endswith(".") else f"{name}[{key!r}]"
 
 
 def _id(place: Place) -> int:

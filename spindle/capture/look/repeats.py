@@ -152,7 +152,7 @@ def places(function: Callable[..., Any], modules: list[nn.Module]) -> list[Place
 
 class Search:
     """What a task function, and what it calls, can keep. `slots`: variables of enclosing functions and globals;
-    `holders`: lists, dicts, sets and attributes of objects, by how the code calls them.
+    `holders`: lists, dicts, sets and (with a dot behind the name) attributes of objects, by how code calls them.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ class Search:
             return
         if not isinstance(value, nn.Module | type):
             self._function(type(value).__call__) if callable(value) else None
-            self.holders.append((name, vars(value)))
+            self.holders.append((f"{name}.", vars(value)))
             for own, inner in _numbers_of_class(value):
                 self._value(f"{name}.{own}", value, own, inner)
         for own, inner in list(getattr(value, "__dict__", {}).items()):
