@@ -27,6 +27,7 @@ from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.evaluation.evaluator import merged_scores
 from spindle.runtime.faults.slow_links import SlowLinks
 from spindle.runtime.faults.stragglers import Stragglers
+from spindle.runtime.launch.ray_train import workers_of_ray_train
 from spindle.runtime.launch.torchrun import TorchrunWorkers, place_among_all, under_torchrun
 from spindle.runtime.launch.worker_group import ThreadWorkers, WorkerGroup
 from spindle.runtime.laws import check_program
@@ -395,6 +396,13 @@ def chosen(launcher: str) -> str:
         raise RunError(
             f"launcher {launcher!r} is not known{did_you_mean(launcher, get_args(Launcher))}; "
             f"choose one of {', '.join(get_args(Launcher))}"
+        )
+    if launcher in ("auto", "ray") and (workers := workers_of_ray_train()):
+        if launcher == "auto" and under_torchrun():
+            return "torchrun"
+        raise RunError(
+            f"launcher is {launcher!r} inside of a function of Ray Train, whose {workers} workers are the ranks of the "
+            "run: leave launcher out, and start them with a TorchTrainer, whose TorchConfig has init_method='env'"
         )
     if launcher != "auto":
         return launcher

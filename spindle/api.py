@@ -388,6 +388,8 @@ def train(
     early_stop: "EarlyStop | None" = None,
     max_samples: int | None = None,
     max_tokens: int | None = None,
+    upload: str | None = None,
+    upload_wait_s: float = 600.0,
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless you choose otherwise; the trained weights end up in the user's
     modules, or, of modules on the meta device, in the last checkpoint.
@@ -420,6 +422,10 @@ def train(
     `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
     `max_samples`, `max_tokens`: training ends once all tasks together have seen this number of them, from the first
     run on.
+    `upload`: a URL, s3://BUCKET/FOLDER or the like, to which checkpoints are copied beside the steps, and from which
+    `resume=True` fetches the newest one. At its end the run waits `upload_wait_s` for what is not there yet.
+    Inside of a function of Ray Train its workers are the ranks; they report each checkpoint, and `resume=True` goes on
+    from the one reported last (docs/ray.md).
 
     Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls, the first one where there
     were several tries; CheckpointError for a checkpoint that is not whole or of another model; PreemptedError after
@@ -440,6 +446,8 @@ def train(
     from spindle.runtime.faults.preemption import Notice
     from spindle.runtime.faults.recovery import Attempts, left_to_torchrun, newest_of_this_job
     from spindle.runtime.faults.replicas import steps_between
+    from spindle.runtime.launch.fetching import stored
+    from spindle.runtime.launch.ray_train import reports
     from spindle.runtime.loading.counts import Limits
     from spindle.runtime.startup import Phases
     from spindle.runtime.steps.finite import checked
@@ -465,7 +473,12 @@ def train(
     if kept is not None and resume is False:  # unless torchrun started the ranks anew
         resume = newest_of_this_job(launcher, kept.directory) or False
     initial: dict[str, Tensor] | None = {} if allow_changes else None
-    with opened(workload, kept, resume, place, initial) as start:
+    callbacks = (*callbacks, *reports())
+    directory = kept.directory if kept else None
+    with (
+        stored(upload, upload_wait_s, directory, _warn, resume=resume, place=place, timeout_s=timeout_s),
+        opened(workload, kept, resume, place, initial) as start,
+    ):
         before, kept = start.before, start.checkpoints
         for sentence in changes(before, workload) if before is not None and place[0] == 0 else ():
             warnings.warn(SpindleWarning(sentence), stacklevel=2)
@@ -528,7 +541,6 @@ def train(
                 limits=limits,
                 lost_gpus=elastic.lost_gpus,
             )
-            directory = kept.directory if kept else None
             with (
                 recorded(directory, leads=place[0] == 0) as flight,
                 cleared(kept, leads=place[0] == 0),
@@ -576,3 +588,7 @@ def train(
         path_of(kept.directory, best) if kept and best else None,
         found.stopped,
     )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(SpindleWarning(sentence), stacklevel=2)

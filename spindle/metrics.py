@@ -68,6 +68,9 @@ class Callback:
     those of a `TrainerCallback` of transformers that are called at the same moments.
     """
 
+    everywhere = False
+    """Whether each process that drives a run calls it, where there are several."""
+
     def on_train_begin(self, plan: "Plan", first_step: int) -> None:
         """The run starts; `first_step` steps were done before, by the run that is resumed."""
 
@@ -163,9 +166,8 @@ class TensorBoard(Callback):
 
     def on_evaluate(self, metrics: EvaluationMetrics) -> None:
         """Write all scores, as `evaluation/TASK/METRIC`."""
-        for task, scores in metrics.scores.items():
-            for name, value in scores.items():
-                self._writer.add_scalar(f"evaluation/{task}/{name}", value, metrics.step)
+        for name, value in scalars_of_scores(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def on_train_end(self) -> None:
         """Close the log."""
@@ -185,6 +187,13 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         elif value is not None and name != "step":
             found[title] = value
     return found
+
+
+def scalars_of_scores(metrics: EvaluationMetrics) -> dict[str, float]:
+    """The scores of an evaluation by flat names: `evaluation/val/accuracy`."""
+    return {
+        f"evaluation/{task}/{name}": value for task, scores in metrics.scores.items() for name, value in scores.items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -331,7 +331,7 @@ def train(
         run = staged(source, workload, module, plan_file=plan_file, checkpoints=checkpoints)
     else:
         run = functools.partial(api.train, workload, read_plan(plan_file) if plan_file else None)
-    with uploads, progress("training") as update:
+    with progress("training") as update:
         result = run(
             optimizer=optimizer,
             scheduler=getattr(module, "scheduler", None),
@@ -351,6 +351,7 @@ def train(
             check_replicas_every=check_replicas_every,
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
             callbacks=callbacks,
+            **uploads,
             **evaluation,
         )
     if place_among_drivers(launcher)[0]:

@@ -172,7 +172,7 @@ def test_a_run_on_another_machine_goes_on(tmp_path: Path, spindle_command: Spind
     assert spindle_command(*run, "--steps", "1", "--checkpoints", "here").code == 0
     assert contents(Path("here/step-00000001")) == contents(tmp_path / "bucket" / "step-00000001")
     done = spindle_command(*run, "--steps", "2", "--checkpoints", "there", "--resume")
-    assert (done.code, "resumed after 1 steps" in done.out, "fetched step-00000001" in done.err) == (0, True, True)
+    assert (done.code, "resumed after 1 steps" in done.out) == (0, True)
     assert (tmp_path / "bucket" / "step-00000002" / "spindle.json").is_file()
     done = spindle_command(*run, "--steps", "2")
     assert (done.code, "--upload needs --checkpoints DIR" in done.said) == (2, True)
