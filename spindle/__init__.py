@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spindle.failures import Failures as Failures
     from spindle.plan import Plan as Plan
     from spindle.profile import Profile as Profile
+    from spindle.ray_nodes import RayNodes as RayNodes
     from spindle.scoring import evaluate as evaluate
     from spindle.stages import Stage as Stage
     from spindle.stages import train_stages as train_stages
@@ -50,6 +51,7 @@ _HOME_BY_NAME = {
     "Failures": "spindle.failures",
     "Plan": "spindle.plan",
     "Profile": "spindle.profile",
+    "RayNodes": "spindle.ray_nodes",
     "SpindleError": "spindle.errors",
     "Stage": "spindle.stages",
     "TrainResult": "spindle.api",
@@ -76,6 +78,7 @@ __all__ = [
     "Failures",
     "Plan",
     "Profile",
+    "RayNodes",
     "SpindleError",
     "Stage",
     "TrainResult",

@@ -21,6 +21,7 @@ from spindle.failures import Failures
 from spindle.metagraph import MetaGraph
 from spindle.plan import Plan, laid_out, with_fixed
 from spindle.profile import Profile
+from spindle.ray_nodes import RayNodes
 from spindle.trace import Trace
 from spindle.turns import Turns
 from spindle.whole_numbers import check_whole
@@ -390,6 +391,7 @@ def train(
     max_tokens: int | None = None,
     upload: str | None = None,
     upload_wait_s: float = 600.0,
+    ray_nodes: RayNodes | None = None,
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless you choose otherwise; the trained weights end up in the user's
     modules, or, of modules on the meta device, in the last checkpoint.
@@ -424,6 +426,7 @@ def train(
     run on.
     `upload`: a URL, s3://BUCKET/FOLDER or the like, to which checkpoints are copied beside the steps, and from which
     `resume=True` fetches the newest one. At its end the run waits `upload_wait_s` for what is not there yet.
+    `ray_nodes`: on which nodes of a Ray cluster ranks run, and how long the run waits for nodes that are to come.
     Inside of a function of Ray Train its workers are the ranks; they report each checkpoint, and `resume=True` goes on
     from the one reported last (docs/ray.md).
 
@@ -439,7 +442,7 @@ def train(
     from spindle.runtime.checkpoints.run_folder import opened
     from spindle.runtime.checkpoints.weights import weights_of_run
     from spindle.runtime.comms.flight import recorded
-    from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
+    from spindle.runtime.controller import check_steps, chosen, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.evaluation.prepare import prepare_beside
     from spindle.runtime.evaluation.scores import Evaluations
     from spindle.runtime.faults.elastic import Elastic
@@ -473,6 +476,8 @@ def train(
     if kept is not None and resume is False:  # unless torchrun started the ranks anew
         resume = newest_of_this_job(launcher, kept.directory) or False
     initial: dict[str, Tensor] | None = {} if allow_changes else None
+    if ray_nodes is not None and chosen(launcher) != "ray":
+        _warn(f"ray_nodes is given and the launcher is {chosen(launcher)!r}, which asks nothing of nodes")
     callbacks = (*callbacks, *reports())
     directory = kept.directory if kept else None
     with (
@@ -540,6 +545,7 @@ def train(
                 evaluated=evaluated,
                 limits=limits,
                 lost_gpus=elastic.lost_gpus,
+                ray_nodes=ray_nodes,
             )
             with (
                 recorded(directory, leads=place[0] == 0) as flight,

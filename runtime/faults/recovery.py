@@ -180,8 +180,8 @@ def _interrupted(error: SpindleError, steps: "Steps") -> PreemptedError:
 
 
 def left_to_torchrun(launcher: "Launcher", failures: Failures) -> Failures:
-    """What the process itself does about failures: nothing under torchrun, or inside of Ray Train, which start all ranks
-    again. Warns where torchrun will not.
+    """What the process itself does about failures: nothing under torchrun, or inside of Ray Train, which start all
+    ranks again. Warns where torchrun will not, and of Ray Train.
     """
     if chosen(launcher) != "torchrun":
         return failures

@@ -13,6 +13,7 @@ from spindle.cli.evaluating import asked, last_text, staged, telling, with_evalu
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, duration, not_negative
+from spindle.cli.ray_nodes import ray_nodes_of, with_ray_nodes
 from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
 from spindle.cli.uploads import uploads_of, with_upload
 
@@ -245,6 +246,7 @@ def _plan_or_count(text: str) -> "Plan | int":
     callback=not_negative,
     help="From SIGTERM until the run ends at once, its checkpoint written or not.",
 )
+@with_ray_nodes
 @with_upload
 @with_evaluation
 @LAUNCHER
@@ -273,6 +275,9 @@ def train(
     grace: float,
     upload: str | None,
     upload_wait: float,
+    wait_for_nodes: float | None,
+    accelerator_type: str | None,
+    node_labels: dict[str, str],
     launcher: Any,
     as_json: bool,
     **evaluating: Any,
@@ -352,6 +357,7 @@ def train(
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
             callbacks=callbacks,
             **uploads,
+            **ray_nodes_of(wait_for_nodes, accelerator_type, node_labels),
             **evaluation,
         )
     if place_among_drivers(launcher)[0]:

@@ -205,6 +205,66 @@ def test_an_elastic_run_goes_on_without_a_lost_node(ray_cluster: RayCluster, tmp
     assert found["LOSSES"] == alone(6)
 
 
+WAITING = """
+import sys, warnings
+from dataclasses import replace
+
+import torch
+
+import spindle
+from spindle.clusterfile import parse_cluster
+from spindle.runtime.launch import ray_room
+from spindle.runtime.controller import launched, prepare
+from tests.random_plans import widest_plan
+from tests.tiny_workloads import two_towers
+
+ray_room.SAY_S = 1.0
+warnings.showwarning = lambda message, *_: print("WARNING", message, flush=True)
+warnings.simplefilter("always")
+workload = two_towers(torch.float64)
+plan = widest_plan(spindle.make_metagraph(workload), 2)
+plan = replace(plan, devices_per_node=2, cluster=parse_cluster("1x2:h100-80g"))
+
+def run(**asked):
+    options = {"optimizer": torch.optim.SGD, "launcher": "ray", "timeout_s": 30.0}
+    with launched(prepare(workload, plan), ray_nodes=spindle.RayNodes(**asked), **options) as run:
+        print("PLACES", *(place.node for place in run.workers.places), flush=True)
+
+try:
+    run(wait_s=2, label_selector={"team": "speech"})
+except spindle.errors.NoRoomError as error:
+    print("ERROR", str(error).splitlines()[0], flush=True)
+run(wait_s=60, accelerator_type="A100", label_selector={"team": "vision"})
+"""
+
+
+def test_a_run_waits_for_nodes(ray_cluster: RayCluster) -> None:
+    """For GPUs, and of the plan's type, though the cluster has none yet; it says what it waits for, and goes to the
+    node that has the labels and GPUs that were asked for, which are not the plan's, as it says too.
+    """
+    command = [sys.executable, "-c", WAITING]
+    environment = inside(ray_cluster.address)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    while lines[-1] and not lines[-1].startswith(("ERROR", "PLACES")):
+        lines.append(process.stdout.readline())
+    assert "has had no room for an island of 2 ranks for 1 s, and the run waits for 2 s at most" in lines[0]
+    assert "an island needs a GPU of type H100 for each of its ranks on one node" in lines[0]
+    assert "within 2 s" in lines[-1]
+    assert "on one node with the labels team=speech; its nodes have none, of which 0 are free" in lines[-1]
+    while not lines[-1].startswith("WARNING the Ray"):
+        lines.append(process.stdout.readline())
+    gpus = {"num_gpus": 2, "resources": {"accelerator_type:A100": 1}}
+    with ray_cluster.one_more(labels={"team": "vision"}, **gpus) as node:
+        with process:
+            out, _ = process.communicate(timeout=120)
+        assert f"PLACES {node} {node}" in out
+    other = next(line for line in lines if "the plan is for h100-80g" in line)
+    assert "and the GPUs of the Ray cluster for it are A100" in other
+    assert "plan with --cluster 1x2:a100-40g" in other
+
+
 def test_an_address_where_no_cluster_is() -> None:
     """Ray would go on trying."""
     error = told(driver("127.0.0.1:1", 2, 2, 1, 5))["ERROR"]

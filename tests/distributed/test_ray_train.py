@@ -89,8 +89,7 @@ def test_a_run_inside_of_ray_train(tmp_path: Path) -> None:
 
     workload = two_towers(torch.float64)
     plan = widest_plan(spindle.make_metagraph(workload), 2)
-    options = {"optimizer": torch.optim.SGD, "steps": 6, "launcher": "threads"}
-    alone: Any = spindle.train(workload, plan, **options)
+    alone = spindle.train(workload, plan, optimizer=torch.optim.SGD, steps=6, launcher="threads")
     for rank in (0, 1):
         first_step, losses = json.loads((out / f"rank{rank}.json").read_text())
         assert first_step == 4
