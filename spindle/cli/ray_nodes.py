@@ -1,4 +1,4 @@
-"""Options that say on which nodes of a Ray cluster a run's ranks may be."""
+"""Options of runs on Ray: on which nodes of a cluster ranks may be, and its metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,11 @@ def _labels(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> di
 
 
 def with_ray_nodes(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that `ray_nodes_of` reads."""
+    """Give a command the options that `ray_nodes_of` reads, and `--ray-metrics`."""
     for option in (
+        click.option(
+            "--ray-metrics", is_flag=True, help="On Ray: the numbers of --metrics for Prometheus, from Ray's nodes."
+        ),
         click.option(
             "--node-label",
             "node_labels",

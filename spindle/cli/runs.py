@@ -278,6 +278,7 @@ def train(
     wait_for_nodes: float | None,
     accelerator_type: str | None,
     node_labels: dict[str, str],
+    ray_metrics: bool,
     launcher: Any,
     as_json: bool,
     **evaluating: Any,
@@ -300,7 +301,7 @@ def train(
     from spindle import api
     from spindle.failures import Failures
     from spindle.formats import write
-    from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.metrics import Callback, JsonLines, RayMetrics, TensorBoard
     from spindle.runtime.checkpoints.run_folder import rate_before
     from spindle.runtime.controller import place_among_drivers
     from spindle.source import load_workload
@@ -319,6 +320,7 @@ def train(
     check_directory(metrics)
     callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
     callbacks += [TensorBoard(tensorboard)] if tensorboard else []
+    callbacks += [RayMetrics()] if ray_metrics else []
     workload, module = load_workload(source)
     in_stages = evaluating.pop("stages")
     evaluation = asked(source, workload, module, **evaluating)
