@@ -31,6 +31,7 @@ from spindle.errors import WorkloadError
 from spindle.loaders import check_apart, reading, set_epoch
 from spindle.mixtures import Mixture
 from spindle.nearest import did_you_mean
+from spindle.ray_data import batches_of
 from spindle.weighing import Weigh, check_weigh, counted
 from spindle.weights import Weights
 from spindle.whole_numbers import is_whole
@@ -92,7 +93,8 @@ class Task:
         """Pass `epoch` over the task's data, which its reader has from `spindle.loaders.reading`. `state`: where in it
         a loader that keeps one goes on. Raises WorkloadError when there is no pass to be had.
         """
-        where, source = f"task {self.name!r}", data() if callable(data) else data
+        where = f"task {self.name!r}"
+        source = batches_of(where, data(), self.batch_size) if callable(data) else data
         set_epoch(where, source, epoch)
         if state is not None:
             source.load_state_dict(state)
@@ -382,7 +384,8 @@ class Workload:
         the task's loss in the sum; a task of weight 0 runs forward only, as under `torch.no_grad()`, and gives nothing
         a gradient. The task takes part in every `every`-th step, or in each step with `probability`; parameters that no
         task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the training before a step
-        that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while others train.
+        that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while others train. A
+        `ray.data.Dataset` gives batches of `batch_size` samples (docs/ray.md).
 
         Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
         from a batch to the number of rows that each sample has in each packed field, as
@@ -413,6 +416,7 @@ class Workload:
         if not is_whole(prefetch, 0):
             raise WorkloadError(f"task {name!r}: prefetch is {prefetch!r}; it must be 0 or more batches")
 
+        data = batches_of(f"task {name!r}", data, batch_size)
         check_apart(f"task {name!r}", data, {other: task.data for other, task in self.tasks.items() if other != name})
 
         def register(function: FunctionT) -> FunctionT:
