@@ -449,7 +449,7 @@ def train(
     from spindle.runtime.faults.preemption import Notice
     from spindle.runtime.faults.recovery import Attempts, left_to_torchrun, newest_of_this_job
     from spindle.runtime.faults.replicas import steps_between
-    from spindle.runtime.launch.fetching import stored
+    from spindle.runtime.launch.fetching import fetch_newest, uploads_during
     from spindle.runtime.launch.ray_train import reports
     from spindle.runtime.loading.counts import Limits
     from spindle.runtime.startup import Phases
@@ -480,10 +480,10 @@ def train(
         _warn(f"ray_nodes is given and the launcher is {chosen(launcher)!r}, which asks nothing of nodes")
     callbacks = (*callbacks, *reports())
     directory = kept.directory if kept else None
-    with (
-        stored(upload, upload_wait_s, directory, _warn, resume=resume, place=place, timeout_s=timeout_s),
-        opened(workload, kept, resume, place, initial) as start,
-    ):
+    uploads = uploads_during(upload, directory, _warn, wait_s=upload_wait_s, leads=place[0] == 0)
+    if directory is not None and resume is True:
+        fetch_newest(upload, directory, _warn, place=place, timeout_s=timeout_s)
+    with opened(workload, kept, resume, place, initial) as start, uploads:
         before, kept = start.before, start.checkpoints
         for sentence in changes(before, workload) if before is not None and place[0] == 0 else ():
             warnings.warn(SpindleWarning(sentence), stacklevel=2)
@@ -505,7 +505,7 @@ def train(
             with phases("plan"):
                 there = devices_at_hand(launcher)
                 plan = anew.asked(there.partition(":")[0]) if plan else make_plan(workload, there)
-        elastic = Elastic(failures, launcher, plan, anew)
+        elastic = Elastic(failures, launcher, plan, anew, waits=ray_nodes is not None and ray_nodes.wait_s is not None)
         attempts = Attempts(
             failures,
             partial(load_weights, workload, share=place, initial=initial),

@@ -6,7 +6,6 @@ all ranks, read it in the folder, which they share.
 
 import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from spindle.errors import InputError
@@ -28,8 +27,9 @@ def fetch_newest(
         return
     if place[1] > 1 and not has_store():
         if place[0] == 0:
+            where = url or "what was reported to Ray Train"
             warn(
-                f"{url} is not looked at for a checkpoint to go on from: the processes of this run have no store in "
+                f"{where} is not looked at for a checkpoint to go on from: the processes of this run have no store in "
                 "which to wait for it; start them with torchrun, or copy the newest checkpoint yourself"
             )
         return
@@ -43,30 +43,18 @@ def fetch_newest(
     led(work, place, timeout_s)
 
 
-@contextlib.contextmanager
-def stored(
-    url: str | None,
-    wait_s: float,
-    directory: Path | None,
-    warn: Warn,
-    *,
-    resume: object,
-    place: tuple[int, int],
-    timeout_s: float,
-) -> Iterator[None]:
-    """While open the checkpoints of a run's directory are copied to a URL, if one is given. A run that resumes from the
-    newest one (`resume` is True) has it in the directory. `wait_s`: see `uploading`.
+def uploads_during(
+    url: str | None, directory: Path | None, warn: Warn, *, wait_s: float, leads: bool
+) -> contextlib.AbstractContextManager[None]:
+    """What to train within, so that the checkpoints of a run's directory are copied to a URL, if one is given, by the
+    process that leads. `wait_s`: see `uploading`.
 
-    Raises InputError for a URL without a directory, or where `fetch_newest` does.
+    Raises InputError without a directory, and, as it is entered, for a URL that will not do.
     """
     if url is not None and directory is None:
         raise InputError(f"upload is {url!r} and the run writes no checkpoints; give checkpoints= a directory too")
     if not 0 <= wait_s < math.inf:
         raise InputError(f"upload_wait_s is {wait_s!r}; give seconds, from 0 up")
-    if directory is not None and resume is True:
-        fetch_newest(url, directory, warn, place=place, timeout_s=timeout_s)
-    if url is None or directory is None or place[0]:
-        yield
-        return
-    with uploading(url, directory, warn, deadline_s=wait_s):
-        yield
+    if url is None or directory is None or not leads:
+        return contextlib.nullcontext()
+    return uploading(url, directory, warn, deadline_s=wait_s)
