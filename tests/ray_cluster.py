@@ -12,6 +12,8 @@ import tempfile
 import uuid
 from typing import Any
 
+import psutil
+
 CPUS = (2, 2)
 """Of each node on which ranks may run; the head takes none."""
 
@@ -22,6 +24,13 @@ def add_node(cluster: Any, num_cpus: int, **settings: Any) -> str:
     """
     folder = f"runtime_env_{uuid.uuid4().hex[:8]}"
     return str(cluster.add_node(num_cpus=num_cpus, runtime_env_dir_name=folder, **settings).node_id)
+
+
+def kill_node(cluster: Any, node: Any) -> None:
+    """Kill a node, and wait until what ran on it is gone: Ray itself leaves that to its processes."""
+    family = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    psutil.wait_procs(family, timeout=30)
 
 
 def main() -> None:
@@ -45,7 +54,7 @@ def serve() -> None:
         for order in sys.stdin:
             what, *names = order.split(maxsplit=1)
             for victim in [node for node in cluster.worker_nodes if node.node_id in [name.strip() for name in names]]:
-                cluster.remove_node(victim, allow_graceful=False)
+                kill_node(cluster, victim)
             settings = json.loads(names[0]) if what == "add" and names else {}
             print("DONE", add_node(cluster, CPUS[-1], **settings) if what != "lose" else "", flush=True)
     finally:
