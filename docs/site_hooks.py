@@ -17,6 +17,7 @@ SECTIONS = {
         "large_models",
         "metrics",
         "cluster",
+        "ray",
         "reliability",
         "elastic",
         "interop",

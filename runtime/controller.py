@@ -17,11 +17,13 @@ import torch
 
 from spindle.capture import Captured, capture
 from spindle.errors import CheckpointError, RunError, SpindleWarning, WorkloadError
+from spindle.ray_nodes import RayNodes
 from spindle.runtime.checkpoints.changes import KEY, facts_of
 from spindle.runtime.checkpoints.tensor_files import Source
 from spindle.runtime.evaluation.evaluator import merged_scores
 from spindle.runtime.faults.slow_links import SlowLinks
 from spindle.runtime.faults.stragglers import Stragglers
+from spindle.runtime.launch.ray_train import workers_of_ray_train
 from spindle.runtime.launch.torchrun import TorchrunWorkers, place_among_all, under_torchrun
 from spindle.runtime.launch.worker_group import ThreadWorkers, WorkerGroup
 from spindle.runtime.laws import check_program
@@ -285,12 +287,14 @@ def launched(
     evaluated: "PreparedEvaluation | None" = None,
     limits: Limits | None = None,
     lost_gpus: frozenset[int] = frozenset(),
+    ray_nodes: RayNodes | None = None,
 ) -> Iterator[Run]:
     """Start a worker group for a prepared workload, and end it whatever happens. `saves`: it will write or read
     checkpoints. `weights`: where the parameters lie that are on the meta device. `checked`: `check_steps` was called
     already. `on_broken`: what a step does with losses and gradients that are not finite. `flight`: of the ranks'
     records. `check_replicas_every`: steps between two comparisons of what ranks hold alike; 0 makes none. `evaluated`:
     what it evaluates; `limits`: on what it trains with. `lost_gpus`: numbers of this machine's GPUs that no rank takes.
+    `ray_nodes`: what the launcher ray asks of nodes.
 
     Raises WorkloadError, before anything starts, for an optimizer or a schedule that cannot step as in one process, and
     CheckpointError for one of which a checkpoint would not hold all.
@@ -326,7 +330,7 @@ def launched(
             narrow[0],
         )
     with prepared.phases("ranks"):
-        workers = _start_workers(chosen(launcher), prepared, specs, timeout_s, lost_gpus)
+        workers = _start_workers(chosen(launcher), prepared, specs, timeout_s, lost_gpus, ray_nodes)
     try:
         prepared.phases.slowest(workers.call("started"))
         yield Run(prepared, workers)
@@ -396,6 +400,13 @@ def chosen(launcher: str) -> str:
             f"launcher {launcher!r} is not known{did_you_mean(launcher, get_args(Launcher))}; "
             f"choose one of {', '.join(get_args(Launcher))}"
         )
+    if launcher in ("auto", "ray") and (workers := workers_of_ray_train()):
+        if launcher == "auto" and under_torchrun():
+            return "torchrun"
+        raise RunError(
+            f"launcher is {launcher!r} inside of a function of Ray Train, whose {workers} workers are the ranks of the "
+            "run: leave launcher out, and start them with a TorchTrainer, whose TorchConfig has init_method='env'"
+        )
     if launcher != "auto":
         return launcher
     if under_torchrun():
@@ -404,12 +415,21 @@ def chosen(launcher: str) -> str:
 
 
 def _start_workers(
-    launcher: str, prepared: Prepared, specs: Sequence[RankSpec], timeout_s: float, lost_gpus: frozenset[int]
+    launcher: str,
+    prepared: Prepared,
+    specs: Sequence[RankSpec],
+    timeout_s: float,
+    lost_gpus: frozenset[int],
+    ray_nodes: RayNodes | None,
 ) -> WorkerGroup:
+    plan = prepared.plan
     if launcher == "ray":
         from spindle.runtime.launch.ray_workers import RayWorkers
 
-        return RayWorkers(specs, devices_per_node=prepared.plan.devices_per_node, timeout_s=timeout_s)
+        device = plan.cluster.device.name if plan.cluster else None
+        return RayWorkers(
+            specs, devices_per_node=plan.devices_per_node, timeout_s=timeout_s, nodes=ray_nodes, device=device
+        )
     if launcher == "processes":
         from spindle.runtime.launch.processes import ProcessWorkers
 

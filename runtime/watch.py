@@ -68,8 +68,10 @@ class Watch:
     """Tells callbacks of a run's steps."""
 
     def __init__(self, prepared: "Prepared", callbacks: Sequence[Callback], *, leads: bool = True) -> None:
-        """`leads`: whether this process is the one to call; under torchrun only rank 0 is."""
-        self._callbacks = tuple(callbacks) if leads else ()
+        """`leads`: whether this process is the one to call; under torchrun only rank 0 is, and the others call what is
+        to be called everywhere.
+        """
+        self._callbacks = tuple(callback for callback in callbacks if leads or callback.everywhere)
         workload, plan = prepared.workload, prepared.plan
         self._plan = plan
         rounds = workload.accumulate // num_micro_batches(prepared.captured.tasks)

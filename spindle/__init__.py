@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spindle.inputs.batch import per_sample as per_sample
     from spindle.inputs.ema import EMA as EMA
     from spindle.inputs.weights import Weights as Weights
+    from spindle.ray_nodes import RayNodes as RayNodes
     from spindle.values.calibration import Calibration as Calibration
     from spindle.values.plan import Plan as Plan
     from spindle.values.profile import Profile as Profile
@@ -50,6 +51,7 @@ _HOME_BY_NAME = {
     "Failures": "spindle.failures",
     "Plan": "spindle.values.plan",
     "Profile": "spindle.values.profile",
+    "RayNodes": "spindle.ray_nodes",
     "SpindleError": "spindle.errors",
     "Stage": "spindle.verbs.stages",
     "TrainResult": "spindle.verbs.api",
@@ -76,6 +78,7 @@ __all__ = [
     "Failures",
     "Plan",
     "Profile",
+    "RayNodes",
     "SpindleError",
     "Stage",
     "TrainResult",

@@ -1,4 +1,5 @@
-"""Metrics: what a training run tells of each step, and where it goes: JSON lines, TensorBoard, or a callback of yours.
+"""Metrics: what a training run tells of each step, and where it goes: JSON lines, TensorBoard, Ray's endpoint for
+Prometheus, or a callback of yours.
 
 - Shares are of the ranks' time: `utilization` goes into forward, backward and the optimizer, `communication` into
   transfers and reductions with the waits for them, `loading` into batches; `idle` is all but utilization.
@@ -67,6 +68,9 @@ class Callback:
     Steps are reported a few at a time and late, since ranks run several before they report. The methods are named as
     those of a `TrainerCallback` of transformers that are called at the same moments.
     """
+
+    everywhere = False
+    """Whether each process that drives a run calls it, where there are several."""
 
     def on_train_begin(self, plan: "Plan", first_step: int) -> None:
         """The run starts; `first_step` steps were done before, by the run that is resumed."""
@@ -163,14 +167,77 @@ class TensorBoard(Callback):
 
     def on_evaluate(self, metrics: EvaluationMetrics) -> None:
         """Write all scores, as `evaluation/TASK/METRIC`."""
-        for task, scores in metrics.scores.items():
-            for name, value in scores.items():
-                self._writer.add_scalar(f"evaluation/{task}/{name}", value, metrics.step)
+        for name, value in scalars_of_scores(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def on_train_end(self) -> None:
         """Close the log."""
         if self._writer is not None:
             self._writer.close()
+
+
+class RayMetrics(Callback):
+    """Gives losses, times and memory to Ray, whose nodes serve them to Prometheus as `ray_spindle_loss` and so on."""
+
+    def __init__(self, run: str = "") -> None:
+        """`run`: a name that all numbers carry, to tell runs of one cluster apart."""
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def on_train_begin(self, plan: "Plan", first_step: int) -> None:
+        """Raises InputError where this process is not part of a Ray cluster."""
+        import ray
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        if not ray.is_initialized():
+            raise InputError(
+                "RayMetrics gives numbers to Ray, and this run is not on Ray; train with launcher='ray' or inside of a "
+                "function of Ray Train, or write JSON lines (--metrics FILE.jsonl)"
+            )
+        self._gauges = {
+            name: Gauge(f"spindle_{name}", words, ("run", *tags)) for name, (words, tags) in _RAY_GAUGES.items()
+        }
+        self._steps = Counter("spindle_steps", "Steps that are done.", ("run",))
+        self._seconds = Histogram("spindle_step_seconds", "Seconds of a step.", _STEP_SECONDS, ("run",))
+
+    def on_step_end(self, metrics: StepMetrics) -> None:
+        """Set all numbers."""
+        self._steps.inc(1, {"run": self._run})
+        self._seconds.observe(metrics.step_s, {"run": self._run})
+        for name, by_task in (
+            ("loss", metrics.losses),
+            ("samples_per_second", metrics.samples_per_s),
+            ("tokens_per_second", metrics.tokens_per_s),
+        ):
+            for task, value in by_task.items():
+                self._set(name, value, task=task)
+        for rank, held in enumerate(metrics.memory_bytes):
+            self._set("memory_bytes", held, rank=str(rank))
+        for name, share in (("utilization", metrics.utilization), ("mfu", metrics.mfu)):
+            if share is not None:
+                self._set(name, share)
+
+    def on_evaluate(self, metrics: EvaluationMetrics) -> None:
+        """Set the scores."""
+        for task, scores in metrics.scores.items():
+            for name, value in scores.items():
+                self._set("score", value, task=task, metric=name)
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        self._gauges[name].set(value, {"run": self._run, **tags})
+
+
+_RAY_GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "loss": ("Loss of a task.", ("task",)),
+    "samples_per_second": ("Samples of a task each second.", ("task",)),
+    "tokens_per_second": ("Tokens of a task each second.", ("task",)),
+    "memory_bytes": ("Peak of a rank so far: of its GPU, or of its process on a CPU.", ("rank",)),
+    "utilization": ("Share of the ranks' time in forward, backward and the optimizer.", ()),
+    "mfu": ("FLOPs that the model needs, over time and the devices' peak.", ()),
+    "score": ("What an evaluation gave.", ("task", "metric")),
+}
+_STEP_SECONDS = [0.01 * 2**power for power in range(16)]
+"""Bounds of the histogram's buckets: 10 ms to 5.5 minutes."""
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
@@ -185,6 +252,13 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         elif value is not None and name != "step":
             found[title] = value
     return found
+
+
+def scalars_of_scores(metrics: EvaluationMetrics) -> dict[str, float]:
+    """The scores of an evaluation by flat names: `evaluation/val/accuracy`."""
+    return {
+        f"evaluation/{task}/{name}": value for task, scores in metrics.scores.items() for name, value in scores.items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -30,6 +30,7 @@ from spindle.inputs.ema import EMA
 from spindle.inputs.empty import built_empty
 from spindle.inputs.loaders import check_apart, reading, set_epoch
 from spindle.inputs.nested import nested
+from spindle.inputs.ray_data import batches_of
 from spindle.inputs.weighing import Weigh, check_weigh, counted
 from spindle.inputs.weights import Weights
 from spindle.mixtures import Mixture
@@ -93,7 +94,8 @@ class Task:
         """Pass `epoch` over the task's data, which its reader has from `spindle.inputs.loaders.reading`. `state`: where
         in it a loader that keeps one goes on. Raises WorkloadError when there is no pass to be had.
         """
-        where, source = f"task {self.name!r}", data() if callable(data) else data
+        where = f"task {self.name!r}"
+        source = batches_of(where, data(), self.batch_size) if callable(data) else data
         set_epoch(where, source, epoch)
         if state is not None:
             source.load_state_dict(state)
@@ -383,7 +385,8 @@ class Workload:
         the task's loss in the sum; a task of weight 0 runs forward only, as under `torch.no_grad()`, and gives nothing
         a gradient. The task takes part in every `every`-th step, or in each step with `probability`; parameters that no
         task of a step uses rest in it. When its data ends, `on_end` starts it over, stops the training before a step
-        that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while others train.
+        that lacks a batch, or ends it with an error. `prefetch` batches are read ahead while others train. A
+        `ray.data.Dataset` gives batches of `batch_size` samples (docs/ray.md).
 
         Every dimension of a field may differ from batch to batch, and so may the number of samples. `rows`: a function
         from a batch to the number of rows that each sample has in each packed field, as
@@ -414,6 +417,7 @@ class Workload:
         if not is_whole(prefetch, 0):
             raise WorkloadError(f"task {name!r}: prefetch is {prefetch!r}; it must be 0 or more batches")
 
+        data = batches_of(f"task {name!r}", data, batch_size)
         check_apart(f"task {name!r}", data, {other: task.data for other, task in self.tasks.items() if other != name})
 
         def register(function: FunctionT) -> FunctionT:

@@ -1,22 +1,36 @@
 """A Ray cluster of several nodes on this machine, on loopback, in a process of its own that ends when its input does.
 
 Tells `READY DASHBOARD ADDRESS`, then takes orders, a line each: `kill NODE` kills the node of that id, without a word
-to it, and puts a new one in its place; `lose NODE` puts none there, and `add` adds one. Answers each with `DONE`.
+to it, and puts a new one in its place; `lose NODE` puts none there, and `add` adds one, or `add JSON` one with such
+settings of `Cluster.add_node`. Answers each with `DONE`, and the id of a new node.
 """
 
+import json
 import os
 import sys
 import tempfile
 import uuid
 from typing import Any
 
+import psutil
+
 CPUS = (2, 2)
 """Of each node on which ranks may run; the head takes none."""
 
 
-def add_node(cluster: Any, num_cpus: int) -> None:
-    """One more node. The nodes of a real cluster do not share a disk; here each would unpack jobs over the others'."""
-    cluster.add_node(num_cpus=num_cpus, runtime_env_dir_name=f"runtime_env_{uuid.uuid4().hex[:8]}")
+def add_node(cluster: Any, num_cpus: int, **settings: Any) -> str:
+    """One more node; its id. The nodes of a real cluster do not share a disk; here each would unpack jobs over the
+    others'.
+    """
+    folder = f"runtime_env_{uuid.uuid4().hex[:8]}"
+    return str(cluster.add_node(num_cpus=num_cpus, runtime_env_dir_name=folder, **settings).node_id)
+
+
+def kill_node(cluster: Any, node: Any) -> None:
+    """Kill a node, and wait until what ran on it is gone: Ray itself leaves that to its processes."""
+    family = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    psutil.wait_procs(family, timeout=30)
 
 
 def main() -> None:
@@ -38,12 +52,11 @@ def serve() -> None:
             add_node(cluster, num_cpus)
         print("READY", f"http://{cluster.webui_url}", cluster.address, flush=True)
         for order in sys.stdin:
-            what, *names = order.split()
-            for victim in [node for node in cluster.worker_nodes if node.node_id in names]:
-                cluster.remove_node(victim, allow_graceful=False)
-            if what != "lose":
-                add_node(cluster, CPUS[-1])
-            print("DONE", flush=True)
+            what, *names = order.split(maxsplit=1)
+            for victim in [node for node in cluster.worker_nodes if node.node_id in [name.strip() for name in names]]:
+                kill_node(cluster, victim)
+            settings = json.loads(names[0]) if what == "add" and names else {}
+            print("DONE", add_node(cluster, CPUS[-1], **settings) if what != "lose" else "", flush=True)
     finally:
         cluster.shutdown()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spindle.errors import CheckpointError, InputError
-from spindle.runtime.checkpoints.checkpoint import about_of, begin, checkpoints_in, read, step_of
+from spindle.runtime.checkpoints.checkpoint import About, about_of, begin, checkpoints_in, read, step_of
 from spindle.runtime.checkpoints.tensor_files import ABOUT
 from spindle.runtime.comms.background import start_thread
 
@@ -67,21 +67,35 @@ class Remote:
         """Fetch a checkpoint into a directory. Raises CheckpointError when it is not whole, not as it was written, or
         there already.
         """
-        path, there = directory / name, f"{self._root}/{name}"
+        path = directory / name
         if path.exists():
             raise CheckpointError(f"{path} is there already; give another folder, or move it away")
-        unfinished = begin(path)
-        try:
-            self._files.get_file(f"{there}/{ABOUT}", str(unfinished / ABOUT))
-            for file, (num_bytes, _) in about_of(unfinished).files.items():
-                if self._files.size(f"{there}/{file}") != num_bytes:
-                    raise CheckpointError(f"{self.url}/{name}/{file} is not as it was written; take an older one")
-                self._files.get_file(f"{there}/{file}", str(unfinished / file))
-            read(unfinished)
-            unfinished.rename(path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        copied(self._files, f"{self._root}/{name}", path, f"{self.url}/{name}")
         return path
+
+
+def copied(files: Any, there: str, path: Path, shown: str) -> None:
+    """Copy a checkpoint at `there` of an fsspec file system to `path`, where it appears once it was checked. `shown`:
+    what errors call it.
+    """
+    unfinished = begin(path)
+    try:
+        files.get_file(f"{there}/{ABOUT}", str(unfinished / ABOUT))
+        for file, (num_bytes, _) in about_of(unfinished).files.items():
+            if files.size(f"{there}/{file}") != num_bytes:
+                raise CheckpointError(f"{shown}/{file} is not as it was written; take an older one")
+            files.get_file(f"{there}/{file}", str(unfinished / file))
+        read(unfinished)
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def step_there(files: Any, there: str) -> int:
+    """After how many steps the checkpoint at `there` of an fsspec file system was written. Raises OSError or
+    ValueError where there is none.
+    """
+    return About.model_validate_json(files.cat_file(f"{there}/{ABOUT}")).step
 
 
 def fetch(url: str, directory: Path, warn: Warn) -> Path | None:

@@ -27,7 +27,7 @@ Shape = tuple[int, int]
 class Elastic:
     """The plan of a run, and what it was planned anew for. `replan` makes a plan like the first one for other devices.
 
-    `lost_gpus`: numbers of this machine's GPUs that ranks leave out.
+    `lost_gpus`: numbers of this machine's GPUs that ranks leave out. `waits`: the run waits for nodes that are to come.
     """
 
     failures: Failures
@@ -35,6 +35,7 @@ class Elastic:
     plan: Plan
     replan: Callable[[Plan, Shape], Plan]
     lost_gpus: frozenset[int] = frozenset()
+    waits: bool = False
     first: Plan = field(init=False)
     _lost: int | None = None  # the rank that was lost last
 
@@ -47,7 +48,7 @@ class Elastic:
         Raises RunError for fewer devices than `min_devices`, InfeasibleError where no plan for these fits.
         """
         found = self._there()
-        if found is None or (chosen(self.launcher) == "ray" and _count(found) < self.plan.num_devices):
+        if found is None or (chosen(self.launcher) == "ray" and (self.waits or _count(found) < self.plan.num_devices)):
             return ""  # Ray waits for room first
         return self._change(found, None)
 

@@ -28,6 +28,7 @@ from spindle.failures import Failures
 from spindle.runtime.checkpoints.checkpoint import checkpoints_in
 from spindle.runtime.controller import chosen
 from spindle.runtime.faults.elastic import Elastic
+from spindle.runtime.launch.ray_train import ray_train
 from spindle.runtime.startup import age_of_process
 
 if TYPE_CHECKING:
@@ -179,11 +180,20 @@ def _interrupted(error: SpindleError, steps: "Steps") -> PreemptedError:
 
 
 def left_to_torchrun(launcher: "Launcher", failures: Failures) -> Failures:
-    """What the process itself does about failures: nothing under torchrun, which starts all ranks again. Warns where it
-    will not.
+    """What the process itself does about failures: nothing under torchrun, or inside of Ray Train, which start all
+    ranks again. Warns where torchrun will not, and of Ray Train.
     """
     if chosen(launcher) != "torchrun":
         return failures
+    if ray_train() is not None:
+        if failures.max_failures and os.environ.get("RANK") == "0":
+            warnings.warn(
+                f"max_failures is {failures.max_failures}, but Ray Train starts its workers again: give its RunConfig "
+                f"failure_config=FailureConfig(max_failures={failures.max_failures})",
+                SpindleWarning,
+                stacklevel=3,
+            )
+        return replace(failures, max_failures=0)
     allowed = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if allowed < failures.max_failures and os.environ.get("RANK") == "0":
         warnings.warn(

@@ -22,13 +22,14 @@ import cloudpickle
 import ray
 from ray._private import ray_constants as constants
 from ray._private import services
-from ray._private.state import available_resources_per_node
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spindle.errors import LostRankError, NoRoomError, RunError, SpindleError
+from spindle.errors import LostRankError, RunError, SpindleError
+from spindle.ray_nodes import RayNodes
 from spindle.runtime.comms.pulse import Heart, Lookout, Pulse, StoreSigns
 from spindle.runtime.comms.transport import ProcessTransport, Transport, join_store, serve_store
+from spindle.runtime.launch.ray_room import Room, counts_of, free_of, gpus_of_rank
 from spindle.runtime.launch.shipping import carrying
 from spindle.runtime.launch.worker_group import called, is_lost_peer, looks_s, made_worker, packed_spec, too_late
 from spindle.runtime.startup import Phases
@@ -122,28 +123,29 @@ class RayWorkers:
         apart: bool = False,
         timeout_s: float = 60.0,
         worker: Callable[[Any, Transport], Any] = Worker,
+        nodes: RayNodes | None = None,
+        device: str | None = None,
     ) -> None:
         """Join the cluster, or start a Ray, unless this process did; then start an actor for each rank spec, in
-        islands, and have `worker` make of each rank spec what serves calls. `apart`: no two islands on one Ray node.
+        islands, and have `worker` make of each rank spec what serves calls. `apart`, `nodes`, `device`: see Room.
 
-        Raises NoRoomError when the cluster has no room for an island within `timeout_s`.
+        Raises NoRoomError when the cluster has no room for an island within `timeout_s`, or what `nodes` says instead.
         """
         self._owns_ray = not ray.is_initialized()
         joined = not self._owns_ray or join_cluster()
         if not joined:
             start_local_ray(len(specs))
-        num_gpus = _gpus_of_rank(len(specs), joined=joined)
+        nodes = nodes or RayNodes()
+        waits_for_gpus = nodes.wait_s is not None and device not in (None, "cpu")
+        num_gpus = gpus_of_rank(len(specs), joined=joined, waits_for_gpus=waits_for_gpus)
         self._actors: list[Any] = []
+        self._group: Any = None
         self.places = []
         self._timeout_s = timeout_s
         self._lookout = Lookout(lambda: [], timeout_s)
         sizes = islands_of(len(specs), devices_per_node)
-        self._group = placement_group(
-            [_room(size, num_gpus) for size in sizes], strategy="STRICT_SPREAD" if apart else "PACK"
-        )
         try:
-            if not self._group.wait(timeout_s):
-                raise _no_room(sizes, num_gpus, timeout_s)
+            self._group = Room(sizes, num_gpus, nodes, device, apart).reserved(timeout_s)
             for island, size in enumerate(sizes):
                 self._actors += [self._actor(island, num_gpus) for _ in range(size)]
             self.places = self._in_order(sizes)
@@ -244,7 +246,8 @@ class RayWorkers:
     def close(self) -> None:
         """See WorkerGroup."""
         self._kill()
-        remove_placement_group(self._group)
+        if self._group is not None:
+            remove_placement_group(self._group)
         if self._owns_ray:
             ray.shutdown()
 
@@ -340,7 +343,7 @@ def _devices_of_nodes() -> tuple[str, list[int]]:
     if not ray.is_initialized():
         join_cluster()
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
-    counts = _counts(resource)
+    counts = counts_of(resource)
     if not counts:
         raise RunError(
             "the Ray cluster has neither a GPU nor a CPU for a rank; add a node with --num-cpus or --num-gpus"
@@ -348,50 +351,11 @@ def _devices_of_nodes() -> tuple[str, list[int]]:
     return resource, counts
 
 
-def _counts(resource: str) -> list[int]:
-    """What each node has of it, without nodes that have none."""
-    counts = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
-    return sorted(count for count in counts if count)
-
-
 def free_devices() -> list[int]:
     """Devices that each node of the cluster that this process runs in has free, without nodes that have none; none
     where it runs in none.
     """
-    return _free(_devices_of_nodes()[0]) if ray.is_initialized() or join_cluster() else []
-
-
-def _free(resource: str) -> list[int]:
-    """What of it is free on each node that is alive."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    found = available_resources_per_node()
-    return sorted(count for node in alive & found.keys() if (count := int(found[node].get(resource, 0))))
-
-
-def _gpus_of_rank(num_ranks: int, *, joined: bool) -> int:
-    """A GPU each where there are enough. In a cluster with too few, waiting for room says so; here the CPU will do."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    return 1 if gpus >= num_ranks or (joined and gpus) else 0
-
-
-def _room(num_ranks: int, num_gpus: int) -> dict[str, float]:
-    return {"CPU": float(num_ranks)} | ({"GPU": float(num_ranks)} if num_gpus else {})
-
-
-def _no_room(sizes: Sequence[int], num_gpus: int, timeout_s: float) -> NoRoomError:
-    """What to say when islands do not fit: what is wanted, what nodes have, what of it is free."""
-    resource = "GPU" if num_gpus else "CPU"
-    counts, free = _counts(resource), _free(resource)
-    islands = f"{len(sizes)} islands of {sizes[0]} ranks" if len(sizes) > 1 else f"an island of {sizes[0]} ranks"
-    error = NoRoomError(
-        f"the Ray cluster had no room for {islands} within {timeout_s:g} s: an island needs a {resource} for each of "
-        f"its ranks on one node; its nodes have {', '.join(map(str, counts)) or 'none'}, of which {sum(free)} are "
-        "free\n"
-        f"plan for islands that fit, for instance --cluster {len(counts)}x{max(counts, default=1) or 1}, add nodes, or "
-        "let the run plan anew for what is free: Failures(elastic=True), --elastic"
-    )
-    error.free = tuple(free)
-    return error
+    return free_of(_devices_of_nodes()[0]) if ray.is_initialized() or join_cluster() else []
 
 
 def _stay_on_loopback() -> None:

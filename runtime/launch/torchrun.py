@@ -4,6 +4,7 @@ results.
 - TorchrunWorkers: all ranks drive, each by itself; so all must do the same.
 - ServedWorkers: the first drives, and the others do as it says; for work that depends on the time it takes.
 - A rank ends when torchrun does: without it nobody would end the others when one fails, or start them again.
+- Workers of Ray Train are set up like ranks of torchrun, and are taken for them (`ray_train`).
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from spindle.errors import RunError, SpindleError
 from spindle.runtime.comms.pulse import SILENT_S, Heart, Lookout, Pulse, StoreSigns
 from spindle.runtime.comms.transport import ProcessTransport, Transport
 from spindle.runtime.launch.agreement import agreement, refuse_differences
-from spindle.runtime.launch.meeting import Meeting
+from spindle.runtime.launch.meeting import Lent, Meeting
 from spindle.runtime.launch.worker_group import called, is_lost_peer
 from spindle.runtime.loading.data import wait_for_readers
 from spindle.runtime.programs.program import Program
@@ -77,6 +78,7 @@ class _Member:
         self._busy, self._parent = False, os.getppid()
         self._heart = Heart(self.pulse, on_beat=self._look)
         meeting = Meeting(timeout_s)
+        self._lent = Lent()
         self._transport = ProcessTransport(
             meeting.store, rank, num_ranks, timeout_s=timeout_s, place=local_rank_and_size(), pulse=self.pulse
         )
@@ -146,6 +148,7 @@ class _Member:
         self._heart.close()
         self._worker.close()
         wait_for_readers()
+        self._lent.back()
 
 
 class TorchrunWorkers(_Member):

@@ -1,8 +1,6 @@
 """The option that keeps a copy of a run's checkpoints in object storage."""
 
-import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +34,19 @@ def with_upload(command: Callable[..., None]) -> Callable[..., None]:
 
 def uploads_of(
     url: str | None, wait_s: float, checkpoints: str | None, *, resume: str | None, launcher: Any, in_stages: bool
-) -> AbstractContextManager[None]:
-    """What to train within, so that checkpoints are uploaded. A run that resumes has the newest checkpoint of the URL
-    in its folder when this returns, unless the folder has one of as many steps.
+) -> dict[str, Any]:
+    """What `spindle.train` is asked so that checkpoints are uploaded. A run that resumes has the newest checkpoint of
+    the URL in its folder when this returns, unless the folder has one of as many steps.
     """
-    from spindle.runtime.controller import place_among_drivers
-
     if url is None:
-        return contextlib.nullcontext()
+        return {}
     if not checkpoints:
         raise click.UsageError("--upload needs --checkpoints DIR, where the checkpoints of the run are written.")
     if in_stages:
         raise click.UsageError("--upload is of a run in one folder; leave it out, or train one stage at a time.")
-    rank, num_drivers = place_among_drivers(launcher)
-    if rank:
-        return contextlib.nullcontext()
-    from spindle.runtime.checkpoints.uploads import fetch, uploading
+    if resume == "newest":  # here already, since the rate that it was trained with is the default of --lr
+        from spindle.runtime.controller import place_among_drivers
+        from spindle.runtime.launch.fetching import fetch_newest
 
-    if resume == "newest" and num_drivers > 1:
-        warn("--upload: where several processes drive, --resume fetches nothing; copy the newest checkpoint yourself")
-    elif resume == "newest":
-        fetched = fetch(url, Path(checkpoints), warn)
-        if fetched is not None:
-            click.echo(f"fetched {fetched.name}", err=True)
-    return uploading(url, Path(checkpoints), warn, deadline_s=wait_s)
+        fetch_newest(url, Path(checkpoints), warn, place=place_among_drivers(launcher))
+    return {"upload": url, "upload_wait_s": wait_s}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from spindle.errors import PlanError, SpindleWarning
 from spindle.failures import Failures
+from spindle.ray_nodes import RayNodes
 from spindle.values.calibration import Calibration
 from spindle.values.cluster import Cluster
 from spindle.values.cost_options import CostOptions
@@ -388,6 +389,9 @@ def train(
     early_stop: "EarlyStop | None" = None,
     max_samples: int | None = None,
     max_tokens: int | None = None,
+    upload: str | None = None,
+    upload_wait_s: float = 600.0,
+    ray_nodes: RayNodes | None = None,
 ) -> TrainResult:
     """Train `workload` as planned, on Ray unless you choose otherwise; the trained weights end up in the user's
     modules, or, of modules on the meta device, in the last checkpoint.
@@ -420,6 +424,11 @@ def train(
     `keep_checkpoints` says. `early_stop`: when a metric that does not improve ends the training (docs/evaluation.md).
     `max_samples`, `max_tokens`: training ends once all tasks together have seen this number of them, from the first
     run on.
+    `upload`: a URL, s3://BUCKET/FOLDER or the like, to which checkpoints are copied beside the steps, and from which
+    `resume=True` fetches the newest one. At its end the run waits `upload_wait_s` for what is not there yet.
+    `ray_nodes`: on which nodes of a Ray cluster ranks run, and how long the run waits for nodes that are to come.
+    Inside of a function of Ray Train its workers are the ranks; they report each checkpoint, and `resume=True` goes on
+    from the one reported last (docs/ray.md).
 
     Raises RunError naming rank, wave and instruction when a worker raises, dies or stalls, the first one where there
     were several tries; CheckpointError for a checkpoint that is not whole or of another model; PreemptedError after
@@ -433,13 +442,15 @@ def train(
     from spindle.runtime.checkpoints.run_folder import opened
     from spindle.runtime.checkpoints.weights import weights_of_run
     from spindle.runtime.comms.flight import recorded
-    from spindle.runtime.controller import check_steps, launched, merge_traces, place_among_drivers, prepare
+    from spindle.runtime.controller import check_steps, chosen, launched, merge_traces, place_among_drivers, prepare
     from spindle.runtime.evaluation.prepare import prepare_beside
     from spindle.runtime.evaluation.scores import Evaluations
     from spindle.runtime.faults.elastic import Elastic
     from spindle.runtime.faults.preemption import Notice
     from spindle.runtime.faults.recovery import Attempts, left_to_torchrun, newest_of_this_job
     from spindle.runtime.faults.replicas import steps_between
+    from spindle.runtime.launch.fetching import fetch_newest, uploads_during
+    from spindle.runtime.launch.ray_train import reports
     from spindle.runtime.loading.counts import Limits
     from spindle.runtime.startup import Phases
     from spindle.runtime.steps.finite import checked
@@ -465,7 +476,14 @@ def train(
     if kept is not None and resume is False:  # unless torchrun started the ranks anew
         resume = newest_of_this_job(launcher, kept.directory) or False
     initial: dict[str, Tensor] | None = {} if allow_changes else None
-    with opened(workload, kept, resume, place, initial) as start:
+    if ray_nodes is not None and chosen(launcher) != "ray":
+        _warn(f"ray_nodes is given and the launcher is {chosen(launcher)!r}, which asks nothing of nodes")
+    callbacks = (*callbacks, *reports())
+    directory = kept.directory if kept else None
+    uploads = uploads_during(upload, directory, _warn, wait_s=upload_wait_s, leads=place[0] == 0)
+    if directory is not None and resume is True:
+        fetch_newest(upload, directory, _warn, place=place, timeout_s=timeout_s)
+    with opened(workload, kept, resume, place, initial) as start, uploads:
         before, kept = start.before, start.checkpoints
         for sentence in changes(before, workload) if before is not None and place[0] == 0 else ():
             warnings.warn(SpindleWarning(sentence), stacklevel=2)
@@ -487,7 +505,7 @@ def train(
             with phases("plan"):
                 there = devices_at_hand(launcher)
                 plan = anew.asked(there.partition(":")[0]) if plan else make_plan(workload, there)
-        elastic = Elastic(failures, launcher, plan, anew)
+        elastic = Elastic(failures, launcher, plan, anew, waits=ray_nodes is not None and ray_nodes.wait_s is not None)
         attempts = Attempts(
             failures,
             partial(load_weights, workload, share=place, initial=initial),
@@ -527,8 +545,8 @@ def train(
                 evaluated=evaluated,
                 limits=limits,
                 lost_gpus=elastic.lost_gpus,
+                ray_nodes=ray_nodes,
             )
-            directory = kept.directory if kept else None
             with (
                 recorded(directory, leads=place[0] == 0) as flight,
                 cleared(kept, leads=place[0] == 0),
@@ -576,3 +594,7 @@ def train(
         path_of(kept.directory, best) if kept and best else None,
         found.stopped,
     )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(SpindleWarning(sentence), stacklevel=2)

@@ -15,6 +15,7 @@ from spindle.runtime.checkpoints import uploads
 from spindle.runtime.checkpoints.checkpoint import Checkpoints, begin, finish, path_of, put_progress
 from spindle.runtime.checkpoints.uploads import Remote, Uploads, fetch, uploading
 from tests.printed.conftest import Spindle, spindle_command
+from tests.spindle.test_metrics import trained, words
 from tests.spoiled_samples import MODEL
 
 __all__ = ["spindle_command"]  # a fixture
@@ -165,6 +166,20 @@ def test_urls_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         fetch(SIGNED_IN.replace("broken", "memory"), tmp_path, print)
 
 
+def test_uploads_of_a_run_in_python(tmp_path: Path) -> None:
+    """The next run goes on in an empty folder; what cannot be uploaded is refused before a step."""
+    options: dict[str, Any] = {"upload": "memory://bucket/runs", "resume": True}
+    trained(words(), 1, checkpoints=tmp_path / "a", **options)
+    assert trained(words(), 2, checkpoints=tmp_path / "b", **options).first_step == 1
+    assert trained(words(), 3, checkpoints=tmp_path / "b", **options).first_step == 2
+    with pytest.raises(InputError, match="upload is 'memory://x' and the run writes no checkpoints; give checkpoints="):
+        trained(words(), 1, upload="memory://x")
+    with pytest.raises(InputError, match="upload_wait_s is -1; give seconds, from 0 up"):
+        trained(words(), 1, checkpoints=tmp_path / "c", upload="memory://x", upload_wait_s=-1)
+    with pytest.raises(InputError, match="nosuch://bucket is no place for uploads"):
+        trained(words(), 1, checkpoints=tmp_path / "c", upload="nosuch://bucket")
+
+
 def test_a_run_on_another_machine_goes_on(tmp_path: Path, spindle_command: Spindle) -> None:
     """`--upload` beside the steps; the same with --resume in an empty folder goes on from what lies there."""
     Path("model.py").write_text(MODEL)
@@ -172,7 +187,7 @@ def test_a_run_on_another_machine_goes_on(tmp_path: Path, spindle_command: Spind
     assert spindle_command(*run, "--steps", "1", "--checkpoints", "here").code == 0
     assert contents(Path("here/step-00000001")) == contents(tmp_path / "bucket" / "step-00000001")
     done = spindle_command(*run, "--steps", "2", "--checkpoints", "there", "--resume")
-    assert (done.code, "resumed after 1 steps" in done.out, "fetched step-00000001" in done.err) == (0, True, True)
+    assert (done.code, "resumed after 1 steps" in done.out) == (0, True)
     assert (tmp_path / "bucket" / "step-00000002" / "spindle.json").is_file()
     done = spindle_command(*run, "--steps", "2")
     assert (done.code, "--upload needs --checkpoints DIR" in done.said) == (2, True)

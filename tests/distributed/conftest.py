@@ -1,6 +1,7 @@
 """Real processes: what they share."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -56,11 +58,20 @@ class RayCluster:
         yield
         self._order("add")
 
-    def _order(self, *words: str) -> None:
+    @contextlib.contextmanager
+    def one_more(self, **settings: Any) -> Iterator[str]:
+        """A node with such settings (`Cluster.add_node`), for as long as this is open; its id."""
+        node = self._order("add", json.dumps(settings))
+        yield node
+        self._order("lose", node)
+
+    def _order(self, *words: str) -> str:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(*words, file=self.process.stdin, flush=True)
-        assert self.process.stdout.readline().split()[:1] == ["DONE"]
+        done, _, node = self.process.stdout.readline().strip().partition(" ")
+        assert done == "DONE"
+        return node
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """Ray for real, in few tests: it is slow to start."""
 
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,7 @@ from torch import nn
 
 import spindle
 from spindle.errors import RunError
+from spindle.metrics import RayMetrics
 from tests.faulty import fragile_workload
 from tests.random_plans import widest_plan
 from tests.tiny_workloads import two_towers
@@ -29,6 +33,43 @@ def test_ray_agrees_with_one_process() -> None:
     workload = two_towers(torch.float64)
     report = spindle.verify(workload, widest_plan(spindle.make_metagraph(workload), 2), launcher="ray")
     assert report.ok, str(report)
+
+
+def test_prometheus_has_the_numbers_of_a_run() -> None:
+    """Ray's node serves losses, times and memory, with the names of tasks and of the run."""
+    import ray
+
+    workload = two_towers(torch.float64)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    metrics = RayMetrics(run="seven")
+    result = spindle.train(workload, plan, optimizer=sgd, steps=3, launcher="ray", callbacks=[metrics])
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {f'ray_spindle_loss{{task="{task}"}}' for task in result.losses[2]}
+    wanted |= {f'ray_spindle_memory_bytes{{rank="{rank}"}}' for rank in (0, 1)}
+    wanted |= {"ray_spindle_steps_total{}", "ray_spindle_step_seconds_count{}"}
+    found: dict[str, float] = {}
+    until_s = time.monotonic() + 60
+    while not wanted <= found.keys() and time.monotonic() < until_s:  # Ray exports every 10 s
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            found = spindle_numbers(answer.read().decode())
+        threading.Event().wait(0.5)
+    assert wanted <= found.keys()
+    for task, loss in result.losses[2].items():
+        assert found[f'ray_spindle_loss{{task="{task}"}}'] == pytest.approx(loss)
+    assert found["ray_spindle_steps_total{}"] == found["ray_spindle_step_seconds_count{}"] == 3
+
+
+def spindle_numbers(text: str) -> dict[str, float]:
+    """Numbers of the run "seven" by name and the labels that are of a task or rank."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("ray_spindle_") and 'run="seven"' in line:
+            name, _, rest = line.partition("{")
+            labels, _, value = rest.rpartition("} ")
+            own = ",".join(re.findall(r'\b(?:task|rank)="[^"]*"', labels))
+            found[f"{name}{{{own}}}"] = float(value)
+    return found
 
 
 def listens_on(process: psutil.Process) -> list[str]:

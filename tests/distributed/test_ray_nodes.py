@@ -60,6 +60,15 @@ def driver(address: str, *numbers: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, env=inside(address), stdout=subprocess.PIPE, text=True)
 
 
+def heard(process: "subprocess.Popen[str]", word: str) -> list[str]:
+    """The rest of the first line that begins with a word; nothing where the process ends before. Ray has lines of its
+    own there, of nodes that died.
+    """
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    return next((line.split()[1:] for line in lines if line.startswith(word)), [])
+
+
 def told(process: "subprocess.Popen[str]") -> dict[str, str]:
     """What a driver that has ended printed, by its first word."""
     with process:
@@ -128,8 +137,7 @@ def test_a_profile_has_links_inside_nodes_and_across(ray_cluster: RayCluster, tm
 def test_a_lost_node_ends_the_run_and_is_named(ray_cluster: RayCluster) -> None:
     """Soon, though ranks on the other node wait for those that are gone."""
     process = driver(ray_cluster.address, 4, 2, 10**6, 60)
-    assert process.stdout is not None
-    places = process.stdout.readline().split()[1:]
+    places = heard(process, "PLACES")
     assert len(places) == 4, "the driver did not start to train"
     ray_cluster.kill(places[2])
     start_s = time.monotonic()
@@ -174,8 +182,7 @@ def test_a_run_goes_on_after_a_lost_node(ray_cluster: RayCluster, tmp_path: Path
     command = [sys.executable, "-c", RECOVERING, str(tmp_path / "c")]
     environment, pipe = inside(ray_cluster.address), subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout is not None
-    nodes = process.stdout.readline().split()[1:]
+    nodes = heard(process, "NODES")
     assert len(nodes) == 2, "the driver did not start to train"
     ray_cluster.kill(nodes[1])
     assert process.stdin is not None
@@ -192,9 +199,8 @@ def test_an_elastic_run_goes_on_without_a_lost_node(ray_cluster: RayCluster, tmp
     command = [sys.executable, "-c", RECOVERING, str(tmp_path / "c"), "elastic"]
     environment, pipe = inside(ray_cluster.address), subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout is not None
     assert process.stdin is not None
-    nodes = process.stdout.readline().split()[1:]
+    nodes = heard(process, "NODES")
     assert len(nodes) == 2, "the driver did not start to train"
     with ray_cluster.without(nodes[1]):
         process.stdin.write("go on\n")
@@ -203,6 +209,63 @@ def test_an_elastic_run_goes_on_without_a_lost_node(ray_cluster: RayCluster, tmp
     assert "planned anew for 2 devices (1x2), not 4" in found["RECOVERED"]
     assert "went on from step 2" in found["RECOVERED"]
     assert found["LOSSES"] == alone(6)
+
+
+WAITING = """
+import sys, warnings
+from dataclasses import replace
+
+import torch
+
+import spindle
+from spindle.files.clusterfile import parse_cluster
+from spindle.runtime.launch import ray_room
+from spindle.runtime.controller import launched, prepare
+from tests.random_plans import widest_plan
+from tests.tiny_workloads import two_towers
+
+ray_room.SAY_S = 1.0
+warnings.showwarning = lambda message, *_: print("WARNING", message, flush=True)
+warnings.simplefilter("always")
+workload = two_towers(torch.float64)
+plan = widest_plan(spindle.make_metagraph(workload), 2)
+plan = replace(plan, devices_per_node=2, cluster=parse_cluster("1x2:h100-80g"))
+
+def run(**asked):
+    options = {"optimizer": torch.optim.SGD, "launcher": "ray", "timeout_s": 30.0}
+    with launched(prepare(workload, plan), ray_nodes=spindle.RayNodes(**asked), **options) as run:
+        print("PLACES", *(place.node for place in run.workers.places), flush=True)
+
+try:
+    run(wait_s=2, label_selector={"team": "speech"})
+except spindle.errors.NoRoomError as error:
+    print("ERROR", str(error).splitlines()[0], flush=True)
+run(wait_s=60, accelerator_type="A100", label_selector={"team": "vision"})
+"""
+
+
+def test_a_run_waits_for_nodes(ray_cluster: RayCluster) -> None:
+    """For GPUs, and of the plan's type, though the cluster has none yet; it says what it waits for, and goes to the
+    node that has the labels and GPUs that were asked for, which are not the plan's, as it says too.
+    """
+    command = [sys.executable, "-c", WAITING]
+    environment = inside(ray_cluster.address)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    waits = " ".join(heard(process, "WARNING"))
+    assert "has had no room for an island of 2 ranks for 1 s, and the run waits for 2 s at most" in waits
+    assert "an island needs a GPU of type H100 for each of its ranks on one node" in waits
+    ends = " ".join(heard(process, "ERROR"))
+    assert "within 2 s" in ends
+    assert "on one node with the labels team=speech; its nodes have none, of which 0 are free" in ends
+    other = " ".join(heard(process, "WARNING"))
+    assert "the plan is for h100-80g, and the GPUs of the Ray cluster for it are A100" in other
+    assert "plan with --cluster 1x2:a100-40g" in other
+    assert "GPU of type A100" in " ".join(heard(process, "WARNING"))
+    gpus = {"num_gpus": 2, "resources": {"accelerator_type:A100": 1}}
+    with ray_cluster.one_more(labels={"team": "vision"}, **gpus) as node:
+        with process:
+            out, _ = process.communicate(timeout=120)
+        assert f"PLACES {node} {node}" in out
 
 
 def test_an_address_where_no_cluster_is() -> None:

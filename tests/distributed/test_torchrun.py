@@ -95,6 +95,28 @@ sys.stdout.write(f"TOLD {told}\\n")
 """
 
 
+STORED = """
+import sys
+import torch, torch.distributed as dist
+
+import spindle
+from tests.faults.breaking import marked, workload_of
+from tests.random_plans import widest_plan
+
+dist.init_process_group("gloo")
+workload = workload_of(marked)
+plan = widest_plan(spindle.make_metagraph(workload), 2)
+for steps, folder in ((1, "here"), (2, "there")):
+    result = spindle.train(
+        workload, plan, optimizer=torch.optim.SGD, steps=steps, timeout_s=30, resume=True,
+        checkpoints=f"{sys.argv[1]}/{folder}", upload=f"file://{sys.argv[1]}/bucket",
+    )
+together = torch.ones(1)
+dist.all_reduce(together)
+sys.stdout.write(f"TOLD {result.first_step} {together.item():g}\\n")
+"""
+
+
 def told(tmp_path: Path, planted: str, text: str = SCRIPT) -> list[str]:
     """What both ranks say at their end."""
     done = run_by_two(tmp_path, text, planted)
@@ -121,6 +143,12 @@ def run_by_two(tmp_path: Path, text: str, *arguments: str) -> "subprocess.Comple
 
 def test_ranks_that_agree_train(tmp_path: Path) -> None:
     assert told(tmp_path, "nothing") == ["trained 2 steps"] * 2
+
+
+def test_a_run_goes_on_from_object_storage(tmp_path: Path) -> None:
+    """Rank 0 uploads and fetches, into an empty folder; a process group that the script had before is there again."""
+    assert told(tmp_path, str(tmp_path), STORED) == ["1 2"] * 2
+    assert (tmp_path / "bucket" / "step-00000002" / "spindle.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,14 @@ def test_nodes_of_another_size(tmp_path: Path) -> None:
     assert elastic.after(error, stuck=False) == ""  # the same again: this is a failure
 
 
+@pytest.mark.parametrize(("waits", "said"), [(False, "planned anew for 8 devices (2x4), not 4"), (True, "")])
+def test_a_run_that_waits_for_nodes(waits: bool, said: str, tmp_path: Path) -> None:
+    """It keeps its plan at the start: the nodes that are there, which may be others, are not those it waits for."""
+    plan = planned(4, Fault("raises", "forward", tmp_path / "faults"))
+    elastic = Elastic(Failures(elastic=True, devices=lambda: "2x4"), "ray", plan, resized, waits=waits)
+    assert elastic.begin().partition(":")[0] == said
+
+
 def test_gpus_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run begins with those that are there, and leaves out those whose ranks were lost twice, whatever ranks the
     others have by then.

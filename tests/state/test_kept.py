@@ -18,13 +18,14 @@ from spindle.capture.look.kept import State
 from spindle.errors import WorkloadError
 
 Batch = dict[str, Tensor]
-Keeps = Callable[[Any, Batch], Tensor]
+Keeps = Callable[["Kept", Batch], Tensor]
 
 
 class Meter:
     """A running mean, whose numbers are of its class until it has counted."""
 
-    total = count = 0
+    total: float = 0
+    count = 0
 
     def mean(self, value: float) -> float:
         self.total += value
@@ -36,54 +37,56 @@ class Kept:
     """Whatever a task may keep."""
 
     def __init__(self) -> None:
-        self.meter, self.seen, self.last, self.first = Meter(), set[int](), None, None
+        self.meter, self.seen = Meter(), set[int]()
+        self.last: Tensor | None = None
+        self.first: Tensor | None = None
         self.numbers, self.largest, self.table = [0], np.zeros(5), {"largest": 0.0}
         self.recent, self.mean, self.log = deque([1.0], maxlen=3), torch.zeros(5), list[Tensor]()
         self.cache = dict[int, Tensor]()
 
 
-def running_mean(kept: Any, batch: Batch) -> Tensor:
+def running_mean(kept: Kept, batch: Batch) -> Tensor:
     return batch["x"] / kept.meter.mean(len(batch["x"]))
 
 
-def seen(kept: Any, batch: Batch) -> Tensor:
+def seen(kept: Kept, batch: Batch) -> Tensor:
     ids = batch["id"].tolist()
     share = sum(i not in kept.seen for i in ids) / len(ids)
     kept.seen.update(ids)
     return batch["x"] * (1 + share)
 
 
-def first(kept: Any, batch: Batch) -> Tensor:
+def first(kept: Kept, batch: Batch) -> Tensor:
     kept.first = batch["x"].mean(0) if kept.first is None else kept.first
     return batch["x"] - kept.first
 
 
-def last(kept: Any, batch: Batch) -> Tensor:
+def last(kept: Kept, batch: Batch) -> Tensor:
     before, kept.last = kept.last, batch["x"].mean(0)
     return batch["x"] if before is None else batch["x"] - before
 
 
-def largest(kept: Any, batch: Batch) -> Tensor:
+def largest(kept: Kept, batch: Batch) -> Tensor:
     np.maximum(kept.largest, batch["x"].max(0).values.numpy(), out=kept.largest)
     return batch["x"] - torch.from_numpy(kept.largest.copy()).float()
 
 
-def largest_number(kept: Any, batch: Batch) -> Tensor:
+def largest_number(kept: Kept, batch: Batch) -> Tensor:
     kept.table["largest"] = max(kept.table["largest"], float(batch["x"].max()))
     return batch["x"] / kept.table["largest"]
 
 
-def recent(kept: Any, batch: Batch) -> Tensor:
+def recent(kept: Kept, batch: Batch) -> Tensor:
     kept.recent.append(float(batch["x"].mean()))
     return batch["x"] - sum(kept.recent) / len(kept.recent)
 
 
-def every_seventh(kept: Any, batch: Batch) -> Tensor:
+def every_seventh(kept: Kept, batch: Batch) -> Tensor:
     kept.numbers[0] += 1
     return -batch["x"] if kept.numbers[0] % 7 == 0 else batch["x"]
 
 
-def after_twelve(kept: Any, batch: Batch) -> Tensor:
+def after_twelve(kept: Kept, batch: Batch) -> Tensor:
     kept.meter.count += 1
     return 2 * batch["x"] if kept.meter.count > 12 else batch["x"]
 
@@ -101,7 +104,7 @@ REFUSED: dict[str, Keeps] = {
 }
 
 
-def counted(kept: Any, batch: Batch) -> Tensor:
+def counted(kept: Kept, batch: Batch) -> Tensor:
     kept.numbers[0] += 1
     kept.log.append(batch["x"].mean())
     kept.seen.update(batch["id"].tolist())
@@ -110,14 +113,14 @@ def counted(kept: Any, batch: Batch) -> Tensor:
     return batch["x"]
 
 
-def cached(kept: Any, batch: Batch) -> Tensor:
+def cached(kept: Kept, batch: Batch) -> Tensor:
     size = batch["x"].shape[1]
     if size not in kept.cache:
         kept.cache[size] = torch.arange(size) / size
     return batch["x"] + kept.cache[size]
 
 
-def overwritten(kept: Any, batch: Batch) -> Tensor:
+def overwritten(kept: Kept, batch: Batch) -> Tensor:
     kept.mean.copy_(batch["x"].sum(0) * 0 + 1)
     return batch["x"] - kept.mean
 
@@ -214,7 +217,8 @@ def test_what_one_task_sets_for_another_is_refused(kind: str, is_there: bool) ->
 
     @made.task("reads", batch_size=6, data=rows())
     def reads(batch: Batch) -> Tensor:
-        return F.cross_entropy(other(batch["x"]), batch["y"]) * shared["scale"]
+        loss: Tensor = F.cross_entropy(other(batch["x"]), batch["y"]) * shared["scale"]
+        return loss
 
     with pytest.raises(WorkloadError, match=r"task 'sets' sets .*shared.*, and task 'reads' computes with it"):
         spindle.make_metagraph(made)
@@ -229,7 +233,8 @@ def test_what_tasks_share_and_only_read_is_theirs() -> None:
 
         def task(batch: Batch, head: nn.Module = head) -> Tensor:
             shared["log"].append(len(batch["x"]))
-            return F.cross_entropy(head(batch["x"]), batch["y"]) * shared["scale"]
+            loss: Tensor = F.cross_entropy(head(batch["x"]), batch["y"]) * shared["scale"]
+            return loss
 
         made.task(name, batch_size=6, data=rows())(task)
     with suppress(StopIteration):

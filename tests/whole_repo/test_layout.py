@@ -56,6 +56,7 @@ def test_public_names() -> None:
         "Failures",
         "Plan",
         "Profile",
+        "RayNodes",
         "SpindleError",
         "Stage",
         "TrainResult",

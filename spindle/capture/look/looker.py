@@ -473,7 +473,8 @@ class Looker:
     def _handed(self, other: "Looker", what: int, line: str) -> WorkloadError:
         return WorkloadError(
             f"task {other.task.name!r} sets {other.sets[what]!r}, and task {self.task.name!r} computes with it "
-            f"({line}), which may run on another device; let each task compute from its own batch, or make one task of the two"
+            f"({line}), which may run on another device; let each task compute from its own batch, or make one task of "
+            "the two"
         )
 
     def refuse_what_others_set(self, other: "Looker") -> None:

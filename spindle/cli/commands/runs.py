@@ -13,6 +13,7 @@ from spindle.cli.evaluating import asked, last_text, staged, telling, with_evalu
 from spindle.cli.group import CLUSTER, JSON, LAUNCHER, SOURCE, cli, read_plan
 from spindle.cli.kinds import FILE, FOLDER, JSON_FILE
 from spindle.cli.options import check_directory, duration, not_negative
+from spindle.cli.ray_nodes import ray_nodes_of, with_ray_nodes
 from spindle.cli.terminal import advise_after, folded, json_text, losses_text, painted, warn_of_losses
 from spindle.cli.uploads import uploads_of, with_upload
 
@@ -245,6 +246,7 @@ def _plan_or_count(text: str) -> "Plan | int":
     callback=not_negative,
     help="From SIGTERM until the run ends at once, its checkpoint written or not.",
 )
+@with_ray_nodes
 @with_upload
 @with_evaluation
 @LAUNCHER
@@ -273,6 +275,10 @@ def train(
     grace: float,
     upload: str | None,
     upload_wait: float,
+    wait_for_nodes: float | None,
+    accelerator_type: str | None,
+    node_labels: dict[str, str],
+    ray_metrics: bool,
     launcher: Any,
     as_json: bool,
     **evaluating: Any,
@@ -294,7 +300,7 @@ def train(
 
     from spindle.failures import Failures
     from spindle.files.formats import write
-    from spindle.metrics import Callback, JsonLines, TensorBoard
+    from spindle.metrics import Callback, JsonLines, RayMetrics, TensorBoard
     from spindle.runtime.checkpoints.run_folder import rate_before
     from spindle.runtime.controller import place_among_drivers
     from spindle.verbs import api
@@ -314,6 +320,7 @@ def train(
     check_directory(metrics)
     callbacks: list[Callback] = [JsonLines(metrics)] if metrics else []
     callbacks += [TensorBoard(tensorboard)] if tensorboard else []
+    callbacks += [RayMetrics()] if ray_metrics else []
     workload, module = load_workload(source)
     in_stages = evaluating.pop("stages")
     evaluation = asked(source, workload, module, **evaluating)
@@ -331,7 +338,7 @@ def train(
         run = staged(source, workload, module, plan_file=plan_file, checkpoints=checkpoints)
     else:
         run = functools.partial(api.train, workload, read_plan(plan_file) if plan_file else None)
-    with uploads, progress("training") as update:
+    with progress("training") as update:
         result = run(
             optimizer=optimizer,
             scheduler=getattr(module, "scheduler", None),
@@ -351,6 +358,8 @@ def train(
             check_replicas_every=check_replicas_every,
             on_step=lambda step, losses: update(step, steps, losses_text(losses)),
             callbacks=callbacks,
+            **uploads,
+            **ray_nodes_of(wait_for_nodes, accelerator_type, node_labels),
             **evaluation,
         )
     if place_among_drivers(launcher)[0]:
