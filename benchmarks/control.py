@@ -29,7 +29,7 @@ from spindle.spec.values import WorkloadSpec
 from spindle.values.contract import contract
 from spindle.values.graph import TaskGraph, TensorSpec
 from spindle.values.plan import Plan
-from spindle.verbs.api import plan_source
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import spec_source
 
 FOLDER = Path(__file__).parent / "workloads"

@@ -21,8 +21,8 @@ from spindle.planner.solve import default_limit_s
 from spindle.spec.file import read_workload
 from spindle.values.cluster import Cluster, Link
 from spindle.values.plan import Plan, make_waves
-from spindle.verbs.api import plan_source
 from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import Source, load_source, spec_source
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tables' module stands beside this one

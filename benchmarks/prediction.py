@@ -33,7 +33,7 @@ from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.worker import Worker
 from spindle.values.cost_options import CostOptions
 from spindle.values.trace import SpanKind, Trace
-from spindle.verbs.api import plan_source
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import Source
 
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "digits" / "workload.py"

@@ -30,7 +30,7 @@ import psutil
 import torch
 
 from spindle.failures import Failures
-from spindle.verbs.api import TrainResult
+from spindle.verbs.training import TrainResult
 from tests.faults.injected import KINDS, PHASES, Fault, trained, undisturbed
 
 ROOT = Path(__file__).parents[1]

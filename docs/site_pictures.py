@@ -40,8 +40,9 @@ def of_quickstart() -> Iterator[tuple[str, str]]:
     from spindle.pictures import graph_of, graph_svg
     from spindle.planner.simulate import simulate
     from spindle.timeline import render_svg
-    from spindle.verbs.api import plan_source, train
+    from spindle.verbs.planning import plan_source
     from spindle.verbs.source import costed_source, load_workload, source_of
+    from spindle.verbs.training import train
 
     cluster = parse_cluster("1x2:cpu")
     workload, _ = load_workload(str(ROOT / QUICK))
@@ -61,7 +62,7 @@ def of_cotraining() -> Iterator[tuple[str, str]]:
     from spindle.pictures import curves_svg, panels_of
     from spindle.planner.simulate import simulate
     from spindle.timeline import render_svg
-    from spindle.verbs.api import plan_source
+    from spindle.verbs.planning import plan_source
     from spindle.verbs.source import costed_source, load_source
 
     cluster = parse_cluster("1x8:a100-80g")

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from spindle.values.calibration import Calibration as Calibration
     from spindle.values.plan import Plan as Plan
     from spindle.values.profile import Profile as Profile
-    from spindle.verbs.api import TrainResult as TrainResult
-    from spindle.verbs.api import make_metagraph as make_metagraph
-    from spindle.verbs.api import make_plan as make_plan
-    from spindle.verbs.api import make_profile as make_profile
-    from spindle.verbs.api import train as train
-    from spindle.verbs.api import verify as verify
     from spindle.verbs.calibrating import make_calibration as make_calibration
     from spindle.verbs.checkpoints import export as export
     from spindle.verbs.checkpoints import load_checkpoint as load_checkpoint
+    from spindle.verbs.measuring import make_profile as make_profile
+    from spindle.verbs.planning import make_metagraph as make_metagraph
+    from spindle.verbs.planning import make_plan as make_plan
     from spindle.verbs.scoring import evaluate as evaluate
     from spindle.verbs.stages import Stage as Stage
     from spindle.verbs.stages import train_stages as train_stages
+    from spindle.verbs.training import TrainResult as TrainResult
+    from spindle.verbs.training import train as train
+    from spindle.verbs.verifying import verify as verify
     from spindle.workload import Workload as Workload
 
 __version__ = "0.1.0"
@@ -54,20 +54,20 @@ _HOME_BY_NAME = {
     "RayNodes": "spindle.ray_nodes",
     "SpindleError": "spindle.errors",
     "Stage": "spindle.verbs.stages",
-    "TrainResult": "spindle.verbs.api",
+    "TrainResult": "spindle.verbs.training",
     "Weights": "spindle.inputs.weights",
     "Workload": "spindle.workload",
     "evaluate": "spindle.verbs.scoring",
     "export": "spindle.verbs.checkpoints",
     "load_checkpoint": "spindle.verbs.checkpoints",
     "make_calibration": "spindle.verbs.calibrating",
-    "make_metagraph": "spindle.verbs.api",
-    "make_plan": "spindle.verbs.api",
-    "make_profile": "spindle.verbs.api",
+    "make_metagraph": "spindle.verbs.planning",
+    "make_plan": "spindle.verbs.planning",
+    "make_profile": "spindle.verbs.measuring",
     "per_sample": "spindle.inputs.batch",
-    "train": "spindle.verbs.api",
+    "train": "spindle.verbs.training",
     "train_stages": "spindle.verbs.stages",
-    "verify": "spindle.verbs.api",
+    "verify": "spindle.verbs.verifying",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from spindle.spec.file import read_workload
 from spindle.spec.values import WorkloadSpec
 from spindle.values.execution import Execution, Parallel
 from spindle.values.plan import Plan
-from spindle.verbs.api import plan_source
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import spec_source
 
 EAGER = Execution(layers="eager", attention="plain", gradients="float32")

@@ -35,7 +35,7 @@ from spindle.files.clusterfile import parse_cluster
 from spindle.planner.baselines.alternatives import COMPONENT_GROUPS, DDP, DDP_BY_TASK, FSDP, TASK_GROUPS, ZERO
 from spindle.runtime.controller import Run, launched, prepare
 from spindle.spec.file import read_workload
-from spindle.verbs.api import plan_source
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import load_workload, spec_source
 
 ROOT = Path(__file__).parents[2]

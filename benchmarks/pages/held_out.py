@@ -39,8 +39,8 @@ from spindle.values.calibration import FACTORS, Calibration, MeasuredStep
 from spindle.values.cluster import Cluster
 from spindle.values.cost_options import CostOptions
 from spindle.values.plan import Plan
-from spindle.verbs.api import plan_source
 from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import Source, spec_source
 
 HERE = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from spindle.evaluation import Evaluation
     from spindle.metrics import Callback, EvaluationMetrics, Scores
-    from spindle.verbs.api import TrainResult
+    from spindle.verbs.training import TrainResult
     from spindle.workload import Workload
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])

@@ -76,7 +76,7 @@ def cluster_for(source: str, cluster: str | None) -> str:
         raise FormatError(f"no cluster is given for {source}; add --cluster, for instance --cluster 4x8:a100-80g")
     if cluster is not None:
         return cluster
-    from spindle.verbs.api import devices_at_hand
+    from spindle.verbs.at_hand import devices_at_hand
 
     return devices_at_hand()
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from spindle.values.cost_options import CostOptions
     from spindle.values.plan import Plan
     from spindle.values.profile import Profile
-    from spindle.verbs.api import TrainResult
     from spindle.verbs.source import Source
+    from spindle.verbs.training import TrainResult
     from spindle.workload import Workload
 
 WIDTH = 100

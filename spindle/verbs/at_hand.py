@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PlanSource(Protocol):
-    """`spindle.verbs.api.plan_source`, as far as it is used here."""
+    """`spindle.verbs.planning.plan_source`, as far as it is used here."""
 
     def __call__(
         self, source: "Source", cluster: Cluster, *, start: Plan | None, is_as_run: bool

@@ -13,7 +13,7 @@ from spindle.values.cluster import Cluster
 from spindle.values.cost_options import CostOptions
 from spindle.values.plan import Plan
 from spindle.values.profile import Profile
-from spindle.verbs.api import plan_source, read_value
+from spindle.verbs.planning import plan_source, read_value
 
 if TYPE_CHECKING:
     from spindle.verbs.source import Source

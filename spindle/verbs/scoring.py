@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from spindle.errors import WorkloadError
 from spindle.values.plan import Plan
-from spindle.verbs.api import devices_at_hand, load_checkpoint, make_plan
+from spindle.verbs.at_hand import devices_at_hand
+from spindle.verbs.checkpoints import load_checkpoint
+from spindle.verbs.planning import make_plan
 
 if TYPE_CHECKING:
     from spindle.evaluation import Evaluation

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spindle.errors import WorkloadError
-from spindle.verbs.api import TrainResult, devices_at_hand, make_plan, train
+from spindle.verbs.at_hand import devices_at_hand
+from spindle.verbs.planning import make_plan
+from spindle.verbs.training import TrainResult, train
 from spindle.words.whole_numbers import check_whole
 
 if TYPE_CHECKING:

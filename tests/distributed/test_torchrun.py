@@ -16,7 +16,7 @@ from spindle.files.formats import read
 from spindle.runtime.launch.torchrun import nodes_of_job
 from spindle.runtime.profiling.profiler import MESSAGE_BYTES
 from spindle.values.profile import Profile
-from spindle.verbs.api import devices_at_hand
+from spindle.verbs.at_hand import devices_at_hand
 
 pytestmark = pytest.mark.gloo
 

@@ -187,7 +187,7 @@ def plan_of(workload: Workload, *, split: bool) -> Plan:
     return replace(plan, waves=make_waves([replace(s, devices=apart.get(s.metaop, (1,))) for s in plan.slices]))
 
 
-def trained(fault: Fault, **options: Any) -> tuple["spindle.verbs.api.TrainResult", dict[str, Tensor]]:
+def trained(fault: Fault, **options: Any) -> tuple["spindle.verbs.training.TrainResult", dict[str, Tensor]]:
     """A run of eight steps with the fault, a checkpoint every second one: what it gives, and its weights."""
     workload = workload_of(fault)
     given = {"steps": 8, "checkpoint_every": 2, "timeout_s": 3.0} | options

@@ -21,7 +21,7 @@ from spindle.planner.search.wave_lp import WaveLp, residual_waves
 from spindle.planner.solve import solve
 from spindle.planner.work import UNITS_PER_S, Work
 from spindle.values.metagraph import MetaGraph
-from spindle.verbs.api import plan_source
+from spindle.verbs.planning import plan_source
 from spindle.verbs.source import load_source
 from tests.planner.planner_graphs import cluster, graph, metaop
 

@@ -11,10 +11,10 @@ from spindle.capture.changes.states import Buffers, Touch, touches
 from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.grouping import wire
 from spindle.capture.look.trials import Seen, place_of
+from spindle.capture.operators import costs
 from spindle.capture.operators.assignment import Tied, assigned, no_gradient
 from spindle.capture.operators.costs import Cost, ValueSpec
 from spindle.capture.operators.naming import Namer
-from spindle.capture.operators import costs
 from spindle.capture.operators.parts import divide
 from spindle.capture.parallel import Cut, cuts, refuse_bare_reads
 from spindle.errors import SpindleWarning, WorkloadError

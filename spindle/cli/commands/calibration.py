@@ -51,7 +51,7 @@ def calibrate(
     from spindle.files.formats import dumps, read, write
     from spindle.planner.solve import METHODS
     from spindle.values.profile import Profile
-    from spindle.verbs.api import devices_at_hand
+    from spindle.verbs.at_hand import devices_at_hand
     from spindle.verbs.calibrating import make_calibration
     from spindle.verbs.source import is_python
     from spindle.words.nearest import did_you_mean

@@ -76,7 +76,7 @@ def plan(
     from spindle.planner.solve import METHODS, default_limit_s
     from spindle.values.calibration import Calibration
     from spindle.values.profile import Profile
-    from spindle.verbs.api import plan_source, with_outlook
+    from spindle.verbs.planning import plan_source, with_outlook
     from spindle.verbs.source import load_source
     from spindle.words.nearest import did_you_mean
 
@@ -231,7 +231,7 @@ def whatif(
     from spindle.planner.report.sizes import enough, plan_sizes, render_sizes
     from spindle.values.calibration import Calibration
     from spindle.values.profile import Profile
-    from spindle.verbs.api import plan_source
+    from spindle.verbs.planning import plan_source
     from spindle.verbs.source import load_source
 
     check_directory(output)

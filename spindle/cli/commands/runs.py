@@ -67,14 +67,14 @@ def profile(
     from spindle.files.formats import read, write
     from spindle.runtime.controller import place_among_drivers
     from spindle.values.profile import Profile
-    from spindle.verbs import api
+    from spindle.verbs.measuring import make_profile
     from spindle.verbs.source import load_workload
 
     workload, module = load_workload(source)
     found = [read(path, Profile) for path in (old, output if Path(output).exists() else None) if path]
     known = functools.reduce(Profile.merge, found) if found else None
     with progress("profiling") as update:
-        measured = api.make_profile(
+        measured = make_profile(
             workload,
             num_devices=num_devices,
             cluster=cluster,
@@ -137,12 +137,12 @@ def verify(
     from dataclasses import asdict
 
     from spindle.runtime.controller import place_among_drivers
-    from spindle.verbs import api
+    from spindle.verbs import verifying
     from spindle.verbs.source import load_workload
 
     with busy("verifying"):
         workload, module = load_workload(source)
-        report = api.verify(
+        report = verifying.verify(
             workload,
             read_plan(plan_file) if plan_file else None,
             num_workers=workers,
@@ -303,7 +303,7 @@ def train(
     from spindle.metrics import Callback, JsonLines, RayMetrics, TensorBoard
     from spindle.runtime.checkpoints.run_folder import rate_before
     from spindle.runtime.controller import place_among_drivers
-    from spindle.verbs import api
+    from spindle.verbs import training
     from spindle.verbs.source import load_workload
 
     if resume and not checkpoints:
@@ -333,11 +333,11 @@ def train(
     if lr is None:
         lr = (rate_before(Path(checkpoints), again) if checkpoints else None) or 1e-3
     optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=lr)
-    run: Callable[..., api.TrainResult]
+    run: Callable[..., training.TrainResult]
     if in_stages:
         run = staged(source, workload, module, plan_file=plan_file, checkpoints=checkpoints)
     else:
-        run = functools.partial(api.train, workload, read_plan(plan_file) if plan_file else None)
+        run = functools.partial(training.train, workload, read_plan(plan_file) if plan_file else None)
     with progress("training") as update:
         result = run(
             optimizer=optimizer,
@@ -416,14 +416,14 @@ def export(source: str, checkpoint: str | None, ema: bool, output: str, as_json:
     \b
     spindle export model.py:workload --checkpoint runs/a/step-00005000 -o trained
     """
-    from spindle.verbs import api
+    from spindle.verbs import checkpoints
     from spindle.verbs.source import load_workload
 
     with busy("exporting"):
         workload, _ = load_workload(source)
         if "transformers" in sys.modules:  # its bars would stand between our lines
             sys.modules["transformers"].logging.disable_progress_bar()
-        found = api.export(workload, output, checkpoint=checkpoint, ema=ema)
+        found = checkpoints.export(workload, output, checkpoint=checkpoint, ema=ema)
         written = {name: str(directory) for name, directory in found.items()}
     if as_json:
         click.echo(json_text({"components": written}))

@@ -16,8 +16,8 @@ from spindle.spec.file import parse_workload
 from spindle.values.calibration import Calibration, MeasuredStep
 from spindle.values.cost_options import CostOptions
 from spindle.values.plan import Plan
-from spindle.verbs.api import plan_source, with_outlook
 from spindle.verbs.calibrating import make_calibration
+from spindle.verbs.planning import plan_source, with_outlook
 from spindle.verbs.source import Source, load_source, scaled_source, spec_source
 
 SPEC = """

@@ -1,29 +1,20 @@
-"""The public verbs: plan, profile, verify, train. Each is a few lines around the rooms that do the work."""
+"""Training: a workload, a plan and an optimizer in; trained weights, and what the run leaves behind, out."""
 
-import os
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING
 
 from spindle.errors import PlanError, SpindleWarning
 from spindle.failures import Failures
 from spindle.ray_nodes import RayNodes
-from spindle.values.calibration import Calibration
-from spindle.values.cluster import Cluster
-from spindle.values.cost_options import CostOptions
-from spindle.values.metagraph import MetaGraph
-from spindle.values.plan import Plan, laid_out, with_fixed
-from spindle.values.profile import Profile
+from spindle.values.plan import Plan
 from spindle.values.trace import Trace
-from spindle.values.turns import Turns
-from spindle.verbs.at_hand import Anew
-from spindle.verbs.at_hand import devices_at_hand as devices_at_hand
-from spindle.verbs.checkpoints import export as export
-from spindle.verbs.checkpoints import load_checkpoint as load_checkpoint
+from spindle.verbs.at_hand import Anew, devices_at_hand
+from spindle.verbs.planning import make_plan, plan_source
 from spindle.words.whole_numbers import check_whole
 
 if TYPE_CHECKING:
@@ -33,293 +24,13 @@ if TYPE_CHECKING:
     from spindle.metrics import Callback, Scores
     from spindle.runtime.controller import Launcher, Prepared
     from spindle.runtime.evaluation.prepare import PreparedEvaluation
-    from spindle.runtime.parity import ParityReport
-    from spindle.runtime.profiling.bench_target import BenchLauncher
     from spindle.runtime.steps.finite import NotFinite
     from spindle.runtime.updates.optimizers import OptimizerFactory
     from spindle.runtime.updates.schedules import Metric, SchedulerFactory
-    from spindle.verbs.source import Source
     from spindle.workload import Workload
 
+
 StepCallback = Callable[[int, dict[str, float]], None]
-
-VALIDATED = 8
-"""Devices up to which `validate` adds counts: one, two, four and eight give two inner points to leave out."""
-
-
-def make_plan(
-    workload: "Workload | MetaGraph",
-    cluster: Cluster | str,
-    *,
-    profile: Profile | Path | str | None = None,
-    calibration: Calibration | Path | str | None = None,
-    method: str = "auto",
-    time_limit_s: float | None = None,
-    start: Plan | Path | str | None = None,
-    pins: Mapping[str, Sequence[int]] | None = None,
-) -> Plan:
-    """Plan a workload (or a MetaGraph) on a cluster; no device is needed. `print(plan)` is a Gantt chart.
-
-    Where batches of a workload differ in size, some dozens of them are read, and the plan is for their mean.
-
-    `cluster`: a Cluster, `"4x8"`, `"4x8:a100-80g"` or a YAML file. `profile`: measured times, or the file that holds
-    them; without it times are predicted from the architecture. `calibration`: factors that were fitted on measured
-    steps (`make_calibration`), or the file that holds them. `start`: a former plan, of a workload with other tasks
-    for instance, to begin from, which takes a fraction of the time. `pins`: devices by name of a MetaOp or component,
-    which then runs on exactly these. Raises InfeasibleError when nothing fits.
-    """
-    from spindle.files.clusterfile import parse_cluster
-    from spindle.verbs.source import Source, source_of
-
-    where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
-    source = (
-        Source(workload, CostOptions(), executable=True) if isinstance(workload, MetaGraph) else source_of(workload)
-    )
-    measured, fitted = read_value(profile, Profile), read_value(calibration, Calibration)
-    plan, cost_options = plan_source(
-        source,
-        where,
-        measured,
-        calibration=fitted,
-        method=method,
-        time_limit_s=time_limit_s,
-        start=read_value(start, Plan),
-        pins=pins,
-    )
-    return with_outlook(plan, source, cost_options, profile=measured, calibration=fitted)
-
-
-class Common(TypedDict):
-    """What plans at once and plans in turns are asked for alike."""
-
-    method: str
-    time_limit_s: float | None
-    aligned: bool
-    start: Plan | None
-
-
-def plan_source(
-    source: "Source",
-    cluster: Cluster,
-    profile: Profile | None = None,
-    *,
-    calibration: Calibration | None = None,
-    method: str = "auto",
-    time_limit_s: float | None = None,
-    aligned: bool = False,
-    start: Plan | None = None,
-    pins: Mapping[str, Sequence[int]] | None = None,
-    is_as_run: bool = False,
-) -> tuple[Plan, CostOptions]:
-    """The plan of a loaded source, and how it wants the workload trained so that it fits.
-
-    The plan says so too, and a run of it does so. `is_as_run`: the constants of the cluster's device are those of
-    layers as they are run already, as in the cluster of a plan.
-    """
-    from spindle.cost.sampled import Costed
-    from spindle.planner.choose import solve_fitting
-    from spindle.planner.report.rates import work_of
-    from spindle.planner.sets import fitted_to_sets
-    from spindle.planner.solve import solve, usual_ways_fit
-    from spindle.planner.turns import solve_in_turns
-    from spindle.verbs.source import costs_on
-
-    common = Common(method=method, time_limit_s=time_limit_s, aligned=aligned, start=start)
-
-    def solved(costed: Costed, where: Cluster, share: float) -> Plan:
-        plan = solve(costed.metagraph, where, steps=costed.steps, share=share, pins=pins, **common)
-        return laid_out(plan, costed.metagraph)
-
-    def in_turns(costed: Costed, where: Cluster, share: float, turns: Turns) -> Plan:
-        plan = solve_in_turns(costed.metagraph, where, turns, steps=costed.steps, share=share, **common)
-        return laid_out(plan, costed.metagraph)
-
-    cluster, cost_options = costs_on(source, cluster, profile, calibration, is_as_run=is_as_run)
-    plan, cost_options = solve_fitting(
-        source.metagraph,
-        cluster,
-        solved,
-        profile=profile,
-        cost_options=cost_options,
-        steps=source.steps,
-        is_mean=source.is_mean,
-        all_fit=partial(usual_ways_fit, aligned=aligned) if method in ("auto", "lp") and not pins else None,
-        in_turns=None if pins else in_turns,
-        with_alternatives=True,
-    )
-    plan = replace(
-        plan,
-        recompute=cost_options.recompute,
-        shard_optimizer=cost_options.shard_optimizer,
-        shard_parameters=cost_options.shard_parameters,
-        sizes=source.sizes,
-        work=work_of(source.metagraph),
-        workload=source.name,
-    )
-    plan = fitted_to_sets(plan, source.presences, may_change=method == "auto" and not pins and not aligned)
-    return with_fixed(plan, calibration.step_s) if calibration else plan, cost_options
-
-
-def with_outlook(
-    plan: Plan,
-    source: "Source",
-    cost_options: CostOptions,
-    *,
-    profile: Profile | None = None,
-    calibration: Calibration | None = None,
-) -> Plan:
-    """The plan with how sure its step and its gain are; it is costed again some twenty times, and not searched."""
-    from fractions import Fraction
-
-    from spindle.planner.recost import Costs
-    from spindle.planner.report.outlook import outlook_of
-    from spindle.verbs.source import scaled_source
-
-    assert plan.cluster is not None, "a plan that was made just now carries its cluster"
-
-    def costs(source: "Source") -> Costs:
-        assert plan.cluster is not None
-        return Costs(source.metagraph, plan.cluster, cost_options, profile, source.steps, source.is_mean)
-
-    def on_batches(factor: Fraction) -> Costs | None:
-        other = scaled_source(source, factor)
-        return costs(other) if other else None
-
-    found = outlook_of(
-        plan,
-        costs(source),
-        on_batches,
-        calibration=calibration,
-        can_profile=source.executable and any(metaop.operators for metaop in source.metagraph),
-    )
-    return replace(plan, outlook=found)
-
-
-def make_metagraph(workload: "Workload") -> MetaGraph:
-    """The MetaGraph of a workload, without costs yet."""
-    from spindle.capture import capture
-    from spindle.values.contract import contract
-
-    return contract(capture(workload).graph)
-
-
-def make_profile(
-    workload: "Workload",
-    *,
-    num_devices: int | None = None,
-    cluster: Cluster | str | None = None,
-    known: Profile | None = None,
-    optimizer: "OptimizerFactory | None" = None,
-    launcher: Literal["auto", "ray", "processes", "torchrun"] = "auto",
-    validate: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    keep: Callable[[Profile], None] | None = None,
-) -> Profile:
-    """Time the workload's operators, its optimizer and messages, for up to `num_devices` devices.
-
-    `cluster`: what to measure for instead, of the kind of device at hand; without both, what is at hand. As many ranks
-    measure at once as a run would have: on this machine; with `launcher` ray on the nodes of a Ray cluster; under
-    torchrun all that it has started. Of several nodes messages between them are measured too. auto: torchrun's ranks,
-    or the cluster that RAY_ADDRESS names, or this machine. `known` is not measured again; `keep(profile)` is called
-    every few seconds, under torchrun on rank 0, with what is known by then. `validate` adds counts, for
-    `spindle.cost.measured.heldout` to leave out.
-    """
-    from spindle.capture import capture
-    from spindle.files.clusterfile import parse_cluster
-    from spindle.runtime.launch.torchrun import under_torchrun
-    from spindle.runtime.profiling.bench_target import bench_target_for
-    from spindle.runtime.profiling.profiler import measure_profile
-
-    usual: BenchLauncher = "torchrun" if under_torchrun() else "ray" if os.environ.get("RAY_ADDRESS") else "processes"
-    chosen = usual if launcher == "auto" else launcher
-    where = parse_cluster(cluster or devices_at_hand(chosen)) if not isinstance(cluster, Cluster) else cluster
-    num_devices = num_devices or where.num_devices
-    return measure_profile(
-        workload,
-        capture(workload),
-        num_devices=num_devices,
-        target=bench_target_for(where, num_devices, chosen),
-        cluster=where if cluster is not None else None,
-        most_devices=max(num_devices, VALIDATED) if validate else None,
-        known=known,
-        optimizer=optimizer,
-        progress=progress,
-        keep=keep,
-    )
-
-
-ReadT = TypeVar("ReadT", Plan, Profile, Calibration)
-
-
-def read_value(value: ReadT | Path | str | None, kind: type[ReadT]) -> ReadT | None:
-    """A value as it is, or the file that holds it."""
-    if value is None or isinstance(value, kind):
-        return value
-    from spindle.files.formats import read
-
-    assert isinstance(value, Path | str)
-    return read(value, kind)
-
-
-def verify(
-    workload: "Workload",
-    plan: Plan | None = None,
-    *,
-    num_workers: int = 2,
-    steps: int = 2,
-    rtol: float | None = None,
-    atol: float | None = None,
-    optimizer: "OptimizerFactory | None" = None,
-    scheduler: "SchedulerFactory | None" = None,
-    metric: "Metric | None" = None,
-    resume_under: Plan | int | None = None,
-    launcher: "Launcher" = "auto",
-    timeout_s: float = 60.0,
-) -> "ParityReport":
-    """Run `steps` steps as planned and in one process, and compare all that a step changes (docs/exactness.md).
-
-    `plan` None makes one for `num_workers` devices. `optimizer`, `scheduler` and `metric` as `train` takes them; None
-    is plain gradient descent. `resume_under`: another plan, or a number of devices to make one for; after half of the
-    steps the run is saved, and resumed under it. Tolerances default to 1e-10 for float64 models, to rtol 1e-4 and
-    atol 1e-5 for float32 (and 2e-6 of each tensor's largest value), to 10 % of that under bf16. Modules have their
-    values back afterwards. The report's `ok` says whether both runs agree, its text how many of what were compared.
-
-    One process steps with the planned run's gradients, once its own have been compared with them, so that each step is
-    compared from the same parameters.
-    """
-    from spindle.runtime import parity
-    from spindle.runtime.checkpoints.weights import require_values
-    from spindle.runtime.controller import prepare
-
-    require_values(workload)
-    plans = [make_plan(workload, f"1x{num_workers}:cpu") if plan is None else plan]
-    if resume_under is not None:
-        again = resume_under
-        plans.append(again if isinstance(again, Plan) else make_plan(workload, f"1x{again}:cpu"))
-    prepared = [prepare(workload, each) for each in plans]
-    precision = "bf16" if workload.reduce_dtype == "bf16" else workload.precision
-    usual = parity.default_tolerance(prepared[0].captured.parameters, precision)
-    tolerance = replace(usual, rtol=usual.rtol if rtol is None else rtol, atol=usual.atol if atol is None else atol)
-    factory = optimizer or parity.default_optimizer
-    planned = parity.run_planned(
-        workload,
-        prepared,
-        steps,
-        optimizer=factory,
-        scheduler=scheduler,
-        metric=metric,
-        launcher=launcher,
-        timeout_s=timeout_s,
-    )
-    reference = parity.run_reference(
-        workload,
-        steps,
-        optimizer=factory,
-        scheduler=scheduler,
-        metric=metric,
-        follow=parity.joined_gradients(planned),
-    )
-    return parity.compare(reference, planned, tolerance=tolerance)
 
 
 @dataclass(frozen=True)
