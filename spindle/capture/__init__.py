@@ -189,10 +189,12 @@ def _of_tasks(
             try:
                 seen = lookers[-1].look()
             except Raised as error:
-                raise next(filter(None, (lookers[-1].lacking(other) for other in lookers[:-1])), error) from error
+                raise next(
+                    filter(None, (lookers[-1].history.lacking(other.history) for other in lookers[:-1])), error
+                ) from error
             results.append(build_operators(workload, task, seen, namer, memo))
             for one, other in (pair for earlier in lookers[:-1] for pair in permutations((earlier, lookers[-1]))):
-                one.refuse_what_others_set(other)
+                one.history.refuse_what_others_set(other.history)
         read |= seen.read
     return results, read
 

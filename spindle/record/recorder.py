@@ -456,7 +456,7 @@ class Recorder(TorchFunctionMode):
         self._kept.append(value)
         recording.shapes.append(tuple(value.shape))
         recording.dtypes.append(value.dtype)
-        recording.needs_grad.append(self._meta.get(id(value), value).requires_grad)  # where one stands in its place
+        recording.needs_grad.append(self._meta.get(id(value), value).requires_grad)
         return number
 
     def _out(self, value: Tensor) -> tuple[int, bool]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spindle.capture.codes import computing_in
 from spindle.capture.facts import Slot
 from spindle.capture.grouping import Key, Wired, wire
-from spindle.capture.look.kept import State, turned
+from spindle.capture.look.history import History
 from spindle.capture.look.prober import Prober
 from spindle.capture.look.refusals import (
     Moved,
@@ -22,11 +22,7 @@ from spindle.capture.look.refusals import (
     check_loss,
     explained,
     no_other_generators,
-    own_generator,
-    unlike,
 )
-from spindle.capture.look.repeats import Place as Kept
-from spindle.capture.look.repeats import other_line, places
 from spindle.capture.look.samples import (
     PROBE_SAMPLES,
     TRIALS,
@@ -35,7 +31,6 @@ from spindle.capture.look.samples import (
     few_of,
     first_batches,
     modalities,
-    moved,
     one_apart,
     other_few,
     shortened,
@@ -43,7 +38,7 @@ from spindle.capture.look.samples import (
     twice,
 )
 from spindle.capture.look.trials import Findings, Part, Seen, Trial, places_of, sites_of
-from spindle.capture.look.watching import Held, made_by_first, own_state
+from spindle.capture.look.watching import Held
 from spindle.errors import SpindleWarning, WorkloadError
 from spindle.inputs.batch import SampledBatch, with_own_tensors
 from spindle.record.changes.copies import attributes_kept
@@ -85,10 +80,8 @@ class Looker:
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
         self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
         self.is_plain = True  # nothing was computed from the batch alone
-        self.state = State(task.function, (m for c in workload.components.values() for m in c.module.modules()))
-        self.start: list[Any] = []  # what is kept, before any call
-        self.sets: dict[int, str] = {}  # what its calls set of what it keeps, by id, and its name
         self.batches: Sequence[SampledBatch] = ()
+        self.history = History(self)
 
     def look(self) -> Seen:
         """See `_look`; once more where blocks change buffers that were taken as constants, which glue may read."""
@@ -107,24 +100,19 @@ class Looker:
         a component must be taken whole.
         """
         batches = self.batches = first_batches(self.task)
-        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
-        kept = places(self.task.function, modules)
-        self.start = start = [place.get() for place in kept]
+        self.history.begin()
         self.skeleton.keep_apart(self.task.function)
         self.few = self.few or [few_of(batch.units) for batch in batches]
         try:
             try:
-                return self._found(batches, kept)
+                return self._found(batches)
             except Raised as error:
                 self._choose_others(batches, error)
-                return self._found(batches, kept)
-        finally:  # what calls of the task count and keep is as it was
-            for place, value in zip(kept, start, strict=True):
-                if place.is_changed(value) and not isinstance(place.holder, nn.Module):
-                    place.put(value)
-            self.state.put_back()
+                return self._found(batches)
+        finally:
+            self.history.put_back()
 
-    def _found(self, batches: Sequence[SampledBatch], kept: Sequence[Kept]) -> Seen:
+    def _found(self, batches: Sequence[SampledBatch]) -> Seen:
         self.sites, self.writes = None, None
         self.apart.clear()
         self.is_plain = True
@@ -132,9 +120,9 @@ class Looker:
         with attributes_kept(modules, self.skeleton.steady.is_settled):
             held = Held(modules)
             self._find_changing_buffers(batches[0])
-            self._refuse_made_by_first(batches[0], held)
+            self.history.refuse_made_by_first(batches[0], held)
         self.skeleton.read.clear()
-        self._refuse_unlike(batches[0], kept)
+        self.history.refuse_unlike(batches[0])
         return self._looked(batches)
 
     def _choose_others(self, batches: Sequence[SampledBatch], error: Raised) -> None:
@@ -161,7 +149,7 @@ class Looker:
         """Of how many samples, of all and of their parts, the task raises; None where it takes all of these."""
         for bounds in (few[0], *few[1]):
             try:
-                self._record(batch, bounds)
+                self.record_samples(batch, bounds)
             except Raised:
                 return bounds[1] - bounds[0]
             finally:
@@ -188,14 +176,14 @@ class Looker:
         self._look_at_disturbed(batches[0], *few[0], prober)
         trials += self._lacking_ways(batches[0], trials[0].parts[0].bounds, prober)
         every = batches[0].units.whole
-        whole = self._record(batches[0], every)
+        whole = self.record_samples(batches[0], every)
         self._refuse_chance(batches[0], few[0][0], whole)
         self._warn_of_attention(whole)
         self._warn_of_caches(batches[0])
         return Seen(
             batch=batches[0],
             whole=whole,
-            few=whole if few[0][0] == every else self._record(batches[0], few[0][0]),
+            few=whole if few[0][0] == every else self.record_samples(batches[0], few[0][0]),
             few_bounds=few[0][0],
             findings=findings,
             sites=sites,
@@ -255,7 +243,7 @@ class Looker:
         return trial
 
     def _part(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Part:
-        recorded = self._record(batch, bounds, step)
+        recorded = self.record_samples(batch, bounds, step)
         draws = {scope: drawn.shapes for scope, drawn in recorded.drawn.items()}
         return Part(bounds, wire(recorded.recording, self.skeleton.stateful), draws, step)
 
@@ -371,7 +359,7 @@ class Looker:
 
     # -- one recording --------------------------------------------------------------------------------------------
 
-    def _record(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Recorded:
+    def record_samples(self, batch: SampledBatch, bounds: Bounds, step: int = 0) -> Recorded:
         """A recording of some samples. Of the first few, and where the task writes to its batch, on copies of them."""
         fields = batch.part(*bounds)
         if self.copies_batch is not False:
@@ -420,130 +408,6 @@ class Looker:
             raise undrawn(f"task {self.task.name!r}", [f"{name} ({line})" for name, line in noted.lines.items()])
         return found
 
-    def _refuse_unlike(self, batch: SampledBatch, kept: Sequence[Kept]) -> None:
-        """Raise WorkloadError where the task computes something else of the same batch when it is called again, or
-        would after many calls.
-        """
-        bounds = self.few[0][0]
-        held = Held([module for c in self.workload.components.values() for module in c.module.modules()])
-        self.state.put_back()
-        with self.state.marked() as found:
-            first = self._record(batch, bounds)
-        self.sets |= found | self.state.changed()
-        before = [place.get() for place in kept]
-        second = self._record(batch, bounds)
-        line = other_line(first, second)
-        if line is not None and not any(p.draws and p.is_changed(v) for p, v in zip(kept, before, strict=True)):
-            self._refuse_own_state(batch, (first, second), held, [*zip(kept, before, strict=True)])
-            raise unlike(self.task, line)
-        for place, value, begun in zip(kept, before, self.start, strict=True):
-            if place.is_changed(value) or place.is_changed(begun):
-                if place.draws:
-                    raise own_generator(self.task, place.name)
-                self._refuse_steering(batch, bounds, second, place, held, value)
-        if self.state.changed():
-            self._refuse_history(batch, bounds, first)
-
-    def _refuse_history(self, batch: SampledBatch, bounds: Bounds, usual: Recorded) -> None:
-        """Raise WorkloadError where what the task keeps of other samples changes what it computes of these."""
-        names = [*self.sets.values(), *self.state.changed().values()]
-        self.state.put_back()
-        own = batch.part(*bounds)
-        far = {name: moved(value) for name, value in own.items()}
-        units = Units({unit: counts[slice(*bounds)] for unit, counts in batch.units.counts.items()})
-        others = [(batch, part) for part in self.few[0][1][::-1]]
-        others += [(SampledBatch(far, units, batch.places), (0, units.num_samples))]
-        others += [(other, few) for other, (few, _) in zip(self.batches[1:], self.few[1:], strict=True)]
-        for other, samples in others:
-            with suppress(Exception):
-                self._record(other, samples)
-        self.writes = None
-        line = other_line(usual, self._record(batch, bounds))
-        self.state.put_back()
-        if line is not None:
-            raise unlike(self.task, line, names[0])
-
-    def lacking(self, other: "Looker") -> WorkloadError | None:
-        """The error for a task that raises where `other`, another task, has not set what both know; None where none is
-        such.
-        """
-        common = other.sets.keys() & self.state.reached
-        return self._handed(other, min(common), "its function, which raises without") if common else None
-
-    def _handed(self, other: "Looker", what: int, line: str) -> WorkloadError:
-        return WorkloadError(
-            f"task {other.task.name!r} sets {other.sets[what]!r}, and task {self.task.name!r} computes with it "
-            f"({line}), which may run on another device; let each task compute from its own batch, or make one task of "
-            "the two"
-        )
-
-    def refuse_what_others_set(self, other: "Looker") -> None:
-        """Raise WorkloadError where what `other`, another task, keeps changes what this one computes."""
-        common = other.sets.keys() & self.state.reached
-        if not common:
-            return
-        batch, bounds = self.batches[0], self.few[0][0]
-        usual, (first, *_) = self._record(batch, bounds), other.few[0][1]
-        with suppress(WorkloadError):
-            other._record(other.batches[0], first)
-        lines = [other_line(usual, self._record(batch, bounds))]
-        other.state.put_back()
-        for place in self.state.among(common):
-            for other_number in (place.far(), turned(place, place.get())):
-                with other_number, suppress(WorkloadError):
-                    lines.append(other_line(usual, self._record(batch, bounds)))
-        line = next((line for line in lines if line is not None), None)
-        if line is not None:
-            raise self._handed(other, min(common), line)
-
-    def _refuse_own_state(
-        self, batch: SampledBatch, usual: tuple[Recorded, Recorded], held: Held, kept: Sequence[tuple[Kept, Any]]
-    ) -> None:
-        """Raise WorkloadError where what a module holds makes the difference between two recordings of a batch."""
-        bounds, own = self.few[0][0], list(held.changed())
-        lists = [(place, value, place.owner(held.modules)) for place, value in kept if place.is_changed(value)]
-        owners = [owner for _, _, owner in lists if owner is not None]
-        for place, value, owner in lists:
-            if owner is not None:
-                place.put(value)
-        if owners and other_line(usual[1], self._record(batch, bounds)) is None:
-            raise self._own_state(*owners[0])
-        held.put_back()
-        if own and other_line(usual[0], self._record(batch, bounds)) is None:
-            raise self._own_state(*held.owner(own[0]))
-
-    def _own_state(self, owner: type, attribute: str) -> WorkloadError:
-        return WorkloadError(f"task {self.task.name!r}: a {owner.__name__} {own_state(owner, attribute)}")
-
-    def _refuse_made_by_first(self, batch: SampledBatch, held: Held) -> None:
-        """Raise WorkloadError where code outside of layers keeps in a module what it made of the first batch."""
-        made, parts = held.changed(), self.few[0][1]
-        if not made or len(parts) < 2 or len(batch.units.counts) > 1:  # of packed fields what is kept follows sizes
-            return
-        self._record(batch, parts[1])
-        kept = held.same(made)
-        held.put_back()
-        self._record(batch, parts[1])
-        for name in kept - held.same(made):
-            raise WorkloadError(f"task {self.task.name!r}: {held.path(name)} {made_by_first(*held.owner(name))}")
-
-    def _refuse_steering(
-        self, batch: SampledBatch, bounds: Bounds, usual: Recorded, place: Kept, held: Held, value: Any
-    ) -> None:
-        """Raise WorkloadError where a number steers what is computed, which was `value` before the usual call."""
-        line = None
-        for other_number in (place.far(), turned(place, value)):
-            with other_number:
-                try:
-                    line = line or other_line(usual, self._record(batch, bounds))
-                except WorkloadError:
-                    line = line or "its function"
-        if line is not None:
-            owner = place.owner(held.modules)
-            if owner is not None:
-                raise self._own_state(*owner)
-            raise unlike(self.task, line, place.name)
-
     def _find_changing_buffers(self, batch: SampledBatch) -> None:
         """Record until no buffer that is taken as a constant changes."""
         bounds, drawn = self.few[0][0], None
@@ -553,7 +417,7 @@ class Looker:
             by_line, drawn = drawn is not None, None
             try:
                 with no_other_generators(self.task, by_line=by_line):
-                    self._record(batch, bounds)
+                    self.record_samples(batch, bounds)
             except Moved as error:
                 drawn = error
             changed = set(self.skeleton.changed)
@@ -579,7 +443,7 @@ class Looker:
             return
         calls = {node.block for node in known.recording.nodes}
         for step in range(1, CHANCES):
-            recorded = self._record(batch, bounds, step)
+            recorded = self.record_samples(batch, bounds, step)
             differing = sorted(calls ^ {node.block for node in recorded.recording.nodes})
             if differing:
                 raise WorkloadError(
