@@ -189,9 +189,8 @@ def _of_tasks(
             try:
                 seen = lookers[-1].look()
             except Raised as error:
-                raise next(
-                    filter(None, (lookers[-1].history.lacking(other.history) for other in lookers[:-1])), error
-                ) from error
+                handed = (lookers[-1].history.lacking(other.history) for other in lookers[:-1])
+                raise next(filter(None, handed), error) from error
             results.append(build_operators(workload, task, seen, namer, memo))
             for one, other in (pair for earlier in lookers[:-1] for pair in permutations((earlier, lookers[-1]))):
                 one.history.refuse_what_others_set(other.history)

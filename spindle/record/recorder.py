@@ -206,8 +206,7 @@ class Recorder(TorchFunctionMode):
             self.written.append(value)
             if self.kept and func in ARITHMETIC:
                 self._refuse_kept(value)
-            if memory_of(value) in self.kept:  # it outlives this recording, and the next one may write there again
-                self._given.add(memory_of(value))
+            self._given |= {memory_of(value)} & self.kept.keys()  # the next recording may write there again
             self._keep_as_read(value)
         if func in GIVES_MEMORY:
             self._keep_as_read(args[0])
