@@ -4,11 +4,14 @@
   the memory of each device.
 - `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods: its whole step is never longer
   than a baseline's, and its makespan neither unless reductions make that impossible, or components that stay in a
-  node each (`spindle.planner.islands`) make the whole step shorter by `WORTH_APART`.
+  node each (`spindle.planner.islands`) make the whole step shorter than any baseline's by `WORTH_APART`.
+- A larger time limit never gives a worse plan (`best` says what is better): the search finds all that it finds with a
+  smaller one, and what its schedules are compared with does not depend on the limit.
 - Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the baselines.
 """
 
 import warnings
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +44,7 @@ SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 WARM_SHARE = 0.25
 WORTH_APART = 0.05  # of the step
-MOST_SIMULATED = 6  # schedules whose steps on other batches are simulated
+MOST_SIMULATED = 6  # steps on other batches are simulated of what is among so many shortest when it is found
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,8 @@ def solve(
                 "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
             )
         chosen = best(fitting(problem, found), baselines.values() if method == "auto" else ())
-        worth_s = (1 - WORTH_APART) * chosen.expected_s
-        shorter = [c for c in apart if c.expected_s < worth_s and has_room(problem, c)]
+        worth_s = (1 - WORTH_APART) * min((c.expected_s for c in baselines.values()), default=float("inf"))
+        shorter = [c for c in apart if c.expected_s < min(worth_s, chosen.expected_s) and has_room(problem, c)]
         chosen = min(shorter, key=lambda c: (c.expected_s, c.makespan_s), default=chosen)
         if not aligned:
             bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
@@ -185,8 +188,17 @@ def searched(
     found = [evaluate(problem, "lp", slices) for slices in schedules]
     if not steps:
         return found
-    found.sort(key=lambda candidate: candidate.step_s)
-    return [evaluate(problem, "lp", candidate.slices, steps) for candidate in found[:MOST_SIMULATED]]
+    return [evaluate(problem, "lp", candidate.slices, steps) for candidate in _promising(found)]
+
+
+def _promising(found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Those that are among the shortest of all found before them, so that what is found later changes nothing."""
+    shortest_s: list[float] = []
+    for candidate in found:
+        insort(shortest_s, candidate.step_s)
+        del shortest_s[MOST_SIMULATED:]
+        if candidate.step_s <= shortest_s[-1]:
+            yield candidate
 
 
 def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...], steps: Sequence[MetaGraph] = ()) -> Candidate:

@@ -48,8 +48,8 @@ class Beam:
         self.keep = keep
         self.best: list[Found] = []
 
-    def search(self, first: list[int], width: Width, seed: int) -> Iterator[None]:
-        """One beam search, a simulation at a time."""
+    def search(self, first: list[int], width: Width, seed: int, until: float) -> Iterator[None]:
+        """One beam search, a simulation at a time; it ends early when so much work is done."""
         rng = random.Random(seed)
         start = start_state(self.model, self.pool)
         projected = self._project(start, first)
@@ -68,6 +68,9 @@ class Beam:
                     if found is not None:
                         followers.append((found[0], len(followers), found[1], found[2]))
                     yield
+                    if self.work.spent >= until:
+                        self._roll_out(state, targets, Heuristics(), rng)
+                        return
             followers.sort(key=lambda f: f[:2])
             states = [(value, state, targets) for value, _, state, targets in followers[: width.states]]
 

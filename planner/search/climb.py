@@ -1,7 +1,8 @@
-"""Climb: schedules in, better ones out: annealing of the most promising, in epochs without end.
+"""Climb: schedules in, better ones out: annealing of the most promising.
 
-An epoch takes as much work as all before it. It begins with the best of the former ones and with new schedules; each
-gets a little work, the better half goes on, until one is left with the rest (successive halving).
+Each gets a little work, the better half goes on, until one is left with most of the work (successive halving). The best
+of this and of all former climbs has the rest: where annealing ends depends on where it began more than on how long it
+takes, so each climb begins anew.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ from spindle.planner.search.beam import Found
 from spindle.planner.search.finish import runs_of_draft
 from spindle.planner.search.improve import Annealer, Result
 from spindle.planner.search.list_scheduler import Stuck
+from spindle.planner.search.work import Work
 
-FIRST_UNITS = 2e4  # of the first epoch
-TRIAL_SHARE = 0.35  # of what is left of an epoch, for all that are tried
-KEPT = 2  # annealers that go on in the next epoch
+TRIAL_SHARE = 0.35  # of what is left, for all that are tried
+NEW_SHARE = 0.75  # of a climb, for what begins anew
+KEPT = 2  # annealers that are remembered
 
 
 @dataclass
@@ -23,52 +25,50 @@ class Climb:
 
     starts      schedules so far, the most promising first
     make        an annealer of a schedule, given a seed; raises Stuck where memory does not allow it
-    most        schedules that an epoch begins with
+    most        schedules to begin with
     """
 
     starts: Callable[[], list[Found]]
     make: Callable[[Found, int], Annealer]
     most: int
     seed: int
+    work: Work
     annealers: list[Annealer] = field(default_factory=list)
-    _begun: dict[int, Found] = field(default_factory=dict)
     _read: dict[int, tuple[Result, Found]] = field(default_factory=dict)
 
-    def steps(self) -> Iterator[None]:
-        """Anneal; whoever iterates decides when it is enough."""
-        done = 0.0
-        while True:
-            self._begin()
-            if not self.annealers:
-                yield
-                continue
-            units = left = max(FIRST_UNITS, done)
-            trying = self.annealers
-            while len(trying) > 1:
-                for annealer in trying:
-                    yield from annealer.run(TRIAL_SHARE * left / len(trying))
-                left *= 1 - TRIAL_SHARE
-                trying = _sorted(trying)[: len(trying) // 2]
-            yield from trying[0].run(left)
-            self.annealers = _sorted(self.annealers)[:KEPT]
-            done += units
-            yield
+    def steps(self, until: float) -> Iterator[None]:
+        """Anneal until so much work is done."""
+        trying, begun = self._begun(), self.work.spent
+        self.annealers = _best([*self.annealers, *trying])
+        middle = begun + NEW_SHARE * (until - begun)
+        while trying and self.work.spent < middle:
+            left = middle - self.work.spent
+            share = TRIAL_SHARE / len(trying) if len(trying) > 1 else 1.0
+            for annealer in trying:
+                yield from annealer.run(share * left)
+            if len(trying) == 1:
+                break
+            trying = _best(trying)[: len(trying) // 2]
+        self.annealers = _best(self.annealers)
+        if self.annealers and self.work.spent < until:
+            yield from self.annealers[0].run(until - self.work.spent)
+        self.annealers = _best(self.annealers)[:KEPT]
 
-    def _begin(self) -> None:
-        """Annealers of those of the most promising schedules that have none."""
+    def _begun(self) -> list[Annealer]:
+        """Annealers of the most promising schedules."""
+        made = []
         for f in self.starts()[: self.most]:
-            if id(f) not in self._begun:
-                self._begun[id(f)] = f
-                try:
-                    self.annealers = [*self.annealers, self.make(f, self.seed + len(self._begun))]
-                except Stuck:
-                    continue
-        self.annealers = _sorted(self.annealers)
+            self.seed += 1
+            try:
+                made.append(self.make(f, self.seed))
+            except Stuck:
+                continue
+        return made
 
     def best(self, most: int) -> list[Found]:
         """The best schedules of the best annealers; `makespan_s` with the reductions."""
         found = []
-        for annealer in _sorted(self.annealers)[:most]:
+        for annealer in _best(self.annealers)[:most]:
             result = annealer.best
             if id(result) not in self._read:
                 decoded = annealer.decoder.decode(result.draft, float("inf"))
@@ -80,5 +80,5 @@ class Climb:
         return found
 
 
-def _sorted(annealers: list[Annealer]) -> list[Annealer]:
+def _best(annealers: list[Annealer]) -> list[Annealer]:
     return sorted(annealers, key=lambda annealer: annealer.best.total_s)

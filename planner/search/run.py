@@ -6,11 +6,11 @@
 3. With traffic, beams that know devices and a search that only counts them both begin; what the latter finds is put on
    devices and charged. What does better gets most of the work.
 
-All parts go on side by side in rounds (`work`), each with its share. Nothing in them knows the budget, so what a small
-budget finds a larger one finds first.
+All this is done in stages, each longer than all before and from what these found (`work`). Nothing in it knows
+the budget, so what a small budget finds a larger one finds first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -25,16 +25,14 @@ from spindle.planner.search.improve import CLOSE_ENOUGH, Annealer
 from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.sides import SMALL, beams, both_sides
-from spindle.planner.search.work import Part, Work
+from spindle.planner.search.sides import HUGE, ROLL_OUT, SMALL, Sides, beam_units
+from spindle.planner.search.work import Work, stages
 
-HUGE = 400  # MetaOps from which on one schedule is annealed
 BEAM_SHARE, BEAM_SHARE_LARGE = 0.55, 0.9
 CLOSE_CALL = 1.01
-LEADING_SHARE = 0.8  # of the beams' work, for what does better with devices or without
-BLIND_CLIMB_SHARE = 0.4  # of the work without devices, while that leads
+BLIND_SHARE = 0.2  # of the beams' work, where devices matter: beams that only count them
 STARTS, STARTS_LARGE = 6, 3
-KEPT, KEPT_LARGE = 2, 1  # schedules of a kind that each round hands on
+KEPT, KEPT_LARGE = 2, 1  # schedules of a kind that count at each look
 OUTSIDE_UNITS = 3000.0  # for each MetaOp beyond SMALL: the baselines, and finishing and costing what is found
 
 
@@ -53,22 +51,37 @@ def search(
     finish.
     """
     model = make_model(problem, bound_s)
-    outside = OUTSIDE_UNITS * max(0, len(model) - SMALL)
+    work.spend(OUTSIDE_UNITS * max(0, len(model) - SMALL))
     given = [Found(max(s.end_s for s in slices), _runs(problem, model, slices), model) for slices in starts]
     guide = given[-1].runs if is_warm else ()
     pool = make_device_pool(problem)
     parts = _Search(model, pool if pool.matters else None, work, seed, given, guide)
     most = KEPT if len(model) <= SMALL else KEPT_LARGE
     kept = {id(f): f for f in given} if len(model) <= SMALL else {}
-    at = 0.0
-    for end in work.rounds():
-        parts.go_on(max(0.0, end - outside) - at)
-        at = max(0.0, end - outside)
+    for _ in _at_each_look(work, parts):
         for f in (*parts.ranked()[:most], *parts.climb.best(most)):
             kept.setdefault(id(f), f)
-        if work.is_stopped or parts.best_s <= bound_s * (1 + CLOSE_ENOUGH):
-            break
     return [finish(problem, f.model, f.runs) for f in kept.values()]
+
+
+def _at_each_look(work: Work, parts: "_Search") -> Iterator[None]:
+    """Goes on with a search, and stops it, at a look, where the budget or the clock ends."""
+    for _ in parts.begin():
+        pass
+    looks, steps = work.looks(), parts.steps()
+    end: float | None = next(looks)
+    while end is not None:
+        is_done = False
+        while work.spent < end and not is_done:
+            is_done = next(steps, _DONE) is _DONE or work.is_stopped
+        yield
+        if is_done:
+            return
+        while end is not None and work.spent >= end:
+            end = next(looks, None)
+
+
+_DONE = object()
 
 
 @dataclass
@@ -85,65 +98,79 @@ class _Search:
     charged: dict[int, tuple[Found, list[Found]]] = field(default_factory=dict)  # by id: what it is with devices
 
     def __post_init__(self) -> None:
-        model, work, is_small = self.model, self.work, len(self.model) <= SMALL
-        self.share = BEAM_SHARE if is_small else BEAM_SHARE_LARGE
-        self.counting = both_sides(model, None, work, self.guide)
-        self.blind_beams = Part(beams(self.counting, work, self.seed), work)
-        most = 1 if len(model) > HUGE else STARTS if is_small and self.pool is None else STARTS_LARGE
-        self.climb = Climb(self.ranked, self._annealer, most, self.seed)
-        self.climbing = Part(self.climb.steps(), work)
-        if self.pool is not None:
-            self.placing = both_sides(model, self.pool, work, self.guide)
-            self.placed_beams = Part(beams(self.placing, work, self.seed + 50), work)
-            most = 1 if len(model) > HUGE else STARTS if is_small else STARTS_LARGE
-            self.blind_climb = Climb(self._counted, self._blind_annealer, most, self.seed)
-            self.blind_climbing = Part(self.blind_climb.steps(), work)
+        model, work, seed = self.model, self.work, self.seed
+        small = len(model) <= SMALL
+        most = 1 if len(model) > HUGE else STARTS if small else STARTS_LARGE
+        self.share = BEAM_SHARE if small else BEAM_SHARE_LARGE
+        self.counting = Sides(model, None, work, seed, self.guide)
+        self.placing = Sides(model, self.pool, work, seed + 50, self.guide) if self.pool else None
+        self.blind_climb = Climb(self._counted, self._blind_annealer, most, seed, work)
+        self.placed_climb = Climb(self.ranked, self._annealer, min(most, STARTS_LARGE), seed, work)
 
-    def go_on(self, units: float) -> None:
-        """Spend so much more work."""
-        self._begin()
-        share = self.share * units
-        if self.pool is None:
-            self.blind_beams.go_on(share)
-        else:
-            blind_s = min((f.makespan_s for f in self._charged()), default=inf)
-            is_blind = blind_s <= min((s.best_s for s in self.placing), default=inf) * CLOSE_CALL
-            placed = (1 - LEADING_SHARE if is_blind else LEADING_SHARE) * share
-            climbing = BLIND_CLIMB_SHARE * (share - placed) if is_blind else 0.0
-            self.placed_beams.go_on(placed)
-            self.blind_beams.go_on(share - placed - climbing)
-            self.blind_climbing.go_on(climbing)
-            self._charge()
-        self.climbing.go_on(units - share)
+    @property
+    def climb(self) -> Climb:
+        """The one that comes last."""
+        return self.placed_climb if self.pool else self.blind_climb
 
-    def _begin(self) -> None:
-        """The least that gives schedules, whatever the clock says: a simulation in each direction."""
-        parts = [(self.counting, self.blind_beams)]
-        if self.pool is not None:
-            parts.append((self.placing, self.placed_beams))
-        for sides, part in parts:
-            while not all(side.rounds for side in sides):
-                part.step()
+    def begin(self) -> Iterator[None]:
+        """The least that gives schedules."""
+        yield from self.counting.roll_out()
+        if self.placing:
+            yield from self.placing.roll_out()
+
+    def steps(self) -> Iterator[None]:
+        """Stage after stage, until a schedule is as good as the bound."""
+        begun = self.work.spent
+        for end in stages():
+            if end <= begun:
+                continue
+            middle = begun + self.share * (end - begun)
+            if self.placing:
+                yield from self._on_devices(self.placing, begun, middle)
+            else:
+                yield from self.counting.beams(middle)
+            if not self._is_close:
+                yield from self.climb.steps(end)
+            if self._is_close:
+                return
+            begun = max(begun, self.work.spent)
+
+    def _on_devices(self, placing: Sides, begun: float, end: float) -> Iterator[None]:
+        """Beams that know devices, and a search that only counts them and is charged afterwards. Both begin; what does
+        better goes on. With few nodes that is often the second, which makes many more moves.
+        """
+        trial = BLIND_SHARE * (end - begun)
+        yield from self.counting.beams(begun + trial)
+        self._charge()
+        yield from placing.beams(begun + 2 * trial)
+        if end - self.work.spent < 2 * beam_units(self.model, ROLL_OUT, placing.factor):
+            return
+        blind_s = min((f.makespan_s for f in self._charged()), default=inf)
+        if blind_s > placing.best_s * CLOSE_CALL:
+            yield from placing.beams(end)
+            return
+        yield from self.counting.beams(begun + 0.75 * (end - begun))
+        yield from self.blind_climb.steps(begun + 1.2 * (end - begun))
+        self._charge()
 
     def ranked(self) -> list[Found]:
         """Schedules that annealing may begin with, those that take least with their reductions first."""
-        own = [f for side in (self.counting if self.pool is None else self.placing) for f in side.found]
-        found = [*self.given, *own, *self._charged()]
+        found = [*self.given, *(self.placing or self.counting).found, *self._charged()]
         for f in found:
             if id(f) not in self.totals:
                 self.totals[id(f)] = f, f.makespan_s + _reduction_s(self.model, self.pool, f)
         return sorted(found, key=lambda f: self.totals[id(f)][1])
 
     @property
-    def best_s(self) -> float:
-        """Seconds of the best schedule, with its reductions."""
-        best = self.ranked()[:1]
-        annealed = min((a.best.total_s for a in self.climb.annealers), default=inf)
-        return min(annealed, *(self.totals[id(f)][1] for f in best)) if best else annealed
+    def _is_close(self) -> bool:
+        best_s = min((a.best.total_s for a in self.climb.annealers), default=inf)
+        best_s = min([best_s, *(self.totals[id(f)][1] for f in self.ranked()[:1])])
+        return best_s <= self.model.bound_s * (1 + CLOSE_ENOUGH)
 
     def _counted(self) -> list[Found]:
         """Schedules that know no devices."""
-        return sorted((f for side in self.counting for f in side.found), key=lambda f: f.makespan_s)
+        own = self.given if self.pool is None else []
+        return sorted([*own, *self.counting.found], key=lambda f: f.makespan_s)
 
     def _charged(self) -> list[Found]:
         return [f for _, found in self.charged.values() for f in found]
@@ -151,15 +178,12 @@ class _Search:
     def _charge(self) -> None:
         """Put the best schedules that know no devices on devices: now and then better than what knew them."""
         most = STARTS if len(self.model) <= SMALL else STARTS_LARGE
-        begun = self.work.spent
         for f in (*self._counted()[:most], *self.blind_climb.best(1)):
             if id(f) not in self.charged and self.pool is not None:
                 self.charged[id(f)] = f, _on_devices(self.model, self.pool, self.work, f)
-        self.blind_beams.spent += self.work.spent - begun
 
     def _annealer(self, f: Found, seed: int) -> Annealer:
-        if self.pool is None:
-            return self._blind_annealer(f, seed)
+        assert self.pool is not None
         decoder = PlacedDecoder(self.model, self.pool)
         runs = forward_on_pool(self.pool.problem, self.pool, f.model, f.runs)
         return Annealer(decoder, draft_of(decoder, runs), self.work, seed)
