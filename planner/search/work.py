@@ -2,8 +2,8 @@
 
 - The search spends units; one unit is a microsecond of the core the constants below were measured on (one core of a
   shared x86 server, Python 3.11). A time limit of S seconds buys S * UNITS_PER_S units, whatever the clock says.
-- Whatever the budget is, the search does the same work in the same order, in stages each four times as long as all
-  before, and only looks at what it has found at fixed points. So a larger budget finds all that a smaller one does.
+- Whatever the budget is, the search does the same work in the same order, in stages each longer than all before,
+  and only looks at what it has found at fixed points. So a larger budget finds all that a smaller one does.
 - The clock is a brake: on a machine too busy or slow for the work of a limit, the search stops where it is and `braked`
   becomes true. A plan made so says so: it may come out differently elsewhere. A limit that somebody gave is kept; who
   gives none is given time, and the brake is then far away.
@@ -14,7 +14,8 @@ from itertools import count
 
 UNITS_PER_S = 1e6
 LEAST_UNITS, UNITS_PER_LAYER_SQUARED = 5e4, 250.0  # small problems have few schedules: more work than this is wasted
-FIRST_STAGE, STAGE_FACTOR = 1.6e4, 5  # units by which the first stage ends, and each further one: 2 and 10 s are ends
+FIRST_STAGE, SHORT_STAGES = 15_625, 6  # units by which the first stage ends; the next double that, to half a second
+MAIN_STAGE, STAGE_FACTOR = 2e6, 5.0  # then 2 s, 10 s and so on: a longer last stage is worth more, if it ends in time
 LOOKS = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)  # of each power of ten: where what is found counts
 FIRST_POWER = 4
 BRAKE, GRACE_S = 1.1, 1.0  # of a limit that was given, and the least
@@ -58,4 +59,5 @@ class Work:
 
 def stages() -> Iterator[float]:
     """Units after which each stage ends, without end."""
-    return (FIRST_STAGE * float(STAGE_FACTOR) ** number for number in count())
+    yield from (FIRST_STAGE * 2.0**number for number in range(SHORT_STAGES))
+    yield from (MAIN_STAGE * STAGE_FACTOR**number for number in count())
