@@ -27,7 +27,7 @@ from spindle.plan import BUCKET_BYTES, Memory, Plan, Slice, make_waves, sorted_p
 from spindle.planner.baselines.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
 from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.place import place
-from spindle.planner.bound import Bound, lower_bound, tightened
+from spindle.planner.bound import TIX_SHARE, Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.islands import is_slow_between_nodes, island_pins
 from spindle.planner.memory import peak_bytes
@@ -113,6 +113,7 @@ def solve(
     if method in WAVES_BY_BASELINE:
         chosen = only(problem, baselines, method)
     else:
+        done_share = 1.0
         found: list[Candidate] = []
         apart: list[Candidate] = []  # components on nodes of their own
         given = time_limit_s is not None
@@ -121,15 +122,19 @@ def solve(
         )
         if not aligned:
             islands = not pins and is_slow_between_nodes(problem, bound.bound_s)
+            end_s = started_s + (1 - TIX_SHARE) * limit_s if given else None  # then the bound is made stronger
 
-            def work() -> Work:
-                half_s = limit_s / 2 if islands else limit_s
-                return Work(half_s, clock, num_layers=sum(problem.layers), is_given=given)
+            def work(searches: int) -> Work:
+                most_s = None if end_s is None else (end_s - clock()) / searches
+                own_s = limit_s / 2 if islands else limit_s
+                return Work(own_s, clock, num_layers=sum(problem.layers), most_s=most_s)
 
-            found = searched(problem, bound, work(), baselines, steps, start=start, seed=seed)
+            own = work(2 if islands else 1)
+            found = searched(problem, bound, own, baselines, steps, start=start, seed=seed)
+            done_share = own.done_share
             if islands:
                 fixed = pinned(problem, island_pins(problem))
-                apart = searched(fixed, bound, work(), {}, steps, start=None, seed=seed)
+                apart = searched(fixed, bound, work(1), {}, steps, start=None, seed=seed)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
@@ -141,7 +146,7 @@ def solve(
         shorter = [c for c in apart if c.expected_s < min(worth_s, chosen.expected_s) and has_room(problem, c)]
         chosen = min(shorter, key=lambda c: (c.expected_s, c.makespan_s), default=chosen)
         if not aligned:
-            bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
+            bound = tightened(unpinned, bound, chosen.makespan_s, done_share * limit_s)
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 

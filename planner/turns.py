@@ -130,7 +130,6 @@ def solve_in_turns(
     started_s = clock()
     whole = make_problem(metagraph, cluster, turns)
     bound = lower_bound(whole)
-    is_given = time_limit_s is not None
     limit_s = share * (default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s)
     chosen: Candidate | None = None
     usual: dict[str, Candidate] = {}
@@ -142,10 +141,9 @@ def solve_in_turns(
         else:
             found = list(usual.values()) if method == "auto" or aligned else []
             if not aligned:
-                works = (
-                    Work(limit_s / len(turns), clock, num_layers=sum(part.problem.layers), is_given=is_given)
-                    for part in parts
-                )
+                own_s = limit_s / len(turns)
+                most_s = None if time_limit_s is None else own_s
+                works = (Work(own_s, clock, num_layers=sum(part.problem.layers), most_s=most_s) for part in parts)
                 own = [_searched(part, work, start, seed) for part, work in zip(parts, works, strict=True)]
                 found.append(_combined(whole, own, steps))
             if not found:
