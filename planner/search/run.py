@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from math import inf
 
 from spindle.plan import Slice
-from spindle.planner.bound import lower_bound
 from spindle.planner.problem import Problem
 from spindle.planner.search.beam import Found
 from spindle.planner.search.climb import Climb
@@ -26,7 +25,6 @@ from spindle.planner.search.improve import CLOSE_ENOUGH, Annealer
 from spindle.planner.search.list_scheduler import Run
 from spindle.planner.search.model import Model, make_model
 from spindle.planner.search.placed import PlacedDecoder
-from spindle.planner.search.priced import priced
 from spindle.planner.search.sides import HUGE, ROLL_OUT, SMALL, Sides, beam_units
 from spindle.planner.search.work import Work, stages
 
@@ -104,13 +102,8 @@ class _Search:
         small = len(model) <= SMALL
         most = 1 if len(model) > HUGE else STARTS if small else STARTS_LARGE
         self.share = BEAM_SHARE if small else BEAM_SHARE_LARGE
-        seen, pool = model, self.pool
-        if pool:
-            problem = priced(pool.problem)
-            seen = make_model(problem, lower_bound(problem).bound_s)
-            pool = make_device_pool(problem)
-        self.counting = Sides(seen, None, work, seed, self.guide)
-        self.placing = Sides(seen, pool, work, seed + 50, self.guide, self._read) if pool else None
+        self.counting = Sides(model, None, work, seed, self.guide)
+        self.placing = Sides(model, self.pool, work, seed + 50, self.guide) if self.pool else None
         self.blind_climb = Climb(self._counted, self._blind_annealer, most, seed, work)
         self.placed_climb = Climb(self.ranked, self._annealer, min(most, STARTS_LARGE), seed, work)
 
@@ -152,8 +145,8 @@ class _Search:
         yield from placing.beams(begun + 2 * trial)
         if end - self.work.spent < 2 * beam_units(self.model, ROLL_OUT, placing.factor):
             return
-        blind_s, placed_s = (min(map(self._total_s, found), default=inf) for found in (self._charged(), placing.found))
-        if blind_s > placed_s * CLOSE_CALL:
+        blind_s = min((f.makespan_s for f in self._charged()), default=inf)
+        if blind_s > placing.best_s * CLOSE_CALL:
             yield from placing.beams(end)
             return
         yield from self.counting.beams(begun + 0.75 * (end - begun))
@@ -163,18 +156,15 @@ class _Search:
     def ranked(self) -> list[Found]:
         """Schedules that annealing may begin with, those that take least with their reductions first."""
         found = [*self.given, *(self.placing or self.counting).found, *self._charged()]
-        return sorted(found, key=self._total_s)
-
-    def _total_s(self, f: Found) -> float:
-        """Seconds with reductions."""
-        if id(f) not in self.totals:
-            self.totals[id(f)] = f, f.makespan_s + _reduction_s(self.model, self.pool, f)
-        return self.totals[id(f)][1]
+        for f in found:
+            if id(f) not in self.totals:
+                self.totals[id(f)] = f, f.makespan_s + _reduction_s(self.model, self.pool, f)
+        return sorted(found, key=lambda f: self.totals[id(f)][1])
 
     @property
     def _is_close(self) -> bool:
         best_s = min((a.best.total_s for a in self.climb.annealers), default=inf)
-        best_s = min([best_s, *map(self._total_s, self.ranked()[:1])])
+        best_s = min([best_s, *(self.totals[id(f)][1] for f in self.ranked()[:1])])
         return best_s <= self.model.bound_s * (1 + CLOSE_ENOUGH)
 
     def _counted(self) -> list[Found]:
@@ -192,38 +182,21 @@ class _Search:
             if id(f) not in self.charged and self.pool is not None:
                 self.charged[id(f)] = f, _on_devices(self.model, self.pool, self.work, f)
 
-    def _read(self, f: Found) -> Found:
-        """A schedule of either direction forward in time, at true times, transfers charged to who receives."""
-        assert self.pool is not None
-        runs = forward_on_pool(self.pool.problem, self.pool, f.model, f.runs)
-        return Found(max(end for _, _, _, _, end, _ in runs), _with_counts_of(self.model, f.model, runs), self.model)
-
     def _annealer(self, f: Found, seed: int) -> Annealer:
         assert self.pool is not None
         decoder = PlacedDecoder(self.model, self.pool)
-        return Annealer(decoder, draft_of(decoder, self._read(f).runs), self.work, seed)
+        runs = forward_on_pool(self.pool.problem, self.pool, f.model, f.runs)
+        return Annealer(decoder, draft_of(decoder, runs), self.work, seed)
 
     def _blind_annealer(self, f: Found, seed: int) -> Annealer:
         decoder: Decoder = FlatDecoder(f.model)
         return Annealer(decoder, draft_of(decoder, f.runs), self.work, seed)
 
 
-def _with_counts_of(model: Model, other: Model, runs: Sequence[Run]) -> list[Run]:
-    """Runs of `other`, which may number the counts of a MetaOp in another order."""
-    return [
-        (m, model.counts[m].index(other.counts[m][c]), layers, start, end, devices)
-        for m, c, layers, start, end, devices in runs
-    ]
-
-
 def _on_devices(model: Model, pool: DevicePool, work: Work, f: Found) -> list[Found]:
     """A schedule that knows no devices, with devices and transfers."""
     decoder, found = PlacedDecoder(model, pool), []
-    stretch = model.bound_s / f.model.bound_s  # other times were planned with
-    forward = [
-        (m, c, layers, stretch * start, stretch * start + layers * model.times[m][c], devices)
-        for m, c, layers, start, _, devices in _with_counts_of(model, f.model, forward_runs(f.model, f.runs))
-    ]
+    forward = forward_runs(f.model, f.runs)
     work.spend(2 * len(forward) * (pool.slice_units + HOLDING_PASSES / 2 * SLICE_UNITS))
     for draft in (_plain_draft(model, forward), draft_of(FlatDecoder(model), forward)):
         decoded = decoder.decode(draft, inf)

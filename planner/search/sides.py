@@ -4,13 +4,13 @@ The direction that did better so far gets two runs of three. Beams are made one 
 them can stop anywhere.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 from spindle.planner.search.beam import Beam, Found, Width
 from spindle.planner.search.device_pool import DevicePool
-from spindle.planner.search.finish import forward_runs
+from spindle.planner.search.finish import forward_on_pool, forward_runs
 from spindle.planner.search.list_scheduler import DECISION_UNITS, EVENT_UNITS, MOST_DECIDING, Run
 from spindle.planner.search.model import Model
 from spindle.planner.search.orders import by_level, by_schedule, by_search
@@ -33,18 +33,18 @@ class Side:
     model: Model
     beam: Beam
     rounds: int = 0
-    read: Callable[[Found], Found] | None = None
     turned: dict[int, tuple[Found, Found]] = field(default_factory=dict)  # by id: the beam's best, and what they became
     guide: Sequence[Run] = ()  # a schedule expected to be good, whose order the first beam takes
 
     @property
     def found(self) -> list[Found]:
-        """The best schedules, as `read` reads them."""
-        if self.read is None:
+        """The best schedules; on a pool, what runs backwards as what it is forwards."""
+        pool = self.beam.pool
+        if pool is None or not self.model.is_reversed:
             return list(self.beam.best)
         for f in self.beam.best:
             if id(f) not in self.turned:
-                self.turned[id(f)] = f, self.read(f)
+                self.turned[id(f)] = f, _turned(pool.reversed, f)
         return [turned for _, turned in self.turned.values()]
 
     @property
@@ -53,24 +53,22 @@ class Side:
         return min((f.makespan_s for f in self.found), default=inf)
 
 
-class Sides:
-    """Both directions, and how many beams there were. `read` makes what a beam finds into what counts."""
+def _turned(pool: DevicePool, f: Found) -> Found:
+    """A schedule of the reversed model with forward times, transfers charged to who receives."""
+    runs = forward_on_pool(pool.problem, pool, f.model, f.runs)
+    return Found(max(end for _, _, _, _, end, _ in runs), runs, f.model.reversed)
 
-    def __init__(
-        self,
-        model: Model,
-        pool: DevicePool | None,
-        work: Work,
-        seed: int,
-        guide: Sequence[Run],
-        read: Callable[[Found], Found] | None = None,
-    ) -> None:
+
+class Sides:
+    """Both directions, and how many beams there were."""
+
+    def __init__(self, model: Model, pool: DevicePool | None, work: Work, seed: int, guide: Sequence[Run]) -> None:
         back, backward = model.reversed, pool.reversed if pool else None
         self.work, self.seed, self.turn = work, seed, 0
         self.factor = pool.simulation_factor if pool else 1.0
         self.both = (
-            Side(model, Beam(model, pool, work), read=read, guide=guide),
-            Side(back, Beam(back, backward, work), read=read, guide=forward_runs(back, list(guide)) if guide else ()),
+            Side(model, Beam(model, pool, work), guide=guide),
+            Side(back, Beam(back, backward, work), guide=forward_runs(back, list(guide)) if guide else ()),
         )
 
     @property
