@@ -81,6 +81,7 @@ def solve(
     pins: Pins | None = None,
     steps: Sequence[MetaGraph] = (),
     clock: Callable[[], float] = perf_counter,
+    ends_s: float = float("inf"),
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
 
@@ -94,8 +95,9 @@ def solve(
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
     is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is
-    given is kept by the clock; without one the same input gives the same plan, apart from `planner_s`. Raises PlanError
-    for a method that does not exist, InfeasibleError when no plan exists.
+    given is kept by the clock, and so is `ends_s`, the time at which a limit that others share is over; without one the
+    same input gives the same plan, apart from `planner_s`. Raises PlanError for a method that does not exist,
+    InfeasibleError when no plan exists.
     """
     started_s = clock()
     if method not in METHODS:
@@ -122,7 +124,7 @@ def solve(
         )
         if not aligned:
             islands = not pins and is_slow_between_nodes(problem, bound.bound_s)
-            end_s = started_s + (1 - TIX_SHARE) * limit_s if given else None  # then the bound is made stronger
+            end_s = min(started_s + limit_s, ends_s) - TIX_SHARE * limit_s if given else None  # of the search
 
             def work(searches: int) -> Work:
                 most_s = None if end_s is None else (end_s - clock()) / searches

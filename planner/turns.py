@@ -17,7 +17,7 @@ from spindle.errors import InfeasibleError
 from spindle.metagraph import MetaGraph, MetaOp
 from spindle.plan import Plan, Slice
 from spindle.planner.baselines.baselines import WAVES_BY_BASELINE
-from spindle.planner.bound import lower_bound, tightened
+from spindle.planner.bound import TIX_SHARE, lower_bound, tightened
 from spindle.planner.memory import kept_bytes, layer_memory_bytes
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.search.work import Work
@@ -125,6 +125,7 @@ def solve_in_turns(
     start: Plan | None = None,
     steps: Sequence[MetaGraph] = (),
     clock: Callable[[], float] = perf_counter,
+    ends_s: float = float("inf"),
 ) -> Plan:
     """As `solve`, for tasks that run in `turns`. Raises InfeasibleError where a turn does not fit."""
     started_s = clock()
@@ -142,8 +143,16 @@ def solve_in_turns(
             found = list(usual.values()) if method == "auto" or aligned else []
             if not aligned:
                 own_s = limit_s / len(turns)
-                most_s = None if time_limit_s is None else own_s
-                works = (Work(own_s, clock, num_layers=sum(part.problem.layers), most_s=most_s) for part in parts)
+                end_s = None if time_limit_s is None else min(started_s + limit_s, ends_s) - TIX_SHARE * limit_s
+                works = (
+                    Work(
+                        own_s,
+                        clock,
+                        num_layers=sum(part.problem.layers),
+                        most_s=None if end_s is None else (end_s - clock()) / (len(parts) - number),
+                    )
+                    for number, part in enumerate(parts)
+                )
                 own = [_searched(part, work, start, seed) for part, work in zip(parts, works, strict=True)]
                 found.append(_combined(whole, own, steps))
             if not found:
