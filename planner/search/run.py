@@ -121,7 +121,7 @@ class _Search:
     def steps(self) -> Iterator[None]:
         """Stage after stage, until a schedule is as good as the bound."""
         begun = self.work.spent
-        for end in stages():
+        for end in stages(is_large=len(self.model) > SMALL):
             if end <= begun:
                 continue
             middle = begun + self.share * (end - begun)

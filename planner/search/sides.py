@@ -19,7 +19,7 @@ from spindle.planner.search.work import Work
 
 ROLL_OUT = Width(1, 1, 1)  # one LP and one simulation: the least that gives a schedule
 LADDER = (Width(1, 3, 6), Width(1, 6, 12), Width(3, 10, 20), Width(8, 10, 20), Width(16, 10, 24), Width(32, 10, 24))
-SPARE = 0.6  # of what a beam is expected to take, that must be left when it begins: most states win nothing and end
+SPARE, SPARE_WIDE = 1.2, 0.6  # of what a beam of one state, of several, is expected to take, that must be left for it
 HUGE = 400  # MetaOps from which on most wait at each decision
 SMALL = 90  # MetaOps up to which the order of waves is searched, and annealing makes enough moves
 ORDER_SHARE = 0.05  # of the work so far that a search for an order may take
@@ -87,18 +87,25 @@ class Sides:
             yield from self._beam(ROLL_OUT, inf)
 
     def beams(self, until: float) -> Iterator[None]:
-        """Beams that are expected to end before so much work is done, the widest such once narrower ones have run; none
-        that are much narrower than the first, since one wide beam finds more than many narrow ones.
+        """Beams that are expected to end before so much work is done, the widest such once narrower ones have run.
+
+        After one of several states none that are much narrower, which find less.
         """
         least = 0
         while self.work.spent < until:
-            left = (until - self.work.spent) / SPARE
-            affordable = [width for width in LADDER if beam_units(self.both[0].model, width, self.factor) <= left]
+            left = until - self.work.spent
+            affordable = [width for width in LADDER if self._units(width) <= left]
             if len(affordable) <= least:
                 return
             width = affordable[: self.turn // 2][-1]
-            least = max(least, LADDER.index(width) - 1)
+            if width.states > 1:
+                least = max(least, LADDER.index(width) - 1)
             yield from self._beam(width, until)
+
+    def _units(self, width: Width) -> float:
+        """What must be left for a beam: most states of a wide one win nothing and end."""
+        spare = SPARE if width.states == 1 else SPARE_WIDE
+        return spare * beam_units(self.both[0].model, width, self.factor)
 
     def _beam(self, width: Width, until: float) -> Iterator[None]:
         turn, seed = self.turn, self.seed + self.turn

@@ -70,7 +70,9 @@ class Work:
             yield end
 
 
-def stages() -> Iterator[float]:
-    """Units after which each stage ends, without end."""
-    yield from (FIRST_STAGE * 2.0**number for number in range(SHORT_STAGES))
-    yield from (MAIN_STAGE * STAGE_FACTOR**number for number in count())
+def stages(*, is_large: bool) -> Iterator[float]:
+    """Units after which each stage ends, without end; large problems have none of the short ones."""
+    if not is_large:
+        yield from (FIRST_STAGE * 2.0**number for number in range(SHORT_STAGES))
+        yield MAIN_STAGE
+    yield from (MAIN_STAGE * STAGE_FACTOR**number for number in count(1))
