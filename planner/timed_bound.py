@@ -31,10 +31,10 @@ from spindle.planner.highs import is_solved, make_highs
 from spindle.planner.problem import Problem
 
 Array = npt.NDArray[np.float64]
-INTERVALS = (8, 16, 32, 32, 32)  # of one solve after another, as far as the work goes: more work never proves less
+INTERVALS = (8, 12, 24, 24, 32, 32)  # of one solve after another, as far as the work goes: more never proves less
 MOST_METAOPS = 40
 TRIALS = 6  # horizons tried for each set of prices
-LP_UNITS, CELL_UNITS = 1.5e-2, 4e-3  # for each squared column, for each cell and layer price; as in `search.work`
+LP_UNITS, CELL_UNITS = 7.5e-3, 2e-3  # for each squared column, for each cell and layer price; as in `search.work`
 MARGIN = 1e-9  # of the worth: what sums of floats may be off by
 INF = highspy.kHighsInf
 
