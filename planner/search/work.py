@@ -17,7 +17,7 @@ LEAST_UNITS, UNITS_PER_LAYER_SQUARED = 5e4, 250.0  # small problems have few sch
 FIRST_STAGE, SHORT_STAGES = 15_625, 6  # units by which the first stage ends; the next double that, to half a second
 MAIN_STAGE, STAGE_FACTOR = 2e6, 5.0  # then 2 s, 10 s and so on: a longer last stage is worth more, if it ends in time
 LOOKS = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)  # of each power of ten: where what is found counts
-FIRST_POWER = 4
+FIRST_POWER = 3
 GRACE_S = 1.0  # of the clock, that a search may always take
 PATIENCE, PATIENCE_S = 4.0, 10.0  # times the limit, and seconds, where no limit was given
 
