@@ -2,6 +2,7 @@
 
     python benchmarks/planner.py gaps        gap to the bound on 45 instances: baselines, paper, lp at 2 and 10 s
     python benchmarks/planner.py fresh       the same on seeds that nothing was tuned on
+    python benchmarks/planner.py few         20 instances on fresh seeds, some with traffic, those by their whole step
     python benchmarks/planner.py others      the same on other numbers of tasks and devices, none of the easy ones
     python benchmarks/planner.py islands     islands and switch costs: charged afterwards, and inside the search
     python benchmarks/planner.py scale       1024 devices, 60 to 180 tasks: the whole process
@@ -48,6 +49,20 @@ from tests.planner.planner_graphs import cluster as toy_cluster
 
 USUAL = ("sequential", "task_split", "component_split", "paper")
 FRESH_SEED = 20
+FEW_SEED = 60
+FEW = [
+    *(Instance(family, tasks, 64, FEW_SEED) for family, tasks in (("clip", 4), ("ofasys", 7), ("vla", 6))),
+    *(Instance(family, tasks, 32, FEW_SEED) for family, tasks in (("clip", 10), ("ofasys", 4), ("vla", 6))),
+    *(Instance(family, tasks, 64, FEW_SEED) for family, tasks in (("qwenval", 3), ("unified", 8), ("omni", 12))),
+    Instance("layered", 6, 16, FEW_SEED),
+    Instance("vla", 6, 32, FEW_SEED, "div"),
+    Instance("vla", 30, 256, FEW_SEED),
+]
+FEW_WITH_TRAFFIC = [
+    *(Instance(family, tasks, 64, FEW_SEED) for family, tasks in (("clip", 4), ("clip", 10), ("ofasys", 7))),
+    *(Instance(family, tasks, 64, FEW_SEED) for family, tasks in (("vla", 6), ("omni", 12), ("unified", 8))),
+    *(Instance(family, 60, 1024, FEW_SEED) for family in ("clip", "vla")),
+]
 OTHERS = [
     *(Instance(family, 6, 32, seed) for seed in (11, 12) for family in ("clip", "ofasys", "vla", "omni", "layered")),
     *(Instance(family, 9, 64, 13, "div") for family in ("clip", "ofasys", "vla", "unified")),
@@ -105,6 +120,33 @@ def gaps(instances: Sequence[Instance]) -> None:
         print(f"| **{name}** | | | {cells} | | |")
     worse = sum(lp > paper + 1e-9 for paper, lp in zip(columns[3], columns[5], strict=True))
     print(f"\nThe paper's planner is better on {worse} of {len(columns[3])} instances.")
+
+
+def few(name: str) -> None:
+    """Gaps at 2 and 10 s: of the makespan, and with islands, transfers and reductions of the whole step, both over the
+    bound without traffic.
+    """
+    print("| instance | MetaOps | traffic | 2 s | 10 s | makespan alone, 10 s |")
+    print("|---|--:|---|--:|--:|--:|")
+    for traffic, instances in ((False, FEW), (True, FEW_WITH_TRAFFIC)):
+        columns: list[list[float]] = [[] for _ in range(3)]
+        for instance in instances:
+            if not instance.name.startswith(name):
+                continue
+            metagraph, cluster = instance.metagraph(traffic=traffic), instance.cluster(islands=traffic)
+            # a clock that stands still: a slow machine does the work of the whole limit too
+            short, plan = (
+                solve(metagraph, cluster, method="lp", time_limit_s=limit_s, clock=lambda: 0.0)
+                for limit_s in (2.0, 10.0)
+            )
+            row = [100 * (p.step_s / p.lower_bound_s - 1) for p in (short, plan)] + [100 * plan.gap]
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            cells = " | ".join(f"{value:.2f}" for value in row)
+            print(f"| {instance.name} | {len(metagraph)} | {'yes' if traffic else 'no'} | {cells} |", flush=True)
+        for kind, of in (("mean", statistics.mean), ("median", statistics.median), ("p90", p90), ("max", max)):
+            if columns[0]:
+                print(f"| **{kind}** | | | {' | '.join(f'{of(column):.2f}' for column in columns)} |", flush=True)
 
 
 def p90(values: Sequence[float]) -> float:
@@ -263,7 +305,9 @@ def paper() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("gaps", "fresh", "others", "islands", "scale", "change", "tiny", "paper"))
+    parser.add_argument(
+        "table", choices=("gaps", "fresh", "few", "others", "islands", "scale", "change", "tiny", "paper")
+    )
     parser.add_argument("--only", default="", help="instances whose name begins so")
     chosen = parser.parse_args()
     print(f"{os.cpu_count()} cores of a shared {platform.machine()} machine, Python {platform.python_version()}\n")
@@ -271,6 +315,7 @@ def main() -> None:
     tables = {
         "gaps": lambda: gaps(wanted),
         "fresh": lambda: gaps([replace(i, seed=i.seed + FRESH_SEED) for i in wanted]),
+        "few": lambda: few(chosen.only),
         "others": lambda: gaps(OTHERS),
         "islands": lambda: islands(wanted),
         "scale": scale,

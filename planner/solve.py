@@ -4,11 +4,14 @@
   the memory of each device.
 - `lp` is the search of `spindle.planner.search`; `auto` returns the best of all methods: its whole step is never longer
   than a baseline's, and its makespan neither unless reductions make that impossible, or components that stay in a
-  node each (`spindle.planner.islands`) make the whole step shorter by `WORTH_APART`.
+  node each (`spindle.planner.islands`) make the whole step shorter than any baseline's by `WORTH_APART`.
+- A larger time limit never gives a worse plan (`best` says what is better): the search finds all that it finds with a
+  smaller one, and what its schedules are compared with does not depend on the limit.
 - Strict waves (`aligned`) are the paper's: there `lp` and `auto` are the best of the baselines.
 """
 
 import warnings
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +23,7 @@ from spindle.errors import InfeasibleError, PlanError, SpindleWarning
 from spindle.planner.baselines.baselines import ALIGNED_BASELINES, WAVES_BY_BASELINE, Baseline, component_group_waves
 from spindle.planner.baselines.paper import paper_slices
 from spindle.planner.baselines.place import place
-from spindle.planner.bounds.bound import Bound, lower_bound, tightened
+from spindle.planner.bounds.bound import TIX_SHARE, Bound, lower_bound, tightened
 from spindle.planner.change import Pins, carry_over, pinned
 from spindle.planner.costing.memory import peak_bytes
 from spindle.planner.islands import is_slow_between_nodes, island_pins
@@ -41,7 +44,7 @@ SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 WARM_SHARE = 0.25
 WORTH_APART = 0.05  # of the step
-MOST_SIMULATED = 6  # schedules whose steps on other batches are simulated
+MOST_SIMULATED = 6  # steps on other batches are simulated of what is among so many shortest when it is found
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ def solve(
     pins: Pins | None = None,
     steps: Sequence[MetaGraph] = (),
     clock: Callable[[], float] = perf_counter,
+    ends_s: float = float("inf"),
 ) -> Plan:
     """Plan `metagraph` on `cluster`.
 
@@ -91,8 +95,9 @@ def solve(
 
     `aligned` asks for strict waves: no slice starts before all slices of the wave in front have ended. `time_limit_s`
     is for the search: 2 s by default, 10 s beyond 64 devices; `share` is what this call has of it. A limit that is
-    given is kept by the clock; without one the same input gives the same plan, apart from `planner_s`. Raises PlanError
-    for a method that does not exist, InfeasibleError when no plan exists.
+    given is kept by the clock, and so is `ends_s`, the time at which a limit that others share is over; without one the
+    same input gives the same plan, apart from `planner_s`. Raises PlanError for a method that does not exist,
+    InfeasibleError when no plan exists.
     """
     started_s = clock()
     if method not in METHODS:
@@ -110,6 +115,7 @@ def solve(
     if method in WAVES_BY_BASELINE:
         chosen = only(problem, baselines, method)
     else:
+        done_share = 1.0
         found: list[Candidate] = []
         apart: list[Candidate] = []  # components on nodes of their own
         given = time_limit_s is not None
@@ -118,15 +124,19 @@ def solve(
         )
         if not aligned:
             islands = not pins and is_slow_between_nodes(problem, bound.bound_s)
+            end_s = min(started_s + limit_s, ends_s) - TIX_SHARE * limit_s if given else None  # of the search
 
-            def work() -> Work:
-                half_s = limit_s / 2 if islands else limit_s
-                return Work(half_s, clock, num_layers=sum(problem.layers), is_given=given)
+            def work(searches: int) -> Work:
+                most_s = None if end_s is None else (end_s - clock()) / searches
+                own_s = limit_s / 2 if islands else limit_s
+                return Work(own_s, clock, num_layers=sum(problem.layers), most_s=most_s)
 
-            found = searched(problem, bound, work(), baselines, steps, start=start, seed=seed)
+            own = work(2 if islands else 1)
+            found = searched(problem, bound, own, baselines, steps, start=start, seed=seed)
+            done_share = own.done_share
             if islands:
                 fixed = pinned(problem, island_pins(problem))
-                apart = searched(fixed, bound, work(), {}, steps, start=None, seed=seed)
+                apart = searched(fixed, bound, work(1), {}, steps, start=None, seed=seed)
         if not found or method == "auto":
             found += baselines.values()
         if not found:
@@ -134,11 +144,11 @@ def solve(
                 "no plan keeps the pins within the memory of the devices; pin fewer MetaOps"
             )
         chosen = best(fitting(problem, found), baselines.values() if method == "auto" else ())
-        worth_s = (1 - WORTH_APART) * chosen.expected_s
-        shorter = [c for c in apart if c.expected_s < worth_s and has_room(problem, c)]
+        worth_s = (1 - WORTH_APART) * min((c.expected_s for c in baselines.values()), default=float("inf"))
+        shorter = [c for c in apart if c.expected_s < min(worth_s, chosen.expected_s) and has_room(problem, c)]
         chosen = min(shorter, key=lambda c: (c.expected_s, c.makespan_s), default=chosen)
         if not aligned:
-            bound = tightened(unpinned, bound, chosen.makespan_s, limit_s)
+            bound = tightened(unpinned, bound, chosen.makespan_s, done_share * limit_s)
     return assemble(problem, chosen, baselines, bound, planner_s=clock() - started_s)
 
 
@@ -185,8 +195,17 @@ def searched(
     found = [evaluate(problem, "lp", slices) for slices in schedules]
     if not steps:
         return found
-    found.sort(key=lambda candidate: candidate.step_s)
-    return [evaluate(problem, "lp", candidate.slices, steps) for candidate in found[:MOST_SIMULATED]]
+    return [evaluate(problem, "lp", candidate.slices, steps) for candidate in _promising(found)]
+
+
+def _promising(found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Those that are among the shortest of all found before them, so that what is found later changes nothing."""
+    shortest_s: list[float] = []
+    for candidate in found:
+        insort(shortest_s, candidate.step_s)
+        del shortest_s[MOST_SIMULATED:]
+        if candidate.step_s <= shortest_s[-1]:
+            yield candidate
 
 
 def evaluate(problem: Problem, method: str, slices: tuple[Slice, ...], steps: Sequence[MetaGraph] = ()) -> Candidate:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 from spindle.errors import InfeasibleError
 from spindle.planner.baselines.baselines import WAVES_BY_BASELINE
-from spindle.planner.bounds.bound import lower_bound, tightened
+from spindle.planner.bounds.bound import TIX_SHARE, lower_bound, tightened
 from spindle.planner.costing.memory import kept_bytes, layer_memory_bytes
 from spindle.planner.problem import Problem, make_problem
 from spindle.planner.solve import (
@@ -125,12 +125,12 @@ def solve_in_turns(
     start: Plan | None = None,
     steps: Sequence[MetaGraph] = (),
     clock: Callable[[], float] = perf_counter,
+    ends_s: float = float("inf"),
 ) -> Plan:
     """As `solve`, for tasks that run in `turns`. Raises InfeasibleError where a turn does not fit."""
     started_s = clock()
     whole = make_problem(metagraph, cluster, turns)
     bound = lower_bound(whole)
-    is_given = time_limit_s is not None
     limit_s = share * (default_limit_s(cluster, is_warm=start is not None) if time_limit_s is None else time_limit_s)
     chosen: Candidate | None = None
     usual: dict[str, Candidate] = {}
@@ -142,9 +142,16 @@ def solve_in_turns(
         else:
             found = list(usual.values()) if method == "auto" or aligned else []
             if not aligned:
+                own_s = limit_s / len(turns)
+                end_s = None if time_limit_s is None else min(started_s + limit_s, ends_s) - TIX_SHARE * limit_s
                 works = (
-                    Work(limit_s / len(turns), clock, num_layers=sum(part.problem.layers), is_given=is_given)
-                    for part in parts
+                    Work(
+                        own_s,
+                        clock,
+                        num_layers=sum(part.problem.layers),
+                        most_s=None if end_s is None else (end_s - clock()) / (len(parts) - number),
+                    )
+                    for number, part in enumerate(parts)
                 )
                 own = [_searched(part, work, start, seed) for part, work in zip(parts, works, strict=True)]
                 found.append(_combined(whole, own, steps))

@@ -31,11 +31,10 @@ from spindle.planner.problem import Problem
 from spindle.values.plan import TimePrices
 
 Array = npt.NDArray[np.float64]
-INTERVALS = (32, 24, 16, 12, 8)  # the first that the work allows
+INTERVALS = (8, 12, 24, 24, 32, 32)  # of one solve after another, as far as the work goes: more never proves less
 MOST_METAOPS = 40
-MOST_SOLVES = 4
 TRIALS = 6  # horizons tried for each set of prices
-LP_UNITS, CELL_UNITS = 1.5e-2, 4e-3  # for each squared column, for each cell and layer price; as in `search.work`
+LP_UNITS, CELL_UNITS = 7.5e-3, 2e-3  # for each squared column, for each cell and layer price; as in `search.work`
 MARGIN = 1e-9  # of the worth: what sums of floats may be off by
 INF = highspy.kHighsInf
 
@@ -54,18 +53,18 @@ def timed_bound(problem: Problem, bound_s: float, makespan_s: float, units: floa
 
     `makespan_s` is that of any valid schedule, which no bound exceeds.
     """
-    intervals = next((k for k in INTERVALS if _units(problem, k) <= units), 0)
-    if not intervals or len(problem) > MOST_METAOPS:
-        return None
     windows = _windows(problem)
     best: TimePrices | None = None
-    for _ in range(min(MOST_SOLVES, int(units / _units(problem, intervals)))):
+    for intervals in INTERVALS if len(problem) <= MOST_METAOPS else ():
+        units -= _units(problem, intervals)
+        if units < 0:
+            break
         prices = _TimedLp(problem, _edges(bound_s, intervals, windows), windows).prices()
         found = _largest(problem, prices, windows, bound_s, makespan_s) if prices else None
-        if found is None:
-            break
-        gained, bound_s, best = found.horizon_s / bound_s - 1, found.horizon_s, found
-        if gained < 1e-4:
+        gained = found.horizon_s / bound_s - 1 if found else 0.0
+        if found:
+            bound_s, best = found.horizon_s, found
+        if gained < 1e-4 and intervals == INTERVALS[-1]:
             break
     return best
 

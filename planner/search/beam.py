@@ -6,6 +6,7 @@ second half each state is also run to its end, twice: the LP does not see how co
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spindle.planner.search.device_pool import DevicePool
@@ -47,8 +48,8 @@ class Beam:
         self.keep = keep
         self.best: list[Found] = []
 
-    def search(self, first: list[int], width: Width, seed: int, share: float = 1.0) -> None:
-        """One beam search; stops when the first `share` of the work is done."""
+    def search(self, first: list[int], width: Width, seed: int, until: float) -> Iterator[None]:
+        """One beam search, a simulation at a time; it ends early when so much work is done."""
         rng = random.Random(seed)
         start = start_state(self.model, self.pool)
         projected = self._project(start, first)
@@ -62,13 +63,14 @@ class Beam:
             seen: set[tuple[float, tuple[int, ...]]] = set()
             for _, state, targets in states:
                 for j in range(width.heuristics):
-                    if not self.work.left(share):
-                        self._roll_out(state, targets, Heuristics(), rng)
-                        return
                     heuristics = draw_heuristics(rng) if j else Heuristics()
                     found = self._follow(state, targets, heuristics, rng, state.t + step_s, first, estimate_s, seen)
                     if found is not None:
                         followers.append((found[0], len(followers), found[1], found[2]))
+                    yield
+                    if self.work.spent >= until:
+                        self._roll_out(state, targets, Heuristics(), rng)
+                        return
             followers.sort(key=lambda f: f[:2])
             states = [(value, state, targets) for value, _, state, targets in followers[: width.states]]
 

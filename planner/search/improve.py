@@ -9,6 +9,7 @@ narrow is closer to a better one.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, log
 
@@ -54,30 +55,27 @@ class Annealer:
     def _value(self, makespan_s: float, beyond: float) -> float:
         return makespan_s + BEYOND_WEIGHT * beyond / self.model.num_devices
 
-    def run(self, units: float, share: float = 1.0) -> None:
-        """Spend so much work, or what is left of the first `share` of all work."""
-        work = self.work
-        begun = work.spent
-        crowd = max(1.0, (len(self.draft) / CROWD) ** 2)
-        until = begun + units
+    def run(self, units: float) -> Iterator[None]:
+        """Spend so much work, a chunk of moves at a time, from the best draft on."""
+        spent, crowd = 0.0, max(1.0, (len(self.draft) / CROWD) ** 2)
         if self.moves:
             self._restart()
         slices = sum(map(len, self.draft))
-        while work.spent < until and work.left(share):
-            progress = (work.spent - begun) / units
-            heat = HOT * (COLD / HOT) ** progress * self.model.bound_s
+        while spent < units and self.best.total_s > self.model.bound_s * (1 + CLOSE_ENOUGH):
+            heat = HOT * (COLD / HOT) ** (spent / units) * self.model.bound_s
             chunk = max(4, min(64, CHUNK_SLICES // slices))
             for _ in range(chunk):
                 self._step(heat)
-            work.spend(
+            done = (
                 chunk * MOVE_UNITS
                 + self.decoder.slice_units * crowd * self.decoded
                 + self.reductions * self.decoder.reduction_units * slices
             )
+            self.work.spend(done)
+            spent += done
             self.reductions = self.decoded = 0
             slices = sum(map(len, self.draft))
-            if self.best.total_s <= self.model.bound_s * (1 + CLOSE_ENOUGH):
-                return
+            yield
 
     def _step(self, heat: float) -> None:
         changed = self._move()

@@ -33,7 +33,7 @@ def by_search(model: Model, lp: WaveLp, work: Work, units: float, seed: int) -> 
     targets = lp.solve(left, first)
     value = best_value = targets.ends_s[-1] if targets else float("inf")
     best, begun = first, work.spent
-    while work.spent - begun < units and work.left():
+    while work.spent - begun < units and not work.is_stopped:
         moved = first[:]
         for _ in range(rng.randint(1, 3)):
             m = rng.randrange(len(model))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from spindle.values.calibration import Calibration
@@ -97,13 +98,21 @@ def plan_source(
     from spindle.verbs.source import costs_on
 
     common = Common(method=method, time_limit_s=time_limit_s, aligned=aligned, start=start)
+    ends_s = perf_counter()  # of the next solve: costs and alternatives are made within the limit
+
+    def end_s(share: float) -> float:
+        nonlocal ends_s
+        ends_s += share * (time_limit_s or 0.0)
+        return ends_s
 
     def solved(costed: Costed, where: Cluster, share: float) -> Plan:
-        plan = solve(costed.metagraph, where, steps=costed.steps, share=share, pins=pins, **common)
+        plan = solve(costed.metagraph, where, steps=costed.steps, share=share, pins=pins, ends_s=end_s(share), **common)
         return laid_out(plan, costed.metagraph)
 
     def in_turns(costed: Costed, where: Cluster, share: float, turns: Turns) -> Plan:
-        plan = solve_in_turns(costed.metagraph, where, turns, steps=costed.steps, share=share, **common)
+        plan = solve_in_turns(
+            costed.metagraph, where, turns, steps=costed.steps, share=share, ends_s=end_s(share), **common
+        )
         return laid_out(plan, costed.metagraph)
 
     cluster, cost_options = costs_on(source, cluster, profile, calibration, is_as_run=is_as_run)

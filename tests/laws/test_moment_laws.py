@@ -62,7 +62,8 @@ def test_resumed_schedules_are_whole_ones(on_floor: bool) -> None:
             annealer = Annealer(decoder, draft, Work(1.0, lambda: 0.0), seed)
         except Stuck:
             return
-        annealer.run(3000.0)
+        for _ in annealer.run(3000.0):
+            pass
         resumed += decoder.resumed
 
     holds()

@@ -161,20 +161,26 @@ def test_memory_is_part_of_the_search() -> None:
     assert len({s.devices for s in plan.slices}) == 4
 
 
-def test_work_is_counted_and_the_clock_only_brakes() -> None:
+def test_the_clock_only_brakes() -> None:
     now = [0.0]
     work = Work(1.0, lambda: now[0])
-    work.spend(UNITS_PER_S / 4)
-    assert work.left() == pytest.approx(0.75 * UNITS_PER_S)
-    assert work.left(0.5) == pytest.approx(0.25 * UNITS_PER_S)
-    assert not work.braked
+    assert not work.is_stopped
     now[0] = 100.0
-    assert work.left() == 0.0
+    assert work.is_stopped
     assert work.braked
 
 
+def test_a_larger_budget_looks_where_a_smaller_one_does() -> None:
+    small, large = (list(Work(limit_s, lambda: 0.0).looks()) for limit_s in (0.3, 10.0))
+    assert large[: len(small)] == small
+    assert small[-1] == pytest.approx(0.25 * UNITS_PER_S)
+    assert large[-1] == pytest.approx(10 * UNITS_PER_S)
+    assert len(list(Work(0.0, lambda: 0.0).looks())) == 1
+
+
 def test_small_problems_get_less_work() -> None:
-    assert Work(10.0, lambda: 0.0, num_layers=10).total < Work(10.0, lambda: 0.0, num_layers=100).total
+    few, many = (list(Work(10.0, lambda: 0.0, num_layers=layers).looks()) for layers in (10, 100))
+    assert len(few) < len(many)
 
 
 def test_a_search_that_was_stopped_says_so() -> None:
