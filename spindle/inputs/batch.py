@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spindle.errors import WorkloadError
-from spindle.inputs.nested import flat
+from spindle.inputs.nested import InnerName, flat
 from spindle.values.units import SAMPLES, Bounds, Place, Units
 
 
@@ -130,9 +130,9 @@ def sampled(where: str, batch: Mapping[str, Any], rows: Mapping[str, Any], batch
     for name, size in sizes.items():
         if size == num_samples:
             places[name] = (SAMPLES, 0)
-        elif isinstance(batch[name], Tensor) and size is not None:
+        elif isinstance(batch[name], Tensor) and size is not None and not isinstance(name, InnerName):
             raise WorkloadError(
-                f"{where}: batch[{str(name)!r}] has {size} rows for {num_samples} samples; where it is packed, give "
+                f"{where}: batch[{name!r}] has {size} rows for {num_samples} samples; where it is packed, give "
                 "rows= (how many belong to each sample, see docs/packed.md); where it is the same for all samples, "
                 "let the task hold it and not the batch"
             )

@@ -131,7 +131,7 @@ def test_a_task_that_raises(launcher: Launcher, tmp_path: Path) -> None:
         ({"x": torch.zeros(0, 4)}, "a batch has no samples; leave empty batches out"),
         (
             {"x": torch.zeros(4, 4), "y": torch.zeros(7)},
-            "batch['y'] has 7 rows for 4 samples; it is packed: give rows= (how many belong to each sample)",
+            "batch['y'] has 7 rows for 4 samples; where it is packed, give rows= (how many belong to each sample",
         ),
     ],
     ids=["empty", "nothing", "no samples", "packed"],

@@ -203,8 +203,8 @@ REFUSED: dict[str, Refusal] = {
     "packed and not declared": (
         lambda: batch_of({"ids": IDS, "pixels": torch.zeros(64, 3)}),
         "batch['pixels'] has 64 rows for 4 samples",
-        "it is packed",
-        "give rows= (how many belong to each sample), see docs/packed.md",
+        "where it is packed, give rows= (how many belong to each sample, see docs/packed.md)",
+        "where it is the same for all samples, let the task hold it",
     ),
     "counted wrong": (
         lambda: batch_of({"ids": IDS, "pixels": torch.zeros(64, 3)}, {"pixels": [15, 15, 15, 15]}),
