@@ -227,7 +227,7 @@ MODELS = {
     "no_data": "task 't': its data holds no batch; give at least one",
     "burning": "task 't': its loader raised OSError: disk on fire; mend the loader",
     "quitting": "the workload's own code ended the process (SystemExit 0); mend it",
-    "packed": "batch['pixels'] has 7 rows for 4 samples; where it is packed, give rows= (how many belong to each sample",
+    "packed": "batch['pixels'] has 7 rows for 4 samples; where it is packed, give rows=",
 }
 
 

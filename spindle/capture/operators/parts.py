@@ -122,8 +122,8 @@ def divide(
 
 
 INSTEAD = (
-    "use torch.where in place of if, or have a module branch, or loop over parts of the batch, that is named in layers= "
-    "of its component: layers may"
+    "use torch.where in place of if, or have a module branch, or loop over parts of the batch, that is named in "
+    "layers= of its component: layers may"
 )
 """What to do where code between layers takes other ways for other batches."""
 
