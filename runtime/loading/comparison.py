@@ -68,7 +68,8 @@ class Comparison:
 
     def _found(self, whole: TaskPart, part: TaskPart, operators: Sequence[str]) -> list[Fact]:
         """What can differ between the same calls of a batch and of a part of it, and did not at capture."""
-        known = self.codes[part.task].apart
+        code = self.codes[part.task]
+        (start, end), (low, high) = whole.bounds, part.bounds
 
         def by_entry(fact: Fact) -> bool:
             own, other = fact.part, fact.whole
@@ -81,5 +82,7 @@ class Comparison:
             for name in operators
             if name in part.operators and name in whole.operators
             for fact in facts(whole.operators[name].nodes, part.operators[name].nodes)
-            if fact.slot not in known and not by_entry(fact)
+            if fact.slot not in code.apart
+            and not by_entry(fact)
+            and not fact.may_be_absent(code.by_sample, (end - start) - (high - low))
         ]

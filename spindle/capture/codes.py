@@ -155,7 +155,8 @@ class TaskCode:
     last block calls before each; `places`: how the results of keys and block calls are cut. `trained`: parameters that
     the task trains, `graded`: keys and block calls that it differentiates through; `learning`: tensors that a gradient
     comes back for; `writes`: what it writes to parameters. `lines`: where keys and block calls stand in the code, as
-    far as that is known. `apart`: where calls took something else for parts of a batch than for the whole at capture.
+    far as that is known. `apart`: where calls took something else for parts of a batch than for the whole at capture;
+    `by_sample`: how many calls a sample made there, where they were made for samples.
     """
 
     task: str
@@ -177,6 +178,7 @@ class TaskCode:
     writes: tuple[LeafWrite, ...] = ()
     lines: Mapping[Key | str, str] = field(default_factory=dict)
     apart: frozenset[Slot] = frozenset()
+    by_sample: Mapping[Slot, float] = field(default_factory=dict)
 
     def sent(self, operator: str) -> list[str]:
         """Tensors that an operator sends to others."""

@@ -8,7 +8,7 @@ all that capture saw is compared in each step.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,9 @@ from spindle.values.units import Bounds, Units
 
 Slot = tuple[object, str, int]
 """Place in the code or name of a block call, the call of a component, and which of the leaves of its arguments;
-`_CALLS` stands for the number of calls, `_LEAVES` for that of leaves."""
+`_CALLS` stands for the number of calls, `_LEAVES` for that of leaves, `_ABSENT` for calls that a part does not make."""
 
-_CALLS, _LEAVES = -1, -2
+_CALLS, _LEAVES, _ABSENT = -1, -2, -3
 _COMPARED = (bool, int, complex, str, torch.dtype, type(None))
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 _MASK = 1e30  # infinities, and the least numbers of a type, stand in masks
@@ -43,20 +43,28 @@ class Fact:
 
     def is_alike(self, whole: "Samples", part: "Samples") -> bool:
         """Whether the part takes what the whole takes, or the rows of its own samples."""
+        if self.part is None and self.slot[2] == _ABSENT:
+            return False
         if self.slot[2] < 0:  # some call, or leaf, of the whole must be like it
-            return self.part is not None and any(
+            return any(
                 len(each) == len(self.part)
                 and all(_is_alike(a, b, whole, part) for a, b in zip(each, self.part, strict=True))
                 for each in self.whole
             )
         return _is_alike(self.whole, self.part, whole, part)
 
+    def may_be_absent(self, per_sample: Mapping[Slot, float], others: int) -> bool:
+        """Whether the part makes no such call, and the whole no more than `others`, samples that the part does not
+        have, may make. `per_sample`: how many calls a sample makes at most.
+        """
+        return self.part is None and len(self.whole) <= per_sample.get(self.slot, 0.0) * others
+
     def text(self, whole: "Samples", part: "Samples") -> str:
         """What differs, in words: "'mul' (line 3 of model.py) computes with 1.0 for ... and with 2.0 for ..."."""
         name = self.node.block or getattr(self.node.function, "__name__", "code")
         line = f" ({self.node.line})" if self.node.line else ""
         samples = f"samples {part.bounds[0]} to {part.bounds[1] - 1} alone"
-        if self.slot[2] < 0 and self.part is None:
+        if self.slot[2] == _ABSENT:
             return f"{name!r}{line} is not called for {samples}, and is for the whole batch"
         if self.slot[2] < 0:
             return f"{name!r}{line} computes with other constants for {samples} than anywhere in the whole batch"
@@ -88,7 +96,8 @@ def facts(whole: Sequence[Node], part: Sequence[Node]) -> Iterator[Fact]:
     equal constants, which stay so while the recordings do.
 
     Where a place is called another number of times (once a sample, say), each call of the part stands beside all of the
-    whole, as a `_CALLS`; where a call takes another number of leaves, each leaf beside all, as a `_LEAVES`.
+    whole, as a `_CALLS`, or none does, as an `_ABSENT`; where a call takes another number of leaves, each leaf beside
+    all, as a `_LEAVES`.
     """
     calls, own_calls = _by_place(whole), _by_place(part)
     for place in dict.fromkeys((*calls, *own_calls)):
@@ -97,9 +106,24 @@ def facts(whole: Sequence[Node], part: Sequence[Node]) -> Iterator[Fact]:
             for node, other in zip(nodes, own, strict=True):
                 yield from _of_call(place, node, other)
             continue
+        if not own:
+            yield Fact(absent(nodes[0]), nodes[0], nodes, None)
         all_leaves = [_constants(node) for node in nodes]
-        for node in own or nodes[:1]:
-            yield Fact((*place, _CALLS), node, all_leaves, _constants(node) if own else None)
+        for node in own:
+            yield Fact((*place, _CALLS), node, all_leaves, _constants(node))
+
+
+def by_sample(whole: Sequence[Node], parts: Sequence[Sequence[Node]], num_samples: int) -> dict[Slot, float]:
+    """Of each place in the code, how many calls a batch of `num_samples` makes for each, where its parts together call
+    it as often as the whole does, so that calls are of some samples each; 0 where they do not.
+    """
+    calls, of_parts = Counter(map(absent, whole)), Counter(absent(node) for part in parts for node in part)
+    return {slot: count / num_samples if count == of_parts[slot] else 0.0 for slot, count in calls.items()}
+
+
+def absent(node: Node) -> Slot:
+    """What stands for the calls of a place that a part of a batch does not make."""
+    return node.block.partition("@")[0] or node.site, node.component.partition("@")[0], _ABSENT
 
 
 def _of_call(place: tuple[object, str], node: Node, other: Node) -> Iterator[Fact]:

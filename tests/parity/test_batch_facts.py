@@ -284,3 +284,41 @@ def test_masks_that_transformers_leaves_out_where_all_texts_are_full(first: str)
 
     wanted = alone(make())
     assert planned(make(), 3, len(wanted)) == pytest.approx(wanted, rel=1e-9)
+
+
+Branch = Callable[[Tensor, str, int], Tensor]
+
+
+def branching(branch: Branch) -> spindle.Workload:
+    """Samples one by one, of which each has a text; the shortest text of the batch is known."""
+    torch.manual_seed(0)
+    workload = spindle.Workload("branches")
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in "ab")).double()
+    model = workload.component("model", layers)
+    lengths = ([3, 3, 3, 3, 3, 3], [3, 3, 3, 9, 9, 9], [9, 9, 9, 9, 3, 9])
+    data = [{"x": torch.randn(6, 4).double(), "texts": ["a" * length for length in found]} for found in lengths]
+
+    @workload.task("task", batch_size=6, data=lambda: iter(data))
+    def task(batch: Any) -> Tensor:
+        shortest = min(map(len, batch["texts"]))
+        rows = zip(model(batch["x"]), batch["texts"], strict=True)
+        return torch.stack([branch(row, text, shortest) for row, text in rows]).square().mean()
+
+    return workload
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_branch_for_each_sample_may_be_taken_by_none_of_a_part(ranks: int) -> None:
+    """Calls that parts of the first batch make together as often as the whole are of samples; a later part has none."""
+    workload = branching(lambda row, text, _: row * 2.0 if len(text) < 5 else row)
+    plan = widest_plan(spindle.make_metagraph(workload), ranks)
+    report = spindle.verify(workload, plan, steps=3, launcher="threads")
+    assert report.ok, report
+
+
+def test_a_branch_for_all_samples_is_not_taken_for_one_of_each() -> None:
+    """Which the whole makes for all of its samples, and a part for none."""
+    workload = branching(lambda row, _, shortest: row * 2.0 if shortest < 5 else row)
+    plan = widest_plan(spindle.make_metagraph(workload), 2)
+    with pytest.raises(WorkloadError, match=r"'mul' .* is not called for samples 3 to 5 alone, and is for the whole"):
+        spindle.train(workload, plan, optimizer=lambda p: torch.optim.SGD(p, 0.1), steps=3, launcher="threads")

@@ -79,6 +79,7 @@ class Looker:
         self.on_meta = any(parameter.is_meta for _, parameter in workload.named_parameters())
         self.copies_batch: bool | None = None  # whether it writes to its batch; None: not known yet
         self.apart: set[Slot] = set()  # constants of calls that differ between parts of a batch and the whole
+        self.by_sample: dict[Slot, float] = {}  # how many calls a sample makes; 0: they are of the batch
         self.is_plain = True  # nothing was computed from the batch alone
         self.batches: Sequence[SampledBatch] = ()
         self.history = History(self)
@@ -115,6 +116,7 @@ class Looker:
     def _found(self, batches: Sequence[SampledBatch]) -> Seen:
         self.sites, self.writes = None, None
         self.apart.clear()
+        self.by_sample.clear()
         self.is_plain = True
         modules = [module for c in self.workload.components.values() for module in c.module.modules()]
         with attributes_kept(modules, self.skeleton.steady.is_settled):
@@ -191,6 +193,7 @@ class Looker:
             copies_batch=bool(self.copies_batch),
             read=frozenset(self.skeleton.read),
             apart=frozenset(self.apart),
+            by_sample={slot: rate for slot, rate in self.by_sample.items() if rate},
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
 
@@ -198,6 +201,9 @@ class Looker:
         """See what a trial shows, of some keys alone if these are given."""
         prober.look(self._short(trial), only)
         self.apart |= trial.apart
+        for slot, rate in trial.by_sample.items():
+            known = self.by_sample.get(slot, rate)
+            self.by_sample[slot] = max(rate, known) if rate and known else 0.0
 
     def _take_as_mixing(self, trials: Sequence[Trial], findings: Findings) -> None:
         """No batch seen shows how its samples are cut: all that the task computes exists whole only."""

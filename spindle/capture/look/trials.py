@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from spindle.capture.facts import Samples, Slot, apart
+from spindle.capture.facts import Samples, Slot, apart, by_sample
 from spindle.capture.grouping import Key, Wired
 from spindle.capture.look.watching import Changes
 from spindle.inputs.batch import SampledBatch
@@ -51,6 +51,16 @@ class Trial:
         return frozenset(
             slot for part in self.parts for slot in apart(nodes, part.wired.live_nodes(), whole, self._samples(part))
         )
+
+    @property
+    def by_sample(self) -> dict[Slot, float]:
+        """Of each place in the code, how many calls a sample makes; 0 where calls are of the batch. Where the parts are
+        all samples, else nothing.
+        """
+        if not self.covers or len(self.parts) < 2:
+            return {}
+        low, high = self.whole.bounds
+        return by_sample(self.whole.wired.live_nodes(), [part.wired.live_nodes() for part in self.parts], high - low)
 
     @property
     def covers(self) -> bool:
@@ -102,7 +112,7 @@ class Findings:
 class Seen:
     """What capture saw of a task: the recording of its first batch, and of some samples of it. `others`: recordings of
     other samples, which may run other code. `read`: buffers that it reads as constants outside of blocks; `apart`:
-    where calls took something else for a part of a batch than for the whole.
+    where calls took something else for a part of a batch than for the whole; `by_sample`: how many a sample makes.
     """
 
     batch: SampledBatch
@@ -116,6 +126,7 @@ class Seen:
     others: tuple[Wired, ...] = ()
     read: frozenset[str] = frozenset()
     apart: frozenset[Slot] = frozenset()
+    by_sample: Mapping[Slot, float] = field(default_factory=dict)
 
 
 def places_of(trials: Sequence[Trial]) -> dict[object, list[tuple[Place, ...]]]:

@@ -174,6 +174,7 @@ class _Assignment:
             copies_batch=self.seen.copies_batch,
             writes=tuple(self.recording.writes),
             apart=self.seen.apart,
+            by_sample=self.seen.by_sample,
             lines={self.nodes[n].block or self.wired.key(n): self.nodes[n].line for n in names if self.nodes[n].line},
         )
 
