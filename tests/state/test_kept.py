@@ -224,6 +224,43 @@ def test_what_one_task_sets_for_another_is_refused(kind: str, is_there: bool) ->
         spindle.make_metagraph(made)
 
 
+class Scaling(nn.Module):
+    """A layer with a number that tasks may set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.scale = nn.Linear(5, 3), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.line(x * self.scale)
+        return found
+
+
+@pytest.mark.parametrize("both_set", [True, False])
+def test_an_attribute_of_a_module_that_one_task_sets_for_another_is_refused(both_set: bool) -> None:
+    """Unless the other sets it too, before it computes with it."""
+    torch.manual_seed(0)
+    made = spindle.Workload("w")
+    head = made.component("head", Scaling())
+
+    @made.task("sets", batch_size=6, data=rows())
+    def sets(batch: Batch) -> Tensor:
+        head.scale = 1.0 + (len(batch["x"]) == 3)
+        return F.cross_entropy(head(batch["x"]), batch["y"])
+
+    @made.task("reads", batch_size=6, data=rows())
+    def reads(batch: Batch) -> Tensor:
+        if both_set:
+            head.scale = 2.0
+        return F.cross_entropy(head(batch["x"]), batch["y"])
+
+    if both_set:
+        assert len(spindle.make_metagraph(made)) > 0
+        return
+    with pytest.raises(WorkloadError, match=r"task 'sets' sets 'Scaling\.scale', and task 'reads' computes with it"):
+        spindle.make_metagraph(made)
+
+
 def test_what_tasks_share_and_only_read_is_theirs() -> None:
     """A number that both compute with, and a list that both append to."""
     shared: dict[str, Any] = {"scale": 2.0, "log": []}

@@ -13,6 +13,8 @@ from spindle.capture.look.samples import moved
 from spindle.capture.look.watching import Held, made_by_first, own_state
 from spindle.errors import WorkloadError
 from spindle.inputs.batch import SampledBatch
+from spindle.record.changes.copies import Attributes
+from spindle.record.changes.fingerprints import OF_MODULES
 from spindle.record.run import Recorded
 from spindle.values.units import Bounds, Units
 
@@ -31,6 +33,7 @@ class History:
         self.kept: list[Place] = []
         self.start: list[Any] = []  # what stands there before any call
         self.sets: dict[int, str] = {}
+        self.sets_in_modules: list[str] = []  # attributes of modules that its calls set
 
     def begin(self) -> None:
         """Note what is kept now."""
@@ -51,9 +54,13 @@ class History:
         bounds = self.looker.few[0][0]
         kept, held = self.kept, Held(self.modules)
         self.state.put_back()
+        attributes = self._attributes()
         with self.state.marked() as found:
             first = self.looker.record_samples(batch, bounds)
         self.sets |= found | self.state.changed()
+        for key, (name, value) in self._attributes().items():
+            if key not in attributes or attributes[key][1] is not value:
+                self.sets_in_modules.append(name)
         before = [place.get() for place in kept]
         second = self.looker.record_samples(batch, bounds)
         line = other_line(first, second)
@@ -92,11 +99,20 @@ class History:
         such.
         """
         common = other.sets.keys() & self.state.reached
-        return self._handed(other, min(common), "its function, which raises without") if common else None
+        return self._handed(other, other.sets[min(common)], "its function, which raises without") if common else None
 
-    def _handed(self, other: "History", what: int, line: str) -> WorkloadError:
+    def _attributes(self) -> dict[tuple[int, str], tuple[str, Any]]:
+        """Attributes of modules beside what torch keeps: how to call each, and its value."""
+        return {
+            (number, name): (f"{type(module).__name__}.{name}", value)
+            for number, module in enumerate(self.modules)
+            for name, value in vars(module).items()
+            if name not in OF_MODULES
+        }
+
+    def _handed(self, other: "History", name: str, line: str) -> WorkloadError:
         return WorkloadError(
-            f"task {other.looker.task.name!r} sets {other.sets[what]!r}, and task {self.looker.task.name!r} computes "
+            f"task {other.looker.task.name!r} sets {name!r}, and task {self.looker.task.name!r} computes "
             f"with it ({line}), which may run on another device; let each task compute from its own batch, or make one "
             "task of the two"
         )
@@ -104,21 +120,26 @@ class History:
     def refuse_what_others_set(self, other: "History") -> None:
         """Raise WorkloadError where what `other`, another task, keeps changes what this one computes."""
         common = other.sets.keys() & self.state.reached
-        if not common:
+        names = [other.sets[min(common)]] if common else other.sets_in_modules
+        if not names:
             return
         batch, bounds = self.looker.batches[0], self.looker.few[0][0]
-        usual, (first, *_) = self.looker.record_samples(batch, bounds), other.looker.few[0][1]
-        with suppress(WorkloadError):
-            other.looker.record_samples(other.looker.batches[0], first)
-        lines = [other_line(usual, self.looker.record_samples(batch, bounds))]
+        usual, held = self.looker.record_samples(batch, bounds), Attributes(self.modules)
+        lines: list[str | None] = []
+        for its, (few, parts) in zip(other.looker.batches, other.looker.few, strict=True):
+            for samples in (few, parts[0]):
+                with suppress(Exception):
+                    other.looker.record_samples(its, samples)
+                    lines.append(other_line(usual, self.looker.record_samples(batch, bounds)))
         other.state.put_back()
+        held.put_back()
         for place in self.state.among(common):
             for other_number in (place.far(), turned(place, place.get())):
                 with other_number, suppress(WorkloadError):
                     lines.append(other_line(usual, self.looker.record_samples(batch, bounds)))
         line = next((line for line in lines if line is not None), None)
         if line is not None:
-            raise self._handed(other, min(common), line)
+            raise self._handed(other, names[0], line)
 
     def _refuse_own_state(
         self, batch: SampledBatch, usual: tuple[Recorded, Recorded], held: Held, kept: Sequence[tuple[Place, Any]]
