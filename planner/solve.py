@@ -44,7 +44,7 @@ SMALL_CLUSTER = 64
 SMALL_LIMIT_S, LARGE_LIMIT_S = 2.0, 10.0
 WARM_SHARE = 0.25
 WORTH_APART = 0.05  # of the step
-MOST_SIMULATED = 6  # steps on other batches are simulated of what is among so many shortest when it is found
+MOST_SIMULATED = 6  # shortest schedules, as they are found, of which steps on other batches are simulated
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def searched(
 
 
 def _promising(found: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Those that are among the shortest of all found before them, so that what is found later changes nothing."""
+    """Schedules among the shortest of all found before them, so that what is found later changes nothing."""
     shortest_s: list[float] = []
     for candidate in found:
         insort(shortest_s, candidate.step_s)

@@ -154,7 +154,7 @@ class _Search:
         self._charge()
 
     def ranked(self) -> list[Found]:
-        """Schedules that annealing may begin with, those that take least with their reductions first."""
+        """Schedules that annealing may begin with; the shortest with their reductions come first."""
         found = [*self.given, *(self.placing or self.counting).found, *self._charged()]
         for f in found:
             if id(f) not in self.totals:

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from spindle.cli.options import duration
-from spindle.ray_nodes import RayNodes
 
 
 def _labels(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -50,4 +49,6 @@ def ray_nodes_of(wait_s: float | None, accelerator_type: str | None, labels: dic
     """What `spindle.train` is asked; nothing where no option was given."""
     if wait_s is None and accelerator_type is None and not labels:
         return {}
+    from spindle.ray_nodes import RayNodes
+
     return {"ray_nodes": RayNodes(wait_s=wait_s, accelerator_type=accelerator_type, label_selector=labels)}

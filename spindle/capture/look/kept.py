@@ -90,7 +90,7 @@ def _name(name: str, holder: Any, before: Any) -> str:
 
 
 def _id(place: Place) -> int:
-    """One number for a variable, whoever finds it."""
+    """One number for a variable, whichever search finds it."""
     return hash((id(place.holder), place.key))
 
 
@@ -133,11 +133,11 @@ def _fill(holder: Any, before: Any) -> None:
 
 
 class _Int(int):
-    """A number that is told from an equal one."""
+    """A number that is another object than an equal one."""
 
 
 class _Float(float):
-    """A number that is told from an equal one."""
+    """A number that is another object than an equal one."""
 
 
 # -- numbers that answer the opposite ---------------------------------------------------------------------------------
