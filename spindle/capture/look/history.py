@@ -120,7 +120,8 @@ class History:
     def refuse_what_others_set(self, other: "History") -> None:
         """Raise WorkloadError where what `other`, another task, keeps changes what this one computes."""
         common = other.sets.keys() & self.state.reached
-        names = [other.sets[min(common)]] if common else other.sets_in_modules
+        own = set(self.sets_in_modules)  # what it sets itself it has been seen to set before it reads it
+        names = [other.sets[min(common)]] if common else [name for name in other.sets_in_modules if name not in own]
         if not names:
             return
         batch, bounds = self.looker.batches[0], self.looker.few[0][0]
