@@ -147,7 +147,7 @@ class Run:
             logger.info(self.prepared.summary)
         self._stepped = True
         self._warn_of_drift(reports)
-        return merge_losses(reports), reports
+        return merge_losses(reports, tuple(self.prepared.workload.tasks)), reports
 
     def warn_of_stragglers(self, first_step: int, reports: Sequence[Report]) -> None:
         """Of ranks, and links between them, that are slow for long, once some steps are done, of which the first is

@@ -489,13 +489,15 @@ def _of_parameter(name: str) -> str | None:
     return rest.partition(":")[0] if kind == PREFIX and rest else None
 
 
-def merge_losses(reports: Sequence[Report]) -> list[dict[str, float]]:
-    """Losses of all tasks by step; of a task with several micro-batches in flight, their mean."""
+def merge_losses(reports: Sequence[Report], tasks: Sequence[str] = ()) -> list[dict[str, float]]:
+    """Losses of all tasks by step, in the order of `tasks`, whichever rank has them; of a task with several
+    micro-batches in flight, their mean.
+    """
     steps = max((len(report.losses) for report in reports), default=0)
     merged = []
     for step in range(steps):
-        parts: dict[str, list[float]] = {}
+        parts: dict[str, list[float]] = {task: [] for task in tasks}
         for task, loss in ((t, x) for report in reports for t, x in report.losses[step].items()):
             parts.setdefault(base_task(task), []).append(loss)
-        merged.append({task: sum(values) / len(values) for task, values in parts.items()})
+        merged.append({task: sum(values) / len(values) for task, values in parts.items() if values})
     return merged

@@ -127,6 +127,7 @@ def test_losses_of_all_ranks_by_step() -> None:
     reports = [Report(0, losses=[{"a": 1.0}, {"a": 3.0}]), Report(1, losses=[{"b": 2.0}, {}])]
     assert merge_losses(reports) == [{"a": 1.0, "b": 2.0}, {"a": 3.0}]
     assert merge_losses([]) == []
+    assert [*merge_losses(reports, ["b", "c", "a"])[0]] == ["b", "a"]
 
 
 def test_spans_of_all_ranks_in_one_trace() -> None:
