@@ -43,7 +43,7 @@ class Fact:
 
     def is_alike(self, whole: "Samples", part: "Samples") -> bool:
         """Whether the part takes what the whole takes, or the rows of its own samples."""
-        if self.part is None and self.slot[2] == _ABSENT:
+        if self.slot[2] == _ABSENT:
             return False
         if self.slot[2] < 0:  # some call, or leaf, of the whole must be like it
             return any(
@@ -57,7 +57,7 @@ class Fact:
         """Whether the part makes no such call, and the whole no more than `others`, samples that the part does not
         have, may make. `per_sample`: how many calls a sample makes at most.
         """
-        return self.part is None and len(self.whole) <= per_sample.get(self.slot, 0.0) * others
+        return self.slot[2] == _ABSENT and len(self.whole) <= per_sample.get(self.slot, 0.0) * others
 
     def text(self, whole: "Samples", part: "Samples") -> str:
         """What differs, in words: "'mul' (line 3 of model.py) computes with 1.0 for ... and with 2.0 for ..."."""

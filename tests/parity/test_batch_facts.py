@@ -92,6 +92,10 @@ REFUSED: dict[str, tuple[Forward, str]] = {
         ).softmax(-1),
         r"'add' .* for samples .* the whole batch",
     ),
+    "a limit that parts lack": (
+        lambda batch, model: model(batch["x"]).clamp(0.01 if bool((batch["length"] > 4000).any()) else None, 3.0),
+        r"'clamp' .* computes with None for samples .*, and with 0.01 for the whole batch",
+    ),
     "other shapes": (
         lambda batch, model: model(batch["sequence"][:, : 2 if bool((batch["length"] > 4000).any()) else 5]).mean(1),
         r"computes with a tensor of shape \(3, 5, 4\) for samples .* \(6, 2, 4\) for the whole batch",
