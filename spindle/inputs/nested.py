@@ -49,15 +49,15 @@ def flat(where: str, batch: Mapping[str, Any]) -> dict[str, Any]:
 def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The batch as the user's code knows it, from its innermost fields."""
     found: dict[str, Any] = {}
-    inside: dict[str, dict[tuple[str, ...], tuple[InnerName, Any]]] = {}
+    inside: dict[str, list[tuple[InnerName, Any]]] = {}
     for name, value in fields.items():
         if isinstance(name, InnerName):
             found.setdefault(name.keys[0], None)  # in its place
-            inside.setdefault(name.keys[0], {})[name.keys] = name, value
+            inside.setdefault(name.keys[0], []).append((name, value))
         else:
             found[name] = value
     for first, parts in inside.items():
-        found[first] = _built(parts.values(), 1)
+        found[first] = _built(parts, 1)
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from spindle.capture.look.kept import State, turned
 from spindle.capture.look.refusals import own_generator, unlike
-from spindle.capture.look.repeats import Place, other_line, places
+from spindle.capture.look.repeats import Place, other_line
 from spindle.capture.look.samples import moved
 from spindle.capture.look.watching import Held, made_by_first, own_state
 from spindle.errors import WorkloadError
@@ -29,7 +29,7 @@ class History:
         """`looker` records the task's samples."""
         self.looker = looker
         self.modules = [module for c in looker.workload.components.values() for module in c.module.modules()]
-        self.state = State(looker.task.function, self.modules)
+        self.state: State
         self.kept: list[Place] = []
         self.start: list[Any] = []  # what stands there before any call
         self.sets: dict[int, str] = {}
@@ -37,7 +37,8 @@ class History:
 
     def begin(self) -> None:
         """Note what is kept now."""
-        self.kept = places(self.looker.task.function, self.modules)
+        self.state = State(self.looker.task.function, self.modules)
+        self.kept = self.state.places
         self.start = [place.get() for place in self.kept]
 
     def put_back(self) -> None:

@@ -21,14 +21,15 @@ MOST_ANSWERS = 100  # of one number that are turned round: code that counts up t
 
 class State:
     """Variables of enclosing functions, globals, and what lists, dicts, sets and objects of the user's hold, as they
-    are when it is made.
+    are when it is made. `places`: numbers, lists and generators among them, those of modules too.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> None:
         """Of a task's function, and of what it and `modules` call; attributes of `modules` themselves are left out."""
         search, own = Search(), set(map(id, modules := list(modules)))
-        found = [place for place in search.run(function, modules) if not place.draws and place.key is not None]
-        self.numbers = [place for place in found if id(place.holder) not in own]
+        self.places = search.run(function, modules)
+        numbers = [place for place in self.places if not place.draws and place.key is not None]
+        self.numbers = [place for place in numbers if id(place.holder) not in own]
         self.slots = [(place, place.get()) for place in search.slots]
         self.holders = [(name, holder, _copied(holder)) for name, holder in search.holders]
 

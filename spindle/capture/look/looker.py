@@ -118,7 +118,7 @@ class Looker:
         self.apart.clear()
         self.by_sample.clear()
         self.is_plain = True
-        modules = [module for c in self.workload.components.values() for module in c.module.modules()]
+        modules = self.history.modules
         with attributes_kept(modules, self.skeleton.steady.is_settled):
             held = Held(modules)
             self._find_changing_buffers(batches[0])
