@@ -260,8 +260,15 @@ def test_an_attribute_of_a_module_that_one_task_sets_for_another_is_refused(both
         spindle.make_metagraph(made)
 
 
+SMOOTHING = 0.1
+
+
+def smoothed(scores: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(scores, y, label_smoothing=SMOOTHING)
+
+
 def test_what_tasks_share_and_only_read_is_theirs() -> None:
-    """A number that both compute with, and a list that both append to."""
+    """A number that both compute with, in two functions each, and a list that both append to."""
     shared: dict[str, Any] = {"scale": 2.0, "log": []}
     made = spindle.Workload("w")
     for name in ("a", "b"):
@@ -269,8 +276,7 @@ def test_what_tasks_share_and_only_read_is_theirs() -> None:
 
         def task(batch: Batch, head: nn.Module = head) -> Tensor:
             shared["log"].append(len(batch["x"]))
-            loss: Tensor = F.cross_entropy(head(batch["x"]), batch["y"]) * shared["scale"]
-            return loss
+            return smoothed(head(batch["x"]), batch["y"]) * shared["scale"] * (1 - SMOOTHING)
 
         made.task(name, batch_size=6, data=rows())(task)
     assert len(spindle.make_metagraph(made)) > 1

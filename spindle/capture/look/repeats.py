@@ -160,6 +160,7 @@ class Search:
         self.slots: list[Place] = []
         self.holders: list[tuple[str, Any]] = []
         self.seen: set[int] = set()
+        self.numbers: set[tuple[int, Any]] = set()
         self.kept: list[Any] = []
 
     def run(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> list[Place]:
@@ -179,7 +180,9 @@ class Search:
 
     def _value(self, name: str, holder: Any, key: Any, value: Any) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            self.found.append(Place(name, holder, key))
+            if (id(holder), key) not in self.numbers:  # several functions may read one variable
+                self.numbers.add((id(holder), key))
+                self.found.append(Place(name, holder, key))
         elif isinstance(value, (*_GENERATORS, list)):
             if self._new(value):
                 self.found.append(Place(name, value, None))
