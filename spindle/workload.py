@@ -306,9 +306,10 @@ class Workload:
         `init_empty_weights` of accelerate, is trained in the same way.
 
         `layers`: lists of repeated blocks and single blocks, as dotted paths or as the modules themselves; None finds
-        them, () makes no blocks. `optimizer`: settings of this component's parameter group, such as
-        {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters. Of a module that
-        DistributedDataParallel or torch.compile wraps, the plain module is trained, under its own names.
+        them, () makes no blocks, [module] makes it one block as a whole. `optimizer`: settings of this component's
+        parameter group, such as {"lr": 1e-5, "weight_decay": 0.0}. Tasks that use the component share its parameters.
+        Of a module that DistributedDataParallel or torch.compile wraps, the plain module is trained, under its own
+        names.
 
         `tensor_parallel`: plans may spread blocks, embedding and head over this number of devices, or a divisor of it.
         `tensor_plan` says how their layers are cut, as {"layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise"};
@@ -546,7 +547,7 @@ def _path(component: str, module: nn.Module, layer: str | nn.Module) -> str:
             "paths (a function has no parameters to plan; put it into a module)"
         )
     for path, inner in module.named_modules():
-        if inner is layer and path:
+        if inner is _unwrapped(layer):
             return str(path)
     raise WorkloadError(
         f"component {component!r}: layers holds a {type(layer).__name__} that is not inside it; give modules that it "

@@ -1,6 +1,6 @@
 """Plain loops: a workload trained as planned beside a loop that anyone would write, which knows nothing of Spindle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,15 +46,21 @@ Tasks = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
 def workload(
-    make: Callable[[], Modules], tasks: Callable[..., Tasks], *, as_made: bool = False, **options: Any
+    make: Callable[[], Modules],
+    tasks: Callable[..., Tasks],
+    *,
+    as_made: bool = False,
+    of_components: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
 ) -> spindle.Workload:
     """`make` gives the components, which become float64 unless they are to stay `as_made`; `tasks`, called with them by
-    name, the task functions.
+    name, the task functions. `of_components`: options of each component.
     """
     torch.manual_seed(0)
     made = spindle.Workload("plain", **options)
     modules = {name: module if as_made else module.double() for name, module in make().items()}
-    held = {name: made.component(name, module) for name, module in modules.items()}
+    own = of_components or {}
+    held = {name: made.component(name, module, **own.get(name, {})) for name, module in modules.items()}
     for number, (name, function) in enumerate(tasks(**held).items()):
         made.task(name, batch_size=4, data=rows(number))(function)
     return made

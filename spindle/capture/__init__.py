@@ -121,7 +121,7 @@ def _capture(workload: Workload, on_task: Callable[[str], object], changing: fro
             continue
         except TakeApart as taken:
             warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
-            apart |= {taken.component}
+            apart |= taken.paths
         except TakeWhole as taken:
             warnings.warn(taken.warning, SpindleWarning, stacklevel=4)
             whole |= {taken.component}
@@ -201,5 +201,9 @@ def _of_tasks(
 def _blocks(workload: Workload, whole: frozenset[str], apart: frozenset[str]) -> list[Block]:
     """Blocks of all components, with whole components in place of the blocks inside them, and without those `apart`."""
     inside = {module for name in whole for module in workload.components[name].module.modules()}
-    found = [b for b in blocks_of(workload) if b.module not in inside and b.path.partition(".")[0] not in apart]
+    found = [
+        block
+        for block in blocks_of(workload)
+        if block.module not in inside and not any(f"{block.path}.".startswith(f"{path}.") for path in apart)
+    ]
     return found + [Block(name, workload.components[name].module) for name in sorted(whole)]

@@ -7,7 +7,7 @@
   task: so the operators found at capture hold for recordings of other batches and of parts of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -152,14 +152,20 @@ class Group:
         return any(key[1] for key in self.keys)
 
 
-def group(wired: Wired, mixing: set[Key]) -> list[Group]:
-    """The groups of glue of a recording of a whole batch, in topological order; `mixing` are keys that mix samples."""
-    return _Grouper(wired, mixing).run()
+class Circle(Exception):
+    """Groups of glue would wait for layers that wait for them."""
+
+
+def group(wired: Wired, mixing: set[Key], joining: Collection[Key] = ()) -> list[Group]:
+    """The groups of glue of a recording of a whole batch, in topological order; `mixing` are keys that mix samples,
+    `joining` keys that stay with the glue that reads them. Raises Circle where they cannot.
+    """
+    return _Grouper(wired, mixing, joining).run()
 
 
 class _Grouper:
-    def __init__(self, wired: Wired, mixing: set[Key]) -> None:
-        self.wired, self.mixing, self.nodes = wired, mixing, wired.recording.nodes
+    def __init__(self, wired: Wired, mixing: set[Key], joining: Collection[Key]) -> None:
+        self.wired, self.mixing, self.joining, self.nodes = wired, mixing, joining, wired.recording.nodes
         self.glue = list(wired.glue())
         self.written = {name for node in self.nodes for name in node.writes}
 
@@ -179,7 +185,8 @@ class _Grouper:
             for s in self.wired.sources[n]:
                 if s in self.wired.frontier and not self.nodes[s].block:
                     other = self.wired.key(s)
-                    if other[1:] == key[1:] and (other in self.mixing) == (key in self.mixing):
+                    alike = other[1:] == key[1:] and (other in self.mixing) == (key in self.mixing)
+                    if alike or other in self.joining:
                         joined.add_edge(key, other)
                 elif s in self.wired.frontier:  # glue that reads the same block
                     joined.add_edge(key, f"{self.nodes[s].block} {key[1:]} {key in self.mixing}")
@@ -222,6 +229,8 @@ class _Grouper:
         found: list[Group] = []
         for part in nx.strongly_connected_components(graph):
             glue = [groups[index] for index in part if index >= 0]
+            if glue and len(glue) < len(part):
+                raise Circle
             if glue:
                 found.append(self._merged(glue))
         return found

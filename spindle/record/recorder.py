@@ -66,7 +66,7 @@ from spindle.record.lazy import (
     sharing,
     storage_of,
 )
-from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, tensors_in, tree
+from spindle.record.recording import Assigned, Autocast, Aux, Node, Recording, Ref, takes_gradient, tensors_in, tree
 from spindle.record.replay import RealCalls
 from spindle.record.sites import Sites, under_checkpoint
 
@@ -455,7 +455,7 @@ class Recorder(TorchFunctionMode):
         self._kept.append(value)
         recording.shapes.append(tuple(value.shape))
         recording.dtypes.append(value.dtype)
-        recording.needs_grad.append(self._meta.get(id(value), value).requires_grad)
+        recording.needs_grad.append(takes_gradient(self._meta.get(id(value), value)))
         return number
 
     def _out(self, value: Tensor) -> tuple[int, bool]:

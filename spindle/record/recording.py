@@ -40,6 +40,14 @@ class Autocast:
     dtype: torch.dtype
 
 
+def takes_gradient(value: Tensor) -> bool:
+    """Whether a gradient can come back to a tensor. A view made without gradients says so where its base does, and yet
+    gives none.
+    """
+    base = value._base
+    return value.requires_grad and not (value.grad_fn is None and base is not None and base.requires_grad)
+
+
 class Assigned:
     """A buffer in whose place a new tensor is put. Who holds the buffer does so; by itself it writes the value."""
 

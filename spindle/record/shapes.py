@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spindle.record.recording import leaves_of, tree
+from spindle.record.recording import leaves_of, takes_gradient, tree
 from spindle.record.slots import Mark
 from spindle.record.substitutes.draws import Draw, drawing_unseen
 from spindle.record.substitutes.patching import Shared, in_place
@@ -67,7 +67,9 @@ def results_of(structure: Any, drawn: Sequence[Shape], *, written_out: bool) -> 
     """Results with Made in place of tensors."""
     with torch._C.DisableTorchFunction():
         made = tree(
-            lambda leaf: Made(tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
+            lambda leaf: (
+                Made(tuple(leaf.shape), leaf.dtype, takes_gradient(leaf)) if isinstance(leaf, Tensor) else leaf
+            ),
             structure,
         )
     return Results(made, Drawn(tuple(drawn), written_out))

@@ -276,7 +276,8 @@ def test_what_tasks_share_and_only_read_is_theirs() -> None:
 
         def task(batch: Batch, head: nn.Module = head) -> Tensor:
             shared["log"].append(len(batch["x"]))
-            return smoothed(head(batch["x"]), batch["y"]) * shared["scale"] * (1 - SMOOTHING)
+            loss: Tensor = smoothed(head(batch["x"]), batch["y"]) * shared["scale"] * (1 - SMOOTHING)
+            return loss
 
         made.task(name, batch_size=6, data=rows())(task)
     assert len(spindle.make_metagraph(made)) > 1

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from spindle.capture.look.refusals import (
     Unsettled,
     check_loss,
     explained,
+    looped,
     no_other_generators,
 )
 from spindle.capture.look.samples import (
@@ -161,6 +163,7 @@ class Looker:
     def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
         few = self.few
         trials = self._trials(batches, few)
+        self._take_loops_apart(trials)
         self.sites = sites = sites_of(trials)
         if sites:
             trials = self._trials(batches, few)
@@ -196,6 +199,22 @@ class Looker:
             by_sample={slot: rate for slot, rate in self.by_sample.items() if rate},
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
+
+    def _take_loops_apart(self, trials: Sequence[Trial]) -> None:
+        """Raise TakeApart where a component calls its layers more often for other samples."""
+        recordings = [part.wired for trial in trials for part in (trial.whole, *trial.parts)]
+        counts: dict[tuple[str, str], set[int]] = defaultdict(set)
+        for wired in recordings:
+            nodes = wired.live_nodes()
+            called = Counter((node.block.partition("@")[0], node.component) for node in nodes if node.block)
+            for call, times in called.items():
+                counts[call].add(times)
+        can = {c.name for c in self.workload.components.values() if c.tensor_parallel == 1}
+        looping = sorted({path for (path, _), times in counts.items() if len(times) > 1 and path.split(".")[0] in can})
+        if looping and looping[0] not in can:
+            every = (node for wired in recordings for node in wired.live_nodes())
+            line = next(node.line for node in every if node.block.partition("@")[0] == looping[0])
+            raise looped(self.task, looping, line)
 
     def _compare(self, trial: Trial, prober: Prober, only: Set[Key] | None = None) -> None:
         """See what a trial shows, of some keys alone if these are given."""

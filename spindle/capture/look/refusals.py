@@ -6,7 +6,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -41,11 +41,12 @@ class TakeWhole(Exception):
 
 
 class TakeApart(Exception):
-    """Layers of a component write to their parameters, which only code between layers can."""
+    """Layers do what only code between layers can: they write to their parameters, or are called once a sample."""
 
-    def __init__(self, component: str, warning: str) -> None:
+    def __init__(self, paths: Iterable[str], warning: str) -> None:
+        """`paths`: of the layers, or a component for all of its layers."""
         super().__init__(warning)
-        self.component, self.warning = component, warning
+        self.paths, self.warning = frozenset(paths), warning
 
 
 class Unsettled(Exception):
@@ -115,9 +116,19 @@ def writes_parameter(task: str, block: str, module: nn.Module, how: str, *, cut:
     if path == component or cut:
         return WorkloadError(f"task {task!r}: {block} (a {kind}) {how}; {DO_INSTEAD}")
     return TakeApart(
-        component,
+        [component],
         f"task {task!r}: {block} (a {kind}) {how}, so component {component!r} is not cut into layers, which would "
         f"write where they run; {DO_INSTEAD}, for a plan to move its layers",
+    )
+
+
+def looped(task: Task, paths: Sequence[str], line: str) -> TakeApart:
+    """The warning for layers that a component calls more often for more samples, or longer ones."""
+    return TakeApart(
+        paths,
+        f"task {task.name!r}: layer {paths[0]!r}{f' ({line})' if line else ''} is called in a loop that is longer for "
+        "some batches, or parts of one, so that it counts as code between layers and runs on one device; call it once "
+        "on all samples, or let the module that holds the loop be one layer: name it in layers=",
     )
 
 

@@ -21,7 +21,7 @@ from spindle.record.changes.fingerprints import OF_MODULES, Leaves
 from spindle.record.functions import counts_batches, writes_first
 from spindle.record.lazy import SET_DATA, memory_of
 from spindle.record.on_meta.made_up import own_numbers
-from spindle.record.recording import tensors_in
+from spindle.record.recording import takes_gradient, tensors_in
 from spindle.record.sites import innermost_line
 
 Run = Callable[[], list[Tensor] | None]
@@ -257,7 +257,7 @@ def made_by_first(owner: type, attribute: str) -> str:
 
 def changes_in_backward(watched: Watched, results: list[Tensor] | None) -> bool:
     """Whether buffers change once more while `results`, which a block has just given, are differentiated."""
-    ends = [result for result in results or () if result.requires_grad]
+    ends = [result for result in results or () if takes_gradient(result)]
     if not ends:
         return False
     before = watched.changed()

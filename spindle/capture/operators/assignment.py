@@ -3,6 +3,7 @@
 Glue is grouped so that every value that passes between operators can be cut, or mixes samples.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from spindle.capture.codes import Crossing, TaskCode
 from spindle.capture.crossing import crossing_values, graded, leaves_of_operators, reads_of_others, with_gradient
-from spindle.capture.grouping import Group, Key, Order, Wired, group
+from spindle.capture.grouping import Circle, Group, Key, Order, Wired, group
 from spindle.capture.look.trials import Seen, place_of, spread_mixing
 from spindle.capture.operators.naming import Namer
 from spindle.errors import WorkloadError
@@ -72,10 +73,11 @@ class _Assignment:
         findings = self.findings
         if self.loss_maker in self.wired.frontier and self.wired.key(self.loss_maker) in findings.constant:
             findings.mixing.add(self.wired.key(self.loss_maker))  # else each device would count all of it
+        joining: frozenset[Key] = frozenset()
         while True:
             for wired in (self.wired, *self.seen.others):
                 spread_mixing(wired, findings)
-            groups = group(self.wired, findings.mixing)
+            groups = group(self.wired, findings.mixing, joining)
             home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
             home |= {n: self.nodes[n].block for n in self.wired.blocks()}
             crossing = crossing_values(self.wired, home, self.recording.loss)
@@ -90,8 +92,38 @@ class _Assignment:
             }
             mixed = {key for found in groups if found.mixes for key in found.keys}
             if not late and mixed <= findings.mixing:
-                return groups
+                more = joining | self._varying(groups)
+                if more == joining or self._is_circular(more):
+                    return groups
+                joining = more
             findings.mixing.update(late | mixed)  # type: ignore[arg-type]
+
+    def _varying(self, groups: list[Group]) -> frozenset[Key]:
+        """Keys that mix samples of which other recordings send more or fewer values to other operators: the pieces of
+        a loop over samples, say, which only the glue that reads them can take.
+        """
+        glue = {key: f"{index}" for index, found in enumerate(groups) for key in found.keys}
+        blocks = {self.nodes[n].block for n in self.wired.blocks()}
+        found: set[Key] = set()
+        usual: Counter[object] | None = None
+        for wired in (self.wired, *self.seen.others):
+            nodes = wired.recording.nodes
+            if {nodes[n].block for n in wired.blocks()} != blocks:
+                continue
+            home = {n: glue[wired.key(n)] for n in wired.glue() if wired.key(n) in glue}
+            home |= {n: nodes[n].block for n in wired.blocks()}
+            sent = crossing_values(wired, home, wired.recording.loss).values()
+            calls = Counter(what for values in sent for what, _, _ in values.values())
+            usual = calls if usual is None else usual
+            found |= {key for key in glue if calls[key] != usual[key]}
+        return frozenset(found & self.findings.mixing)
+
+    def _is_circular(self, joining: frozenset[Key]) -> bool:
+        try:
+            group(self.wired, self.findings.mixing, joining)
+        except Circle:
+            return True
+        return False
 
     def _names(self, groups: list[Group]) -> tuple[dict[int, str], dict[str, str]]:
         """The operator of each node, and the component of each operator; in the order in which they are computed."""

@@ -23,7 +23,7 @@ from spindle.capture.signature import module_signature
 from spindle.inputs.compilation import Compilation
 from spindle.record.changes.copies import attributes_kept
 from spindle.record.on_meta.made_up import MadeUpProducts, made_up
-from spindle.record.recording import Aux, Ref, tree
+from spindle.record.recording import Aux, Ref, takes_gradient, tree
 from spindle.record.substitutes.draws import shapes_only
 from spindle.record.substitutes.randomness import Undrawn
 from spindle.workload import Precision
@@ -222,7 +222,7 @@ def _measured(
         with _Counter() as forward, _saved_bytes(saved, hooked=hooked), computing_in(precision, torch.device("cpu")):
             outputs = module(part, *arguments)
         alive = zip(outputs, live or [True] * len(outputs), strict=True)
-        ends = [output for output, wanted in alive if output.requires_grad and wanted]
+        ends = [output for output, wanted in alive if takes_gradient(output) and wanted]
         seen = _reached(ends)
         with _Counter() as backward:
             if ends:
@@ -233,7 +233,7 @@ def _measured(
         kept = sum(output.nbytes for output in outputs)
     trained = [name for name, _ in module.named_parameters() if state[name].grad is not None]
     return Cost(
-        outputs=tuple(ValueSpec(tuple(o.shape), o.dtype, o.requires_grad) for o in outputs),
+        outputs=tuple(ValueSpec(tuple(o.shape), o.dtype, takes_gradient(o)) for o in outputs),
         forward_flops=float(forward.get_total_flops()),
         backward_flops=float(backward.get_total_flops()),
         activation_bytes=kept if ends else 0,

@@ -123,7 +123,7 @@ def divide(
 
 INSTEAD = (
     "use torch.where in place of if, or have a module branch, or loop over parts of the batch, that is named in "
-    "layers= of its component: layers may"
+    "layers= of its component: layers may. It can be the component itself: layers=[module]"
 )
 """What to do where code between layers takes other ways for other batches."""
 

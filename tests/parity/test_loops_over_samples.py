@@ -1,0 +1,125 @@
+"""Models that go through their samples one by one, as published code does: spliced embeddings, a decoder called once a
+sample, layers whose state is theirs; each beside a plain loop.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spindle
+from spindle.errors import SpindleWarning
+from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, tower, workload
+
+Batch = dict[str, Tensor]
+Model = Callable[[], nn.Module]
+
+
+class Spliced(nn.Module):
+    """Words of each sample around the features of its image: LLaVA's way, with as many pieces as samples have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.embed, self.layers = tower(), nn.Embedding(3, WIDTH), tower()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        images, spliced = self.vision(x), []
+        for number, label in enumerate(y):
+            words = torch.split(self.embed(torch.arange(3)), [int(label), 3 - int(label)])
+            pieces = [words[0], images[number][None], words[1]] if int(label) else [words[1], images[number][None]]
+            spliced.append(torch.cat(pieces))
+        found: Tensor = self.layers(torch.stack(spliced)).mean(1)
+        return found
+
+
+class Decoding(nn.Module):
+    """A decoder that is called once a sample, as Segment Anything's is, behind an encoder that takes them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = tower(), nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        found = []
+        for image in self.encoder(x):
+            for layer in self.decoder:
+                image = layer(image)
+            found.append(image)
+        return torch.stack(found)
+
+
+class Turned(nn.Module):
+    """A view that is made without gradients of what has some, for hard negatives, as ALBEF does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = tower(), tower(), tower()
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        left, right = F.normalize(self.left(x), dim=-1), F.normalize(self.right(x), dim=-1)
+        with torch.no_grad():
+            weights = (left @ right.T).softmax(1).clone()
+            hard = weights.fill_diagonal_(0).argmax(1)
+        found: Tensor = self.last(left + right[hard])
+        return found
+
+
+class Recurrent(nn.Module):
+    """A network that goes on from where the batch before has left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.stay = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("state", torch.zeros(4, WIDTH))
+        self.state: Tensor
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        state = self.state[: len(x)].clone()
+        for entering in (x, x.roll(1, 1)):
+            state = torch.tanh(self.enter(entering) + self.stay(state))
+        with torch.no_grad():
+            self.state[: len(x)] = state
+        return state
+
+
+MODELS: dict[str, Model] = {"spliced": Spliced, "decoding": Decoding, "turned": Turned, "recurrent": Recurrent}
+
+
+def made(model: Model, **component: object) -> spindle.Workload:
+    """The model in one task, its head in another too."""
+
+    def tasks(model: nn.Module, head: nn.Module) -> dict[str, Callable[[Batch], Tensor]]:
+        return {
+            "through": lambda batch: F.cross_entropy(head(model(batch["x"], batch["y"])), batch["y"]),
+            "alone": lambda batch: F.cross_entropy(head(batch["x"]), batch["y"]),
+        }
+
+    return workload(lambda: {"model": model(), "head": nn.Linear(WIDTH, 3)}, tasks, of_components={"model": component})
+
+
+@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+@pytest.mark.parametrize("name", list(MODELS))
+def test_planned_is_as_in_one_process(name: str) -> None:
+    """Also where a rank has other samples than were looked at."""
+    options = {"layers": [""]} if name == "recurrent" else {}
+    assert_same(planned(made(MODELS[name], **options)), looped(made(MODELS[name], **options)))
+
+
+def test_layers_called_in_a_loop_leave_the_others_layers() -> None:
+    """A warning names the line of the loop."""
+    with pytest.warns(SpindleWarning, match=r"layer 'model\.decoder\.0' \(line \d+ of .*\.py\) is called in a"):
+        names = [metaop.name for metaop in spindle.make_metagraph(made(Decoding))]
+    assert {"through.model.encoder.0", "through.model.encoder.1"} <= set(names)
+    assert not any("decoder" in name for name in names)
+
+
+def test_a_component_may_be_one_layer() -> None:
+    """Given as the module itself."""
+    torch.manual_seed(0)
+    single = spindle.Workload("single")
+    module = single.component("model", model := Recurrent(), layers=[model])
+    single.task("t", batch_size=4, data=[{"x": torch.randn(4, WIDTH)}])(lambda batch: module(batch["x"], None).mean())
+    assert single.components["model"].layers == ("",)
+    assert "t.model" in [metaop.name for metaop in spindle.make_metagraph(single)]
