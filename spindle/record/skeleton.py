@@ -104,8 +104,11 @@ class Skeleton:
         self.__init__(**state)  # type: ignore[misc]
 
     def set_stateful(self, names: set[str]) -> None:
-        """Take these buffers as ones that change."""
+        """Take these buffers as ones that change, and those of equal layers, of which one alone is looked at."""
         self.stateful |= names
+        for name in names:
+            for kind, own in {(b.kind, name[len(b.path) :]) for b in self.blocks if name.startswith(f"{b.path}.")}:
+                self.stateful |= {f"{block.path}{own}" for block in self.blocks if block.kind == kind}
         self.known.clear()
         self.habits.clear()
         self._collect()

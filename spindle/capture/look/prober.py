@@ -301,9 +301,9 @@ class Prober:
         module = _twin(self._block(node).module, self.generator)
         watched = Watched(module)
         whole = self._block_results(trial, trial.whole, node, values, module)
-        if whole is None:  # it cannot run here (it needs a device, say); nothing is known against it
+        if whole is None:  # it cannot run here (it needs a device, say); unless it has, nothing is known against it
             counting = frozenset(path for path, m in module.named_modules() if counts_batches(m))
-            return _Block(False, Changes(counting))
+            return _Block(self._block(node).kind in self.branching, Changes(counting))
         run = partial(self._block_results, trial, trial.whole, node, values=values, module=module)
         try:
             changes = examined(watched, whole, run, partial(run, other=OTHERS))
@@ -421,7 +421,10 @@ class Prober:
             with torch.set_grad_enabled(learns), drawing_from(stream), self._products():
                 self._execute(node, part.wired.recording, own, {scope: run}, aux)
         except Exception:  # a block may need anything; what it cannot do here it may do at run time
-            return None
+            if learns:
+                return None
+            found = self._block_results(trial, part, node, values, module, learns=True, other=other)
+            return None if found is None else [value.detach().clone() for value in found]  # it asked for gradients
         return [own[out] if learns else own[out].clone() for out in node.outs]
 
 

@@ -1,5 +1,5 @@
-"""Models that go through their samples one by one, as published code does: spliced embeddings, a decoder called once a
-sample, layers whose state is theirs; each beside a plain loop.
+"""Models written as published code often is, each beside a plain loop: they go through their samples one by one, keep a
+state, choose by what they have computed, or ask for gradients inside.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spindle
+from spindle.capture import capture
 from spindle.errors import SpindleWarning
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, tower, workload
 
@@ -84,7 +85,43 @@ class Recurrent(nn.Module):
         return state
 
 
-MODELS: dict[str, Model] = {"spliced": Spliced, "decoding": Decoding, "turned": Turned, "recurrent": Recurrent}
+class Adaptive(nn.Module):
+    """Two terms that weigh as much as their gradients are long, as VQGAN's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.last = tower(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        found: Tensor = self.last(self.tower(x))
+        terms = (found - x).abs().mean(), found.square().mean()
+        lengths = [torch.autograd.grad(term, self.last.weight, retain_graph=True)[0].norm() for term in terms]
+        weighed: Tensor = found * (lengths[0] / lengths[1]).detach()
+        return weighed
+
+
+class Normed(nn.Module):
+    """Equal layers that keep statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Sequential(Block(), nn.BatchNorm1d(WIDTH)) for _ in range(2))
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+MODELS: dict[str, Model] = {
+    "spliced": Spliced,
+    "decoding": Decoding,
+    "turned": Turned,
+    "recurrent": Recurrent,
+    "adaptive": Adaptive,
+}
 
 
 def made(model: Model, **component: object) -> spindle.Workload:
@@ -113,6 +150,12 @@ def test_layers_called_in_a_loop_leave_the_others_layers() -> None:
         names = [metaop.name for metaop in spindle.make_metagraph(made(Decoding))]
     assert {"through.model.encoder.0", "through.model.encoder.1"} <= set(names)
     assert not any("decoder" in name for name in names)
+
+
+def test_equal_layers_keep_statistics_alike() -> None:
+    """Of equal layers one is looked at; a rank may look at another one when shapes change."""
+    found = capture(made(Normed)).skeleton.stateful
+    assert {f"model.layers.{index}.1.num_batches_tracked" for index in (0, 1)} <= found
 
 
 def test_a_component_may_be_one_layer() -> None:
