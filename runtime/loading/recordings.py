@@ -200,8 +200,8 @@ class Recordings:
             return error
         explained = WorkloadError(
             f"{error}\nIt was called with {bounds[1] - bounds[0]} of the batch's {size} samples, which all together it "
-            "takes: plans give parts of a batch to devices, so let it take any number of samples, or plan for fewer "
-            "devices"
+            "takes: plans give parts of a batch to devices, so let it take any number of samples, let samples that "
+            "belong together be one by rows= (docs/packed.md), or plan for fewer devices"
         )
         for note in getattr(error, "__notes__", ()):
             explained.add_note(note)

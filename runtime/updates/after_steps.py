@@ -24,8 +24,7 @@ def after_steps_of(workload: Workload, program: Program) -> AfterSteps:
     found = []
     for each in workload.after_steps:
         names = each.names(parameters)
-        shapes = [tuple(parameters[name].shape) for name in names]
-        each.check(modules, shapes)
+        each.check(modules, [parameters[name] for name in names])
         in_parts = [name for name in names if name in sharded or name in cut]
         if in_parts and not each.is_elementwise(tuple(parameters[name].shape) for name in in_parts):
             raise _refused(each, in_parts[0], in_parts[0] in sharded)

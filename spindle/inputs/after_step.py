@@ -75,7 +75,7 @@ class AfterStep:
             )
         own.copy_(found)
 
-    def check(self, modules: Iterable[nn.Module], shapes: Iterable[tuple[int, ...]]) -> None:
+    def check(self, modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> None:
         """Raise WorkloadError where it uses modules of the workload instead of what it is given, draws random numbers,
         or gives something else in a second call.
         """
@@ -86,7 +86,7 @@ class AfterStep:
                 f"{self.where} uses {name!r} of the model, of which each device has a copy of its own; compute with "
                 "the parameter that it is given alone"
             )
-        for tried in _tried(shapes):
+        for tried in self._trials(parameters):
             before = torch.get_rng_state()
             once, again = tried.clone(), tried.clone()
             self.apply(once)
@@ -102,6 +102,17 @@ class AfterStep:
                     f"{self.where} gives something else in a second call with the same parameter, so that devices "
                     "that hold it would differ, and a resume; keep no count or state in it"
                 )
+
+    def _trials(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Small tensors; where it takes none, some like the parameters: it may hold the rows to put back, say."""
+        kinds = dict.fromkeys((tuple(parameter.shape), parameter.dtype) for parameter in parameters)
+        try:
+            for tried in _tried(shape for shape, _ in kinds):
+                self.apply(tried.clone())
+        except WorkloadError:
+            yield from (torch.randn(shape, dtype=dtype) for shape, dtype in kinds)
+        else:
+            yield from _tried(shape for shape, _ in kinds)
 
     def is_elementwise(self, shapes: Iterable[tuple[int, ...]]) -> bool:
         """Whether it treats each number by itself, as far as trials tell."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spindle.record.changes.copies import attributes_kept
-from spindle.record.lazy import Forbidden, is_lazy
+from spindle.record.lazy import Forbidden, Refused, is_lazy
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
-from spindle.record.shapes import Drawn, Habit, Made, Results, Shape, ShapeRule, results_of, run_for_real
+from spindle.record.shapes import Drawn, Habit, Made, Results, Shape, ShapeRule, results_of, run_for_real, sizes_in
 
 if TYPE_CHECKING:
     from spindle.record.skeleton import BlockInfo, Skeleton
@@ -172,7 +172,7 @@ def _found(
                 raise
             reason = error
     elif not skeleton.learning:
-        structure, shapes = rule.results([tuple(t.shape) for t in tensors_in((args, kwargs))])
+        structure, shapes = rule.results(sizes_in((args, kwargs)))
         return Results(structure, Drawn(shapes, rule.written_out))
     else:
         reason = None
@@ -184,8 +184,13 @@ def _found(
                 run_for_real(own, args, kwargs, reason)
     finally:
         recorder.for_real = False
-    sizes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-    skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes)
+    try:
+        skeleton.rules[block.kind] = ShapeRule.learned(rule, found, sizes_in((args, kwargs)))
+    except ValueError as error:
+        raise Refused(
+            f"of what {block.path!r} gives, {error}, so that no rank knows them before it has run; give it a tensor "
+            "of such a size, or the size itself, as an argument"
+        ) from None
     return found
 
 

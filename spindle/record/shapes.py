@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spindle.record.recording import leaves_of, takes_gradient, tree
+from spindle.record.recording import leaves_of, takes_gradient, tensors_in, tree
 from spindle.record.slots import Mark
 from spindle.record.substitutes.draws import Draw, drawing_unseen
 from spindle.record.substitutes.patching import Shared, in_place
@@ -75,6 +75,12 @@ def results_of(structure: Any, drawn: Sequence[Shape], *, written_out: bool) -> 
     return Results(made, Drawn(tuple(drawn), written_out))
 
 
+def sizes_in(arguments: Any) -> list[Shape]:
+    """Sizes that results may follow from: the shapes of tensors, then whole numbers, each as the one of a shape."""
+    numbers = [leaf for leaf in leaves_of(arguments, int) if not isinstance(leaf, bool) and leaf >= 0]
+    return [*(tuple(tensor.shape) for tensor in tensors_in(arguments)), *((number,) for number in numbers)]
+
+
 Size = int | tuple[int, int, Fraction]
 """A constant; or argument, its dimension, and what multiplies its size."""
 
@@ -99,13 +105,13 @@ class ShapeRule:
         options = tuple(tuple(_options(size, given) for size in shape) for shape in shapes)
         if known is not None:
             if [len(s) for s in known.sizes] != [len(s) for s in options]:
-                raise ValueError("it gives or draws another number of tensors for other samples")
+                raise ValueError("the number of tensors, or of draws, is another one for other samples")
             options = tuple(
                 tuple(tuple(option for option in old if option in new) for old, new in zip(a, b, strict=True))
                 for a, b in zip(known.sizes, options, strict=True)
             )
             if any(not size for shape in options for size in shape):
-                raise ValueError("the sizes of its results follow from values, not from the sizes of its arguments")
+                raise ValueError("sizes follow from values, and not from the sizes of its arguments")
         return cls(found.structure, options, len(made), found.drawn.written_out)
 
     def results(self, given: Sequence[Shape]) -> tuple[Any, tuple[Shape, ...]]:

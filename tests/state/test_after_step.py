@@ -259,8 +259,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "frozen": ("norm.weight", clamp, "'norm.weight' is frozen, so that no step changes it; change it before you train"),
     "random": ("head.weight", lambda w: w + torch.randn(()), "draws random numbers, and each device would draw others"),
-    "another shape": ("head.weight", lambda w: w.sum(0), r"returned a tensor of shape \(6,\) for a parameter of shape"),
-    "no tensor": ("head.weight", lambda w: 3, r"returned 3 for a parameter of shape \(3, 6\); change the parameter in"),
+    "another shape": ("head.weight", lambda w: w.sum(0), r"returned a tensor of shape \(8,\) for a parameter of shape"),
+    "no tensor": ("head.weight", lambda w: 3, r"returned 3 for a parameter of shape \(3, 8\); change the parameter in"),
     "raises": ("head.weight", lambda w: w.no, "raised AttributeError: 'Tensor' object has no attribute 'no'"),
 }
 
@@ -274,6 +274,20 @@ def test_a_function_that_would_not_be_the_same_everywhere_is_refused(name: str) 
     made.after_step(where)(function)
     with pytest.raises(WorkloadError, match=words):
         trained(made, widest_plan(spindle.make_metagraph(made), 2))
+
+
+def test_a_function_may_hold_numbers_of_the_parameters_own_shape() -> None:
+    """All rows but one are put back after each step, as textual inversion does; no device may have a part then."""
+    made = workload(parts())
+    head = dict(made.named_parameters())["head.weight"]
+    first, keeps = head.detach().clone(), torch.tensor([True, False, True])
+
+    @made.after_step("head.weight")
+    def put_back(weight: Tensor) -> None:
+        weight[keeps] = first[keeps]
+
+    trained(made, widest_plan(spindle.make_metagraph(made), 2))
+    assert head.ne(first).any(1).tolist() == [False, True, False]
 
 
 def test_a_function_that_counts_or_uses_the_model_is_refused() -> None:

@@ -139,13 +139,21 @@ class Looker:
             refused = self._refused(batch, few)
             if refused is None:
                 continue
-            if len(batch.units.counts) > 1 or self._refused(batch, ((0, size), ())) is not None:
-                raise error  # packed fields that do not fit each other are no matter of numbers of samples
+            if self._refused(batch, ((0, size), ())) is not None:
+                raise error
+            if len(batch.units.counts) > 1:  # packed fields that do not fit each other are no matter of numbers
+                raise WorkloadError(
+                    f"{error}. It was called with {refused} of the batch's {size} samples, which all together it "
+                    "takes, as plans give parts of a batch to devices. Let rows= tell of every packed field how many "
+                    "rows each sample has, and compute numbers of samples (a batch vector, say) in the task"
+                ) from error
             found = next((few for few in other_few(batch.units) if self._refused(batch, few) is None), None)
             if found is None:
                 raise WorkloadError(
                     f"{error}. It was tried with {refused} of the batch's {size} samples, which all together it takes: "
-                    "plans give parts of a batch to devices, so let it take any number of samples that divides these"
+                    "plans give parts of a batch to devices, so let it take any number of samples that divides these. "
+                    "Where samples belong together in groups or pairs, let a group be one sample, by rows=: see "
+                    "docs/packed.md"
                 ) from error
             self.few[number] = found
 
