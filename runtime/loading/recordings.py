@@ -182,15 +182,18 @@ class Recordings:
         except RunError as error:
             raise self._of_a_part(error, loaded, bounds) from error
         lacks = sorted(code.held - loaded.batch.held)
-        part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
+        try:
+            part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
+        except WorkloadError as error:
+            raise self._of_a_part(error, loaded, bounds) from error
         if key[1] is not None and recorded.replay is not None:
             self._known[key] = recorded, part
             if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
         return part
 
-    def _of_a_part(self, error: RunError, loaded: LoadedBatch, bounds: Bounds) -> Exception:
-        """What a task raised of a part of a batch: another error, where it takes the whole."""
+    def _of_a_part(self, error: SpindleError, loaded: LoadedBatch, bounds: Bounds) -> Exception:
+        """What is wrong with a part of a batch: another error, where the whole is right."""
         size = loaded.batch.units.num_samples
         if bounds == loaded.batch.units.whole:
             return error
@@ -200,8 +203,8 @@ class Recordings:
             return error
         explained = WorkloadError(
             f"{error}\nIt was called with {bounds[1] - bounds[0]} of the batch's {size} samples, which all together it "
-            "takes: plans give parts of a batch to devices, so let it take any number of samples, let samples that "
-            "belong together be one by rows= (docs/packed.md), or plan for fewer devices"
+            "takes: plans give parts of a batch to devices, so let it go the same way for any of its samples, let "
+            "samples that belong together be one by rows= (docs/packed.md), or plan for fewer devices"
         )
         for note in getattr(error, "__notes__", ()):
             explained.add_note(note)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import spindle
 from spindle.capture import capture
 from spindle.errors import SpindleWarning
-from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, tower, workload
+from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, rows, tower, workload
 
 Batch = dict[str, Tensor]
 Model = Callable[[], nn.Module]
@@ -142,6 +142,40 @@ def test_planned_is_as_in_one_process(name: str) -> None:
     """Also where a rank has other samples than were looked at."""
     options = {"layers": [""]} if name == "recurrent" else {}
     assert_same(planned(made(MODELS[name], **options)), looped(made(MODELS[name], **options)))
+
+
+class Queued(nn.Module):
+    """Features of earlier batches, which count from some batch on, as SwAV's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = tower()
+        self.register_buffer("queue", torch.zeros(4, WIDTH))
+        self.queue: Tensor
+
+    def forward(self, x: Tensor, counts: bool) -> Tensor:
+        found: Tensor = self.tower(x)
+        with torch.no_grad():
+            others = found.detach()
+            if counts:
+                others = torch.cat([self.queue, others])
+            self.queue[: len(x)] = found
+        return found * others.mean(0)
+
+
+@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+def test_code_that_a_flag_of_the_batch_switches_on() -> None:
+    """Of a list of batches one that switches it on is looked at, wherever it stands."""
+
+    def flagged() -> spindle.Workload:
+        torch.manual_seed(0)
+        made = spindle.Workload("flagged")
+        model = made.component("model", Queued().double())
+        data = [batch | {"counts": number > 0} for number, batch in enumerate(rows())]
+        made.task("t", batch_size=4, data=data)(lambda batch: model(batch["x"], batch["counts"]).square().mean())
+        return made
+
+    assert_same(planned(flagged()), looped(flagged()))
 
 
 def test_layers_called_in_a_loop_leave_the_others_layers() -> None:

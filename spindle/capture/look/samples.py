@@ -33,11 +33,18 @@ def first_batches(task: Task) -> list[SampledBatch]:
     if type(task.data) not in (list, tuple):
         return _read_on(task, task.sampled(task.first_batch()))
     found: list[SampledBatch] = []
+    kinds: list[object] = []
     for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
         one = task.sampled(batch)
-        if all(one.shapes != other.shapes for other in found) and len(found) < TRIALS:
+        if (kind := (one.shapes, flags(one))) not in kinds and len(found) < TRIALS:
             found.append(one)
+            kinds.append(kind)
     return _fullest_first(found) or [task.sampled(task.first_batch())]
+
+
+def flags(batch: SampledBatch) -> list[tuple[str, object]]:
+    """What a batch says for all its samples, by which a task may go one way or another."""
+    return [(name, value) for name, value in batch.fields.items() if isinstance(value, bool | str | None)]
 
 
 def _fullest_first(batches: list[SampledBatch]) -> list[SampledBatch]:
