@@ -135,7 +135,11 @@ class _Check:
                     write, f"tensor parallelism cuts {name!r} into pieces: leave its component out of tensor_parallel="
                 )
             if name not in self.users:
-                raise self._refused(write, f"no task computes with {name!r}, so that no rank holds it")
+                raise self._refused(
+                    write,
+                    f"no task computes with {name!r}, so that no rank holds it: for a running average that nothing "
+                    "reads in training, give Workload(ema=)",
+                )
 
     def _meets_another(self, write: ParameterWrite) -> bool:
         """Whether another task writes to the same something else, or to what this one reads."""
