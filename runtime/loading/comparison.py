@@ -15,11 +15,11 @@ from spindle.values.units import Units
 
 MOST_KNOWN = 64  # pairs of recordings
 
-OTHER_FACT = (
-    "Compute it in the loader, of the whole batch, and give each sample its value in a field; or begin with a batch, "
-    "or give a list of batches, in which samples differ in it"
-)
+OF_THE_WHOLE = "Compute it in the loader, of the whole batch, and give each sample its value in a field"
 """What to do where a part of a batch asks something else of its samples than the whole batch does."""
+
+SHOWN = "or begin with a batch, or give a list of batches, in which samples differ in it"
+"""The same, where code that all samples run computes with what they differ in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Comparison:
             if not fact.is_alike(of_whole, of_part):
                 return (
                     f"{fact.text(of_whole, of_part)}; at capture both were alike in all that was looked at, so nothing "
-                    f"shows whether a device may use its own. {OTHER_FACT}"
+                    f"shows whether a device may use its own. {OF_THE_WHOLE}{'' if fact.is_of_a_call else f'; {SHOWN}'}"
                 )
         return ""
 

@@ -177,14 +177,11 @@ class Recordings:
             if found is not None:
                 self._known.move_to_end(key)
                 return known[1].of_others(code, known[0], found, bounds, loaded.batch.units)
-        try:
-            recorded = self._recorded(loaded.task, fields, stream, where)
-        except RunError as error:
-            raise self._of_a_part(error, loaded, bounds) from error
         lacks = sorted(code.held - loaded.batch.held)
         try:
+            recorded = self._recorded(loaded.task, fields, stream, where)
             part = divide(code, recorded, bounds, loaded.batch.units, self.device, where, lacks)
-        except WorkloadError as error:
+        except (RunError, WorkloadError) as error:
             raise self._of_a_part(error, loaded, bounds) from error
         if key[1] is not None and recorded.replay is not None:
             self._known[key] = recorded, part
@@ -237,7 +234,10 @@ class Recordings:
         except Failure as failure:
             raise _explained(where, failure.error) from failure.error
         if found.result is not None or found.recording.loss < 0:
-            raise WorkloadError(f"{where}: its function returned no loss that depends on parameters")
+            raise WorkloadError(
+                f"{where}: its function returned no loss that depends on parameters; where samples may have nothing to "
+                "learn from, begin with a zero that does (features.sum() * 0)"
+            )
         return found
 
     def _replayed(

@@ -113,10 +113,11 @@ def _capture(workload: Workload, on_task: Callable[[str], object], changing: fro
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     settled: set[str] = set()
+    uncounted: set[str] = set()
     while True:
         try:
             with watchable_modules():
-                return _captured(workload, on_task, whole, apart, settled, changing)
+                return _captured(workload, on_task, whole, apart, settled, uncounted, changing)
         except Unsettled:
             continue
         except TakeApart as taken:
@@ -133,14 +134,14 @@ def _captured(
     whole: frozenset[str],
     apart: frozenset[str],
     settled: set[str],
+    uncounted: set[str],
     changing: frozenset[str],
 ) -> Captured:
     blocks = _blocks(workload, whole, apart)
     refuse_gradient_hooks(workload, {module for block in blocks for module in block.module.modules()})
     infos = [BlockInfo(block.path, block.module, module_signature(block.module)) for block in blocks]
-    skeleton = Skeleton(
-        {name: c.module for name, c in workload.components.items()}, infos, learning=True, settled=settled
-    )
+    components = {name: c.module for name, c in workload.components.items()}
+    skeleton = Skeleton(components, infos, learning=True, settled=settled, uncounted=uncounted)
     skeleton.set_stateful(set(changing))
     results, read = _of_tasks(workload, skeleton, blocks, whole, on_task)
     known: set[str] = set()

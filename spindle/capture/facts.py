@@ -59,12 +59,17 @@ class Fact:
         """
         return self.slot[2] == _ABSENT and len(self.whole) <= per_sample.get(self.slot, 0.0) * others
 
+    @property
+    def is_of_a_call(self) -> bool:
+        """Whether it is about a call as such, which is made or not, and about nothing that it computes with."""
+        return self.slot[2] == _ABSENT
+
     def text(self, whole: "Samples", part: "Samples") -> str:
         """What differs, in words: "'mul' (line 3 of model.py) computes with 1.0 for ... and with 2.0 for ..."."""
         name = self.node.block or getattr(self.node.function, "__name__", "code")
         line = f" ({self.node.line})" if self.node.line else ""
         samples = f"samples {part.bounds[0]} to {part.bounds[1] - 1} alone"
-        if self.slot[2] == _ABSENT:
+        if self.is_of_a_call:
             return f"{name!r}{line} is not called for {samples}, and is for the whole batch"
         if self.slot[2] < 0:
             return f"{name!r}{line} computes with other constants for {samples} than anywhere in the whole batch"

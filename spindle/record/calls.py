@@ -79,7 +79,7 @@ def component_call(
             skeleton.steady.called.add(id(module))
             if recorder.component or recorder.inside:
                 return own(*args, **kwargs)
-            recorder.component = call_name(name, module, calls)
+            recorder.component = name if name in skeleton.uncounted else call_name(name, module, calls)
             try:
                 return own(*args, **kwargs)
             except Exception as error:

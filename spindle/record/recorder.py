@@ -565,7 +565,8 @@ class Recorder(TorchFunctionMode):
         if not self.inside and torch._C._functorch.peek_interpreter_stack() is not None:
             raise Forbidden(
                 "it calls the model inside of a transform of torch.func (grad, vmap, jvp, jacrev), which calls of its "
-                "layers cannot be recorded in; put what is transformed into the forward of a layer"
+                "layers cannot be recorded in; put what is transformed into the forward of a layer, and name that "
+                "layer in layers= of its component (layers=[module] for all of it)"
             )
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
             raise Forbidden(HALF_AUTOCAST)

@@ -58,6 +58,7 @@ class Skeleton:
     rules: dict[str, ShapeRule] = field(default_factory=dict)
     learning: bool = False
     settled: set[str] = field(default_factory=set)  # attributes of layers that code outside of them has set once
+    uncounted: set[str] = field(default_factory=set)  # components whose calls are in a loop over samples: all are one
     moving: set[str] = field(default_factory=set)  # attributes of modules outside of layers that were seen to be set
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class Skeleton:
             "stateful": self.stateful,
             "rules": self.rules,
             "learning": False,
+            "uncounted": self.uncounted,
             "moving": self.moving,
             "outputs": recordable_outputs(module for root in self.components.values() for module in root.modules()),
         }

@@ -3,6 +3,7 @@ state, choose by what they have computed, or ask for gradients inside.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import spindle
 from spindle.capture import capture
 from spindle.errors import SpindleWarning
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, rows, tower, workload
+from tests.tiny_workloads import floats
 
 Batch = dict[str, Tensor]
 Model = Callable[[], nn.Module]
@@ -176,6 +178,28 @@ def test_code_that_a_flag_of_the_batch_switches_on() -> None:
         return made
 
     assert_same(planned(flagged()), looped(flagged()))
+
+
+@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+def test_a_loop_over_samples_may_become_longer() -> None:
+    """The first batches have fewer samples than a later one."""
+
+    def listed() -> spindle.Workload:
+        torch.manual_seed(0)
+        made = spindle.Workload("listed")
+        model, head = made.component("model", tower().double()), made.component("head", nn.Linear(WIDTH, 3).double())
+        data = [
+            {"xs": [floats(1 + i, WIDTH, seed=i, dtype=torch.float64) for i in range(n)], "y": torch.arange(n) % 3}
+            for n in (4, 4, 6)
+        ]
+
+        def task(batch: dict[str, Any]) -> Tensor:
+            return F.cross_entropy(torch.stack([head(model(x).mean(0)) for x in batch["xs"]]), batch["y"])
+
+        made.task("t", batch_size=4, data=data)(task)
+        return made
+
+    assert_same(planned(listed()), looped(listed()))
 
 
 def test_layers_called_in_a_loop_leave_the_others_layers() -> None:

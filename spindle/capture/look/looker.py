@@ -187,6 +187,7 @@ class Looker:
     def _looked(self, batches: Sequence[SampledBatch]) -> Seen:
         few = self.few
         trials = self._trials(batches, few)
+        self._take_loops_as_one(trials)
         self._take_loops_apart(trials)
         self.sites = sites = sites_of(trials)
         if sites:
@@ -223,6 +224,22 @@ class Looker:
             by_sample={slot: rate for slot, rate in self.by_sample.items() if rate},
             others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
         )
+
+    def _take_loops_as_one(self, trials: Sequence[Trial]) -> None:
+        """Raise Unsettled where the task calls components in a loop that is longer for other samples: from then on all
+        calls of these count as one, since a later batch may have more.
+        """
+        lengths: dict[tuple[int, str], set[int]] = defaultdict(set)  # of the loop around a place in the code
+        for wired in (part.wired for trial in trials for part in (trial.whole, *trial.parts)):
+            calls: dict[tuple[int, str], set[str]] = defaultdict(set)
+            for node in wired.live_nodes():
+                calls[node.site, node.component.partition("@")[0]].add(node.component)
+            for place, names in calls.items():
+                lengths[place].add(len(names))
+        looped = {component for (_, component), found in lengths.items() if component and len(found) > 1}
+        if looped - self.skeleton.uncounted:
+            self.skeleton.uncounted |= looped
+            raise Unsettled
 
     def _take_loops_apart(self, trials: Sequence[Trial]) -> None:
         """Raise TakeApart where a component calls its layers more often for other samples."""

@@ -50,7 +50,9 @@ class TakeApart(Exception):
 
 
 class Unsettled(Exception):
-    """Code outside of layers has set an attribute in one, so that what was recorded before is out of date."""
+    """Code outside of layers has set an attribute in one, or loops over samples, so that what was recorded before is
+    out of date.
+    """
 
 
 def unlike(task: Task, line: str, kept: str = "") -> WorkloadError:
