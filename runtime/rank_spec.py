@@ -51,6 +51,7 @@ class RankSpec:
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of no task, for checkpoints; on rank 0
     stepped: frozenset[str] = frozenset()  # parameters that some rank updates; on rank 0
     groups: tuple[tuple[int, ...], ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
     unread: Mapping[str, Source] = field(default_factory=dict)  # such whose values only files hold
     weights: Mapping[str, Readable] = field(default_factory=dict)  # of parameters on the meta device
     rounds: int = 1
@@ -106,7 +107,7 @@ def make_rank_specs(
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used and not tensor.is_meta}
     unread = {name: source for name, source in weights.items() if name not in used}
-    groups = program.groups
+    groups, links = program.groups, program.links
     recipe, specs, numbers = Recipe.of(workload, captured), [], Numbers.of(workload)
     parameters = numbers.stepped(described(workload.named_parameters()))
     after_steps = after_steps_of(workload, program)
@@ -133,6 +134,7 @@ def make_rank_specs(
                 unused={} if rank else unused,
                 stepped=frozenset() if rank else stepped,
                 groups=groups,
+                links=links,
                 unread={} if rank else unread,
                 weights=own_sources(weights, own.values()),
                 rounds=workload.accumulate // num_micro_batches(captured.tasks),

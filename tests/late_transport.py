@@ -1,11 +1,24 @@
-"""A transport that is as late as one between GPUs may be: what is used before it was waited for is wrong.
+"""A transport and a device that are as late as GPUs may be: what is used before it was waited for is wrong.
 
 - What is to be received holds NaN until it is waited for; a send reads its buffer only then.
-- A sum, and what is gathered, holds NaN from its start until it is waited for.
+- A sum, and what is gathered, holds NaN from its start until it is waited for. What is gathered, or summed into another
+  tensor, is read then too.
+- A copy that a stream was given holds NaN until somebody waits for it: it is made at the last moment that waits allow,
+  or, with a seed, at any moment that they allow. It reads its source then.
+- Memory of one stream that another one reads has to be kept; the end of `late` tells of what was not.
+
+Not covered: what is computed is computed at once, so that nothing notices a stream that begins to copy before that is
+done. No copy begun beside the computing reads what a device has computed, and a test says so. Memory is not used again
+early: that it was kept is counted. Streams of NCCL are not there; each message and sum is by itself.
 """
 
 import contextlib
+import random
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
@@ -13,6 +26,7 @@ from torch import Tensor
 
 from spindle.errors import RunError
 from spindle.runtime.comms.transport import Post, ThreadTransport, Wait
+from spindle.runtime.devices import GpuStreams, Streams
 from spindle.runtime.launch import worker_group as workers
 
 
@@ -58,9 +72,157 @@ class LateTransport(ThreadTransport):
         ranks: tuple[int, ...],
         made_of: Callable[[list[Tensor]], Tensor],
     ) -> Wait:
-        arrive = super()._together(values, place, ranks, made_of)
+        arrive, shared = super()._together(values, place, ranks, made_of), self._shared
+        number = self._reduced[ranks]
+        keys = {(ranks, number, rank) for rank in ranks}
+        if values is not place:
+            with shared.changed:
+                shared.parts[ranks, number, self.rank] = values
         spoil(place)
-        return arrive
+
+        def arrive_late() -> None:
+            with shared.changed:
+                shared.changed.wait_for(lambda: shared.parts.keys() >= keys or shared.gone, self._timeout_s)
+                if (ranks, number, -1) not in shared.parts and shared.parts.keys() >= keys:
+                    shared.parts.update({key: shared.parts[key].clone() for key in keys})  # read once, for all
+                    shared.parts[ranks, number, -1] = place
+            arrive()
+
+        return arrive_late
+
+
+@dataclass
+class LateStream:
+    """What a stream was given and has not done yet; `given`: how much in all. One that computes does so at once: what
+    waits in it are copies to main memory, of what was there when they were given.
+    """
+
+    computes: bool = False
+    given: int = 0
+    left: "deque[Callable[[], None]]" = field(default_factory=deque)
+
+    @property
+    def done(self) -> int:
+        """How much it has done."""
+        return self.given - len(self.left)
+
+    def give(self, work: Callable[[], None]) -> None:
+        """Give it something to do."""
+        self.left.append(work)
+        self.given += 1
+
+    def go_on(self, until: int) -> None:
+        """Do what was given first."""
+        while self.done < until:
+            self.left.popleft()()
+
+
+@dataclass(frozen=True, eq=False)
+class LateMark:
+    """A moment of a stream."""
+
+    stream: LateStream
+    at: int
+    at_s: float
+
+
+class LateDriver:
+    """A GPU whose streams do nothing before they have to, or when a seed says so."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._draw = None if seed is None else random.Random(seed)
+        self._computing, self._others = LateStream(computes=True), list[LateStream]()
+        self._lock = threading.RLock()
+        self._entered = threading.local()
+        self._read: set[tuple[int, int]] = set()  # stream and place in it of memory that another stream reads
+        self._kept: set[tuple[int, int]] = set()
+        self._made: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+
+    @contextlib.contextmanager
+    def _called(self) -> Iterator[None]:
+        assert hasattr(self._entered, "is_there"), "this thread is on the first device of the machine"
+        with self._lock:
+            for stream in (self._computing, *self._others) if self._draw is not None else ():
+                stream.go_on(stream.done + self._draw.randint(0, len(stream.left)))  # type: ignore[union-attr]
+            yield
+
+    def enter(self) -> None:
+        """See Driver."""
+        self._entered.is_there = True
+
+    def computing(self) -> LateStream:
+        """See Driver."""
+        return self._computing
+
+    def new_stream(self) -> LateStream:
+        """See Driver."""
+        self._others.append(LateStream())
+        return self._others[-1]
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        """See Driver."""
+        with self._called():
+            return tensor.detach().clone()
+
+    def copy(self, source: Tensor, stream: LateStream, *, to_host: bool = False) -> Tensor:
+        """See Driver."""
+        with self._called():
+            assert stream.computes or not to_host, "what is computed is copied beside it, without a wait"
+            read, target = source.clone() if stream.computes else source, torch.empty_like(source)
+            spoil(target)
+            stream.give(lambda: fill(target, read))
+            if not stream.computes:
+                self._made[id(target)] = target, (id(stream), stream.given)
+            return target
+
+    def keep(self, tensor: Tensor, stream: LateStream) -> None:
+        """See Driver."""
+        with self._called():
+            assert stream.computes, "memory is kept for another stream than the one that reads it"
+            self._kept.add(self._made.pop(id(tensor))[1])
+
+    def mark(self, stream: LateStream) -> LateMark:
+        """See Driver."""
+        with self._called():
+            return LateMark(stream, stream.given, time.perf_counter())
+
+    def wait(self, stream: LateStream, mark: LateMark) -> None:
+        """See Driver."""
+        with self._called():
+            assert stream.computes, "no other stream waits for one"
+            self._read.add((id(mark.stream), mark.at))
+            mark.stream.go_on(mark.at)
+
+    def settle(self, mark: LateMark) -> None:
+        """See Driver."""
+        with self._called():
+            mark.stream.go_on(mark.at)
+
+    def passed(self, mark: LateMark) -> bool:
+        """See Driver."""
+        with self._called():
+            return mark.stream.done >= mark.at
+
+    def between_s(self, begun: LateMark, ended: LateMark) -> float:
+        """See Driver."""
+        assert self.passed(begun), "the device has not come to a moment whose time is asked"
+        assert self.passed(ended), "the device has not come to a moment whose time is asked"
+        return ended.at_s - begun.at_s
+
+    def held_bytes(self, *, most: bool) -> int:
+        """See Driver."""
+        del most
+        return 1
+
+    def complain(self) -> None:
+        """Raise AssertionError where memory was read that may have been used again."""
+        assert self._read <= self._kept, f"{len(self._read - self._kept)} copies were read and not kept"
+
+
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copy, whoever watches."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        target.copy_(values)
 
 
 def spoil(tensor: Tensor) -> None:
@@ -70,7 +232,16 @@ def spoil(tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def late() -> Iterator[None]:
-    """While open, ranks that are threads talk through late transports."""
-    with mock.patch.object(workers, "ThreadTransport", LateTransport):
+def late(seed: int | None = None) -> Iterator[None]:
+    """While open, ranks that are threads talk through late transports and compute on late devices."""
+    drivers: list[LateDriver] = []
+
+    def make_streams(device: torch.device) -> Streams:
+        drivers.append(LateDriver(None if seed is None else seed + len(drivers)))
+        return GpuStreams(device, drivers[-1])
+
+    made = type("LateRank", (LateTransport,), {"make_streams": staticmethod(make_streams)})
+    with mock.patch.object(workers, "ThreadTransport", made):
         yield
+    for driver in drivers:
+        driver.complain()

@@ -428,6 +428,13 @@ class Program(_Sent):
         tallies = {tally.ranks for tally in self.tallies if len(tally.ranks) > 1}
         return tuple(sorted(buckets | copies | tallies | {flat.ranks for flat in self.flats}))
 
+    @property
+    def links(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of a rank that sends activations or gradients and one that receives them, in one order for all."""
+        pairs = {(m.source, m.target) for each in self.transfers for m in each.messages}
+        pairs.update((a, b) for each in self.transfers for a in each.senders for b in each.receivers)
+        return tuple(sorted((a, b) for a, b in pairs if a != b))
+
     def loaded_by(self, rank: int) -> set[str]:
         """Tasks whose batches `rank` reads."""
         return {i.target for i in self.instructions[rank] if i.op is Op.LOAD}

@@ -1,7 +1,8 @@
 """Record: what a step leaves behind on a rank, and the span of each instruction that it carried out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from spindle.runtime.programs.program import Instruction, Op, Program
 from spindle.runtime.steps.busy import Meeting
@@ -27,6 +28,20 @@ _KIND_BY_OP = {
 }
 
 
+HOST_OPS = (Op.LOAD, Op.AGREE)
+"""Instructions that the process carries out, not its device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """An instruction that was given to the device, the moments at which it begins and ends there, and what it moves."""
+
+    instruction: Instruction
+    begun: Any
+    ended: Any
+    moved_bytes: int
+
+
 @dataclass(slots=True)
 class StepRecord:
     """What one step leaves behind on a rank: losses of the tasks that end on it, the norm of all gradients when it was
@@ -39,6 +54,21 @@ class StepRecord:
     spans: list[Span] = field(default_factory=list)
     busy_s: dict[str, float] = field(default_factory=dict)  # by slice run
     together_s: dict[Meeting, tuple[float, float]] = field(default_factory=dict)  # waited, and since the start
+
+
+class Stepped:
+    """A step that was given to the device. `skipped`: see StepRecord."""
+
+    def __init__(self, make: Callable[[], StepRecord], skipped: str | None) -> None:
+        """`make` waits for the step's numbers."""
+        self._make, self.skipped = make, skipped
+        self._found: StepRecord | None = None
+
+    def record(self) -> StepRecord:
+        """What it leaves behind; waits until the device has done all of it."""
+        if self._found is None:
+            self._found = self._make()
+        return self._found
 
 
 def span_of(
