@@ -140,7 +140,11 @@ class GpuStreams(Streams):
         self._driver.enter()
 
     def copy_in(self, tensor: Tensor) -> Taken:
-        """The copy runs beside what is computed; may be begun by any thread that has entered."""
+        """The copy runs beside what is computed; may be begun by any thread that has entered. What is not an ordinary
+        tensor in main memory is brought when it is read.
+        """
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return super().copy_in(tensor)
         driver = self._driver
         moved = driver.copy(driver.staged(tensor), self._copying)
         arrived = driver.mark(self._copying)
@@ -227,7 +231,7 @@ class CudaDriver:
 
     def staged(self, tensor: Tensor) -> Tensor:
         """The allocator of pinned memory keeps it until copies that were begun from it are through."""
-        return tensor.detach().pin_memory()
+        return torch.empty_like(tensor.detach(), pin_memory=True).copy_(tensor)
 
     def copy(self, source: Tensor, stream: torch.cuda.Stream, *, to_host: bool = False) -> Tensor:
         """See Driver."""

@@ -7,15 +7,16 @@
   or, with a seed, at any moment that they allow. It reads its source then.
 - Memory of one stream that another one reads has to be kept; the end of `late` tells of what was not.
 
-Not covered: what is computed is computed at once, so that nothing notices a stream that begins to copy before that is
-done. No copy begun beside the computing reads what a device has computed, and a test says so. Memory is not used again
-early: that it was kept is counted. Streams of NCCL are not there; each message and sum is by itself.
+Not covered: what is computed is computed at once, so that nothing notices a stream that copies what is not computed
+yet; copies out are refused on any stream but the one that computes. Memory of copies is not used again early: that it
+was kept is counted. Streams of NCCL are not there; each message and each sum is by itself.
 """
 
 import contextlib
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,12 +35,12 @@ class LateTransport(ThreadTransport):
     """Ranks as threads, each message as late as its waits allow."""
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
-        """The mail holds the tensors themselves until they are received."""
+        """The mail leads to the tensors themselves, which the sender has to hold until they have left."""
         shared, keys = self._shared, []
         with shared.changed:
             for peer, tensor in sends:
                 keys.append((self.rank, peer, self._sent[peer]))
-                shared.mail[keys[-1]] = tensor
+                shared.mail[keys[-1]] = weakref.ref(tensor)  # type: ignore[assignment]
                 self._sent[peer] += 1
             shared.changed.notify_all()
         for _, tensor in receives:
@@ -61,8 +62,11 @@ class LateTransport(ThreadTransport):
             shared.changed.wait_for(lambda: key in shared.mail or shared.gone, self._timeout_s)
             if key not in shared.mail:
                 raise RunError(f"nothing arrived from rank {peer}: {self._why()}")
-            tensor.copy_(shared.mail[key])
-            del shared.mail[key]
+            sent = shared.mail.pop(key)()  # type: ignore[operator]
+            if sent is None:  # nobody held it until it had left
+                spoil(tensor)
+            else:
+                tensor.copy_(sent)
             shared.changed.notify_all()
 
     def _together(
@@ -134,14 +138,16 @@ class LateDriver:
         self._computing, self._others = LateStream(computes=True), list[LateStream]()
         self._lock = threading.RLock()
         self._entered = threading.local()
+        self._strangers: set[str] = set()  # threads that use the first device of the machine
         self._read: set[tuple[int, int]] = set()  # stream and place in it of memory that another stream reads
         self._kept: set[tuple[int, int]] = set()
         self._made: dict[int, tuple[Tensor, tuple[int, int]]] = {}
 
     @contextlib.contextmanager
     def _called(self) -> Iterator[None]:
-        assert hasattr(self._entered, "is_there"), "this thread is on the first device of the machine"
         with self._lock:
+            if not hasattr(self._entered, "is_there"):
+                self._strangers.add(threading.current_thread().name)
             for stream in (self._computing, *self._others) if self._draw is not None else ():
                 stream.go_on(stream.done + self._draw.randint(0, len(stream.left)))  # type: ignore[union-attr]
             yield
@@ -215,7 +221,8 @@ class LateDriver:
         return 1
 
     def complain(self) -> None:
-        """Raise AssertionError where memory was read that may have been used again."""
+        """Raise AssertionError where memory was read that may be used again, or a thread is on another device."""
+        assert not self._strangers, f"threads {self._strangers} use the first device of the machine"
         assert self._read <= self._kept, f"{len(self._read - self._kept)} copies were read and not kept"
 
 

@@ -552,7 +552,7 @@ class Executor:
         """Change parameters outside of the optimizer, one after the other, so that little is fetched at a time."""
         write = self.program.write_by_name[name]
         fetches = {fetch.parameter: fetch for fetch in write.fetches}
-        departures: list[Wait] = []
+        departures: list[tuple[Tensor, Wait]] = []  # what is sent stays alive
         held: dict[str, Tensor] = dict(self.store.parameters)
         for target in write.parameters:
             own = self.writes[base_task(write.task), target]
@@ -561,14 +561,14 @@ class Executor:
             for fetch in (fetches[source] for source in found.sources if source in fetches):
                 if fetch.source == self.rank:
                     value = self.store.parameters[fetch.parameter].detach().contiguous()
-                    departures.append(self.transport.start([(peer, value) for peer in fetch.targets], [])[0])
+                    departures.append((value, self.transport.start([(peer, value) for peer in fetch.targets], [])[0]))
                 elif self.rank in fetch.targets:
                     shape, dtype = found.shapes[fetch.parameter]
                     value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
                     self.transport.start([], [(fetch.source, value)])[1]()
             if self.rank in write.ranks:
                 perform(found, ChainMap(values, own.clocks, held).__getitem__, self.transport.device, write.within)
-        for departed in departures:
+        for _, departed in departures:
             departed()
 
     # -- buffers --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.errors import WorkloadError
+from spindle.errors import SpindleError, WorkloadError
 from spindle.runtime.updates import averages
 from tests.evaluation.test_evaluation import assert_scores, by_hand, evaluation_of, towers, trained
 from tests.late_transport import late
@@ -73,6 +73,30 @@ def test_as_late_as_messages_may_be(tmp_path: Path) -> None:
         result = trained(made, plan, checkpoints=tmp_path, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
     spindle.load_checkpoint(made, tmp_path / "step-00000004", ema=True)
     assert_scores(result.scores[4], by_hand(made))
+
+
+def test_averages_that_are_not_waited_for_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: what comes from other ranks is used at once."""
+    whole = averages.brought
+
+    def impatient(*args: Any) -> dict[str, Tensor]:
+        transport, start = args[3], args[3].start
+
+        def started(sends: Any, receives: Any) -> Any:
+            departed, _ = start(sends, receives)
+            return departed if not receives else lambda: None, lambda: None
+
+        monkeypatch.setattr(transport, "start", started)
+        found = whole(*args)
+        monkeypatch.setattr(transport, "start", start)
+        return found
+
+    monkeypatch.setattr("spindle.runtime.worker.brought", impatient)
+    made = towers(ema=DECAY)
+    plan = random_plan(spindle.make_metagraph(made), 3, 5)
+    with late(), pytest.raises((AssertionError, SpindleError), match="nan|nobody took"):
+        result = trained(made, plan, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
+        assert all(each["loss"] == each["loss"] for each in result.scores[4].values()), "nan"
 
 
 def test_before_the_first_step_that_counts_the_average_is_the_weights() -> None:
