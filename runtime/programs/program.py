@@ -430,9 +430,12 @@ class Program(_Sent):
 
     @property
     def links(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of a rank that sends activations or gradients and one that receives them, in one order for all."""
+        """Pairs of a rank that sends something in a step and one that receives it, in one order for all."""
         pairs = {(m.source, m.target) for each in self.transfers for m in each.messages}
         pairs.update((a, b) for each in self.transfers for a in each.senders for b in each.receivers)
+        pairs.update((hand.source, target) for hand in self.handovers for target in hand.targets)
+        fetches = (fetch for write in self.writes for fetch in write.fetches)
+        pairs.update((fetch.source, target) for fetch in fetches for target in fetch.targets)
         return tuple(sorted((a, b) for a, b in pairs if a != b))
 
     def loaded_by(self, rank: int) -> set[str]:

@@ -94,7 +94,7 @@ def test_averages_that_are_not_waited_for_are_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("spindle.runtime.worker.brought", impatient)
     made = towers(ema=DECAY)
     plan = random_plan(spindle.make_metagraph(made), 3, 5)
-    with late(), pytest.raises((AssertionError, SpindleError), match="nan|nobody took"):
+    with late(), pytest.raises((AssertionError, SpindleError), match=r"nan|nobody took"):
         result = trained(made, plan, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
         assert all(each["loss"] == each["loss"] for each in result.scores[4].values()), "nan"
 
