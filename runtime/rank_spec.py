@@ -107,12 +107,14 @@ def make_rank_specs(
     every = (*workload.named_parameters(), *workload.named_buffers())
     unused = {name: tensor.detach() for name, tensor in every if name not in used and not tensor.is_meta}
     unread = {name: source for name, source in weights.items() if name not in used}
-    groups, links = program.groups, program.links
+    groups = program.groups
     recipe, specs, numbers = Recipe.of(workload, captured), [], Numbers.of(workload)
     parameters = numbers.stepped(described(workload.named_parameters()))
     after_steps = after_steps_of(workload, program)
     floats = {name for name, value in workload.named_buffers() if value.is_floating_point()}
     averages = shared_averages(workload.ema, program, owned, held, floats)
+    brought = {(row.owner, other) for row in averages for other in row.others}
+    links = tuple(sorted({*program.links, *brought}))
     clocks = {name for code in captured.tasks.values() for write in code.writes for name in write.clocks}
     let_travel(component.module for component in workload.components.values())
     trained = [bucket.parameters for bucket in program.buckets]

@@ -34,9 +34,16 @@ from spindle.runtime.launch import worker_group as workers
 class LateTransport(ThreadTransport):
     """Ranks as threads, each message as late as its waits allow."""
 
+    def make_groups(self, groups: Sequence[tuple[int, ...]], links: Sequence[tuple[int, int]] = ()) -> None:
+        """See Transport."""
+        super().make_groups(groups, links)
+        self._links = set(links)
+
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         """The mail leads to the tensors themselves, which the sender has to hold until they have left."""
         shared, keys = self._shared, []
+        used = {(self.rank, peer) for peer, _ in sends} | {(peer, self.rank) for peer, _ in receives}
+        assert used <= self._links, f"messages pass where no link was made: {sorted(used - self._links)}"
         with shared.changed:
             for peer, tensor in sends:
                 keys.append((self.rank, peer, self._sent[peer]))

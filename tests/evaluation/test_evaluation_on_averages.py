@@ -1,14 +1,17 @@
 """Evaluation on running averages of the weights."""
 
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import spindle
-from spindle.errors import SpindleError, WorkloadError
+from spindle.errors import WorkloadError
+from spindle.runtime.comms.transport import Wait
 from spindle.runtime.updates import averages
 from tests.evaluation.test_evaluation import assert_scores, by_hand, evaluation_of, towers, trained
 from tests.late_transport import late
@@ -80,23 +83,24 @@ def test_averages_that_are_not_waited_for_are_found(monkeypatch: pytest.MonkeyPa
     whole = averages.brought
 
     def impatient(*args: Any) -> dict[str, Tensor]:
-        transport, start = args[3], args[3].start
+        transport, waits = args[3], list[Wait]()
 
-        def started(sends: Any, receives: Any) -> Any:
-            departed, _ = start(sends, receives)
-            return departed if not receives else lambda: None, lambda: None
+        def started(*posts: Any) -> tuple[Wait, Wait]:
+            waits.extend(type(transport).start(transport, *posts))
+            return (lambda: None), (lambda: None)
 
-        monkeypatch.setattr(transport, "start", started)
-        found = whole(*args)
-        monkeypatch.setattr(transport, "start", start)
+        with mock.patch.object(transport, "start", started):
+            found = {name: value.clone() for name, value in whole(*args).items()}
+        for wait in waits:
+            wait()
         return found
 
     monkeypatch.setattr("spindle.runtime.worker.brought", impatient)
     made = towers(ema=DECAY)
     plan = random_plan(spindle.make_metagraph(made), 3, 5)
-    with late(), pytest.raises((AssertionError, SpindleError), match=r"nan|nobody took"):
+    with late():
         result = trained(made, plan, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
-        assert all(each["loss"] == each["loss"] for each in result.scores[4].values()), "nan"
+    assert any(math.isnan(each["loss"]) for each in result.scores[4].values())
 
 
 def test_before_the_first_step_that_counts_the_average_is_the_weights() -> None:
