@@ -168,7 +168,7 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
         optimizer=momentum,
         scheduler=halving if case.scheduled else None,
     )[rank]
-    share = None if device == "cuda" and num_ranks == 1 else torch.device(device)  # None: NCCL
+    share = None if device == "cuda" and num_ranks == 1 else torch.device(device, 0)  # None: NCCL
     transport = ProcessTransport(join_store("127.0.0.1", port, 60.0), rank, num_ranks, device=share)
     worker = Worker(spec, transport)
     report = worker.run(STEPS, keep_gradients=True, keep_spans=False)

@@ -37,7 +37,7 @@ from spindle.runtime.steps.finite import NotFinite, agreed, not_finite, stopped
 from spindle.runtime.steps.flats import Flats
 from spindle.runtime.steps.gradient_flags import flags_from, flags_to, with_gradients
 from spindle.runtime.steps.ready import Ready, ready_runs
-from spindle.runtime.steps.record import HOST_OPS, Stepped, StepRecord, Timed, span_of
+from spindle.runtime.steps.record import HOST_OPS, Stepped, Timed, record_of, span_of
 from spindle.runtime.steps.reductions import Reductions
 from spindle.runtime.steps.state import StepState, received
 from spindle.runtime.steps.store import ParameterStore, trained_as
@@ -167,35 +167,11 @@ class Executor:
                 self.carry_out(instruction, spans, step + 1)
             self._end()
             losses.append(self.losses)
-        tasks, rows = list(self.losses), [found[task] for task in self.losses for found in losses]
+        rows = [found[task] for task in self.losses for found in losses]
         numbers = self.streams.numbers(rows if self.grad_norm is None else [*rows, self.grad_norm])
-        make = functools.partial(self._record, tasks, rounds, numbers, spans, self.skipped, step + 1)
+        clocks = self.streams, self.busy, self.together
+        make = functools.partial(record_of, [*self.losses], rounds, numbers, spans, self.timed, step + 1, clocks)
         return Stepped(make, self.skipped)
-
-    def _record(
-        self,
-        tasks: Sequence[str],
-        rounds: int,
-        numbers: Callable[[], list[float]],
-        spans: Sequence[Timed],
-        skipped: str | None,
-        step: int,
-    ) -> StepRecord:
-        """What a step leaves behind. `numbers`: losses of each of the `tasks` by round, and a norm if there is one."""
-        found = numbers()
-        losses = {task: sum(found[at * rounds : (at + 1) * rounds]) / rounds for at, task in enumerate(tasks)}
-        moment_s = self.streams.moment_s
-        return StepRecord(
-            losses=losses,
-            grad_norm=found[-1] if len(found) > len(tasks) * rounds else None,
-            skipped=skipped,
-            spans=[
-                self.timed(each.instruction, moment_s(each.begun), moment_s(each.ended), step, each.moved_bytes)
-                for each in spans
-            ],
-            busy_s=self.busy.taken(),
-            together_s=self.together.taken(),
-        )
 
     def begin(self) -> None:
         """Forget what an earlier round has left."""

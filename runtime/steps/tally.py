@@ -150,5 +150,5 @@ def _after(before: Counted, more: Counted, momentum: float | None, sizes: Sequen
 
 
 def _repeated(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Each value so many times; without a tensor of the counts, which a GPU would have the process wait for."""
+    """Each value as often as its count; without a tensor of the counts, which a GPU would have the process wait for."""
     return torch.cat([each.expand(count) for each, count in zip(values.unbind(), counts, strict=True)])
