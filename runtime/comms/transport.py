@@ -204,8 +204,10 @@ class ProcessTransport:
         if self._gloo:
             return self._start_on_host(sends, receives)
         on_gpu = self._start_on_links(*([(p, t) for p, t in posts if t.is_cuda] for posts in (sends, receives)))
-        on_host = self._start_on_host(*([(p, t) for p, t in posts if not t.is_cuda] for posts in (sends, receives)))
-        departed, arrived = (_both(*waits) for waits in zip(on_gpu, on_host, strict=True))
+        beside = [[(p, t) for p, t in posts if not t.is_cuda] for posts in (sends, receives)]
+        if not any(beside):
+            return on_gpu
+        departed, arrived = (_both(*waits) for waits in zip(on_gpu, self._start_on_host(*beside), strict=True))
         return departed, arrived
 
     def _start_on_host(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
