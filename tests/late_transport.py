@@ -146,9 +146,11 @@ class LateDriver:
         self._lock = threading.RLock()
         self._entered = threading.local()
         self._strangers: set[str] = set()  # threads that use the first device of the machine
-        self._read: set[tuple[int, int]] = set()  # stream and place in it of memory that another stream reads
-        self._kept: set[tuple[int, int]] = set()
-        self._made: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        self._made, self._kept = (
+            set[int](),
+            list[Tensor](),
+        )  # memory of other streams, by id
+        self._read = 0  # waits of the stream that computes, one for each copy
 
     @contextlib.contextmanager
     def _called(self) -> Iterator[None]:
@@ -185,25 +187,27 @@ class LateDriver:
             spoil(target)
             stream.give(lambda: fill(target, read))
             if not stream.computes:
-                self._made[id(target)] = target, (id(stream), stream.given)
+                self._made.add(id(target))
             return target
 
     def keep(self, tensor: Tensor, stream: LateStream) -> None:
         """See Driver."""
         with self._called():
             assert stream.computes, "memory is kept for another stream than the one that reads it"
-            self._kept.add(self._made.pop(id(tensor))[1])
+            self._made.remove(id(tensor))
+            self._kept.append(tensor)  # so that no other gets its id
 
     def mark(self, stream: LateStream) -> LateMark:
         """See Driver."""
         with self._called():
+            stream.give(lambda: None)  # it has not come there before somebody waits
             return LateMark(stream, stream.given, time.perf_counter())
 
     def wait(self, stream: LateStream, mark: LateMark) -> None:
         """See Driver."""
         with self._called():
             assert stream.computes, "no other stream waits for one"
-            self._read.add((id(mark.stream), mark.at))
+            self._read += 1
             mark.stream.go_on(mark.at)
 
     def settle(self, mark: LateMark) -> None:
@@ -230,7 +234,7 @@ class LateDriver:
     def complain(self) -> None:
         """Raise AssertionError where memory was read that may be used again, or a thread is on another device."""
         assert not self._strangers, f"threads {self._strangers} use the first device of the machine"
-        assert self._read <= self._kept, f"{len(self._read - self._kept)} copies were read and not kept"
+        assert self._read == len(self._kept), f"{self._read - len(self._kept)} copies were read and not kept"
 
 
 def fill(target: Tensor, values: Tensor) -> None:

@@ -1,13 +1,17 @@
 """Devices: who names them, what is moved to them, and whose clock tells their moments."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from spindle.runtime.devices import GpuStreams, Streams, move_modules
+from spindle.runtime.profiling.measure import Bench
+from spindle.runtime.steps.clock import Clock
 from tests.late_transport import LateDriver, LateMark
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +63,11 @@ def test_numbers_are_those_of_their_moment() -> None:
     """What is computed later does not change them, and nobody waited; without any there is still a wait."""
     value, driver = torch.tensor(2.0), LateDriver()
     streams = GpuStreams(CPU, driver)
-    take, nothing = streams.numbers([value, torch.tensor([3.0, 4.0])]), streams.numbers([])
+    take, moment, nothing = streams.numbers([value, torch.tensor([3.0, 4.0])]), streams.mark(), streams.numbers([])
     value.zero_()
-    assert not driver.passed(driver.mark(driver.computing()))
+    assert not streams.has_passed(moment)
     assert nothing() == []
-    assert driver.passed(driver.mark(driver.computing()))
+    assert streams.has_passed(moment)
     assert take() == [2.0, 3.0, 4.0]
 
 
@@ -89,7 +93,6 @@ def test_the_clocks_are_compared_when_the_device_has_come_to_the_mark(monkeypatc
 def test_settling_waits_for_all_that_was_given() -> None:
     driver = LateDriver()
     streams = GpuStreams(CPU, driver)
-    streams.numbers([torch.ones(2)])
     begun, ended = streams.mark(), streams.mark()
     assert not streams.has_passed(ended)
     with pytest.raises(AssertionError, match="has not come to a moment whose time is asked"):
@@ -97,3 +100,35 @@ def test_settling_waits_for_all_that_was_given() -> None:
     streams.settle()
     assert streams.has_passed(ended)
     assert streams.between_s(begun, ended) >= 0.0
+
+
+def bench() -> Bench:
+    """One that measures nothing on a late device."""
+    found = object.__new__(Bench)
+    found.layers, found.num_ranks, found.rest, found.optimizer = {}, 1, torch.zeros(0), None
+    found._streams, found.clock = GpuStreams(CPU, LateDriver()), Clock()
+    return found
+
+
+def now(found: Bench) -> None:
+    moment = found._streams.mark()
+    found._now()
+    assert found._streams.has_passed(moment), "the device has not come to a moment whose time is asked"
+
+
+MEASURED: dict[str, Callable[[Bench], object]] = {
+    "a small step": lambda found: found.rehearse(recompute=False),
+    "updates": lambda found: found._update_s(SimpleNamespace(trained={})),  # type: ignore[arg-type]
+    "messages": now,
+}
+
+
+@pytest.mark.parametrize("what", MEASURED)
+def test_what_is_measured_is_waited_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a wait that is left out is found."""
+    weight = nn.Parameter(torch.zeros(2))
+    monkeypatch.setattr(Bench, "_optimizer", lambda self, layers: torch.optim.SGD([weight], lr=0.1))
+    MEASURED[what](bench())
+    monkeypatch.setattr(GpuStreams, "settle", lambda self: None)
+    with pytest.raises(AssertionError, match="has not come to a moment whose time is asked"):
+        MEASURED[what](bench())
