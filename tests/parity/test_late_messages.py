@@ -5,6 +5,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -235,6 +236,15 @@ PLANTED: dict[str, tuple[str, int, Plant]] = {
     "numbers of a step": ("statistics", 1, in_place_of(LateDriver, "settle", lambda self, mark: None)),
     "the device of a thread": ("statistics", 1, in_place_of(GpuStreams, "enter_thread", enter_but_there)),
 }
+PAGE = Path(__file__).parents[2] / "docs" / "runtime.md"
+
+
+def test_the_page_has_each_wait() -> None:
+    """And no other."""
+    rows = PAGE.read_text(encoding="utf-8").split("\n| wait |")[1].split("\n\n")[0].splitlines()[2:]
+    assert sorted(row.split("|")[1].strip() for row in rows) == sorted(PLANTED)
+
+
 SIGNS = "not finite|not close|out of bounds|different shapes|got a gradient again|not kept|the first device"
 """What is said where something was read too early: NaN, or 77 where numbers are whole; and complaints of the device."""
 
