@@ -29,6 +29,7 @@ from torch import Tensor
 import spindle
 from runtime import spindle_run, timed
 from spindle.capture import capture
+from spindle.capture.codes import OnDevice
 from spindle.record.substitutes.draws import Stream
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.loading.recordings import Recipe, Recordings
@@ -158,7 +159,7 @@ def recording() -> Cost:
     """Of the packed language model, its whole batch."""
     workload = packed_text()
     captured = capture(workload)
-    recordings = Recordings(Recipe.of(workload, captured).apart(), torch.device("cpu"))
+    recordings = Recordings(Recipe.of(workload, captured).apart(), OnDevice(torch.device("cpu")))
     task = workload.tasks["text"]
     batches = [task.sampled(batch) for batch in task.batches()]
 

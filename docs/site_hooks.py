@@ -24,7 +24,7 @@ SECTIONS = {
     ),
     "Examples": ("gallery/index",),
     "Reference": ("cli", "api", "faq"),
-    "How it works": ("capture", "planner", "cost-model", "design", "benchmarks"),
+    "How it works": ("capture", "runtime", "planner", "cost-model", "design", "benchmarks"),
 }
 
 

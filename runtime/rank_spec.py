@@ -51,6 +51,7 @@ class RankSpec:
     unused: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of no task, for checkpoints; on rank 0
     stepped: frozenset[str] = frozenset()  # parameters that some rank updates; on rank 0
     groups: tuple[tuple[int, ...], ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
     unread: Mapping[str, Source] = field(default_factory=dict)  # such whose values only files hold
     weights: Mapping[str, Readable] = field(default_factory=dict)  # of parameters on the meta device
     rounds: int = 1
@@ -112,6 +113,8 @@ def make_rank_specs(
     after_steps = after_steps_of(workload, program)
     floats = {name for name, value in workload.named_buffers() if value.is_floating_point()}
     averages = shared_averages(workload.ema, program, owned, held, floats)
+    brought = {(row.owner, other) for row in averages for other in row.others}
+    links = tuple(sorted({*program.links, *brought}))
     clocks = {name for code in captured.tasks.values() for write in code.writes for name in write.clocks}
     let_travel(component.module for component in workload.components.values())
     trained = [bucket.parameters for bucket in program.buckets]
@@ -133,6 +136,7 @@ def make_rank_specs(
                 unused={} if rank else unused,
                 stepped=frozenset() if rank else stepped,
                 groups=groups,
+                links=links,
                 unread={} if rank else unread,
                 weights=own_sources(weights, own.values()),
                 rounds=workload.accumulate // num_micro_batches(captured.tasks),

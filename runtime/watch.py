@@ -1,14 +1,10 @@
 """Watch: what ranks tell of their steps in, StepMetrics for callbacks out."""
 
 import contextlib
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from spindle.metrics import Callback, EvaluationMetrics, StepMetrics
 from spindle.runtime.steps.busy import Meeting
@@ -54,14 +50,6 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
     if "attention_mask" in batch:
         return int((batch["attention_mask"] != 0).sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this rank has held: on its GPU, else as a process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Watch:

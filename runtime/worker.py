@@ -25,6 +25,7 @@ from spindle.runtime.checkpoints.writing import Writing
 from spindle.runtime.comms.flight import Flight, file_of
 from spindle.runtime.comms.pulse import noted
 from spindle.runtime.comms.transport import Transport, sum_over_all
+from spindle.runtime.devices import move_modules
 from spindle.runtime.drift import Drift
 from spindle.runtime.evaluation.evaluator import Evaluator, Scored, beside
 from spindle.runtime.faults.replicas import Replicas
@@ -41,7 +42,7 @@ from spindle.runtime.steps.clock import Clock
 from spindle.runtime.steps.compiled import compile_layers
 from spindle.runtime.steps.executor import Executor, Fetch, Observe
 from spindle.runtime.steps.flats import make_rows
-from spindle.runtime.steps.record import StepRecord
+from spindle.runtime.steps.record import Stepped
 from spindle.runtime.steps.state import momenta
 from spindle.runtime.steps.store import ParameterStore
 from spindle.runtime.updates.averages import PREFIX as AVERAGE
@@ -64,7 +65,7 @@ from spindle.runtime.updates.progress import (
     optimizer_tensors,
 )
 from spindle.runtime.updates.schedules import make_schedule, step_schedule
-from spindle.runtime.watch import RankStep, peak_memory, rank_step
+from spindle.runtime.watch import RankStep, rank_step
 from spindle.values.graph import base_task, num_micro_batches, parse_piece
 from spindle.values.trace import Span
 from spindle.workload import Task
@@ -90,6 +91,16 @@ class Report:
     stops: bool = False  # it was asked to end
     skipped: dict[int, str] = field(default_factory=dict)  # what was not finite here in steps in which nobody stepped
     full: str = ""  # which limit on samples or tokens is reached
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A step, counted from 1, that was given to the device at a moment of this process, and tokens by task in it."""
+
+    step: int
+    began_s: float
+    stepped: Stepped
+    tokens: dict[str, int]
 
 
 def _feeds(tasks: Mapping[str, Task], spec: RankSpec, transport: Transport) -> dict[str, Feed]:
@@ -121,7 +132,7 @@ class Worker:
                 self._make(spec, transport)
             transport.pulse.at("start, groups")
             with self.phases("groups"):
-                transport.make_groups(spec.groups)
+                transport.make_groups(spec.groups, spec.links)
 
     def _make(self, spec: RankSpec, transport: Transport) -> None:
         if transport.device.type == "cpu":
@@ -132,8 +143,7 @@ class Worker:
         fill(self.codes.values(), spec.weights, transport.device)
         spec = replace(spec, weights={})  # which may hold numbers that are on the device now
         self.spec, self.transport, self.clock = spec, transport, Clock()
-        for code in self.codes.values():
-            code.module.to(transport.device)
+        move_modules([code.module for code in self.codes.values()], transport.device)
         for row in rows.values():
             row.check()
         compile_layers(self.codes)
@@ -148,7 +158,7 @@ class Worker:
         self.made: Made | None = made_optimizer(self.optimizer) if self.optimizer else None
         self.scheduler = make_schedule(spec.scheduler, self.optimization, spec.metric) if self.optimization else None
         self.made_schedule = made_schedule(self.scheduler)
-        self.recordings = Recordings(spec.recipe, transport.device)
+        self.recordings = Recordings(spec.recipe, transport.streams)
         self.batches = Batches(
             spec.program,
             spec.rank,
@@ -157,7 +167,7 @@ class Worker:
             seed=spec.seed,
             rounds=spec.rounds,
             takes_part=self._taking_part,
-            ahead=transport.device.type != "cpu",
+            ahead=transport.streams if transport.streams.ahead else None,
             drift=Drift(spec.sizes),
         )
         layers = [layer for tally in spec.program.tallies for layer in tally.layers]
@@ -212,12 +222,16 @@ class Worker:
     def run(self, steps: int, *, keep_spans: bool = True, keep_gradients: bool = False) -> Report:
         """Run some steps; the report holds spans and gradients of every step if they are to be kept.
 
-        Spans tell moments on the first rank's clock, which all agree on first.
+        Spans tell moments on the first rank's clock, which all agree on first. A GPU is given a step before the numbers
+        of the one before are read, so that it never waits for the process.
         """
-        report = Report(self.spec.rank)
+        report, streams = Report(self.spec.rank), self.transport.streams
+        streams.enter_thread()
         if keep_spans and self.transport.num_ranks > 1:
             self.clock.agree(self.transport, tuple(range(self.transport.num_ranks)))
+        streams.set_origin()
         observe = report.gradients.append if keep_gradients else None
+        self._reported_s, late = 0.0, list[_Late]()
         self.recordings.checking = keep_gradients
         for _ in range(steps):
             report.ended, report.full = self._ended(), self.counts.reached()
@@ -227,25 +241,38 @@ class Worker:
             self.batches.tokens.clear()
             self.batches.samples.clear()
             began = time.perf_counter()
-            record = self._step(observe)
+            stepped = self._step(observe)
             self.counts.take(self._trained(self.batches.samples), self._trained(self.batches.tokens))
-            took_s = time.perf_counter() - began
-            report.steps.append(rank_step(took_s, record, self.batches.tokens))
-            report.losses.append(record.losses)
-            report.grad_norms.append(record.grad_norm)
-            if (flight := self.transport.pulse.flight) is not None:
-                flight.done(self.steps_done, record.losses, record.grad_norm, self.transport.device)
-            if record.skipped is not None:
-                report.skipped[self.steps_done] = record.skipped
-            if keep_spans:
-                report.spans += [span.later(self.clock.offset_s) for span in record.spans]
+            late.append(_Late(self.steps_done, began, stepped, dict(self.batches.tokens)))
+            while len(late) > streams.ahead:
+                self._report(report, late.pop(0), keep_spans)
+        for each in late:
+            self._report(report, each, keep_spans)
         self.batches.settle()
         report.drift = dict(self.batches.drift.found)
         report.stops = self.transport.pulse.stops
-        report.memory_bytes = peak_memory(self.transport.device)
+        report.memory_bytes = streams.peak_bytes()
         report.on_gpu = self.transport.device.type == "cuda"
         report.learning_rates = self.optimization.learning_rates() if self.optimization else {}
         return report
+
+    def _report(self, report: Report, late: "_Late", keep_spans: bool) -> None:
+        """Wait for the numbers of a step, and report them. A device that does not come may wait for other ranks."""
+        pulse = self.transport.pulse
+        pulse.wait(True)
+        record = late.stepped.record()
+        pulse.wait(False)
+        now_s = time.perf_counter()
+        report.steps.append(rank_step(now_s - max(late.began_s, self._reported_s), record, late.tokens))
+        self._reported_s = now_s
+        report.losses.append(record.losses)
+        report.grad_norms.append(record.grad_norm)
+        if pulse.flight is not None:
+            pulse.flight.done(late.step, record.losses, record.grad_norm, self.transport.streams)
+        if record.skipped is not None:
+            report.skipped[late.step] = record.skipped
+        if keep_spans:
+            report.spans += [span.later(self.clock.offset_s) for span in record.spans]
 
     def _ended(self) -> str | None:
         """A task that is to stop the training and lacks a batch for the next step. All ranks give the same answer."""
@@ -255,7 +282,7 @@ class Worker:
         self.batches.wait()
         count = self.spec.rounds * self.batches.in_flight
         lacking = [name in self.feeds and not self.feeds[name].holds(count) for name in stopping]
-        flags = torch.tensor(lacking, dtype=torch.float32, device=self.transport.device)
+        flags = torch.tensor(lacking, dtype=torch.float32)
         sum_over_all(flags, self.transport)
         return next((name for name, flag in zip(stopping, flags.tolist(), strict=True) if flag), None)
 
@@ -270,28 +297,28 @@ class Worker:
     def _taking_part(self, step: int) -> list[str]:
         return [name for name, task in self.spec.tasks.items() if task.takes_part(step, self.spec.seed)]
 
-    def _step(self, observe: Observe | None) -> StepRecord:
+    def _step(self, observe: Observe | None) -> Stepped:
         spec, tasks = self.spec, frozenset(self._tasks())
         executor = self._executor(tasks)
-        record = executor.step(
+        stepped = executor.step(
             self._rounds(), observe=observe, step=self.steps_done, rounds=spec.rounds, seed=spec.seed
         )
         if self.optimizer is not None and (self.store.updated or self.scheduler) and not executor.updated:
             with self.store.without_gradients(self.store.updated):
                 self.optimizer.step()  # what it counts by group goes on, where nothing is held that this step updates
         if self.scheduler is not None:
-            step_schedule(self.scheduler, spec.metric, lambda: self._losses_of_all(record.losses))
+            step_schedule(self.scheduler, spec.metric, lambda: self._losses_of_all(stepped.record().losses))
         self.steps_done += 1
-        if self.averages is not None and record.skipped is None:
+        if self.averages is not None and stepped.skipped is None:
             self.averages.update(self.steps_done, self._averaged)
-        return record
+        return stepped
 
     def _losses_of_all(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Losses of this step's tasks, of whichever ranks computed them; of micro-batches in flight their mean."""
         tasks = self._tasks()
         own = [[loss for name, loss in losses.items() if base_task(name) == task] for task in tasks]
         sums = [[sum(values) for values in own], [len(values) for values in own]]
-        found = torch.tensor(sums, dtype=torch.float64, device=self.transport.device)
+        found = torch.tensor(sums, dtype=torch.float64)
         sum_over_all(found, self.transport)
         return dict(zip(tasks, (found[0] / found[1]).tolist(), strict=True))
 

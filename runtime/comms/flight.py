@@ -23,9 +23,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spindle.errors import LostRankError, PreemptedError, SpindleError
+from spindle.runtime.devices import Streams
 
 FLIGHT, NOW, END = "flight", "now", "end.json"
 MAGIC, VERSION = b"SPNFLGHT", 2  # 1 counted steps from 0
@@ -73,7 +72,7 @@ class Flight:
         self._count += 1
         _COUNT.pack_into(self._memory, STATE_AT, self._count)
 
-    def done(self, step: int, losses: Mapping[str, float], norm: float | None, device: torch.device) -> None:
+    def done(self, step: int, losses: Mapping[str, float], norm: float | None, streams: Streams) -> None:
         """A step is done; all numbers are on the host already."""
         for task, loss in losses.items():
             self.add(EventKind.LOSS, task, step, loss)
@@ -82,7 +81,7 @@ class Flight:
         now_s = time.monotonic()
         if now_s - self._looked_s > MEMORY_S:
             self._looked_s = now_s
-            self.add(EventKind.MEMORY, "memory", step, _held_bytes(device))
+            self.add(EventKind.MEMORY, "memory", step, streams.held_bytes())
 
     def wait(self, begins: bool) -> None:
         """It begins, or ends, to wait for other ranks."""
@@ -120,14 +119,6 @@ def _mapped(file: Path) -> "mmap.mmap | bytearray":
         finally:
             os.close(handle)
     return bytearray(SIZE)
-
-
-def _held_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
-    return 0
 
 
 def file_of(folder: Path, rank: int) -> Path:

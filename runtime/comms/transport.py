@@ -2,8 +2,10 @@
 
 - `start` posts all sends and receives of a transfer at once and does not wait.
 - Groups are made once, by every rank, in one order. A rank that waits gives up after `timeout_s`.
+- Beside NCCL, what stands in main memory goes over gloo, so that nobody waits for a GPU to read it.
 """
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -18,8 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.distributed_c10d import _abort_process_group
+from torch.distributed.rendezvous import rendezvous
 
 from spindle.errors import LostPeerError, RunError
+from spindle.runtime.comms.backend import agreed_gpu, own_gpu
 from spindle.runtime.comms.host import (
     SocketThreads,
     interface_to,
@@ -28,7 +33,8 @@ from spindle.runtime.comms.host import (
     threads_of_rank,
     usable_cores,
 )
-from spindle.runtime.comms.pulse import Pulse
+from spindle.runtime.comms.pulse import LONG, Pulse
+from spindle.runtime.devices import Streams, gpu_count, gpu_id, streams_of
 
 Post = tuple[int, Tensor]
 """A peer, and the tensor that goes to it or is to be filled from it. Contiguous."""
@@ -78,11 +84,15 @@ class Transport(Protocol):
     cores: Sequence[int]
     """Cores that the ranks of this machine share."""
     device: torch.device
+    streams: Streams
+    """In what order the device does what it is given."""
     pulse: Pulse
     """Where this rank says where it is, and whether it waits for others."""
 
-    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Make the process groups of a program; called once, by all ranks, with the same list."""
+    def make_groups(self, groups: Sequence[tuple[int, ...]], links: Sequence[tuple[int, int]] = ()) -> None:
+        """Make the process groups of a program, and the links (source, target) of its messages; called once, by all
+        ranks, with the same lists.
+        """
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
         """Post messages; functions that wait until the sends have left and the receives have arrived."""
@@ -104,12 +114,6 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Leave; peers that still wait for this rank fail soon."""
-
-
-def own_gpu(place: tuple[int, int], gpus: Sequence[int]) -> torch.device | None:
-    """The GPU that a rank has to itself, of those with these numbers; None where they are too few for one each."""
-    number, num_ranks = place
-    return torch.device("cuda", gpus[number]) if num_ranks <= len(gpus) else None
 
 
 class ProcessTransport:
@@ -139,15 +143,17 @@ class ProcessTransport:
         self.pulse = pulse or Pulse()
         self.peers = Peers(self.pulse, timeout_s)
         backend = "gloo"
-        if device is None and torch.cuda.is_available():
+        if store is None:
+            store, _, _ = next(rendezvous("env://", rank, num_ranks, timeout=timedelta(seconds=timeout_s)))
+        if device is None:
             among = (0, 1) if sees_own_gpu else place or (rank, num_ranks)
-            device = own_gpu(among, [n for n in range(torch.cuda.device_count()) if n not in lost_gpus])
-            backend = "nccl" if device is not None else backend
+            own = own_gpu(among, [n for n in range(gpu_count()) if n not in lost_gpus])
+            if num_ranks > 1:
+                own = agreed_gpu(store, rank, num_ranks, own, "" if own is None else gpu_id(own.index), timeout_s)
+            device, backend = own, "gloo" if own is None else "nccl"
         self.device = device or torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.streams = streams_of(self.device)
         self._gloo = backend == "gloo"
-        self._staged = self._gloo and self.device.type != "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
         here = place or ((rank, num_ranks) if is_loopback(store) else None)
@@ -159,7 +165,8 @@ class ProcessTransport:
             os.sched_setaffinity(0, own_cores(here, self.cores))
         if (interface := _interface(store)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        self.timeout = timedelta(seconds=timeout_s)
+        # NCCL counts from when an operation is given to the GPU, which may be steps behind
+        self.timeout = timedelta(seconds=timeout_s if self._gloo else LONG * timeout_s)
         with self.peers:
             dist.init_process_group(
                 backend,
@@ -170,17 +177,24 @@ class ProcessTransport:
                 # connected at once: NCCL wants all ranks in a group's first operation, which may be a message of two
                 device_id=self.device if backend == "nccl" else None,
             )
-            self._beside = None if self._gloo else dist.new_group(backend="gloo", timeout=self.timeout)
+            beside = timedelta(seconds=timeout_s)
+            self._beside = None if self._gloo else dist.new_group(backend="gloo", timeout=beside)
         self._socket_threads = SocketThreads()
         self._socket_threads.find()
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(num_ranks)): dist.group.WORLD}
+        self._everyone = tuple(range(num_ranks))
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {self._everyone: dist.group.WORLD}
+        self._links: dict[tuple[int, int], dist.ProcessGroup | None] = {}
 
-    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Ordered `new_group` on all ranks: members-only creation hangs when their histories differ."""
+    def make_groups(self, groups: Sequence[tuple[int, ...]], links: Sequence[tuple[int, int]] = ()) -> None:
+        """Ordered `new_group` on all ranks: members-only creation hangs when their histories differ. NCCL alone needs
+        links: what it does in one group it does in one order, so that a message that is late would hold up all others.
+        """
         with self.peers:
             for ranks in groups:
                 if ranks not in self._groups:
                     self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
+            for link in () if self._gloo else links:
+                self._links[link] = dist.new_group(list(link), timeout=self.timeout)
         self._socket_threads.find()
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
@@ -188,32 +202,36 @@ class ProcessTransport:
         Beside NCCL tensors in main memory go over gloo, so that their reader waits for no GPU.
         """
         if self._gloo:
-            return self._start(sends, receives)
-        on_gpu = self._start(*([(p, t) for p, t in posts if t.is_cuda] for posts in (sends, receives)))
-        on_host = self._start_on_host(*([(p, t) for p, t in posts if not t.is_cuda] for posts in (sends, receives)))
-        departed, arrived = (_both(*waits) for waits in zip(on_gpu, on_host, strict=True))
+            return self._start_on_host(sends, receives)
+        on_gpu = self._start_on_links(*([(p, t) for p, t in posts if t.is_cuda] for posts in (sends, receives)))
+        beside = [[(p, t) for p, t in posts if not t.is_cuda] for posts in (sends, receives)]
+        if not any(beside):
+            return on_gpu
+        departed, arrived = (_both(*waits) for waits in zip(on_gpu, self._start_on_host(*beside), strict=True))
         return departed, arrived
 
     def _start_on_host(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        """Over gloo, which takes nothing that lies on a GPU."""
+        outgoing = [(peer, tensor.cpu()) for peer, tensor in sends]
+        incoming = [(peer, _place_for(tensor, _CPU)) for peer, tensor in receives]
         with self._socket_threads, self.peers:
-            works = self._posted(sends, receives)
-        return self._wait_for(works[: len(sends)]), self._wait_for(works[len(sends) :])
-
-    def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
-        outgoing = [(peer, self._outward(tensor)) for peer, tensor in sends]
-        incoming = [(peer, self._place_for(tensor)) for peer, tensor in receives]
-        if self._gloo:
-            with self._socket_threads, self.peers:
-                works = self._posted(outgoing, incoming)
-        else:
-            posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing]
-            posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming]
-            with self.peers:
-                works = dist.batch_isend_irecv(posts) if posts else []
+            works = self._posted(outgoing, incoming)
         arrivals = [(tensor, arrived) for (_, tensor), (_, arrived) in zip(receives, incoming, strict=True)]
-        if len(works) != len(outgoing) + len(incoming):  # NCCL coalesces a batch into one
-            return self._wait_for(works), self._wait_for(works, arrivals)
         return self._wait_for(works[: len(sends)]), self._wait_for(works[len(sends) :], arrivals)
+
+    def _start_on_links(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:
+        """Each link by itself, in the order of the transfer, sends apart from receives."""
+        waits = []
+        for operation, posts in ((dist.isend, sends), (dist.irecv, receives)):
+            works: list[dist.Work] = []
+            for peer in dict.fromkeys(peer for peer, _ in posts):
+                link = (self.rank, peer) if operation is dist.isend else (peer, self.rank)
+                group = self._links.get(link, dist.group.WORLD)
+                own = [dist.P2POp(operation, tensor, peer, group=group) for to, tensor in posts if to == peer]
+                with self.peers:
+                    works += dist.batch_isend_irecv(own)
+            waits.append(self._wait_for(works))
+        return waits[0], waits[1]
 
     def _posted(self, outgoing: Sequence[Post], incoming: Sequence[Post]) -> list[dist.Work]:
         """As `batch_isend_irecv` posts over gloo, in half the time: messages are many and small."""
@@ -223,45 +241,49 @@ class ProcessTransport:
         return [*works, *(over.recv([tensor], peer, 0) for peer, tensor in incoming)]
 
     def all_reduce(self, values: Tensor, ranks: tuple[int, ...]) -> Wait:
-        """Sum over a group made before."""
-        return self._collected(values, lambda own: dist.all_reduce(own, group=self._groups[ranks], async_op=True))
+        """Sum over a group made before; of all ranks, numbers in main memory go over gloo."""
+        beside = self._beside if values.device.type == "cpu" and ranks == self._everyone else None
+        group = beside or self._groups[ranks]
+        shared = values if beside else self._outward(values)
+        return self._waited(lambda: dist.all_reduce(shared, group=group, async_op=True), values, shared)
 
     def reduce(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """Sum to one rank of a group made before."""
-        return self._collected(values, lambda own: dist.reduce(own, owner, group=self._groups[ranks], async_op=True))
+        shared, group = self._outward(values), self._groups[ranks]
+        return self._waited(lambda: dist.reduce(shared, owner, group=group, async_op=True), values, shared)
 
     def broadcast(self, values: Tensor, ranks: tuple[int, ...], owner: int) -> Wait:
         """Copy from one rank of a group made before."""
-        return self._collected(values, lambda own: dist.broadcast(own, owner, group=self._groups[ranks], async_op=True))
+        shared, group = self._outward(values), self._groups[ranks]
+        return self._waited(lambda: dist.broadcast(shared, owner, group=group, async_op=True), values, shared)
 
     def all_gather(self, whole: Tensor, own: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Gather over a group made before."""
-        place, sent, group = self._place_for(whole), self._outward(own), self._groups[ranks]
+        place, sent, group = _place_for(whole, self._takes), self._outward(own), self._groups[ranks]
         return self._waited(lambda: _gather(place, sent, group=group, async_op=True), whole, place)
 
     def reduce_scatter(self, own: Tensor, whole: Tensor, ranks: tuple[int, ...]) -> Wait:
         """Sum over a group made before, a part to each."""
-        place, sent, group = self._place_for(own), self._outward(whole), self._groups[ranks]
+        place, sent, group = _place_for(own, self._takes), self._outward(whole), self._groups[ranks]
         return self._waited(lambda: _scatter(place, sent, group=group, async_op=True), own, place)
 
-    def _collected(self, values: Tensor, begin: Callable[[Tensor], dist.Work]) -> Wait:
-        shared = self._outward(values)
-        return self._waited(lambda: begin(shared), values, shared)
-
     def _waited(self, begin: Callable[[], dist.Work], values: Tensor, arrived: Tensor) -> Wait:
-        with self._socket_threads:
+        threads = self._socket_threads if self._gloo else contextlib.nullcontext()
+        with threads:
             with self.peers:
                 work = begin()
             wait = self._wait_for([work], [(values, arrived)])
 
         def waited() -> None:
-            with self._socket_threads:
+            with threads:
                 wait()
 
         return waited
 
     def _wait_for(self, works: Sequence[dist.Work], arrivals: Sequence[tuple[Tensor, Tensor]] = ()) -> Wait:
-        """Wait for all works; then copy what arrived elsewhere to where it belongs."""
+        """Wait for all works; then copy what arrived elsewhere to where it belongs. Over NCCL the stream of this thread
+        waits, not the process.
+        """
 
         def wait() -> None:
             with self.peers:
@@ -273,25 +295,31 @@ class ProcessTransport:
 
         return wait
 
+    @property
+    def _takes(self) -> torch.device:
+        """Where the backend takes tensors from."""
+        return _CPU if self._gloo else self.device
+
     def _outward(self, tensor: Tensor) -> Tensor:
         """What the backend can send."""
-        return tensor.cpu() if self._staged else tensor
-
-    def _place_for(self, tensor: Tensor) -> Tensor:
-        """Where the backend can receive what belongs into `tensor`."""
-        return torch.empty_like(tensor, device="cpu") if self._staged else tensor
+        return tensor.to(self._takes)
 
     def exchanged(self, own: T) -> list[T]:
         """What each rank brings, by rank; all ranks call this together. Not for what is wanted in each step."""
         found: list[Any] = [None] * self.num_ranks
         with self.peers:
-            dist.all_gather_object(found, own)
+            dist.all_gather_object(found, own, group=self._beside)
         return found
 
     def close(self) -> None:
-        """Tear the process group down: peers in a collective with this rank fail within milliseconds."""
+        """Tear the process group down: peers in a collective with this rank fail within milliseconds. While an error is
+        on its way NCCL is not let finish what peers may never answer.
+        """
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if self._gloo or sys.exception() is None:
+                dist.destroy_process_group()
+            else:
+                _abort_process_group()
         if hasattr(os, "sched_setaffinity"):  # the next run of this process shares them out anew
             os.sched_setaffinity(0, self.cores)
         torch.set_num_threads(self._threads_before)
@@ -305,6 +333,14 @@ def sum_over_all(values: Tensor, transport: Transport) -> None:
     """Sum `values` in place over all ranks, which call this together, and wait for the sum."""
     if transport.num_ranks > 1:
         transport.all_reduce(values, tuple(range(transport.num_ranks)))()
+
+
+_CPU = torch.device("cpu")
+
+
+def _place_for(tensor: Tensor, device: torch.device) -> Tensor:
+    """Where a backend that takes tensors from a device can receive what belongs into `tensor`."""
+    return tensor if tensor.device == device else torch.empty_like(tensor, device=device)
 
 
 def _both(one: Wait, other: Wait) -> Wait:
@@ -358,6 +394,7 @@ class ThreadTransport:
     """Ranks as threads of one process: nothing to start, and every failure in one place. For tests, and to debug."""
 
     device = torch.device("cpu")
+    make_streams: Callable[[torch.device], Streams] = Streams
 
     def __init__(self, shared: _Exchange, rank: int, num_ranks: int, *, timeout_s: float = 60.0) -> None:
         """Use `connect`."""
@@ -365,7 +402,7 @@ class ThreadTransport:
         self.num_threads, self._threads_before = threads_of_rank(num_ranks), torch.get_num_threads()
         self.cores: Sequence[int] = usable_cores()
         self._shared, self._timeout_s = shared, timeout_s
-        self.pulse = Pulse()
+        self.streams, self.pulse = self.make_streams(self.device), Pulse()
         self._sent, self._expected = Counter[int](), Counter[int]()
         self._reduced = Counter[tuple[int, ...]]()
 
@@ -375,7 +412,7 @@ class ThreadTransport:
         shared = _Exchange()
         return [cls(shared, rank, num_ranks, timeout_s=timeout_s) for rank in range(num_ranks)]
 
-    def make_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
+    def make_groups(self, groups: Sequence[tuple[int, ...]], links: Sequence[tuple[int, int]] = ()) -> None:
         """Threads need none."""
 
     def start(self, sends: Sequence[Post], receives: Sequence[Post]) -> tuple[Wait, Wait]:

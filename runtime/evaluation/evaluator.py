@@ -29,8 +29,8 @@ from spindle.runtime.programs.messages import Layouts
 from spindle.runtime.programs.passes import restricted
 from spindle.runtime.programs.program import Program
 from spindle.runtime.steps.executor import Executor
+from spindle.runtime.steps.record import Timed
 from spindle.runtime.updates.averages import standing_in
-from spindle.values.trace import Span
 from spindle.workload import Task
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class _Forward(Executor):
         self.first_batch, self.fetch = 0, fetch
         self.begin()
         self.reductions.begin(early=False)
-        spans: list[Span] = []
+        spans: list[Timed] = []
         for instruction in self.instructions:
             self.carry_out(instruction, spans, step + 1)
         self._end()
@@ -184,7 +184,7 @@ class Evaluator:
         self.spec, self.worker, self.feeds = spec, worker, feeds
         self.transport = worker.transport
         self.codes = {name: worker.codes[key_of(name)] for name in spec.codes}  # cut as those of training
-        self.recordings = Recordings(spec.recipe, self.transport.device)
+        self.recordings = Recordings(spec.recipe, self.transport.streams)
         self.layouts = Layouts(spec.program)
         self.start: dict[str, FeedState] = {name: feed.state() for name, feed in feeds.items()}
         self.begun = False
@@ -231,8 +231,7 @@ class Evaluator:
             feed.ask(1)
         holds = [name in self.feeds and self.feeds[name].holds(1) for name in names]
         flags = torch.tensor(
-            [[float(name in self.feeds), float(held)] for name, held in zip(names, holds, strict=True)],
-            device=self.transport.device,
+            [[float(name in self.feeds), float(held)] for name, held in zip(names, holds, strict=True)]
         )
         sum_over_all(flags, self.transport)
         for name, (loading, holding) in zip(names, flags.tolist(), strict=True):

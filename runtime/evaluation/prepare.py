@@ -37,6 +37,7 @@ class PreparedEvaluation:
         """
         found = []
         groups = dict.fromkeys((*specs[0].groups, *self.program.groups))
+        links = dict.fromkeys((*specs[0].links, *self.program.links))
         scoring = Scoring(self.evaluation.measures)
         names = self.program.operators_by_rank
         for spec, own, part in zip(specs, names, parts_of(self.program), strict=True):
@@ -53,7 +54,7 @@ class PreparedEvaluation:
                 ema=self.evaluation.ema,
             )
             read = {**spec.weights, **own_sources(weights or {}, codes.values())}
-            found.append(replace(spec, evaluation=evaluated, groups=tuple(groups), weights=read))
+            found.append(replace(spec, evaluation=evaluated, groups=tuple(groups), links=tuple(links), weights=read))
         return found
 
 

@@ -178,6 +178,6 @@ def _ended(text: str, error: SpindleError | None) -> RunError:
 
 def _gpus(lost: frozenset[int]) -> list[int]:
     """GPUs of this machine that are not lost."""
-    import torch
+    from spindle.runtime.devices import gpu_count
 
-    return [number for number in range(torch.cuda.device_count()) if number not in lost]
+    return [number for number in range(gpu_count()) if number not in lost]

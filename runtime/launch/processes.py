@@ -258,12 +258,11 @@ def _child(
             method, args, kwargs = cloudpickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             _end()
-        with _reported(pipe):
-            try:
+        try:
+            with _reported(pipe, again=True):
                 pipe.send_bytes(cloudpickle.dumps((True, called(worker, pulse, method, args, kwargs))))
-            except Exception:
-                worker.close()  # releases peers that wait for this rank
-                raise
+        except Exception:
+            worker.close()  # releases peers that wait for this rank, once it has said why
 
 
 def _allow_children(pipe: Connection, start_method: str, sockets: str) -> None:
@@ -278,7 +277,8 @@ def _allow_children(pipe: Connection, start_method: str, sockets: str) -> None:
 
 
 @contextlib.contextmanager
-def _reported(pipe: Connection) -> Iterator[None]:
+def _reported(pipe: Connection, *, again: bool = False) -> Iterator[None]:
+    """While open an error goes to the driver; `again`: and is raised then."""
     try:
         yield
     except Exception as error:
@@ -286,6 +286,8 @@ def _reported(pipe: Connection) -> Iterator[None]:
         report.__cause__ = report.__context__ = None  # its note has it all; causes may not travel
         with contextlib.suppress(OSError):
             pipe.send_bytes(cloudpickle.dumps((False, report)))
+        if again:
+            raise
 
 
 def _end_with_parent() -> None:

@@ -18,6 +18,7 @@ from spindle.inputs.batch import SampledBatch
 from spindle.inputs.weighing import shares
 from spindle.record.substitutes.draws import Stream
 from spindle.runtime.comms.transport import Transport, sum_over_all
+from spindle.runtime.devices import Streams
 from spindle.runtime.drift import Drift
 from spindle.runtime.loading.data import Feed
 from spindle.runtime.loading.recordings import OTHER_LAYERS, LoadedBatch, Recordings
@@ -48,11 +49,11 @@ class Batches:
         seed: int,
         rounds: int,
         takes_part: TakesPart,
-        ahead: bool,
+        ahead: Streams | None = None,
         drift: Drift | None = None,
     ) -> None:
         """`rounds` of a step; `takes_part` names the tasks of a step. `ahead`: record the next round beside this
-        one. `drift` looks at all batches.
+        one, in a thread that gives copies to these streams. `drift` looks at all batches.
         """
         self.program, self.rank, self.feeds, self.recordings = program, rank, feeds, recordings
         self.seed, self.rounds, self.takes_part = seed, rounds, takes_part
@@ -62,7 +63,11 @@ class Batches:
         self.tokens: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
         self.drift = drift or Drift(())
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording") if ahead else None
+        self._thread = (
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="recording", initializer=ahead.enter_thread)
+            if ahead is not None
+            else None
+        )
         self._running: concurrent.futures.Future[None] | None = None
         self._stopped = threading.Event()
         self._shares: dict[str, list[float]] = {}  # what the losses of a step's batches count, by task
@@ -168,7 +173,7 @@ def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transpo
     All ranks call it together. `step`: counted from 1. Raises WorkloadError that names two ranks.
     """
     own = [digest for task in tasks for digest in (loaded[task].digests() if task in loaded else (0, 0))]
-    sums = torch.tensor([[d > 0, d, d**2] for d in own], dtype=torch.float64, device=transport.device)
+    sums = torch.tensor([[d > 0, d, d**2] for d in own], dtype=torch.float64)
     sum_over_all(sums, transport)
     for index, (count, total, squares) in enumerate(sums.tolist()):
         if count * squares != total * total:  # the variance is zero where all are equal
@@ -179,7 +184,7 @@ def check_alike(tasks: Sequence[str], loaded: Mapping[str, LoadedBatch], transpo
 
 def _differing(digest: int, transport: Transport) -> tuple[int, int]:
     """Two ranks whose digests differ."""
-    seen = torch.zeros(transport.num_ranks, dtype=torch.float64, device=transport.device)
+    seen = torch.zeros(transport.num_ranks, dtype=torch.float64)
     seen[transport.rank] = digest
     sum_over_all(seen, transport)
     digests = {rank: value for rank, value in enumerate(seen.tolist()) if value}

@@ -74,7 +74,7 @@ class Counts:
             [1.0, float(self.samples[name]), float(self.tokens[name])] if name in self.loads else [0.0, 0.0, 0.0]
             for name in self.tasks
         ]
-        found = torch.tensor(rows, dtype=torch.float64, device=self.transport.device)
+        found = torch.tensor(rows, dtype=torch.float64)
         sum_over_all(found, self.transport)
         samples, tokens = (sum(each[index] for each in self.before.values()) for index in (0, 1))
         for loading, own_samples, own_tokens in found.tolist():

@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured, TaskCode, computing_in
+from spindle.capture.codes import Captured, CopiesIn, TaskCode, computing_in
 from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import RunError, SpindleError, WorkloadError
 from spindle.inputs.batch import SampledBatch, with_own_tensors
@@ -93,7 +93,9 @@ class LoadedBatch:
     share: float = 1.0  # what its loss is multiplied by, among those of the step's batches of its task
 
     def prepare(self, program: Program, rank: int) -> None:
-        """Record the samples that the runs of a rank hold, and see that they ask of the batch what the whole asks."""
+        """Record the samples that the runs of a rank hold, and see that they ask of the batch what the whole asks. What
+        they read begins its way to the device.
+        """
         operators: dict[Bounds, list[str]] = {}
         for run in program.runs_by_task.get(self.task, ()):
             if rank in run.ranks:
@@ -105,6 +107,8 @@ class LoadedBatch:
         for bounds, names in operators.items():
             if bounds != whole and not self.parts[bounds].is_plain:
                 self.recordings.compare(self, self.parts[bounds], names)
+        for bounds, names in operators.items():
+            self.parts[bounds].begin(names)
 
     def part(self, bounds: Bounds) -> TaskPart:
         """What was recorded of samples `bounds`."""
@@ -140,7 +144,8 @@ class LoadedBatch:
 class Recordings:
     """Records batches of the tasks of one rank."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: CopiesIn) -> None:
+        """`device`: where operators read what is recorded."""
         self.recipe, self.device = recipe, device
         self.checking = False  # whether what is known from before is compared with a new recording
         self._known: OrderedDict[object, tuple[Recorded, TaskPart]] = OrderedDict()

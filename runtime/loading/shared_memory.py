@@ -64,7 +64,6 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: str
-    pinned: bool
 
 
 class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
@@ -100,7 +99,6 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
                 stride=dense.stride(),
                 dtype=obj.dtype,
                 device=obj.device.type,
-                pinned=obj.is_pinned(),
             )
             self._placed[id(obj)] = obj, found
         return tuple(self._placed[id(obj)][1])
@@ -145,8 +143,6 @@ class _Unpacker(pickle.Unpickler):
         found = flat.view(place.dtype).as_strided(place.shape, place.stride)
         if place.device != "cpu":
             return found.to(place.device)
-        if place.pinned and torch.cuda.is_available():
-            return found.pin_memory()
         return found.clone() if size < SMALL_BYTES else found
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-import torch
-
 from spindle.errors import ProfileError
 from spindle.runtime.comms.host import threads_of_rank
+from spindle.runtime.devices import gpu_count
 from spindle.runtime.launch.processes import ProcessWorkers
 from spindle.runtime.launch.torchrun import ServedWorkers, nodes_of_job
 from spindle.runtime.launch.worker_group import WorkerGroup
@@ -81,7 +80,7 @@ def bench_target_for(cluster: Cluster, num_devices: int, launcher: BenchLauncher
 
         sizes = node_sizes()
     if not sizes:
-        return BenchTarget(1, min(num_devices, torch.cuda.device_count() or num_devices), launcher)
+        return BenchTarget(1, min(num_devices, gpu_count() or num_devices), launcher)
     per_node = min(cluster.devices_per_node, num_devices, sizes[0])
     return BenchTarget(max(1, min(cluster.nodes, num_devices // per_node, len(sizes))), per_node, launcher)
 

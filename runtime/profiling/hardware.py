@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from spindle.runtime.devices import gpu_bytes, gpu_count, gpu_name
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -26,30 +28,26 @@ class Hardware:
 
 def hardware_here(ranks_here: int, num_threads: int) -> Hardware:
     """The device of one of `ranks_here` ranks on this machine, with `num_threads` threads on a CPU."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = gpu_count() > 0
     return Hardware(
         device=device_name(),
         ranks=ranks_here,
         threads=None if on_gpu else num_threads,
         torch=torch.__version__,
         python=platform.python_version(),
-        room_bytes=_gpu_bytes() / 2 if on_gpu else _main_bytes() / 2 / ranks_here,
+        room_bytes=gpu_bytes() / 2 if on_gpu else _main_bytes() / 2 / ranks_here,
     )
 
 
 def device_name() -> str:
     """What this machine computes on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if gpu_count():
+        return gpu_name()
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return f"cpu {model}"
-
-
-def _gpu_bytes() -> float:
-    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _main_bytes() -> float:

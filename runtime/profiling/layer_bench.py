@@ -12,6 +12,7 @@ from spindle.inputs.batch import SampledBatch
 from spindle.record.on_meta.made_up import SCALE, give_numbers
 from spindle.record.substitutes.draws import Stream
 from spindle.runtime.comms.transport import ThreadTransport, Transport
+from spindle.runtime.devices import streams_of
 from spindle.runtime.loading.recordings import LoadedBatch, Recipe, Recordings
 from spindle.runtime.parallel.layers import Switch, cut_codes
 from spindle.runtime.parallel.names import held_by_rank
@@ -67,7 +68,7 @@ class LayerBench:
         self.task = run.task
         bounds = batch.units.first_share(captured.graph.by_name[names[0]].unit, count // max(1, len(ranks)))
         specs = program.tensor_by_name
-        recordings, stream = Recordings(recipe, device), Stream(task=run.task, units=batch.units)
+        recordings, stream = Recordings(recipe, self.transport.streams), Stream(task=run.task, units=batch.units)
         parts: dict[Bounds, TaskPart] = {}
         self.loaded = {
             recompute: LoadedBatch(recordings, run.task, batch, _layout(executor.program, batch, bounds), stream, parts)
@@ -114,7 +115,7 @@ class LayerBench:
 
 def _alone(device: torch.device) -> Transport:
     [transport] = ThreadTransport.connect(1)
-    transport.device = device
+    transport.device, transport.streams = device, streams_of(device)
     return transport
 
 

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ from spindle.workload import Task
 
 MIN_REPEATS, MAX_REPEATS = 3, 30
 
-Mark = float | torch.cuda.Event
 """A moment on a clock of this process, or on a GPU's."""
 
 
@@ -87,7 +87,8 @@ class Bench:
         if self.device.type == "cpu":
             torch.set_num_threads(transport.num_threads)
         self.layers: dict[str, LayerBench] = {}
-        self.recordings = Recordings(spec.recipe, self.device)
+        self._streams = transport.streams
+        self.recordings = Recordings(spec.recipe, self._streams)
         self.optimizer: torch.optim.Optimizer | None = None
         self.rest = torch.zeros(0, dtype=torch.uint8)  # stands for what a step touches beside what is measured
         self.everyone = tuple(range(self.num_ranks))
@@ -136,12 +137,13 @@ class Bench:
         self.rest.add_(1)
         backward = [self._marks(each.backward) for each in reversed(layers)]
         step = self._marks(self._step)
-        self._settle()
+        self._streams.settle()
+        between_s = self._streams.between_s
         times = [
-            (_seconds(*there) / each.size, _seconds(*back) / each.size if each.goes_back else 0.0)
+            (between_s(*there) / each.size, between_s(*back) / each.size if each.goes_back else 0.0)
             for each, there, back in zip(layers, forward, reversed(backward), strict=True)
         ]
-        return times, _seconds(*step)
+        return times, between_s(*step)
 
     def _optimizer(self, layers: Iterable[LayerBench]) -> torch.optim.Optimizer | None:
         """The user's optimizer over what these layers train."""
@@ -174,15 +176,15 @@ class Bench:
             for parameter in layers.trained.values():
                 parameter.grad = torch.zeros_like(parameter)
             step = self._marks(optimizer.step)
-            self._settle()
-            took.append(_seconds(*step))
+            self._streams.settle()
+            took.append(self._streams.between_s(*step))
         return steady(took[1:])
 
-    def _marks(self, call: Callable[[], None]) -> tuple[Mark, Mark]:
+    def _marks(self, call: Callable[[], None]) -> tuple[Any, Any]:
         """Moments before and after a call."""
-        start = self._mark()
+        start = self._streams.mark()
         call()
-        return start, self._mark()
+        return start, self._streams.mark()
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -297,35 +299,14 @@ class Bench:
 
     # -- clocks ---------------------------------------------------------------------------------------------------
 
-    def _mark(self) -> Mark:
-        """A moment: on a GPU of the work that was given to it, which may not have begun."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
     def _now(self) -> float:
         """A moment on the clock that ranks agree on, once the device has done what it was given."""
-        self._settle()
+        self._streams.settle()
         return self.clock.now()
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Leave the group."""
         self.transport.close()
-
-
-def _seconds(start: Mark, end: Mark) -> float:
-    """Seconds between two moments of one clock, both of which have come."""
-    if isinstance(start, float) or isinstance(end, float):
-        assert isinstance(start, float), "a moment of a GPU and one of this process do not compare"
-        assert isinstance(end, float), "a moment of this process and one of a GPU do not compare"
-        return end - start
-    return float(start.elapsed_time(end)) / 1e3
 
 
 def link_groups(num_ranks: int, ranks_per_node: int) -> dict[LinkLevel, list[tuple[int, ...]]]:

@@ -428,6 +428,16 @@ class Program(_Sent):
         tallies = {tally.ranks for tally in self.tallies if len(tally.ranks) > 1}
         return tuple(sorted(buckets | copies | tallies | {flat.ranks for flat in self.flats}))
 
+    @property
+    def links(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of a rank that sends something in a step and one that receives it, in one order for all."""
+        pairs = {(m.source, m.target) for each in self.transfers for m in each.messages}
+        pairs.update((a, b) for each in self.transfers for a in each.senders for b in each.receivers)
+        pairs.update((hand.source, target) for hand in self.handovers for target in hand.targets)
+        fetches = (fetch for write in self.writes for fetch in write.fetches)
+        pairs.update((fetch.source, target) for fetch in fetches for target in fetch.targets)
+        return tuple(sorted((a, b) for a, b in pairs if a != b))
+
     def loaded_by(self, rank: int) -> set[str]:
         """Tasks whose batches `rank` reads."""
         return {i.target for i in self.instructions[rank] if i.op is Op.LOAD}

@@ -5,72 +5,35 @@ On a CPU the clock of the process tells. On a GPU work only starts while the pro
 it, which the device passes later. Events passed by the end of a step are reported with it, others with a later one.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 from spindle.runtime.comms.transport import Wait
+from spindle.runtime.devices import Streams
 from spindle.values.cluster import Collective
 
 MOST_PENDING = 4096
 """Runs whose events have not passed; of more, a device far behind, the newest are not timed."""
 
 
-def device_event() -> Any:
-    """An event that knows when a GPU passed it."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-class Moments:
-    """Moments on a device's clock."""
-
-    def __init__(self, device: torch.device, event: Callable[[], Any] = device_event) -> None:
-        """`event` makes what marks a moment on a GPU."""
-        self._event = event if device.type == "cuda" else None
-
-    @property
-    def of_host(self) -> bool:
-        """Whether the process's own clock tells them, so that all have passed."""
-        return self._event is None
-
-    def now(self) -> Any:
-        """The moment at which the device has done all that it was given so far."""
-        if self._event is None:
-            return time.perf_counter()
-        mark = self._event()
-        mark.record()
-        return mark
-
-    def has_passed(self, moment: Any) -> bool:
-        """Whether the device has come there."""
-        return self._event is None or bool(moment.query())
-
-    def between_s(self, begun: Any, ended: Any) -> float:
-        """Seconds from one moment to a later one, both passed."""
-        return float(ended - begun if self._event is None else begun.elapsed_time(ended) / 1e3)
-
-
 class Busy:
     """Seconds of each slice run, forward and backward."""
 
-    def __init__(self, device: torch.device, event: Callable[[], Any] = device_event) -> None:
-        """`event`: see Moments."""
-        self._moments = Moments(device, event)
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, Any, Any]] = []
 
     def begin(self) -> Any:
         """Work begins; what `end` asks for."""
-        return self._moments.now()
+        return self._streams.mark()
 
     def end(self, run: str, begun: Any) -> None:
         """The work of a slice run that `begun` marks ends."""
         if len(self._pending) < MOST_PENDING:
-            self._pending.append((run, begun, self._moments.now()))
-        if self._moments.of_host:
+            self._pending.append((run, begun, self._streams.mark()))
+        if not self._streams.ahead:
             self._add_passed()
 
     def taken(self) -> dict[str, float]:
@@ -80,9 +43,9 @@ class Busy:
         return found
 
     def _add_passed(self) -> None:
-        while self._pending and self._moments.has_passed(self._pending[0][2]):
+        while self._pending and self._streams.has_passed(self._pending[0][2]):
             run, begun, ended = self._pending.pop(0)
-            self._seconds[run] = self._seconds.get(run, 0.0) + self._moments.between_s(begun, ended)
+            self._seconds[run] = self._seconds.get(run, 0.0) + self._streams.between_s(begun, ended)
 
 
 class Meeting(NamedTuple):
@@ -101,9 +64,8 @@ class Meeting(NamedTuple):
 class Together:
     """Seconds of each collective: that this rank waited for it, and from its start here to its end."""
 
-    def __init__(self, device: torch.device, event: Callable[[], Any] = device_event) -> None:
-        """`event`: see Moments."""
-        self._moments = Moments(device, event)
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
         self._pending: list[tuple[Meeting, Any, Any, Any]] = []
         self.begin(0)
 
@@ -117,20 +79,20 @@ class Together:
         """Begin a collective; its wait, which is timed."""
         meeting = Meeting(self._step, name, self._counts[name], operation, ranks, num_bytes)
         self._counts[name] += 1
-        begun, wait = self._moments.now(), begin()
+        begun, wait = self._streams.mark(), begin()
 
         def waited() -> None:
-            waiting = self._moments.now()
+            waiting = self._streams.mark()
             wait()
             if len(self._pending) < MOST_PENDING:
-                self._pending.append((meeting, begun, waiting, self._moments.now()))
+                self._pending.append((meeting, begun, waiting, self._streams.mark()))
 
         return waited
 
     def taken(self) -> dict[Meeting, tuple[float, float]]:
         """What is known since the last time: seconds waited, and seconds since the start."""
         found = {}
-        while self._pending and self._moments.has_passed(self._pending[0][3]):
+        while self._pending and self._streams.has_passed(self._pending[0][3]):
             meeting, begun, waiting, ended = self._pending.pop(0)
-            found[meeting] = self._moments.between_s(waiting, ended), self._moments.between_s(begun, ended)
+            found[meeting] = self._streams.between_s(waiting, ended), self._streams.between_s(begun, ended)
         return found

@@ -49,6 +49,6 @@ class Clock:
 
 
 def _sum(transport: Transport, ranks: tuple[int, ...], value: float) -> float:
-    values = torch.tensor([value], dtype=torch.float64, device=transport.device)
+    values = torch.tensor([value], dtype=torch.float64)
     transport.all_reduce(values, ranks)()
     return float(values)

@@ -33,17 +33,16 @@ from spindle.runtime.programs.program import (
 )
 from spindle.runtime.steps.batch_shards import BatchShard, cut, joined, shard_shape, summed
 from spindle.runtime.steps.busy import Busy, Together
-from spindle.runtime.steps.finite import NotFinite, agreed, broken_losses, not_finite, stopped
+from spindle.runtime.steps.finite import NotFinite, agreed, not_finite, stopped
 from spindle.runtime.steps.flats import Flats
 from spindle.runtime.steps.gradient_flags import flags_from, flags_to, with_gradients
 from spindle.runtime.steps.ready import Ready, ready_runs
-from spindle.runtime.steps.record import StepRecord, span_of
+from spindle.runtime.steps.record import HOST_OPS, Stepped, Timed, record_of, span_of
 from spindle.runtime.steps.reductions import Reductions
 from spindle.runtime.steps.state import StepState, received
 from spindle.runtime.steps.store import ParameterStore, trained_as
 from spindle.runtime.updates.after_steps import AfterSteps, run_after_step
 from spindle.values.graph import TensorSpec, base_task, num_micro_batches
-from spindle.values.trace import Span
 from spindle.values.units import Bounds
 from spindle.workload import Precision
 
@@ -88,8 +87,8 @@ class Executor:
         self.program, self.transport, self.codes = program, transport, codes
         self.store, self.optimizer, self.precision = store, optimizer, precision
         self.dtypes: dict[str, torch.dtype] = {tensor.name: getattr(torch, tensor.dtype) for tensor in program.tensors}
-        self.rank, self.pulse, self.busy = transport.rank, transport.pulse, Busy(transport.device)
-        self.together = Together(transport.device)
+        self.rank, self.pulse, self.streams = transport.rank, transport.pulse, transport.streams
+        self.busy, self.together = Busy(self.streams), Together(self.streams)
         self.places: dict[Instruction, bytes] = {}
         self.state = StepState(program, self.rank, codes, momenta or {})
         self.writes = writes or {}
@@ -141,8 +140,9 @@ class Executor:
         step: int = 0,
         rounds: int = 1,
         seed: int = 0,
-    ) -> StepRecord:
-        """Run the program once, after `rounds - 1` rounds that only add to the gradients.
+    ) -> Stepped:
+        """Run the program once, after `rounds - 1` rounds that only add to the gradients. A GPU was given all of it
+        then, and need not have done it.
 
         `new_round` gives what fetches a task's batch, recorded, in the next round; `observe` sees the gradients that
         the update uses, and then every device draws the random numbers of a CPU, so that runs compare. They depend
@@ -152,7 +152,7 @@ class Executor:
         self.observe = observe
         self.grad_norm: Tensor | None = None
         self.skipped: str | None = None
-        record = StepRecord()
+        spans: list[Timed] = []
         losses = self.earlier = list[dict[str, Tensor]]()  # of the rounds so far
         self.stream = Stream(seed=seed, step=step, device=self.transport.device, portable=observe is not None)
         self.state.begin(rounds)
@@ -164,13 +164,14 @@ class Executor:
             self.begin()
             self.reductions.begin(early=not left)
             for instruction in self.adding if left else self.instructions:
-                self.carry_out(instruction, record.spans, step + 1)
+                self.carry_out(instruction, spans, step + 1)
             self._end()
             losses.append(self.losses)
-        record.losses = {task: sum(float(found[task]) for found in losses) / rounds for task in self.losses}
-        record.grad_norm = None if self.grad_norm is None else float(self.grad_norm)
-        record.skipped, record.busy_s, record.together_s = self.skipped, self.busy.taken(), self.together.taken()
-        return record
+        rows = [found[task] for task in self.losses for found in losses]
+        numbers = self.streams.numbers(rows if self.grad_norm is None else [*rows, self.grad_norm])
+        clocks = self.streams, self.busy, self.together
+        make = functools.partial(record_of, [*self.losses], rounds, numbers, spans, self.timed, step + 1, clocks)
+        return Stepped(make, self.skipped)
 
     def begin(self) -> None:
         """Forget what an earlier round has left."""
@@ -181,9 +182,10 @@ class Executor:
         self.traffic: dict[str, int] = {}  # bytes that each transfer moved here
         self.losses: dict[str, Tensor] = {}
 
-    def carry_out(self, instruction: Instruction, spans: list[Span], step: int) -> None:
-        """Perform one instruction, and add its span. `step`: counted from 1, as users read it."""
-        start_s = time.perf_counter()
+    def carry_out(self, instruction: Instruction, spans: list[Timed], step: int) -> None:
+        """Perform one instruction, and add when it was. `step`: counted from 1, as users read it."""
+        now = time.perf_counter if instruction.op in HOST_OPS else self.streams.mark
+        start = now()
         target = instruction.target
         self.pulse.at(self._place(instruction), step, self.traffic.get(target, 0) or self.sizes.get(target, 0))
         begun = self.busy.begin() if instruction.op in (Op.FORWARD, Op.BACKWARD) else None
@@ -194,11 +196,10 @@ class Executor:
         if begun is not None:
             self.busy.end(target, begun)
         if instruction.op not in (Op.FREE, Op.RESHARD):
-            moved = self.traffic.get(instruction.target, 0)
-            end_s = time.perf_counter()
+            end = now()
             if instruction.op is Op.REDUCE:  # may have started in the backward before
-                start_s, end_s = self.reductions.start(instruction.target)
-            spans.append(self.timed(instruction, start_s, end_s, step, moved))
+                start, end = self.reductions.start(instruction.target)
+            spans.append(Timed(instruction, start, end, self.traffic.get(instruction.target, 0)))
 
     def _place(self, instruction: Instruction) -> bytes:
         if instruction not in self.places:
@@ -481,13 +482,11 @@ class Executor:
         """Whether the step is skipped. Raises NotFiniteError where it ends the run."""
         if self.on_broken == "ignore":
             return False
-        clipped = self.grad_norm is not None and bool(self.grad_norm.isfinite())  # then all gradients are finite
-        names = [] if clipped else [name for name in self.updated if name not in resting]
-        held = {name: self.store.stepped(name).grad for name in names}
-        losses = broken_losses([*self.earlier, self.losses])
-        reason = not_finite(losses, {name: gradient for name, gradient in held.items() if gradient is not None})
+        held = {name: self.store.stepped(name).grad for name in self.updated if name not in resting}
+        gradients = {name: gradient for name, gradient in held.items() if gradient is not None}
+        reason, broken = not_finite([*self.earlier, self.losses], gradients, self.grad_norm, self.streams)
         tasks = list(dict.fromkeys(base_task(task) for task, _ in self.program.losses))
-        elsewhere = agreed(reason, losses, tasks, self.transport)
+        elsewhere = agreed(reason, broken, tasks, self.transport)
         if elsewhere is None:
             return False
         if self.on_broken == "stop":
@@ -529,7 +528,7 @@ class Executor:
         """Change parameters outside of the optimizer, one after the other, so that little is fetched at a time."""
         write = self.program.write_by_name[name]
         fetches = {fetch.parameter: fetch for fetch in write.fetches}
-        departures: list[Wait] = []
+        departures: list[tuple[Tensor, Wait]] = []  # what is sent stays alive
         held: dict[str, Tensor] = dict(self.store.parameters)
         for target in write.parameters:
             own = self.writes[base_task(write.task), target]
@@ -538,14 +537,14 @@ class Executor:
             for fetch in (fetches[source] for source in found.sources if source in fetches):
                 if fetch.source == self.rank:
                     value = self.store.parameters[fetch.parameter].detach().contiguous()
-                    departures.append(self.transport.start([(peer, value) for peer in fetch.targets], [])[0])
+                    departures.append((value, self.transport.start([(peer, value) for peer in fetch.targets], [])[0]))
                 elif self.rank in fetch.targets:
                     shape, dtype = found.shapes[fetch.parameter]
                     value = values[fetch.parameter] = torch.empty(shape, dtype=dtype, device=self.transport.device)
                     self.transport.start([], [(fetch.source, value)])[1]()
             if self.rank in write.ranks:
                 perform(found, ChainMap(values, own.clocks, held).__getitem__, self.transport.device, write.within)
-        for departed in departures:
+        for _, departed in departures:
             departed()
 
     # -- buffers --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Finite: losses and gradients of a step that are no numbers, found before the optimizer makes parameters of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spindle.errors import InputError
 from spindle.runtime.comms.transport import Transport, sum_over_all
+from spindle.runtime.devices import Streams
 from spindle.values.graph import base_task
 
 NotFinite = Literal["stop", "skip", "ignore"]
@@ -23,23 +24,18 @@ def checked(what: str) -> None:
         raise InputError(f"not_finite is {what!r}; give one of {', '.join(get_args(NotFinite))}")
 
 
-def broken_losses(rounds: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the losses of some rounds, by task or micro-batch, one that is not finite of each task that has such."""
-    found = ((base_task(task), loss) for losses in rounds for task, loss in losses.items())
-    return {task: loss for task, loss in found if not math.isfinite(loss)}
-
-
-def agreed(reason: str, losses: Mapping[str, Tensor], tasks: Sequence[str], transport: Transport) -> list[str] | None:
-    """What all ranks say alike, each by what it has found: None where all is finite everywhere, else those of the
-    `tasks` whose losses are not finite on other ranks alone. All ranks call it together.
+def agreed(reason: str, broken: Collection[str], tasks: Sequence[str], transport: Transport) -> list[str] | None:
+    """What all ranks say alike, each by what it has found, among it tasks whose losses are `broken`: None where all is
+    finite everywhere, else those of the `tasks` whose losses are not finite on other ranks alone. All ranks call it
+    together.
     """
-    flags = [bool(reason), *(task in losses for task in tasks)]
-    found = torch.tensor(flags, dtype=torch.float32, device=transport.device)
+    flags = [bool(reason), *(task in broken for task in tasks)]
+    found = torch.tensor(flags, dtype=torch.float32)
     sum_over_all(found, transport)
     anywhere, *by_task = found.tolist()
     if not anywhere:
         return None
-    return [task for task, count in zip(tasks, by_task, strict=True) if count and task not in losses]
+    return [task for task, count in zip(tasks, by_task, strict=True) if count and task not in broken]
 
 
 def stopped(step: int, reason: str, elsewhere: Sequence[str]) -> str:
@@ -53,29 +49,53 @@ def stopped(step: int, reason: str, elsewhere: Sequence[str]) -> str:
     )
 
 
-def not_finite(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> str:
-    """Which of a rank's losses, by task, and gradients, by parameter, are not finite; "" where all are.
+def not_finite(
+    rounds: Iterable[Mapping[str, Tensor]], gradients: Mapping[str, Tensor], norm: Tensor | None, streams: Streams
+) -> tuple[str, list[str]]:
+    """Which of a rank's losses, by task or micro-batch in each of some rounds, and gradients, by parameter, are not
+    finite: a sentence, "" where all are, and the tasks. `norm`: of all gradients, where it is known.
 
-    Waits for the device once. A norm that cannot overflow is taken of each gradient, which reads it once.
+    Waits for the device once, or twice where the norm is not finite. A norm that cannot overflow is taken of each
+    gradient, which reads it once.
     """
-    tasks = [task for task, loss in losses.items() if not math.isfinite(loss)]
-    broken = list(_broken(gradients))
+    losses = [(base_task(task), loss) for found in rounds for task, loss in found.items()]
+    groups = _by_kind(gradients)
+    first = [_largest(gradients, group) for group in groups] if norm is None else [norm]
+    numbers = streams.numbers([*(loss for _, loss in losses), *first])()
+    broken = {task: value for (task, _), value in zip(losses, numbers, strict=False) if not math.isfinite(value)}
+    sizes = numbers[len(losses) :]
+    if norm is not None:
+        is_broken = not math.isfinite(sizes[0])
+        sizes = streams.numbers([_largest(gradients, group) for group in groups])() if is_broken else []
+    names = (name for group in groups for name in group)
+    wrong = [name for name, size in zip(names, sizes, strict=False) if not math.isfinite(size)]
+    return ", ".join([*_of_losses(broken), *_of_gradients(wrong)]), list(broken)
+
+
+def _of_losses(broken: Mapping[str, float]) -> list[str]:
+    return [f"the loss of task {task!r} is {value}" for task, value in broken.items()]
+
+
+def _of_gradients(wrong: Iterable[str]) -> list[str]:
     by_component: dict[str, list[str]] = {}
-    for name in broken:
+    for name in wrong:
         by_component.setdefault(name.partition(".")[0], []).append(name)
-    sentences = [f"the loss of task {task!r} is {float(losses[task])}" for task in tasks]
-    for component, names in by_component.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        sentences.append(f"the gradient of component {component!r} is not finite ({names[0]}{more})")
-    return ", ".join(sentences)
+    return [
+        f"the gradient of component {component!r} is not finite ({names[0]}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+        for component, names in by_component.items()
+    ]
 
 
-def _broken(gradients: Mapping[str, Tensor]) -> Iterable[str]:
+def _by_kind(gradients: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of gradients whose norms one call takes."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, gradient in gradients.items():
         if gradient.numel():
             groups.setdefault((gradient.device, gradient.dtype), []).append(name)
-    for names in groups.values():
-        largest = torch.stack(torch._foreach_norm([gradients[name] for name in names], math.inf))
-        if not bool(torch.isfinite(largest).all()):
-            yield from (name for name, each in zip(names, torch.isfinite(largest).tolist(), strict=True) if not each)
+    return list(groups.values())
+
+
+def _largest(gradients: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The largest absolute value of each of these."""
+    return torch.stack(torch._foreach_norm([gradients[name] for name in names], math.inf))

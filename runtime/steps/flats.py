@@ -184,7 +184,7 @@ class Flats:
 
     def __init__(self, rows: Mapping[str, Row], transport: Transport, together: Together | None = None) -> None:
         self.rows, self.transport = rows, transport
-        self._together = together or Together(transport.device)
+        self._together = together or Together(transport.streams)
         self._gathering: dict[str, Wait] = {}
         self._given: dict[str, Tensor] = {}
         self._summing: dict[str, tuple[Tensor, Tensor, Wait]] = {}

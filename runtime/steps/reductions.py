@@ -12,8 +12,8 @@ sharded parameters are summed as a bucket without gradients.
 
 import contextlib
 import functools
-import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class Reductions:
         self, program: Program, store: ParameterStore, transport: Transport, together: Together | None = None
     ) -> None:
         self.program, self.store, self.transport = program, store, transport
-        self._together = together or Together(transport.device)
+        self._together = together or Together(transport.streams)
         self._completed = completed_buckets(program.instructions[transport.rank])
         self.begin(early=False)
 
@@ -40,7 +40,7 @@ class Reductions:
         """Begin a round. `early`: it is the one in which gradients are reduced, so buckets may start in a backward."""
         self._early = early
         self._waits: dict[str, Wait] = {}
-        self._posted_s: dict[str, tuple[float, float]] = {}
+        self._posted: dict[str, tuple[Any, Any]] = {}
         self._queue: list[Bucket] = []
         self._missing: dict[str, set[str]] = {}
 
@@ -80,20 +80,19 @@ class Reductions:
         while self._queue and not self._missing[self._queue[0].name]:
             self._post(self._queue.pop(0))
 
-    def start(self, name: str) -> tuple[float, float]:
-        """Start the reduction of a bucket or of flags unless it has started; when that began and ended, in seconds of
-        the clock.
-        """
+    def start(self, name: str) -> tuple[Any, Any]:
+        """Start the reduction of a bucket or of flags unless it has started; when that began and ended."""
         if name not in self._waits:
             self._post(self.program.bucket_by_name.get(name) or self.program.flags_by_name[name])
-        return self._posted_s[name]
+        return self._posted[name]
 
     def _post(self, bucket: Bucket | Flags) -> None:
-        began_s, flat = time.perf_counter(), self.store.flag(bucket.name)
+        streams, flat = self.transport.streams, self.store.flag(bucket.name)
+        began = streams.mark()
         sent = flat if isinstance(bucket, Flags) else flat.to(self.store.numbers.reduced(flat.dtype))
         wait = self._begun(bucket, sent)
         self._waits[bucket.name] = wait if sent is flat else functools.partial(_taken_over, wait, flat, sent)
-        self._posted_s[bucket.name] = began_s, time.perf_counter()
+        self._posted[bucket.name] = began, streams.mark()
 
     def _begun(self, bucket: Bucket | Flags, sent: Tensor) -> Wait:
         owner = None if isinstance(bucket, Flags) else bucket.owner

@@ -165,11 +165,9 @@ class ParameterStore:
         """
         flat, names = self.reduced[bucket], self._members[bucket]
         flags = flat[len(flat) - len(names) :]
-        missing = [name not in self.reached for name in names]
-        if any(missing):
-            flags.copy_(torch.tensor([float(not each) for each in missing], dtype=flat.dtype))
-        else:
-            flags.fill_(1)
+        flags.fill_(1)
+        if missing := [flags[index] for index, name in enumerate(names) if name not in self.reached]:
+            torch._foreach_zero_(missing)  # nothing comes from main memory, which would have the process wait
         return flat
 
     def unreached(self, names: Iterable[str]) -> list[str]:

@@ -135,7 +135,6 @@ def _joined(
 
 def _after(before: Counted, more: Counted, momentum: float | None, sizes: Sequence[int]) -> Counted:
     """What statistics become by more batches."""
-    width = torch.tensor(sizes, device=more.count.device)
     total = before.count + more.count
     if momentum is None:  # the mean over all batches so far
         kept = before.count / total.clamp(min=1)
@@ -143,5 +142,13 @@ def _after(before: Counted, more: Counted, momentum: float | None, sizes: Sequen
         kept = torch.where(more.count == 0, torch.ones_like(kept), kept)
     else:
         kept, new = (1.0 - momentum) ** more.count, torch.ones_like(total)
-    kept, new = (value.repeat_interleave(width) for value in (kept, new))
+    kept, new = (  # without a tensor of sizes, for which the process would wait
+        torch.cat([each.expand(size) for each, size in zip(value.unbind(), sizes, strict=True)])
+        for value in (kept, new)
+    )
     return Counted(total, before.mean * kept + more.mean * new, before.variance * kept + more.variance * new)
+
+
+def _repeated(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each value as often as its count; without a tensor of the counts, which a GPU would have the process wait for."""
+    return torch.cat([each.expand(count) for each, count in zip(values.unbind(), counts, strict=True)])

@@ -7,7 +7,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class OperatorModule(nn.Module):
             leaf=self.leaf,
             leaves=part.recording.leaves,
             blocks={part.block: self._block(part)} if part.block else {},
-            device=part.values.device,
+            device=part.values.where.device,
             put=self._put,
         )
         return tuple(values[out] for out in part.outputs)
@@ -87,18 +87,47 @@ class OperatorModule(nn.Module):
         return opened
 
 
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Where a batch is read. On a GPU a copy may be begun before (`spindle.runtime.devices.Streams`)."""
+
+    device: torch.device
+
+    def copy_in(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring a tensor there; what gives it to its reader."""
+        return lambda: tensor.to(self.device)
+
+
+class CopiesIn(Protocol):
+    """Somewhere that a batch is brought to: OnDevice, or the streams of a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
+    def copy_in(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See OnDevice."""
+
+
 @dataclass(slots=True)
 class BatchValues:
-    """Tensors that were computed from a batch, moved to a device when they are first read there."""
+    """Tensors that were computed from a batch, brought to a device when they are first read there, or before."""
 
     tensors: Sequence[Tensor]
-    device: torch.device
+    where: CopiesIn
     moved: dict[int, Tensor] = field(default_factory=dict)
+    begun: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def begin(self, number: int) -> None:
+        """Begin to bring tensor `number` to the device."""
+        if number not in self.moved and number not in self.begun:
+            self.begun[number] = self.where.copy_in(self.tensors[number])
 
     def on_device(self, number: int) -> Tensor:
         """Tensor `number` on the device."""
         if number not in self.moved:
-            self.moved[number] = self.tensors[number].to(self.device)
+            self.begin(number)
+            self.moved[number] = self.begun.pop(number)()
         return self.moved[number]
 
 

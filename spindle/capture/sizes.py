@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spindle.capture.codes import Captured, OperatorPart, TaskCode, computing_in
+from spindle.capture.codes import Captured, OnDevice, OperatorPart, TaskCode, computing_in
 from spindle.capture.operators import costs
 from spindle.capture.operators.parts import TaskPart, divide
 from spindle.errors import SpindleError
@@ -170,7 +170,7 @@ class _Measurer:
             autocast=computing_in(self.captured.precision, _CPU),
         )
         lacks = sorted(code.held - batch.held)
-        return divide(code, recorded, bounds, batch.units, _CPU, f"task {name!r}", lacks)
+        return divide(code, recorded, bounds, batch.units, OnDevice(_CPU), f"task {name!r}", lacks)
 
     def _sized(self, operator: Operator, part: TaskPart, batch: SampledBatch) -> Operator:
         """The operator on this batch; one that computes nothing takes nothing."""

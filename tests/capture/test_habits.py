@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spindle.capture import capture
+from spindle.capture.codes import OnDevice
 from spindle.record.shapes import AGREED, CHECKED, Drawn, Habit, Made, Results, Shape
 from spindle.record.substitutes.draws import Stream
 from spindle.runtime.loading.recordings import Recipe, Recordings
@@ -101,7 +102,7 @@ def test_recordings_are_those_of_a_model_that_has_seen_nothing() -> None:
     """Fifty batches of different sizes, whole and in part, by one recorder and each by a fresh one."""
     workload = texts([text(5)])
     recipe = Recipe.of(workload, capture(workload))
-    device, task = torch.device("cpu"), workload.tasks["read"]
+    device, task = OnDevice(torch.device("cpu")), workload.tasks["read"]
     known = Recordings(recipe.apart(), device)
     for length in range(3, 53):
         batch = task.sampled(text(length, samples=2 + length % 4))

@@ -13,7 +13,7 @@ import torch
 
 import spindle
 from spindle.runtime.comms.host import SocketThreads, keep_freed_memory
-from spindle.runtime.comms.transport import Transport
+from spindle.runtime.comms.transport import ProcessTransport, Transport
 from spindle.runtime.launch.processes import ProcessWorkers
 from tests.distributed.conftest import ROOT, heeding_ctrl_c
 from tests.random_plans import by_task, random_plan, widest_plan
@@ -45,6 +45,46 @@ def test_processes_agree_with_one_in_turns() -> None:
     metagraph = spindle.make_metagraph(workload)
     report = spindle.verify(workload, by_task(widest_plan(metagraph, 2), metagraph), launcher="processes")
     assert report.ok, str(report)
+
+
+class Linked:
+    """A worker that sends messages over links, as ranks with GPUs do, though here gloo carries them."""
+
+    def __init__(self, spec: object, transport: Transport) -> None:
+        del spec
+        assert isinstance(transport, ProcessTransport)
+        self.transport = transport
+        transport._gloo = False  # else links are not made
+        transport.make_groups([], [(0, 1), (1, 0)])
+        transport._gloo = True
+
+    def exchange(self) -> list[float]:
+        """What arrives: a receive that was posted first comes last, and holds up nothing."""
+        rank, peer, start = self.transport.rank, 1 - self.transport.rank, self.transport._start_on_links
+        first, second, third = (torch.zeros(2) for _ in range(3))
+        one, two = torch.ones(2), torch.full((2,), 2.0)
+        _, arrived = start([], [(peer, first), (peer, second)])
+        if rank == 0:
+            departed, _ = start([(peer, one), (peer, two)], [])
+            departed()
+            arrived()
+            third += first + second
+            start([(peer, third)], [])[0]()
+        else:
+            arrived()
+            departed, arrived = start([(peer, one.add_(first).add_(1)), (peer, two.add_(second))], [(peer, third)])
+            departed()
+            arrived()
+        return [float(each[0]) for each in (first, second, third)]
+
+
+def test_messages_over_links() -> None:
+    """They arrive in their order, each direction by itself."""
+    workers = ProcessWorkers([None, None], timeout_s=30.0, worker=Linked)
+    try:
+        assert workers.call("exchange") == [[3.0, 4.0, 7.0], [1.0, 2.0, 7.0]]
+    finally:
+        workers.close()
 
 
 class Sharing:

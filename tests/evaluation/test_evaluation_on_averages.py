@@ -1,7 +1,9 @@
 """Evaluation on running averages of the weights."""
 
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import WorkloadError
+from spindle.runtime.comms.transport import Wait
 from spindle.runtime.updates import averages
 from tests.evaluation.test_evaluation import assert_scores, by_hand, evaluation_of, towers, trained
 from tests.late_transport import late
@@ -73,6 +76,31 @@ def test_as_late_as_messages_may_be(tmp_path: Path) -> None:
         result = trained(made, plan, checkpoints=tmp_path, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
     spindle.load_checkpoint(made, tmp_path / "step-00000004", ema=True)
     assert_scores(result.scores[4], by_hand(made))
+
+
+def test_averages_that_are_not_waited_for_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: what comes from other ranks is used at once."""
+    whole = averages.brought
+
+    def impatient(*args: Any) -> dict[str, Tensor]:
+        transport, waits = args[3], list[Wait]()
+
+        def started(*posts: Any) -> tuple[Wait, Wait]:
+            waits.extend(type(transport).start(transport, *posts))
+            return (lambda: None), (lambda: None)
+
+        with mock.patch.object(transport, "start", started):
+            found = {name: value.clone() for name, value in whole(*args).items()}
+        for wait in waits:
+            wait()
+        return found
+
+    monkeypatch.setattr("spindle.runtime.worker.brought", impatient)
+    made = towers(ema=DECAY)
+    plan = random_plan(spindle.make_metagraph(made), 3, 5)
+    with late():
+        result = trained(made, plan, evaluation=evaluation_of(made, ema=True), evaluate_every=4)
+    assert any(math.isnan(each["loss"]) for each in result.scores[4].values())
 
 
 def test_before_the_first_step_that_counts_the_average_is_the_weights() -> None:

@@ -23,8 +23,8 @@ from spindle.runtime.programs.program import Instruction
 from spindle.runtime.reference import Outcome, restored
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.flats import Flats, Row
+from spindle.runtime.steps.record import Timed
 from spindle.values.plan import Plan
-from spindle.values.trace import Span
 from tests.drawn import SEEDS, drawn
 from tests.late_transport import late
 from tests.parity.test_tensor_parallel import EXACT, compared, halving, language, momentum, next_word, spread
@@ -221,7 +221,7 @@ def test_no_more_than_two_layers_are_whole(recompute: bool) -> None:
     found: dict[int, int] = {}
     carry_out = Executor.carry_out
 
-    def counted(self: Executor, instruction: Instruction, spans: list[Span], step: int) -> None:
+    def counted(self: Executor, instruction: Instruction, spans: list[Timed], step: int) -> None:
         carry_out(self, instruction, spans, step)
         rows = self.flats.rows.values()
         there = sum(row.whole.untyped_storage().nbytes() for row in rows)

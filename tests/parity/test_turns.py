@@ -13,8 +13,8 @@ from spindle.runtime import parity
 from spindle.runtime.controller import launched, prepare
 from spindle.runtime.programs.program import Instruction
 from spindle.runtime.steps.executor import Activations, Executor
+from spindle.runtime.steps.record import Timed
 from spindle.values.plan import Plan
-from spindle.values.trace import Span
 from tests.random_plans import by_task, widest_plan
 from tests.tiny_workloads import five_families, two_towers
 
@@ -73,7 +73,7 @@ def most_held(workload: spindle.Workload, plan: Plan, monkeypatch: pytest.Monkey
     most: dict[int, int] = defaultdict(int)
     carry_out = Executor.carry_out
 
-    def watched(self: Executor, instruction: Instruction, spans: list[Span], step: int) -> None:
+    def watched(self: Executor, instruction: Instruction, spans: list[Timed], step: int) -> None:
         carry_out(self, instruction, spans, step)
         held = [value for value in self.buffers.values() if isinstance(value, Activations)]
         tensors = {id(t): t.nbytes for each in held for t in (*each.inputs.values(), *each.outputs.values())}

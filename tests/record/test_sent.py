@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.capture import Captured, capture
+from spindle.capture.codes import OnDevice
 from spindle.capture.operators.parts import TaskPart, divide
 from spindle.inputs.batch import SampledBatch
 from spindle.record.run import record
@@ -55,7 +56,7 @@ def recorded(recipe: Recipe, batch: SampledBatch) -> TaskPart:
     bounds = (0, batch.units.num_samples)
     stream = Stream(task="t", high=bounds[1], units=batch.units)
     found = record(recipe.skeleton, recipe.functions["t"], batch.part(*bounds), stream=stream, sites=())
-    return divide(recipe.codes["t"], found, bounds, batch.units, CPU, "task 't'")
+    return divide(recipe.codes["t"], found, bounds, batch.units, OnDevice(CPU), "task 't'")
 
 
 def loss(captured: Captured, part: TaskPart, modules: dict[str, nn.Module]) -> Tensor:

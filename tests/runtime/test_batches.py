@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import spindle
+from spindle.runtime.devices import Streams
 from spindle.runtime.loading.batches import Batches
 from spindle.runtime.loading.recordings import LoadedBatch, Recordings
 from spindle.values.units import Bounds
@@ -44,7 +45,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     seen: Counter[str] = Counter()
 
     def with_thread(self: Batches, *args: Any, **kwargs: Any) -> None:
-        own(self, *args, **{**kwargs, "ahead": True})
+        own(self, *args, **{**kwargs, "ahead": Streams(torch.device("cpu"))})
 
     def counted(self: Recordings, loaded: LoadedBatch, bounds: Bounds) -> Any:
         seen["ahead" if threading.current_thread().name.startswith("recording") else "in the step"] += 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import spindle
 from spindle.errors import InputError, NotFiniteError, SpindleWarning
+from spindle.runtime.devices import Streams
 from spindle.runtime.steps.executor import Executor
 from spindle.runtime.steps.finite import not_finite
 from tests.random_plans import random_plan, widest_plan
@@ -145,10 +146,14 @@ def test_who_wants_to_go_on_does() -> None:
 def test_large_numbers_are_numbers() -> None:
     """A norm that adds up squares would overflow."""
     fine = {"a.w": torch.full((100,), 3e38), "b.w": torch.full((3,), 3e38, dtype=torch.bfloat16), "c.w": torch.empty(0)}
-    assert not_finite({"t": torch.tensor(1e38)}, fine) == ""
+    streams = Streams(torch.device("cpu"))
+    assert not_finite([{"t": torch.tensor(1e38)}], fine, None, streams) == ("", [])
     fine["b.w"][1] = torch.nan
     fine["a.v"] = torch.tensor([-torch.inf])
-    assert not_finite({"t": torch.tensor(torch.inf)}, fine) == (
+    said = (
         "the loss of task 't' is inf, the gradient of component 'a' is not finite (a.v), the gradient of component 'b' "
         "is not finite (b.w)"
     )
+    for norm in (None, torch.tensor(torch.nan)):
+        assert not_finite([{"t": torch.tensor(torch.inf)}], fine, norm, streams) == (said, ["t"])
+    assert not_finite([{"t": torch.tensor(1.0)}], fine, torch.tensor(1.0), streams) == ("", [])

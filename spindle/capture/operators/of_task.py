@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.capture.changes.states import Buffers, Touch, touches
-from spindle.capture.codes import Crossing, OperatorCode, OperatorModule, OperatorPart, TaskCode
+from spindle.capture.codes import Crossing, OnDevice, OperatorCode, OperatorModule, OperatorPart, TaskCode
 from spindle.capture.grouping import wire
 from spindle.capture.look.trials import Seen, place_of
 from spindle.capture.operators import costs
@@ -26,7 +26,7 @@ from spindle.values.graph import Operator, Parameter, TensorSpec
 from spindle.values.units import SAMPLES
 from spindle.workload import Task, Workload
 
-_CPU = torch.device("cpu")
+_CPU = OnDevice(torch.device("cpu"))
 PACKED = " (attention over packed samples: give it a mask or lengths, see docs/packed.md)"
 
 

@@ -1,13 +1,12 @@
 """Parts: a recording of some samples in; the calls of each operator in it out, checked against what was captured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-import torch
 from torch import Tensor
 
-from spindle.capture.codes import BatchValues, OperatorPart, TaskCode
+from spindle.capture.codes import BatchValues, CopiesIn, OperatorPart, TaskCode
 from spindle.capture.crossing import crossing_values, graded, members, reads_of_others
 from spindle.capture.grouping import Wired, wire
 from spindle.capture.lacking import Lacking
@@ -39,12 +38,18 @@ class TaskPart:
     absent: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
 
+    def begin(self, operators: Iterable[str]) -> None:
+        """Begin to bring to the device what these operators read of the batch."""
+        for part in (self.operators[name] for name in operators if name in self.operators):
+            for number in part.aux_read():
+                part.values.begin(number)
+
     def of_others(
         self, code: TaskCode, recorded: Recorded, aux: Sequence[Tensor], bounds: Bounds, units: Units
     ) -> "TaskPart":
         """The same for other samples of the same shapes, from which `aux` was computed."""
         old = next(iter(self.operators.values())).values
-        values = BatchValues(aux, old.device)
+        values = BatchValues(aux, old.where)
 
         def own(part: OperatorPart) -> OperatorPart:
             sites = code.sites.get(part.block, ()) if part.block else ()
@@ -61,11 +66,12 @@ def divide(
     recorded: Recorded,
     bounds: Bounds,
     units: Units,
-    device: torch.device,
+    device: CopiesIn,
     where: str,
     lacks: Sequence[str] = (),
 ) -> TaskPart:
-    """The operators of a recording. `lacks`: fields and units that its batch has none of, but the captured one had.
+    """The operators of a recording, which read what was computed from the batch on a device. `lacks`: fields and units
+    that its batch has none of, but the captured one had.
 
     Raises WorkloadError, which begins with `where`, when the task ran code or called layers in another way than when
     it was captured.

@@ -33,6 +33,7 @@ from spindle.runtime.comms.flight import (
     recorded,
 )
 from spindle.runtime.comms.pulse import Pulse, noted
+from spindle.runtime.devices import Streams
 from spindle.runtime.faults.flight_report import first_stopped, read_flight, rows, sentences
 
 FORWARD, AWAIT = "wave 0, FORWARD s0 (t.net.0)", "AWAIT b0 (with ranks 0, 1)"
@@ -65,7 +66,7 @@ def test_a_step_s_numbers_are_events(tmp_path: Path) -> None:
     (pulse,) = written(tmp_path, 1)
     assert pulse.flight is not None
     for step in range(3):
-        pulse.flight.done(step, {"a": 1.0 + step, "b": math.nan}, 2.0 if step else None, torch.device("cpu"))
+        pulse.flight.done(step, {"a": 1.0 + step, "b": math.nan}, 2.0 if step else None, Streams(torch.device("cpu")))
     record = read_flight(tmp_path)
     kinds = [event.kind.name for event in record.events()]
     assert kinds == ["LOSS", "LOSS", "MEMORY", "LOSS", "LOSS", "NORM", "LOSS", "LOSS", "NORM"]

@@ -24,7 +24,7 @@ from spindle.runtime.worker import Report
 from spindle.values.outlook import Outlook
 from spindle.values.plan import Plan, Slice, make_waves
 from tests.random_plans import widest_plan
-from tests.runtime.comms.test_stragglers import Passed, towers
+from tests.runtime.comms.test_stragglers import Passing, towers
 
 Group = tuple[int, ...]
 Takes = Callable[[Group, int], float]
@@ -121,21 +121,21 @@ def test_others_are_not_named(takes: Takes) -> None:
 
 def test_a_device_s_moments_are_told_when_it_has_passed_them() -> None:
     """Seconds waited, and since the start, by step and how often a name came up in it."""
-    together = Together(torch.device("cuda"), Passed)
-    Passed.clock = Passed.passed = 0.0
+    device = Passing()
+    together = Together(device)
 
     def wait() -> None:
-        Passed.clock += 2.0
+        device.clock_s += 2.0
 
     for step in (1, 2):
         together.begin(step)
         waited = together.timed("f0", "all_gather", (0, 1), 8, lambda: wait)
-        Passed.clock += 3.0
+        device.clock_s += 3.0
         waited()
     assert together.taken() == {}
-    Passed.passed = 5.0
+    device.passed_s = 5.0
     assert together.taken() == {Meeting(1, "f0", 0, "all_gather", (0, 1), 8): (2.0, 5.0)}
-    Passed.passed = 10.0
+    device.passed_s = 10.0
     assert together.taken() == {Meeting(2, "f0", 0, "all_gather", (0, 1), 8): (2.0, 5.0)}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import spindle
 from spindle.runtime.controller import Prepared, prepare
+from spindle.runtime.devices import Streams
 from spindle.runtime.faults.slowness import PATIENCE, WINDOW
 from spindle.runtime.faults.stragglers import Stragglers
 from spindle.runtime.steps.busy import Busy
@@ -172,39 +173,40 @@ def test_ranks_that_cut_layers_between_them_are_left_out() -> None:
     assert said(together(1), 8, slow(0, 5.0)) == []
 
 
-class Passed:
-    """An event of a device that passes it when it is told to."""
+class Passing(Streams):
+    """A device that comes to a moment when it is told to."""
 
-    clock, passed = 0.0, 0.0
+    ahead = 1
 
-    def record(self) -> None:
-        self.at = Passed.clock
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.clock_s, self.passed_s = 0.0, 0.0
 
-    def query(self) -> bool:
-        return self.at <= Passed.passed
+    def mark(self) -> float:
+        return self.clock_s
 
-    def elapsed_time(self, later: "Passed") -> float:
-        return 1e3 * (later.at - self.at)
+    def has_passed(self, moment: float) -> bool:
+        return moment <= self.passed_s
 
 
 def test_a_device_s_events_are_told_when_it_has_passed_them() -> None:
     """Nobody waits: what a step's end has not passed comes with a later one."""
-    busy = Busy(torch.device("cuda"), Passed)
-    Passed.clock = Passed.passed = 0.0
+    device = Passing()
+    busy = Busy(device)
     for run, seconds in (("s0", 2.0), ("s1", 3.0), ("s0", 1.0)):
         begun = busy.begin()
-        Passed.clock += seconds
+        device.clock_s += seconds
         busy.end(run, begun)
     assert busy.taken() == {}
-    Passed.passed = 5.0
+    device.passed_s = 5.0
     assert busy.taken() == {"s0": 2.0, "s1": 3.0}
-    Passed.passed = 6.0
+    device.passed_s = 6.0
     assert busy.taken() == {"s0": 1.0}
     assert busy.taken() == {}
 
 
 def test_a_cpu_s_clock_adds_up() -> None:
-    busy = Busy(torch.device("cpu"))
+    busy = Busy(Streams(torch.device("cpu")))
     for run in ("s0", "s1", "s0"):
         busy.end(run, busy.begin())
     found = busy.taken()

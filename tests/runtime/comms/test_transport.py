@@ -1,6 +1,8 @@
 """Transport: what arrives where, in which order, and what a rank is told that waits in vain."""
 
+import concurrent.futures
 import time
+import warnings
 
 import psutil
 import pytest
@@ -9,7 +11,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from spindle.errors import RunError
-from spindle.runtime.comms.transport import ThreadTransport, is_loopback, join_store, own_gpu, serve_store
+from spindle.runtime.comms.backend import agreed_gpu, own_gpu
+from spindle.runtime.comms.transport import ThreadTransport, is_loopback, join_store, serve_store
 from spindle.runtime.launch.torchrun import local_rank_and_size
 from spindle.runtime.launch.worker_group import is_lost_peer
 
@@ -156,13 +159,48 @@ def test_other_stores_are_not_on_loopback() -> None:
 
 @pytest.mark.parametrize(
     ("place", "num_gpus", "gpu"),
-    [((0, 1), 1, 0), ((3, 4), 4, 3), ((3, 4), 8, 3), ((0, 2), 1, None), ((9, 16), 8, None), ((0, 1), 0, None)],
+    [
+        ((0, 1), 1, 0),
+        ((3, 4), 4, 3),
+        ((3, 4), 8, 3),
+        ((1, 2), 1, 0),
+        ((2, 4), 3, None),
+        ((9, 16), 8, None),
+        ((0, 1), 0, None),
+    ],
 )
 def test_a_gpu_for_each_rank_regression(place: tuple[int, int], num_gpus: int, gpu: int | None) -> None:
     """One each where there are enough for those that see them: eight of sixteen ranks on each of two machines, or one
-    rank in a Ray actor that sees one GPU; else all compute on the CPU.
+    rank in a Ray actor that sees one GPU; else all compute on the CPU. A single one is each rank's own, or all ranks
+    find out that it is not.
     """
     assert own_gpu(place, range(num_gpus)) == (None if gpu is None else torch.device("cuda", gpu))
+
+
+@pytest.mark.parametrize(
+    ("ids", "agreed", "why"),
+    [
+        (["x", "y", "z"], True, ""),
+        (["x", "", "z"], False, "rank 1 has none"),
+        (["x", "y", "x"], False, "ranks 0 and 2 have the same one"),
+        (["", "", ""], False, ""),
+    ],
+)
+def test_all_ranks_have_a_gpu_of_their_own_or_none_has_one(ids: list[str], agreed: bool, why: str) -> None:
+    """As Slurm shows them, each process its own; else NCCL on some ranks would wait for gloo on others."""
+    store = HashStore()
+
+    def rank(number: int) -> torch.device | None:
+        own = torch.device("cuda", 0) if ids[number] else None
+        return agreed_gpu(store, number, len(ids), own, ids[number], 30.0)
+
+    with warnings.catch_warnings(record=True) as caught, concurrent.futures.ThreadPoolExecutor(len(ids)) as threads:
+        warnings.simplefilter("always")
+        found = list(threads.map(rank, range(len(ids)), timeout=60.0))
+    warned = [str(each.message) for each in caught]
+    assert found == [torch.device("cuda", 0) if agreed else None] * len(ids)
+    assert len(warned) == (0 if agreed else sum(map(bool, ids)))
+    assert all(why in text for text in warned)
 
 
 def test_a_gpu_that_was_lost_is_left_out() -> None:

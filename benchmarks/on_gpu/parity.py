@@ -1,17 +1,10 @@
-"""Parity on CUDA: python benchmarks/cuda_parity.py [--device cpu] [-o FILE]
-
-Every feature of the runtime on small models, on one NCCL rank and on gloo ranks that share the device, beside the
-user's own task functions in one process on the CPU. Needs neither Ray nor a solver, and runs on torch 2.11 or newer.
-Exit code 1 when anything differs.
+"""Parity: every feature of the runtime on small models and one device, beside the user's own task functions in one
+process on the CPU. One rank takes NCCL on a GPU; several share the device and talk over gloo.
 """
 
-import argparse
-import platform
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +23,9 @@ from spindle.runtime.parity import Tolerance
 from spindle.runtime.rank_spec import make_rank_specs
 from spindle.runtime.reference import Outcome
 from spindle.runtime.worker import Worker, merge_losses
-from spindle.values.contract import contract
 from spindle.workload import Workload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WIDTH, HEADS, STEPS = 32, 4, 3
 
 
@@ -156,11 +148,10 @@ def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSche
 def prepared_for(case: Case, num_ranks: int) -> Prepared:
     """The case on a random plan; equal in every process."""
     sys.path.insert(0, str(ROOT))
-    from spindle.capture import capture
     from tests.random_plans import random_plan
 
     workload = case.build()
-    plan = random_plan(contract(capture(workload).graph), num_ranks, seed=7, on_all=workload.shard_parameters)
+    plan = random_plan(spindle.make_metagraph(workload), num_ranks, seed=7, on_all=workload.shard_parameters)
     return prepare(workload, plan)
 
 
@@ -177,7 +168,7 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
         optimizer=momentum,
         scheduler=halving if case.scheduled else None,
     )[rank]
-    share = None if device == "cuda" and num_ranks == 1 else torch.device(device)  # None: NCCL
+    share = None if device == "cuda" and num_ranks == 1 else torch.device(device, 0)  # None: NCCL
     transport = ProcessTransport(join_store("127.0.0.1", port, 60.0), rank, num_ranks, device=share)
     worker = Worker(spec, transport)
     report = worker.run(STEPS, keep_gradients=True, keep_spans=False)
@@ -185,13 +176,16 @@ def run_rank(rank: int, number: int, num_ranks: int, port: int, device: str, fol
     worker.close()
 
 
-def check(number: int, num_ranks: int, device: str) -> tuple[bool, str]:
-    """Run one case; whether it agrees, and what to say of it."""
+def check(number: int, num_ranks: int, device: str) -> parity.ParityReport:
+    """Run one case, and compare it with one process."""
     case = CASES[number]
     store = serve_store("127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (number, num_ranks, store.port, device, folder)
-        spawn(run_rank, arguments, nprocs=num_ranks)  # type: ignore[no-untyped-call]
+        if num_ranks == 1:
+            run_rank(0, *arguments)
+        else:
+            spawn(run_rank, arguments, nprocs=num_ranks)  # type: ignore[no-untyped-call]
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(num_ranks)]
     prepared = prepared_for(case, num_ranks)
     reference = parity.run_reference(
@@ -208,46 +202,18 @@ def check(number: int, num_ranks: int, device: str) -> tuple[bool, str]:
         joined_pieces({name: value for _, _, states in found for name, value in states.items()}),
         {label: rate for report in reports for label, rate in report.learning_rates.items()},
     )
-    report = parity.compare(reference, planned, tolerance=case.tolerance)
-    return report.ok, f"{report.max_abs_error:.1e} absolute, {report.max_rel_error:.1e} relative"
+    return parity.compare(reference, planned, tolerance=case.tolerance)
 
 
-def main() -> None:
-    """Print a line a case, write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("-o", "--output", type=Path)
-    options = parser.parse_args()
-    hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    lines = [
-        f"# Parity on {options.device}",
-        "",
-        f"`python benchmarks/cuda_parity.py {' '.join(sys.argv[1:])}`: {hardware}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, spindle {spindle.__version__}.",
-        "",
-        "| feature | ranks | agrees | largest error | seconds |",
-        "|---|--:|---|---|--:|",
-    ]
-    print("\n".join(lines))
-    failed = 0
+def checked(device: str, ranks: list[int], *, small: bool) -> Iterator[dict[str, Any]]:
+    """What is found of each case, on each number of ranks. `small`: of one case alone."""
     for number, case in enumerate(CASES):
-        for num_ranks in options.ranks:
-            began = time.monotonic()
-            try:
-                ok, said = check(number, num_ranks, options.device)
-            except Exception:
-                ok, said = False, traceback.format_exc().strip().splitlines()[-1][:200]
-            failed += not ok
-            row = (
-                f"| {case.name} | {num_ranks} | {'yes' if ok else '**no**'} | {said} | {time.monotonic() - began:.1f} |"
-            )
-            lines.append(row)
-            print(row, flush=True)
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
-    sys.exit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()
+        for num_ranks in ranks if not small or case.name == "recompute" else ():
+            report = check(number, num_ranks, device)
+            yield {
+                "case": case.name,
+                "ranks": num_ranks,
+                "ok": report.ok,
+                "largest_absolute_error": report.max_abs_error,
+                "largest_relative_error": report.max_rel_error,
+            }
