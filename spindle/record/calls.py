@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spindle.record.changes.copies import attributes_kept
-from spindle.record.lazy import Forbidden, Refused, is_lazy
+from spindle.record.lazy import Forbidden, Refused, is_lazy, refuse_modes
 from spindle.record.recorder import Recorder
 from spindle.record.recording import tensors_in, tree
 from spindle.record.shapes import Drawn, Habit, Made, Results, Shape, ShapeRule, results_of, run_for_real, sizes_in
@@ -100,7 +100,7 @@ def block_call(skeleton: "Skeleton", block: "BlockInfo", recorder: Recorder, cal
         def called(*args: Any, **kwargs: Any) -> Any:
             if recorder.inside or recorder.for_real:  # a block in a block is part of it
                 return own(*args, **kwargs)
-            recorder.refuse_modes()
+            refuse_modes(inside=False)
             skeleton.check_block(block)
             scope = call_name(block.path, block.path, calls)
             results = _results(skeleton, block, own, recorder, args, kwargs)

@@ -252,3 +252,15 @@ def share_versions(value: Tensor, leaf: Tensor) -> bool:
     with torch.no_grad(), torch._C.DisableTorchFunction():
         value.zero_()  # which has no numbers
     return leaf._version != before
+
+
+def refuse_modes(*, inside: bool) -> None:
+    """Raise Forbidden in modes of torch that recorded calls cannot carry; `inside`: of a layer, which is run as it is."""
+    if not inside and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Forbidden(
+            "it calls the model inside of a transform of torch.func (grad, vmap, jvp, jacrev), which calls of its "
+            "layers cannot be recorded in; put what is transformed into the forward of a layer, and name that layer in "
+            "layers= of its component (layers=[module] for all of it)"
+        )
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
+        raise Forbidden(HALF_AUTOCAST)

@@ -41,7 +41,6 @@ from spindle.record.lazy import (
     ATTRIBUTES,
     GIVES_MEMORY,
     GRADIENTS,
-    HALF_AUTOCAST,
     OPENS_GRADIENTS,
     OTHER_DATA,
     PARTS_AT_ONCE,
@@ -62,6 +61,7 @@ from spindle.record.lazy import (
     is_lazy,
     is_meta,
     memory_of,
+    refuse_modes,
     share_versions,
     sharing,
     storage_of,
@@ -173,7 +173,7 @@ class Recorder(TorchFunctionMode):
                 f"it calls {getattr(func, '__name__', func)} on a value of the model; return the loss, its gradients "
                 "are computed and reduced as planned"
             )
-        self.refuse_modes()
+        refuse_modes(inside=self.inside)
         if func in (Tensor.cuda, Tensor.cpu) or (func is Tensor.to and len(args) == 1 and not kwargs):
             return args[0]
         return self._lazy(func, args, kwargs)
@@ -559,17 +559,6 @@ class Recorder(TorchFunctionMode):
                 found.append(self.recording.leaves[number])
         self._touched.clear()
         return tuple(found)
-
-    def refuse_modes(self) -> None:
-        """Raise Forbidden in modes of torch that recorded calls cannot carry."""
-        if not self.inside and torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Forbidden(
-                "it calls the model inside of a transform of torch.func (grad, vmap, jvp, jacrev), which calls of its "
-                "layers cannot be recorded in; put what is transformed into the forward of a layer, and name that "
-                "layer in layers= of its component (layers=[module] for all of it)"
-            )
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
-            raise Forbidden(HALF_AUTOCAST)
 
     @staticmethod
     def _refuse_gradient_of(parameter: nn.Parameter) -> None:
