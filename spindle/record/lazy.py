@@ -255,7 +255,7 @@ def share_versions(value: Tensor, leaf: Tensor) -> bool:
 
 
 def refuse_modes(*, inside: bool) -> None:
-    """Raise Forbidden in modes of torch that recorded calls cannot carry; `inside`: of a layer, which is run as it is."""
+    """Raise Forbidden in modes of torch that recorded calls cannot carry; `inside` of a layer, which runs as it is."""
     if not inside and torch._C._functorch.peek_interpreter_stack() is not None:
         raise Forbidden(
             "it calls the model inside of a transform of torch.func (grad, vmap, jvp, jacrev), which calls of its "
