@@ -230,6 +230,10 @@ class Workload:
         self.in_flight = in_flight
         self.precision = precision
         self.max_grad_norm = max_grad_norm
+        if isinstance(recompute, str | bool):
+            raise WorkloadError(
+                f"workload {name!r}: recompute is {recompute!r}; give a list of names of components, such as ['vision']"
+            )
         self.recompute = frozenset(recompute)
         self.shard_optimizer = shard_optimizer
         self.master_weights: MasterWeights = master_weights

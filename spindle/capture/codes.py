@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spindle.capture.facts import Slot
 from spindle.capture.grouping import Frontier, Key
+from spindle.errors import WorkloadError
 from spindle.inputs.compilation import Compilation
 from spindle.record.recording import LeafWrite, Node, Recording, execute
 from spindle.record.skeleton import Skeleton
@@ -47,7 +48,12 @@ class OperatorModule(nn.Module):
         self.configs = caching_configs(block) if block is not None else []
 
     def leaf(self, name: str) -> Tensor:
-        """The parameter or buffer of the workload's name."""
+        """The parameter or buffer of the workload's name. Raises WorkloadError where the operator has none."""
+        if name not in self.own:
+            raise WorkloadError(
+                f"the batch has code compute with {name!r} that did not do so in the first batches; begin with a batch "
+                "that takes this way, or let the module that chooses be one layer: name it in layers="
+            )
         value: Tensor = getattr(self, self.own[name])
         return value
 

@@ -286,7 +286,7 @@ class Recorder(TorchFunctionMode):
             self._on_meta(func, (first, *args[1:]), kwargs)
             self._touched.clear()
             self._versions.update({self._number[id(leaf)]: leaf._version for leaf in leaves})
-            outs = [-1] if isinstance(first, Tensor) else []
+            outs = [-1] if isinstance(first, Tensor) and func is not Tensor.__setitem__ else []  # which gives None
             self._add(func, *encoded, outs, writes=names, unnoticed=unnoticed)
         return given
 

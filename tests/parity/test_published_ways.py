@@ -14,6 +14,7 @@ import spindle
 from spindle.capture import capture
 from spindle.errors import SpindleWarning
 from tests.plain_loops import WIDTH, Block, assert_same, looped, planned, rows, tower, workload
+from tests.random_plans import widest_plan
 from tests.tiny_workloads import floats
 
 Batch = dict[str, Tensor]
@@ -224,3 +225,39 @@ def test_a_component_may_be_one_layer() -> None:
     single.task("t", batch_size=4, data=[{"x": torch.randn(4, WIDTH)}])(lambda batch: module(batch["x"], None).mean())
     assert single.components["model"].layers == ("",)
     assert "t.model" in [metaop.name for metaop in spindle.make_metagraph(single)]
+
+
+class Choosing(nn.Module):
+    """Parts that fields of a batch switch on; one also writes to a part of a buffer through `.data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.left, self.right = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.register_buffer("seen", torch.zeros(4, WIDTH))
+        self.seen: Tensor
+
+    def forward(self, x: Tensor, left: bool, right: bool) -> Tensor:
+        found: Tensor = self.enter(x)
+        self.seen.data[:2] = self.seen[2:] + 1
+        if left:
+            found = found + self.left(x)
+        if right:
+            found = self.right(found)
+        return found
+
+
+@pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
+@pytest.mark.parametrize("order", ["lr", "-lr", "b-l"])
+def test_parts_that_a_batch_switches_on(order: str) -> None:
+    """l: the left one, r: the right one, b: both; no batch need have all. A part that is off gets no gradient."""
+
+    def switched() -> spindle.Workload:
+        torch.manual_seed(0)
+        made = spindle.Workload("switched")
+        model = made.component("model", Choosing().double())
+        data = [batch | {"l": on in "lb", "r": on in "rb"} for batch, on in zip(rows(), order, strict=False)]
+        made.task("t", batch_size=4, data=data)(lambda b: model(b["x"], b["l"], b["r"]).square().mean())
+        return made
+
+    plan = widest_plan(spindle.make_metagraph(switched()), 2)
+    assert spindle.verify(switched(), plan, steps=4, launcher="threads").ok

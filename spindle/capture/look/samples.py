@@ -32,14 +32,13 @@ def first_batches(task: Task) -> list[SampledBatch]:
     """
     if type(task.data) not in (list, tuple):
         return _read_on(task, task.sampled(task.first_batch()))
-    found: list[SampledBatch] = []
-    kinds: list[object] = []
+    found: dict[object, SampledBatch] = {}
     for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
         one = task.sampled(batch)
-        if (kind := (one.shapes, flags(one))) not in kinds and len(found) < TRIALS:
-            found.append(one)
-            kinds.append(kind)
-    return _fullest_first(found) or [task.sampled(task.first_batch())]
+        numbers = [value for value in one.fields.values() if isinstance(value, int | float)]
+        found.setdefault(repr((one.shapes, flags(one), numbers)), one)
+    most = sorted(found.values(), key=lambda one: sum(bool(value) for _, value in flags(one)), reverse=True)
+    return _fullest_first(most[:TRIALS]) or [task.sampled(task.first_batch())]
 
 
 def flags(batch: SampledBatch) -> list[tuple[str, object]]:
@@ -52,19 +51,22 @@ def _fullest_first(batches: list[SampledBatch]) -> list[SampledBatch]:
 
 
 def _read_on(task: Task, first: SampledBatch) -> list[SampledBatch]:
-    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), some that can."""
+    """The first batch, and, where it cannot tell packed fields apart (one image in each sample, say), some that can;
+    where it has flags, some with others.
+    """
     found = [first]
     pairs = set(itertools.combinations(first.units.counts, 2))
     alike = {pair for pair in _pairs(first.units) if not _are_distinct(first.units, pair)}
     equal = pairs - set(_pairs(first.units))  # by chance, or as ids and labels are
     with suppress(Exception):  # a loader that breaks later says so when it gets there
-        for number, batch in enumerate(itertools.islice(task.batches(), 1, LOOKED_AT if alike else 1)):
+        flagged = bool(flags(first))
+        for number, batch in enumerate(itertools.islice(task.batches(), 1, LOOKED_AT if alike or flagged else 1)):
             other = task.sampled(batch)
             apart = {pair for pair in alike | equal if _are_distinct(other.units, pair)}
-            if apart:
+            if apart or (len(found) < TRIALS and all(flags(other) != flags(one) for one in found)):
                 found.append(other)
                 alike, equal = alike - apart, equal - apart
-            if not alike and (not equal or number + 1 >= TRIALS):
+            if not flagged and not alike and (not equal or number + 1 >= TRIALS):
                 break
     return _fullest_first(found)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spindle.capture.changes.states import Buffers, Touch, touches
 from spindle.capture.codes import Crossing, OnDevice, OperatorCode, OperatorModule, OperatorPart, TaskCode
+from spindle.capture.crossing import leaves_of_operators
 from spindle.capture.grouping import wire
 from spindle.capture.look.trials import Seen, place_of
 from spindle.capture.operators import costs
@@ -83,6 +84,7 @@ class _Builder:
         self.specs: dict[str, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.crossing: dict[str, Crossing] = {}  # what each tensor is
         self.drafts: list[_Draft] = []
+        self.elsewhere: dict[str, set[str]] = {}  # parameters that operators read of other samples
 
     def run(self) -> TaskOperators:
         found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer, self._tied())
@@ -90,6 +92,7 @@ class _Builder:
         parts = divide(code, self.seen.whole, (0, self._samples), self.seen.batch.units, _CPU, self._where).operators
         self.few = divide(code, self.seen.few, self.seen.few_bounds, self.seen.batch.units, _CPU, self._where).operators
         mixing = {operator for key, operator in code.glue.items() if key in self.seen.findings.mixing}
+        self.elsewhere = self._parameters_elsewhere(code)
         for name in found.order:
             self._draft(name, found.components[name], parts[name], code, name in mixing)
         if not self.specs[code.loss].needs_grad and self.task.weight:
@@ -113,6 +116,16 @@ class _Builder:
             }
             for name, component in self.workload.components.items()
         }
+
+    def _parameters_elsewhere(self, code: TaskCode) -> dict[str, set[str]]:
+        """Parameters that operators read in recordings of other samples, by operator."""
+        found: dict[str, set[str]] = {}
+        for wired in self.seen.others:
+            home = {number: code.glue.get(wired.key(number), "") for number in wired.glue()}
+            for name, leaves in leaves_of_operators(wired, {n: name for n, name in home.items() if name}).items():
+                own = {leaf for leaf in leaves if isinstance(self.named.get(leaf), nn.Parameter)}
+                found.setdefault(name, set()).update(own)
+        return found
 
     def _touches(self) -> list[Touch]:
         """What operators read and change of buffers."""
@@ -139,6 +152,7 @@ class _Builder:
                 f"{self._where}: buffer {min(unknown)!r} changes, and its module stands in several components; "
                 "register it in one, and keep it in a list in the others"
             )
+        own |= dict.fromkeys(sorted(self.elsewhere.get(name, set()) - own.keys()))
         block = self.modules[part.block.partition("@")[0]] if part.block else None
         module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
@@ -290,7 +304,9 @@ class _Builder:
 
     def _operator(self, draft: _Draft, cost: Cost, code: TaskCode) -> Operator:
         named = self._parameter_names(draft)
-        trained = {outer for inner, outer in named if inner in cost.trained}
+        trained = {outer for inner, outer in named if inner in cost.trained} | {
+            name for name in self.elsewhere.get(draft.name, ()) if self.named[name].requires_grad
+        }
         return Operator(
             name=draft.name,
             task=self.task.name,

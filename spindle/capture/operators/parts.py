@@ -220,7 +220,7 @@ def _called_otherwise(
     called, before = times.get(now, f"{now} times"), times.get(calls, f"{calls} times")
     return WorkloadError(
         f"{where}: calls {path}{f' ({line})' if line else ''} {called}, but {before} when it was captured; a task must "
-        "call the same layers in every step"
+        "call the same layers in every step, or let the module that chooses be one layer, named in layers="
     )
 
 
