@@ -229,7 +229,7 @@ class _Grouper:
         found: list[Group] = []
         for part in nx.strongly_connected_components(graph):
             glue = [groups[index] for index in part if index >= 0]
-            if glue and len(glue) < len(part):
+            if self.joining and glue and len(glue) < len(part):
                 raise Circle
             if glue:
                 found.append(self._merged(glue))

@@ -236,9 +236,9 @@ class Looker:
                 calls[node.site, node.component.partition("@")[0]].add(node.component)
             for place, names in calls.items():
                 lengths[place].add(len(names))
-        looped = {component for (_, component), found in lengths.items() if component and len(found) > 1}
-        if looped - self.skeleton.uncounted:
-            self.skeleton.uncounted |= looped
+        components = {component for (_, component), found in lengths.items() if component and len(found) > 1}
+        if components - self.skeleton.uncounted:
+            self.skeleton.uncounted |= components
             raise Unsettled
 
     def _take_loops_apart(self, trials: Sequence[Trial]) -> None:

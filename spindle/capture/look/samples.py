@@ -32,12 +32,14 @@ def first_batches(task: Task) -> list[SampledBatch]:
     """
     if type(task.data) not in (list, tuple):
         return _read_on(task, task.sampled(task.first_batch()))
-    found: dict[object, SampledBatch] = {}
+    found: dict[str, SampledBatch] = {}
+    others: dict[str, SampledBatch] = {}  # that say another number, such as one of rounds
     for batch in itertools.islice(task.data, LOOKED_AT):  # type: ignore[arg-type]
         one = task.sampled(batch)
-        numbers = [value for value in one.fields.values() if isinstance(value, int | float)]
-        found.setdefault(repr((one.shapes, flags(one), numbers)), one)
+        found.setdefault(repr((one.shapes, flags(one))), one)
+        others.setdefault(repr([value for value in one.fields.values() if isinstance(value, int | float)]), one)
     most = sorted(found.values(), key=lambda one: sum(bool(value) for _, value in flags(one)), reverse=True)
+    most += [one for one in others.values() if all(one is not other for other in most)]
     return _fullest_first(most[:TRIALS]) or [task.sampled(task.first_batch())]
 
 

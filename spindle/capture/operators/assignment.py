@@ -77,7 +77,7 @@ class _Assignment:
         while True:
             for wired in (self.wired, *self.seen.others):
                 spread_mixing(wired, findings)
-            groups = group(self.wired, findings.mixing, joining)
+            groups = self._grouped(joining) or group(self.wired, findings.mixing)
             home = {n: f"{index}" for index, found in enumerate(groups) for n in found.nodes}
             home |= {n: self.nodes[n].block for n in self.wired.blocks()}
             crossing = crossing_values(self.wired, home, self.recording.loss)
@@ -93,7 +93,7 @@ class _Assignment:
             mixed = {key for found in groups if found.mixes for key in found.keys}
             if not late and mixed <= findings.mixing:
                 more = joining | self._varying(groups)
-                if more == joining or self._is_circular(more):
+                if more == joining or self._grouped(more) is None:
                     return groups
                 joining = more
             findings.mixing.update(late | mixed)  # type: ignore[arg-type]
@@ -118,12 +118,12 @@ class _Assignment:
             found |= {key for key in glue if calls[key] != usual[key]}
         return frozenset(found & self.findings.mixing)
 
-    def _is_circular(self, joining: frozenset[Key]) -> bool:
+    def _grouped(self, joining: frozenset[Key]) -> list[Group] | None:
+        """The groups, in which these keys stay with what reads them; None where they cannot."""
         try:
-            group(self.wired, self.findings.mixing, joining)
+            return group(self.wired, self.findings.mixing, joining)
         except Circle:
-            return True
-        return False
+            return None
 
     def _names(self, groups: list[Group]) -> tuple[dict[int, str], dict[str, str]]:
         """The operator of each node, and the component of each operator; in the order in which they are computed."""
