@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spindle.capture.changes.states import Buffers, Touch, touches
 from spindle.capture.codes import Crossing, OnDevice, OperatorCode, OperatorModule, OperatorPart, TaskCode
-from spindle.capture.crossing import leaves_of_operators
+from spindle.capture.crossing import leaves_of_operators, with_gradient
 from spindle.capture.grouping import wire
 from spindle.capture.look.trials import Seen, place_of
 from spindle.capture.operators import costs
@@ -84,7 +84,8 @@ class _Builder:
         self.specs: dict[str, ValueSpec] = {}  # of tensors between operators, at the full batch
         self.crossing: dict[str, Crossing] = {}  # what each tensor is
         self.drafts: list[_Draft] = []
-        self.elsewhere: dict[str, set[str]] = {}  # parameters that operators read of other samples
+        self.elsewhere: dict[str, set[str]] = {}  # parameters that operators read of other samples alone
+        self.learned_elsewhere: set[str] = set()  # parameters that get a gradient there
 
     def run(self) -> TaskOperators:
         found = assigned(self.task.name, self.seen, self.wired, self.named, self.namer, self._tied())
@@ -118,9 +119,11 @@ class _Builder:
         }
 
     def _parameters_elsewhere(self, code: TaskCode) -> dict[str, set[str]]:
-        """Parameters that operators read in recordings of other samples, by operator."""
+        """Parameters that operators read in recordings of other samples, by operator; see `learned_elsewhere`."""
         found: dict[str, set[str]] = {}
         for wired in self.seen.others:
+            leaves_by_number = wired.recording.leaves
+            self.learned_elsewhere |= {leaves_by_number[n] for n in with_gradient(wired) & leaves_by_number.keys()}
             home = {number: code.glue.get(wired.key(number), "") for number in wired.glue()}
             for name, leaves in leaves_of_operators(wired, {n: name for n, name in home.items() if name}).items():
                 own = {leaf for leaf in leaves if isinstance(self.named.get(leaf), nn.Parameter)}
@@ -152,7 +155,8 @@ class _Builder:
                 f"{self._where}: buffer {min(unknown)!r} changes, and its module stands in several components; "
                 "register it in one, and keep it in a list in the others"
             )
-        own |= dict.fromkeys(sorted(self.elsewhere.get(name, set()) - own.keys()))
+        self.elsewhere[name] = self.elsewhere.get(name, set()) - own.keys()
+        own |= dict.fromkeys(sorted(self.elsewhere[name]))
         block = self.modules[part.block.partition("@")[0]] if part.block else None
         module = OperatorModule(block, {leaf: self.named[leaf] for leaf in own})
         splittable = not mixes and part.block not in self.seen.findings.mixing_blocks
@@ -304,9 +308,9 @@ class _Builder:
 
     def _operator(self, draft: _Draft, cost: Cost, code: TaskCode) -> Operator:
         named = self._parameter_names(draft)
-        trained = {outer for inner, outer in named if inner in cost.trained} | {
-            name for name in self.elsewhere.get(draft.name, ()) if self.named[name].requires_grad
-        }
+        trained = {outer for inner, outer in named if inner in cost.trained}
+        if trained or any(spec.needs_grad for spec in cost.outputs):
+            trained |= self.elsewhere[draft.name] & self.learned_elsewhere
         return Operator(
             name=draft.name,
             task=self.task.name,
