@@ -283,7 +283,7 @@ def streams_of(device: torch.device) -> Streams:
 
 def gpu_count() -> int:
     """GPUs that this process sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
 
 
 def gpu_id(number: int) -> str:

@@ -121,7 +121,8 @@ class SocketThreads:
 
 def _schedule(threads: Sequence[int], policy: int) -> None:
     for thread in threads:
-        os.sched_setscheduler(thread, policy, os.sched_param(0))
+        with contextlib.suppress(ProcessLookupError):  # of a group that is no more
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
 def interface_to(host: str) -> str | None:

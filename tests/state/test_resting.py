@@ -305,25 +305,27 @@ def test_flags_of_gradients_that_are_ignored_are_found() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::spindle.errors.SpindleWarning")
-@pytest.mark.parametrize("first", [False, True])
-def test_gradients_switched_off_for_some_batches(first: bool) -> None:
-    """Around layers of a task: exact where the first batch had them on, refused where a gradient would be lost."""
+@pytest.mark.parametrize(("first", "kind"), [(False, bool), (True, bool), (False, float), (True, float)])
+def test_gradients_switched_off_for_some_batches(first: bool, kind: type) -> None:
+    """Around layers of a task: exact where the first batch had them on, or a flag of a list of batches tells which has;
+    else refused, where a gradient would be lost.
+    """
     torch.manual_seed(0)
     made = Workload("switched")
     body = made.component("body", nn.ModuleList(nn.Linear(4, 4) for _ in range(2)).double(), layers=["0", "1"])
     draw = torch.Generator().manual_seed(0)
-    data = [{"x": torch.randn(6, 4, generator=draw, dtype=torch.float64), "on": (n % 2 == 0) == first}
-            for n in range(4)]  # fmt: skip
+    states = [kind((n % 2 == 0) == first) for n in range(4)]
+    data = [{"x": torch.randn(6, 4, generator=draw, dtype=torch.float64), "on": on} for on in states]
 
     @made.task("t", batch_size=6, data=data)
     def task(batch: Any) -> Tensor:
-        with torch.set_grad_enabled(batch["on"]):
+        with torch.set_grad_enabled(bool(batch["on"])):
             x = body[0](batch["x"])
         return (body[1](batch["x"]) + x).square().mean()  # type: ignore[no-any-return]
 
     plan = random_plan(spindle.make_metagraph(made), 2, 1)
     verify = partial(spindle.verify, made, plan, optimizer=adamw, steps=4, launcher="threads", timeout_s=60.0)
-    if first:
+    if first or kind is bool:
         report = verify()
         assert report.ok, str(report)
     else:
