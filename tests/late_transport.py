@@ -238,7 +238,7 @@ class LateDriver:
 
 
 def fill(target: Tensor, values: Tensor) -> None:
-    """Copy, whoever watches."""
+    """Copy a tensor into another without the watching mode seeing it."""
     with torch.no_grad(), torch._C.DisableTorchFunction():
         target.copy_(values)
 

@@ -142,10 +142,7 @@ def _after(before: Counted, more: Counted, momentum: float | None, sizes: Sequen
         kept = torch.where(more.count == 0, torch.ones_like(kept), kept)
     else:
         kept, new = (1.0 - momentum) ** more.count, torch.ones_like(total)
-    kept, new = (  # without a tensor of sizes, for which the process would wait
-        torch.cat([each.expand(size) for each, size in zip(value.unbind(), sizes, strict=True)])
-        for value in (kept, new)
-    )
+    kept, new = (_repeated(value, sizes) for value in (kept, new))
     return Counted(total, before.mean * kept + more.mean * new, before.variance * kept + more.variance * new)
 
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -222,7 +222,7 @@ class Looker:
             read=frozenset(self.skeleton.read),
             apart=frozenset(self.apart),
             by_sample={slot: rate for slot, rate in self.by_sample.items() if rate},
-            others=tuple(part.wired for trial in trials for part in (trial.whole, *trial.parts)),
+            others=tuple(_recordings(trials)),
         )
 
     def _take_loops_as_one(self, trials: Sequence[Trial]) -> None:
@@ -230,7 +230,7 @@ class Looker:
         calls of these count as one, since a later batch may have more.
         """
         lengths: dict[tuple[int, str], set[int]] = defaultdict(set)  # of the loop around a place in the code
-        for wired in (part.wired for trial in trials for part in (trial.whole, *trial.parts)):
+        for wired in _recordings(trials):
             calls: dict[tuple[int, str], set[str]] = defaultdict(set)
             for node in wired.live_nodes():
                 calls[node.site, node.component.partition("@")[0]].add(node.component)
@@ -243,19 +243,21 @@ class Looker:
 
     def _take_loops_apart(self, trials: Sequence[Trial]) -> None:
         """Raise TakeApart where a component calls its layers more often for other samples."""
-        recordings = [part.wired for trial in trials for part in (trial.whole, *trial.parts)]
         counts: dict[tuple[str, str], set[int]] = defaultdict(set)
-        for wired in recordings:
-            nodes = wired.live_nodes()
-            called = Counter((node.block.partition("@")[0], node.component) for node in nodes if node.block)
+        lines: dict[str, str] = {}
+        for wired in _recordings(trials):
+            called: Counter[tuple[str, str]] = Counter()
+            for node in (node for node in wired.live_nodes() if node.block):
+                path = node.block.partition("@")[0]
+                called[path, node.component] += 1
+                lines.setdefault(path, node.line)
             for call, times in called.items():
                 counts[call].add(times)
         can = {c.name for c in self.workload.components.values() if c.tensor_parallel == 1}
-        looping = sorted({path for (path, _), times in counts.items() if len(times) > 1 and path.split(".")[0] in can})
-        if looping and looping[0] not in can:
-            every = (node for wired in recordings for node in wired.live_nodes())
-            line = next(node.line for node in every if node.block.partition("@")[0] == looping[0])
-            raise looped(self.task, looping, line)
+        inner = {path for (path, _), times in counts.items() if len(times) > 1 and path not in can}
+        looping = sorted(path for path in inner if path.partition(".")[0] in can)
+        if looping:
+            raise looped(self.task, looping, lines[looping[0]])
 
     def _compare(self, trial: Trial, prober: Prober, only: Set[Key] | None = None) -> None:
         """See what a trial shows, of some keys alone if these are given."""
@@ -549,3 +551,8 @@ def _asks_in_layers(recording: Recording) -> bool:
 
 def _keys(wired: Wired) -> set[Key]:
     return {wired.key(number) for number in wired.glue()}
+
+
+def _recordings(trials: Sequence[Trial]) -> Iterator[Wired]:
+    """All recordings of some trials, of wholes and parts."""
+    return (part.wired for trial in trials for part in (trial.whole, *trial.parts))
